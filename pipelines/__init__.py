@@ -1,0 +1,1 @@
+"""Prefect flows, one for each stage and one for all of them."""

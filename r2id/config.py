@@ -1,0 +1,372 @@
+"""Settings of every run: frozen, strict schemas, TOML loading and ``section.key=value`` overrides.
+
+A schema's field is the one owner of a setting's default and of its documentation; a TOML file under ``configs/`` holds
+only what its run changes. Sizes are always (height, width).
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from r2id.errors import InputError
+
+
+def _as_path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and value else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+PathField = Annotated[Path, BeforeValidator(_as_path)]
+Size = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_as_tuple)]
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(_as_tuple)]
+Pair = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
+IntPair = Annotated[tuple[int, int], BeforeValidator(_as_tuple)]
+Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A table of a TOML file: frozen; unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    shards: PathField
+    """Folder written by ``r2id prepare``."""
+    latents: PathField | None = None
+    """Cache written by ``r2id encode`` (R2ID only); without one, latents are encoded on the fly, with the same result."""
+    train_split: str = "train"
+    test_split: str = "test"
+    channels: Literal[1, 3] = 1
+    """Colour channels that the model sees; every image is converted to them."""
+    size: Size | None = None
+    """Resize every image to this height and width; none keeps native sizes."""
+    max_pixels: int = Field(default=65536, ge=1)
+    """Images of more pixels are shrunk to this area, aspect ratio kept. Nothing is ever enlarged."""
+    workers: int = Field(default=0, ge=0)
+    """Loader processes of each rank; 0 decodes in the training process."""
+
+
+class RiaeConfig(Section):
+    latent_channels: int = Field(default=64, ge=1)
+    cell: float = Field(default=4.0, ge=1)
+    """Side of one latent cell in pixels: an H×W image has round(H/cell) × round(W/cell) latents, at least one."""
+    width: int = Field(default=256, ge=8)
+    """Width of the latent side."""
+    pixel_width: int = Field(default=256, ge=8)
+    """Width of the pixel side: the keys of the encoder and the queries of the decoder."""
+    heads: int = Field(default=8, ge=1)
+    encoder_blocks: int = Field(default=1, ge=1)
+    """Blocks in which the latents query the image's pixels."""
+    decoder_blocks: int = Field(default=1, ge=1)
+    """Blocks in which output pixels query the latents."""
+    latent_blocks: int = Field(default=0, ge=0)
+    """Self-attention blocks on the latent grid, at the end of the encoder and again at the start of the decoder."""
+    ffn_ratio: float = Field(default=4.0, gt=0)
+    fourier: IntPair = (-3, 7)
+    """First and last power p of the Fourier features sin, cos(π·2^p·coordinate)."""
+    locality: bool = True
+    """Each head learns how far it looks, in latent cells: a Gaussian window on top of the learned attention."""
+    bounded: bool = False
+    """Latents through tanh, so that they lie in (−1, 1)."""
+    latent_noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of Gaussian noise added to the latents in training, so that near latents decode alike."""
+    encode_cloud: Fraction = 1 / 16
+    """Share of an image's pixels that the encoder sees in a training step: one random cloud for all queries."""
+    decode_cloud: Fraction = 1.0
+    """Share of the latents that the decoder sees in a training step: one random cloud for all queries."""
+    decode_pixels: int = Field(default=256, ge=1)
+    """Random output pixels that a training step decodes of each image: its cost does not depend on the image's size."""
+    jitter: float = Field(default=1.0, ge=0)
+    """Strength of the coordinate jitter in training; 1 is a Gaussian of half a pixel, as published."""
+    loss: Literal["l1", "mse", "charbonnier"] = "mse"
+
+
+class R2idConfig(Section):
+    width: int = Field(default=256, ge=8)
+    heads: int = Field(default=8, ge=1)
+    encoder_blocks: int = Field(default=8, ge=0)
+    """Self-attention blocks, run once per step whatever the number of conditions."""
+    decoder_blocks: int = Field(default=8, ge=1)
+    """Self-attention and cross-attention blocks, run once per condition."""
+    ffn_ratio: float = Field(default=4.0, gt=0)
+    condition_tokens: int = Field(default=2, ge=1)
+    """Tokens made of the class, attended to by every decoder block."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    fourier: IntPair = (-3, 7)
+    """First and last power p of the coordinates' Fourier features."""
+    time_fourier: IntPair = (-3, 6)
+    """First and last power p of the Fourier features of ᾱ."""
+    jitter: float = Field(default=1.0, ge=0)
+    """Strength of the coordinate jitter in training; 1 is a Gaussian of half a latent cell, as published."""
+
+
+class DiffusionConfig(Section):
+    objective: Literal["epsilon", "v", "flow"] = "v"
+    """What the network predicts: the noise, v (Salimans & Ho 2022) or the flow's velocity (Lipman et al. 2023)."""
+    schedule: Literal["cosine", "linear_beta", "flow"] = "cosine"
+    time_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """How training draws t: evenly, or bunched in the middle (Esser et al. 2024)."""
+    weighting: Literal["uniform", "min_snr"] = "uniform"
+    """min_snr is min-SNR-γ with γ = 5 (Hang et al. 2023)."""
+    condition_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of training samples whose condition is dropped, for guidance."""
+    shift_exponent: float = Field(default=1.0, ge=0)
+    """k of logSNR_n(t) = logSNR(t) − 2·k·log(n/n_base), n = √(h·w) of the diffused grid (Hoogeboom et al. 2023)."""
+
+    @model_validator(mode="after")
+    def _flow_goes_with_flow(self) -> DiffusionConfig:
+        if (self.objective == "flow") != (self.schedule == "flow"):
+            raise ValueError(f"objective {self.objective!r} does not go with schedule {self.schedule!r}: "
+                             "'flow' needs 'flow', the others need 'cosine' or 'linear_beta'")
+        return self
+
+
+class SampleConfig(Section):
+    sizes: Sizes = ()
+    """Image sizes (height, width) of the grids; empty is the size of the training images."""
+    count: int = Field(default=40, ge=1)
+    """Images per size."""
+    labels: Labels = ()
+    """Class indices, repeated to fill count; empty takes all classes in turn."""
+    steps: int = Field(default=30, ge=1)
+    guidance: float = Field(default=2.0, ge=0)
+    """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""
+    solver: Literal["ddim", "dpmpp_2m"] = "ddim"
+    seed: int = Field(default=0, ge=0)
+
+
+class OptimConfig(Section):
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    lr_end: float = Field(default=1e-4, ge=0)
+    """Learning rate at the last step, reached on a cosine."""
+    warmup: int = Field(default=100, ge=0)
+    """Steps from 0 to the peak."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Applied to matrices only, not to norms, biases and embeddings."""
+    betas: Pair = (0.9, 0.99)
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    batch: int = Field(default=64, ge=1)
+    """Samples per optimizer step over all processes; accumulation is computed from it."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Samples per forward pass of one process; none takes the process's whole share at once."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is autocast: weights, norms and gradients stay float32."""
+    activation_checkpointing: Literal["none", "all"] = "none"
+    ema: float = Field(default=0.9995, ge=0, lt=1)
+    """Decay of the weights' moving average; warmed up as min(ema, (1 + step) / (10 + step))."""
+    log_every: int = Field(default=50, ge=1)
+    save_every: int = Field(default=1000, ge=1)
+    preview_every: int = Field(default=1000, ge=1)
+    """Steps between pictures: reconstructions (RIAE) or samples (R2ID)."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+
+
+class EngineConfig(Section):
+    kind: Literal["auto", "local", "deepspeed"] = "auto"
+    """local is plain PyTorch in one process; auto takes it when there is one process and DeepSpeed when there are more."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Merged over the computed DeepSpeed configuration, for experts."""
+
+
+class TrackingConfig(Section):
+    enabled: bool = True
+    """MLflow; its store is MLFLOW_TRACKING_URI or SQLite in the working directory."""
+    experiment: str = "r2id"
+    name: str | None = None
+    """Name of the run; none takes the run directory's name."""
+
+
+class _StageRun(Section):
+    run: PathField
+    """Run directory: resolved config, checkpoints, samples."""
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class RiaeRun(_StageRun):
+    """One RIAE training run."""
+
+    stage: Literal["riae"]
+    riae: RiaeConfig = RiaeConfig()
+
+
+class R2idRun(_StageRun):
+    """One R2ID training run. Its latent channels, cell and statistics come from the RIAE checkpoint it names."""
+
+    stage: Literal["r2id"]
+    codec: PathField
+    """RIAE checkpoint or run directory."""
+    r2id: R2idConfig = R2idConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sample: SampleConfig = SampleConfig()
+
+
+class PrepareConfig(Section):
+    dataset: Literal["digits", "mnist", "folder"]
+    source: PathField | None = None
+    """Files of the dataset; none uses what the library ships (digits) or downloads it (mnist)."""
+    out: PathField
+    """Shards; shared by every run that uses the dataset."""
+    workers: int = Field(default=1, ge=1)
+    shard_mb: float = Field(default=256.0, gt=0)
+    """Largest shard in megabytes (10⁶ bytes)."""
+
+
+class StageConfig(Section):
+    config: PathField
+    """The stage's TOML file, relative to this one."""
+    set: Strings = ()
+    """Overrides of it, as ``section.key=value``."""
+
+
+class EvaluateConfig(Section):
+    count: int = Field(default=1000, ge=1)
+    """Samples per size that are generated and scored."""
+    sizes: Sizes = ()
+    """Image sizes of scored samples; empty is the size of the training images."""
+
+
+class PipelineRun(Section):
+    """The whole pipeline: prepare, train riae, encode, train r2id, sample, evaluate."""
+
+    stage: Literal["pipeline"]
+    name: str = Field(min_length=1)
+    out: PathField
+    """Folder of the runs, the latent cache, the samples and the report."""
+    prepare: PrepareConfig
+    riae: StageConfig
+    r2id: StageConfig
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+Run = RiaeRun | R2idRun | PipelineRun
+_KINDS: dict[str, type[Run]] = {"riae": RiaeRun, "r2id": R2idRun, "pipeline": PipelineRun}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a TOML file, apply ``section.key=value`` overrides and validate.
+
+    In a pipeline's file, overrides of the stages are written ``riae.KEY=VALUE`` and ``r2id.KEY=VALUE``, where KEY is a
+    key of that stage's own file. Raises InputError naming the file, the key, the value and what is allowed.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (IsADirectoryError, UnicodeDecodeError, PermissionError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {error}") from None
+    return parse_config(table, overrides, where=str(path))
+
+
+def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Run:
+    """Validate a table that was read from a file; see load_config."""
+    kind = table.get("stage")
+    if kind not in _KINDS:
+        raise InputError(f"{where}: stage = {kind!r}: must be one of {', '.join(map(repr, _KINDS))}")
+    for override in overrides:
+        _apply(table, override, pipeline=kind == "pipeline")
+    try:
+        return _KINDS[kind].model_validate(table)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explain(error, _KINDS[kind])}") from None
+
+
+def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise InputError(f"override {override!r}: must look like section.key=value")
+    head, _, rest = name.partition(".")
+    if pipeline and head in ("riae", "r2id") and rest not in StageConfig.model_fields:
+        stage = table.setdefault(head, {})
+        stage["set"] = [*stage.get("set", []), f"{rest}={text}"]
+        return
+    *parents, key = name.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise InputError(f"override {override!r}: {parent} is a value, not a section")
+    table[key] = _parse_value(text)
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; what is none is a string, so that paths need no quotes in a shell."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    place = [part for part in first["loc"] if isinstance(part, str) or part is not None]
+    name = ".".join(str(part) for part in place)
+    if first["type"] == "extra_forbidden":
+        allowed = _fields_at(schema, [str(part) for part in place[:-1]])
+        near = difflib.get_close_matches(str(place[-1]), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{name}: unknown key{hint} Allowed here: {', '.join(allowed)}"
+    if first["type"] == "missing":
+        return f"{name}: missing, and it has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    return f"{name} = {first['input']!r}: {message}{more}" if name else f"{message}{more}"
+
+
+def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:
+    for part in place:
+        annotation = schema.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)
+
+
+def to_toml(config: BaseModel) -> str:
+    """The whole resolved config as TOML, ready for load_config. Unset (none) fields are left out."""
+    return _table(config.model_dump(mode="json", exclude_none=True))
+
+
+def _table(table: dict[str, Any], prefix: str = "") -> str:
+    lines = [f"{key} = {_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            lines += ["", f"[{prefix}{key}]", _table(value, f"{prefix}{key}.").strip("\n")]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return repr(value)
