@@ -1,0 +1,92 @@
+"""Dense attention with normalised queries and keys, and a learned window in coordinates.
+
+Shape letters: B batch · N queries · M keys · D width · H heads · d width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+_LOCAL_DIMS = 4  # dimensions of a head given to the window
+_EXACT_CELLS = 16.0  # up to this many cells from the centre, bfloat16 places the window well enough
+_SMALL_SCORES = 1 << 24  # scores that a CPU computes faster by plain products than by the fused kernel
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm that stays in its input's dtype, so that the fused kernel applies under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention: q [B, H, N, d], k and v [B, H, M, d] → [B, H, N, d].
+
+    On a CPU the fused kernel's backward pass is 3 to 8 times slower than plain products in bfloat16 on small grids
+    (tests/bench/attention.py); on large ones it alone has constant memory.
+    """
+    if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= _SMALL_SCORES:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from queries [B, N, D] to context [B, M, D'].
+
+    With ``local``, head h adds −s_h·|u_q − u_k|² to its logits, u in cells of the latent grid and s_h learned: a Gaussian
+    window around the query, at no cost: −s|u_q − u_k|² = s(2·u_q·u_k − |u_k|²) + a constant of the query, which softmax
+    ignores, is itself a dot product and takes four dimensions of the head.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int, local: bool = False) -> None:
+        super().__init__()
+        if width % heads or width // heads <= (_LOCAL_DIMS if local else 0):
+            raise ValueError(f"width {width} does not divide into {heads} heads"
+                             + (f" of more than {_LOCAL_DIMS}" if local else ""))
+        self.heads, self.head_dim = heads, width // heads
+        content = width - _LOCAL_DIMS * heads if local else width
+        self.query = nn.Linear(width, content, bias=False)
+        self.key = nn.Linear(context_width, content, bias=False)
+        self.value = nn.Linear(context_width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.query_norm = RMSNorm(content // heads)
+        self.key_norm = RMSNorm(content // heads)
+        # From windows of about one cell to nearly the whole image, so that heads start out different.
+        self.log_reach = nn.Parameter(torch.linspace(0.0, 5.0, heads)) if local else None
+
+    def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None) -> Tensor:
+        """``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2]: places in cells, for a local layer."""
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads)
+                   for part in (self.query(x), self.key(context), self.value(context)))
+        q, k = self.query_norm(q), self.key_norm(k)
+        if self.log_reach is not None:
+            if at is None or context_at is None:
+                raise ValueError("a local attention layer needs the places of its queries and keys")
+            q, k, v = self._with_window(q, k, v, at, context_at)
+        attended = attend(q, k, v)
+        return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
+
+    def _with_window(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, context_at: Tensor) -> tuple[Tensor, ...]:
+        if q.dtype == torch.bfloat16 and float(context_at.abs().max()) > _EXACT_CELLS:
+            q, k, v = q.float(), k.float(), v.float()
+        sharpness = torch.exp(-self.log_reach).view(1, -1, 1, 1) * math.sqrt(self.head_dim)  # undoes SDPA's 1/√d
+        at, context_at = at.unsqueeze(1), context_at.unsqueeze(1)
+        ones = torch.ones_like(at)
+        squared = context_at.square().sum(-1, keepdim=True)
+        # |u_k|² in two parts, so that bfloat16 loses nothing of it.
+        coarse = squared.to(q.dtype).to(squared.dtype)
+        q_window = sharpness * torch.cat([2.0 * at, -ones], dim=-1)
+        k_window = torch.cat([context_at, coarse, squared - coarse], dim=-1)
+        return (torch.cat([q, _spread(q_window, q)], dim=-1), torch.cat([k, _spread(k_window, k)], dim=-1), v)
+
+
+def _spread(window: Tensor, like: Tensor) -> Tensor:
+    """[B or 1, H or 1, N, 4] → [B, H, N, 4] in the dtype of ``like``."""
+    return window.to(like.dtype).expand(*like.shape[:3], -1)

@@ -1,0 +1,91 @@
+"""Where a point of an image is, independent of how many pixels the image has.
+
+Shape letters: B batch · N points · H, W image or grid size.
+
+A point has four coordinates: absolute (ax, ay), which reach the edges of every image, and relative (rx, ry), in which the
+image is inscribed in a unit square, so that a circle stays a circle at any aspect ratio.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+def centres(count: int, device: torch.device | None = None) -> Tensor:
+    """Pixel centres along one axis: (j + ½)/count − ½, float32 [count]."""
+    return (torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count - 0.5
+
+
+def grid_coordinates(grid: Size, image: Size | None = None, device: torch.device | None = None) -> Tensor:
+    """Coordinates (ax, ay, rx, ry) of a grid's cell centres, row by row: float32 [H·W, 4].
+
+    ``image`` is the size whose aspect ratio the relative coordinates take; by default the grid's own.
+    """
+    height, width = grid
+    ay, ax = torch.meshgrid(centres(height, device), centres(width, device), indexing="ij")
+    absolute = torch.stack([ax.flatten(), ay.flatten()], dim=-1)
+    return torch.cat([absolute, absolute * relative_scale(image or grid, device)], dim=-1)
+
+
+def relative_scale(image: Size, device: torch.device | None = None) -> Tensor:
+    """(W/m, H/m) with m = max(H, W): absolute coordinates times this are relative ones."""
+    height, width = image
+    return torch.tensor([width, height], dtype=torch.float32, device=device) / max(height, width)
+
+
+def displace(coordinates: Tensor, noise: Tensor, grid: Size, image: Size | None = None) -> Tensor:
+    """Move points by half a cell times noise: one displacement per point, the same in both systems.
+
+    coordinates [..., N, 4], noise [B, N, 2] in (x, y) → [B, N, 4]: ax += ε₁/(2W), rx += ε₁/(2W)·W/m, y likewise.
+    """
+    height, width = grid
+    step = noise * torch.tensor([0.5 / width, 0.5 / height], device=noise.device)
+    return coordinates + torch.cat([step, step * relative_scale(image or grid, noise.device)], dim=-1)
+
+
+def fourier_dim(powers: Size) -> int:
+    """Length of fourier_features: sin and cos of four coordinates at each power."""
+    return 8 * (powers[1] - powers[0] + 1)
+
+
+def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
+    """sin and cos of π·2^p·coordinate, p from powers[0] to powers[1]: [..., 4] → float32 [..., fourier_dim(powers)].
+
+    Each system's half is normalised to mean 0 and variance 1, without learned scale. Always float32: bfloat16 has 8
+    significant bits and cannot tell 1,024 positions apart.
+    """
+    with torch.autocast(coordinates.device.type, enabled=False):
+        exponents = torch.arange(powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device)
+        angles = coordinates.float().unsqueeze(-1) * (math.pi * torch.exp2(exponents))
+        absolute, relative = (
+            F.layer_norm(torch.cat([part.sin(), part.cos()], dim=-1).flatten(-2), (fourier_dim(powers) // 2,))
+            for part in (angles[..., :2, :], angles[..., 2:, :])
+        )
+        return torch.cat([absolute, relative], dim=-1)
+
+
+def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
+    """Where a point lies inside its cell of a grid: sin and cos of 2π and 4π times its place in cells, [..., 4] → [..., 8]."""
+    height, width = grid
+    cells = coordinates[..., :2] * torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)
+    # A cell's edge, not the image's centre, is phase 0: grids of odd and even size agree.
+    cells = cells + torch.tensor([width / 2, height / 2], dtype=torch.float32, device=coordinates.device)
+    angles = torch.cat([2 * math.pi * cells, 4 * math.pi * cells], dim=-1)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def sample_image(image: Tensor, coordinates: Tensor) -> Tensor:
+    """Bicubic colours of an image at any points: image [B, C, H, W], coordinates [B, N, 4] → [B, N, C].
+
+    At a pixel's centre this is the pixel's own colour; outside, the border's.
+    """
+    at = (2.0 * coordinates[..., :2]).unsqueeze(1)
+    colours = F.grid_sample(image, at.expand(image.shape[0], -1, -1, -1), mode="bicubic", padding_mode="border",
+                            align_corners=False)
+    return colours.squeeze(2).transpose(1, 2)

@@ -1,0 +1,111 @@
+"""Blocks of both models.
+
+Shape letters: B batch · N tokens · M context tokens · D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r2id.models.attention import Attention, RMSNorm
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) with as many weights as a two-layer network of ``ratio`` times the width."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        # A multiple of 32 keeps matrix units busy.
+        hidden = max(32, round(width * ratio * 2 / 3 / 32) * 32)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.value = nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.gate(x)) * self.value(x))
+
+
+class CrossBlock(nn.Module):
+    """Queries attend to a context, then a feed-forward layer; pre-norm residuals."""
+
+    def __init__(self, width: int, context_width: int, heads: int, ffn_ratio: float, local: bool) -> None:
+        super().__init__()
+        self.norm, self.context_norm = RMSNorm(width), RMSNorm(context_width)
+        self.attention = Attention(width, context_width, heads, local)
+        self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
+
+    def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm(x), self.context_norm(context), at, context_at)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class SelfBlock(nn.Module):
+    """Tokens attend to each other, then a feed-forward layer; pre-norm residuals."""
+
+    def __init__(self, width: int, heads: int, ffn_ratio: float, local: bool) -> None:
+        super().__init__()
+        self.norm, self.attention = RMSNorm(width), Attention(width, width, heads, local)
+        self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
+
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        normed = self.norm(x)
+        x = x + self.attention(normed, normed, at, at)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+def zero_linear(width: int, out: int) -> nn.Linear:
+    """A linear layer whose output starts as zero."""
+    layer = nn.Linear(width, out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of each branch of a block from the time embedding; all zero at the start, so that a block
+    starts as the identity (adaLN-Zero, Peebles & Xie 2023)."""
+
+    def __init__(self, width: int, branches: int) -> None:
+        super().__init__()
+        self.branches = branches
+        self.linear = zero_linear(width, 3 * branches * width)
+
+    def forward(self, time: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """time [B, D] → for each branch (shift, scale, gate), each [B, 1, D]."""
+        parts = self.linear(F.silu(time)).unsqueeze(1).chunk(3 * self.branches, dim=-1)
+        return [(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.branches)]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1.0 + scale)
+
+
+class DiffusionBlock(nn.Module):
+    """Self-attention, cross-attention to condition tokens where ``conditional``, and feed-forward, modulated by time."""
+
+    def __init__(self, width: int, heads: int, ffn_ratio: float, dropout: float, conditional: bool) -> None:
+        super().__init__()
+        self.conditional = conditional
+        self.modulation = Modulation(width, branches=3 if conditional else 2)
+        self.norm, self.attention = RMSNorm(width, elementwise_affine=False), Attention(width, width, heads)
+        if conditional:
+            self.cross_norm, self.context_norm = RMSNorm(width, elementwise_affine=False), RMSNorm(width)
+            self.cross = Attention(width, width, heads)
+        self.ffn_norm, self.ffn = RMSNorm(width, elementwise_affine=False), FeedForward(width, ffn_ratio)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
+        """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]."""
+        (shift, scale, gate), *cross, (ffn_shift, ffn_scale, ffn_gate) = self.modulation(time)
+        normed = modulate(self.norm(x), shift, scale)
+        x = x + gate * self.dropout(self.attention(normed, normed))
+        if self.conditional:
+            if context is None:
+                raise ValueError("a conditional block needs condition tokens")
+            cross_shift, cross_scale, cross_gate = cross[0]
+            normed = modulate(self.cross_norm(x), cross_shift, cross_scale)
+            x = x + cross_gate * self.dropout(self.cross(normed, self.context_norm(context)))
+        normed = modulate(self.ffn_norm(x), ffn_shift, ffn_scale)
+        return x + ffn_gate * self.dropout(self.ffn(normed))

@@ -1,0 +1,84 @@
+"""R2ID: a diffusion transformer on a grid of any size, whose tokens know where they are by coordinates alone.
+
+Shape letters: B batch · L channels of the diffused grid · h, w its size · N = h·w tokens · D width · K conditions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from r2id.config import R2idConfig
+from r2id.models import coords
+from r2id.models.conditioning import ClassCondition
+from r2id.models.attention import RMSNorm
+from r2id.models.coords import Size
+from r2id.models.layers import DiffusionBlock, modulate, zero_linear
+
+
+class R2ID(nn.Module):
+    """Predicts the objective's target (ε, v or velocity) of a noised grid.
+
+    Encoder blocks run once per step; decoder blocks attend to condition tokens and run once per condition, so that
+    guidance costs less than two passes.
+    """
+
+    def __init__(self, config: R2idConfig, channels: int, classes: int) -> None:
+        super().__init__()
+        self.config, self.channels, self.classes = config, channels, classes
+        width = config.width
+        times = config.time_fourier[1] - config.time_fourier[0] + 1
+        self.token_in = nn.Linear(channels + coords.fourier_dim(config.fourier), width)
+        self.time_in = nn.Sequential(nn.Linear(2 * times, width), nn.SiLU(), nn.Linear(width, width))
+        self.condition = ClassCondition(classes, config.condition_tokens, width)
+
+        def stack(count: int, conditional: bool) -> nn.ModuleList:
+            return nn.ModuleList(DiffusionBlock(width, config.heads, config.ffn_ratio, config.dropout, conditional)
+                                 for _ in range(count))
+
+        self.encoder = stack(config.encoder_blocks, conditional=False)
+        self.decoder = stack(config.decoder_blocks, conditional=True)
+        self.out_norm = RMSNorm(width, elementwise_affine=False)
+        self.out_modulation = zero_linear(width, 2 * width)
+        self.out = zero_linear(width, channels)
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules whose activations may be recomputed."""
+        return [*self.encoder, *self.decoder]
+
+    def forward(self, x: Tensor, alpha_bar: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
+        """One prediction under one condition.
+
+        x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1); labels [B], −1 is no
+        condition; at [B or 1, N, 4] coordinates, by default the grid's own → float32 [B, L, h, w].
+        """
+        return self.predict(x, alpha_bar, labels.unsqueeze(0), at).squeeze(0)
+
+    def predict(self, x: Tensor, alpha_bar: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
+        """Predictions of one noised grid under K conditions: labels [K, B] → float32 [K, B, L, h, w]."""
+        grid: Size = (x.shape[2], x.shape[3])
+        at = coords.grid_coordinates(grid, device=x.device).unsqueeze(0) if at is None else at
+        place = coords.fourier_features(at, self.config.fourier).expand(x.shape[0], -1, -1)
+        tokens = self.token_in(torch.cat([rearrange(x, "b l h w -> b (h w) l"), place], dim=-1))
+        time = self.time_in(_time_features(alpha_bar, self.config.time_fourier))
+        for block in self.encoder:
+            tokens = block(tokens, time)
+        count = labels.shape[0]
+        tokens, time = (repeat(part, "b ... -> (k b) ...", k=count) for part in (tokens, time))
+        context = self.condition(labels.flatten())
+        for block in self.decoder:
+            tokens = block(tokens, time, context)
+        shift, scale = self.out_modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
+        out = self.out(modulate(self.out_norm(tokens), shift, scale)).float()
+        return rearrange(out, "(k b) (h w) l -> k b l h w", k=count, h=grid[0])
+
+
+def _time_features(alpha_bar: Tensor, powers: Size) -> Tensor:
+    """sin and cos of π·2^p·ᾱ: [B] → float32 [B, 2·powers]."""
+    exponents = torch.arange(powers[0], powers[1] + 1, dtype=torch.float32, device=alpha_bar.device)
+    angles = alpha_bar.float().unsqueeze(-1) * (math.pi * torch.exp2(exponents))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
