@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Makes .venv with the project and everything it needs, once; when nothing has changed since, it returns at once.
+# The other scripts source it; on its own it only sets up. PYTHON names the interpreter (3.11 or later) to build from.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="$root/.venv/bin/python"
+
+# MLflow and Prefect phone home unless they are told not to; whoever wants that sets these beforehand.
+export DO_NOT_TRACK="${DO_NOT_TRACK:-true}"
+export MLFLOW_DISABLE_TELEMETRY="${MLFLOW_DISABLE_TELEMETRY:-true}"
+export PREFECT_SERVER_ANALYTICS_ENABLED="${PREFECT_SERVER_ANALYTICS_ENABLED:-false}"
+
+run() {
+    echo "+ $*" >&2
+    "$@"
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "setup: no Python 3.11 or later among: ${PYTHON:-python3 python3.13 python3.12 python3.11};" \
+        "set PYTHON to one" >&2
+    exit 2
+}
+
+has_nvidia() {
+    [ -e /dev/nvidiactl ] || [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null
+}
+
+install_project() {
+    run "$(find_python)" -m venv --clear "$root/.venv"
+    # A machine without a GPU may have been given a torch of its own (pip's find-links), usually a CPU build. It is
+    # taken before any larger one from an index; what it needs comes with the project's dependencies.
+    if ! has_nvidia && "$python" -m pip install --quiet --dry-run --no-deps --no-index torch >/dev/null 2>&1; then
+        run "$python" -m pip install --quiet --no-deps --no-index torch
+    fi
+    run "$python" -m pip install --quiet --editable "$root[dev]"
+}
+
+# The stamp also names the folder: an editable install that was moved would still import from its old place.
+wanted="$(cat "$root/pyproject.toml" <(echo "$root") | cksum)"
+stamp="$root/.venv/complete"
+if [ ! -x "$python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "setup: installing into $root/.venv; this takes some minutes, once" >&2
+    install_project
+    echo "$wanted" > "$stamp"
+fi
+export PATH="$root/.venv/bin:$PATH"
