@@ -1,0 +1,110 @@
+"""Rank, world size and device of this process, and the few collectives that the library needs.
+
+Every function works in a process started alone, where there is no process group. In a job started by torchrun (or
+anything that sets its variables: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), init() joins the group.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as group
+from torch import Tensor
+
+from r2id.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Index of this process on its host, and of its GPU."""
+    device: torch.device
+
+
+def init() -> World:
+    """Join the job that the environment describes; a process alone is rank 0 of 1. May be called again.
+
+    NCCL on CUDA, gloo on CPU. Raises InputError when there are more processes on a host than GPUs.
+    """
+    number, size, local = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise InputError(f"LOCAL_RANK = {local}: this host has {torch.cuda.device_count()} GPUs; "
+                             "start at most one process per GPU")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if size > 1:
+        _join(device)
+    return World(number, size, local, device)
+
+
+def init_group(world: World) -> None:
+    """A process group even for a process alone, for libraries that cannot do without."""
+    if world.world_size == 1 and not group.is_initialized():
+        _join(world.device, store=group.HashStore(), rank=0, world_size=1)
+
+
+def _join(device: torch.device, **place: Any) -> None:
+    if not group.is_initialized():
+        group.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
+
+
+def rank() -> int:
+    return group.get_rank() if group.is_initialized() else 0
+
+
+def world_size() -> int:
+    return group.get_world_size() if group.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one process that writes files, logs and draws."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        group.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    group.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all ranks; the argument stays as it is."""
+    return _all_reduce(tensor, group.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Largest over all ranks; the argument stays as it is."""
+    return _all_reduce(tensor, group.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
+    if world_size() == 1:
+        return tensor
+    reduced = tensor.clone()
+    group.all_reduce(reduced, operation)
+    return reduced
+
+
+def shutdown() -> None:
+    """Leave the process group, if any."""
+    if group.is_initialized():
+        group.destroy_process_group()
