@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-_LOCAL_DIMS = 4  # dimensions of a head given to the window
-_EXACT_CELLS = 16.0  # up to this many cells from the centre, bfloat16 places the window well enough
+_LOCAL_DIMS = 6  # dimensions of a head given to the window
 _SMALL_SCORES = 1 << 24  # scores that a CPU computes faster by plain products than by the fused kernel
 
 
@@ -41,8 +40,8 @@ class Attention(nn.Module):
     """Multi-head attention from queries [B, N, D] to context [B, M, D'].
 
     With ``local``, head h adds −s_h·|u_q − u_k|² to its logits, u in cells of the latent grid and s_h learned: a Gaussian
-    window around the query, at no cost: −s|u_q − u_k|² = s(2·u_q·u_k − |u_k|²) + a constant of the query, which softmax
-    ignores, is itself a dot product and takes four dimensions of the head.
+    window around the query, at no cost: −s|u_q − u_k|² = s(2·u_q·u_k − |u_k|² − |u_q|²) is itself a dot product and takes
+    six dimensions of the head.
     """
 
     def __init__(self, width: int, context_width: int, heads: int, local: bool = False) -> None:
@@ -74,19 +73,23 @@ class Attention(nn.Module):
         return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
 
     def _with_window(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, context_at: Tensor) -> tuple[Tensor, ...]:
-        if q.dtype == torch.bfloat16 and float(context_at.abs().max()) > _EXACT_CELLS:
-            q, k, v = q.float(), k.float(), v.float()
         sharpness = torch.exp(-self.log_reach).view(1, -1, 1, 1) * math.sqrt(self.head_dim)  # undoes SDPA's 1/√d
         at, context_at = at.unsqueeze(1), context_at.unsqueeze(1)
-        ones = torch.ones_like(at)
-        squared = context_at.square().sum(-1, keepdim=True)
-        # |u_k|² in two parts, so that bfloat16 loses nothing of it.
-        coarse = squared.to(q.dtype).to(squared.dtype)
-        q_window = sharpness * torch.cat([2.0 * at, -ones], dim=-1)
-        k_window = torch.cat([context_at, coarse, squared - coarse], dim=-1)
-        return (torch.cat([q, _spread(q_window, q)], dim=-1), torch.cat([k, _spread(k_window, k)], dim=-1), v)
+        ones, context_ones = torch.ones_like(at), torch.ones_like(context_at)
+        own = _in_two(sharpness * at.square().sum(-1, keepdim=True), q.dtype)
+        q_window = torch.cat([sharpness * torch.cat([2.0 * at, -ones], dim=-1), -own], dim=-1)
+        k_window = torch.cat([context_at, _in_two(context_at.square().sum(-1, keepdim=True), q.dtype), context_ones],
+                             dim=-1)
+        return torch.cat([q, _spread(q_window, q)], dim=-1), torch.cat([k, _spread(k_window, k)], dim=-1), v
+
+
+def _in_two(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A column as two that sum to it, so that rounding to bfloat16 loses nothing: near its query, a window's value is
+    the small difference of large numbers."""
+    coarse = x.to(dtype).to(x.dtype)
+    return torch.cat([coarse, x - coarse], dim=-1)
 
 
 def _spread(window: Tensor, like: Tensor) -> Tensor:
-    """[B or 1, H or 1, N, 4] → [B, H, N, 4] in the dtype of ``like``."""
+    """[B or 1, H or 1, N, 6] → [B, H, N, 4] in the dtype of ``like``."""
     return window.to(like.dtype).expand(*like.shape[:3], -1)

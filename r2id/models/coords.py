@@ -71,7 +71,10 @@ def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
 
 
 def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
-    """Where a point lies inside its cell of a grid: sin and cos of 2π and 4π times its place in cells, [..., 4] → [..., 8]."""
+    """Where a point lies inside its cell of a grid: sin and cos of 2π and 4π times its place in cells.
+
+    [..., 4] → float32 [..., 8].
+    """
     height, width = grid
     cells = coordinates[..., :2] * torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)
     # A cell's edge, not the image's centre, is phase 0: grids of odd and even size agree.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from r2id.config import R2idConfig
 from r2id.models import coords
-from r2id.models.conditioning import ClassCondition
 from r2id.models.attention import RMSNorm
+from r2id.models.conditioning import ClassCondition
 from r2id.models.coords import Size
 from r2id.models.layers import DiffusionBlock, modulate, zero_linear
 

@@ -17,7 +17,7 @@ from r2id.config import RiaeConfig
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
 from r2id.models.coords import Size
-from r2id.models.layers import CrossBlock, SelfBlock
+from r2id.models.layers import CrossBlock, SelfBlock, zero_linear
 
 _DECODE_CHUNK = 8192  # points decoded at once outside training: memory does not grow with the output
 
@@ -49,7 +49,7 @@ class RIAE(nn.Module):
         self.decoder = nn.ModuleList(
             CrossBlock(config.pixel_width, config.width, pixel_heads, config.ffn_ratio, config.locality)
             for _ in range(config.decoder_blocks))
-        self.to_colour = nn.Sequential(RMSNorm(config.pixel_width), nn.Linear(config.pixel_width, channels))
+        self.to_colour = nn.Sequential(RMSNorm(config.pixel_width), zero_linear(config.pixel_width, channels))
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""

@@ -1,0 +1,229 @@
+"""The ``r2id`` command: a thin layer from arguments to the library, with one-line errors and stated exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from r2id.errors import InputError, Stopped, WorkError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="Resolution-invariant image generation. Sizes are always height x width.")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
+                                                       help="Overrides, as section.key=value.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+SizeList = Annotated[list[str] | None, typer.Option("--size", metavar="HxW",
+                                                    help="Image height x width in pixels; may be repeated.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is a GPU.")]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'56x42' → (56, 42); InputError for anything else."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    if not match or not (int(match[1]) and int(match[2])):
+        raise InputError(f"size {text!r}: must be HEIGHTxWIDTH in whole pixels of at least 1, such as 56x42")
+    return int(match[1]), int(match[2])
+
+
+def _sizes(texts: list[str] | None) -> tuple[tuple[int, int], ...]:
+    return tuple(parse_size(text) for text in texts or ())
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r}: not usable here: {str(error).splitlines()[0]}") from None
+
+
+def _report(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
+    """One JSON object, or the lines that a person reads."""
+    print(json.dumps(result, default=str) if as_json else "\n".join(lines(result)))
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[Literal["digits", "mnist", "folder"],
+                       typer.Argument(help="digits: shipped, 8x8; mnist: IDX files; folder: any tree of images.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    source: Annotated[Path | None, typer.Option(help="The dataset's files. Without it, mnist is downloaded.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    shard_mb: Annotated[float, typer.Option(min=0.001, help="Largest shard in megabytes.")] = 256.0,
+    as_json: Json = False,
+) -> None:
+    """Shard a dataset into webdataset tars at native sizes, with manifest, index and checksums."""
+    from data_prep.prepare import prepare as run_prepare
+
+    from r2id.config import PrepareConfig
+    from r2id.data.shards import ShardSet
+
+    run_prepare(PrepareConfig(dataset=dataset, source=source, out=out, workers=workers, shard_mb=shard_mb))
+    _report({"out": out, **ShardSet.open(out).summary()}, as_json,
+            lambda r: [f"{r['out']}: {', '.join(f'{n} {name}' for name, n in r['samples'].items())} images, "
+                       f"{r['shards']} shards, {r['classes']} classes, {r['rejects']} rejected"])
+
+
+@app.command()
+def verify(
+    shards: Annotated[Path, typer.Argument(help="Folder written by prepare.")],
+    as_json: Json = False,
+) -> None:
+    """Rehash and decode everything; exit 1 and a list when anything is damaged."""
+    from r2id.data.shards import ShardSet
+    from r2id.data.verify import verify as run_verify
+
+    damages = run_verify(shards)
+    summary = {} if damages else ShardSet.open(shards).summary()
+    _report({"intact": not damages, "damages": [vars(d) for d in damages], **summary}, as_json,
+            lambda r: [str(d) for d in damages] or [f"{shards}: {sum(r['samples'].values())} images intact"])
+    if damages:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Train one stage; goes on by itself where the run directory holds a checkpoint."""
+    from r2id import dist
+    from r2id.config import PipelineRun, load_config
+    from r2id.sampling import preview
+    from r2id.training.loop import train as run_train
+
+    settings = load_config(config, overrides or ())
+    if isinstance(settings, PipelineRun):
+        raise InputError(f"{config}: stage 'pipeline' is for r2id run; r2id train takes 'riae' or 'r2id'")
+    result = run_train(settings, preview)
+    if dist.is_main():
+        _report(result, as_json, lambda r: [f"{r['checkpoint']}: step {r['step']}" + (
+            f", loss {r['loss']:.4f}, {r['images_per_second']:.0f} images/s" if "loss" in r else ", already finished")])
+
+
+@app.command()
+def encode(
+    riae: Annotated[Path, typer.Option(metavar="CKPT", help="RIAE checkpoint or run directory.")],
+    shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
+    out: Annotated[Path, typer.Option(help="Folder for the latent cache.")],
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Resize images; default: as for the RIAE.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 256,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Encode a whole dataset into a cache of raw latents."""
+    from r2id.training.encode import encode as run_encode
+
+    result = run_encode(riae, shards, out, batch=batch, size=parse_size(size) if size else None,
+                        device=_device(device))
+    _report(result, as_json, lambda r: [f"{r['out']}: {r['images']} images encoded"
+                                        + (f", {r['reused']} found in place" if r["reused"] else "")])
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID checkpoint or run directory.")],
+    out: Annotated[Path, typer.Option(help="PNG file, or a folder for one grid per size; must not exist.")],
+    size: SizeList = None,
+    label: Annotated[list[int] | None, typer.Option(min=0, help="Class; may be repeated. Default: all in turn.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Images per size.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
+    cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is none.")] = None,
+    solver: Annotated[Literal["ddim", "dpmpp_2m"] | None, typer.Option(help="Sampler.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i has seed SEED + i, at every size.")] = 0,
+    grid: Annotated[str | None, typer.Option(metavar="hxw", help="Latent grid; default from the size.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw grids of samples at any sizes from one R2ID checkpoint."""
+    from r2id.sampling import draw_grids
+
+    result = draw_grids(checkpoint, out, _sizes(size), labels=tuple(label or ()), count=count, steps=steps,
+                        guidance=cfg, solver=solver, seed=seed, grid=parse_size(grid) if grid else None,
+                        overwrite=overwrite, device=_device(device))
+    _report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
+
+
+@app.command()
+def reconstruct(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="RIAE checkpoint or run directory.")],
+    image: Annotated[Path, typer.Argument(help="A picture of any size.")],
+    out: Annotated[Path, typer.Option(help="PNG file, or a folder for one per size; must not exist.")],
+    size: SizeList = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Encode a picture and decode it at any sizes; default its own."""
+    from r2id.sampling import reconstruct_file
+
+    result = reconstruct_file(checkpoint, image, out, _sizes(size), overwrite=overwrite, device=_device(device))
+    _report(result, as_json, lambda r: [f"{path}" for path in r["files"]]
+            + [f"PSNR at its own size: {r['psnr']:.2f} dB"])
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID or RIAE checkpoint or run directory.")],
+    shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json, figures and report.html.")],
+    size: SizeList = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples per size.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="First seed of the samples.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint and write the report."""
+    from r2id.evaluation.run import evaluate as run_evaluate
+
+    result = run_evaluate(checkpoint, shards, out, sizes=_sizes(size), count=count, seed=seed, device=_device(device))
+    _report(result, as_json, lambda r: [*r["headlines"], f"report: {out / 'report.html'}"])
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file of a pipeline.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline as a Prefect flow: prepare, train, encode, train, sample, evaluate."""
+    from pipelines.pipeline import run_pipeline
+
+    from r2id.config import PipelineRun, load_config
+
+    settings = load_config(config, overrides or ())
+    if not isinstance(settings, PipelineRun):
+        raise InputError(f"{config}: stage {settings.stage!r} is for r2id train; r2id run takes 'pipeline'")
+    result = run_pipeline(settings)
+    _report(result, as_json, lambda r: r["lines"])
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 the work failed, 2 wrong input or arguments, 75 stopped with everything saved."""
+    try:
+        app()
+    except WorkError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(75)
+
+
+if __name__ == "__main__":
+    main()

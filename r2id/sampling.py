@@ -1,0 +1,253 @@
+"""Seeds to images of any size, and the pictures that a training run shows of itself.
+
+Shape letters: B samples · C colours · H, W image · L latent channels · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r2id import rng
+from r2id.config import DiffusionConfig, R2idConfig, R2idRun, SampleConfig
+from r2id.data.loader import eval_loader
+from r2id.diffusion import objective, schedule, solvers
+from r2id.diffusion.noise import noise_field
+from r2id.errors import InputError
+from r2id.models.coords import Size
+from r2id.models.r2id import R2ID
+from r2id.models.riae import RIAE
+from r2id.pictures import read_image, save_png, tile
+from r2id.training import checkpoint
+from r2id.training.codec import Codec
+from r2id.training.losses import denoising_loss
+from r2id.training.stages import Stage, codec_path
+
+_PREVIEW_IMAGES = 10
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An R2ID with the codec of its latents."""
+
+    model: R2ID
+    codec: Codec
+    diffusion: DiffusionConfig
+    defaults: SampleConfig
+    base_side: float
+    """√(h·w) of the grid at which the noise schedule is not shifted."""
+    areas: tuple[int, int]
+    """Smallest and largest number of latent cells trained on."""
+    bfloat16: bool
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu", codec: Codec | None = None) -> Sampler:
+        """From an R2ID checkpoint or run directory; it names its RIAE, unless ``codec`` is given.
+
+        InputError when it is no R2ID checkpoint, is damaged, or the RIAE is not the one it was trained with.
+        """
+        path = checkpoint.resolve(path)
+        meta = checkpoint.load_meta(path)
+        if meta.stage != "r2id":
+            raise InputError(f"{path}: a checkpoint of stage {meta.stage!r}, not 'r2id'")
+        codec = codec or Codec.load(codec_path(path, meta.model), device)
+        if codec.hash != meta.model["codec_hash"]:
+            raise InputError(f"{codec.path}: not the RIAE checkpoint that {path} was trained with "
+                             f"({meta.model['codec']}, identity {meta.model['codec_hash'][:12]})")
+        model = R2ID(R2idConfig.model_validate(meta.config["r2id"]), codec.latent_channels, meta.model["classes"])
+        checkpoint.fit(model, checkpoint.load_tensors(path, "ema"), path)
+        model.to(device).eval().requires_grad_(False)
+        return cls(model, codec, DiffusionConfig.model_validate(meta.config["diffusion"]),
+                   SampleConfig.model_validate(meta.config["sample"]), meta.model["base_side"],
+                   tuple(meta.model["areas"]), meta.config["train"]["precision"] == "bfloat16")
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.classes
+
+    def grid_for(self, size: Size) -> Size:
+        """The latent grid on which an image of this size is diffused.
+
+        The codec's own grid where its number of cells is one that the model was trained on; else the nearest number of
+        cells at this aspect ratio. The decoder then renders the grid at the size asked for.
+        """
+        height, width = self.codec.grid_for(size)
+        area = height * width
+        scale = (min(max(area, self.areas[0]), self.areas[1]) / area) ** 0.5
+        if scale == 1.0:
+            return height, width
+        exact = (size[0] / self.codec.model.config.cell * scale, size[1] / self.codec.model.config.cell * scale)
+        return max(1, round(exact[0])), max(1, round(exact[1]))
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, seeds: Tensor, size: Size, *, grid: Size | None = None, steps: int | None = None,
+               guidance: float | None = None, solver: str | None = None, batch: int = 100) -> Tensor:
+        """Images of any size, one per label and seed.
+
+        labels int64 [B] (−1: no condition), seeds int64 [B], size (H, W) in pixels, grid (h, w) of latents (by default
+        grid_for(size)); what is None is the run's own setting → float32 [B, C, H, W] in [−1, 1], on the CPU.
+        """
+        steps = self.defaults.steps if steps is None else steps
+        guidance = self.defaults.guidance if guidance is None else guidance
+        solve = solvers.SOLVERS[solver or self.defaults.solver]
+        grid = grid or self.grid_for(size)
+        images = []
+        for some, keys in zip(labels.split(batch), seeds.split(batch), strict=True):
+            images.append(self.codec.decode(self._latents(some, keys, grid, steps, guidance, solve), size).cpu())
+        return torch.cat(images)
+
+    def _latents(self, labels: Tensor, seeds: Tensor, grid: Size, steps: int, guidance: float, solve) -> Tensor:
+        device = self.codec.device
+        labels = labels.to(device)
+        noise = noise_field(rng.fold(seeds), self.codec.latent_channels, grid).to(device)
+        kind = self.diffusion.schedule
+        conditions = _conditions(labels, guidance)
+
+        def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+            alpha_bar = schedule.alpha_bar(log_snr).expand(len(labels))
+            with self._autocast():
+                predicted = _guide(self.model.predict(x, alpha_bar, conditions), guidance)
+            return objective.to_data_and_noise(self.diffusion.objective, x, predicted,
+                                               *schedule.alpha_sigma(log_snr, kind))
+
+        log_snrs = solvers.time_steps(steps, kind, self._shift(grid)).to(device)
+        return self.codec.denormalise(solve(denoise, noise, log_snrs, kind))
+
+    @torch.no_grad()
+    def loss_at(self, latents: Tensor, labels: Tensor, time: float, seed: int = 0) -> Tensor:
+        """Unweighted squared error of the prediction at one time in (0, 1), per sample: raw latents [B, L, h, w] and
+        labels [B] → float32 [B]."""
+        noise = rng.normal(rng.fold(seed, torch.arange(len(latents))), *latents.shape[1:])
+        with self._autocast():
+            return denoising_loss(self.model, self.diffusion, self.base_side, self.codec.normalise(latents),
+                                  labels, torch.full((len(latents),), time, device=latents.device),
+                                  noise.to(latents.device))[1]
+
+    def _shift(self, grid: Size) -> float:
+        return schedule.size_shift((grid[0] * grid[1]) ** 0.5, self.base_side, self.diffusion.shift_exponent)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.codec.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+def _conditions(labels: Tensor, guidance: float) -> Tensor:
+    """The conditions that guidance needs: [1 or 2, B]."""
+    empty = torch.full_like(labels, -1)
+    if guidance == 0:
+        return empty.unsqueeze(0)
+    return labels.unsqueeze(0) if guidance == 1 else torch.stack([empty, labels])
+
+
+def _guide(predictions: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022): empty + scale·(conditional − empty)."""
+    if len(predictions) == 1:
+        return predictions[0]
+    return torch.lerp(predictions[0], predictions[1], guidance)
+
+
+def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
+    """``count`` labels: the given ones in turn, or every class in turn, or −1 where there are no classes: int64 [count].
+
+    InputError when a label is out of range.
+    """
+    for label in labels:
+        if not 0 <= label < classes:
+            allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
+            raise InputError(f"label {label}: must be {allowed}")
+    choices = list(labels) or list(range(classes)) or [-1]
+    return torch.tensor([choices[i % len(choices)] for i in range(count)], dtype=torch.int64)
+
+
+def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence[int] = (), count: int | None = None,
+               steps: int | None = None, guidance: float | None = None, solver: str | None = None, seed: int = 0,
+               grid: Size | None = None, overwrite: bool = False, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Sample a checkpoint at every size and write one PNG grid for each; what is None is the run's own setting.
+
+    ``out`` is a PNG file (one size) or a folder. The same seeds and labels at every size: picture i is one composition.
+    """
+    sampler = Sampler.load(path, device)
+    sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
+    files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
+    chosen = choose_labels(labels or sampler.defaults.labels, count or sampler.defaults.count, sampler.num_classes)
+    seeds = torch.arange(seed, seed + len(chosen))
+    columns = min(len(chosen), sampler.num_classes or 10)
+    for file, size in zip(files, sizes, strict=True):
+        images = sampler.sample(chosen, seeds, size, grid=grid, steps=steps, guidance=guidance, solver=solver)
+        save_png(tile(images, columns), file)
+    return {"files": [str(file) for file in files], "labels": chosen.tolist(), "seeds": seeds.tolist(),
+            "grids": [list(grid or sampler.grid_for(size)) for size in sizes]}
+
+
+def reconstruct_file(path: Path, picture: Path, out: Path, sizes: Sequence[Size], *, overwrite: bool = False,
+                     device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Encode a picture file and decode it at every size (default its own) into PNG files; PSNR at its own size."""
+    codec = Codec.load(path, device)
+    image = read_image(picture, codec.channels)
+    own: Size = (image.shape[1], image.shape[2])
+    sizes = tuple(sizes) or (own,)
+    files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
+    latents = codec.encode(image.unsqueeze(0))
+    for file, size in zip(files, sizes, strict=True):
+        save_png(codec.decode(latents, size)[0], file)
+    error = F.mse_loss(codec.decode(latents, own)[0].cpu(), image)
+    return {"files": [str(file) for file in files], "psnr": float(10 * torch.log10(4 / error.clamp(min=1e-12)))}
+
+
+def output_files(out: Path, names: Sequence[str], overwrite: bool) -> list[Path]:
+    """Where to write one PNG per name: ``out`` itself when it ends in .png, else in a folder of that name.
+
+    InputError when something is there already, or when many pictures are to go into one file.
+    """
+    if out.suffix.lower() == ".png":
+        if len(names) > 1:
+            raise InputError(f"--out {out}: is one file, and there are {len(names)} sizes; name a folder")
+        files = [out]
+    elif out.suffix:
+        raise InputError(f"--out {out}: must be a .png file or a folder")
+    else:
+        files = [out / f"{name}.png" for name in dict.fromkeys(names)]
+    for file in files:
+        if file.exists() and not overwrite:
+            raise InputError(f"{file}: exists already; choose another --out or add --overwrite")
+    if out.is_file() and not out.suffix:
+        raise InputError(f"--out {out}: is a file; must be a .png file or a folder")
+    return files
+
+
+def preview(stage: Stage, model: nn.Module, file: Path) -> Path:
+    """What a model in training makes: RIAE's reconstructions under their originals, or R2ID's samples at three sizes."""
+    device = next(model.parameters()).device
+    if isinstance(model, RIAE):
+        return _preview_reconstructions(stage, model, file, device)
+    assert isinstance(model, R2ID) and stage.codec is not None
+    return _preview_samples(stage, model, file)
+
+
+def _preview_reconstructions(stage: Stage, model: RIAE, file: Path, device: torch.device) -> Path:
+    data = stage.config.data
+    batch = next(iter(eval_loader(stage.shards, data, split=data.test_split, batch=_PREVIEW_IMAGES,
+                                  limit=_PREVIEW_IMAGES)))
+    images = batch["image"].to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=stage.config.train.precision == "bfloat16"):
+        decoded = model.decode(model.encode(images), (images.shape[2], images.shape[3]))
+    return save_png(tile(torch.cat([images, decoded]), len(images)), file)
+
+
+def _preview_samples(stage: Stage, model: R2ID, file: Path) -> Path:
+    config = stage.config
+    assert isinstance(config, R2idRun) and stage.codec is not None
+    sampler = Sampler(model, stage.codec, config.diffusion, config.sample, stage.facts["base_side"],
+                      tuple(stage.facts["areas"]), config.train.precision == "bfloat16")
+    labels = choose_labels(config.sample.labels, _PREVIEW_IMAGES, sampler.num_classes)
+    height, width = stage.codec.image
+    rows = [sampler.sample(labels, torch.arange(len(labels)), size)
+            for size in ((height, width), (height * 3 // 2, width), (height * 2, width * 2))]
+    tiled = [tile(row, len(labels)) for row in rows]
+    widest = max(row.shape[2] for row in tiled)
+    return save_png(torch.cat([F.pad(row, (0, widest - row.shape[2]), value=-1.0) for row in tiled], dim=1), file)

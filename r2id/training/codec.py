@@ -1,0 +1,106 @@
+"""A trained RIAE as a codec: images to latents and back, and the one place where latents are normalised.
+
+Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from r2id.config import RiaeConfig
+from r2id.errors import InputError
+from r2id.models.coords import Size
+from r2id.models.riae import RIAE
+from r2id.training import checkpoint
+
+
+@dataclass(frozen=True)
+class Codec:
+    model: RIAE
+    mean: Tensor
+    """Mean of the raw latents over the training images, float32 [L]."""
+    std: Tensor
+    """Their standard deviation, float32 [L]."""
+    bfloat16: bool
+    """Computes as the RIAE was trained: in bfloat16 autocast, or in float32."""
+    path: Path
+    hash: str
+    """Identity of the checkpoint."""
+    image: Size
+    """Size of the training images: their median height and width."""
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> Codec:
+        """From an RIAE checkpoint or run directory; InputError when it is none or is damaged."""
+        path = checkpoint.resolve(path)
+        meta = checkpoint.load_meta(path)
+        if meta.stage != "riae":
+            raise InputError(f"{path}: a checkpoint of stage {meta.stage!r}, not 'riae'")
+        model = RIAE(RiaeConfig.model_validate(meta.config["riae"]), meta.model["channels"])
+        checkpoint.fit(model, checkpoint.load_tensors(path, "ema"), path)
+        stats = checkpoint.load_tensors(path, "stats")
+        model.to(device).eval().requires_grad_(False)
+        return cls(model, stats["mean"].to(device), stats["std"].to(device),
+                   meta.config["train"]["precision"] == "bfloat16", path, checkpoint.identity(path),
+                   tuple(meta.model["image"]))
+
+    @property
+    def channels(self) -> int:
+        """Colour channels."""
+        return self.model.channels
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model.config.latent_channels
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def grid_for(self, image: Size) -> Size:
+        """The latent grid of an image of this size."""
+        return self.model.grid_for(image)
+
+    def encode(self, images: Tensor, grid: Size | None = None) -> Tensor:
+        """Images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w]."""
+        with self._autocast():
+            return self.model.encode(images.to(self.device), grid)
+
+    def decode(self, latents: Tensor, size: Size) -> Tensor:
+        """Raw latents [B, L, h, w] → images [B, C, H, W] clipped to [−1, 1]."""
+        with self._autocast():
+            return self.model.decode(latents.to(self.device), size).clamp(-1, 1)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Raw latents [B, L, h, w] → mean 0 and standard deviation 1 per channel."""
+        mean, std = (rearrange(part, "l -> l 1 1") for part in (self.mean, self.std))
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of normalise."""
+        mean, std = (rearrange(part, "l -> l 1 1") for part in (self.mean, self.std))
+        return latents * std + mean
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+def latent_statistics(encode: Any, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Mean and standard deviation per channel of encode(images) over all cells: {"mean": [L], "std": [L]}, in float64
+    sums. A channel that never varies gets standard deviation 1: there is nothing to scale."""
+    total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for images in batches:
+        latents = rearrange(encode(images), "b l h w -> l (b h w)").double().cpu()
+        total, squares = total + latents.sum(1), squares + latents.square().sum(1)
+        count += latents.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return {"mean": mean.float(), "std": torch.where(std > 1e-6, std, 1.0).float()}

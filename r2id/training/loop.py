@@ -1,0 +1,267 @@
+"""The one training loop: batches → loss → engine, with logs, previews, checkpoints, signals and resume."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from r2id import dist, rng
+from r2id.config import OptimConfig, R2idRun, RiaeRun, to_toml
+from r2id.errors import InputError, Stopped
+from r2id.progress import Progress, say
+from r2id.training import checkpoint
+from r2id.training.engine import Engine, make_engine, micro_batch_size
+from r2id.training.stages import Batch, Stage, make_stage
+from r2id.training.tracking import NullTracker, Tracker
+
+Preview = Callable[[Stage, nn.Module, Path], Path]
+"""(stage, model with EMA weights, file to write) → the PNG: reconstructions or samples."""
+
+
+def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str, Any]:
+    """Train one stage to its last step, from its newest checkpoint when there is one.
+
+    Returns the last checkpoint, step, loss and rate. Raises InputError when config, data and run directory do not fit
+    together, NonFiniteError before a spoilt update, Stopped after SIGTERM or SIGINT with everything saved.
+    """
+    world = dist.init()
+    stage = make_stage(config, world, micro_batch_size(config.train, world.world_size))
+    if config.train.activation_checkpointing == "all":
+        recompute_blocks(stage.module.model)
+    engine = make_engine(stage.module, optim=config.optim, train=config.train, engine=config.engine, world=world)
+    found = _find_checkpoint(stage)
+    start = 0
+    if found is not None:
+        checkpoint.load_into(engine, found)
+        start = checkpoint.load_meta(found).step
+    if start >= config.train.steps:
+        return {"checkpoint": found, "step": start}
+    run = _Run(stage, engine, preview, start)
+    try:
+        result = run.loop()
+    except BaseException as error:
+        run.tracker.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
+        raise
+    run.tracker.finish()
+    return result
+
+
+def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
+    """Linear warm-up from 0, then a cosine from lr to lr_end (Loshchilov & Hutter 2017) at the last step."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    done = (step - optim.warmup) / max(1, total - 1 - optim.warmup)
+    return optim.lr_end + 0.5 * (optim.lr - optim.lr_end) * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep no activations inside the model's blocks: compute them again in the backward pass."""
+    for block in model.blocks():
+        block.forward = partial(recompute, block.forward, use_reentrant=False)
+
+
+class _Run:
+    """One process's part of a run, from its first step to its last."""
+
+    def __init__(self, stage: Stage, engine: Engine, preview: Preview | None, start: int) -> None:
+        self.stage, self.engine, self.preview, self.start = stage, engine, preview, start
+        self.config, self.folder = stage.config, stage.config.run
+        self.main = dist.is_main()
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.toml").write_text(to_toml(self.config))
+        self.tracker = self._start_tracker() if self.main else NullTracker()
+        self.saved: Path | None = None
+        self.last: dict[str, float] = {}
+
+    def loop(self) -> dict[str, Any]:
+        train, step = self.config.train, self.start
+        meter = _Meter(self.engine.device)
+        batches = self.stage.loader(self.start)
+        with _stop_signals() as stopped, Progress(
+                f"train {self.config.stage}", train.steps, start=self.start, unit="images", per_item=train.batch,
+                shown=self.main) as progress:
+            for step in range(self.start, train.steps):
+                micro_batches = next(batches)
+                meter.lap("data")
+                grad_norm = self._step(micro_batches, step, meter)
+                meter.lap("step")
+                done = step + 1
+                stop = self._anyone(stopped())
+                if done % train.log_every == 0 or done == train.steps or stop:
+                    self.last = meter.read(train.batch)
+                    progress.advance(note=f"loss {self.last['loss']:.4f}")
+                    rate = learning_rate(step, self.config.optim, train.steps)
+                    self.tracker.metrics({**self.last, "lr": rate, "grad_norm": float(grad_norm)}, done)
+                else:
+                    progress.advance()
+                if done % train.save_every == 0 or done == train.steps or stop:
+                    self._save(done)
+                if (done % train.preview_every == 0 or done == train.steps) and not stop:
+                    self._show(done)
+                meter.lap("pause")
+                if stop:
+                    raise Stopped(f"{self.folder}: step {done} of {train.steps} saved; the same command goes on")
+        return {"checkpoint": self.saved, "step": train.steps, **self.last}
+
+    def _step(self, micro_batches: list[Batch], step: int, meter: _Meter) -> Tensor:
+        """One optimizer step; every random draw that is not keyed by sample (dropout) is keyed by step and rank."""
+        torch.manual_seed(int(rng.fold(self.config.seed, step, dist.rank())))
+        for batch in micro_batches:
+            on_device = {key: value.to(self.engine.device, non_blocking=True) if isinstance(value, Tensor) else value
+                         for key, value in batch.items()}
+            loss, figures = self.engine.forward({**self.stage.to_inputs(on_device), "step": step})
+            self.engine.backward(loss, len(micro_batches))
+            meter.add({"loss": loss.detach(), **figures})
+        meter.steps += 1
+        return self.engine.step(learning_rate(step, self.config.optim, self.config.train.steps), step)
+
+    def _save(self, step: int) -> None:
+        """All ranks gather; the first writes."""
+        state = self.engine.state()
+        if self.main and state is not None:
+            model = self._ema_model(state.ema)
+            meta = checkpoint.Meta(
+                stage=self.config.stage, step=step, samples=step * self.config.train.batch, seed=self.config.seed,
+                config=self.config.model_dump(mode="json"), model=self.stage.facts)
+            self.saved = checkpoint.save(self.folder, state, meta, keep=self.config.train.keep,
+                                         stats=self.stage.statistics(model, self.engine.device))
+            self.tracker.tag("checkpoint", str(self.saved))
+        dist.barrier()
+
+    def _show(self, step: int) -> None:
+        if self.preview is None:
+            return
+        ema = self.engine.ema_state()
+        if self.main and ema is not None:
+            picture = self.preview(self.stage, self._ema_model(ema), self.folder / "samples" / f"step-{step:08d}.png")
+            self.tracker.image(picture, "samples", step)
+        dist.barrier()
+
+    def _ema_model(self, ema: dict[str, Tensor]) -> nn.Module:
+        model = self.stage.build_model()
+        model.load_state_dict(ema)
+        return model.to(self.engine.device).eval().requires_grad_(False)
+
+    def _start_tracker(self) -> NullTracker:
+        """Begin or continue this run directory's MLflow run, whose id is kept beside the config."""
+        note = self.folder / "mlflow-run-id"
+        known = note.read_text().strip() if note.exists() and self.start else None
+        shards = self.stage.shards
+        tracker = Tracker.start(
+            self.config.tracking, run_name=self.folder.name, stage=self.config.stage,
+            params=self.config.model_dump(mode="json"), run_id=known,
+            tags={f"fact.{key}": str(value) for key, value in self.stage.facts.items()},
+            dataset=(shards.manifest.dataset, shards.digest, str(self.config.data.shards)))
+        if tracker.run_id:
+            note.write_text(tracker.run_id + "\n")
+        return tracker
+
+    def _anyone(self, flag: bool) -> bool:
+        """True on every rank as soon as it is on one, so that all stop at the same step."""
+        if dist.world_size() == 1:
+            return flag
+        return bool(dist.all_reduce_max(torch.tensor(float(flag), device=self.engine.device)))
+
+
+class _Meter:
+    """Means of figures since the last reading, and where the time went. Tensors stay on the device until read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.micro_batches = self.steps = 0
+        self.seconds = {"data": 0.0, "step": 0.0, "pause": 0.0}
+        self.mark = time.perf_counter()
+
+    def lap(self, kind: str) -> None:
+        """The time since the last lap was spent on this."""
+        now = time.perf_counter()
+        self.seconds[kind] += now - self.mark
+        self.mark = now
+
+    def add(self, figures: dict[str, Tensor]) -> None:
+        for key, value in figures.items():
+            self.sums[key] = self.sums.get(key, torch.zeros((), device=self.device)) + value.float()
+        self.micro_batches += 1
+
+    def read(self, batch: int) -> dict[str, float]:
+        """Close the interval: means over micro-batches and ranks, images/s of the whole job, share of time spent
+        waiting for data, peak memory in GiB. Saving and drawing do not count as time."""
+        ranks = dist.world_size()
+        means = {key: float(dist.all_reduce_sum(total / self.micro_batches)) / ranks
+                 for key, total in self.sums.items()}
+        self.lap("step")  # after the sums were read, so that a GPU has finished its work
+        busy = self.seconds["data"] + self.seconds["step"]
+        figures = {**means, "images_per_second": self.steps * batch / busy, "data_wait": self.seconds["data"] / busy,
+                   "memory_gib": peak_memory(self.device) / 2**30}
+        self._clear()
+        return figures
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory in bytes so far: of the GPU's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes if sys.platform == "darwin" else kibibytes * 1024
+
+
+def _find_checkpoint(stage: Stage) -> Path | None:
+    """The run directory's newest checkpoint, if any; InputError when another run's lies there."""
+    found = checkpoint.latest(stage.config.run)
+    if found is None:
+        return None
+    meta = checkpoint.load_meta(found)
+    if meta.stage != stage.config.stage:
+        raise InputError(f"{stage.config.run}: holds a run of stage {meta.stage!r}, not {stage.config.stage!r}: "
+                         "choose another run directory")
+    then = _essentials(meta.config, meta.model)
+    for name, value in _essentials(stage.config.model_dump(mode="json"), stage.facts).items():
+        if then.get(name) != value:
+            raise InputError(f"{stage.config.run}: holds a run with {name} = {then.get(name)!r}, not {value!r}: "
+                             "choose another run directory, or remove this one to start over")
+    say(f"{found}: going on from step {meta.step}")
+    return found
+
+
+def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What may not change between two starts of one run."""
+    sections = [config["stage"], *(["diffusion"] if "diffusion" in config else [])]
+    settings = {f"{section}.{key}": value for section in sections for key, value in config[section].items()}
+    recorded = {f"recorded {key}": value for key, value in facts.items() if key != "codec"}  # its hash counts
+    return {"seed": config["seed"], "train.batch": config["train"]["batch"], **settings, **recorded}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT raise a flag that is read at the end of a step; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        say("stopping at the end of this step; everything will be saved")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,131 @@
+"""What each stage minimises: modules from a batch to (loss, named figures), with every random draw keyed by
+(seed, step, sample).
+
+Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid · N, P points.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from r2id import rng
+from r2id.config import DiffusionConfig
+from r2id.diffusion import objective, schedule
+from r2id.models import coords
+from r2id.models.coords import Size
+from r2id.models.r2id import R2ID
+from r2id.models.riae import RIAE
+
+# One stream of random numbers for each purpose.
+_SEEN, _SEEN_JITTER, _ASKED, _ASKED_JITTER, _LATENT_NOISE, _LATENT_CLOUD = range(6)
+_TIME, _NOISE, _DROP, _JITTER = range(6, 10)
+
+Figures = dict[str, Tensor]
+
+
+class RiaeLoss(nn.Module):
+    """Reconstruction of random points of an image from a random cloud of its points."""
+
+    def __init__(self, model: RIAE, seed: int) -> None:
+        super().__init__()
+        self.model, self.seed = model, seed
+
+    def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
+        """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures."""
+        config, size = self.model.config, (image.shape[2], image.shape[3])
+        keys = rng.fold(self.seed, step, index)
+        grid = self.model.grid_for(size)
+        cells = coords.grid_coordinates(grid, size, image.device).unsqueeze(0)
+        pixels = size[0] * size[1]
+        seen, colours = self._points(image, keys, _SEEN, max(1, round(pixels * config.encode_cloud)))
+        asked, truth = self._points(image, keys, _ASKED, min(config.decode_pixels, pixels))
+
+        latents = self.model.encode_points(colours, seen, cells, grid)
+        if config.latent_noise:
+            noise = rng.normal(rng.fold(keys, _LATENT_NOISE), *latents.shape[1:])
+            latents = latents + config.latent_noise * noise
+        latent_keys = self.model.spread_latents(latents, cells, grid)
+        if config.decode_cloud < 1:
+            latent_keys, cells = self._cloud(latent_keys, cells, keys)
+        decoded = self.model.decode_points(latent_keys, cells, asked, grid)
+        return reconstruction_loss(decoded, truth, config.loss), {
+            "mse": F.mse_loss(decoded.detach(), truth), "latent_rms": latents.detach().square().mean().sqrt()}
+
+    def _points(self, image: Tensor, keys: Tensor, stream: int, count: int) -> tuple[Tensor, Tensor]:
+        """Random points of each image, [B, count, 4], and the colours there, [B, count, C].
+
+        Jittered points lie between pixel centres and take the bicubic colour of their place, not the pixel's: jitter
+        without that would teach a blurred image.
+        """
+        size: Size = (image.shape[2], image.shape[3])
+        jitter = self.model.config.jitter
+        grid = coords.grid_coordinates(size, device=image.device)
+        chosen = rng.subset(rng.fold(keys, stream), len(grid), count)
+        at = grid[chosen]
+        if not jitter:
+            flat = rearrange(image, "b c h w -> b (h w) c")
+            return at, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
+        at = coords.displace(at, jitter * rng.normal(rng.fold(keys, stream + 1), count, 2), size)
+        return at, coords.sample_image(image, at)
+
+    def _cloud(self, latent_keys: Tensor, cells: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """A random share of the decoder's keys [B, M, D] and of their cells."""
+        count = max(1, round(latent_keys.shape[1] * self.model.config.decode_cloud))
+        chosen = rng.subset(rng.fold(keys, _LATENT_CLOUD), latent_keys.shape[1], count)
+        gathered = latent_keys.gather(1, chosen.unsqueeze(-1).expand(-1, -1, latent_keys.shape[-1]))
+        return gathered, cells[0][chosen]
+
+
+def reconstruction_loss(decoded: Tensor, truth: Tensor, kind: str) -> Tensor:
+    """Mean absolute, squared or Charbonnier error √(e² + 10⁻⁶) (Lai et al. 2017)."""
+    error = decoded - truth
+    if kind == "l1":
+        return error.abs().mean()
+    return error.square().mean() if kind == "mse" else (error.square() + 1e-6).sqrt().mean()
+
+
+class R2idLoss(nn.Module):
+    """Denoising of normalised latents at random times, under their class or, at times, no condition."""
+
+    def __init__(self, model: R2ID, diffusion: DiffusionConfig, base_side: float, seed: int) -> None:
+        super().__init__()
+        self.model, self.diffusion, self.base_side, self.seed = model, diffusion, base_side, seed
+
+    def forward(self, latent: Tensor, label: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
+        """latent [B, L, h, w] normalised, label [B] (−1 none), index [B] of the samples → scalar loss, figures."""
+        keys = rng.fold(self.seed, step, index)
+        grid: Size = (latent.shape[2], latent.shape[3])
+        dropped = rng.uniform(rng.fold(keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
+        at = coords.grid_coordinates(grid, device=latent.device)
+        if self.model.config.jitter:
+            noise = rng.normal(rng.fold(keys, _JITTER), len(at), 2)
+            at = coords.displace(at, self.model.config.jitter * noise, grid)
+        losses, unweighted = denoising_loss(
+            self.model, self.diffusion, self.base_side, latent, torch.where(dropped, -1, label),
+            draw_times(rng.fold(keys, _TIME), self.diffusion.time_sampling),
+            rng.normal(rng.fold(keys, _NOISE), *latent.shape[1:]), at)
+        return losses.mean(), {"denoising_mse": unweighted.detach().mean()}
+
+
+def draw_times(keys: Tensor, sampling: str) -> Tensor:
+    """Times in (0, 1), one per key: uniform, or the logistic of a standard normal (Esser et al. 2024, eq. 19)."""
+    if sampling == "uniform":
+        return rng.uniform(keys, 1).squeeze(-1)
+    return torch.sigmoid(rng.normal(keys, 1).squeeze(-1))
+
+
+def denoising_loss(model: nn.Module, diffusion: DiffusionConfig, base_side: float, latent: Tensor, label: Tensor,
+                   time: Tensor, noise: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Per-sample (weighted, unweighted) squared error of the prediction at times [B]: two tensors [B]."""
+    side = (latent.shape[2] * latent.shape[3]) ** 0.5
+    shift = schedule.size_shift(side, base_side, diffusion.shift_exponent)
+    log_snr = schedule.log_snr(time, diffusion.schedule, shift)
+    alpha, sigma = schedule.alpha_sigma(log_snr, diffusion.schedule)
+    a, s = (rearrange(part, "b -> b 1 1 1") for part in (alpha, sigma))
+    predicted = model(a * latent + s * noise, schedule.alpha_bar(log_snr), label, at)
+    wanted = objective.target(diffusion.objective, latent, noise, a, s)
+    error = (predicted - wanted).square().flatten(1).mean(1)
+    return error * objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma), error

@@ -1,0 +1,121 @@
+"""What differs between the two stages: model, loss, batches and the facts that a checkpoint records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r2id.config import R2idRun, RiaeRun
+from r2id.data.latents import LatentCache, latent_loader
+from r2id.data.loader import eval_loader, image_loader, image_sizes
+from r2id.data.shards import ShardSet
+from r2id.dist import World
+from r2id.errors import InputError
+from r2id.models.r2id import R2ID
+from r2id.models.riae import RIAE
+from r2id.training.codec import Codec, latent_statistics
+from r2id.training.losses import R2idLoss, RiaeLoss
+
+_STATISTICS_IMAGES = 2048  # images from which the latents' mean and deviation are measured
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, ready to train."""
+
+    config: RiaeRun | R2idRun
+    shards: ShardSet
+    module: nn.Module
+    """``module(**batch, step=…)`` → (loss, figures); holds the model as ``module.model``."""
+    facts: dict[str, Any]
+    """What it takes to build the model and use it, beside its config."""
+    loader: Callable[[int], Iterator[list[Batch]]]
+    """First step → for every step from there this rank's micro-batches, still on the CPU."""
+    to_inputs: Callable[[Batch], Batch]
+    """A loaded batch, on the device → keyword arguments of the module."""
+    codec: Codec | None = None
+
+    def build_model(self) -> nn.Module:
+        """A fresh model of this stage, for weights that are not the ones in training."""
+        if isinstance(self.config, RiaeRun):
+            return RIAE(self.config.riae, self.facts["channels"])
+        return R2ID(self.config.r2id, self.facts["latent_channels"], self.facts["classes"])
+
+    def statistics(self, model: nn.Module, device: torch.device) -> dict[str, Tensor] | None:
+        """RIAE: mean and standard deviation of its latents; R2ID has none."""
+        if not isinstance(model, RIAE):
+            return None
+        bfloat16 = self.config.train.precision == "bfloat16"
+        batches = eval_loader(self.shards, self.config.data, split=self.config.data.train_split, batch=128,
+                              limit=_STATISTICS_IMAGES)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            return latent_statistics(model.encode, (batch["image"].to(device) for batch in batches))
+
+
+def make_stage(config: RiaeRun | R2idRun, world: World, micro_batch: int) -> Stage:
+    """Open the data and build model and loss. InputError when the data or the codec do not fit the config."""
+    shards = ShardSet.open(config.data.shards)
+    torch.manual_seed(config.seed)
+    if isinstance(config, RiaeRun):
+        return _riae_stage(config, shards, world, micro_batch)
+    return _r2id_stage(config, shards, world, micro_batch)
+
+
+def _loader_arguments(config: RiaeRun | R2idRun, world: World, micro_batch: int) -> dict[str, Any]:
+    return {"split": config.data.train_split, "batch": config.train.batch, "micro_batch": micro_batch,
+            "seed": config.seed, "total_steps": config.train.steps, "rank": world.rank,
+            "world_size": world.world_size}
+
+
+def _riae_stage(config: RiaeRun, shards: ShardSet, world: World, micro_batch: int) -> Stage:
+    arguments = _loader_arguments(config, world, micro_batch)
+    sizes = image_sizes(shards, config.data, config.data.train_split)
+    facts = {"channels": config.data.channels, "digest": shards.digest,
+             "image": [int(side) for side in sizes[len(sizes) // 2]]}
+    return Stage(
+        config, shards, RiaeLoss(RIAE(config.riae, config.data.channels), config.seed), facts,
+        lambda start: image_loader(shards, config.data, start_step=start, **arguments),
+        lambda batch: {"image": batch["image"], "index": batch["index"]})
+
+
+def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: int) -> Stage:
+    codec = Codec.load(config.codec, world.device)
+    if codec.channels != config.data.channels:
+        raise InputError(f"data.channels = {config.data.channels}: {codec.path} was trained with {codec.channels}")
+    arguments = _loader_arguments(config, world, micro_batch)
+    areas = [height * width for height, width in map(
+        codec.grid_for, image_sizes(shards, config.data, config.data.train_split))]
+    base_side = sorted(areas)[len(areas) // 2] ** 0.5
+    model = R2ID(config.r2id, codec.latent_channels, shards.num_classes)
+    facts = {"latent_channels": codec.latent_channels, "classes": shards.num_classes, "digest": shards.digest,
+             "codec": os.path.relpath(codec.path, config.run), "codec_hash": codec.hash, "base_side": base_side,
+             "areas": [min(areas), max(areas)]}
+
+    if config.data.latents is None:
+        def load(start: int) -> Iterator[list[Batch]]:
+            return image_loader(shards, config.data, start_step=start, **arguments)
+    else:
+        cache = LatentCache.open(config.data.latents, codec.hash, shards.digest)
+
+        def load(start: int) -> Iterator[list[Batch]]:
+            return latent_loader(cache, shards, config.data, start_step=start, **arguments)
+
+    def to_inputs(batch: Batch) -> Batch:
+        raw = batch["latent"] if "latent" in batch else codec.encode(batch["image"])
+        return {"latent": codec.normalise(raw), "label": batch["label"], "index": batch["index"]}
+
+    return Stage(config, shards, R2idLoss(model, config.diffusion, base_side, config.seed), facts, load, to_inputs,
+                 codec)
+
+
+def codec_path(checkpoint: Path, facts: dict[str, Any]) -> Path:
+    """Where an R2ID checkpoint's RIAE is: recorded relative to the run directory, so that both move together."""
+    return checkpoint.parent.parent / facts["codec"]

@@ -1,0 +1,115 @@
+"""Schedules, objectives and solvers: identities of the equations they name."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from r2id.diffusion import objective, schedule, solvers
+
+KINDS = ["cosine", "linear_beta", "flow"]
+PAIRS = [("epsilon", "cosine"), ("v", "cosine"), ("v", "linear_beta"), ("flow", "flow")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_grows_with_time_and_stays_in_bounds(kind):
+    values = schedule.log_snr(torch.linspace(0, 1, 101), kind)
+    assert (values[1:] <= values[:-1]).all() and values[1:-1].unique().numel() > 90
+    assert values[0] == schedule.LOG_SNR_MAX and values[-1] == schedule.LOG_SNR_MIN
+
+
+def test_known_points():
+    half = torch.tensor(0.5)
+    assert_close(schedule.log_snr(half, "cosine"), torch.tensor(0.0), atol=1e-6, rtol=0)
+    assert_close(schedule.log_snr(half, "flow"), torch.tensor(0.0), atol=1e-6, rtol=0)
+    alpha_bar = math.exp(-(0.1 * 0.5 + 0.5 * 19.9 * 0.25))
+    assert_close(schedule.alpha_bar(schedule.log_snr(half, "linear_beta")), torch.tensor(alpha_bar))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_amplitudes_have_the_snr_they_are_made_of(kind):
+    log_snr = torch.linspace(-9, 9, 37)
+    alpha, sigma = schedule.alpha_sigma(log_snr, kind)
+    assert_close(2 * torch.log(alpha / sigma), log_snr, atol=1e-3, rtol=1e-4)
+    assert_close(alpha + sigma if kind == "flow" else alpha**2 + sigma**2, torch.ones(37))
+
+
+def test_flow_at_time_t_is_a_straight_line():
+    t = torch.linspace(0.05, 0.95, 19)
+    alpha, sigma = schedule.alpha_sigma(schedule.log_snr(t, "flow"), "flow")
+    assert_close(alpha, 1 - t)
+    assert_close(sigma, t)
+
+
+def test_shift_makes_a_larger_grid_s_mean_as_noisy():
+    """Averaging s×s cells divides the noise's variance by s²: with k = 1 the averages have the base grid's SNR."""
+    shift = schedule.size_shift(14.0, 7.0, 1.0)
+    assert shift == pytest.approx(math.log(4))
+    t = torch.tensor(0.4)
+    assert_close(schedule.log_snr(t, "cosine", shift) + math.log(4), schedule.log_snr(t, "cosine"))
+    assert schedule.size_shift(7.0, 7.0, 1.0) == 0 and schedule.size_shift(14.0, 7.0, 0.0) == 0
+
+
+@pytest.mark.parametrize(("kind", "noise_schedule"), PAIRS)
+def test_prediction_and_target_are_inverse(kind, noise_schedule):
+    data, noise = torch.randn(6, 2, 3, 3), torch.randn(6, 2, 3, 3)
+    log_snr = torch.linspace(-6, 6, 6)
+    alpha, sigma = (part.view(-1, 1, 1, 1) for part in schedule.alpha_sigma(log_snr, noise_schedule))
+    wanted = objective.target(kind, data, noise, alpha, sigma)
+    back = objective.to_data_and_noise(kind, alpha * data + sigma * noise, wanted, alpha, sigma)
+    assert_close(back[0], data, atol=1e-3, rtol=1e-3)
+    assert_close(back[1], noise, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "noise_schedule"), PAIRS)
+def test_min_snr_weighs_the_error_of_the_data_alike_under_every_objective(kind, noise_schedule):
+    """weight · |prediction error|² must be min(SNR, 5)·|x₀ error|²."""
+    log_snr = torch.linspace(-4, 4, 9)
+    alpha, sigma = schedule.alpha_sigma(log_snr, noise_schedule)
+    x, wrong = torch.randn(9), torch.randn(9)
+    true = objective.to_data_and_noise(kind, x, torch.zeros(9), alpha, sigma)[0]
+    data_error = objective.to_data_and_noise(kind, x, wrong, alpha, sigma)[0] - true
+    weighted = objective.weight(kind, "min_snr", log_snr, sigma) * wrong**2
+    assert_close(weighted, log_snr.exp().clamp(max=5) * data_error**2, atol=1e-5, rtol=1e-4)
+
+
+def gaussian_denoiser(mean: float, std: float, kind: str):
+    """The exact posterior mean of x₀ ~ N(mean, std²) given x = α·x₀ + σ·ε."""
+    def denoise(x, log_snr):
+        alpha, sigma = schedule.alpha_sigma(log_snr, kind)
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+        data = mean + gain * (x - alpha * mean)
+        return data, (x - alpha * data) / sigma
+    return denoise
+
+
+@pytest.mark.parametrize("solver", sorted(solvers.SOLVERS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_solvers_sample_a_gaussian(solver, kind):
+    torch.manual_seed(0)
+    noise = torch.randn(20000)
+    log_snrs = solvers.time_steps(200, kind, 0.0)
+    samples = solvers.SOLVERS[solver](gaussian_denoiser(1.5, 0.5, kind), noise, log_snrs, kind)
+    assert float(samples.mean()) == pytest.approx(1.5, abs=0.03)
+    assert float(samples.std()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_second_order_needs_fewer_steps():
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    exact = 1.5 + 0.5 * noise
+    errors = {name: float((solve(gaussian_denoiser(1.5, 0.5, "cosine"), noise, solvers.time_steps(15, "cosine", 0.0),
+                                 "cosine") - exact).square().mean()) for name, solve in solvers.SOLVERS.items()}
+    assert errors["dpmpp_2m"] < 0.5 * errors["ddim"]
+
+
+def test_one_step_is_one_denoising():
+    calls = []
+
+    def denoise(x, log_snr):
+        calls.append(float(log_snr))
+        return x * 0 + 7.0, x
+
+    for solve in solvers.SOLVERS.values():
+        assert (solve(denoise, torch.randn(3), solvers.time_steps(1, "cosine", 0.0), "cosine") == 7).all()
+    assert calls == [schedule.LOG_SNR_MIN] * 2

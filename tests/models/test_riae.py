@@ -1,0 +1,104 @@
+"""RIAE: any size in, any size out, and what it must not depend on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from r2id.config import RiaeConfig
+from r2id.models import riae
+from r2id.models.riae import RIAE
+from r2id.training.losses import RiaeLoss, reconstruction_loss
+
+SMALL = RiaeConfig(latent_channels=4, width=32, pixel_width=16, heads=2, encoder_blocks=1, decoder_blocks=1,
+                   latent_blocks=1, encode_cloud=0.5, decode_cloud=0.5, decode_pixels=40)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return RIAE(SMALL, channels=1).eval()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (28, 28), (30, 17)])
+@pytest.mark.parametrize("out", [(1, 1), (7, 3), (40, 24)])
+def test_any_size_in_and_out(model, size, out):
+    latents = model.encode(torch.randn(2, 1, *size))
+    assert latents.shape == (2, 4, *model.grid_for(size))
+    image = model.decode(latents, out)
+    assert image.shape == (2, 1, *out) and image.dtype == torch.float32 and image.isfinite().all()
+
+
+def test_grid_for_rounds_and_never_vanishes(model):
+    assert model.grid_for((28, 28)) == (7, 7) and model.grid_for((1, 2)) == (1, 1) and model.grid_for((42, 28)) == (10, 7)
+
+
+def test_a_picture_does_not_depend_on_its_batch(model):
+    images = torch.randn(3, 1, 12, 12)
+    together = model.decode(model.encode(images), (9, 9))
+    alone = model.decode(model.encode(images[1:2]), (9, 9))
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_order_of_pixels_does_not_matter(model):
+    """The encoder sees a set of points: shuffled, they are the same image."""
+    from r2id.models.coords import grid_coordinates
+
+    at, cells, order = grid_coordinates((6, 6)), grid_coordinates((2, 2)).unsqueeze(0), torch.randperm(36)
+    colours = torch.randn(1, 36, 1)
+    torch.testing.assert_close(model.encode_points(colours, at.unsqueeze(0), cells, (2, 2)),
+                               model.encode_points(colours[:, order], at[order].unsqueeze(0), cells, (2, 2)),
+                               atol=1e-5, rtol=1e-4)
+
+
+def test_decoding_in_chunks_changes_nothing(model, monkeypatch):
+    latents = torch.randn(2, 4, 3, 3)
+    whole = model.decode(latents, (20, 11))
+    monkeypatch.setattr(riae, "_DECODE_CHUNK", 14)
+    torch.testing.assert_close(model.decode(latents, (20, 11)), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_bounded_latents():
+    assert RIAE(SMALL.model_copy(update={"bounded": True}), 1).encode(100 * torch.randn(1, 1, 8, 8)).abs().max() <= 1
+
+
+def test_loss_depends_on_step_and_sample_alone():
+    torch.manual_seed(0)
+    loss = RiaeLoss(RIAE(SMALL, 1), seed=3)
+    image, index = torch.rand(4, 1, 10, 8) * 2 - 1, torch.tensor([5, 9, 2, 7])
+    whole, _ = loss(image, index, step=11)
+    halves = [loss(image[part], index[part], step=11)[0] for part in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close(whole, sum(halves) / 2)
+    assert whole != loss(image, index, step=12)[0]
+
+
+def test_a_new_model_s_loss_is_the_colours_mean_square():
+    """It starts by guessing 0 everywhere."""
+    torch.manual_seed(0)
+    config = SMALL.model_copy(update={"jitter": 0.0, "decode_pixels": 144})
+    image = torch.rand(8, 1, 12, 12) * 2 - 1
+    value, _ = RiaeLoss(RIAE(config, 1), seed=0)(image, torch.arange(8), step=0)
+    torch.testing.assert_close(value, image.square().mean())
+
+
+@pytest.mark.parametrize(("cloud", "left"), [(0.25, 0.4), (1.0, 0.15)])
+def test_overfits_one_batch(cloud, left):
+    torch.manual_seed(0)
+    config = SMALL.model_copy(update={"encode_cloud": cloud, "decode_cloud": 1.0, "jitter": 0.0})
+    model = RIAE(config, 3)
+    loss = RiaeLoss(model, seed=0)
+    images = F.interpolate(torch.rand(4, 3, 3, 3) * 2 - 1, (12, 12), mode="bilinear")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(250):
+        value, _ = loss(images, torch.arange(4), step)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    error = F.mse_loss(model.decode(model.encode(images), (12, 12)), images)
+    assert error < left * images.var()
+
+
+def test_losses_at_known_errors():
+    decoded, truth = torch.tensor([0.0, 3.0]), torch.tensor([1.0, 1.0])
+    assert reconstruction_loss(decoded, truth, "l1") == 1.5
+    assert reconstruction_loss(decoded, truth, "mse") == 2.5
+    assert reconstruction_loss(decoded, truth, "charbonnier") == pytest.approx(1.5, abs=1e-5)
