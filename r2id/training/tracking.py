@@ -3,17 +3,18 @@
 Everything is recorded by one background thread, in order. When the store cannot be reached the entries wait and are
 tried again, with one warning: a tracker never stops or slows the training.
 
-``python -m r2id.training.tracking begin|end`` opens and closes the run that a pipeline's stages are children of; the
-stages find its id in the environment variable R2ID_PARENT_RUN.
+``python -m r2id.training.tracking begin|end`` opens and closes the run that a pipeline's stages are children of: the
+pipeline starts it as a process, and the training stages find the run's id in the variable R2ID_PARENT_RUN.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import math
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -310,54 +311,54 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _begin(arguments: argparse.Namespace) -> int:
+def begin_pipeline(order: Mapping[str, Any]) -> str:
+    """Begin the run of a pipeline, or continue ``order["run"]``; ``order`` also has experiment, name and params."""
     tags = {"stage": "pipeline", **git_tags()}
-    opening = _Opening(arguments.experiment, arguments.name, {}, tags, None, arguments.resume)
-    print(opening.open(connect())[0])
-    return 0
+    return _Opening(order["experiment"], order["name"], flatten(order["params"]), tags, None,
+                    order["run"]).open(connect())[0]
 
 
-def _end(arguments: argparse.Namespace) -> int:
+def end_pipeline(order: Mapping[str, Any]) -> str:
+    """End the run of a pipeline (``order``: run, status, stages) and record the stages that do not track themselves.
+
+    Each stage has name, params, metrics and artifacts (paths), and becomes a child run: the one of that name that an
+    earlier start of the pipeline made, else a new one. The metrics are recorded in the pipeline's own run too.
+    """
+    client = connect()
+    parent = client.get_run(order["run"])
+    experiment = client.get_experiment(parent.info.experiment_id).name
+    for stage in order["stages"]:
+        known = client.search_runs([parent.info.experiment_id], max_results=1, filter_string=(
+            f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.stage = '{stage['name']}'"))
+        tags = {"stage": stage["name"], "mlflow.parentRunId": parent.info.run_id, **git_tags()}
+        child, _ = _Opening(experiment, stage["name"], flatten(stage["params"]), tags, None,
+                            known[0].info.run_id if known else None).open(client)
+        for run_id in (child, parent.info.run_id):
+            _log_numbers(client, run_id, stage["metrics"])
+        for path in map(Path, stage["artifacts"]):
+            record = client.log_artifacts if path.is_dir() else client.log_artifact
+            record(child, str(path))
+        client.set_terminated(child)
+    client.set_terminated(parent.info.run_id, order["status"])
+    return parent.info.run_id
+
+
+def _log_numbers(client: MlflowClient, run_id: str, table: Mapping[str, Any]) -> None:
     from mlflow.entities import Metric
 
-    client, now = connect(), int(time.time() * 1000)
-    numbers = {} if arguments.metrics is None else flatten(json.loads(arguments.metrics.read_text()))
-    metrics = [Metric(key, float(text), now, 0) for key, text in numbers.items() if _is_number(text)]
-    client.log_batch(arguments.run, metrics=metrics)
-    for path in arguments.artifact:
-        record = client.log_artifacts if path.is_dir() else client.log_artifact
-        record(arguments.run, str(path))
-    client.set_terminated(arguments.run, arguments.status)
-    return 0
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    now, numbers = int(time.time() * 1000), {}
+    for key, text in flatten(table).items():
+        with contextlib.suppress(ValueError):
+            numbers[re.sub(r"[^\w./ -]", "_", key)] = float(text)
+    client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in numbers.items()][:1000])
 
 
 def main() -> int:
-    """Open or close a pipeline's run; ``begin`` prints its id. Exit code 1 and one line when MLflow cannot do it."""
-    parser = argparse.ArgumentParser(prog="python -m r2id.training.tracking", description=main.__doc__)
-    commands = parser.add_subparsers(required=True)
-    begin = commands.add_parser("begin")
-    begin.add_argument("--experiment", required=True)
-    begin.add_argument("--name", required=True)
-    begin.add_argument("--resume", help="run to continue, when it still exists")
-    begin.set_defaults(command=_begin)
-    end = commands.add_parser("end")
-    end.add_argument("run")
-    end.add_argument("--status", choices=["FINISHED", "FAILED", "KILLED"], default="FINISHED")
-    end.add_argument("--metrics", type=Path, help="JSON file whose numbers are recorded")
-    end.add_argument("--artifact", type=Path, action="append", default=[])
-    end.set_defaults(command=_end)
-    arguments = parser.parse_args()
+    """``begin`` or ``end`` with its order as JSON on stdin; prints the run's id. Exit code 1 when MLflow cannot do it."""
     try:
-        return arguments.command(arguments)
-    except Exception as error:
+        print({"begin": begin_pipeline, "end": end_pipeline}[sys.argv[1]](json.load(sys.stdin)))
+        return 0
+    except Exception as error:  # the pipeline goes on without tracking
         say(f"tracking: {_first_line(error)}")
         return 1
 

@@ -1,0 +1,107 @@
+"""Prefect flows, one for each stage. Paths in, results out; the files are the truth, so nothing is cached by Prefect.
+
+Each stage is safe to run again: finished work is found on disk and unfinished work is continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.prepare import finish, make_plan, write_shard
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.task_runners import ProcessPoolTaskRunner
+
+from pipelines.processes import gpu_count
+from pipelines.stages import StageCrashed, run_stage
+from r2id.config import EvaluateConfig, PrepareConfig, SampleConfig, load_config
+from r2id.errors import InputError
+
+_RESTARTS = 3  # of a training stage that crashed after it had got further
+
+
+@task(name="stage", task_run_name="{arguments[0]}", cache_policy=NO_CACHE)
+def run_stage_task(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+    return run_stage(arguments, environment=environment)
+
+
+def _got_further(_task: object, _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed training is worth another start: it crashed, but not before it had saved a new checkpoint."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StageCrashed) and error.got_further
+
+
+@task(name="train", task_run_name="train {config}", cache_policy=NO_CACHE, retries=_RESTARTS, retry_delay_seconds=2,
+      retry_condition_fn=_got_further)
+def train_task(config: Path, overrides: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+    run = load_config(config, overrides)
+    if run.stage == "pipeline":
+        raise InputError(f"{config}: stage 'pipeline': train takes the config of one stage, 'riae' or 'r2id'")
+    pointer = run.run / "checkpoints" / "latest"
+    before = pointer.read_text() if pointer.exists() else None
+    try:
+        return run_stage(["train", str(config), *overrides], processes=max(gpu_count(), 1), environment=environment)
+    except StageCrashed as crash:
+        crash.got_further = pointer.exists() and pointer.read_text() != before
+        raise
+
+
+@task(name="shard", task_run_name="shard {index}", cache_policy=NO_CACHE)
+def shard_task(plan: Any, index: int) -> Any:
+    return write_shard(plan, index)
+
+
+@flow(name="prepare", validate_parameters=False)
+def prepare_flow(config: PrepareConfig) -> Path:
+    """Raw images → shards, one task per shard, in ``config.workers`` processes."""
+    plan = make_plan(config)
+    shards = range(len(plan.shards))
+    if config.workers == 1:
+        for index in shards:
+            shard_task(plan, index)
+    else:
+        with ProcessPoolTaskRunner(max_workers=config.workers) as runner:
+            for future in [runner.submit(shard_task, {"plan": plan, "index": index}) for index in shards]:
+                future.result()
+    finish(plan)
+    return config.out
+
+
+@flow(name="train", validate_parameters=False)
+def train_flow(config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None,
+               ) -> dict[str, Any]:
+    """One training stage, on every GPU of this machine; started again when it crashes after it got further."""
+    return train_task(config, tuple(overrides), environment or {})
+
+
+@flow(name="encode", validate_parameters=False)
+def encode_flow(riae: Path, shards: Path, out: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Latents of a whole dataset."""
+    return run_stage_task(["encode", "--riae", str(riae), "--shards", str(shards), "--out", str(out)],
+                          environment or {})
+
+
+@flow(name="sample", validate_parameters=False)
+def sample_flow(checkpoint: Path, out: Path, config: SampleConfig, environment: dict[str, str] | None = None,
+                ) -> dict[str, Any]:
+    """One grid of samples per size. Replaces what is at ``out``."""
+    options = ["--out", str(out), "--overwrite", "--count", str(config.count), "--steps", str(config.steps),
+               "--cfg", str(config.guidance), "--solver", config.solver, "--seed", str(config.seed)]
+    for label in config.labels:
+        options += ["--label", str(label)]
+    return run_stage_task(["sample", str(checkpoint), *options, *_sizes(config)], environment or {})
+
+
+@flow(name="evaluate", validate_parameters=False)
+def evaluate_flow(checkpoint: Path, shards: Path, out: Path, config: EvaluateConfig,
+                  environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Metrics, figures and report of a checkpoint."""
+    return run_stage_task(["evaluate", str(checkpoint), "--shards", str(shards), "--out", str(out),
+                           "--count", str(config.count), *_sizes(config)], environment or {})
+
+
+def _sizes(config: SampleConfig | EvaluateConfig) -> list[str]:
+    return [word for height, width in config.sizes for word in ("--size", f"{height}x{width}")]

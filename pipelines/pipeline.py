@@ -1,0 +1,186 @@
+"""The whole pipeline: raw images → shards → RIAE → latents → R2ID → samples → report, as one Prefect flow.
+
+Where things land, under the pipeline's ``out``: riae/ and r2id/ (run directories), latents/, samples/, report/ and
+pipeline.json, which remembers the MLflow run and what samples and report were made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from pipelines.flows import encode_flow, evaluate_flow, prepare_flow, sample_flow, train_flow
+from pipelines.orchestration import prefect_ready
+from r2id.config import PipelineRun, StageConfig, load_config
+from r2id.errors import InputError, Stopped
+from r2id.progress import duration, say
+
+
+class Pipeline:
+    """One run of the pipeline: its paths, its record and its MLflow run."""
+
+    def __init__(self, config: PipelineRun, base: Path) -> None:
+        self.config, self.base, self.out = config, base, config.out
+        self.riae, self.r2id, self.latents = self.out / "riae", self.out / "r2id", self.out / "latents"
+        self.samples, self.report = self.out / "samples", self.out / "report"
+        self.record_file = self.out / "pipeline.json"
+        self.executed: list[dict[str, Any]] = []
+        self.environment: dict[str, str] = {}
+        # Both are read now, so that a misspelt option is told before hours of work and not after.
+        self.riae_stage = self._stage("riae", config.riae, {"run": self.riae})
+        self.r2id_stage = self._stage("r2id", config.r2id, {"run": self.r2id, "codec": self.riae,
+                                                            "data.latents": self.latents})
+        self.record = self._read_record()
+
+    def _stage(self, kind: str, stage: StageConfig, paths: Mapping[str, Path]) -> tuple[Path, tuple[str, ...]]:
+        """A stage's config file and its overrides; the pipeline's own come last and win."""
+        file = self.base / stage.config
+        values = {**{key: str(path) for key, path in paths.items()}, "data.shards": str(self.config.prepare.out),
+                  "tracking.experiment": self.config.tracking.experiment, "tracking.enabled": self.config.tracking.enabled}
+        overrides = (*stage.set, *(f"{key}={json.dumps(value)}" for key, value in values.items()))
+        found = load_config(file, overrides).stage
+        if found != kind:
+            raise InputError(f"{kind}.config: {file} is of stage {found!r}, must be {kind!r}")
+        return file, overrides
+
+    def _read_record(self) -> dict[str, Any]:
+        if not self.record_file.exists():
+            return {"mlflow_run": None, "stages": {}}
+        try:
+            return json.loads(self.record_file.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{self.record_file}: damaged ({error}); remove it to begin a new record") from None
+
+    def write_record(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        partial = self.record_file.with_suffix(".tmp")
+        partial.write_text(json.dumps(self.record, indent=2))
+        partial.replace(self.record_file)
+
+    def stage(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do a stage and say how long it took."""
+        say(f"── {name}")
+        began = time.monotonic()
+        result = work()
+        say(f"── {name}: done in {duration(time.monotonic() - began)}")
+        return result
+
+    def once(self, name: str, settings: Mapping[str, Any], artifacts: list[Path], work: Callable[[], Any]) -> Any:
+        """Do a stage unless its result was made with these settings from the present checkpoint and is in place."""
+        checkpoint = self.r2id / "checkpoints"
+        latest = checkpoint / (checkpoint / "latest").read_text().strip() / "checkpoint.json"
+        key = hashlib.sha256(latest.read_bytes() + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        known = self.record["stages"].get(name)
+        if known and known["key"] == key and all(path.exists() for path in artifacts):
+            say(f"── {name}: up to date")
+            return known["result"]
+        result = self.stage(name, work)
+        self.record["stages"][name] = {"key": key, "result": result}
+        self.write_record()
+        self.executed.append({"name": name, "params": settings, "artifacts": [str(path) for path in artifacts],
+                              "metrics": _read_json(self.report / "metrics.json") if name == "evaluate" else {}})
+        return result
+
+    def begin_tracking(self) -> None:
+        """Open the MLflow run that the stages are children of; without one they are tracked on their own."""
+        tracking = self.config.tracking
+        if tracking.enabled:
+            run = _tracking("begin", {"experiment": tracking.experiment, "name": tracking.name or self.config.name,
+                                      "run": self.record["mlflow_run"], "params": self.config.model_dump(mode="json")})
+            if run:
+                self.environment["R2ID_PARENT_RUN"] = self.record["mlflow_run"] = run
+                self.write_record()
+
+    def end_tracking(self, status: str) -> None:
+        if self.environment:
+            _tracking("end", {"run": self.record["mlflow_run"], "status": status, "stages": self.executed})
+
+
+def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
+    """Run everything that is not done yet. ``base`` is the folder that the stages' config files are relative to.
+
+    Returns paths and figures, and under ``lines`` the words that tell a person about them. Raises InputError, WorkError
+    and Stopped as the stages do.
+    """
+    Pipeline(config, base)  # whatever is wrong with the configs is told before anything is started
+    with prefect_ready():
+        return pipeline_flow(config, base)
+
+
+@flow(name="pipeline", flow_run_name="{config.name}", validate_parameters=False)
+def pipeline_flow(config: PipelineRun, base: Path) -> dict[str, Any]:
+    """All stages in turn, each a flow of its own, in one MLflow run; see run_pipeline."""
+    pipeline = Pipeline(config, base)
+    pipeline.begin_tracking()
+    status = "FAILED"
+    try:
+        result = _run_stages(pipeline)
+        status = "FINISHED"
+        return result
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        pipeline.end_tracking(status)
+
+
+def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
+    config, shards, environment = pipeline.config, pipeline.config.prepare.out, pipeline.environment
+    pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
+    pipeline.stage("train riae", lambda: train_flow(*pipeline.riae_stage, environment))
+    pipeline.stage("encode", lambda: encode_flow(pipeline.riae, shards, pipeline.latents, environment))
+    pipeline.stage("train r2id", lambda: train_flow(*pipeline.r2id_stage, environment))
+    samples = pipeline.once(
+        "sample", config.sample.model_dump(mode="json"), [pipeline.samples],
+        lambda: sample_flow(pipeline.r2id, pipeline.samples, config.sample, environment))
+    evaluation = pipeline.once(
+        "evaluate", config.evaluate.model_dump(mode="json"), [pipeline.report],
+        lambda: evaluate_flow(pipeline.r2id, shards, pipeline.report, config.evaluate, environment))
+    summary = _summary(pipeline, samples, evaluation)
+    create_markdown_artifact(key="r2id", markdown="\n".join(f"* {line}" for line in summary["lines"]),
+                             description=f"Where {config.name} landed, and its headline figures")
+    return summary
+
+
+def _summary(pipeline: Pipeline, samples: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    summary = {"name": pipeline.config.name, "out": str(pipeline.out), "shards": str(pipeline.config.prepare.out),
+               "riae": str(pipeline.riae), "r2id": str(pipeline.r2id), "pictures": [str(f) for f in samples["files"]],
+               "report": str(pipeline.report / "report.html"), "metrics": str(pipeline.report / "metrics.json"),
+               "headlines": list(evaluation["headlines"]), "mlflow": _mlflow_command()}
+    lines = [*summary["headlines"], *(f"picture: {path}" for path in summary["pictures"]),
+             f"report: {summary['report']}"]
+    if pipeline.config.tracking.enabled:
+        lines.append(f"to open MLflow: {summary['mlflow']}")
+    return {**summary, "lines": lines}
+
+
+def _mlflow_command() -> str:
+    script = Path("launch") / "mlflow.sh"
+    if script.exists():
+        return f"bash {script}"
+    store = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return f"{sys.executable} -m mlflow server --backend-store-uri {store}"
+
+
+def _tracking(verb: str, order: Mapping[str, Any]) -> str | None:
+    """Begin or end the pipeline's MLflow run, in a process of its own: mlflow is imported in one place only.
+
+    None when MLflow cannot be reached: the work goes on without it.
+    """
+    process = subprocess.run([sys.executable, "-m", "r2id.training.tracking", verb], input=json.dumps(order),
+                             stdout=subprocess.PIPE, text=True, check=False)
+    return process.stdout.strip() if process.returncode == 0 else None
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
