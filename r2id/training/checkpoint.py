@@ -175,7 +175,7 @@ def _document(folder: Path) -> _Document:
 
 
 def _fact(tensor: Tensor) -> _TensorFact:
-    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
     return _TensorFact(shape=list(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."),
                        sha256=hashlib.sha256(data).hexdigest())
 

@@ -9,14 +9,21 @@ any engine goes on from any other's.
 from __future__ import annotations
 
 import math
+import os
+import sys
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from r2id import dist
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
@@ -109,7 +116,8 @@ def make_engine(module: nn.Module, *, optim: OptimConfig, train: TrainConfig, en
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) that decays matrices and leaves norms, biases and embeddings alone."""
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (others if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
@@ -118,12 +126,20 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
                              fused=True)
 
 
-def fill_moments(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> None:
+def fill_moments(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor]) -> None:
     """Give every tensor its Adam state before the first step, so that a state can be loaded into it or saved."""
     for tensor in tensors:
         optimizer.state[tensor] = {
             "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
             "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+
+
+def trained_model(module: nn.Module) -> nn.Module:
+    """What a stage module trains."""
+    model = module.model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{type(module).__name__}.model: must be a module")
+    return model
 
 
 def check_fits(state: EngineState, model: nn.Module, shapes: dict[str, torch.Size]) -> None:
@@ -157,7 +173,7 @@ class LocalEngine(Engine):
     def __init__(self, module: nn.Module, optim: OptimConfig, train: TrainConfig, device: torch.device) -> None:
         self.device = device
         self.module = module.to(device).train()
-        self.model: nn.Module = module.model
+        self.model = trained_model(module)
         self.clip, self.bfloat16 = optim.clip, train.precision == "bfloat16"
         self.optimizer = make_optimizer(self.model, optim)
         self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -179,7 +195,7 @@ class LocalEngine(Engine):
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
         clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
         # The fused update reads this on the device and does nothing where it is 1: the protocol of torch's GradScaler.
-        self.optimizer.found_inf = self.guard.watch(norm, step)
+        setattr(self.optimizer, "found_inf", self.guard.watch(norm, step))  # noqa: B010
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -250,4 +266,196 @@ def raise_unless_finite(norm: float, step: int) -> None:
 
 
 class DeepSpeedEngine(Engine):
-    pass
+    """DeepSpeed's ZeRO at stages 0 to 3, for any number of processes.
+
+    Every stage updates some float32 *masters*: the weights themselves (0), or this rank's flat share of them (1 to 3).
+    Moments and averages are laid out alike, so all of them go in and out by way of the masters.
+    """
+
+    def __init__(self, module: nn.Module, optim: OptimConfig, train: TrainConfig, engine: EngineConfig,
+                 world: World) -> None:
+        deepspeed = _import_deepspeed(world)
+        self.device, self.stage, self.clip = world.device, engine.zero_stage, optim.clip
+        self.accumulation = accumulation(train, world.world_size)
+        self.model = trained_model(module.to(world.device).train())
+        self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.shapes = {name: p.shape for name, p in self.names.items()}  # stage 3 empties the tensors
+        self.optimizer = make_optimizer(self.model, optim)
+        wrapped = _Autocast(module, world.device.type, train.precision == "bfloat16")
+        settings = deepspeed_config(optim, train, engine, world.world_size, sum(p.numel() for p in self.names.values()))
+        self.deepspeed, *_ = deepspeed.initialize(model=wrapped, optimizer=self.optimizer, config=settings)
+        self.masters: list[Tensor] = self._find_masters()
+        fill_moments(self.optimizer, self.masters)
+        self.ema = Ema(self.masters, train.ema)
+        self.steps = self.micro_steps = 0
+
+    def _find_masters(self) -> list[Tensor]:
+        if self.stage == 0:
+            return list(self.names.values())
+        zero = self.deepspeed.optimizer
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
+        return self.deepspeed(**batch)
+
+    def backward(self, loss: Tensor, accumulation: int) -> None:
+        if accumulation != self.accumulation:
+            raise ValueError(f"accumulation {accumulation}, and DeepSpeed was told {self.accumulation}")
+        self.deepspeed.backward(loss)  # divides by the accumulation
+        self.micro_steps += 1
+        if self.micro_steps % accumulation:
+            self.deepspeed.step()  # counts the micro-batch; it updates at the last one only
+
+    def step(self, lr: float, step: int) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Stage 0 would apply a gradient that is not finite; the others skip the step and go on, for ever if it lasts.
+        norm = self._clip(step) if self.stage == 0 else None
+        self.deepspeed.step()
+        if norm is None:
+            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
+            if not self.deepspeed.was_step_applied():
+                raise_unless_finite(math.inf, step)
+        self.ema.update(step)
+        self.steps = step + 1
+        return norm
+
+    def _clip(self, step: int) -> Tensor:
+        """Stage 0, whose gradients are whole and averaged on every rank by now."""
+        norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
+        raise_unless_finite(float(norm), step)
+        clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
+        return norm
+
+    def state(self) -> EngineState | None:
+        model = self._gather()
+        first, second = (self._gather([self.optimizer.state[master][moment] for master in self.masters])
+                         for moment in ("exp_avg", "exp_avg_sq"))
+        ema = self.ema_state()
+        if ema is None:
+            return None
+        return EngineState({**model, **to_cpu(buffers(self.model))}, ema, first, second, self.steps)
+
+    def ema_state(self) -> Tensors | None:
+        averages = self._gather(self.ema.averages)
+        return {**averages, **to_cpu(buffers(self.model))} if dist.is_main() else None
+
+    @torch.no_grad()
+    def load_state(self, state: EngineState) -> None:
+        check_fits(state, self.model, self.shapes)
+        for moment, whole in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+            self._scatter(whole)
+            for master in self.masters:
+                self.optimizer.state[master][moment].copy_(master)
+                self.optimizer.state[master]["step"].fill_(state.step)
+        self._scatter(state.ema)
+        torch._foreach_copy_(self.ema.averages, self.masters)
+        self._scatter(state.model)
+        self._set_weights(state.model)
+        self.model.load_state_dict({name: state.model[name] for name in buffers(self.model)}, strict=False)
+        self.steps = state.step
+
+    @torch.no_grad()
+    def _gather(self, values: list[Tensor] | None = None) -> Tensors:
+        """Whole tensors by name, on rank 0's CPU, of values laid out as the masters; by default of the masters."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        kept = None if values is None else [master.clone() for master in self.masters]
+        if values is not None:
+            torch._foreach_copy_(self.masters, values)
+        whole: Tensors = {}
+        for name, parameter in self.names.items():
+            full = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            if dist.is_main():
+                whole |= to_cpu({name: full.view(self.shapes[name])})
+        if kept is not None:
+            torch._foreach_copy_(self.masters, kept)
+        return whole
+
+    def _scatter(self, whole: Tensors) -> None:
+        """Whole tensors by name, the same on every rank, into the masters."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self.names.items():
+            value = whole[name].to(self.device)
+            if self.stage == 0:
+                parameter.copy_(value)
+            elif self.stage < 3:
+                safe_set_full_fp32_param(parameter, value)
+            else:  # the twin for whole tensors fails where the elements do not divide by the ranks
+                share = safe_get_local_fp32_param(parameter).numel()
+                padded = F.pad(value.flatten(), (0, share * dist.world_size() - value.numel()))
+                safe_set_local_fp32_param(parameter, padded[share * dist.rank():][:share])
+
+    def _set_weights(self, whole: Tensors) -> None:
+        """The weights that the forward pass uses, where they are not the masters."""
+        if self.stage in (1, 2):
+            for name, parameter in self.names.items():
+                parameter.copy_(whole[name])
+        elif self.stage == 3:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            for name, parameter in self.names.items():
+                with GatheredParameters([parameter], modifier_rank=0):
+                    parameter.copy_(whole[name])
+
+
+def deepspeed_config(optim: OptimConfig, train: TrainConfig, engine: EngineConfig, world_size: int,
+                     parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of so many parameters. InputError where ``engine.deepspeed`` sets what
+    another setting owns."""
+    owners = {"train_batch_size": "train.batch", "train_micro_batch_size_per_gpu": "train.micro_batch",
+              "gradient_accumulation_steps": "train.micro_batch", "gradient_clipping": "optim.clip",
+              "optimizer": "the optim section", "scheduler": "the optim section", "fp16": "train.precision",
+              "bf16": "train.precision", "torch_autocast": "train.precision"}
+    for key, owner in owners.items():
+        if key in engine.deepspeed:
+            raise InputError(f"engine.deepspeed.{key}: is computed; set it by {owner}")
+    if "stage" in engine.deepspeed.get("zero_optimization", {}):
+        raise InputError("engine.deepspeed.zero_optimization.stage: is computed; set it by engine.zero_stage")
+    # The default allocates 2 GB at once, whatever the model. DeepSpeed asks for a multiple of its alignment.
+    bucket = min(math.ceil(parameters / 1024) * 1024, 50_000_000)
+    computed = {
+        "train_micro_batch_size_per_gpu": micro_batch_size(train, world_size),
+        "gradient_accumulation_steps": accumulation(train, world_size),
+        "gradient_clipping": optim.clip if engine.zero_stage else 0.0,  # unset it is 1; stage 0 clips by _clip
+        "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": bucket,
+                              "allgather_bucket_size": bucket},
+        "zero_force_ds_cpu_optimizer": False,  # with offload, too, the update is torch's fused AdamW
+        "steps_per_print": None,
+    }
+    return _merge(computed, engine.deepspeed)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Tables merged key by key; where both have a value, ``over``'s."""
+    both = {key: _merge(under[key], value) if isinstance(value, dict) and isinstance(under.get(key), dict) else value
+            for key, value in over.items()}
+    return {**under, **both}
+
+
+class _Autocast(nn.Module):
+    """A module under autocast. DeepSpeed's own also reduces the gradients of linear layers in bfloat16."""
+
+    def __init__(self, module: nn.Module, device_type: str, bfloat16: bool) -> None:
+        super().__init__()
+        self.module, self.device_type, self.enabled = module, device_type, bfloat16
+
+    def forward(self, **batch: Any) -> tuple[Tensor, Tensors]:
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.enabled):
+            return self.module(**batch)
+
+
+def _import_deepspeed(world: World) -> Any:
+    """DeepSpeed, on this job's device and process group, with its messages on stderr."""
+    # DeepSpeed calls functions that newer versions of torch have renamed: nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    dist.init_group(world)
+    with redirect_stdout(sys.stderr):  # its logger keeps the stream that it finds at import
+        import deepspeed
+    # Shared memory serves its inference only, and would be compiled at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    return deepspeed
