@@ -1,0 +1,190 @@
+"""Tracking against a real SQLite store: what is recorded, what a continued run skips, what an unreachable store does."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from r2id.config import TrackingConfig
+from r2id.training.tracking import PARENT_VARIABLE, NullTracker, Tracker, begin_pipeline, end_pipeline, flatten, git_tags
+
+
+@pytest.fixture(scope="module")
+def store_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for the module: creating its tables takes seconds."""
+    return tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+
+
+@pytest.fixture
+def client(store_file: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.chdir(store_file.parent)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv(PARENT_VARIABLE, raising=False)
+    return MlflowClient(tracking_uri=f"sqlite:///{store_file}")
+
+
+def start(**arguments) -> NullTracker:
+    return Tracker.start(TrackingConfig(), **{"run_name": "riae", "stage": "riae", **arguments})
+
+
+def steps_of(client: MlflowClient, run_id: str, key: str) -> list[int]:
+    return [point.step for point in client.get_metric_history(run_id, key)]
+
+
+def test_records_parameters_dataset_metrics_pictures_and_files(client: MlflowClient, tmp_path: Path) -> None:
+    params = {"seed": 0, "train": {"steps": 10, "long": "x" * 900}, "many": {str(i): i for i in range(150)}}
+    tracker = start(params=params, tags={"colour": "blue"}, dataset=("digits", "d" * 64, "data/digits"))
+    for step in (1, 2):
+        tracker.metrics({"loss": 1 / step, "lr": 0.1}, step)
+    tracker.image(np.zeros((4, 6, 3), np.uint8), "samples", 2)
+    tracker.image(Image.new("L", (5, 5)), "inputs", 2)
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.html").write_text("<p>")
+    tracker.artifact(report, "report")
+    tracker.tag("checkpoint", "runs/x")
+    tracker.finish()
+
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == "10"
+    assert len(run.data.params["train.long"]) == 500
+    assert len(run.data.params) == 153
+    assert run.data.tags.items() >= {"stage": "riae", "colour": "blue", "checkpoint": "runs/x",
+                                     "dataset.digest": "d" * 64}.items()
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert steps_of(client, tracker.run_id, "loss") == [1, 2]
+    files = {file.path for folder in ("samples", "inputs", "report")
+             for file in client.list_artifacts(tracker.run_id, folder)}
+    assert files == {"samples/00000002.png", "inputs/00000002.png", "report/report.html"}
+
+
+def test_a_continued_run_has_no_step_twice(client: MlflowClient) -> None:
+    first = start(params={"lr": 1})
+    for step in range(10, 60, 10):
+        first.metrics({"loss": 1.0}, step)
+    first.finish("KILLED")
+    second = start(params={"lr": 2}, run_id=first.run_id)  # MLflow refuses to change a parameter
+    for step in range(30, 90, 10):
+        second.metrics({"loss": 2.0, "late": 3.0}, step)
+    second.finish()
+
+    assert second.run_id == first.run_id
+    assert steps_of(client, first.run_id, "loss") == list(range(10, 90, 10))
+    assert steps_of(client, first.run_id, "late") == list(range(30, 90, 10))
+    run = client.get_run(first.run_id)
+    assert (run.info.status, run.data.params["lr"]) == ("FINISHED", "1")
+
+
+def test_a_run_that_is_gone_is_begun_anew(client: MlflowClient) -> None:
+    gone = start(run_id="0" * 32)
+    gone.finish()
+    deleted = start()
+    deleted.finish()
+    client.delete_run(deleted.run_id)
+    again = start(run_id=deleted.run_id)
+    again.finish()
+    assert gone.run_id not in (None, "0" * 32)
+    assert again.run_id != deleted.run_id
+
+
+def test_switched_off_records_nothing(client: MlflowClient) -> None:
+    tracker = Tracker.start(TrackingConfig(enabled=False), run_name="x", stage="riae")
+    tracker.metrics({"loss": 1.0}, 1)
+    tracker.finish()
+    assert tracker.run_id is None
+
+
+def test_an_unreachable_store_delays_nothing_and_warns_once(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("r2id.training.tracking._FINISH_SECONDS", 1.0)
+    tracker = start()
+    began = time.monotonic()
+    for step in range(1000):
+        tracker.metrics({"loss": 1.0}, step)
+    assert time.monotonic() - began < 1.0
+    tracker.finish()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
+    assert len(told) == 2
+    assert "cannot be reached" in told[0]
+    assert "lost" in told[1]
+
+
+def test_a_store_that_comes_back_gets_everything(client: MlflowClient, store_file: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    place = store_file.parent / "place"
+    place.touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+    tracker = start()
+    tracker.metrics({"loss": 1.0}, 1)
+    assert tracker.run_id is None
+    place.unlink()
+    place.symlink_to(store_file.parent)
+    tracker.metrics({"loss": 0.5}, 2)
+    tracker.finish()
+    assert tracker.run_id is not None
+    assert steps_of(client, tracker.run_id, "loss") == [1, 2]
+
+
+def test_a_wrong_entry_is_left_out_and_the_rest_recorded(client: MlflowClient, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = start()
+    tracker.artifact(tmp_path / "nowhere.png")
+    tracker.metrics({"loss": 1.0}, 1)
+    tracker.finish()
+    assert "left out" in capsys.readouterr().err
+    assert steps_of(client, tracker.run_id, "loss") == [1]
+
+
+def test_a_pipeline_has_one_run_with_children(client: MlflowClient, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = {"experiment": "r2id", "name": "digits", "params": {"out": "runs/digits"}, "run": None}
+    parent = begin_pipeline(begin)
+    monkeypatch.setenv(PARENT_VARIABLE, parent)
+    trained = start()
+    trained.finish()
+    file = tmp_path / "report.html"
+    file.write_text("<p>")
+    stage = {"name": "evaluate", "params": {"count": 10}, "metrics": {"fd": {"8x8": 1.5}, "note": "text"},
+             "artifacts": [str(file)]}
+    end_pipeline({"run": parent, "status": "FAILED", "stages": [stage]})
+    assert begin_pipeline({**begin, "run": parent}) == parent
+    end_pipeline({"run": parent, "status": "FINISHED", "stages": [stage]})
+
+    experiment = client.get_experiment_by_name("r2id").experiment_id
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert {run.data.tags["stage"] for run in children} == {"riae", "evaluate"}
+    assert len(children) == 2
+    run = client.get_run(parent)
+    assert (run.info.status, run.data.metrics["fd.8x8"]) == ("FINISHED", 1.5)
+
+
+def test_a_pipeline_opens_its_run_by_a_process(client: MlflowClient) -> None:
+    order = {"experiment": "r2id", "name": "digits", "params": {}, "run": None}
+    done = subprocess.run([sys.executable, "-m", "r2id.training.tracking", "begin"], input=json.dumps(order),
+                          capture_output=True, text=True, check=True)
+    assert client.get_run(done.stdout.strip()).data.tags["stage"] == "pipeline"
+
+
+def test_flatten_names_nested_keys() -> None:
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": "1", "a.c": "{}", "d": "[1, 2]"}
+
+
+def test_the_commit_is_that_of_this_checkout() -> None:
+    tags = git_tags()
+    if not tags:
+        pytest.skip("the package is not in a git checkout")
+    assert len(tags["mlflow.source.git.commit"]) == 40
+
+
+def test_importing_it_loads_neither_torch_nor_mlflow() -> None:
+    code = "import sys, r2id.training.tracking; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
