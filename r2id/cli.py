@@ -206,7 +206,7 @@ def run(
     settings = load_config(config, overrides or ())
     if not isinstance(settings, PipelineRun):
         raise InputError(f"{config}: stage {settings.stage!r} is for r2id train; r2id run takes 'pipeline'")
-    result = run_pipeline(settings)
+    result = run_pipeline(settings, config.parent)
     _report(result, as_json, lambda r: r["lines"])
 
 
