@@ -34,13 +34,15 @@ has_nvidia() {
 }
 
 install_project() {
-    run "$(find_python)" -m venv --clear "$root/.venv"
+    local interpreter
+    interpreter="$(find_python)"
+    run "$interpreter" -m venv --clear "$root/.venv"
     # A machine without a GPU may have been given a torch of its own (pip's find-links), usually a CPU build. It is
     # taken before any larger one from an index; what it needs comes with the project's dependencies.
     if ! has_nvidia && "$python" -m pip install --quiet --dry-run --no-deps --no-index torch >/dev/null 2>&1; then
-        run "$python" -m pip install --quiet --no-deps --no-index torch
+        run "$python" -m pip install -qq --no-deps --no-index torch
     fi
-    run "$python" -m pip install --quiet --editable "$root[dev]"
+    run "$python" -m pip install -qq --editable "$root[dev]"
 }
 
 # The stamp also names the folder: an editable install that was moved would still import from its old place.
