@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from r2id.config import Section
 from r2id.errors import InputError, WorkError
-from r2id.training.engine import Engine, EngineState, Tensors
+from r2id.training.engine import Engine
+from r2id.training.state import EngineState, Tensors
 
 FORMAT_VERSION = 1
 _TEMPORARY = ".tmp-"

@@ -15,7 +15,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,24 +27,7 @@ from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
 from r2id.training.ema import Ema
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """All that training needs to go on, by parameter name: float32 tensors on the CPU."""
-
-    model: Tensors
-    """Weights, and the model's buffers."""
-    ema: Tensors
-    """Their moving average, and the same buffers."""
-    exp_avg: Tensors
-    """Adam's first moment."""
-    exp_avg_sq: Tensors
-    """Adam's second moment."""
-    step: int
-    """Optimizer steps done."""
+from r2id.training.state import EngineState, Tensors, buffers, check_fits, to_cpu
 
 
 class Engine(ABC):
@@ -140,31 +122,6 @@ def trained_model(module: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{type(module).__name__}.model: must be a module")
     return model
-
-
-def check_fits(state: EngineState, model: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """InputError when a state is not of this model: names and shapes of its parameters, names of its buffers."""
-    for part in (state.exp_avg, state.exp_avg_sq, state.model, state.ema):
-        for name, shape in shapes.items():
-            if name not in part:
-                raise InputError(f"checkpoint: has no {name}; it is of another model")
-            if part[name].shape != shape:
-                raise InputError(f"checkpoint: {name} has shape {tuple(part[name].shape)}, the model's is "
-                                 f"{tuple(shape)}; it is of another model")
-    unknown = set(state.model) - set(model.state_dict())
-    if unknown:
-        raise InputError(f"checkpoint: has {min(unknown)}, the model has not; it is of another model")
-
-
-def buffers(model: nn.Module) -> Tensors:
-    """The model's persistent buffers, by name, as they are: not averaged, for they are not weights."""
-    parameters = {name for name, _ in model.named_parameters()}
-    return {name: value for name, value in model.state_dict().items() if name not in parameters}
-
-
-def to_cpu(tensors: Tensors) -> Tensors:
-    """Copies that later updates do not change."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 class LocalEngine(Engine):

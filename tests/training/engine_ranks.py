@@ -1,0 +1,156 @@
+"""What the engine tests train, and what each process of their two-process job does.
+
+Run by torchrun: engine_ranks.py FOLDER. The job trains at every ZeRO stage, saves, resumes at the same and at another
+stage, and writes its figures to FOLDER/result.json for test_engine_ranks.py to judge. With --alone, one process does
+what it can by itself and writes FOLDER/alone.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from r2id import dist
+from r2id.config import DiffusionConfig, EngineConfig, OptimConfig, R2idConfig, RiaeConfig, TrainConfig
+from r2id.dist import World
+from r2id.errors import InputError, NonFiniteError
+from r2id.models.r2id import R2ID
+from r2id.models.riae import RIAE
+from r2id.training import checkpoint
+from r2id.training.engine import Engine, make_engine
+from r2id.training.losses import R2idLoss, RiaeLoss
+from r2id.training.state import EngineState
+
+STEPS, HALF, BATCH, MICRO = 6, 3, 8, 2
+ALONE = World(0, 1, 0, torch.device("cpu"))
+# Odd sizes: elements that do not divide by the ranks. A clip that binds.
+RIAE_CONFIG = RiaeConfig(latent_channels=3, cell=2.0, width=15, pixel_width=15, heads=1, encode_cloud=0.5,
+                         decode_pixels=7, fourier=(-1, 2), ffn_ratio=1.0)
+R2ID_CONFIG = R2idConfig(width=16, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0.0, fourier=(-1, 2))
+OPTIM = OptimConfig(clip=0.3, weight_decay=0.1)
+
+
+def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precision: str = "float32") -> Engine:
+    torch.manual_seed(0)
+    module: nn.Module
+    if stage == "riae":
+        module = RiaeLoss(RIAE(RIAE_CONFIG, 1), seed=0)
+    else:
+        module = R2idLoss(R2ID(R2ID_CONFIG, 3, 2), DiffusionConfig(), 4.0, seed=0)
+    for block in module.model.blocks():
+        block.forward = partial(recompute, block.forward, use_reentrant=False)
+    train = TrainConfig(steps=STEPS, batch=BATCH, micro_batch=MICRO, precision=precision)
+    return make_engine(module, optim=OPTIM, train=train, world=world,
+                       engine=EngineConfig(kind=kind, zero_stage=zero_stage))
+
+
+def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae") -> list[float]:
+    """Gradient norms of steps first … last − 1. Step i's samples depend on i alone, and are dealt out to the ranks."""
+    norms = []
+    for step in range(first, last):
+        drawn = torch.randn(BATCH, 1 if stage == "riae" else 3, 5, 4, generator=torch.Generator().manual_seed(step))
+        index = torch.arange(BATCH) + step * BATCH
+        micro_batches = torch.arange(BATCH)[world.rank::world.world_size].split(MICRO)
+        for some in micro_batches:
+            batch = {"index": index[some], "step": step}
+            batch |= {"image": drawn[some]} if stage == "riae" else {"latent": drawn[some], "label": index[some] % 2}
+            loss, figures = engine.forward(batch)
+            assert not any(figure.requires_grad for figure in figures.values())
+            engine.backward(loss, len(micro_batches))
+        norms.append(float(engine.step(1e-3 * (step + 1), step)))
+    return norms
+
+
+def save(folder: Path, state: EngineState | None) -> None:
+    """To FOLDER/checkpoints, where there is something to save."""
+    if state is not None:
+        meta = checkpoint.Meta(stage="riae", step=state.step, samples=state.step * BATCH, seed=0, config={}, model={})
+        checkpoint.save(folder, state, meta, keep=9)
+    dist.barrier()
+
+
+def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[float]]:
+    """Train through; and again from the half-way checkpoint, at this stage and at the next."""
+    engine = make("deepspeed", zero_stage, world)
+    norms = run(engine, 0, HALF, world)
+    save(folder, engine.state())
+    norms += run(engine, HALF, STEPS, world)
+    save(folder, engine.state())
+    resumed = {}
+    for other in (zero_stage, (zero_stage + 1) % 4):
+        again = make("deepspeed", other, world)
+        checkpoint.load_into(again, folder / "checkpoints" / f"step-{HALF:08d}")
+        resumed[other] = run(again, HALF, STEPS, world)
+        save(folder / f"resumed-at-{other}", again.state())
+    return {"norms": norms, "same": resumed[zero_stage], "other": resumed[(zero_stage + 1) % 4]}
+
+
+def spoil(zero_stage: int, world: World) -> bool:
+    """One rank sees a picture that is not finite: both must stop, and no weight may have changed."""
+    engine = make("deepspeed", zero_stage, world)
+    run(engine, 0, 1, world)
+    before = engine.state()
+    image = torch.full((MICRO, 1, 5, 4), float("nan") if world.rank == 1 else 0.5)
+    stopped = False
+    try:
+        for _ in range(2):
+            engine.backward(engine.forward({"image": image, "index": torch.arange(MICRO), "step": 1})[0], 2)
+        engine.step(1e-3, 1)
+    except NonFiniteError as error:
+        stopped = "step 1" in str(error)
+    everyone = dist.all_reduce_sum(torch.tensor(float(stopped))) == world.world_size
+    after = engine.state()
+    if before is None or after is None:
+        return True
+    unchanged = [torch.equal(before.model[name], after.model[name]) and torch.equal(before.ema[name], after.ema[name])
+                 for name in before.model]
+    return bool(everyone) and all(unchanged)
+
+
+def refuses_local(world: World) -> bool:
+    try:
+        make("local", 0, world)
+    except InputError as error:
+        return "one process" in str(error)
+    return False
+
+
+def main(folder: Path) -> None:
+    world = dist.init()
+    dist.barrier()
+    number = torch.tensor(float(world.rank))
+    result = {
+        "sum": float(dist.all_reduce_sum(number)), "max": float(dist.all_reduce_max(number)), "kept": float(number),
+        "broadcast": dist.broadcast_object({"rank": world.rank}), "main": dist.is_main(), "ranks": dist.world_size(),
+        "refuses_local": refuses_local(world),
+        "stages": {stage: train_stage(stage, folder / f"zero-{stage}", world) for stage in range(4)},
+        "spoilt": {stage: spoil(stage, world) for stage in range(4)},
+        "bfloat16": {stage: run(make("deepspeed", stage, world, precision="bfloat16"), 0, STEPS, world)
+                     for stage in (1, 3)},
+        "r2id": {stage: run(make("deepspeed", stage, world, "r2id"), 0, STEPS, world, "r2id") for stage in (2, 3)},
+    }
+    from_local = make("deepspeed", 3, world)
+    checkpoint.load_into(from_local, folder / "local")
+    result["from_local"] = run(from_local, HALF, STEPS, world)
+    if dist.is_main():
+        (folder / "result.json").write_text(json.dumps(result))
+    dist.shutdown()
+
+
+def alone(folder: Path) -> None:
+    """DeepSpeed in a process that no launcher started."""
+    world = dist.init()
+    norms = {stage: run(make("deepspeed", stage, world), 0, STEPS, world) for stage in range(4)}
+    (folder / "alone.json").write_text(json.dumps(norms))
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    (alone if sys.argv[1] == "--alone" else main)(Path(sys.argv[-1]))

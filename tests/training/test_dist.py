@@ -1,0 +1,33 @@
+"""Ranks and collectives in a process started alone; two processes are in test_engine_ranks.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from r2id import dist
+from r2id.errors import InputError
+
+
+def test_alone_every_collective_is_the_identity() -> None:
+    tensor = torch.tensor([1.0, 2.0])
+    dist.barrier()
+    assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
+    assert torch.equal(dist.all_reduce_sum(tensor), tensor)
+    assert torch.equal(dist.all_reduce_max(tensor), tensor)
+    assert dist.broadcast_object("x") == "x"
+    dist.shutdown()
+
+
+def test_init_alone_joins_nothing() -> None:
+    world = dist.init()
+    assert (world.rank, world.world_size, world.local_rank) == (0, 1, 0)
+    assert world.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
+    with pytest.raises(InputError, match="at most one process per GPU"):
+        dist.init()

@@ -1,0 +1,208 @@
+"""The local engine, and what both engines share; many processes are in test_engine_ranks.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import engine_ranks as job
+import pytest
+import torch
+from torch import Tensor, nn
+
+from r2id.config import EngineConfig, OptimConfig, TrainConfig
+from r2id.dist import World
+from r2id.errors import InputError, NonFiniteError
+from r2id.training import checkpoint
+from r2id.training.engine import (
+    Engine,
+    LocalEngine,
+    accumulation,
+    deepspeed_config,
+    make_engine,
+    make_optimizer,
+    micro_batch_size,
+)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 4)
+        self.layer = nn.Linear(4, 5)
+        self.norm = nn.LayerNorm(5)
+        self.register_buffer("counts", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(self.table(x)))
+
+
+class Loss(nn.Module):
+    """(model(x)·scale − 1)², averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Net()
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = (self.model(x).float() * scale - 1).square().mean()
+        return loss, {"loss": loss.detach()}
+
+
+X = torch.tensor([0, 1, 2, 1])
+
+
+def engine(precision: str = "float32", device: str = "cpu", **optim: float) -> Engine:
+    torch.manual_seed(0)
+    return make_engine(Loss(), optim=OptimConfig(**optim), train=TrainConfig(steps=9, batch=4, precision=precision),
+                       engine=EngineConfig(), world=World(0, 1, 0, torch.device(device)))
+
+
+def test_update_is_clipped_adamw() -> None:
+    """Against torch's plain loop: the unfused optimizer after clip_grad_norm_, and an average by hand."""
+    torch.manual_seed(0)
+    loss_module = Loss()
+    model = loss_module.model
+    plain = torch.optim.AdamW([{"params": [model.layer.weight], "weight_decay": 0.1},
+                               {"params": [p for p in model.parameters() if p is not model.layer.weight],
+                                "weight_decay": 0.0}], betas=(0.9, 0.99), fused=False, foreach=False)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = engine(clip=0.05, weight_decay=0.1)
+    for step in range(5):
+        lr = 0.01 * (step + 1)
+        for group in plain.param_groups:
+            group["lr"] = lr
+        plain.zero_grad()
+        loss_module(X)[0].backward()
+        expected = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        assert expected > 0.05, "the clip must bind"
+        plain.step()
+        for name, p in model.named_parameters():
+            average[name].lerp_(p.detach(), 1 - min(0.9995, (1 + step) / (10 + step)))
+        trained.backward(trained.forward({"x": X})[0], 1)
+        assert float(trained.step(lr, step)) == pytest.approx(float(expected), rel=1e-5)
+    state = trained.state()
+    assert state is not None
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(state.model[name], p.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state.ema[name], average[name], rtol=1e-5, atol=1e-6)
+
+
+def test_only_matrices_decay() -> None:
+    model = Net()
+    decayed, others = make_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
+    assert decayed["weight_decay"] == 0.5 and [p is model.layer.weight for p in decayed["params"]] == [True]
+    assert others["weight_decay"] == 0.0 and len(others["params"]) == 4
+
+
+def test_accumulated_micro_batches_make_one_batch() -> None:
+    whole, parts = engine(), engine()
+    whole.backward(whole.forward({"x": X})[0], 1)
+    for x in X.split(2):
+        parts.backward(parts.forward({"x": x})[0], 2)
+    assert float(whole.step(0.1, 0)) == pytest.approx(float(parts.step(0.1, 0)), rel=1e-5)
+    one, other = whole.state(), parts.state()
+    assert one is not None and other is not None
+    torch.testing.assert_close(one.model, other.model)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_not_finite_stops_before_the_update(scale: float) -> None:
+    trained = engine()
+    assert isinstance(trained, LocalEngine)
+    trained.backward(trained.forward({"x": X})[0], 1)
+    trained.step(0.1, 0)
+    before = trained.state()
+    trained.backward(trained.forward({"x": X, "scale": scale})[0], 1)
+    with pytest.raises(NonFiniteError, match=r"step 1: .* before the update"):
+        trained.step(0.1, 1)
+    for (name, p), average in zip(trained.names.items(), trained.ema.averages, strict=True):
+        assert torch.equal(p, before.model[name]) and torch.equal(average, before.ema[name])
+    with pytest.raises(NonFiniteError):  # nothing is saved after that
+        trained.state()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_not_finite_on_a_gpu_never_reaches_the_weights() -> None:
+    trained = engine(device="cuda")
+    before = trained.state()
+    trained.backward(trained.forward({"x": X.cuda(), "scale": math.nan})[0], 1)
+    trained.step(0.1, 0)
+    assert isinstance(trained, LocalEngine) and before is not None
+    weights = {name: p.detach().cpu() for name, p in trained.names.items()}
+    assert all(torch.equal(weights[name], before.model[name]) for name in weights)
+    with pytest.raises(NonFiniteError, match="step 0"):
+        trained.state()
+
+
+def test_state_is_a_copy_with_buffers_and_moments_from_the_start() -> None:
+    trained = engine()
+    state = trained.state()
+    assert state is not None and state.step == 0
+    assert "counts" in state.model and "counts" in state.ema and "counts" not in state.exp_avg
+    kept = state.model["layer.weight"].clone()
+    trained.backward(trained.forward({"x": X})[0], 1)
+    trained.step(0.1, 0)
+    assert torch.equal(state.model["layer.weight"], kept)
+    assert not state.exp_avg["layer.weight"].any()
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
+    first = job.make("local", 0, job.ALONE)
+    job.run(first, 0, job.HALF, job.ALONE)
+    job.save(tmp_path, first.state())
+    norms = job.run(first, job.HALF, job.STEPS, job.ALONE)
+    again = job.make("local", 0, job.ALONE)
+    checkpoint.load_into(again, tmp_path)
+    assert job.run(again, job.HALF, job.STEPS, job.ALONE) == norms
+    one, other = first.state(), again.state()
+    assert one is not None and other is not None
+    for part in ("model", "ema", "exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(getattr(other, part), getattr(one, part), rtol=0, atol=0)
+
+
+def test_bfloat16_keeps_weights_and_gradients_float32() -> None:
+    trained = engine(precision="bfloat16")
+    trained.backward(trained.forward({"x": X})[0], 1)
+    assert isinstance(trained, LocalEngine)
+    assert {p.grad.dtype for p in trained.parameters if p.grad is not None} == {torch.float32}
+    trained.step(0.1, 0)
+    exact = engine()
+    exact.backward(exact.forward({"x": X})[0], 1)
+    exact.step(0.1, 0)
+    one, other = trained.state(), exact.state()
+    assert one is not None and other is not None
+    assert {value.dtype for value in one.model.values()} == {torch.float32}
+    assert not torch.equal(one.exp_avg["layer.weight"], other.exp_avg["layer.weight"])
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks", "expected"),
+                         [(64, None, 1, (64, 1)), (64, None, 4, (16, 1)), (64, 8, 2, (8, 4)), (1, None, 1, (1, 1))])
+def test_accumulation(batch: int, micro: int | None, ranks: int, expected: tuple[int, int]) -> None:
+    train = TrainConfig(steps=1, batch=batch, micro_batch=micro)
+    assert (micro_batch_size(train, ranks), accumulation(train, ranks)) == expected
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks", "near"),
+                         [(64, 5, 2, "60 or 70"), (64, None, 3, "63 or 126"), (2, None, 3, "nearest: 3"), (4, 8, 1, "8")])
+def test_batch_that_does_not_divide(batch: int, micro: int | None, ranks: int, near: str) -> None:
+    with pytest.raises(InputError, match=rf"train\.batch = {batch}: .*{near}$"):
+        accumulation(TrainConfig(steps=1, batch=batch, micro_batch=micro), ranks)
+
+
+def test_deepspeed_config_is_computed_and_merged() -> None:
+    train = TrainConfig(steps=1, batch=64, micro_batch=8)
+    expert = EngineConfig(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": True}, "comms_logger": {}})
+    config = deepspeed_config(OptimConfig(clip=0.5), train, expert, world_size=2, parameters=1000)
+    assert config["gradient_accumulation_steps"] == 4 and config["gradient_clipping"] == 0.5
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1024,
+                                           "allgather_bucket_size": 1024}
+    assert config["comms_logger"] == {}
+
+
+@pytest.mark.parametrize(("table", "named"), [
+    ({"gradient_clipping": 2.0}, r"engine\.deepspeed\.gradient_clipping: .*optim\.clip"),
+    ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage: .*engine\.zero_stage")])
+def test_deepspeed_table_may_not_set_what_others_own(table: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        deepspeed_config(OptimConfig(), TrainConfig(steps=1), EngineConfig(deepspeed=table), 1, 10)

@@ -1,0 +1,135 @@
+"""Two CPU processes under torchrun, at every ZeRO stage, against one process without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import engine_ranks as job
+import pytest
+import torch
+
+from r2id.training import checkpoint
+
+STAGES = ("0", "1", "2", "3")
+# Between engines and numbers of ranks, only the order of float32 sums differs; Adam magnifies that where a gradient is
+# nearly zero. The last step's learning rate, which is what one update moves a weight, is 6e-3.
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """One process without DeepSpeed: folder with checkpoints half-way and at the end, and its norms."""
+    folder = tmp_path_factory.mktemp("ranks")
+    engine = job.make("local", 0, job.ALONE)
+    norms = job.run(engine, 0, job.HALF, job.ALONE)
+    job.save(folder / "local", engine.state())
+    norms += job.run(engine, job.HALF, job.STEPS, job.ALONE)
+    job.save(folder / "local-end", engine.state())
+    return folder, norms
+
+
+@pytest.fixture(scope="module")
+def ranks(local: tuple[Path, list[float]]) -> dict[str, Any]:
+    """What two processes report; see engine_ranks.py."""
+    folder, _ = local
+    _start(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", job.__file__, str(folder)])
+    return json.loads((folder / "result.json").read_text())
+
+
+def _start(arguments: list[str]) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not done.stdout, "stdout is for results"
+
+
+def weights(folder: Path, step: int = job.STEPS) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds, by kind and name."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    return {f"{kind}.{name}": value for kind in ("model", "ema", "optimizer")
+            for name, value in checkpoint.load_tensors(path, kind).items()}
+
+
+def test_collectives(ranks: dict[str, Any]) -> None:
+    assert (ranks["sum"], ranks["max"], ranks["kept"], ranks["ranks"]) == (1, 1, 0, 2)
+    assert ranks["main"] and ranks["broadcast"] == {"rank": 0}
+
+
+def test_local_engine_refuses_many_processes(ranks: dict[str, Any]) -> None:
+    assert ranks["refuses_local"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_trains_as_one_local_process(stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]) -> None:
+    folder, norms = local
+    assert ranks["stages"][stage]["norms"] == pytest.approx(norms, rel=1e-4)
+    torch.testing.assert_close(weights(folder / f"zero-{stage}"), weights(folder / "local-end"), **CLOSE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_equals_uninterrupted_bit_for_bit(stage: str, ranks: dict[str, Any],
+                                                  local: tuple[Path, list[float]]) -> None:
+    folder = local[0] / f"zero-{stage}"
+    assert ranks["stages"][stage]["same"] == ranks["stages"][stage]["norms"][job.HALF:]
+    torch.testing.assert_close(weights(folder / f"resumed-at-{stage}"), weights(folder), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumes_at_another_stage(stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]) -> None:
+    folder, norms = local[0] / f"zero-{stage}", ranks["stages"][stage]
+    assert norms["other"] == pytest.approx(norms["norms"][job.HALF:], rel=1e-4)
+    torch.testing.assert_close(weights(folder / f"resumed-at-{(int(stage) + 1) % 4}"), weights(folder), **CLOSE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_process_without_deepspeed_goes_on(stage: str, ranks: dict[str, Any],
+                                               local: tuple[Path, list[float]]) -> None:
+    folder, norms = local
+    engine = job.make("local", 0, job.ALONE)
+    checkpoint.load_into(engine, folder / f"zero-{stage}" / "checkpoints" / f"step-{job.HALF:08d}")
+    assert job.run(engine, job.HALF, job.STEPS, job.ALONE) == pytest.approx(norms[job.HALF:], rel=1e-4)
+
+
+def test_two_processes_go_on_from_one_without_deepspeed(ranks: dict[str, Any],
+                                                        local: tuple[Path, list[float]]) -> None:
+    assert ranks["from_local"] == pytest.approx(local[1][job.HALF:], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_not_finite_on_one_rank_stops_both_before_the_update(stage: str, ranks: dict[str, Any]) -> None:
+    assert ranks["spoilt"][stage]
+
+
+@pytest.mark.parametrize("stage", ("1", "3"))
+def test_bfloat16_follows_the_local_engine(stage: str, ranks: dict[str, Any]) -> None:
+    norms = job.run(job.make("local", 0, job.ALONE, precision="bfloat16"), 0, job.STEPS, job.ALONE)
+    assert ranks["bfloat16"][stage] == pytest.approx(norms, rel=2e-2)
+    assert ranks["bfloat16"][stage] != ranks["stages"][stage]["norms"]
+
+
+@pytest.mark.parametrize("stage", ("2", "3"))
+def test_r2id_trains_as_one_local_process(stage: str, ranks: dict[str, Any]) -> None:
+    norms = job.run(job.make("local", 0, job.ALONE, "r2id"), 0, job.STEPS, job.ALONE, "r2id")
+    assert ranks["r2id"][stage] == pytest.approx(norms, rel=1e-4)
+
+
+def test_deepspeed_without_a_launcher_equals_the_local_engine(local: tuple[Path, list[float]]) -> None:
+    folder, norms = local
+    _start([job.__file__, "--alone", str(folder)])
+    for stage, found in json.loads((folder / "alone.json").read_text()).items():
+        assert found == pytest.approx(norms, rel=1e-5), f"ZeRO {stage}"
