@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from pipelines.stages import ends_with_us
+from pipelines.stages import end_with_us
 from r2id.errors import Stopped
 
 _SERVER_SECONDS = 120  # on a busy machine, its first start creates a database
@@ -15,25 +15,31 @@ _SERVER_SECONDS = 120  # on a busy machine, its first start creates a database
 
 @contextlib.contextmanager
 def prefect_ready() -> Iterator[None]:
-    """Within this block flows can run: on the server of PREFECT_API_URL, or on one that lives as long as the block.
+    """Within this block flows can run: on the server of PREFECT_API_URL, or on one that lives as long as this process.
 
-    SIGTERM and SIGINT raise Stopped, so that a temporary server is ended like everything else.
+    SIGTERM and SIGINT raise Stopped here, so that the process ends in order.
     """
-    from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL
 
     with _signals_raise():
-        if PREFECT_API_URL.value():
-            yield
-            return
-        server = SubprocessASGIServer()
-        try:
-            server.start(timeout=_SERVER_SECONDS)
-            assert server.server_process is not None
-            with ends_with_us(server.server_process.pid):
-                yield
-        finally:
-            server.stop()
+        if not PREFECT_API_URL.value():
+            _start_server()
+        yield
+
+
+def _start_server() -> None:
+    """Prefect's temporary server, which Prefect itself ends at exit, after its last messages are delivered."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    # The server inherits the blocked SIGINT, and so a terminal's Ctrl-C does not end it before the stages have saved.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        server.start(timeout=_SERVER_SECONDS)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if server.server_process is not None:
+        end_with_us(server.server_process.pid)
 
 
 @contextlib.contextmanager

@@ -63,26 +63,24 @@ def run_command(command: Sequence[str], environment: Mapping[str, str] | None = 
         process = subprocess.Popen(command, stdout=output, stderr=writer, stdin=subprocess.DEVNULL,
                                    env={**os.environ, **(environment or {})}, start_new_session=True)
         os.close(writer)
-        with _signals_to(process) as passed_on, ends_with_us(process.pid):
+        watcher = end_with_us(process.pid)
+        with _signals_to(process) as passed_on:
             tail = _relay(reader)
             code = process.wait()
+        watcher.kill()
+        watcher.communicate()
         output.seek(0)
         return 75 if passed_on and code else code, output.read().decode(), tail
 
 
-@contextlib.contextmanager
-def ends_with_us(pid: int) -> Iterator[None]:
-    """Within this block, a process is terminated should this one die, even by SIGKILL.
+def end_with_us(pid: int) -> subprocess.Popen[bytes]:
+    """Have a process terminated should this one die, even by SIGKILL; the watcher that does it, to be killed before.
 
     Otherwise a killed pipeline would leave its stage training on, and the next one would write to the same folder.
     """
-    watcher = subprocess.Popen(["sh", "-c", 'read _; kill "$0"', str(pid)], stdin=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        yield
-    finally:
-        watcher.kill()
-        watcher.communicate()
+    # The pipe's other end closes when this process is no more, and then read returns.
+    return subprocess.Popen(["sh", "-c", 'read _; kill "$0"', str(pid)], stdin=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 @contextlib.contextmanager
