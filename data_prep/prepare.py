@@ -1,0 +1,134 @@
+"""Source → shard set: a plan first, then shards as pure functions of the plan, then the manifest.
+
+A shard has the same bytes whoever writes it and when, so a preparation that was killed is simply run again: what is
+committed and intact stays, the rest is written.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from data_prep.plan import Plan, is_complete, make_plan
+from data_prep.readers import reopen_reader
+from r2id.config import PrepareConfig
+from r2id.data.files import write_atomic
+from r2id.data.shards import (
+    FORMAT_VERSION,
+    REJECTS,
+    Manifest,
+    Reject,
+    ShardEntry,
+    SplitEntry,
+    find_intact,
+    read_commit,
+    write_shard_files,
+)
+from r2id.errors import InputError, WorkError
+from r2id.progress import Progress, say
+
+__all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard"]
+
+_REJECTS_ALLOWED, _REJECTS_SHARE = 10, 0.01  # more than the larger of the two ends a preparation
+
+
+def prepare(config: PrepareConfig) -> Path:
+    """Shard a dataset; returns its folder, at once when it is already complete.
+
+    Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else; WorkError when too
+    many images cannot be read or the disk refuses.
+    """
+    plan = make_plan(config)
+    waiting = pending(plan)
+    if waiting:
+        rejected = 0
+        with Progress(f"prepare {config.dataset}", sum(plan.samples), unit="images") as progress:
+            for result in _write_all(plan, waiting):
+                rejected += result["rejects"]
+                _check_budget(plan, rejected, result["example"])
+                progress.advance(result["samples"] + result["rejects"])
+        finish(plan)
+    return config.out
+
+
+def pending(plan: Plan) -> list[int]:
+    """Numbers of the shards to call write_shard for: none when the set is complete."""
+    return [] if is_complete(plan.out) else list(range(len(plan.files)))
+
+
+def write_shard(plan: Plan, number: int) -> dict[str, Any]:
+    """Write one shard, unless it is there and intact.
+
+    Returns {"file", "samples", "bytes", "rejects": int, "example": one reject in words, or an empty text}.
+    """
+    file = plan.files[number]
+    if find_intact(plan.out, file) is None:
+        reader = reopen_reader(plan.config.dataset, plan.config.source, plan.downloads, plan.source_digest)
+        refused: list[Reject] = []
+        write_shard_files(plan.out, file, reader.records(plan.items(number), refused), refused)
+    entry, rejects = read_commit(plan.out, file)
+    return {"file": file, "samples": entry.samples, "bytes": entry.bytes, "rejects": len(rejects),
+            "example": _words(rejects)}
+
+
+def finish(plan: Plan) -> Manifest:
+    """Commit the set: the rejects table, then the manifest. Every shard must have been written."""
+    entries: dict[str, list[ShardEntry]] = {}
+    rejects: list[Reject] = []
+    for file in plan.files:
+        try:
+            entry, refused = read_commit(plan.out, file)
+        except (OSError, ValueError) as error:
+            raise WorkError(f"{plan.out / file}: not written: {error}") from None
+        entries.setdefault(file.split("/")[0], []).append(entry)
+        rejects += refused
+    _check_budget(plan, len(rejects), _words(rejects))
+    if rejects:
+        write_atomic(plan.out / REJECTS, _rejects_table(rejects))
+        say(f"{plan.out / REJECTS}: {len(rejects)} images rejected, with the reasons")
+    splits = {split: SplitEntry(samples=sum(entry.samples for entry in shards),
+                                bytes=sum(entry.bytes for entry in shards), shards=shards)
+              for split, shards in entries.items()}
+    return Manifest(format_version=FORMAT_VERSION, dataset=plan.config.dataset, source_digest=plan.source_digest,
+                    class_names=plan.class_names, rejects=len(rejects), splits=splits).write(plan.out)
+
+
+def _write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Results of write_shard as they come, from as many processes as the config says."""
+    workers = min(plan.config.workers, len(numbers))
+    if workers == 1:
+        yield from (write_shard(plan, number) for number in numbers)
+        return
+    # Processes are started afresh: a copy of one that runs threads may hold a lock for ever.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(write_shard, plan, number) for number in numbers]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_budget(plan: Plan, rejected: int, example: str) -> None:
+    total = sum(plan.samples)
+    if rejected == total:
+        raise InputError(f"source {plan.config.source}: none of its {total} images can be used: {example}")
+    if rejected > max(_REJECTS_ALLOWED, _REJECTS_SHARE * total):
+        raise WorkError(f"source {plan.config.source}: {rejected} of {total} images cannot be used, more than may be "
+                        f"left out: {example}")
+
+
+def _words(rejects: Sequence[Reject]) -> str:
+    return f"{rejects[0].source}: {rejects[0].reason}" if rejects else ""
+
+
+def _rejects_table(rejects: Sequence[Reject]) -> bytes:
+    buffer = io.StringIO(newline="")
+    table = csv.writer(buffer)
+    table.writerow(["split", "source", "reason"])
+    table.writerows((reject.split, reject.source, reject.reason) for reject in rejects)
+    return buffer.getvalue().encode(errors="backslashreplace")

@@ -1,0 +1,178 @@
+"""Plan → batches: images decoded, brought to one size per batch, as tensors in [−1, 1].
+
+Shape letters: b micro-batch · C colours · H, W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from r2id.config import DataConfig
+from r2id.data.plan import Batch, Buckets, check_batch, make_buckets, plan_epoch, rank_share
+from r2id.data.records import open_upright, to_array
+from r2id.data.shards import ShardSet, Split
+from r2id.errors import WorkError
+
+MicroBatch = dict[str, Any]
+
+
+def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, micro_batch: int, seed: int,
+                 start_step: int, total_steps: int, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:
+    """For every step from ``start_step`` to ``total_steps``: this rank's micro-batches of that step.
+
+    Each is ``{"image": float32 [b, C, H, W] in [−1, 1], "label": int64 [b] (−1: none), "index": int64 [b],
+    "epoch": int, "step": int, "keys": list[str]}``. What a step holds depends on the data, the seed and ``batch`` alone.
+    Raises InputError for an unknown split or a batch that does not divide by processes and micro-batch.
+    """
+    samples = shards.split(split)
+    buckets = split_buckets(samples, data)
+    steps = Steps(Schedule(buckets, shards.digest, seed, batch, micro_batch, rank, world_size),
+                  samples, "image", ImageReader(samples, data.channels))
+    return load_steps(steps, range(start_step, total_steps), data.workers)
+
+
+def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limit: int | None = None,
+                indices: Sequence[int] | np.ndarray | None = None) -> Iterator[MicroBatch]:
+    """Every image of a split once, as image_loader's micro-batches (epoch and step 0).
+
+    In the order of the index, except that images of one size come together; a size's last batch may be smaller.
+    Images are brought to the sizes they have in training. ``limit`` takes that many, evenly spaced; ``indices`` those.
+    """
+    samples = shards.split(split)
+    buckets = split_buckets(samples, data)
+    chosen = np.arange(len(samples)) if indices is None else np.asarray(indices, dtype=np.int64)
+    if limit is not None and limit < len(chosen):
+        chosen = chosen[np.arange(limit) * len(chosen) // limit]
+    batches = Batches(_by_size(chosen, buckets, batch), samples, ImageReader(samples, data.channels))
+    return load_steps(batches, range(len(batches.batches)), data.workers)
+
+
+def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[int, int]]:
+    """The size (height, width) of every image of a split as the model sees it, from the smallest area to the largest."""
+    buckets = split_buckets(shards.split(split), data)
+    counted = sorted(zip(buckets.sizes, buckets.members, strict=True),
+                     key=lambda pair: (pair[0][0] * pair[0][1], pair[0]))
+    return [size for size, members in counted for _ in members]
+
+
+def split_buckets(samples: Split, data: DataConfig) -> Buckets:
+    return make_buckets(samples.height, samples.width, data.size, data.max_pixels)
+
+
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Cover height × width with the image, aspect ratio kept, and cut off what stands out on both sides alike.
+
+    Pillow's bicubic filter widens when it shrinks, so it does not alias.
+    """
+    if image.size == (width, height):
+        return image
+    scale = min(image.width / width, image.height / height)
+    left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
+    box = (left, top, min(image.width, left + width * scale), min(image.height, top + height * scale))
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Samples → image tensors."""
+
+    samples: Split
+    channels: int
+
+    def __call__(self, indices: np.ndarray, height: int, width: int) -> torch.Tensor:
+        """float32 [b, C, H, W] in [−1, 1]."""
+        pixels = np.stack([self.pixels(int(index), height, width) for index in indices])
+        return torch.from_numpy(pixels).movedim(-1, 1).float().div_(127.5).sub_(1).contiguous()
+
+    def pixels(self, index: int, height: int, width: int) -> np.ndarray:
+        """uint8 [H, W, C]."""
+        try:
+            return to_array(fit(open_upright(self.samples.read(index), self.channels), height, width))
+        except ValueError as error:
+            raise WorkError(f"{self.samples.files[self.samples.shard[index]]}: sample {self.samples.key(index)}: "
+                            f"{error}: r2id verify tells more") from None
+
+
+@dataclass
+class Schedule:
+    """Step → this rank's part of the plan. Step s belongs to epoch s // (batches per epoch)."""
+
+    buckets: Buckets
+    digest: str
+    seed: int
+    batch: int
+    micro_batch: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        check_batch(self.batch, self.world_size, self.micro_batch)
+        self.batches_per_epoch = self.buckets.batches(self.batch)
+        self._planned: tuple[int, list[Batch]] = (-1, [])
+
+    def at(self, step: int) -> tuple[int, list[Batch]]:
+        """(epoch, micro-batches)."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        if self._planned[0] != epoch:
+            self._planned = epoch, plan_epoch(self.buckets, digest=self.digest, seed=self.seed, epoch=epoch,
+                                              batch=self.batch)
+        whole = self._planned[1][position]
+        shares = rank_share(whole.indices, self.rank, self.world_size, self.micro_batch)
+        return epoch, [Batch(share, whole.height, whole.width) for share in shares]
+
+
+@dataclass
+class Steps(Dataset):
+    """Step number → list of micro-batches. ``read(indices, height, width)`` makes the tensor called ``name``."""
+
+    schedule: Schedule
+    samples: Split
+    name: str
+    read: Callable[[np.ndarray, int, int], torch.Tensor]
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        epoch, parts = self.schedule.at(step)
+        return [{self.name: self.read(part.indices, part.height, part.width),
+                 **describe(self.samples, part.indices, epoch, step)} for part in parts]
+
+
+@dataclass
+class Batches(Dataset):
+    """Number → one evaluation batch."""
+
+    batches: list[Batch]
+    samples: Split
+    read: ImageReader
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        part = self.batches[number]
+        return {"image": self.read(part.indices, part.height, part.width), **describe(self.samples, part.indices, 0, 0)}
+
+
+def describe(samples: Split, indices: np.ndarray, epoch: int, step: int) -> MicroBatch:
+    """All of a micro-batch but its pixels or latents."""
+    return {"label": torch.from_numpy(samples.label[indices].astype(np.int64)),
+            "index": torch.from_numpy(indices.astype(np.int64)), "epoch": epoch, "step": step,
+            "keys": [samples.key(index) for index in indices]}
+
+
+def load_steps(dataset: Dataset, numbers: range, workers: int) -> Iterator[Any]:
+    """The dataset's items of these numbers, in order, made ahead by ``workers`` processes (0: none)."""
+    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers,
+                           pin_memory=torch.cuda.is_available()))
+
+
+def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:
+    heights, widths = buckets.height[chosen], buckets.width[chosen]
+    batches = []
+    for height, width in buckets.sizes:
+        members = chosen[(heights == height) & (widths == width)]
+        batches += [Batch(members[start:start + batch], height, width) for start in range(0, len(members), batch)]
+    return batches

@@ -1,0 +1,142 @@
+"""Which samples make up each step: pure functions of the sizes of all images, a seed and the epoch.
+
+Every process computes the same plan, so ranks agree on the number and the shape of steps, the order does not depend on
+how many processes or workers there are, and to resume is to know a step's number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from r2id import rng
+from r2id.errors import InputError
+
+_COMMON = 64
+"""A bucket is kept apart for a closer fit only when it has this many samples: completing its last batch costs some."""
+_COMMON_SHARE = 0.01
+_ALIKE = 1.125
+"""Sizes within this ratio, in height and in width, share a bucket at the smallest of them."""
+_APART = 2.0
+"""Sizes further apart than this never share one, however few they are."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step, all to be brought to one size. ``indices`` is int64 [batch]."""
+
+    indices: np.ndarray
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The size that training brings each image to. ``height`` and ``width`` are [N]; ``members`` lists the indices of
+    each distinct size, ``sizes`` those sizes."""
+
+    height: np.ndarray
+    width: np.ndarray
+    sizes: list[tuple[int, int]]
+    members: list[np.ndarray]
+
+    def batches(self, batch: int) -> int:
+        """Steps of one epoch."""
+        return sum(-(-len(members) // batch) for members in self.members)
+
+    def repeats(self, batch: int) -> int:
+        """Samples of one epoch that are drawn a second time, to complete the last batch of each bucket."""
+        return self.batches(batch) * batch - len(self.height)
+
+
+def make_buckets(heights: np.ndarray, widths: np.ndarray, size: tuple[int, int] | None, max_pixels: int) -> Buckets:
+    """Assign every image, of heights [N] and widths [N], a size to be brought to.
+
+    With ``size`` that is the size of all. Without, an image keeps its own, or when it has more than ``max_pixels`` is
+    shrunk to that area in the same shape; then rare sizes join similar ones. An image's bucket is never larger than the
+    image, in height or in width; the bucket's shape is cut from the image's middle.
+    """
+    if size is not None:
+        heights, widths = np.full_like(heights, size[0]), np.full_like(widths, size[1])
+    else:
+        heights, widths = _cap_area(heights, widths, max_pixels)
+        distinct, inverse, counts = np.unique(np.stack([heights, widths]), axis=1, return_inverse=True,
+                                              return_counts=True)
+        merged = _merge(distinct, counts)[:, inverse.reshape(-1)]
+        heights, widths = merged[0], merged[1]
+    sizes, inverse = np.unique(np.stack([heights, widths]), axis=1, return_inverse=True)
+    order = np.argsort(inverse.reshape(-1), kind="stable")
+    ends = np.cumsum(np.bincount(inverse.reshape(-1)))[:-1]
+    return Buckets(heights, widths, [(int(h), int(w)) for h, w in sizes.T], np.split(order, ends))
+
+
+def plan_epoch(buckets: Buckets, *, digest: str, seed: int, epoch: int, batch: int) -> list[Batch]:
+    """The global batches of one epoch, in order: every sample is in one of them, each has ``batch`` samples of a size.
+
+    A bucket's last batch is completed from the start of the bucket's order in the next epoch. ``digest`` identifies the
+    dataset: another one gets another order.
+    """
+    data = int(digest[:15], 16)
+    batches = []
+    for number, (members, size) in enumerate(zip(buckets.members, buckets.sizes, strict=True)):
+        needed = -(-len(members) // batch) * batch
+        rounds = -(-needed // len(members))
+        order = np.concatenate([members[_permutation(len(members), data, seed, epoch + later, number)]
+                                for later in range(rounds)])[:needed]
+        batches += [Batch(part, *size) for part in order.reshape(-1, batch)]
+    return [batches[i] for i in _permutation(len(batches), data, seed, epoch, len(buckets.members))]
+
+
+def rank_share(indices: np.ndarray, rank: int, world_size: int, micro_batch: int) -> list[np.ndarray]:
+    """This rank's part of a global batch, in micro-batches: every world-size-th sample from the rank-th on."""
+    check_batch(len(indices), world_size, micro_batch)
+    return list(indices[rank::world_size].reshape(-1, micro_batch))
+
+
+def check_batch(batch: int, world_size: int, micro_batch: int) -> None:
+    """InputError when a batch does not divide evenly."""
+    unit = world_size * micro_batch
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        advice = f"{below} or {above}" if below else f"{above}"
+        raise InputError(f"train.batch = {batch}: must be a multiple of {world_size} processes × {micro_batch} samples "
+                         f"each (train.micro_batch), such as {advice}")
+
+
+def _permutation(count: int, *keys: int) -> np.ndarray:
+    return rng.subset(rng.fold(*keys), count, count).numpy()
+
+
+def _cap_area(heights: np.ndarray, widths: np.ndarray, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shrink what has more than ``max_pixels``, keeping the shape as far as whole pixels can."""
+    scale = np.minimum(1.0, np.sqrt(max_pixels / (heights.astype(np.float64) * widths)))
+    short = np.maximum(1, np.floor(np.minimum(heights, widths) * scale)).astype(heights.dtype)
+    # The longer side follows from the shorter one, which may not have become less than one pixel.
+    long = np.minimum(np.floor(np.maximum(heights, widths) * scale), max_pixels // short).astype(heights.dtype)
+    tall = heights >= widths
+    return np.where(tall, long, short), np.where(tall, short, long)
+
+
+def _merge(sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Distinct sizes [2, K], each of counts [K] samples → the size [2, K] of the bucket that each goes to.
+
+    Common sizes keep their own. The others are halved in log height or log width, whichever spreads wider, until they
+    are alike or too few; a bucket takes the smallest height and width in it, so that nothing is enlarged.
+    """
+    merged = sizes.copy()
+    rare = counts < max(_COMMON, _COMMON_SHARE * counts.sum())
+    pending = [np.flatnonzero(rare)] if rare.any() else []
+    while pending:
+        group = pending.pop()
+        low, high = sizes[:, group].min(1).astype(np.int64), sizes[:, group].max(1).astype(np.int64)
+        axis = int(np.argmax(high / low))
+        spread = high[axis] / low[axis]
+        upper = sizes[axis, group].astype(np.int64) ** 2 > low[axis] * high[axis]  # above the middle of the logs
+        parts = [group[~upper], group[upper]]
+        enough = min(counts[part].sum() for part in parts) >= _COMMON
+        if spread > _APART or (spread > _ALIKE and enough):
+            pending += parts
+        else:
+            merged[:, group] = low[:, None]
+    return merged
