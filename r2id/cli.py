@@ -26,7 +26,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there 
 
 def parse_size(text: str) -> tuple[int, int]:
     """'56x42' → (56, 42); InputError for anything else."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
     if not match or not (int(match[1]) and int(match[2])):
         raise InputError(f"size {text!r}: must be HEIGHTxWIDTH in whole pixels of at least 1, such as 56x42")
     return int(match[1]), int(match[2])

@@ -48,13 +48,14 @@ def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str
         start = checkpoint.load_meta(found).step
     if start >= config.train.steps:
         return {"checkpoint": found, "step": start}
-    run = _Run(stage, engine, preview, start)
-    try:
-        result = run.loop()
-    except BaseException as error:
-        run.tracker.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
-        raise
-    run.tracker.finish()
+    with _stop_signals() as stopped:
+        run = _Run(stage, engine, preview, start, stopped)
+        try:
+            result = run.loop()
+        except BaseException as error:
+            run.tracker.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
+            raise
+        run.tracker.finish()
     return result
 
 
@@ -75,8 +76,9 @@ def recompute_blocks(model: nn.Module) -> None:
 class _Run:
     """One process's part of a run, from its first step to its last."""
 
-    def __init__(self, stage: Stage, engine: Engine, preview: Preview | None, start: int) -> None:
-        self.stage, self.engine, self.preview, self.start = stage, engine, preview, start
+    def __init__(self, stage: Stage, engine: Engine, preview: Preview | None, start: int,
+                 stopped: Callable[[], bool]) -> None:
+        self.stage, self.engine, self.preview, self.start, self.stopped = stage, engine, preview, start, stopped
         self.config, self.folder = stage.config, stage.config.run
         self.main = dist.is_main()
         if self.main:
@@ -90,7 +92,7 @@ class _Run:
         train, step = self.config.train, self.start
         meter = _Meter(self.engine.device)
         batches = self.stage.loader(self.start)
-        with _stop_signals() as stopped, Progress(
+        with Progress(
                 f"train {self.config.stage}", train.steps, start=self.start, unit="images", per_item=train.batch,
                 shown=self.main) as progress:
             for step in range(self.start, train.steps):
@@ -99,7 +101,7 @@ class _Run:
                 grad_norm = self._step(micro_batches, step, meter)
                 meter.lap("step")
                 done = step + 1
-                stop = self._anyone(stopped())
+                stop = self._anyone(self.stopped())
                 if done % train.log_every == 0 or done == train.steps or stop:
                     self.last = meter.read(train.batch)
                     progress.advance(note=f"loss {self.last['loss']:.4f}")

@@ -1,0 +1,115 @@
+"""The command as people use it: help, results, and one clear line for each mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from r2id import cli
+from r2id.errors import InputError
+from tests.conftest import CONFIGS
+
+
+@pytest.fixture
+def r2id(monkeypatch, capfd):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["r2id", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, errors = capfd.readouterr()
+        return code, out, errors
+
+    return run
+
+
+COMMANDS = ["prepare", "verify", "train", "encode", "sample", "reconstruct", "evaluate", "run"]
+
+
+def test_every_command_has_help(r2id):
+    code, out, _ = r2id("--help")
+    assert code == 0 and all(command in out for command in COMMANDS)
+    for command in COMMANDS:
+        code, out, _ = r2id(command, "--help")
+        assert code == 0 and "--json" in out
+
+
+def test_the_installed_command_reports_mistakes_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "r2id.cli", "verify", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
+
+
+def test_results_as_json(r2id, digits, riae_run, r2id_run, latents, tmp_path):
+    code, out, _ = r2id("verify", digits, "--json")
+    assert code == 0 and json.loads(out)["intact"] is True
+    code, out, _ = r2id("encode", "--riae", riae_run, "--shards", digits, "--out", latents, "--json")
+    assert code == 0 and json.loads(out)["reused"] == 1797
+    code, out, _ = r2id("sample", r2id_run, "--out", tmp_path / "s", "--size", "8x8", "--size", "12x9", "--count", 4,
+                        "--steps", 2, "--label", 7, "--cfg", 1.5, "--solver", "dpmpp_2m", "--seed", 3, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["labels"] == [7] * 4 and result["seeds"] == [3, 4, 5, 6] and len(result["files"]) == 2
+    Image.new("L", (9, 7), 200).save(tmp_path / "in.png")
+    code, out, _ = r2id("reconstruct", riae_run, tmp_path / "in.png", "--out", tmp_path / "r.png", "--json")
+    assert code == 0 and (tmp_path / "r.png").exists()
+    code, out, _ = r2id("train", r2id_run / "config.toml", "--json")
+    assert code == 0 and json.loads(out)["step"] == 40
+
+
+TRAIN = "train {configs}/digits/riae.toml run={tmp}/run"
+SAMPLE = "sample {r2id} --out {tmp}/s.png --count 2 --steps 1"
+MISTAKES = {
+    "source missing": ("prepare mnist --source {tmp}/none --out {tmp}/o", ["none"]),
+    "source empty": ("prepare folder --source {tmp}/empty --out {tmp}/o", ["empty"]),
+    "no shard set": (TRAIN + " data.shards={tmp}/empty", ["empty", "manifest.json"]),
+    "unknown key": ("train {tmp}/typo.toml", ["batchh", "did you mean 'batch'"]),
+    "wrong type": (TRAIN + " train.steps=soon", ["train.steps", "'soon'", "integer"]),
+    "impossible value": (TRAIN + " train.batch=0", ["train.batch = 0", "greater than or equal to 1"]),
+    "config missing": ("train {tmp}/none.toml", ["none.toml", "no such config"]),
+    "pipeline to train": ("train {configs}/digits/pipeline.toml", ["'pipeline' is for r2id run"]),
+    "stage to run": ("run {configs}/digits/riae.toml", ["r2id run takes 'pipeline'"]),
+    "sample of the other stage": ("sample {riae} --out {tmp}/s.png", ["stage 'riae', not 'r2id'"]),
+    "encode of the other stage": ("encode --riae {r2id} --shards {digits} --out {tmp}/o", ["stage 'r2id', not 'riae'"]),
+    "reconstruct of the other stage": ("reconstruct {r2id} {tmp}/text.jpg --out {tmp}/o", ["stage 'r2id', not 'riae'"]),
+    "no checkpoint": ("sample {tmp}/empty --out {tmp}/s.png", ["empty", "no checkpoint"]),
+    "size 0x8": (SAMPLE + " --size 0x8", ["'0x8'", "HEIGHTxWIDTH"]),
+    "size axb": (SAMPLE + " --size axb", ["'axb'", "HEIGHTxWIDTH"]),
+    "size 64": (SAMPLE + " --size 64", ["'64'", "HEIGHTxWIDTH"]),
+    "size -8x8": (SAMPLE + " --size=-8x8", ["'-8x8'", "HEIGHTxWIDTH"]),
+    "label out of range": (SAMPLE + " --label 10", ["label 10", "0 to 9"]),
+    "text as image": ("reconstruct {riae} {tmp}/text.jpg --out {tmp}/o", ["text.jpg"]),
+    "image missing": ("reconstruct {riae} {tmp}/none.jpg --out {tmp}/o", ["none.jpg", "no such file"]),
+    "output exists": ("sample {r2id} --out {tmp}/there.png", ["there.png", "exists already"]),
+    "output of another kind": ("sample {r2id} --out {tmp}/text.jpg", ["text.jpg", ".png file or a folder"]),
+    "unknown solver": (SAMPLE + " --solver rk9", ["rk9", "ddim"]),
+    "unknown device": (SAMPLE + " --device tpu9", ["tpu9"]),
+    "uneven batch": (TRAIN + " data.shards={digits} train.batch=10 train.micro_batch=4",
+                     ["train.batch = 10", "multiple of 4"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, r2id, digits, riae_run, r2id_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "there.png").write_text("precious")
+    (tmp_path / "typo.toml").write_text((CONFIGS / "digits" / "riae.toml").read_text() + "\nbatchh = 3\n")
+    before = sorted(tmp_path.rglob("*"))
+    command, words = MISTAKES[name]
+    code, out, errors = r2id(*command.format(tmp=tmp_path, configs=CONFIGS, digits=digits, riae=riae_run,
+                                             r2id=r2id_run).split())
+    assert code == 2 and out == "" and "Traceback" not in errors
+    assert all(word in " ".join(errors.split()) for word in words), errors
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "there.png").read_text() == "precious"
+
+
+def test_sizes_are_height_by_width():
+    assert cli.parse_size("56x42") == (56, 42) and cli.parse_size(" 8X9 ") == (8, 9)
+    for text in ("56*42", "1x2x3", "1.5x2", "x", "", "8x", "٣x٣"):
+        with pytest.raises(InputError):
+            cli.parse_size(text)

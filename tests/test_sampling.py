@@ -1,0 +1,98 @@
+"""Sampling: sizes, seeds, guidance, and files."""
+
+import pytest
+import torch
+from PIL import Image
+
+from r2id.errors import InputError
+from r2id.sampling import Sampler, choose_labels, draw_grids, output_files, reconstruct_file
+
+
+@pytest.fixture(scope="module")
+def sampler(r2id_run):
+    return Sampler.load(r2id_run)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 8), (1, 1), (5, 31), (40, 40)])
+def test_any_size(sampler, size):
+    images = sampler.sample(torch.tensor([0, 9, -1]), torch.arange(3), size)
+    assert images.shape == (3, 1, *size) and images.abs().max() <= 1
+
+
+def test_a_picture_depends_on_its_seed_and_label_alone(sampler):
+    labels, seeds = torch.tensor([3, 4, 5, 6]), torch.tensor([10, 11, 12, 13])
+    together = sampler.sample(labels, seeds, (8, 8))
+    batches = sampler.sample(labels, seeds, (8, 8), batch=3)
+    alone = sampler.sample(labels[2:3], seeds[2:3], (8, 8))
+    # bfloat16 products may round differently in another batch
+    torch.testing.assert_close(batches, together, atol=0.05, rtol=0)
+    torch.testing.assert_close(alone, together[2:3], atol=0.05, rtol=0)
+    assert not torch.allclose(sampler.sample(labels, seeds + 100, (8, 8)), together, atol=0.05)
+
+
+def test_the_latent_grid_stays_within_what_was_trained(sampler):
+    assert sampler.areas == (16, 16) and sampler.base_side == 4.0
+    assert sampler.grid_for((8, 8)) == (4, 4) and sampler.grid_for((64, 64)) == (4, 4)
+    height, width = sampler.grid_for((12, 8))
+    assert height / width == pytest.approx(1.5, rel=0.15) and 12 <= height * width <= 20
+    assert sampler.grid_for((1, 1)) == (4, 4) and min(sampler.grid_for((100, 2))) >= 1
+
+
+def test_guidance_scales(sampler):
+    def draw(guidance):
+        return sampler.sample(torch.tensor([2]), torch.tensor([5]), (8, 8), guidance=guidance)
+
+    empty = sampler.sample(torch.tensor([-1]), torch.tensor([5]), (8, 8), guidance=1.0)
+    torch.testing.assert_close(draw(0.0), empty)
+    assert not torch.equal(draw(1.0), draw(3.0))
+
+
+def test_solvers_and_grids_by_name(sampler):
+    images = [sampler.sample(torch.tensor([1]), torch.tensor([0]), (8, 8), solver=name, grid=(3, 6))
+              for name in ("ddim", "dpmpp_2m")]
+    assert all(image.isfinite().all() for image in images)
+
+
+def test_loss_at_falls_with_the_noise_on_known_data(sampler):
+    losses = sampler.loss_at(sampler.codec.encode(torch.zeros(5, 1, 8, 8)), torch.zeros(5, dtype=torch.int64), 0.5)
+    assert losses.shape == (5,) and (losses > 0).all()
+
+
+def test_labels():
+    assert choose_labels((), 5, 3).tolist() == [0, 1, 2, 0, 1]
+    assert choose_labels((2,), 2, 3).tolist() == [2, 2]
+    assert choose_labels((), 2, 0).tolist() == [-1, -1]
+    with pytest.raises(InputError, match="label 3: must be 0 to 2"):
+        choose_labels((3,), 1, 3)
+    with pytest.raises(InputError, match="the model has no classes"):
+        choose_labels((0,), 1, 0)
+
+
+def test_grids_are_written_once(r2id_run, tmp_path):
+    result = draw_grids(r2id_run, tmp_path / "out", [(8, 8), (12, 6)], count=20)
+    assert [file.rsplit("/", 1)[1] for file in result["files"]] == ["8x8.png", "12x6.png"]
+    with Image.open(result["files"][1]) as picture:
+        assert picture.size == (10 * (6 + 2), 2 * (12 + 2))
+    before = (tmp_path / "out" / "8x8.png").read_bytes()
+    with pytest.raises(InputError, match=r"8x8.png: exists already"):
+        draw_grids(r2id_run, tmp_path / "out", [(8, 8)], count=20)
+    draw_grids(r2id_run, tmp_path / "out", [(8, 8)], count=20, overwrite=True)
+    assert (tmp_path / "out" / "8x8.png").read_bytes() == before
+
+
+def test_reconstruction_of_a_picture_file(riae_run, tmp_path):
+    Image.radial_gradient("L").resize((21, 13)).save(tmp_path / "in.png")
+    result = reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "out", [(13, 21), (30, 50)])
+    assert 0 < result["psnr"] < 60
+    with Image.open(tmp_path / "out" / "30x50.png") as picture:
+        assert picture.size == (50, 30)
+
+
+def test_where_output_may_go(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert output_files(tmp_path / "new", ["8x8", "8x8", "9x9"], False) == [tmp_path / "new/8x8.png", tmp_path / "new/9x9.png"]
+    for out, names, message in [(tmp_path / "a.png", ["1x1", "2x2"], "is one file, and there are 2 sizes"),
+                                (tmp_path / "a.jpg", ["1x1"], "must be a .png file or a folder"),
+                                (tmp_path / "file", ["1x1"], "is a file")]:
+        with pytest.raises(InputError, match=message):
+            output_files(out, names, False)

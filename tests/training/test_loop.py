@@ -1,0 +1,141 @@
+"""The training loop as a user runs it: to the end, stopped, resumed, and refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from r2id.config import load_config
+from r2id.errors import InputError
+from r2id.sampling import preview
+from r2id.training import checkpoint
+from r2id.training.loop import learning_rate, train
+from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
+
+
+def riae_config(digits, run, *more):
+    return load_config(CONFIGS / "digits" / "riae.toml",
+                       [*TINY_RIAE, "train.precision=float32", f"run={run}", f"data.shards={digits}", *more])
+
+
+def r2id_config(digits, codec, run, *more):
+    return load_config(CONFIGS / "digits" / "r2id.toml",
+                       [*TINY_R2ID, "train.precision=float32", f"run={run}", f"data.shards={digits}", f"codec={codec}", *more])
+
+
+def weights(run):
+    return {kind: checkpoint.load_tensors(run, kind) for kind in ("model", "ema", "optimizer")}
+
+
+def assert_same(one, other):
+    for kind, tensors in weights(one).items():
+        for name, tensor in weights(other)[kind].items():
+            assert torch.equal(tensor, tensors[name]), f"{kind} {name}"
+
+
+def without_cache(config):
+    return config.model_copy(update={"data": config.data.model_copy(update={"latents": None})})
+
+
+def test_learning_rate_warms_up_and_ends_where_it_should(digits, tmp_path):
+    optim = riae_config(digits, tmp_path, "optim.lr=1.0", "optim.lr_end=0.1", "optim.warmup=4").optim
+    rates = [learning_rate(step, optim, 20) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0]) and rates[4] == 1.0
+    assert rates[-1] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize("stage", ["riae", "r2id"])
+def test_resumed_equals_uninterrupted_bit_for_bit(stage, digits, riae_run, tmp_path):
+    """Dropout, jitter, noise, clouds, data order, Adam and the average all go on as if nothing had happened."""
+    def config(run, *more):
+        more = ("train.steps=12", "train.save_every=5", "train.keep=9", "train.micro_batch=16", *more)
+        if stage == "riae":
+            return riae_config(digits, run, *more)
+        return without_cache(r2id_config(digits, riae_run, run, "r2id.dropout=0.2", *more))
+
+    train(config(tmp_path / "whole"))
+    train(config(tmp_path / "parts"))
+    # Back to step 5, as after a crash at step 7.
+    for folder in (tmp_path / "parts" / "checkpoints").glob("step-*"):
+        if folder.name != "step-00000005":
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    result = train(config(tmp_path / "parts"))
+    assert result["step"] == 12
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_activation_checkpointing_changes_nothing(digits, tmp_path):
+    for mode in ("none", "all"):
+        train(riae_config(digits, tmp_path / mode, "train.steps=3", f"train.activation_checkpointing={mode}"))
+    assert_same(tmp_path / "none", tmp_path / "all")
+
+
+def test_cache_and_on_the_fly_train_alike(digits, riae_run, latents, tmp_path):
+    cached = train(r2id_config(digits, riae_run, tmp_path / "cached", "train.steps=8", f"data.latents={latents}"))
+    flying = train(without_cache(r2id_config(digits, riae_run, tmp_path / "flying", "train.steps=8")))
+    assert cached["loss"] == pytest.approx(flying["loss"], rel=1e-4)
+    for name, tensor in checkpoint.load_tensors(tmp_path / "cached", "model").items():
+        torch.testing.assert_close(tensor, checkpoint.load_tensors(tmp_path / "flying", "model")[name], atol=2e-4, rtol=0.01)
+
+
+def test_a_finished_run_is_left_alone(r2id_run):
+    before = checkpoint.identity(r2id_run)
+    meta = checkpoint.load_meta(r2id_run)
+    result = train(load_config(r2id_run / "config.toml"))
+    assert result["step"] == meta.step and checkpoint.identity(r2id_run) == before
+
+
+def test_losses_fall_and_pictures_are_drawn(digits, tmp_path):
+    run = tmp_path / "run"
+    config = riae_config(digits, run, "train.steps=80", "train.preview_every=40")
+    first = train(riae_config(digits, tmp_path / "first", "train.steps=1"))
+    last = train(config, preview)
+    assert last["loss"] < 0.6 * first["loss"]
+    from PIL import Image
+    for step in (40, 80):
+        with Image.open(run / "samples" / f"step-{step:08d}.png") as picture:
+            assert picture.size == (10 * (8 + 2), 2 * (8 + 2))
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("riae.width=64", "holds a run with riae.width = 32, not 64"),
+    ("seed=1", "holds a run with seed = 0, not 1"),
+    ("train.batch=64", "holds a run with train.batch = 32, not 64"),
+])
+def test_another_run_s_directory_is_refused(override, message, digits, riae_run):
+    config = load_config(riae_run / "config.toml", ["train.steps=99", override])
+    with pytest.raises(InputError, match=message):
+        train(config)
+
+
+def test_a_codec_of_the_wrong_stage_is_refused(digits, r2id_run, tmp_path):
+    with pytest.raises(InputError, match="a checkpoint of stage 'r2id', not 'riae'"):
+        train(without_cache(r2id_config(digits, r2id_run, tmp_path / "run")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "r2id.cli", "train", str(CONFIGS / "digits" / "riae.toml"), *TINY_RIAE,
+               f"run={run}", f"data.shards={digits}", "train.steps=100000", "train.log_every=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 90
+    while not (run / "config.toml").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "the same command goes on" in errors
+    step = checkpoint.load_meta(run).step
+    assert step >= 1
+    again = train(load_config(run / "config.toml", [f"train.steps={step + 2}"]))
+    assert again["step"] == step + 2
