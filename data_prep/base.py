@@ -29,10 +29,13 @@ class Item:
 class Reader(Protocol):
     """A dataset as it lies on disk. Items are in an order that depends on the source alone."""
 
-    digest: str
-    """Identity of the source's content."""
     class_names: list[str]
     """Empty when there are no classes."""
+
+    @property
+    def digest(self) -> str:
+        """Identity of the source's content."""
+        ...
 
     def items(self) -> list[Item]:
         """All images. Raises InputError when the source is missing, empty or of another kind."""

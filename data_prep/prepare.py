@@ -37,9 +37,14 @@ __all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard"]
 _REJECTS_ALLOWED, _REJECTS_SHARE = 10, 0.01  # more than the larger of the two ends a preparation
 
 
-def prepare(config: PrepareConfig) -> Path:
+WriteAll = Callable[[Plan, Sequence[int]], Iterator[dict[str, Any]]]
+
+
+def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
     """Shard a dataset; returns its folder, at once when it is already complete.
 
+    write_all: calls write_shard for the numbers given and yields what it returns, in any order, where another than this
+    module's own is wanted (an orchestrator's).
     Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else; WorkError when too
     many images cannot be read or the disk refuses.
     """
@@ -48,7 +53,7 @@ def prepare(config: PrepareConfig) -> Path:
     if waiting:
         rejected = 0
         with Progress(f"prepare {config.dataset}", sum(plan.samples), unit="images") as progress:
-            for result in _write_all(plan, waiting):
+            for result in (write_all or _write_all)(plan, waiting):
                 rejected += result["rejects"]
                 _check_budget(plan, rejected, result["example"])
                 progress.advance(result["samples"] + result["rejects"])

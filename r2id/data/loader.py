@@ -20,6 +20,8 @@ from r2id.data.records import open_upright, to_array
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import WorkError
 
+_KEPT_BYTES = 256 << 20
+
 MicroBatch = dict[str, Any]
 
 
@@ -34,7 +36,7 @@ def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, 
     samples = shards.split(split)
     buckets = split_buckets(samples, data)
     steps = Steps(Schedule(buckets, shards.digest, seed, batch, micro_batch, rank, world_size),
-                  samples, "image", ImageReader(samples, data.channels))
+                  samples, "image", ImageReader(samples, buckets, data.channels))
     return load_steps(steps, range(start_step, total_steps), data.workers)
 
 
@@ -50,7 +52,7 @@ def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limi
     chosen = np.arange(len(samples)) if indices is None else np.asarray(indices, dtype=np.int64)
     if limit is not None and limit < len(chosen):
         chosen = chosen[np.arange(limit) * len(chosen) // limit]
-    batches = Batches(_by_size(chosen, buckets, batch), samples, ImageReader(samples, data.channels))
+    batches = Batches(_by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data.channels))
     return load_steps(batches, range(len(batches.batches)), data.workers)
 
 
@@ -79,25 +81,31 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
-@dataclass(frozen=True)
 class ImageReader:
-    """Samples → image tensors."""
+    """Samples → image tensors. A split that is small as decoded pixels is decoded once and kept."""
 
-    samples: Split
-    channels: int
+    def __init__(self, samples: Split, buckets: Buckets, channels: int) -> None:
+        self.samples, self.channels = samples, channels
+        pixels = int((buckets.height.astype(np.int64) * buckets.width).sum())
+        self._kept: dict[int, np.ndarray] | None = {} if pixels * channels <= _KEPT_BYTES else None
 
     def __call__(self, indices: np.ndarray, height: int, width: int) -> torch.Tensor:
         """float32 [b, C, H, W] in [−1, 1]."""
-        pixels = np.stack([self.pixels(int(index), height, width) for index in indices])
+        pixels = np.stack([self._pixels(int(index), height, width) for index in indices])
         return torch.from_numpy(pixels).movedim(-1, 1).float().div_(127.5).sub_(1).contiguous()
 
-    def pixels(self, index: int, height: int, width: int) -> np.ndarray:
-        """uint8 [H, W, C]."""
+    def _pixels(self, index: int, height: int, width: int) -> np.ndarray:
+        """uint8 [H, W, C]; an image's size is the same every time."""
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
         try:
-            return to_array(fit(open_upright(self.samples.read(index), self.channels), height, width))
+            array = to_array(fit(open_upright(self.samples.read(index), self.channels), height, width))
         except ValueError as error:
             raise WorkError(f"{self.samples.files[self.samples.shard[index]]}: sample {self.samples.key(index)}: "
                             f"{error}: r2id verify tells more") from None
+        if self._kept is not None:
+            self._kept[index] = array
+        return array
 
 
 @dataclass
