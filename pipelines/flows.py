@@ -5,16 +5,16 @@ Each stage is safe to run again: finished work is found on disk and unfinished w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepare import finish, make_plan, write_shard
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.task_runners import ProcessPoolTaskRunner
 
+from data_prep.prepare import Plan, prepare, write_shard
 from pipelines.processes import gpu_count
 from pipelines.stages import StageCrashed, run_stage
 from r2id.config import EvaluateConfig, PrepareConfig, SampleConfig, load_config
@@ -49,25 +49,26 @@ def train_task(config: Path, overrides: Sequence[str], environment: dict[str, st
         raise
 
 
-@task(name="shard", task_run_name="shard {index}", cache_policy=NO_CACHE)
-def shard_task(plan: Any, index: int) -> Any:
-    return write_shard(plan, index)
+@task(name="shard", task_run_name="shard {number}", cache_policy=NO_CACHE)
+def shard_task(plan: Plan, number: int) -> dict[str, Any]:
+    return write_shard(plan, number)
 
 
 @flow(name="prepare", validate_parameters=False)
 def prepare_flow(config: PrepareConfig) -> Path:
     """Raw images → shards, one task per shard, in ``config.workers`` processes."""
-    plan = make_plan(config)
-    shards = range(len(plan.shards))
-    if config.workers == 1:
-        for index in shards:
-            shard_task(plan, index)
-    else:
-        with ProcessPoolTaskRunner(max_workers=config.workers) as runner:
-            for future in [runner.submit(shard_task, {"plan": plan, "index": index}) for index in shards]:
-                future.result()
-    finish(plan)
-    return config.out
+    return prepare(config, write_all=_write_shards)
+
+
+def _write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    workers = min(plan.config.workers, len(numbers))
+    if workers == 1:
+        for number in numbers:
+            yield shard_task(plan, number)
+        return
+    with ProcessPoolTaskRunner(max_workers=workers) as runner:
+        for future in [runner.submit(shard_task, {"plan": plan, "number": number}) for number in numbers]:
+            yield future.result()
 
 
 @flow(name="train", validate_parameters=False)
