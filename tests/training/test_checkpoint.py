@@ -192,7 +192,7 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
 
 
 def test_state_of_another_model(tmp_path: Path) -> None:
-    import engine_ranks as job
+    from tests.training import engine_ranks as job
 
     with pytest.raises(InputError, match=r"has no .*another model"):
         checkpoint.load_into(job.make("local", 0, job.ALONE), save(tmp_path, 1))

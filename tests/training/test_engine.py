@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import engine_ranks as job
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from r2id.training.engine import (
     make_optimizer,
     micro_batch_size,
 )
+from tests.training import engine_ranks as job
 
 
 class Net(nn.Module):

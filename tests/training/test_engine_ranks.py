@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engine_ranks as job
 import pytest
 import torch
 
 from r2id.training import checkpoint
+from tests.training import engine_ranks as job
 
 STAGES = ("0", "1", "2", "3")
 # Between engines and numbers of ranks, only the order of float32 sums differs; Adam magnifies that where a gradient is
