@@ -117,7 +117,6 @@ def encode(
     riae: Annotated[Path, typer.Option(metavar="CKPT", help="RIAE checkpoint or run directory.")],
     shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for the latent cache.")],
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Resize images; default: as for the RIAE.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 256,
     device: Device = "auto",
     as_json: Json = False,
@@ -125,8 +124,7 @@ def encode(
     """Encode a whole dataset into a cache of raw latents."""
     from r2id.training.encode import encode as run_encode
 
-    result = run_encode(riae, shards, out, batch=batch, size=parse_size(size) if size else None,
-                        device=_device(device))
+    result = run_encode(riae, shards, out, batch=batch, device=_device(device))
     _report(result, as_json, lambda r: [f"{r['out']}: {r['images']} images encoded"
                                         + (f", {r['reused']} found in place" if r["reused"] else "")])
 

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from r2id.config import RiaeConfig
+from r2id.config import DataConfig, RiaeConfig
 from r2id.errors import InputError
 from r2id.models.coords import Size
 from r2id.models.riae import RIAE
@@ -35,6 +35,8 @@ class Codec:
     """Identity of the checkpoint."""
     image: Size
     """Size of the training images: their median height and width."""
+    data: DataConfig
+    """How the training images were prepared."""
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Codec:
@@ -49,7 +51,7 @@ class Codec:
         model.to(device).eval().requires_grad_(False)
         return cls(model, stats["mean"].to(device), stats["std"].to(device),
                    meta.config["train"]["precision"] == "bfloat16", path, checkpoint.identity(path),
-                   tuple(meta.model["image"]))
+                   tuple(meta.model["image"]), DataConfig.model_validate(meta.config["data"]))
 
     @property
     def channels(self) -> int:
