@@ -36,15 +36,14 @@ __all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard"]
 
 _REJECTS_ALLOWED, _REJECTS_SHARE = 10, 0.01  # more than the larger of the two ends a preparation
 
-
 WriteAll = Callable[[Plan, Sequence[int]], Iterator[dict[str, Any]]]
+"""(plan, numbers) → the results of write_shard for these numbers, in any order, as they come."""
 
 
 def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
     """Shard a dataset; returns its folder, at once when it is already complete.
 
-    write_all: calls write_shard for the numbers given and yields what it returns, in any order, where another than this
-    module's own is wanted (an orchestrator's).
+    ``write_all`` is for an orchestrator that runs write_shard by itself; none is a pool of ``config.workers`` processes.
     Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else; WorkError when too
     many images cannot be read or the disk refuses.
     """

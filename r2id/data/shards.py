@@ -164,18 +164,18 @@ def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[
     from webdataset.writer import TarWriter  # imports torch, which nothing else in here needs
 
     # An integer mtime avoids PAX headers; with it and without names of users the bytes depend on the records alone.
-    writer = TarWriter(stream, encoder=False, mtime=0, user="", group="")
-    seen: set[str] = set()
-    offset = 0
-    for record in records:
-        _check_key(record.key, seen)
-        members = _members(record)
-        writer.write({"__key__": record.key, **members})
-        for ext in sorted(members):  # the order in which TarWriter stores them
-            if ext == record.ext:
-                _add_row(rows, record, offset + _BLOCK)
-            offset += _BLOCK + _padded(len(members[ext]))
-    writer.close()
+    # Closed in any case, so that it does not try later; what an error leaves is never renamed to its final name.
+    with TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
+        seen: set[str] = set()
+        offset = 0
+        for record in records:
+            _check_key(record.key, seen)
+            members = _members(record)
+            writer.write({"__key__": record.key, **members})
+            for ext in sorted(members):  # the order in which TarWriter stores them
+                if ext == record.ext:
+                    _add_row(rows, record, offset + _BLOCK)
+                offset += _BLOCK + _padded(len(members[ext]))
 
 
 def _members(record: Record) -> dict[str, bytes]:

@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from r2id.config import DataConfig
+from r2id.data.loader import eval_loader, fit, image_loader, image_sizes
+from r2id.data.records import decode
+from r2id.errors import InputError, WorkError
+from tests.data.conftest import MIXED, write_set
+
+
+def config(shards, **changes):
+    return DataConfig(shards=shards.folder, **changes)
+
+
+def load(shards, start=0, total=24, rank=0, world_size=1, batch=12, micro_batch=3, seed=5, data=None):
+    return list(image_loader(shards, data or config(shards), split="train", batch=batch, micro_batch=micro_batch,
+                             seed=seed, start_step=start, total_steps=total, rank=rank, world_size=world_size))
+
+
+def keys_of(steps):
+    return [[key for part in step for key in part["keys"]] for step in steps]
+
+
+def test_batches_hold_what_the_index_says(mixed):
+    split = mixed.split("train")
+    for number, step in enumerate(load(mixed, total=6)):
+        assert len(step) == 4
+        for part in step:
+            assert part["image"].dtype == torch.float32 and part["image"].shape[:2] == (3, 1)
+            assert part["image"].is_contiguous() and part["step"] == number and part["epoch"] == 0
+            assert part["label"].tolist() == split.label[part["index"].numpy()].tolist()
+            assert part["label"].dtype == part["index"].dtype == torch.int64
+            for key, index, image in zip(part["keys"], part["index"].tolist(), part["image"], strict=True):
+                assert key == split.key(index)
+                pixels = torch.from_numpy(decode(split.read(index), 1)).movedim(-1, 0)
+                if pixels.shape == image.shape:
+                    assert torch.allclose(image, pixels.float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_audit_of_an_epoch_is_the_same_in_any_world(mixed, world_size, workers):
+    """Ordered keys of a whole epoch and the start of the next: the ranks' parts interleaved are the one rank's."""
+    expected = keys_of(load(mixed, total=20, batch=12, micro_batch=12))
+    data = config(mixed, workers=workers)
+    ranks = [keys_of(load(mixed, total=20, rank=rank, world_size=world_size, data=data)) for rank in range(world_size)]
+    together = [[key for keys in zip(*parts, strict=True) for key in keys] for parts in zip(*ranks, strict=True)]
+    assert together == expected
+    per_epoch = 6 + 6 + 1 + 1 + 1
+    assert {key for keys in expected[:per_epoch] for key in keys} == {f"image-{i:04d}" for i in range(len(MIXED))}
+
+
+@pytest.mark.parametrize("stop", [1, 14, 15, 16])
+def test_resuming_is_knowing_the_step(mixed, stop):
+    whole = load(mixed, total=20)
+    resumed = load(mixed, total=stop) + load(mixed, start=stop, total=20)
+    assert keys_of(resumed) == keys_of(whole)
+    for a, b in zip(whole, resumed, strict=True):
+        for one, two in zip(a, b, strict=True):
+            assert torch.equal(one["image"], two["image"])
+            assert (one["step"], one["epoch"]) == (two["step"], two["epoch"])
+
+
+def test_epochs_differ(mixed):
+    steps = keys_of(load(mixed, total=30))
+    assert steps[:15] != steps[15:]
+
+
+def test_nothing_to_do_after_the_last_step(mixed):
+    assert load(mixed, start=20, total=20) == []
+
+
+def test_channels_and_size(mixed):
+    for step in load(mixed, total=3, data=config(mixed, channels=3, size=(5, 9))):
+        assert step[0]["image"].shape == (3, 3, 5, 9)
+        assert torch.equal(step[0]["image"][:, 0], step[0]["image"][:, 2])
+        assert step[0]["image"].min() >= -1 and step[0]["image"].max() <= 1
+
+
+def test_bad_requests_are_refused_at_once(mixed):
+    with pytest.raises(InputError, match=r"train\.batch = 12: must be a multiple of 2 processes × 5"):
+        load(mixed, world_size=2, micro_batch=5)
+    with pytest.raises(InputError, match="no split 'val'"):
+        eval_loader(mixed, config(mixed), "val", 4)
+
+
+def test_a_damaged_image_names_its_sample(mixed):
+    with mixed.split("test").files[0].open("r+b") as file:
+        file.seek(int(mixed.split("test").offset[2]))
+        file.write(b"0000000")
+    with pytest.raises(WorkError, match=r"shard-000000\.tar: sample image-0002: not an image"):
+        list(eval_loader(mixed, config(mixed), "test", 4))
+
+
+def test_evaluation_takes_each_image_once_in_order(mixed):
+    batches = list(eval_loader(mixed, config(mixed), "test", 5))
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9, 10]]
+    assert [tuple(batch["image"].shape) for batch in batches] == [(5, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 20)]
+    assert all(batch["epoch"] == batch["step"] == 0 for batch in batches)
+
+
+def test_evaluation_of_some(mixed):
+    def indices(**choice):
+        return [index for batch in eval_loader(mixed, config(mixed), "test", 5, **choice)
+                for index in batch["index"].tolist()]
+
+    assert indices(limit=4) == [0, 2, 5, 8]
+    assert indices(limit=100) == list(range(11))
+    assert indices(indices=[3, 9, 1]) == [3, 1, 9]
+
+
+def test_training_and_evaluation_see_the_same_pixels(mixed):
+    seen = {int(index): image for batch in eval_loader(mixed, config(mixed), "train", 7)
+            for index, image in zip(batch["index"], batch["image"], strict=True)}
+    assert sorted(seen) == list(range(len(MIXED)))
+    for step in load(mixed, total=15):
+        for part in step:
+            for index, image in zip(part["index"].tolist(), part["image"], strict=True):
+                assert torch.equal(image, seen[index])
+
+
+def test_image_sizes_are_those_of_the_batches(mixed):
+    sizes = image_sizes(mixed, config(mixed), "train")
+    assert len(sizes) == len(MIXED) and sizes[0] == (1, 1) and sizes[len(sizes) // 2] == (8, 8)
+    assert [height * width for height, width in sizes] == sorted(height * width for height, width in sizes)
+
+
+def test_fit_cuts_the_middle_and_keeps_the_shape():
+    ramp = Image.fromarray(np.tile(np.arange(0, 200, 2, dtype=np.uint8), (40, 1)))  # 40 x 100
+    middle = np.asarray(fit(ramp, 20, 20)).astype(float)
+    assert middle.shape == (20, 20)
+    assert np.allclose(middle[:, 2:-2], 61 + 4 * np.arange(2, 18), atol=1)  # columns 30 to 70, two by two
+    assert fit(ramp, 40, 100) is ramp
+    assert np.asarray(fit(ramp, 1, 1)).shape == (1, 1)
+
+
+@pytest.mark.parametrize("height", [1, 3, 97, 333])
+def test_fit_takes_any_size_to_any(height):
+    for target in ((1, 1), (7, 5), (64, 301)):
+        assert fit(Image.new("RGB", (59, height)), *target).size == target[::-1]
+
+
+def test_single_pixel_images(tmp_path):
+    shards = write_set(tmp_path, {"train": [(1, 1)] * 5})
+    steps = load(shards, batch=2, micro_batch=2, total=6)
+    assert all(step[0]["image"].shape == (2, 1, 1, 1) for step in steps)
