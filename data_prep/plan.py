@@ -74,13 +74,11 @@ def make_plan(config: PrepareConfig) -> Plan:
     if not kept:
         _check_vacant(out)
     reader = open_reader(config.dataset, config.source, out / DOWNLOADS)
-    if kept:
-        if kept.source_digest != reader.digest:
-            raise InputError(f"out {out}: was made from another source than {config.source}: choose another folder, "
-                             "or remove this one")
-        sweep(out)
-        return kept
-    return _write(config, reader, reader.items())
+    if kept and kept.source_digest != reader.digest:
+        raise InputError(f"out {out}: was made from another source than {config.source}: choose another folder, "
+                         "or remove this one")
+    sweep(out)
+    return kept or _write(config, reader, reader.items())
 
 
 def is_complete(out: Path) -> bool:
@@ -97,7 +95,7 @@ def _check_vacant(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"out {out}: exists and is no folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    foreign = sorted(name for name in names if name != DOWNLOADS and not name.startswith(_ITEMS))
+    foreign = sorted(name for name in names if name != DOWNLOADS and not name.startswith("plan."))
     if foreign:
         raise InputError(f"out {out}: exists and holds something else ({foreign[0]}): choose another folder")
 

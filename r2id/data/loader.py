@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,13 @@ def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[in
 
 
 def split_buckets(samples: Split, data: DataConfig) -> Buckets:
-    return make_buckets(samples.height, samples.width, data.size, data.max_pixels)
+    """The size that every image of a split is brought to."""
+    return _split_buckets(samples, data.size, data.max_pixels)
+
+
+@lru_cache(maxsize=4)
+def _split_buckets(samples: Split, size: tuple[int, int] | None, max_pixels: int) -> Buckets:
+    return make_buckets(samples.height, samples.width, size, max_pixels)
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:

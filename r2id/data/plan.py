@@ -61,14 +61,12 @@ def make_buckets(heights: np.ndarray, widths: np.ndarray, size: tuple[int, int] 
         heights, widths = np.full_like(heights, size[0]), np.full_like(widths, size[1])
     else:
         heights, widths = _cap_area(heights, widths, max_pixels)
-        distinct, inverse, counts = np.unique(np.stack([heights, widths]), axis=1, return_inverse=True,
-                                              return_counts=True)
-        merged = _merge(distinct, counts)[:, inverse.reshape(-1)]
-        heights, widths = merged[0], merged[1]
-    sizes, inverse = np.unique(np.stack([heights, widths]), axis=1, return_inverse=True)
-    order = np.argsort(inverse.reshape(-1), kind="stable")
-    ends = np.cumsum(np.bincount(inverse.reshape(-1)))[:-1]
-    return Buckets(heights, widths, [(int(h), int(w)) for h, w in sizes.T], np.split(order, ends))
+        distinct, inverse, counts = np.unique(_join(heights, widths), return_inverse=True, return_counts=True)
+        heights, widths = _merge(np.stack(_part(distinct)), counts)[:, inverse]
+    distinct, inverse, counts = np.unique(_join(heights, widths), return_inverse=True, return_counts=True)
+    sizes = list(zip(*(sides.tolist() for sides in _part(distinct)), strict=True))
+    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+    return Buckets(heights, widths, sizes, members)
 
 
 def plan_epoch(buckets: Buckets, *, digest: str, seed: int, epoch: int, batch: int) -> list[Batch]:
@@ -106,6 +104,15 @@ def check_batch(batch: int, world_size: int, micro_batch: int) -> None:
 
 def _permutation(count: int, *keys: int) -> np.ndarray:
     return rng.subset(rng.fold(*keys), count, count).numpy()
+
+
+def _join(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """One number for each size: they sort much faster than pairs."""
+    return heights.astype(np.int64) << 32 | widths
+
+
+def _part(joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return joined >> 32, joined & 0xFFFFFFFF
 
 
 def _cap_area(heights: np.ndarray, widths: np.ndarray, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -234,7 +234,7 @@ def read_index(folder: Path, entry: ShardEntry, columns: list[str] | None = None
         return pq.read_table(raw, columns=columns).replace_schema_metadata()
 
 
-@dataclass
+@dataclass(eq=False)
 class Split:
     """The samples of one split, in shard order: arrays of length N, one element per sample.
 
