@@ -6,5 +6,6 @@ import os as _os
 # Its console log repeats what the stages say and answers a misspelt option with pages of traceback; the log in its own
 # database is complete. Whoever wants another setting sets the variable beforehand.
 _os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+_os.environ.setdefault("PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL", "CRITICAL")
 _os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 _os.environ.setdefault("DO_NOT_TRACK", "true")

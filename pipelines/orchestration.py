@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 from pipelines.stages import end_with_us
-from r2id.errors import Stopped
+from r2id.errors import Stopped, WorkError
 
-_SERVER_SECONDS = 120  # on a busy machine, its first start creates a database
+_START_SECONDS = 180.0  # on a busy machine, when its database is created
 
 
 @contextlib.contextmanager
@@ -19,27 +25,44 @@ def prefect_ready() -> Iterator[None]:
 
     SIGTERM and SIGINT raise Stopped here, so that the process ends in order.
     """
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with _signals_raise():
-        if not PREFECT_API_URL.value():
-            _start_server()
-        yield
+        if PREFECT_API_URL.value():
+            yield
+        else:
+            with temporary_settings({PREFECT_API_URL: _start_server()}):
+                yield
 
 
-def _start_server() -> None:
-    """Prefect's temporary server, which Prefect itself ends at exit, after its last messages are delivered."""
-    from prefect.server.api.server import SubprocessASGIServer
+def _start_server() -> str:
+    """Start a Prefect server on this machine alone; the address of its API.
 
-    server = SubprocessASGIServer()
-    # The server inherits the blocked SIGINT, and so a terminal's Ctrl-C does not end it before the stages have saved.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    Prefect would start one by itself, in this process's group: a terminal's Ctrl-C or a scheduler's SIGTERM would then
+    end it before the stages have saved, and it would outlive a pipeline that is killed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port, "--no-ui",
+               "--no-scheduler", "--no-late-runs", "--log-level", "ERROR"]
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    end_with_us(server.pid)  # its only end: after this process has delivered its last messages
+    address = f"http://127.0.0.1:{port}/api"
+    deadline = time.monotonic() + _START_SECONDS
+    while not _answers(f"{address}/health"):
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise WorkError(f"Prefect's server does not start ({' '.join(command[1:])})")
+        time.sleep(0.1)
+    return address
+
+
+def _answers(url: str) -> bool:
     try:
-        server.start(timeout=_SERVER_SECONDS)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if server.server_process is not None:
-        end_with_us(server.server_process.pid)
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 @contextlib.contextmanager
