@@ -1,0 +1,208 @@
+"""The flows on a real Prefect server, and the whole pipeline on shipped digits: stopped, killed and run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.flows import prepare_flow, train_flow
+from pipelines.orchestration import prefect_ready
+from pipelines.pipeline import run_pipeline
+from r2id.config import PipelineRun, PrepareConfig, load_config
+from r2id.errors import InputError
+
+RIAE = """
+stage = "riae"
+run = "overridden by the pipeline"
+[data]
+shards = "overridden by the pipeline"
+[riae]
+latent_channels = 2
+cell = 4.0
+width = 16
+pixel_width = 16
+heads = 2
+[train]
+steps = 40
+batch = 16
+save_every = 5
+log_every = 5
+"""
+R2ID = """
+stage = "r2id"
+run = "overridden by the pipeline"
+codec = "overridden by the pipeline"
+[data]
+shards = "overridden by the pipeline"
+[r2id]
+width = 16
+heads = 2
+encoder_blocks = 1
+decoder_blocks = 1
+[train]
+steps = 20
+batch = 16
+save_every = 5
+log_every = 5
+"""
+PIPELINE = """
+stage = "pipeline"
+name = "tiny"
+out = "runs/tiny"
+[prepare]
+dataset = "digits"
+out = "data/digits"
+[riae]
+config = "riae.toml"
+[r2id]
+config = "r2id.toml"
+[sample]
+sizes = [[8, 8], [6, 9]]
+count = 4
+steps = 2
+[evaluate]
+sizes = [[8, 8]]
+count = 20
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_ready():
+        yield
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for name, text in {"riae": RIAE, "r2id": R2ID, "pipeline": PIPELINE}.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder
+
+
+def test_prepare_writes_the_same_shards_in_one_process_and_in_two(server: None, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        config = PrepareConfig(dataset="digits", out=tmp_path / str(workers), workers=workers)
+        assert prepare_flow(config) == config.out
+    files = [sorted(file.relative_to(tmp_path / n) for file in (tmp_path / n).rglob("*.tar")) for n in ("1", "2")]
+    assert files[0] == files[1]
+    assert files[0]
+    assert (tmp_path / "1" / "manifest.json").read_bytes() == (tmp_path / "2" / "manifest.json").read_bytes()
+
+
+def test_a_misspelt_option_is_an_input_error(server: None, configs: Path) -> None:
+    with pytest.raises(InputError, match="stpes"):
+        train_flow(configs / "riae.toml", ["train.stpes=3"])
+    with pytest.raises(InputError, match="takes the config of one stage"):
+        train_flow(configs / "pipeline.toml")
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("r2id.train.stpes=3", "stpes"),
+    ("riae.config=r2id.toml", "of stage 'r2id', must be 'riae'"),
+    ("r2id.config=nowhere.toml", "no such config file"),
+])
+def test_wrong_stage_configs_are_told_before_anything_starts(configs: Path, override: str, message: str) -> None:
+    config = load_config(configs / "pipeline.toml", [override, f"out={configs}/out"])
+    assert isinstance(config, PipelineRun)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=message):
+        run_pipeline(config, configs)
+    assert time.monotonic() - began < 1.0
+    assert not (configs / "out").exists()
+
+
+class Running:
+    """``r2id run`` on the tiny pipeline, in a process of its own."""
+
+    def __init__(self, folder: Path, configs: Path) -> None:
+        self.folder = folder
+        self.log = (folder / "log").open("a+")
+        self.began = self.log.tell()
+        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "r2id.cli", "run", str(configs / "pipeline.toml"), "--json"], cwd=folder,
+            env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=self.log, text=True)
+
+    def wait_for(self, path: str) -> None:
+        while not (self.folder / path).exists():
+            assert self.process.poll() is None, self.said()
+            time.sleep(0.05)
+
+    def said(self) -> str:
+        self.log.seek(self.began)
+        return self.log.read()
+
+    def children(self) -> list[int]:
+        """Processes that were started, by their id, in the order in which they were."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == self.process.pid:
+                    found.append(int(stat.parent.name))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        return sorted(found)
+
+    def stage(self) -> int:
+        """The process of the present stage."""
+        return next(pid for pid in self.children()
+                    if b"r2id.cli" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+    def finish(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=300)
+        return self.process.returncode, output
+
+
+def test_the_pipeline_survives_what_happens_to_it(tmp_path: Path, configs: Path) -> None:
+    """Stopped by SIGTERM while RIAE trains, run again with R2ID's training killed once, and run a third time."""
+    first = Running(tmp_path, configs)
+    first.wait_for("runs/tiny/riae/checkpoints/latest")
+    started = first.children()
+    first.process.send_signal(signal.SIGTERM)
+    code, _ = first.finish()
+    assert code == 75, first.said()
+    time.sleep(1.0)
+    assert not [pid for pid in started if Path(f"/proc/{pid}/cmdline").exists()]
+
+    second = Running(tmp_path, configs)
+    second.wait_for("runs/tiny/r2id/checkpoints/latest")
+    os.kill(second.stage(), signal.SIGKILL)
+    code, output = second.finish()
+    assert code == 0, second.said()
+    assert "Traceback" not in second.said()
+    result = json.loads(output)
+    assert [Path(picture).name for picture in result["pictures"]]
+    assert all((tmp_path / picture).exists() for picture in [*result["pictures"], result["report"], result["metrics"]])
+    assert result["headlines"]
+
+    third = Running(tmp_path, configs)
+    code, output = third.finish()
+    assert code == 0, third.said()
+    assert json.loads(output) == result
+    assert third.said().count("up to date") == 2
+    check_tracked(tmp_path)
+
+
+def check_tracked(folder: Path) -> None:
+    """One parent run over all three starts, its children, and no step recorded twice."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    parent = json.loads((folder / "runs/tiny/pipeline.json").read_text())["mlflow_run"]
+    runs = client.search_runs([client.get_experiment_by_name("r2id").experiment_id])
+    children = {run.data.tags["stage"]: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent}
+    assert set(children) == {"riae", "r2id", "sample", "evaluate"}
+    assert len(runs) == 5
+    assert client.get_run(parent).info.status == "FINISHED"
+    for stage, last in {"riae": 40, "r2id": 20}.items():
+        steps = [point.step for point in client.get_metric_history(children[stage].info.run_id, "loss")]
+        assert len(steps) == len(set(steps))
+        assert steps[-1] == last
