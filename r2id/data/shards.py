@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -339,18 +339,18 @@ class ShardSet:
         return self._splits[name]
 
     def _load(self, name: str, entry: SplitEntry) -> Split:
-        columns = ["key", "offset", "size", "height", "width", "label"]
+        columns = ["offset", "size", "height", "width", "label"]
         try:
-            tables = [read_index(self.folder, shard, columns) for shard in entry.shards]
+            tables = [read_index(self.folder, shard, ["key", *columns]) for shard in entry.shards]
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self.folder}/{name}: unreadable index: {str(error).splitlines()[0]}") from None
         table = pa.concat_tables(tables).combine_chunks()
         if [len(part) for part in tables] != [shard.samples for shard in entry.shards]:
             raise InputError(f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more")
         number = np.repeat(np.arange(len(tables), dtype=np.int32), [len(part) for part in tables])
-        array: Callable[[str], np.ndarray] = lambda column: table[column].to_numpy()  # noqa: E731
-        return Split(name, [self.folder / shard.file for shard in entry.shards], table["key"].combine_chunks(), number,
-                     array("offset"), array("size"), array("height"), array("width"), array("label"))
+        return Split(name=name, files=[self.folder / shard.file for shard in entry.shards],
+                     keys=table["key"].combine_chunks(), shard=number,
+                     **{column: table[column].to_numpy() for column in columns})
 
 
 def duplicates(values: Iterable[str]) -> list[str]:
