@@ -1,0 +1,198 @@
+"""The judge of samples: a small convolutional network trained on the same shards as what it judges, real images alone.
+
+It gives classes and the features in which samples and real images are compared. Its own test accuracy is reported
+with every figure that rests on it.
+
+Shape letters: N images · C colours · H, W image · D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from r2id.config import DataConfig
+from r2id.data.files import write_atomic
+from r2id.data.shards import ShardSet, Split
+from r2id.errors import InputError
+from r2id.evaluation.images import load_images, resize, to_floats
+from r2id.models.coords import Size
+from r2id.progress import Progress, say
+
+_VERSION = 1  # of the recipe below: a change of it makes kept classifiers stale
+_WIDTHS = (32, 64, 128)
+_LARGEST_AREA = 64 * 64  # pixels that the classifier sees of larger images
+_MOST_IMAGES = 200_000  # of a split, evenly spaced, that are held in memory
+_BATCH = 128
+_EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 6, 500, 4000
+_LEARNING_RATE, _WEIGHT_DECAY, _WARM_UP, _SMOOTHING = 3e-3, 0.05, 0.15, 0.05
+_ROTATION, _SCALE, _SHIFT = 0.2, 0.15, 0.12  # radians, logarithm of the factor, halves of the side
+_SEED = 0
+
+
+class Classifier(nn.Module):
+    """Three stages of two convolutions each; a stage halves the image while it is large."""
+
+    def __init__(self, channels: int, classes: int, size: Size) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        side = max(size)
+        for stage, width in enumerate(_WIDTHS):
+            stride = 2 if side > (12 if stage == 0 else 4) else 1
+            layers += [_convolution(channels, width, stride), _convolution(width, width, 1)]
+            channels, side = width, -(-side // stride)
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [−1, 1] → float32 [N, D]: the last stage's means, of which the classes are linear."""
+        return self.body(images.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] → logits [N, classes]."""
+        return self.head(self.features(images))
+
+
+def _convolution(channels: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained classifier with what is to be said of it."""
+
+    model: Classifier
+    size: Size
+    """Height and width that it sees; other images are resized to them."""
+    train_images: int
+    test_images: int
+    test_accuracy: float
+    """On real images that it was not trained on."""
+
+    @torch.no_grad()
+    def look(self, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
+        """Images [N, C, H, W] in [−1, 1] of any size → features float32 [N, D] and classes int64 [N], on the CPU."""
+        device = self.model.head.weight.device
+        features, classes = [], []
+        for some in images.split(batch):
+            seen = resize(to_floats(some) if some.dtype == torch.uint8 else some, self.size).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                features.append(self.model.features(seen))
+            classes.append(self.model.head(features[-1]).argmax(1))
+        return torch.cat(features).cpu(), torch.cat(classes).cpu()
+
+
+def obtain_judge(shards: ShardSet, data: DataConfig, file: Path, device: torch.device) -> Judge:
+    """The judge of a shard set: read from ``file`` when it was trained on the same data, else trained and kept there.
+
+    Raises InputError when the training split has no two classes, or the test split no labels.
+    """
+    size = frequent_size(shards.split(data.train_split))
+    data = data.model_copy(update={"size": size, "latents": None})
+    identity = _identity(shards, data)
+    judge = _read(file, identity, data.channels, shards.num_classes, size)
+    if judge is None:
+        judge = _train_and_test(shards, data, device)
+        _write(file, identity, judge)
+    judge.model.to(device)
+    return judge
+
+
+def frequent_size(split: Split) -> Size:
+    """The most frequent (height, width) of a split, shrunk to at most 64×64 pixels of area, aspect ratio kept."""
+    sizes, counts = np.unique(np.stack([split.height, split.width], 1), axis=0, return_counts=True)
+    height, width = (int(side) for side in sizes[counts.argmax()])
+    scale = min(1.0, (_LARGEST_AREA / (height * width)) ** 0.5)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def train_classifier(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Classifier:
+    """From uint8 images [N, C, H, W] and labels [N] in range(classes); the same input gives the same classifier."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        model = Classifier(images.shape[1], classes, (images.shape[2], images.shape[3]))
+    model.to(device)
+    steps = min(max(_FEWEST_STEPS, _EPOCHS * len(images) // _BATCH), _MOST_STEPS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=_WARM_UP)
+    generator = torch.Generator().manual_seed(_SEED)
+    epochs = -(-steps * _BATCH // len(images))
+    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
+    with Progress("train classifier", steps, unit="images", per_item=_BATCH) as progress:
+        for chosen in order[:steps * _BATCH].split(_BATCH):
+            seen = augment(to_floats(images[chosen]), generator).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = F.cross_entropy(model(seen), labels[chosen].to(device), label_smoothing=_SMOOTHING)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.advance()
+    return model.eval().requires_grad_(False)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image turned, scaled along both axes and shifted at random, a little: [N, C, H, W] → the same shape."""
+    turn, *scales, right, down = (2 * torch.rand(5, len(images), generator=generator) - 1).unbind()
+    cos, sin = (_ROTATION * turn).cos(), (_ROTATION * turn).sin()
+    wide, high = (torch.exp(_SCALE * scale) for scale in scales)
+    matrix = torch.stack([torch.stack([cos * wide, -sin * high, _SHIFT * right], 1),
+                          torch.stack([sin * wide, cos * high, _SHIFT * down], 1)], 1)
+    where = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, where, padding_mode="border", align_corners=False)
+
+
+def _train_and_test(shards: ShardSet, data: DataConfig, device: torch.device) -> Judge:
+    images, labels = _labelled(*load_images(shards, data, data.train_split, _MOST_IMAGES))
+    tests, truth = _labelled(*load_images(shards, data, data.test_split, _MOST_IMAGES))
+    if len(labels.unique()) < 2 or not len(tests):
+        raise InputError(f"{shards.folder}: a classifier takes two classes in split {data.train_split!r} and labelled "
+                         f"images in split {data.test_split!r}")
+    assert data.size is not None
+    judge = Judge(train_classifier(images, labels, shards.num_classes, device), data.size, len(images), len(tests), 0.0)
+    return replace(judge, test_accuracy=float((judge.look(tests)[1] == truth).double().mean()))
+
+
+def _labelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return images[labels >= 0], labels[labels >= 0]
+
+
+def _identity(shards: ShardSet, data: DataConfig) -> str:
+    """Of the data and the recipe that a classifier is made from."""
+    facts = [_VERSION, shards.digest, data.size, data.channels, data.train_split, data.test_split]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _write(file: Path, identity: str, judge: Judge) -> None:
+    facts = {"identity": identity, "train_images": judge.train_images, "test_images": judge.test_images,
+             "test_accuracy": judge.test_accuracy}
+    tensors = {name: value.cpu().contiguous() for name, value in judge.model.state_dict().items()}
+    write_atomic(file, save(tensors, {"r2id": json.dumps(facts)}))
+
+
+def _read(file: Path, identity: str, channels: int, classes: int, size: Size) -> Judge | None:
+    """The kept judge, or None when there is none, or another data set's, or a damaged one."""
+    try:
+        with safe_open(file, "pt") as opened:
+            facts = json.loads(opened.metadata()["r2id"])
+            if facts.pop("identity") != identity:
+                return None
+            model = Classifier(channels, classes, size)
+            model.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+            judge = Judge(model.eval().requires_grad_(False), size, **facts)
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+        say(f"{file}: damaged; training the classifier again")
+        return None
+    say(f"{file}: classifier found in place, {judge.test_accuracy:.4f} on {judge.test_images} real test images")
+    return judge

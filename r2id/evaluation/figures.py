@@ -1,0 +1,87 @@
+"""The report's figures, as PNG bytes.
+
+Shape letters: N images · C channels · H, W image.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from r2id.pictures import tile, to_bytes
+
+_GRID_SIDE = 960  # pixels of a grid's longer side, about
+_CELL = 0.95  # inches of a table's column, about
+_COLOURS = ("#0b5fa5", "#8a8a8a", "#c4511d")
+
+
+def grid(images: Tensor, columns: int) -> bytes:
+    """Images [N, C, H, W] in [−1, 1], row by row; each pixel an exact square of pixels."""
+    tiled = tile(images, columns, gap=max(1, images.shape[2] // 14))
+    factor = max(1, _GRID_SIDE // max(tiled.shape[1:]))
+    tiled = F.interpolate(tiled.unsqueeze(0), scale_factor=factor, mode="nearest")[0]
+    buffer = io.BytesIO()
+    Image.fromarray(to_bytes(tiled).squeeze(-1).numpy()).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def table(cells: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str] = ()) -> bytes:
+    """A table of images [C, H, W] in [−1, 1] with words for rows and columns: all of one height, each at its aspect
+    ratio, so that one picture at many sizes compares at a glance."""
+    ratios = [max(row[k].shape[2] / row[k].shape[1] for row in cells) for k in range(len(cells[0]))]
+    figure = Figure((_CELL * sum(ratios) + 1.0, _CELL * len(cells) + 0.3), layout="constrained")
+    words, axes = np.split(figure.subplots(len(cells), 1 + len(ratios), squeeze=False, width_ratios=[0.8, *ratios]), [1], 1)
+    for row, name, word, places in zip(cells, rows, words[:, 0], axes, strict=True):
+        word.set_axis_off()
+        word.text(1, 0.5, name, ha="right", va="center", transform=word.transAxes)
+        for image, place in zip(row, places, strict=True):
+            place.imshow(to_bytes(image).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            place.set(xticks=[], yticks=[])
+            place.spines[:].set_visible(False)
+    for place, name in zip(axes[0], columns, strict=False):
+        place.set_title(name, fontsize=10)
+    return _png(figure)
+
+
+def latents(cells: Sequence[Tensor], most: int = 8) -> bytes:
+    """Latents [L, h, w] of some images, one row each: the first channels as pictures, red above zero and blue below."""
+    count = min(most, cells[0].shape[0])
+    figure = Figure((_CELL * count + 0.8, _CELL * len(cells) + 0.3), layout="constrained")
+    axes = figure.subplots(len(cells), count, squeeze=False)
+    bound = float(torch.cat([cell[:count].flatten() for cell in cells]).abs().max())
+    for cell, places in zip(cells, axes, strict=True):
+        for channel, place in zip(cell, places, strict=False):
+            shown = place.imshow(channel.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
+            place.set(xticks=[], yticks=[])
+    for number, place in enumerate(axes[0]):
+        place.set_title(f"channel {number}", fontsize=10)
+    figure.colorbar(shown, ax=axes, shrink=0.6)
+    return _png(figure)
+
+
+def time_curves(scrape: Mapping[str, Any]) -> bytes:
+    """What scrape_times returns, as curves."""
+    figure = Figure((6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, losses), colour in zip(scrape["loss"].items(), _COLOURS, strict=False):
+        axes.plot(scrape["time"], losses, "o-", label=f"told {name}", color=colour, markersize=4)
+    axes.set(xlabel="time t (0 is data, 1 is noise)", ylabel="squared error of the prediction", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

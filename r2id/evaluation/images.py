@@ -1,0 +1,38 @@
+"""Images of a shard set in memory, at one size, and the one way in which the evaluation resizes.
+
+Shape letters: N images · C colours · H, W image.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2id.config import DataConfig
+from r2id.data.loader import eval_loader
+from r2id.data.shards import ShardSet
+from r2id.models.coords import Size
+
+
+def resize(images: Tensor, size: Size) -> Tensor:
+    """float [N, C, H, W] in [−1, 1] → the same pictures at another size, clipped to [−1, 1].
+
+    Bicubic, with a filter that widens when it shrinks, so that nothing aliases.
+    """
+    if tuple(images.shape[2:]) == size:
+        return images
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def load_images(shards: ShardSet, data: DataConfig, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images [N, C, *data.size] as uint8 and labels int64 [N] (−1: none), all of a split or ``limit`` evenly spaced."""
+    assert data.size is not None
+    batches = list(eval_loader(shards, data, split=split, batch=500, limit=limit))
+    images = torch.cat([((batch["image"] + 1) * 127.5).round().to(torch.uint8) for batch in batches])
+    return images, torch.cat([batch["label"] for batch in batches])
+
+
+def to_floats(images: Tensor) -> Tensor:
+    """uint8 → float32 in [−1, 1]."""
+    return images.float().div_(127.5).sub_(1)

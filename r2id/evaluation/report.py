@@ -1,0 +1,155 @@
+"""The report: one HTML file with everything in it, readable without a network and for as long as there are browsers."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 62rem; margin: 2rem auto;
+       padding: 0 1.25rem }
+h1 { font-size: 1.7rem; margin-bottom: 0 } h2 { margin: 2.4rem 0 .4rem; border-bottom: 1px solid #d8dbe0 }
+h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
+.sub, figcaption { color: #5b6470 }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 }
+.card { border: 1px solid #d8dbe0; border-radius: .5rem; padding: .6rem 1rem; min-width: 9rem }
+.card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e7e9ed; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } thead th { color: #5b6470; font-weight: 600 }
+figure { margin: 1rem 0 } figcaption { font-size: .92rem; margin-top: .3rem }
+img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+"""
+
+_CAPTIONS = {
+    "reconstructions": "Test images (top) and what RIAE makes of them from the latents of their own size, at that size "
+                       "and at others.",
+    "latents": "Latents of the same images, as they come out of the encoder.",
+    "ladder": "One seed and one class per row, at every size of the columns.",
+    "t_scrape": "Loss against time on test images. The distance between the curves is what the class is worth.",
+    "real": "For comparison, real test images.",
+}
+
+
+def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """The report's HTML. ``metrics`` is what evaluate returns; ``pictures`` are PNGs by name."""
+    parts = [_head(metrics)]
+    if "r2id" in metrics:
+        parts += _r2id(metrics, pictures)
+    parts += [*_riae(metrics["riae"], pictures), *_provenance(metrics["provenance"])]
+    title = escape(f"r2id: {metrics['provenance']['data']['dataset']}")
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
+            "<body>\n" + "\n".join(parts) + "\n</body></html>\n")
+
+
+def size_name(size: Sequence[int]) -> str:
+    """(42, 28) → '42×28', height first."""
+    return f"{size[0]}×{size[1]}"
+
+
+def _head(metrics: Mapping[str, Any]) -> str:
+    data = metrics["provenance"]["data"]
+    cards = [(f"PSNR of RIAE at {size_name(metrics['riae']['native']['size'])}",
+              f"{metrics['riae']['native']['psnr']:.1f} dB")]
+    if "r2id" in metrics:
+        cards = [*((f"class accuracy of samples at {size_name(row['size'])}", _share(row["accuracy"]))
+                   for row in metrics["r2id"]["sizes"].values()), *cards]
+    if "classifier" in metrics:
+        cards.append(("the same classifier on real test images", _share(metrics["classifier"]["test_accuracy"])))
+    shown = "".join(f'<div class="card"><b>{value}</b>{escape(name)}</div>' for name, value in cards)
+    return (f"<h1>{escape(data['dataset'])}: evaluation</h1>"
+            f'<p class="sub">Sizes are height × width in pixels.</p><div class="cards">{shown}</div>')
+
+
+def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
+    found = metrics["r2id"]
+    yield "<h2>R2ID: images from noise</h2>"
+    if found["sizes"]:
+        yield _samples_table(metrics)
+    yield _figure("ladder", pictures)
+    for name in pictures:
+        if name.startswith("samples_"):
+            yield _figure(name, pictures, f"Samples at {name.removeprefix('samples_').replace('x', '×')}.")
+    yield _figure("real", pictures)
+    if found["sizes"]:
+        yield _class_table(list(found["sizes"].values()), metrics["provenance"]["data"]["class_names"])
+    yield f"<h3>Loss against time</h3>{_figure('t_scrape', pictures)}"
+    scrape = found["t_scrape"]
+    yield _table(["t", *(f"told {name}" for name in scrape["loss"])],
+                 [[f"{time:g}", *(f"{losses[k]:.4f}" for losses in scrape["loss"].values())]
+                  for k, time in enumerate(scrape["time"])])
+    yield f'<p class="sub">{scrape["images"]:,} test images, the same noise for all curves.</p>'
+
+
+def _samples_table(metrics: Mapping[str, Any]) -> str:
+    judge, real, sampling = metrics["classifier"], metrics["r2id"]["real"], metrics["provenance"]["sampling"]
+    reference = real["frechet_of_training_images"]
+    rows = [[size_name(row["size"]), size_name(row["grid"]), f"{row['samples']:,}", _share(row["accuracy"]),
+             _number(row["frechet"])] for row in metrics["r2id"]["sizes"].values()]
+    rows.append(["real training images", "", f"{real['training_images']:,}", "", _number(reference)])
+    return _table(["size", "latent grid", "images", "class accuracy", "Fréchet distance"], rows) + (
+        f'<p class="sub">Judged by a classifier that saw real images alone: {judge["train_images"]:,} of the training '
+        f'split; it has {_share(judge["test_accuracy"])} on {judge["test_images"]:,} test images. Samples are brought to '
+        f'its size, {size_name(judge["size"])}. The Fréchet distance is to {real["test_images"]:,} real test images in its '
+        "features; that of real training images is what perfect samples would have. "
+        f'{sampling["steps"]} steps of {sampling["solver"]}, guidance {sampling["guidance"]:g}.</p>')
+
+
+def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    return "<h3>Class accuracy by class</h3>" + _table(
+        ["class", *(size_name(row["size"]) for row in rows)],
+        [[name, *(_share(row["accuracy_per_class"][k]) for row in rows)] for k, name in enumerate(names)])
+
+
+def _riae(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
+    yield "<h2>RIAE: images to latents and back</h2>"
+    yield _table(
+        ["size", "", "images", "MSE from own size", "PSNR", "MSE from this size", "PSNR"],
+        [[name, size_name(row["size"]), f"{row['images']:,}", f"{row['mse']:.4f}", f"{row['psnr']:.2f} dB",
+          *([f"{row['mse_encoded']:.4f}", f"{row['psnr_encoded']:.2f} dB"] if "mse_encoded" in row else ["", ""])]
+         for name, row in found.items()])
+    yield ('<p class="sub">On [−1, 1], means over test images. From own size: latents of the image as it is, '
+           "decoded at this size. From this size: latents of the image resized to this size, on as many cells. The truth is "
+           "the image resized by a bicubic filter.</p>")
+    yield _figure("reconstructions", pictures)
+    yield _figure("latents", pictures)
+
+
+def _provenance(facts: Mapping[str, Any]) -> Iterable[str]:
+    yield "<h2>What this was made from</h2>"
+    rows = [[f"{part}: {name.replace('_', ' ')}", _words(value)]
+            for part, values in facts.items() for name, value in values.items()]
+    yield f'<div class="facts">{_table([], rows)}</div>'
+
+
+def _figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
+    if name not in pictures:
+        return ""
+    caption = escape(caption or _CAPTIONS[name])
+    data = base64.b64encode(pictures[name]).decode()
+    style = ' class="pixels"' if name == "real" or name.startswith("samples_") else ""
+    return (f'<figure id="{escape(name)}"><img{style} src="data:image/png;base64,{data}" alt="{caption}">'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

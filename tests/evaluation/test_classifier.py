@@ -1,0 +1,97 @@
+"""The judge of samples."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from r2id.config import DataConfig
+from r2id.data.shards import ShardSet
+from r2id.errors import InputError
+from r2id.evaluation import classifier
+from r2id.evaluation.classifier import Classifier, augment, frequent_size, obtain_judge, train_classifier
+from r2id.evaluation.images import load_images, to_floats
+from tests.evaluation.folders import write_folder
+
+
+def test_it_knows_held_out_digits(judge):
+    assert judge.size == (8, 8)
+    assert judge.test_accuracy >= 0.99
+    assert (judge.train_images, judge.test_images) == (1438, 359)
+
+
+def test_other_sizes_are_brought_to_its_own(judge, shards, data):
+    images, labels = load_images(shards, data.model_copy(update={"size": (24, 24)}), "test")
+    features, classes = judge.look(images)
+    assert features.shape == (359, 128) and features.dtype == torch.float32
+    assert (classes == labels).double().mean() > 0.97
+    again, _ = judge.look(to_floats(images), batch=100)
+    torch.testing.assert_close(again, features, atol=0.05, rtol=0.05)  # bfloat16 in other batches
+
+
+def test_it_is_kept_and_used_again(judge, judge_file, shards, data):
+    before = judge_file.stat().st_mtime_ns
+    again = obtain_judge(shards, data, judge_file, torch.device("cpu"))
+    assert judge_file.stat().st_mtime_ns == before
+    assert again.test_accuracy == judge.test_accuracy
+    for name, tensor in judge.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_a_stale_or_damaged_one_is_not_used(judge, judge_file, tmp_path, capsys):
+    with safe_open(judge_file, "pt") as opened:
+        identity = json.loads(opened.metadata()["r2id"])["identity"]
+    read = lambda file, wanted: classifier._read(file, wanted, 1, 10, (8, 8))  # noqa: E731
+    assert read(judge_file, identity) is not None
+    assert read(judge_file, "another data set's") is None
+    assert read(tmp_path / "none", identity) is None
+    capsys.readouterr()
+    (tmp_path / "cut").write_bytes(judge_file.read_bytes()[:5000])
+    assert read(tmp_path / "cut", identity) is None
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_the_same_data_gives_the_same_classifier(monkeypatch):
+    monkeypatch.setattr(classifier, "_FEWEST_STEPS", 3)
+    monkeypatch.setattr(classifier, "_MOST_STEPS", 3)
+    images, labels = torch.randint(0, 256, (50, 3, 9, 7), dtype=torch.uint8), torch.arange(50) % 4
+    torch.manual_seed(1)
+    one = train_classifier(images, labels, 4, torch.device("cpu"))
+    torch.manual_seed(2)
+    drawn = torch.rand(1)
+    torch.manual_seed(2)
+    other = train_classifier(images, labels, 4, torch.device("cpu"))
+    assert torch.equal(torch.rand(1), drawn)  # the global stream is left alone
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (28, 28), (64, 64), (7, 5)])
+def test_any_size(size):
+    assert Classifier(3, 5, size).eval()(torch.zeros(2, 3, *size)).shape == (2, 5)
+
+
+def test_augmentation_is_mild():
+    images = torch.zeros(200, 1, 28, 28)
+    images[:, :, 10:18, 10:18] = 1
+    moved = augment(images, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape and not torch.equal(moved[0], moved[1])
+    mass = moved.sum((1, 2, 3)) / 64
+    assert mass.min() > 0.7 and mass.max() < 1.4
+    assert (moved * (1 - torch.nn.functional.max_pool2d(images, 15, 1, 7))).max() == 0  # within 7 pixels
+
+
+def test_size_that_most_images_have():
+    split = SimpleNamespace(height=np.array([8, 30, 8]), width=np.array([6, 30, 6]))
+    assert frequent_size(split) == (8, 6)
+    split = SimpleNamespace(height=np.array([300]), width=np.array([1200]))
+    assert frequent_size(split) == (32, 128)
+
+
+def test_data_without_two_classes(tmp_path):
+    shards = write_folder(tmp_path, {"train/a": 5, "test/a": 3})
+    with pytest.raises(InputError, match="takes two classes in split 'train'"):
+        obtain_judge(ShardSet.open(shards), DataConfig(shards=shards), tmp_path / "judge", torch.device("cpu"))

@@ -1,0 +1,61 @@
+"""Loss against time, and samples judged."""
+
+import pytest
+import torch
+
+from r2id.evaluation.images import load_images
+from r2id.evaluation.metrics import frechet_distance
+from r2id.evaluation.r2id import compare_real, draw_samples, encode_tests, score_samples, scrape_times
+from r2id.sampling import Sampler
+
+
+@pytest.fixture(scope="module")
+def sampler(r2id_run):
+    return Sampler.load(r2id_run)
+
+
+def test_loss_against_time(sampler, shards, data):
+    latents = encode_tests(sampler, shards, data)
+    assert sum(len(label) for _, label in latents) == 256
+    scrape = scrape_times(sampler, latents, (0.25, 0.75))
+    assert scrape["images"] == 256 and scrape["time"] == [0.25, 0.75]
+    assert set(scrape["loss"]) == {"its class", "no class", "another class"}
+    latent, label = latents[0]
+    expected = sampler.loss_at(latent, label, 0.75, 0)
+    alone = scrape_times(sampler, latents[:1], (0.75,))
+    assert alone["loss"]["its class"] == [pytest.approx(float(expected.mean()), rel=1e-3)]
+    assert scrape == scrape_times(sampler, latents, (0.25, 0.75))
+
+
+def test_real_images_are_near_and_noise_is_far(judge, shards, data):
+    real, facts = compare_real(judge, shards, data, 500)
+    assert real.shape == (359, 128)
+    assert (facts["test_images"], facts["training_images"]) == (359, 500)
+    noise, _ = judge.look(torch.rand(359, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    assert frechet_distance(noise, real) > 20 * facts["frechet_of_training_images"]
+    blurred, _ = judge.look(load_images(shards, data.model_copy(update={"size": (3, 3)}), "test")[0])
+    assert facts["frechet_of_training_images"] < frechet_distance(blurred, real) < frechet_distance(noise, real)
+
+
+def test_scores_of_samples(sampler, judge, shards, data):
+    real, _ = compare_real(judge, shards, data, 100)
+    scores = score_samples(sampler, judge, real, (12, 8), 130, seed=3)
+    assert scores["size"] == [12, 8] and scores["samples"] == 130
+    assert scores["grid"] == list(sampler.grid_for((12, 8)))
+    assert scores["accuracy"] == pytest.approx(sum(scores["accuracy_per_class"]) / 10)  # 13 of each class
+    images = draw_samples(sampler, [(12, 8)], 130, seed=3)[12, 8]
+    features, classes = judge.look(images)
+    assert scores["accuracy"] == pytest.approx(float((classes == torch.arange(130) % 10).double().mean()), abs=0.02)
+    assert scores["frechet"] == pytest.approx(frechet_distance(features, real), rel=0.05)
+
+
+def test_one_sample_has_no_distance(sampler, judge, shards, data):
+    real, facts = compare_real(judge, shards, data, 1)
+    assert facts["frechet_of_training_images"] is None
+    assert score_samples(sampler, judge, real, (8, 8), 1, 0)["frechet"] is None
+
+
+def test_the_same_seeds_at_every_size(sampler):
+    drawn = draw_samples(sampler, [(8, 8), (5, 16)], 3, seed=7)
+    assert {size: tuple(images.shape) for size, images in drawn.items()} == {(8, 8): (3, 1, 8, 8), (5, 16): (3, 1, 5, 16)}
+    torch.testing.assert_close(drawn[8, 8], sampler.sample(torch.arange(3), torch.arange(7, 10), (8, 8)))

@@ -1,0 +1,48 @@
+"""Reconstruction at many sizes."""
+
+import pytest
+import torch
+
+from r2id.config import DataConfig
+from r2id.data.shards import ShardSet
+from r2id.evaluation.images import load_images, to_floats
+from r2id.evaluation.riae import SCALES, draw_riae, measure_riae, scaled
+from r2id.training.codec import Codec
+from tests.evaluation.folders import write_folder
+
+
+@pytest.fixture(scope="module")
+def codec(riae_run):
+    return Codec.load(riae_run)
+
+
+def test_native_error_is_that_of_the_whole_test_split(codec, shards, data):
+    measured = measure_riae(codec, shards, data)
+    images = to_floats(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
+    error = (codec.decode(codec.encode(images), (8, 8)) - images).square().flatten(1).mean(1)
+    assert measured["native"]["mse"] == pytest.approx(float(error.mean()), rel=0.01)
+    assert measured["native"]["psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()), abs=0.05)
+
+
+def test_every_scale_is_measured(codec, shards, data):
+    measured = measure_riae(codec, shards, data)
+    assert list(measured) == list(SCALES)
+    assert {name: tuple(row["size"]) for name, row in measured.items()} == {
+        "native": (8, 8), "half": (4, 4), "double": (16, 16), "taller": (12, 8), "wider": (8, 12)}
+    for name, row in measured.items():
+        assert row["images"] == 359 and 0 < row["mse"] < 4 and 0 < row["psnr"] < 106
+        assert ("mse_encoded" in row) == (name != "native")
+
+
+def test_images_of_many_sizes(codec, tmp_path):
+    folder = write_folder(tmp_path, {"train/a": 1, "test/a": 6}, ((9, 5), (9, 5), (1, 1)))
+    shards, data = ShardSet.open(folder), DataConfig(shards=folder)
+    measured = measure_riae(codec, shards, data)
+    assert measured["native"]["size"] == [9, 5] and measured["native"]["images"] == 6
+    pictures = draw_riae(codec, shards, data)
+    assert [tuple(image.shape) for image in pictures.rendered["double"]].count((1, 18, 10)) == 4
+    assert all(len(images) == 6 for images in pictures.rendered.values())
+
+
+def test_scaled_sizes_are_never_empty():
+    assert scaled((1, 3), (0.5, 0.5)) == (1, 2) and scaled((1, 1), (0.1, 2)) == (1, 2)

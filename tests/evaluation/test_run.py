@@ -1,0 +1,95 @@
+"""The whole evaluation: what it writes, and what it refuses."""
+
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from r2id.config import load_config
+from r2id.errors import InputError
+from r2id.evaluation.run import evaluate
+from r2id.training.loop import train
+from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
+from tests.evaluation.folders import write_folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(r2id_run, digits, judge, judge_file, tmp_path_factory):
+    """(folder, what evaluate returned) of a small R2ID, with a judge and a figure left by an earlier evaluation."""
+    out = tmp_path_factory.mktemp("evaluated") / "report"
+    (out / "figures").mkdir(parents=True)
+    (out / "figures" / "samples_9x9.png").write_bytes(b"old")
+    shutil.copy(judge_file, out / "classifier.safetensors")
+    return out, evaluate(r2id_run, digits, out, sizes=((8, 8), (12, 8), (8, 8)), count=40, seed=5)
+
+
+def test_metrics_are_written_as_returned(evaluated, shards):
+    out, metrics = evaluated
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert list(metrics["r2id"]["sizes"]) == ["8x8", "12x8"]
+    assert metrics["classifier"]["test_accuracy"] >= 0.99
+    facts = metrics["provenance"]
+    assert facts["data"]["digest"] == shards.digest and facts["sampling"]["first_seed"] == 5
+    assert facts["riae"]["steps"] == 60 and facts["r2id"]["steps"] == 40
+    assert facts["riae"]["trained_on_this_data"] is True
+    assert metrics["headlines"][0].startswith("samples at 8x8: class accuracy 0.")
+    assert metrics["headlines"][-1].startswith("RIAE at 8x8: test MSE 0.")
+
+
+def test_the_report_holds_everything(evaluated):
+    out, metrics = evaluated
+    html = (out / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', html) and "http" not in html and "<script" not in html
+    files = {file.stem for file in (out / "figures").iterdir()}
+    assert files == {"reconstructions", "latents", "ladder", "samples_8x8", "samples_12x8", "real", "t_scrape"}
+    assert files == set(re.findall(r'<figure id="([^"]+)"', html))
+    for file in (out / "figures").iterdir():
+        with Image.open(file) as picture:
+            picture.load()
+            assert min(picture.size) > 100, file
+    assert metrics["provenance"]["r2id"]["identity"] in html and metrics["provenance"]["data"]["digest"] in html
+
+
+def test_again_gives_the_same(evaluated, r2id_run, digits):
+    out, metrics = evaluated
+    kept = (out / "classifier.safetensors").stat().st_mtime_ns
+    again = evaluate(r2id_run, digits, out, sizes=((8, 8), (12, 8)), count=40, seed=5)
+    assert again == metrics
+    assert (out / "classifier.safetensors").stat().st_mtime_ns == kept
+
+
+def test_an_riae_alone(riae_run, digits, tmp_path):
+    metrics = evaluate(riae_run, digits, tmp_path / "new" / "report")
+    assert "r2id" not in metrics and "classifier" not in metrics and len(metrics["headlines"]) == 1
+    assert {path.name for path in (tmp_path / "new" / "report").iterdir()} == {"metrics.json", "report.html", "figures"}
+
+
+def test_images_without_classes(tmp_path):
+    """There is nothing to judge by, but losses, pictures and RIAE are shown all the same."""
+    shards = write_folder(tmp_path, {"train": 40, "test": 6})
+    riae, r2id = tmp_path / "riae", tmp_path / "r2id"
+    few = [f"data.shards={shards}", "train.steps=2"]
+    train(load_config(CONFIGS / "digits" / "riae.toml", [*TINY_RIAE, *few, f"run={riae}"]))
+    config = tmp_path / "r2id.toml"
+    text = (CONFIGS / "digits" / "r2id.toml").read_text()
+    config.write_text(re.sub(r"(?m)^latents = .*\n", "", text))
+    train(load_config(config, [*TINY_R2ID, *few, f"run={r2id}", f"codec={riae}"]))
+    metrics = evaluate(r2id, shards, tmp_path / "report", count=4)
+    assert metrics["r2id"]["sizes"] == {} and set(metrics["r2id"]["t_scrape"]["loss"]) == {"no class"}
+    assert {"ladder", "samples_8x8"} <= {file.stem for file in (tmp_path / "report" / "figures").iterdir()}
+
+
+def test_what_it_refuses(r2id_run, riae_run, digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    others = write_folder(tmp_path, {"train/a": 4, "train/b": 4, "test/a": 2})
+    out = tmp_path / "report"
+    for checkpoint, shards, place, message in [
+            (riae_run, digits, tmp_path / "file", "is a file; must be a folder"),
+            (tmp_path, digits, out, "no checkpoint here"),
+            (riae_run, tmp_path, out, "not a shard set"),
+            (r2id_run, others, out, "has 2 classes, and .* was trained with 10")]:
+        with pytest.raises(InputError, match=message):
+            evaluate(checkpoint, shards, place)
+    assert not out.exists()
