@@ -106,8 +106,11 @@ def train(
     settings = load_config(config, overrides or ())
     if isinstance(settings, PipelineRun):
         raise InputError(f"{config}: stage 'pipeline' is for r2id run; r2id train takes 'riae' or 'r2id'")
-    result = run_train(settings, preview)
-    if dist.is_main():
+    try:
+        result, main_process = run_train(settings, preview), dist.is_main()
+    finally:
+        dist.shutdown()
+    if main_process:
         _report(result, as_json, lambda r: [f"{r['checkpoint']}: step {r['step']}" + (
             f", loss {r['loss']:.4f}, {r['images_per_second']:.0f} images/s" if "loss" in r else ", already finished")])
 
