@@ -6,7 +6,9 @@ anything that sets its variables: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MAS
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,8 @@ def init_group(world: World) -> None:
 def _join(device: torch.device, **place: Any) -> None:
     if not group.is_initialized():
         group.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
+        if device.type == "cpu":
+            atexit.register(shutdown)
 
 
 def rank() -> int:
@@ -105,6 +109,11 @@ def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
 
 
 def shutdown() -> None:
-    """Leave the process group, if any."""
+    """Leave the process group, if any. A job on CPUs does so by itself when a process ends."""
     if group.is_initialized():
+        gloo = group.get_backend() == "gloo"
         group.destroy_process_group()
+        if gloo:
+            # Its threads may still hold tensors of the last collectives, and abort the process when they let go of them
+            # after the interpreter is gone (pytorch/pytorch#179291). Let them do it now; they need Python's lock.
+            time.sleep(0.2)
