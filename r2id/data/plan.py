@@ -118,9 +118,13 @@ def _part(joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _cap_area(heights: np.ndarray, widths: np.ndarray, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """Shrink what has more than ``max_pixels``, keeping the shape as far as whole pixels can."""
     scale = np.minimum(1.0, np.sqrt(max_pixels / (heights.astype(np.float64) * widths)))
-    short = np.maximum(1, np.floor(np.minimum(heights, widths) * scale)).astype(heights.dtype)
-    # The longer side follows from the shorter one, which may not have become less than one pixel.
-    long = np.minimum(np.floor(np.maximum(heights, widths) * scale), max_pixels // short).astype(heights.dtype)
+
+    def whole(sides: np.ndarray) -> np.ndarray:
+        # A side that comes out whole may lie just below, by rounding.
+        return np.maximum(1, np.floor(sides * scale + 1e-9)).astype(heights.dtype)
+
+    short = whole(np.minimum(heights, widths))
+    long = np.minimum(whole(np.maximum(heights, widths)), max_pixels // short)  # matters when short would be below 1
     tall = heights >= widths
     return np.where(tall, long, short), np.where(tall, short, long)
 

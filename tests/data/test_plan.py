@@ -19,7 +19,7 @@ def plan(buckets, epoch=0, seed=0, batch=8, digest=DIGEST):
     return plan_epoch(buckets, digest=digest, seed=seed, epoch=epoch, batch=batch)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(sides, st.integers(1, 40), st.integers(0, 3))
 def test_every_sample_in_every_epoch_and_all_batches_full(sizes, batch, epoch):
     buckets = buckets_of(sizes)
@@ -32,7 +32,7 @@ def test_every_sample_in_every_epoch_and_all_batches_full(sizes, batch, epoch):
         assert set(buckets.height[part.indices]) == {part.height} and set(buckets.width[part.indices]) == {part.width}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(sides, st.integers(1, 70000))
 def test_nothing_is_enlarged_and_the_area_is_capped(sizes, max_pixels):
     buckets = buckets_of(sizes, max_pixels=max_pixels)
@@ -42,7 +42,7 @@ def test_nothing_is_enlarged_and_the_area_is_capped(sizes, max_pixels):
     assert (buckets.height.astype(int) * buckets.width <= max_pixels).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(sides)
 def test_joining_a_bucket_costs_at_most_half_of_a_side(sizes):
     buckets = buckets_of(sizes, max_pixels=600 * 600)
@@ -102,6 +102,7 @@ def test_the_shape_is_kept_when_the_area_is_capped():
     buckets = buckets_of([(375, 500)] * 100, max_pixels=10000)
     assert buckets.sizes == [(86, 115)]
     assert buckets_of([(1, 100000)] * 2, max_pixels=500).sizes == [(1, 500)]
+    assert all(buckets_of([(n, n)], max_pixels=m * m).sizes == [(m, m)] for m in range(1, 40) for n in (m, 249, 333))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 24), (2, 4), (4, 3), (3, 8)])
