@@ -64,7 +64,6 @@ def prepare(
 ) -> None:
     """Shard a dataset into webdataset tars at native sizes, with manifest, index and checksums."""
     from data_prep.prepare import prepare as run_prepare
-
     from r2id.config import PrepareConfig
     from r2id.data.shards import ShardSet
 
@@ -201,7 +200,6 @@ def run(
 ) -> None:
     """Run the whole pipeline as a Prefect flow: prepare, train, encode, train, sample, evaluate."""
     from pipelines.pipeline import run_pipeline
-
     from r2id.config import PipelineRun, load_config
 
     settings = load_config(config, overrides or ())

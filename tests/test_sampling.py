@@ -90,7 +90,8 @@ def test_reconstruction_of_a_picture_file(riae_run, tmp_path):
 
 def test_where_output_may_go(tmp_path):
     (tmp_path / "file").write_text("")
-    assert output_files(tmp_path / "new", ["8x8", "8x8", "9x9"], False) == [tmp_path / "new/8x8.png", tmp_path / "new/9x9.png"]
+    assert output_files(tmp_path / "new", ["8x8", "8x8", "9x9"], False) == [tmp_path / "new/8x8.png",
+                                                                            tmp_path / "new/9x9.png"]
     for out, names, message in [(tmp_path / "a.png", ["1x1", "2x2"], "is one file, and there are 2 sizes"),
                                 (tmp_path / "a.jpg", ["1x1"], "must be a .png file or a folder"),
                                 (tmp_path / "file", ["1x1"], "is a file")]:

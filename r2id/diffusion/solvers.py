@@ -40,8 +40,9 @@ def dpmpp_2m(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> T
         data, _ = denoise(x, here)
         step = 0.5 * (there - here)
         # Clamped ends of the schedule make steps of length 0, over which nothing can be extrapolated.
-        extrapolates = previous is not None and previous[1] > 0
-        best = data + 0.5 * step / previous[1] * (data - previous[0]) if extrapolates else data
+        best = data
+        if previous is not None and previous[1] > 0:
+            best = data + 0.5 * step / previous[1] * (data - previous[0])
         previous = (data, step)
         (_, sigma), (alpha_next, sigma_next) = alpha_sigma(here, kind), alpha_sigma(there, kind)
         x = sigma_next / sigma * x - alpha_next * torch.expm1(-step) * best

@@ -73,6 +73,7 @@ class Attention(nn.Module):
         return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
 
     def _with_window(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, context_at: Tensor) -> tuple[Tensor, ...]:
+        assert self.log_reach is not None
         sharpness = torch.exp(-self.log_reach).view(1, -1, 1, 1) * math.sqrt(self.head_dim)  # undoes SDPA's 1/√d
         at, context_at = at.unsqueeze(1), context_at.unsqueeze(1)
         ones, context_ones = torch.ones_like(at), torch.ones_like(context_at)

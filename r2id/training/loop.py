@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str
     world = dist.init()
     stage = make_stage(config, world, micro_batch_size(config.train, world.world_size))
     if config.train.activation_checkpointing == "all":
-        recompute_blocks(stage.module.model)
+        recompute_blocks(stage.module.model.blocks())
     engine = make_engine(stage.module, optim=config.optim, train=config.train, engine=config.engine, world=world)
     found = _find_checkpoint(stage)
     start = 0
@@ -67,9 +67,9 @@ def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
     return optim.lr_end + 0.5 * (optim.lr - optim.lr_end) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Keep no activations inside the model's blocks: compute them again in the backward pass."""
-    for block in model.blocks():
+def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Keep no activations inside a model's blocks: compute them again in the backward pass."""
+    for block in blocks:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
 
 

@@ -33,7 +33,7 @@ class Stage:
 
     config: RiaeRun | R2idRun
     shards: ShardSet
-    module: nn.Module
+    module: RiaeLoss | R2idLoss
     """``module(**batch, step=…)`` → (loss, figures); holds the model as ``module.model``."""
     facts: dict[str, Any]
     """What it takes to build the model and use it, beside its config."""

@@ -16,16 +16,19 @@ def codec(riae_run):
     return Codec.load(riae_run)
 
 
-def test_native_error_is_that_of_the_whole_test_split(codec, shards, data):
-    measured = measure_riae(codec, shards, data)
+@pytest.fixture(scope="module")
+def measured(codec, shards, data):
+    return measure_riae(codec, shards, data)
+
+
+def test_native_error_is_that_of_the_whole_test_split(codec, measured, shards, data):
     images = to_floats(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
     error = (codec.decode(codec.encode(images), (8, 8)) - images).square().flatten(1).mean(1)
     assert measured["native"]["mse"] == pytest.approx(float(error.mean()), rel=0.01)
     assert measured["native"]["psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()), abs=0.05)
 
 
-def test_every_scale_is_measured(codec, shards, data):
-    measured = measure_riae(codec, shards, data)
+def test_every_scale_is_measured(measured):
     assert list(measured) == list(SCALES)
     assert {name: tuple(row["size"]) for name, row in measured.items()} == {
         "native": (8, 8), "half": (4, 4), "double": (16, 16), "taller": (12, 8), "wider": (8, 12)}

@@ -153,12 +153,25 @@ class Running:
 
     def stage(self) -> int:
         """The process of the present stage."""
-        return next(pid for pid in self.children()
-                    if b"r2id.cli" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        return next(pid for pid in self.children() if b"r2id.cli" in command_of(pid))
 
     def finish(self) -> tuple[int, str]:
         output, _ = self.process.communicate(timeout=300)
         return self.process.returncode, output
+
+
+def assert_gone(processes: list[int], within: float) -> None:
+    end = time.monotonic() + within
+    while left := [pid for pid in processes if command_of(pid)]:
+        assert time.monotonic() < end, [command_of(pid) for pid in left]
+        time.sleep(0.1)
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def test_the_pipeline_survives_what_happens_to_it(tmp_path: Path, configs: Path) -> None:
@@ -169,8 +182,7 @@ def test_the_pipeline_survives_what_happens_to_it(tmp_path: Path, configs: Path)
     first.process.send_signal(signal.SIGTERM)
     code, _ = first.finish()
     assert code == 75, first.said()
-    time.sleep(1.0)
-    assert not [pid for pid in started if Path(f"/proc/{pid}/cmdline").exists()]
+    assert_gone(started, within=60.0)
 
     second = Running(tmp_path, configs)
     second.wait_for("runs/tiny/r2id/checkpoints/latest")

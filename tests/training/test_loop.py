@@ -25,7 +25,8 @@ def riae_config(digits, run, *more):
 
 def r2id_config(digits, codec, run, *more):
     return load_config(CONFIGS / "digits" / "r2id.toml",
-                       [*TINY_R2ID, "train.precision=float32", f"run={run}", f"data.shards={digits}", f"codec={codec}", *more])
+                       [*TINY_R2ID, "train.precision=float32", f"run={run}", f"data.shards={digits}", f"codec={codec}",
+                        *more])
 
 
 def weights(run):
