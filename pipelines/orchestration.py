@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -25,14 +26,21 @@ def prefect_ready() -> Iterator[None]:
 
     SIGTERM and SIGINT raise Stopped here, so that the process ends in order.
     """
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import PREFECT_API_URL
 
     with _signals_raise():
         if PREFECT_API_URL.value():
             yield
-        else:
-            with temporary_settings({PREFECT_API_URL: _start_server()}):
-                yield
+            return
+        # For the whole process and those it starts: a thread or worker that did not know the address would start a
+        # server of its own, which nobody ends.
+        os.environ["PREFECT_API_URL"] = _start_server()
+        refresh_global_settings_context()
+        try:
+            yield
+        finally:
+            del os.environ["PREFECT_API_URL"]
 
 
 def _start_server() -> str:
