@@ -22,6 +22,7 @@ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e7e
 th:first-child, td:first-child { text-align: left } thead th { color: #5b6470; font-weight: 600 }
 figure { margin: 1rem 0 } figcaption { font-size: .92rem; margin-top: .3rem }
 img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
+.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; align-items: end }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 """
 
@@ -72,10 +73,9 @@ def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable
     if found["sizes"]:
         yield _samples_table(metrics)
     yield _figure("ladder", pictures)
-    for name in pictures:
-        if name.startswith("samples_"):
-            yield _figure(name, pictures, f"Samples at {name.removeprefix('samples_').replace('x', '×')}.")
-    yield _figure("real", pictures)
+    grids = [_figure(name, pictures, f"Samples at {name.removeprefix('samples_').replace('x', '×')}.")
+             for name in pictures if name.startswith("samples_")]
+    yield f'<div class="grids">{"".join(grids)}{_figure("real", pictures)}</div>'
     if found["sizes"]:
         yield _class_table(list(found["sizes"].values()), metrics["provenance"]["data"]["class_names"])
     yield f"<h3>Loss against time</h3>{_figure('t_scrape', pictures)}"

@@ -99,8 +99,8 @@ def _show_samples(sampler: Sampler, shards: ShardSet, data: DataConfig, sizes: S
     """A grid per size, one seed at many sizes, and real images to compare with."""
     drawn = draw_samples(sampler, sizes, _GRID_COUNT, seed)
     own = sampler.codec.image
-    ladder = list(dict.fromkeys([scaled(own, (0.5, 0.5)), own, *sizes, scaled(own, (2, 2)), scaled(own, (4, 4)),
-                                 scaled(own, (1.5, 1)), scaled(own, (1, 1.5))]))
+    others = [scaled(own, scale) for scale in ((0.5, 0.5), (1, 1), (2, 2), (4, 4), (1.5, 1), (1, 1.5))]
+    ladder = sorted({*sizes, *others}, key=lambda size: (size[0] * own[1] != size[1] * own[0], size[0] * size[1], size))
     rungs = draw_samples(sampler, ladder, _LADDER_ROWS, seed)
     columns = min(10, sampler.num_classes) if sampler.num_classes > 1 else 10
     real, _ = load_images(shards, data.model_copy(update={"size": own}), data.test_split, _GRID_COUNT)
