@@ -59,3 +59,12 @@ def r2id_run(digits, riae_run, latents, tmp_path_factory) -> Path:
     train(load_config(CONFIGS / "digits" / "r2id.toml", [*TINY_R2ID, f"run={run}", f"data.shards={digits}",
                                                          f"codec={riae_run}", f"data.latents={latents}"]))
     return run
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

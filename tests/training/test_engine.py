@@ -24,6 +24,8 @@ from r2id.training.engine import (
 )
 from tests.training import engine_ranks as job
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Net(nn.Module):
     def __init__(self) -> None:
