@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pipelines.stages import end_with_us
 from r2id.errors import Stopped, WorkError
 
-_START_SECONDS = 180.0  # on a busy machine, when its database is created
+_START_SECONDS = 600.0  # some seconds, minutes on an overloaded machine; a server that died is noticed at once
 
 
 @contextlib.contextmanager
