@@ -44,6 +44,8 @@ class Sampler:
     """√(h·w) of the grid at which the noise schedule is not shifted."""
     areas: tuple[int, int]
     """Smallest and largest number of latent cells trained on."""
+    ratios: tuple[float, float]
+    """Smallest and largest height / width of the latent grids trained on."""
     bfloat16: bool
 
     @classmethod
@@ -65,25 +67,21 @@ class Sampler:
         model.to(device).eval().requires_grad_(False)
         return cls(model, codec, DiffusionConfig.model_validate(meta.config["diffusion"]),
                    SampleConfig.model_validate(meta.config["sample"]), meta.model["base_side"],
-                   tuple(meta.model["areas"]), meta.config["train"]["precision"] == "bfloat16")
+                   tuple(meta.model["areas"]), tuple(meta.model["ratios"]), meta.config["train"]["precision"] == "bfloat16")
 
     @property
     def num_classes(self) -> int:
         return self.model.classes
 
     def grid_for(self, size: Size) -> Size:
-        """The latent grid on which an image of this size is diffused.
-
-        The codec's own grid where its number of cells is one that the model was trained on; else the nearest number of
-        cells at this aspect ratio. The decoder then renders the grid at the size asked for.
-        """
+        """The latent grid on which an image of this size is diffused: the codec's own, brought within the numbers of
+        cells and the aspect ratios that the model was trained on. The decoder renders it at the size asked for."""
         height, width = self.codec.grid_for(size)
-        area = height * width
-        scale = (min(max(area, self.areas[0]), self.areas[1]) / area) ** 0.5
-        if scale == 1.0:
+        area = min(max(height * width, self.areas[0]), self.areas[1])
+        ratio = min(max(size[0] / size[1], self.ratios[0]), self.ratios[1])
+        if area == height * width and ratio == size[0] / size[1]:
             return height, width
-        exact = (size[0] / self.codec.model.config.cell * scale, size[1] / self.codec.model.config.cell * scale)
-        return max(1, round(exact[0])), max(1, round(exact[1]))
+        return max(1, round((area * ratio) ** 0.5)), max(1, round((area / ratio) ** 0.5))
 
     @torch.no_grad()
     def sample(self, labels: Tensor, seeds: Tensor, size: Size, *, grid: Size | None = None, steps: int | None = None,
@@ -243,7 +241,7 @@ def _preview_samples(stage: Stage, model: R2ID, file: Path) -> Path:
     config = stage.config
     assert isinstance(config, R2idRun) and stage.codec is not None
     sampler = Sampler(model, stage.codec, config.diffusion, config.sample, stage.facts["base_side"],
-                      tuple(stage.facts["areas"]), config.train.precision == "bfloat16")
+                      tuple(stage.facts["areas"]), tuple(stage.facts["ratios"]), config.train.precision == "bfloat16")
     labels = choose_labels(config.sample.labels, _PREVIEW_IMAGES, sampler.num_classes)
     height, width = stage.codec.image
     rows = [sampler.sample(labels, torch.arange(len(labels)), size)

@@ -81,7 +81,7 @@ MISTAKES = {
     "size axb": (SAMPLE + " --size axb", ["'axb'", "HEIGHTxWIDTH"]),
     "size 64": (SAMPLE + " --size 64", ["'64'", "HEIGHTxWIDTH"]),
     "size -8x8": (SAMPLE + " --size=-8x8", ["'-8x8'", "HEIGHTxWIDTH"]),
-    "label out of range": (SAMPLE + " --label 10", ["label 10", "0 to 9"]),
+    "label out of range": (SAMPLE + " --size 8x8 --label 10", ["label 10", "0 to 9"]),
     "text as image": ("reconstruct {riae} {tmp}/text.jpg --out {tmp}/o", ["text.jpg"]),
     "image missing": ("reconstruct {riae} {tmp}/none.jpg --out {tmp}/o", ["none.jpg", "no such file"]),
     "output exists": ("sample {r2id} --out {tmp}/there.png", ["there.png", "exists already"]),

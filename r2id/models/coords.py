@@ -22,31 +22,31 @@ def centres(count: int, device: torch.device | None = None) -> Tensor:
     return (torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count - 0.5
 
 
-def grid_coordinates(grid: Size, image: Size | None = None, device: torch.device | None = None) -> Tensor:
+def grid_coordinates(grid: Size, shape: Size | None = None, device: torch.device | None = None) -> Tensor:
     """Coordinates (ax, ay, rx, ry) of a grid's cell centres, row by row: float32 [H·W, 4].
 
-    ``image`` is the size whose aspect ratio the relative coordinates take; by default the grid's own.
+    ``shape`` is a (height, width) whose ratio the relative coordinates take; by default the grid's own.
     """
     height, width = grid
     ay, ax = torch.meshgrid(centres(height, device), centres(width, device), indexing="ij")
     absolute = torch.stack([ax.flatten(), ay.flatten()], dim=-1)
-    return torch.cat([absolute, absolute * relative_scale(image or grid, device)], dim=-1)
+    return torch.cat([absolute, absolute * relative_scale(shape or grid, device)], dim=-1)
 
 
-def relative_scale(image: Size, device: torch.device | None = None) -> Tensor:
+def relative_scale(shape: Size, device: torch.device | None = None) -> Tensor:
     """(W/m, H/m) with m = max(H, W): absolute coordinates times this are relative ones."""
-    height, width = image
+    height, width = shape
     return torch.tensor([width, height], dtype=torch.float32, device=device) / max(height, width)
 
 
-def displace(coordinates: Tensor, noise: Tensor, grid: Size, image: Size | None = None) -> Tensor:
+def displace(coordinates: Tensor, noise: Tensor, grid: Size, shape: Size | None = None) -> Tensor:
     """Move points by half a cell times noise: one displacement per point, the same in both systems.
 
     coordinates [..., N, 4], noise [B, N, 2] in (x, y) → [B, N, 4]: ax += ε₁/(2W), rx += ε₁/(2W)·W/m, y likewise.
     """
     height, width = grid
     step = noise * torch.tensor([0.5 / width, 0.5 / height], device=noise.device)
-    return coordinates + torch.cat([step, step * relative_scale(image or grid, noise.device)], dim=-1)
+    return coordinates + torch.cat([step, step * relative_scale(shape or grid, noise.device)], dim=-1)
 
 
 def fourier_dim(powers: Size) -> int:

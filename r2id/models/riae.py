@@ -4,7 +4,9 @@ Shape letters: B batch · C colours · H, W image size · h, w latent grid · L 
 · P points asked for · D width.
 
 Encoding: a latent grid of any size starts as coordinates only and queries the image's pixels. Decoding: points anywhere,
-a pixel grid of any size among them, start as coordinates only and query the latents.
+a pixel grid of any size among them, start as coordinates only and query the latents. The latent grid owns the picture's
+aspect ratio: relative coordinates of cells and points alike take its shape, so that decoding 7×7 latents at 42×28 renders
+a square picture stretched.
 """
 
 from __future__ import annotations
@@ -97,8 +99,8 @@ class RIAE(nn.Module):
         """Image [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w] from all of its pixels, on any grid."""
         size: Size = (image.shape[2], image.shape[3])
         grid = grid or self.grid_for(size)
-        at = coords.grid_coordinates(size, device=image.device).unsqueeze(0)
-        cells = coords.grid_coordinates(grid, size, image.device).unsqueeze(0)
+        at = coords.grid_coordinates(size, grid, image.device).unsqueeze(0)
+        cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
         latents = self.encode_points(rearrange(image, "b c h w -> b (h w) c"), at, cells, grid)
         return rearrange(latents, "b (h w) l -> b l h w", h=grid[0])
 
@@ -106,9 +108,9 @@ class RIAE(nn.Module):
     def decode(self, latents: Tensor, size: Size) -> Tensor:
         """Raw latents [B, L, h, w] → image [B, C, H, W] of any size, nominally in [−1, 1] (not clipped)."""
         grid: Size = (latents.shape[2], latents.shape[3])
-        cells = coords.grid_coordinates(grid, size, latents.device).unsqueeze(0)
+        cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
         keys = self.spread_latents(rearrange(latents, "b l h w -> b (h w) l"), cells, grid)
-        at = coords.grid_coordinates(size, device=latents.device).unsqueeze(0)
+        at = coords.grid_coordinates(size, grid, latents.device).unsqueeze(0)
         colours = torch.cat([self.decode_points(keys, cells, part, grid)
                              for part in at.split(max(1, _DECODE_CHUNK // latents.shape[0]), dim=1)], dim=1)
         return rearrange(colours, "b (h w) c -> b c h w", h=size[0])

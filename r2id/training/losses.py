@@ -38,10 +38,10 @@ class RiaeLoss(nn.Module):
         config, size = self.model.config, (image.shape[2], image.shape[3])
         keys = rng.fold(self.seed, step, index)
         grid = self.model.grid_for(size)
-        cells = coords.grid_coordinates(grid, size, image.device).unsqueeze(0)
+        cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
         pixels = size[0] * size[1]
-        seen, colours = self._points(image, keys, _SEEN, max(1, round(pixels * config.encode_cloud)))
-        asked, truth = self._points(image, keys, _ASKED, min(config.decode_pixels, pixels))
+        seen, colours = self._points(image, grid, keys, _SEEN, max(1, round(pixels * config.encode_cloud)))
+        asked, truth = self._points(image, grid, keys, _ASKED, min(config.decode_pixels, pixels))
 
         latents = self.model.encode_points(colours, seen, cells, grid)
         if config.latent_noise:
@@ -54,7 +54,7 @@ class RiaeLoss(nn.Module):
         return reconstruction_loss(decoded, truth, config.loss), {
             "mse": F.mse_loss(decoded.detach(), truth), "latent_rms": latents.detach().square().mean().sqrt()}
 
-    def _points(self, image: Tensor, keys: Tensor, stream: int, count: int) -> tuple[Tensor, Tensor]:
+    def _points(self, image: Tensor, shape: Size, keys: Tensor, stream: int, count: int) -> tuple[Tensor, Tensor]:
         """Random points of each image, [B, count, 4], and the colours there, [B, count, C].
 
         Jittered points lie between pixel centres and take the bicubic colour of their place, not the pixel's: jitter
@@ -62,13 +62,13 @@ class RiaeLoss(nn.Module):
         """
         size: Size = (image.shape[2], image.shape[3])
         jitter = self.model.config.jitter
-        grid = coords.grid_coordinates(size, device=image.device)
-        chosen = rng.subset(rng.fold(keys, stream), len(grid), count)
-        at = grid[chosen]
+        pixels = coords.grid_coordinates(size, shape, image.device)
+        chosen = rng.subset(rng.fold(keys, stream), len(pixels), count)
+        at = pixels[chosen]
         if not jitter:
             flat = rearrange(image, "b c h w -> b (h w) c")
             return at, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
-        at = coords.displace(at, jitter * rng.normal(rng.fold(keys, stream + 1), count, 2), size)
+        at = coords.displace(at, jitter * rng.normal(rng.fold(keys, stream + 1), count, 2), size, shape)
         return at, coords.sample_image(image, at)
 
     def _cloud(self, latent_keys: Tensor, cells: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,13 +91,13 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
     if codec.channels != config.data.channels:
         raise InputError(f"data.channels = {config.data.channels}: {codec.path} was trained with {codec.channels}")
     arguments = _loader_arguments(config, world, micro_batch)
-    areas = [height * width for height, width in map(
-        codec.grid_for, image_sizes(shards, config.data, config.data.train_split))]
-    base_side = sorted(areas)[len(areas) // 2] ** 0.5
+    grids = [codec.grid_for(size) for size in image_sizes(shards, config.data, config.data.train_split)]
+    areas, ratios = sorted(h * w for h, w in grids), sorted(h / w for h, w in grids)
+    base_side = areas[len(areas) // 2] ** 0.5
     model = R2ID(config.r2id, codec.latent_channels, shards.num_classes)
     facts = {"latent_channels": codec.latent_channels, "classes": shards.num_classes, "digest": shards.digest,
              "codec": os.path.relpath(codec.path, config.run), "codec_hash": codec.hash, "base_side": base_side,
-             "areas": [min(areas), max(areas)]}
+             "areas": [areas[0], areas[-1]], "ratios": [ratios[0], ratios[-1]]}
 
     if config.data.latents is None:
         def load(start: int) -> Iterator[list[Batch]]:
