@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,14 @@ class Pipeline:
         result = self.stage(name, work)
         self.record["stages"][name] = {"key": key, "result": result}
         self.write_record()
-        self.executed.append({"name": name, "params": settings, "artifacts": [str(path) for path in artifacts],
-                              "metrics": _read_json(self.report / "metrics.json") if name == "evaluate" else {}})
+        self.note(name, settings, artifacts, _read_json(self.report / "metrics.json") if name == "evaluate" else {})
         return result
+
+    def note(self, name: str, params: Mapping[str, Any], artifacts: Sequence[Path] = (),
+             metrics: Mapping[str, Any] | None = None) -> None:
+        """Remember a stage that does not track itself, for a child run at the end."""
+        self.executed.append({"name": name, "params": params, "artifacts": [str(path) for path in artifacts],
+                              "metrics": metrics or {}})
 
     def begin_tracking(self) -> None:
         """Open the MLflow run that the stages are children of; without one they are tracked on their own."""
@@ -136,9 +141,13 @@ def pipeline_flow(config: PipelineRun, base: Path) -> dict[str, Any]:
 
 def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     config, shards, environment = pipeline.config, pipeline.config.prepare.out, pipeline.environment
+    if not (shards / "manifest.json").exists():
+        pipeline.note("prepare", config.prepare.model_dump(mode="json"))
     pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
     pipeline.stage("train riae", lambda: train_flow(*pipeline.riae_stage, environment))
-    pipeline.stage("encode", lambda: encode_flow(pipeline.riae, shards, pipeline.latents, environment))
+    encoded = pipeline.stage("encode", lambda: encode_flow(pipeline.riae, shards, pipeline.latents, environment))
+    if encoded["reused"] < encoded["images"]:
+        pipeline.note("encode", encoded)
     pipeline.stage("train r2id", lambda: train_flow(*pipeline.r2id_stage, environment))
     samples = pipeline.once(
         "sample", config.sample.model_dump(mode="json"), [pipeline.samples],

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from r2id import dist, rng
 from r2id.config import OptimConfig, R2idRun, RiaeRun, to_toml
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError, Stopped
 from r2id.progress import Progress, say
 from r2id.training import checkpoint
@@ -37,6 +38,9 @@ def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str
     together, NonFiniteError before a spoilt update, Stopped after SIGTERM or SIGINT with everything saved.
     """
     world = dist.init()
+    done = _finished(config)
+    if done is not None:
+        return {"checkpoint": done, "step": checkpoint.load_meta(done).step}
     stage = make_stage(config, world, micro_batch_size(config.train, world.world_size))
     if config.train.activation_checkpointing == "all":
         recompute_blocks(stage.module.model.blocks())
@@ -46,8 +50,6 @@ def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str
     if found is not None:
         checkpoint.load_into(engine, found)
         start = checkpoint.load_meta(found).step
-    if start >= config.train.steps:
-        return {"checkpoint": found, "step": start}
     with _stop_signals() as stopped:
         run = _Run(stage, engine, preview, start, stopped)
         try:
@@ -222,6 +224,23 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes if sys.platform == "darwin" else kibibytes * 1024
+
+
+def _finished(config: RiaeRun | R2idRun) -> Path | None:
+    """The last checkpoint of a run that is done already, from the same settings, data and codec; told without loading
+    any of them, so that a pipeline's second start is quick."""
+    found = checkpoint.latest(config.run)
+    if found is None:
+        return None
+    meta = checkpoint.load_meta(found)
+    facts = {"digest": ShardSet.open(config.data.shards).digest}
+    if isinstance(config, R2idRun):
+        facts["codec_hash"] = checkpoint.identity(config.codec)
+    if meta.stage != config.stage or meta.step < config.train.steps:
+        return None
+    then = _essentials(meta.config, meta.model)
+    now = _essentials(config.model_dump(mode="json"), facts)
+    return found if all(then.get(name) == value for name, value in now.items()) else None
 
 
 def _find_checkpoint(stage: Stage) -> Path | None:
