@@ -27,7 +27,7 @@ from r2id.training.engine import Engine, make_engine
 from r2id.training.losses import R2idLoss, RiaeLoss
 from r2id.training.state import EngineState
 
-STEPS, HALF, BATCH, MICRO = 6, 3, 8, 2
+STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
 RIAE_CONFIG = RiaeConfig(latent_channels=3, cell=2.0, width=15, pixel_width=15, heads=1, encode_cloud=0.5,

@@ -17,7 +17,7 @@ from tests.training import engine_ranks as job
 
 STAGES = ("0", "1", "2", "3")
 # Between engines and numbers of ranks, only the order of float32 sums differs; Adam magnifies that where a gradient is
-# nearly zero. The last step's learning rate, which is what one update moves a weight, is 6e-3.
+# nearly zero. The last step's learning rate, which is what one update moves a weight, is 4e-3.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ def ranks(local: tuple[Path, list[float]]) -> dict[str, Any]:
 def _start(arguments: list[str]) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
                                 "PYTHONFAULTHANDLER": "1"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not done.stdout, "stdout is for results"
 
