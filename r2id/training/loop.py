@@ -23,7 +23,8 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError, Stopped
 from r2id.progress import Progress, say
 from r2id.training import checkpoint
-from r2id.training.engine import Engine, make_engine, micro_batch_size
+from r2id.training.engine import Engine, make_engine
+from r2id.training.shares import micro_batch_size
 from r2id.training.stages import Batch, Stage, make_stage
 from r2id.training.tracking import NullTracker, Tracker
 

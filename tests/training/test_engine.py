@@ -16,12 +16,10 @@ from r2id.training import checkpoint
 from r2id.training.engine import (
     Engine,
     LocalEngine,
-    accumulation,
-    deepspeed_config,
     make_engine,
     make_optimizer,
-    micro_batch_size,
 )
+from r2id.training.shares import accumulation, deepspeed_config, micro_batch_size
 from tests.training import engine_ranks as job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
