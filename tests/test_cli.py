@@ -84,7 +84,7 @@ MISTAKES = {
     "label out of range": (SAMPLE + " --size 8x8 --label 10", ["label 10", "0 to 9"]),
     "text as image": ("reconstruct {riae} {tmp}/text.jpg --out {tmp}/o", ["text.jpg"]),
     "image missing": ("reconstruct {riae} {tmp}/none.jpg --out {tmp}/o", ["none.jpg", "no such file"]),
-    "output exists": ("sample {r2id} --out {tmp}/there.png", ["there.png", "exists already"]),
+    "output exists": ("sample {r2id} --size 8x8 --out {tmp}/there.png", ["there.png", "exists already"]),
     "output of another kind": ("sample {r2id} --out {tmp}/text.jpg", ["text.jpg", ".png file or a folder"]),
     "unknown solver": (SAMPLE + " --solver rk9", ["rk9", "ddim"]),
     "unknown device": (SAMPLE + " --device tpu9", ["tpu9"]),

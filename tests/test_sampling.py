@@ -22,14 +22,14 @@ def test_any_size(sampler, size):
 
 
 def test_a_picture_depends_on_its_seed_and_label_alone(sampler):
+    # In float32, because bfloat16 products round differently in another batch.
+    exact = replace(sampler, bfloat16=False, codec=replace(sampler.codec, bfloat16=False))
     labels, seeds = torch.tensor([3, 4, 5, 6]), torch.tensor([10, 11, 12, 13])
-    together = sampler.sample(labels, seeds, (8, 8))
-    batches = sampler.sample(labels, seeds, (8, 8), batch=3)
-    alone = sampler.sample(labels[2:3], seeds[2:3], (8, 8))
-    # bfloat16 products may round differently in another batch
-    torch.testing.assert_close(batches, together, atol=0.05, rtol=0)
-    torch.testing.assert_close(alone, together[2:3], atol=0.05, rtol=0)
-    assert not torch.allclose(sampler.sample(labels, seeds + 100, (8, 8)), together, atol=0.05)
+    together = exact.sample(labels, seeds, (8, 8))
+    torch.testing.assert_close(exact.sample(labels, seeds, (8, 8), batch=3), together, atol=1e-4, rtol=0)
+    torch.testing.assert_close(exact.sample(labels[2:3], seeds[2:3], (8, 8)), together[2:3], atol=1e-4, rtol=0)
+    others = exact.sample(labels, seeds + 100, (8, 8))
+    assert (others - together).abs().flatten(1).amax(1).min() > 1e-3
 
 
 def test_the_latent_grid_stays_within_what_was_trained(sampler):
