@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--size", default="32x32", help="image size (riae) or latent grid (r2id)")
     parser.add_argument("--channels", type=int, default=64, help="latent channels (r2id)")
     parser.add_argument("--steps", type=int, default=20)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     size, batch, world = parse_size(arguments.size), config.train.batch, dist.init()
     index = torch.arange(batch)
