@@ -229,8 +229,9 @@ def preview(stage: Stage, model: nn.Module, file: Path) -> Path:
 
 def _preview_reconstructions(stage: Stage, model: RIAE, file: Path, device: torch.device) -> Path:
     data = stage.config.data
-    batch = next(iter(eval_loader(stage.shards, data, split=data.test_split, batch=_PREVIEW_IMAGES,
-                                  limit=_PREVIEW_IMAGES)))
+    # A small folder of images may have no test split; its pictures then show what training sees.
+    split = data.test_split if data.test_split in stage.shards.manifest.splits else data.train_split
+    batch = next(iter(eval_loader(stage.shards, data, split=split, batch=_PREVIEW_IMAGES, limit=_PREVIEW_IMAGES)))
     images = batch["image"].to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=stage.config.train.precision == "bfloat16"):
         decoded = model.decode(model.encode(images), (images.shape[2], images.shape[3]))
