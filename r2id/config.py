@@ -54,8 +54,30 @@ class DataConfig(Section):
     """Resize every image to this height and width; none keeps native sizes."""
     max_pixels: int = Field(default=65536, ge=1)
     """Images of more pixels are shrunk to this area, aspect ratio kept. Nothing is ever enlarged."""
+    window: Size | None = None
+    """Train on a random part of each image, at most this high and wide, drawn anew every epoch; none takes it whole."""
+    flip: bool = False
+    """Mirror half of the images from left to right, drawn anew every epoch. Not for digits and letters."""
+    batch_pixels: int | None = Field(default=None, ge=1)
+    """Pixels of a training step: a step of small images takes as many times ``train.batch`` of them as keep within it, a
+    whole number, and never less than once. None takes ``train.batch`` of every size."""
+    shuffle: Literal["samples", "shards"] = "samples"
+    """An epoch's order: of all samples, or of shards and then of the samples within some shards at a time, for disks and
+    stores that are slow to jump."""
+    stream: str | None = None
+    """Folder or address (http, s3, … as fsspec has them) of the same shards, streamed in the order of the tars instead of
+    read one image at a time; ``shards`` then needs the manifest and the indexes only. See r2id.data.stream."""
     workers: int = Field(default=0, ge=0)
     """Loader processes of each rank; 0 decodes in the training process."""
+
+    @model_validator(mode="after")
+    def _parts_of_images(self) -> DataConfig:
+        if self.window and self.size:
+            raise ValueError("window and size exclude each other: windows are cut from images of their own sizes")
+        for name in ("window", "flip", "stream"):
+            if self.latents and getattr(self, name):
+                raise ValueError(f"{name} does not go with latents, which are of whole images as they are")
+        return self
 
 
 class RiaeConfig(Section):

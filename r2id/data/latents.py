@@ -27,7 +27,7 @@ from safetensors.torch import save
 
 from r2id.config import DataConfig
 from r2id.data.files import TEMPORARY, sweep, write_atomic
-from r2id.data.loader import MicroBatch, Schedule, Steps, load_steps, split_buckets
+from r2id.data.loader import MicroBatch, Schedule, Steps, load_steps
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 
@@ -135,7 +135,7 @@ class LatentSplit:
     shard: np.ndarray
     latent_channels: int
 
-    def __call__(self, indices: np.ndarray, _height: int, _width: int) -> torch.Tensor:
+    def __call__(self, indices: np.ndarray, _height: int, _width: int, _key: torch.Tensor) -> torch.Tensor:
         """float32 [b, L, h, w] of samples whose images are of one size, and whose grids therefore are too."""
         grid = int(self.height[indices[0]]), int(self.width[indices[0]])
         count = self.latent_channels * grid[0] * grid[1]
@@ -208,7 +208,7 @@ def latent_loader(cache: LatentCache, shards: ShardSet, data: DataConfig, *, spl
     """As image_loader, the same samples in the same order, with ``"latent": float32 [b, L, h, w]``, raw, for "image"."""
     cache.check(data)
     samples = shards.split(split)
-    schedule = Schedule(split_buckets(samples, data), shards.digest, seed, batch, micro_batch, rank, world_size)
+    schedule = Schedule.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
     steps = Steps(schedule, samples, "latent", cache.split(split, samples.shard))
     return load_steps(steps, range(start_step, total_steps), data.workers)
 

@@ -5,6 +5,7 @@ Shape letters: b micro-batch · C colours · H, W image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from r2id import rng
 from r2id.config import DataConfig
 from r2id.data.plan import Batch, Buckets, check_batch, make_buckets, plan_epoch, rank_share
-from r2id.data.records import open_upright, to_array
+from r2id.data.records import View, decode_view
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import WorkError
 
@@ -35,9 +37,8 @@ def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, 
     Raises InputError for an unknown split or a batch that does not divide by processes and micro-batch.
     """
     samples = shards.split(split)
-    buckets = split_buckets(samples, data)
-    steps = Steps(Schedule(buckets, shards.digest, seed, batch, micro_batch, rank, world_size),
-                  samples, "image", ImageReader(samples, buckets, data.channels))
+    schedule = Schedule.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
+    steps = Steps(schedule, samples, "image", ImageReader(samples, schedule.buckets, data))
     return load_steps(steps, range(start_step, total_steps), data.workers)
 
 
@@ -46,14 +47,16 @@ def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limi
     """Every image of a split once, as image_loader's micro-batches (epoch and step 0).
 
     In the order of the index, except that images of one size come together; a size's last batch may be smaller.
-    Images are brought to the sizes they have in training. ``limit`` takes that many, evenly spaced; ``indices`` those.
+    Images are brought to the sizes they have in training, but never mirrored or reduced to a window. ``limit`` takes that
+    many, evenly spaced; ``indices`` those.
     """
     samples = shards.split(split)
+    data = data.model_copy(update={"window": None, "flip": False})
     buckets = split_buckets(samples, data)
     chosen = np.arange(len(samples)) if indices is None else np.asarray(indices, dtype=np.int64)
     if limit is not None and limit < len(chosen):
         chosen = chosen[np.arange(limit) * len(chosen) // limit]
-    batches = Batches(_by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data.channels))
+    batches = Batches(_by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data))
     return load_steps(batches, range(len(batches.batches)), data.workers)
 
 
@@ -67,52 +70,54 @@ def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[in
 
 def split_buckets(samples: Split, data: DataConfig) -> Buckets:
     """The size that every image of a split is brought to."""
-    return _split_buckets(samples, data.size, data.max_pixels)
+    return _split_buckets(samples, data.size, data.max_pixels, data.window)
 
 
 @lru_cache(maxsize=4)
-def _split_buckets(samples: Split, size: tuple[int, int] | None, max_pixels: int) -> Buckets:
-    return make_buckets(samples.height, samples.width, size, max_pixels)
-
-
-def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Cover height × width with the image, aspect ratio kept, and cut off what stands out on both sides alike.
-
-    Pillow's bicubic filter widens when it shrinks, so it does not alias.
-    """
-    if image.size == (width, height):
-        return image
-    scale = min(image.width / width, image.height / height)
-    left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
-    box = (left, top, min(image.width, left + width * scale), min(image.height, top + height * scale))
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+def _split_buckets(samples: Split, size: tuple[int, int] | None, max_pixels: int, window: tuple[int, int] | None,
+                   ) -> Buckets:
+    return make_buckets(samples.height, samples.width, size, max_pixels, window)
 
 
 class ImageReader:
     """Samples → image tensors. A split that is small as decoded pixels is decoded once and kept."""
 
-    def __init__(self, samples: Split, buckets: Buckets, channels: int) -> None:
-        self.samples, self.channels = samples, channels
+    def __init__(self, samples: Split, buckets: Buckets, data: DataConfig) -> None:
+        self.samples, self.data = samples, data
         pixels = int((buckets.height.astype(np.int64) * buckets.width).sum())
-        self._kept: dict[int, np.ndarray] | None = {} if pixels * channels <= _KEPT_BYTES else None
+        small = pixels * data.channels <= _KEPT_BYTES and not data.window
+        self._kept: dict[int, np.ndarray] | None = {} if small else None
 
-    def __call__(self, indices: np.ndarray, height: int, width: int) -> torch.Tensor:
-        """float32 [b, C, H, W] in [−1, 1]."""
-        pixels = np.stack([self._pixels(int(index), height, width) for index in indices])
+    def __call__(self, indices: np.ndarray, height: int, width: int, key: Tensor | None = None) -> Tensor:
+        """float32 [b, C, H, W] in [−1, 1]. Windows and mirroring are drawn from ``key`` and the index; none takes the
+        middle, as it is."""
+        draws = np.full((len(indices), 3), 0.5)
+        if key is not None and (self.data.window or self.data.flip):
+            draws = rng.uniform(rng.fold(key, torch.from_numpy(indices.astype(np.int64))), 3).numpy()
+        pixels = np.stack([self._pixels(int(index), height, width, draw)
+                           for index, draw in zip(indices, draws, strict=True)])
         return torch.from_numpy(pixels).movedim(-1, 1).float().div_(127.5).sub_(1).contiguous()
 
-    def _pixels(self, index: int, height: int, width: int) -> np.ndarray:
+    def _pixels(self, index: int, height: int, width: int, draw: np.ndarray) -> np.ndarray:
         """uint8 [H, W, C]; an image's size is the same every time."""
-        if self._kept is not None and index in self._kept:
-            return self._kept[index]
+        if self._kept is None:
+            array = self._decode(index, height, width, draw)
+        elif index in self._kept:
+            array = self._kept[index]
+        else:
+            array = self._kept[index] = self._decode(index, height, width, draw)
+        return array[:, ::-1] if self.data.flip and draw[2] < 0.5 else array
+
+    def _decode(self, index: int, height: int, width: int, draw: np.ndarray) -> np.ndarray:
+        scale, place = None, (0.5, 0.5)
+        if self.data.window:
+            area = int(self.samples.height[index]) * int(self.samples.width[index])
+            scale, place = min(1.0, math.sqrt(self.data.max_pixels / area)), (float(draw[0]), float(draw[1]))
         try:
-            array = to_array(fit(open_upright(self.samples.read(index), self.channels), height, width))
+            return decode_view(self.samples.read(index), self.data.channels, View(height, width, scale, place))
         except ValueError as error:
             raise WorkError(f"{self.samples.files[self.samples.shard[index]]}: sample {self.samples.key(index)}: "
                             f"{error}: r2id verify tells more") from None
-        if self._kept is not None:
-            self._kept[index] = array
-        return array
 
 
 @dataclass
@@ -126,10 +131,20 @@ class Schedule:
     micro_batch: int
     rank: int
     world_size: int
+    batch_pixels: int | None
+    shard: np.ndarray | None
+    """Of each sample, where the order is to go through a few shards at a time."""
+
+    @classmethod
+    def of(cls, samples: Split, data: DataConfig, digest: str, seed: int, batch: int, micro_batch: int, rank: int,
+           world_size: int) -> Schedule:
+        """InputError for a batch that does not divide by processes and micro-batch."""
+        check_batch(batch, world_size, micro_batch)
+        return cls(split_buckets(samples, data), digest, seed, batch, micro_batch, rank, world_size, data.batch_pixels,
+                   samples.shard if data.shuffle == "shards" else None)
 
     def __post_init__(self) -> None:
-        check_batch(self.batch, self.world_size, self.micro_batch)
-        self.batches_per_epoch = self.buckets.batches(self.batch)
+        self.batches_per_epoch = self.buckets.batches(self.batch, self.batch_pixels)
         self._planned: tuple[int, list[Batch]] = (-1, [])
 
     def at(self, step: int) -> tuple[int, list[Batch]]:
@@ -137,24 +152,26 @@ class Schedule:
         epoch, position = divmod(step, self.batches_per_epoch)
         if self._planned[0] != epoch:
             self._planned = epoch, plan_epoch(self.buckets, digest=self.digest, seed=self.seed, epoch=epoch,
-                                              batch=self.batch)
+                                              batch=self.batch, batch_pixels=self.batch_pixels, shard=self.shard)
         whole = self._planned[1][position]
-        shares = rank_share(whole.indices, self.rank, self.world_size, self.micro_batch)
+        micro_batch = self.micro_batch * (len(whole.indices) // self.batch)
+        shares = rank_share(whole.indices, self.rank, self.world_size, micro_batch)
         return epoch, [Batch(share, whole.height, whole.width) for share in shares]
 
 
 @dataclass
 class Steps(Dataset):
-    """Step number → list of micro-batches. ``read(indices, height, width)`` makes the tensor called ``name``."""
+    """Step number → list of micro-batches. ``read(indices, height, width, key)`` makes the tensor called ``name``."""
 
     schedule: Schedule
     samples: Split
     name: str
-    read: Callable[[np.ndarray, int, int], torch.Tensor]
+    read: Callable[[np.ndarray, int, int, Tensor], Tensor]
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
         epoch, parts = self.schedule.at(step)
-        return [{self.name: self.read(part.indices, part.height, part.width),
+        key = rng.fold(self.schedule.seed, epoch)
+        return [{self.name: self.read(part.indices, part.height, part.width, key),
                  **describe(self.samples, part.indices, epoch, step)} for part in parts]
 
 

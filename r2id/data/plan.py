@@ -20,6 +20,8 @@ _ALIKE = 1.125
 """Sizes within this ratio, in height and in width, share a bucket at the smallest of them."""
 _APART = 2.0
 """Sizes further apart than this never share one, however few they are."""
+_SHARDS_AT_A_TIME = 16
+_SHARD_KEY = 1 << 40  # apart from the numbers of buckets
 
 
 @dataclass(frozen=True)
@@ -41,26 +43,38 @@ class Buckets:
     sizes: list[tuple[int, int]]
     members: list[np.ndarray]
 
-    def batches(self, batch: int) -> int:
+    def batch_sizes(self, batch: int, batch_pixels: int | None = None) -> list[int]:
+        """Samples in a step of each size: ``batch``, or as many times that as keep within ``batch_pixels`` and the bucket
+        has samples for. A whole number of times, so that every step divides by processes and micro-batches alike."""
+        allowed = [(batch_pixels or 0) // (batch * height * width) for height, width in self.sizes]
+        return [batch * max(1, min(times, len(members) // batch))
+                for times, members in zip(allowed, self.members, strict=True)]
+
+    def batches(self, batch: int, batch_pixels: int | None = None) -> int:
         """Steps of one epoch."""
-        return sum(-(-len(members) // batch) for members in self.members)
+        needed = self.batch_sizes(batch, batch_pixels)
+        return sum(-(-len(members) // size) for members, size in zip(self.members, needed, strict=True))
 
-    def repeats(self, batch: int) -> int:
+    def repeats(self, batch: int, batch_pixels: int | None = None) -> int:
         """Samples of one epoch that are drawn a second time, to complete the last batch of each bucket."""
-        return self.batches(batch) * batch - len(self.height)
+        needed = self.batch_sizes(batch, batch_pixels)
+        return sum(-len(members) % size for members, size in zip(self.members, needed, strict=True))
 
 
-def make_buckets(heights: np.ndarray, widths: np.ndarray, size: tuple[int, int] | None, max_pixels: int) -> Buckets:
+def make_buckets(heights: np.ndarray, widths: np.ndarray, size: tuple[int, int] | None, max_pixels: int,
+                 window: tuple[int, int] | None = None) -> Buckets:
     """Assign every image, of heights [N] and widths [N], a size to be brought to.
 
     With ``size`` that is the size of all. Without, an image keeps its own, or when it has more than ``max_pixels`` is
-    shrunk to that area in the same shape; then rare sizes join similar ones. An image's bucket is never larger than the
-    image, in height or in width; the bucket's shape is cut from the image's middle.
+    shrunk to that area in the same shape, and of that at most a ``window`` is used; then rare sizes join similar ones. An
+    image's bucket is never larger than the image, in height or in width.
     """
     if size is not None:
         heights, widths = np.full_like(heights, size[0]), np.full_like(widths, size[1])
     else:
         heights, widths = _cap_area(heights, widths, max_pixels)
+        if window is not None:
+            heights, widths = np.minimum(heights, window[0]), np.minimum(widths, window[1])
         distinct, inverse, counts = np.unique(_join(heights, widths), return_inverse=True, return_counts=True)
         heights, widths = _merge(np.stack(_part(distinct)), counts)[:, inverse]
     distinct, inverse, counts = np.unique(_join(heights, widths), return_inverse=True, return_counts=True)
@@ -69,21 +83,39 @@ def make_buckets(heights: np.ndarray, widths: np.ndarray, size: tuple[int, int] 
     return Buckets(heights, widths, sizes, members)
 
 
-def plan_epoch(buckets: Buckets, *, digest: str, seed: int, epoch: int, batch: int) -> list[Batch]:
-    """The global batches of one epoch, in order: every sample is in one of them, each has ``batch`` samples of a size.
+def plan_epoch(buckets: Buckets, *, digest: str, seed: int, epoch: int, batch: int, batch_pixels: int | None = None,
+               shard: np.ndarray | None = None) -> list[Batch]:
+    """The global batches of one epoch, in order: every sample is in one of them, each is of one size and full.
 
     A bucket's last batch is completed from the start of the bucket's order in the next epoch. ``digest`` identifies the
-    dataset: another one gets another order.
+    dataset: another one gets another order. With ``shard``, the shard of each sample [N], the order goes through a few
+    shards at a time.
     """
-    data = int(digest[:15], 16)
+    keys = int(digest[:15], 16), seed
     batches = []
-    for number, (members, size) in enumerate(zip(buckets.members, buckets.sizes, strict=True)):
-        needed = -(-len(members) // batch) * batch
+    sizes = buckets.batch_sizes(batch, batch_pixels)
+    for number, (members, size) in enumerate(zip(buckets.members, sizes, strict=True)):
+        needed = -(-len(members) // size) * size
         rounds = -(-needed // len(members))
-        order = np.concatenate([members[_permutation(len(members), data, seed, epoch + later, number)]
-                                for later in range(rounds)])[:needed]
-        batches += [Batch(part, *size) for part in order.reshape(-1, batch)]
-    return [batches[i] for i in _permutation(len(batches), data, seed, epoch, len(buckets.members))]
+        order = np.concatenate([_order(members, shard, *keys, epoch + later, number) for later in range(rounds)])
+        batches += [Batch(part, *buckets.sizes[number]) for part in order[:needed].reshape(-1, size)]
+    first = np.array([part.indices[0] for part in batches])
+    turns = _permutation(len(batches), *keys, epoch, len(buckets.members))
+    return [batches[i] for i in _near(turns, first, shard, *keys, epoch)]
+
+
+def _order(members: np.ndarray, shard: np.ndarray | None, *keys: int) -> np.ndarray:
+    """Members in random order; the last of the keys is the bucket's number."""
+    shuffled = members[_permutation(len(members), *keys)]
+    return _near(shuffled, np.arange(shuffled.max() + 1), shard, *keys[:-1])
+
+
+def _near(order: np.ndarray, sample: np.ndarray, shard: np.ndarray | None, *keys: int) -> np.ndarray:
+    """An order of things, each of which stands for a sample, brought to where it meets few shards at a time."""
+    if shard is None:
+        return order
+    turn = np.argsort(_permutation(int(shard.max()) + 1, *keys, _SHARD_KEY)) // _SHARDS_AT_A_TIME
+    return order[np.argsort(turn[shard[sample[order]]], kind="stable")]
 
 
 def rank_share(indices: np.ndarray, rank: int, world_size: int, micro_batch: int) -> list[np.ndarray]:

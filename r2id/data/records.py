@@ -6,7 +6,11 @@ Stored bytes are the original ones. Height, width and pixels are always those af
 from __future__ import annotations
 
 import io
+import math
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +21,7 @@ Extension = Literal["jpg", "png", "webp"]
 
 _EXTENSIONS: dict[str | None, Extension] = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
+_GAP = 2  # pixels per pixel needed, each way, that a JPEG decoded at a fraction still has
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,10 @@ class Facts:
     mode: str
 
 
-def inspect(data: bytes) -> Facts:
-    """Decode an image completely. Raises ValueError with the reason when that is impossible."""
-    image, facts = _open(data)
+def inspect(data: bytes, max_pixels: int | None = None) -> Facts:
+    """Decode an image completely. Raises ValueError with the reason when that is impossible, or when its header states
+    more than ``max_pixels`` pixels, which are then not decoded."""
+    image, facts = _open(data, max_pixels)
     image.close()
     return facts
 
@@ -56,12 +62,53 @@ def decode(data: bytes, channels: int | None = None) -> np.ndarray:
     What is transparent is laid over white; 16-bit values keep their upper eight bits. Raises ValueError with the
     reason when the bytes are no readable image.
     """
-    return to_array(open_upright(data, channels))
+    return to_array(_convert(_open(data)[0], channels))
 
 
-def open_upright(data: bytes, channels: int | None = None) -> Image.Image:
-    """As decode, but a Pillow image of mode L or RGB."""
-    return _convert(_open(data)[0], channels)
+@dataclass(frozen=True)
+class View:
+    """What is shown of an upright image: ``height`` × ``width`` pixels of it as it is when its sides are scaled."""
+
+    height: int
+    width: int
+    scale: float | None = None
+    """None is the least that lets the image cover the view."""
+    place: tuple[float, float] = (0.5, 0.5)
+    """Where the view lies in what the image has left over, vertically and horizontally: 0 top or left, ½ the middle."""
+    mirrored: bool = False
+
+
+def decode_view(data: bytes, channels: int, view: View) -> np.ndarray:
+    """Image bytes → uint8 [view.height, view.width, channels]; colours and errors as in decode.
+
+    A JPEG of more than twice the size that is needed is decoded at 1/2, 1/4 or 1/8 by leaving out frequencies. Bicubic
+    after that, widened where it shrinks, so that nothing aliases; a view that is not scaled is cut out as it is.
+    """
+    with _reasons():
+        image = _open_header(data)
+        turned = _is_turned(image)
+        height, width = image.size if turned > 4 else image.size[::-1]
+        scale = view.scale or max(view.height / height, view.width / width)
+        extent: tuple[float, float] = (width, height)
+        if turned == 1 and image.format == "JPEG":
+            reduced = image.draft(None, (math.ceil(_GAP * width * scale), math.ceil(_GAP * height * scale)))
+            extent = reduced[1][2:] if reduced else extent
+        image.load()
+        upright = _convert(_turn_upright(image), channels)
+        shown = _cut(upright, extent, view, extent[0] / width / scale)
+    return to_array(ImageOps.mirror(shown) if view.mirrored else shown)
+
+
+def _cut(image: Image.Image, extent: tuple[float, float], view: View, shrink: float) -> Image.Image:
+    """The view out of an image, of which ``extent`` (width, height) is the picture; ``shrink`` is its pixels per pixel of
+    the view."""
+    width, height = min(extent[0], view.width * shrink), min(extent[1], view.height * shrink)
+    top, left = (extent[1] - height) * view.place[0], (extent[0] - width) * view.place[1]
+    if (width, height) == (view.width, view.height):
+        left, top = round(left), round(top)
+        return image.crop((left, top, left + view.width, top + view.height))
+    box = (left, top, min(image.width, left + width), min(image.height, top + height))
+    return image.resize((view.width, view.height), Image.Resampling.BICUBIC, box=box)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -88,35 +135,50 @@ def as_png(data: bytes) -> bytes:
     return png_bytes(_open(data)[0])
 
 
-def _open(data: bytes) -> tuple[Image.Image, Facts]:
+def _open(data: bytes, max_pixels: int | None = None) -> tuple[Image.Image, Facts]:
     """Decoded and upright, with its facts."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF, and of large images; it refuses huge ones itself
-            image = Image.open(io.BytesIO(data))
-            _check_size(image)
-            image.load()
-            upright = _turn_upright(image)
-    except Image.UnidentifiedImageError:
-        raise ValueError("not an image of a known format") from None
-    except (OSError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
-            Image.DecompressionBombError) as error:  # all of these come out of Pillow for damaged files
-        raise ValueError(f"not a readable image: {error}") from None
+    with _reasons():
+        image = _open_header(data, max_pixels)
+        image.load()
+        upright = _turn_upright(image)
     return upright, Facts(_EXTENSIONS.get(image.format), upright.height, upright.width, image.mode)
 
 
-def _check_size(image: Image.Image) -> None:
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever comes out of Pillow for damaged files, as a ValueError with the reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF, and of large images; it refuses huge ones itself
+            yield
+    except Image.UnidentifiedImageError:
+        raise ValueError("not an image of a known format") from None
+    except (OSError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError, struct.error,
+            Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable image: {error}") from None
+
+
+def _open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """The image before its pixels are decoded."""
+    image = Image.open(io.BytesIO(data))
     if image.height < 1 or image.width < 1:
         raise ValueError(f"an image of {image.height}x{image.width} pixels has none")
+    if max_pixels is not None and image.height * image.width > max_pixels:
+        raise ValueError(f"an image of {image.height}x{image.width} pixels, more than the {max_pixels} allowed")
+    return image
+
+
+def _is_turned(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; one that is unreadable is 1, upright."""
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF fails in many ways, and the pixels are fine
+        return 1
+    return turned if turned in range(1, 9) else 1
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; one that is unreadable is none."""
-    try:
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # damaged EXIF fails in many ways, and the pixels are fine
-        return image
-    return ImageOps.exif_transpose(image) if turned else image
+    return ImageOps.exif_transpose(image) if _is_turned(image) != 1 else image
 
 
 def _convert(image: Image.Image, channels: int | None) -> Image.Image:

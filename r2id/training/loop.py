@@ -28,6 +28,9 @@ from r2id.training.shares import micro_batch_size
 from r2id.training.stages import Batch, Stage, make_stage
 from r2id.training.tracking import NullTracker, Tracker
 
+_ORDER = ("train_split", "size", "max_pixels", "window", "flip", "batch_pixels", "shuffle")
+"""Settings of the data that decide what a step holds."""
+
 Preview = Callable[[Stage, nn.Module, Path], Path]
 """(stage, model with EMA weights, file to write) → the PNG: reconstructions or samples."""
 
@@ -47,12 +50,13 @@ def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str
         recompute_blocks(stage.module.model.blocks())
     engine = make_engine(stage.module, optim=config.optim, train=config.train, engine=config.engine, world=world)
     found = _find_checkpoint(stage)
-    start = 0
+    start = samples = 0
     if found is not None:
         checkpoint.load_into(engine, found)
-        start = checkpoint.load_meta(found).step
+        meta = checkpoint.load_meta(found)
+        start, samples = meta.step, meta.samples
     with _stop_signals() as stopped:
-        run = _Run(stage, engine, preview, start, stopped)
+        run = _Run(stage, engine, preview, start, samples, stopped)
         try:
             result = run.loop()
         except BaseException as error:
@@ -79,9 +83,10 @@ def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
 class _Run:
     """One process's part of a run, from its first step to its last."""
 
-    def __init__(self, stage: Stage, engine: Engine, preview: Preview | None, start: int,
+    def __init__(self, stage: Stage, engine: Engine, preview: Preview | None, start: int, samples: int,
                  stopped: Callable[[], bool]) -> None:
-        self.stage, self.engine, self.preview, self.start, self.stopped = stage, engine, preview, start, stopped
+        self.stage, self.engine, self.preview, self.stopped = stage, engine, preview, stopped
+        self.start, self.samples = start, samples
         self.config, self.folder = stage.config, stage.config.run
         self.main = dist.is_main()
         if self.main:
@@ -106,7 +111,7 @@ class _Run:
                 done = step + 1
                 stop = self._anyone(self.stopped())
                 if done % train.log_every == 0 or done == train.steps or stop:
-                    self.last = meter.read(train.batch)
+                    self.last = meter.read()
                     progress.advance(note=f"loss {self.last['loss']:.4f}")
                     rate = learning_rate(step, self.config.optim, train.steps)
                     self.tracker.metrics({**self.last, "lr": rate, "grad_norm": float(grad_norm)}, done)
@@ -130,7 +135,9 @@ class _Run:
             loss, figures = self.engine.forward({**self.stage.to_inputs(on_device), "step": step})
             self.engine.backward(loss, len(micro_batches))
             meter.add({"loss": loss.detach(), **figures})
-        meter.steps += 1
+        count = sum(len(batch["index"]) for batch in micro_batches) * dist.world_size()
+        meter.samples += count
+        self.samples += count
         return self.engine.step(learning_rate(step, self.config.optim, self.config.train.steps), step)
 
     def _save(self, step: int) -> None:
@@ -139,7 +146,7 @@ class _Run:
         if self.main and state is not None:
             model = self._ema_model(state.ema)
             meta = checkpoint.Meta(
-                stage=self.config.stage, step=step, samples=step * self.config.train.batch, seed=self.config.seed,
+                stage=self.config.stage, step=step, samples=self.samples, seed=self.config.seed,
                 config=self.config.model_dump(mode="json"), model=self.stage.facts)
             self.saved = checkpoint.save(self.folder, state, meta, keep=self.config.train.keep,
                                          stats=self.stage.statistics(model, self.engine.device))
@@ -190,7 +197,7 @@ class _Meter:
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.micro_batches = self.steps = 0
+        self.micro_batches = self.samples = 0
         self.seconds = {"data": 0.0, "step": 0.0, "pause": 0.0}
         self.mark = time.perf_counter()
 
@@ -205,7 +212,7 @@ class _Meter:
             self.sums[key] = self.sums.get(key, torch.zeros((), device=self.device)) + value.float()
         self.micro_batches += 1
 
-    def read(self, batch: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Close the interval: means over micro-batches and ranks, images/s of the whole job, share of time spent
         waiting for data, peak memory in GiB. Saving and drawing do not count as time."""
         ranks = dist.world_size()
@@ -213,7 +220,7 @@ class _Meter:
                  for key, total in self.sums.items()}
         self.lap("step")  # after the sums were read, so that a GPU has finished its work
         busy = self.seconds["data"] + self.seconds["step"]
-        figures = {**means, "images_per_second": self.steps * batch / busy, "data_wait": self.seconds["data"] / busy,
+        figures = {**means, "images_per_second": self.samples / busy, "data_wait": self.seconds["data"] / busy,
                    "memory_gib": peak_memory(self.device) / 2**30}
         self._clear()
         return figures
@@ -241,7 +248,7 @@ def _finished(config: RiaeRun | R2idRun) -> Path | None:
         return None
     then = _essentials(meta.config, meta.model)
     now = _essentials(config.model_dump(mode="json"), facts)
-    return found if all(then.get(name) == value for name, value in now.items()) else None
+    return found if all(then.get(name, value) == value for name, value in now.items()) else None
 
 
 def _find_checkpoint(stage: Stage) -> Path | None:
@@ -255,8 +262,8 @@ def _find_checkpoint(stage: Stage) -> Path | None:
                          "choose another run directory")
     then = _essentials(meta.config, meta.model)
     for name, value in _essentials(stage.config.model_dump(mode="json"), stage.facts).items():
-        if then.get(name) != value:
-            raise InputError(f"{stage.config.run}: holds a run with {name} = {then.get(name)!r}, not {value!r}: "
+        if then.get(name, value) != value:
+            raise InputError(f"{stage.config.run}: holds a run with {name} = {then[name]!r}, not {value!r}: "
                              "choose another run directory, or remove this one to start over")
     say(f"{found}: going on from step {meta.step}")
     return found
@@ -267,7 +274,8 @@ def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
     sections = [config["stage"], *(["diffusion"] if "diffusion" in config else [])]
     settings = {f"{section}.{key}": value for section in sections for key, value in config[section].items()}
     recorded = {f"recorded {key}": value for key, value in facts.items() if key != "codec"}  # its hash counts
-    return {"seed": config["seed"], "train.batch": config["train"]["batch"], **settings, **recorded}
+    order = {f"data.{name}": config["data"][name] for name in _ORDER if name in config["data"]}
+    return {"seed": config["seed"], "train.batch": config["train"]["batch"], **order, **settings, **recorded}
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from r2id.config import DataConfig
-from r2id.data.loader import eval_loader, fit, image_loader, image_sizes
+from r2id.data.loader import eval_loader, image_loader, image_sizes
 from r2id.data.records import decode
 from r2id.errors import InputError, WorkError
 from tests.data.conftest import MIXED, write_set
@@ -127,19 +126,66 @@ def test_image_sizes_are_those_of_the_batches(mixed):
     assert [height * width for height, width in sizes] == sorted(height * width for height, width in sizes)
 
 
-def test_fit_cuts_the_middle_and_keeps_the_shape():
-    ramp = Image.fromarray(np.tile(np.arange(0, 200, 2, dtype=np.uint8), (40, 1)))  # 40 x 100
-    middle = np.asarray(fit(ramp, 20, 20)).astype(float)
-    assert middle.shape == (20, 20)
-    assert np.allclose(middle[:, 2:-2], 61 + 4 * np.arange(2, 18), atol=1)  # columns 30 to 70, two by two
-    assert fit(ramp, 40, 100) is ramp
-    assert np.asarray(fit(ramp, 1, 1)).shape == (1, 1)
+def test_windows_are_parts_at_native_resolution_drawn_anew_each_epoch(tmp_path):
+    shards = write_set(tmp_path, {"train": [(40, 50)] * 8 + [(4, 50)] * 8})
+    split, data = shards.split("train"), config(shards, window=(10, 12))
+    places = {}
+    for step in load(shards, total=8, batch=8, micro_batch=4, data=data):
+        for part in step:
+            for index, image in zip(part["index"].tolist(), part["image"], strict=True):
+                assert image.shape[1:] == ((10, 12) if index < 8 else (4, 12))
+                whole = torch.from_numpy(decode(split.read(index), 1)[:, :, 0]).float() / 127.5 - 1
+                views = whole.unfold(0, image.shape[1], 1).unfold(1, 12, 1)
+                found = (views == image[0]).all(-1).all(-1).nonzero().tolist()
+                assert len(found) == 1, "not a part of the image"
+                places.setdefault(index, set()).add(tuple(found[0]))
+    assert all(len(seen) > 1 for seen in places.values())
+    assert len({place for seen in places.values() for place in seen}) > 20
+    middle = next(eval_loader(shards, data, "train", 1, indices=[0]))["image"]
+    assert middle.shape == (1, 1, 40, 50), "evaluation sees whole images"
 
 
-@pytest.mark.parametrize("height", [1, 3, 97, 333])
-def test_fit_takes_any_size_to_any(height):
-    for target in ((1, 1), (7, 5), (64, 301)):
-        assert fit(Image.new("RGB", (59, height)), *target).size == target[::-1]
+def test_half_are_mirrored_by_draws_that_depend_on_seed_epoch_and_sample(mixed):
+    plain, mirrored = ({}, {})
+    for seen, data in ((plain, config(mixed)), (mirrored, config(mixed, flip=True))):
+        for step in load(mixed, total=30, data=data):
+            for part in step:
+                seen.update({(part["epoch"], index): image for index, image
+                             in zip(part["index"].tolist(), part["image"], strict=True)})
+    turned = {place: torch.equal(image, plain[place].flip(-1)) and not torch.equal(image, plain[place])
+              for place, image in mirrored.items()}
+    assert all(torch.equal(image, plain[place].flip(-1) if turned[place] else plain[place])
+               for place, image in mirrored.items())
+    assert 0.4 < np.mean(list(turned.values())) < 0.6
+    assert any(turned[0, index] != turned[1, index] for _, index in turned)
+    again = load(mixed, start=17, total=18, rank=1, world_size=2, data=config(mixed, flip=True, workers=1))[0]
+    for part in again:
+        for index, image in zip(part["index"].tolist(), part["image"], strict=True):
+            assert torch.equal(image, mirrored[part["epoch"], index])
+
+
+def test_small_images_come_in_larger_steps(mixed):
+    data = config(mixed, batch_pixels=12 * 8 * 8 * 3)
+    counted = {}
+    for step in load(mixed, total=20, batch=12, micro_batch=3, rank=1, world_size=2, data=data):
+        height, width = step[0]["image"].shape[2:]
+        counted[height, width] = {len(part["index"]) for part in step}
+        assert len(step) == 2
+    assert counted == {(8, 8): {9}, (8, 12): {6}, (30, 20): {3}, (1, 1): {3}, (9, 40): {3}}
+
+
+def test_an_order_by_shards_goes_through_few_at_a_time(tmp_path):
+    shards = write_set(tmp_path, {"train": [(2, 2)] * 400}, per_shard=5)
+    shard = shards.split("train").shard
+    for near, most in ((config(shards, shuffle="shards"), 16 + 1), (config(shards), 80)):
+        steps = load(shards, total=50, batch=8, micro_batch=8, data=near)
+        seen = [shard[step[0]["index"].numpy()] for step in steps]
+        at_once = [len(set(np.concatenate(seen[start:start + 10]).tolist())) for start in range(0, 50, 10)]
+        assert max(at_once) <= most and min(at_once) > 10
+        assert sorted(int(index) for step in steps for index in step[0]["index"]) == list(range(400))
+    epochs = [keys_of(load(shards, start=start, total=start + 50, batch=8, micro_batch=8,
+                           data=config(shards, shuffle="shards"))) for start in (0, 50)]
+    assert epochs[0] != epochs[1]
 
 
 def test_single_pixel_images(tmp_path):

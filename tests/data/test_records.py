@@ -4,10 +4,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from r2id.data import records
-from r2id.data.records import as_png, decode, encode_png, inspect
+from r2id.data.records import View, as_png, decode, decode_view, encode_png, inspect
 
 
 def saved(image, kind="PNG", **options):
@@ -106,3 +106,73 @@ def test_what_is_no_image_gives_a_reason(data):
 def test_an_image_that_would_fill_the_memory_is_refused():
     with pytest.raises(ValueError, match="exceeds limit"):
         inspect(png_of_size(60000, 60000))
+
+
+def test_a_view_cuts_the_middle_and_keeps_the_shape():
+    ramp = encode_png(np.tile(np.arange(0, 200, 2, dtype=np.uint8), (40, 1)))  # 40 x 100
+    middle = decode_view(ramp, 1, View(20, 20))[:, :, 0].astype(float)
+    assert middle.shape == (20, 20)
+    assert np.allclose(middle[:, 2:-2], 61 + 4 * np.arange(2, 18), atol=1)  # columns 30 to 70, two by two
+    assert np.array_equal(decode_view(ramp, 1, View(40, 100)), decode(ramp, 1))
+    assert np.array_equal(decode_view(ramp, 1, View(40, 100, mirrored=True)), decode(ramp, 1)[:, ::-1])
+    assert decode_view(ramp, 3, View(1, 1)).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("height", [1, 3, 97, 333])
+def test_a_view_of_any_size_from_any_other(height):
+    image = encode_png(np.zeros((height, 59), np.uint8))
+    for target in ((1, 1), (7, 5), (64, 301)):
+        assert decode_view(image, 1, View(*target)).shape == (*target, 1)
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (0.3, 0.9)])
+def test_a_view_at_native_size_is_cut_out_as_it_is(place):
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 20), dtype=np.uint8)
+    top, left = round(place[0] * (31 - 7)), round(place[1] * (20 - 9))
+    cut = decode_view(encode_png(pixels), 1, View(7, 9, 1.0, place))
+    assert np.array_equal(cut[:, :, 0], pixels[top:top + 7, left:left + 9])
+
+
+def photo(height, width):
+    """A smooth picture that is unlike its mirror images."""
+    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    return Image.fromarray(np.stack([255 * y, 255 * x, 127 * (1 + np.sin(9 * x * y))], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 3])
+@pytest.mark.parametrize("size", [(401, 303), (250, 600)])
+def test_a_jpeg_decoded_at_a_fraction_shows_the_same(size, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(photo(*size), "JPEG", quality=95, exif=exif)
+    upright = Image.fromarray(decode(data, 3))
+    for height, width in ((25, 37), (50, 30), (100, 140)):
+        expected = decode_view(png_of(upright), 3, View(height, width)).astype(float)
+        small = decode_view(data, 3, View(height, width)).astype(float)
+        assert np.abs(small - expected).mean() < 1.0 and np.abs(small - expected).max() < 12
+
+
+def png_of(image):
+    return saved(image, "PNG")
+
+
+def test_a_jpeg_is_decoded_no_larger_than_needed(monkeypatch):
+    decoded = []
+    load = ImageFile.ImageFile.load
+
+    def watched(image):
+        decoded.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    decode_view(saved(photo(800, 600), "JPEG"), 3, View(40, 30))
+    assert decoded[0] == (75, 100)
+
+
+def test_pixels_beyond_the_limit_are_not_decoded():
+    data = encode_png(np.zeros((30, 40), np.uint8))
+    assert inspect(data, max_pixels=1200).height == 30
+    with pytest.raises(ValueError, match="30x40 pixels, more than the 1199 allowed"):
+        inspect(data, max_pixels=1199)
+    with pytest.raises(ValueError, match="60000x10 pixels, more than"):
+        inspect(png_of_size(10, 60000), max_pixels=1000)
