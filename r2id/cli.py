@@ -120,15 +120,23 @@ def encode(
     shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for the latent cache.")],
     batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes; 0 decodes in the encoding process.")] = 0,
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Number format on disk.")] = "float32",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Encode a whole dataset into a cache of raw latents."""
+    """Encode a whole dataset into a cache of raw latents; under torchrun in as many processes."""
+    from r2id import dist
     from r2id.training.encode import encode as run_encode
 
-    result = run_encode(riae, shards, out, batch=batch, device=_device(device))
-    _report(result, as_json, lambda r: [f"{r['out']}: {r['images']} images encoded"
-                                        + (f", {r['reused']} found in place" if r["reused"] else "")])
+    try:
+        result = run_encode(riae, shards, out, batch=batch, workers=workers, dtype=dtype, device=_device(device))
+        main_process = dist.is_main()
+    finally:
+        dist.shutdown()
+    if main_process:
+        _report(result, as_json, lambda r: [f"{r['out']}: {r['images']} images encoded"
+                                            + (f", {r['reused']} found in place" if r["reused"] else "")])
 
 
 @app.command()

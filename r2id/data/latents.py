@@ -3,9 +3,9 @@
 A cache is a folder::
 
     latents.json                       which RIAE, which data, how images were prepared, all files; written last
-    <split>/shard-000000.safetensors   "latents": float32, the samples' [L, h, w] one after the other, flat;
-                                       "heights", "widths": int64 [samples], their grids; its metadata says the same
-                                       as latents.json, so that it is its own commit marker
+    <split>/shard-000000.safetensors   "latents": the samples' [L, h, w] one after the other, flat, float32, float16 or
+                                       bfloat16; "heights", "widths": int64 [samples], their grids
+    <split>/shard-000000.json          what that file is of, its length and hash: its commit marker
 
 There is one file per image shard, with its samples in the index's order. Normalisation is not applied here.
 Shape letters: b micro-batch · L latent channels · h, w latent grid.
@@ -13,32 +13,40 @@ Shape letters: b micro-batch · L latent channels · h, w latent grid.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from r2id.config import DataConfig
-from r2id.data.files import TEMPORARY, sweep, write_atomic
-from r2id.data.loader import MicroBatch, Schedule, Steps, load_steps
+from r2id.data.files import sha256_file
+from r2id.data.loader import MicroBatch, Schedule, Steps, load_items
 from r2id.data.shards import ShardSet
-from r2id.errors import InputError, WorkError
+from r2id.data.verify import Damage
+from r2id.errors import InputError
+from r2id.progress import track
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "latents.json"
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+_STORED: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<i2")}
+"""NumPy lacks bfloat16; torch takes the bits."""
 
 
-class Identity(BaseModel):
-    """What a cache was made of and how: another one of these is another cache."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Identity(_Strict):
+    """What a cache was made of and how: another one of these is another cache."""
 
     format_version: int = FORMAT_VERSION
     codec_hash: str
@@ -48,78 +56,31 @@ class Identity(BaseModel):
     channels: int
     size: tuple[int, int] | None
     max_pixels: int
+    dtype: Dtype = "float32"
 
 
-class LatentManifest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class LatentFile(_Strict):
+    """One file of a cache, as its marker states it; ``file`` is relative to the cache."""
 
+    identity: Identity
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class LatentManifest(_Strict):
     identity: Identity
     codec: str
     """Where the RIAE was; for people."""
-    files: dict[str, list[str]]
+    files: dict[str, list[LatentFile]]
     """Of each split, in shard order."""
+    checksum: str = ""
 
-
-class LatentWriter:
-    """Writes a cache, file by file; one that was interrupted goes on.
-
-    For every (split, number of a shard) for which ``done`` says no: ``write``; at the end ``finish``.
-    """
-
-    def __init__(self, folder: Path, shards: ShardSet, data: DataConfig, *, codec_hash: str, codec_path: Path,
-                 latent_channels: int) -> None:
-        """InputError when the folder holds something else, or latents of other data or of another RIAE."""
-        self.folder, self.codec_path = folder, codec_path
-        self.identity = Identity(codec_hash=codec_hash, digest=shards.digest, latent_channels=latent_channels,
-                                 channels=data.channels, size=data.size, max_pixels=data.max_pixels)
-        self.files = {name: [_latent_file(entry.file) for entry in split.shards]
-                      for name, split in shards.manifest.splits.items()}
-        self._splits = shards
-        self._check_vacant()
-        sweep(folder)
-
-    def done(self, split: str, number: int) -> bool:
-        """Whether that file is there."""
-        return _identity_of(self.folder / self.files[split][number]) == self.identity
-
-    def write(self, split: str, number: int, latents: Sequence[torch.Tensor]) -> None:
-        """The latents [L, h, w] of all samples of one shard, in the index's order: complete or not at all."""
-        expected = len(self._splits.split(split).in_shard(number))
-        assert len(latents) == expected, f"{len(latents)} latents for {expected} samples"
-        parts = [latent.detach().float().cpu() for latent in latents]
-        tensors = {"latents": torch.cat([part.reshape(-1) for part in parts]) if parts else torch.zeros(0),
-                   "heights": torch.tensor([part.shape[1] for part in parts], dtype=torch.int64),
-                   "widths": torch.tensor([part.shape[2] for part in parts], dtype=torch.int64)}
-        if not torch.isfinite(tensors["latents"]).all():
-            raise WorkError(f"{self.files[split][number]}: latents that are not finite: the RIAE at {self.codec_path} "
-                            "is not usable")
-        write_atomic(self.folder / self.files[split][number],
-                     save(tensors, metadata={"identity": self.identity.model_dump_json()}))
-
-    def finish(self) -> None:
-        """Commit the cache. Every file must be there."""
-        for split, files in self.files.items():
-            for number, file in enumerate(files):
-                if not self.done(split, number):
-                    raise WorkError(f"{self.folder / file}: not written")
-        manifest = LatentManifest(identity=self.identity, codec=str(self.codec_path), files=self.files)
-        write_atomic(self.folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
-
-    def _check_vacant(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"out {self.folder}: exists and is no folder")
-        own = {self.folder / MANIFEST, *(self.folder / file for files in self.files.values() for file in files)}
-        present = sorted(path for path in self.folder.rglob("*") if path.is_file()) if self.folder.exists() else []
-        for path in present:
-            found = _identity_of(path)
-            if found is None and (path in own or path.suffix == TEMPORARY):
-                continue  # the manifest, or what was cut short and will be written again
-            if found is None:
-                raise InputError(f"out {self.folder}: exists and holds something else ({path.name}): choose another "
-                                 "folder")
-            if found != self.identity:
-                raise InputError(f"out {self.folder}: {_difference(found, self.identity)}: choose another folder, or "
-                                 "remove this one")
+    def expected_checksum(self) -> str:
+        """Of all other fields, so that an edited manifest is noticed."""
+        content = self.model_dump(exclude={"checksum"}, mode="json")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -127,20 +88,22 @@ class LatentSplit:
     """The latents of one split, mapped from disk."""
 
     flat: list[np.ndarray]
-    """Of each shard, float32."""
+    """Of each shard, as stored."""
     start: np.ndarray
     """Of each sample, in its shard's flat array; int64 [N]."""
     height: np.ndarray
     width: np.ndarray
     shard: np.ndarray
-    latent_channels: int
+    identity: Identity
 
     def __call__(self, indices: np.ndarray, _height: int, _width: int, _key: torch.Tensor) -> torch.Tensor:
         """float32 [b, L, h, w] of samples whose images are of one size, and whose grids therefore are too."""
         grid = int(self.height[indices[0]]), int(self.width[indices[0]])
-        count = self.latent_channels * grid[0] * grid[1]
+        count = self.identity.latent_channels * grid[0] * grid[1]
         parts = [self.flat[self.shard[i]][self.start[i]:self.start[i] + count] for i in indices]
-        return torch.from_numpy(np.stack(parts)).reshape(len(indices), self.latent_channels, *grid)
+        latents = torch.from_numpy(np.stack(parts))
+        latents = latents.view(torch.bfloat16) if self.identity.dtype == "bfloat16" else latents
+        return latents.float().reshape(len(indices), self.identity.latent_channels, *grid)
 
 
 @dataclass(frozen=True)
@@ -153,19 +116,11 @@ class LatentCache:
     @classmethod
     def open(cls, folder: Path, expect_codec_hash: str, expect_digest: str) -> LatentCache:
         """InputError when the folder is no complete cache, or one of another RIAE or of other data."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            state = "unfinished: run the same r2id encode again" if list(folder.glob("*/*.safetensors")) else (
-                "not a latent cache (no latents.json): give a folder written by r2id encode")
-            raise InputError(f"{folder}: {state if folder.is_dir() else 'no such folder'}")
-        try:
-            manifest = LatentManifest.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise InputError(f"{path}: damaged or edited: {str(error).splitlines()[0]}") from None
+        manifest = read_latents(folder)
         expected = manifest.identity.model_copy(update={
             "format_version": FORMAT_VERSION, "codec_hash": expect_codec_hash, "digest": expect_digest})
         if manifest.identity != expected:
-            raise InputError(f"{folder}: {_difference(manifest.identity, expected)}: run r2id encode again, into "
+            raise InputError(f"{folder}: {difference(manifest.identity, expected)}: run r2id encode again, into "
                              "another folder")
         return cls(folder, manifest)
 
@@ -174,32 +129,62 @@ class LatentCache:
         expected = self.manifest.identity.model_copy(update={
             "channels": data.channels, "size": data.size, "max_pixels": data.max_pixels})
         if self.manifest.identity != expected:
-            raise InputError(f"{self.folder}: {_difference(self.manifest.identity, expected)}: run r2id encode again, "
+            raise InputError(f"{self.folder}: {difference(self.manifest.identity, expected)}: run r2id encode again, "
                              "into another folder")
 
     def split(self, name: str, shard: np.ndarray) -> LatentSplit:
         """``shard`` [N] is the image index's column of that name. InputError when a file is missing or damaged."""
         flat, heights, widths, starts = [], [], [], []
-        latent_channels = self.manifest.identity.latent_channels
-        counts = np.bincount(shard, minlength=len(self.manifest.files[name]))
-        for file, count in zip(self.manifest.files[name], counts, strict=True):
-            values, height, width = self._load(self.folder / file)
+        files, latent_channels = self.manifest.files[name], self.manifest.identity.latent_channels
+        for entry, count in zip(files, np.bincount(shard, minlength=len(files)), strict=True):
+            values, height, width = _load(self.folder, entry)
             ends = np.cumsum(latent_channels * height * width)
             if len(height) != count or (ends[-1] if count else 0) != len(values):
-                raise InputError(f"{self.folder / file}: does not fit the shard set: run r2id encode again")
+                raise InputError(f"{self.folder / entry.file}: does not fit the shard set: run r2id encode again")
             flat.append(values)
             heights.append(height)
             widths.append(width)
             starts.append(ends - latent_channels * height * width)
         return LatentSplit(flat, np.concatenate(starts), np.concatenate(heights), np.concatenate(widths), shard,
-                           latent_channels)
+                           self.manifest.identity)
 
-    def _load(self, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if _identity_of(path) != self.manifest.identity:
-            raise InputError(f"{path}: missing, damaged or of another cache: run r2id encode again")
-        with safe_open(path, "np") as tensors:
-            heights, widths = tensors.get_tensor("heights"), tensors.get_tensor("widths")
-        return _map_tensor(path, "latents"), heights, widths
+
+def read_latents(folder: Path) -> LatentManifest:
+    """InputError when the folder is no complete cache, or its manifest is damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        state = "unfinished: run the same r2id encode again" if list(folder.glob("*/*.safetensors")) else (
+            "not a latent cache (no latents.json): give a folder written by r2id encode")
+        raise InputError(f"{folder}: {state if folder.is_dir() else 'no such folder'}")
+    try:
+        manifest = LatentManifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path}: damaged, edited or of another version: {str(error).splitlines()[0]}") from None
+    if manifest.checksum != manifest.expected_checksum():
+        raise InputError(f"{path}: edited or damaged: its checksum does not fit its content")
+    return manifest
+
+
+def verify_latents(folder: Path) -> list[Damage]:
+    """Rehash a cache: all damage found. InputError when the folder is none."""
+    try:
+        manifest = read_latents(folder)
+    except InputError as error:
+        if not (folder / MANIFEST).is_file():
+            raise
+        return [Damage(MANIFEST, str(error).removeprefix(f"{folder / MANIFEST}: "))]
+    entries = [entry for files in manifest.files.values() for entry in files]
+    present = {path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*.safetensors")}
+    damages = [Damage(extra, "not in the manifest") for extra in sorted(present - {entry.file for entry in entries})]
+    for entry in track(entries, "verify", unit="files"):
+        path = folder / entry.file
+        if not path.is_file():
+            damages.append(Damage(entry.file, "missing"))
+        elif path.stat().st_size != entry.bytes:
+            damages.append(Damage(entry.file, f"{path.stat().st_size} bytes instead of {entry.bytes}"))
+        elif sha256_file(path) != entry.sha256:
+            damages.append(Damage(entry.file, "changed: its hash is not the manifest's"))
+    return damages
 
 
 def latent_loader(cache: LatentCache, shards: ShardSet, data: DataConfig, *, split: str, batch: int, micro_batch: int,
@@ -210,33 +195,10 @@ def latent_loader(cache: LatentCache, shards: ShardSet, data: DataConfig, *, spl
     samples = shards.split(split)
     schedule = Schedule.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
     steps = Steps(schedule, samples, "latent", cache.split(split, samples.shard))
-    return load_steps(steps, range(start_step, total_steps), data.workers)
+    return load_items(steps, range(start_step, total_steps), data.workers)
 
 
-def _latent_file(shard_file: str) -> str:
-    return str(Path(shard_file).with_suffix(".safetensors"))
-
-
-def _identity_of(path: Path) -> Identity | None:
-    """Of a cache file that is complete; safetensors refuses one that was cut short."""
-    try:
-        with safe_open(path, "np") as tensors:
-            return Identity.model_validate_json((tensors.metadata() or {})["identity"])
-    except (OSError, SafetensorError, KeyError, ValidationError):
-        return None
-
-
-def _map_tensor(path: Path, name: str) -> np.ndarray:
-    """A flat float32 tensor of a safetensors file, left on disk: 8 bytes of header length, JSON header, data."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start, end = json.loads(file.read(length))[name]["data_offsets"]
-    if start == end:
-        return np.zeros(0, np.float32)
-    return np.memmap(path, np.dtype("<f4"), "r", 8 + length + start, ((end - start) // 4,))
-
-
-def _difference(found: Identity, expected: Identity) -> str:
+def difference(found: Identity, expected: Identity) -> str:
     """The first way in which a cache is not the expected one, in words."""
     words = {"codec_hash": "holds latents of another RIAE", "digest": "holds latents of another shard set"}
     for name, value in expected.model_dump().items():
@@ -248,3 +210,27 @@ def _difference(found: Identity, expected: Identity) -> str:
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
+
+
+def _load(folder: Path, entry: LatentFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(latents as stored, flat and left on disk; heights; widths). Its length is checked; r2id verify rehashes."""
+    path = folder / entry.file
+    try:
+        if path.stat().st_size != entry.bytes:
+            raise InputError(f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run r2id encode again")
+        with safe_open(path, "np") as tensors:
+            heights, widths = tensors.get_tensor("heights"), tensors.get_tensor("widths")
+        return _map_tensor(path, "latents"), heights, widths
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: missing or damaged ({error}): run r2id encode again") from None
+
+
+def _map_tensor(path: Path, name: str) -> np.ndarray:
+    """A flat tensor of a safetensors file, left on disk: 8 bytes of header length, JSON header, data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        facts = json.loads(file.read(length))[name]
+    (start, end), dtype = facts["data_offsets"], _STORED[facts["dtype"]]
+    if start == end:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r", 8 + length + start, ((end - start) // dtype.itemsize,))

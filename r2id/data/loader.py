@@ -39,7 +39,7 @@ def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, 
     samples = shards.split(split)
     schedule = Schedule.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
     steps = Steps(schedule, samples, "image", ImageReader(samples, schedule.buckets, data))
-    return load_steps(steps, range(start_step, total_steps), data.workers)
+    return load_items(steps, range(start_step, total_steps), data.workers)
 
 
 def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limit: int | None = None,
@@ -57,7 +57,7 @@ def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limi
     if limit is not None and limit < len(chosen):
         chosen = chosen[np.arange(limit) * len(chosen) // limit]
     batches = Batches(_by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data))
-    return load_steps(batches, range(len(batches.batches)), data.workers)
+    return load_items(batches, range(len(batches.batches)), data.workers)
 
 
 def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[int, int]]:
@@ -82,8 +82,10 @@ def _split_buckets(samples: Split, size: tuple[int, int] | None, max_pixels: int
 class ImageReader:
     """Samples → image tensors. A split that is small as decoded pixels is decoded once and kept."""
 
-    def __init__(self, samples: Split, buckets: Buckets, data: DataConfig) -> None:
-        self.samples, self.data = samples, data
+    def __init__(self, samples: Split, buckets: Buckets, data: DataConfig,
+                 fetch: Callable[[int], bytes] | None = None) -> None:
+        """``fetch`` gives a sample's stored bytes; none reads them from the shards."""
+        self.samples, self.data, self.fetch = samples, data, fetch or samples.read
         pixels = int((buckets.height.astype(np.int64) * buckets.width).sum())
         small = pixels * data.channels <= _KEPT_BYTES and not data.window
         self._kept: dict[int, np.ndarray] | None = {} if small else None
@@ -114,7 +116,7 @@ class ImageReader:
             area = int(self.samples.height[index]) * int(self.samples.width[index])
             scale, place = min(1.0, math.sqrt(self.data.max_pixels / area)), (float(draw[0]), float(draw[1]))
         try:
-            return decode_view(self.samples.read(index), self.data.channels, View(height, width, scale, place))
+            return decode_view(self.fetch(index), self.data.channels, View(height, width, scale, place))
         except ValueError as error:
             raise WorkError(f"{self.samples.files[self.samples.shard[index]]}: sample {self.samples.key(index)}: "
                             f"{error}: r2id verify tells more") from None
@@ -195,10 +197,15 @@ def describe(samples: Split, indices: np.ndarray, epoch: int, step: int) -> Micr
             "keys": [samples.key(index) for index in indices]}
 
 
-def load_steps(dataset: Dataset, numbers: range, workers: int) -> Iterator[Any]:
+def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterator[Any]:
     """The dataset's items of these numbers, in order, made ahead by ``workers`` processes (0: none)."""
-    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers,
-                           pin_memory=torch.cuda.is_available()))
+    loader = DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers,
+                        pin_memory=torch.cuda.is_available())
+    try:
+        yield from loader
+    except WorkError as error:
+        # A worker's error comes with its traceback as its message; the last line is the message that it had.
+        raise WorkError(str(error).strip().splitlines()[-1].removeprefix("r2id.errors.WorkError: ")) from None
 
 
 def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:

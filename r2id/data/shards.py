@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from r2id.data.files import atomic_file, sha256_file, write_atomic
 from r2id.data.records import Record
+from r2id.data.remote import read_range
 from r2id.errors import InputError, WorkError
 
 FORMAT_VERSION = 1
@@ -216,16 +217,21 @@ def read_manifest(folder: Path) -> Manifest:
             raise InputError(f"{folder}: an unfinished shard set: run the same r2id prepare again to complete it")
         what = "not a shard set (no manifest.json): give a folder written by r2id prepare"
         raise InputError(f"{folder}: {what if folder.is_dir() else 'no such folder'}")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """InputError, naming where the content is from, when it is no manifest, or one of another format version."""
     try:
-        content = json.loads(path.read_bytes())
-        version = content.get("format_version") if isinstance(content, dict) else None
+        table = json.loads(content)
+        version = table.get("format_version") if isinstance(table, dict) else None
         if version != FORMAT_VERSION:
-            raise InputError(f"{path}: format version {version!r}: this r2id reads version {FORMAT_VERSION}")
-        return Manifest.model_validate(content)
+            raise InputError(f"{where}: format version {version!r}: this r2id reads version {FORMAT_VERSION}")
+        return Manifest.model_validate(table)
     except (ValidationError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: damaged or edited: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{where}: damaged or edited: {str(error).splitlines()[0]}") from None
 
 
 def read_index(folder: Path, entry: ShardEntry, columns: list[str] | None = None) -> pa.Table:
@@ -243,6 +249,9 @@ class Split:
 
     name: str
     files: list[Path]
+    entries: list[ShardEntry]
+    address: str | None
+    """Where the tars are when they are not in the folder."""
     keys: pa.Array
     shard: np.ndarray
     offset: np.ndarray
@@ -269,7 +278,10 @@ class Split:
     def read(self, index: int) -> bytes:
         """The stored bytes of one image. WorkError when the shard has been cut short or taken away."""
         number, offset, size = int(self.shard[index]), int(self.offset[index]), int(self.size[index])
-        data = os.pread(self._file(number).fileno(), size, offset)
+        if self.address is None:
+            data = os.pread(self._file(number).fileno(), size, offset)
+        else:
+            data = read_range(self.address, self.entries[number].file, offset, size)
         if len(data) != size:
             raise WorkError(f"{self.files[number]}: cut short at sample {self.key(index)}: r2id verify tells more")
         return data
@@ -288,24 +300,26 @@ class Split:
 class ShardSet:
     """An open shard set."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Path, manifest: Manifest, address: str | None = None) -> None:
+        self.folder, self.manifest, self.address = folder, manifest, address
         self._splits: dict[str, Split] = {}
 
     @classmethod
-    def open(cls, folder: Path) -> ShardSet:
-        """InputError when the folder is no complete shard set, or shards are missing or of another length."""
+    def open(cls, folder: Path, address: str | None = None) -> ShardSet:
+        """InputError when the folder is no complete shard set, or shards are missing or of another length.
+
+        With an address (a folder or URL, see r2id.data.remote) the tars are there, and the folder holds the rest."""
         manifest = read_manifest(folder)
         if manifest.checksum != manifest.expected_checksum():
             raise InputError(f"{folder / MANIFEST}: edited or damaged: its checksum does not fit its content")
         for entry in (entry for split in manifest.splits.values() for entry in split.shards):
             path = folder / entry.file
-            if not path.is_file() or not (folder / entry.index_file).is_file():
+            if not (folder / entry.index_file).is_file() or not (address or path.is_file()):
                 raise InputError(f"{path}: missing, it or its index: run the same r2id prepare again")
-            if path.stat().st_size != entry.bytes:
+            if not address and path.stat().st_size != entry.bytes:
                 raise InputError(f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run the same "
                                  "r2id prepare again")
-        return cls(folder, manifest)
+        return cls(folder, manifest, address)
 
     @property
     def digest(self) -> str:
@@ -348,8 +362,8 @@ class ShardSet:
         if [len(part) for part in tables] != [shard.samples for shard in entry.shards]:
             raise InputError(f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more")
         number = np.repeat(np.arange(len(tables), dtype=np.int32), [len(part) for part in tables])
-        return Split(name=name, files=[self.folder / shard.file for shard in entry.shards],
-                     keys=table["key"].combine_chunks(), shard=number,
+        return Split(name=name, files=[self.folder / shard.file for shard in entry.shards], entries=entry.shards,
+                     address=self.address, keys=table["key"].combine_chunks(), shard=number,
                      **{column: table[column].to_numpy() for column in columns})
 
 

@@ -241,7 +241,7 @@ def _finished(config: RiaeRun | R2idRun) -> Path | None:
     if found is None:
         return None
     meta = checkpoint.load_meta(found)
-    facts = {"digest": ShardSet.open(config.data.shards).digest}
+    facts = {"digest": ShardSet.open(config.data.shards, config.data.stream).digest}
     if isinstance(config, R2idRun):
         facts["codec_hash"] = checkpoint.identity(config.codec)
     if meta.stage != config.stage or meta.step < config.train.steps:

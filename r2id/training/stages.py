@@ -15,6 +15,7 @@ from r2id.config import R2idRun, RiaeRun
 from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader, image_loader, image_sizes
 from r2id.data.shards import ShardSet
+from r2id.data.stream import stream_loader
 from r2id.dist import World
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
@@ -62,7 +63,7 @@ class Stage:
 
 def make_stage(config: RiaeRun | R2idRun, world: World, micro_batch: int) -> Stage:
     """Open the data and build model and loss. InputError when the data or the codec do not fit the config."""
-    shards = ShardSet.open(config.data.shards)
+    shards = ShardSet.open(config.data.shards, config.data.stream)
     torch.manual_seed(config.seed)
     if isinstance(config, RiaeRun):
         return _riae_stage(config, shards, world, micro_batch)
@@ -75,14 +76,20 @@ def _loader_arguments(config: RiaeRun | R2idRun, world: World, micro_batch: int)
             "world_size": world.world_size}
 
 
-def _riae_stage(config: RiaeRun, shards: ShardSet, world: World, micro_batch: int) -> Stage:
+def _image_batches(config: RiaeRun | R2idRun, shards: ShardSet, world: World, micro_batch: int,
+                   ) -> Callable[[int], Iterator[list[Batch]]]:
+    load = stream_loader if config.data.stream else image_loader
     arguments = _loader_arguments(config, world, micro_batch)
+    return lambda start: load(shards, config.data, start_step=start, **arguments)
+
+
+def _riae_stage(config: RiaeRun, shards: ShardSet, world: World, micro_batch: int) -> Stage:
     sizes = image_sizes(shards, config.data, config.data.train_split)
     facts = {"channels": config.data.channels, "digest": shards.digest,
              "image": [int(side) for side in sizes[len(sizes) // 2]]}
     return Stage(
         config, shards, RiaeLoss(RIAE(config.riae, config.data.channels), config.seed), facts,
-        lambda start: image_loader(shards, config.data, start_step=start, **arguments),
+        _image_batches(config, shards, world, micro_batch),
         lambda batch: {"image": batch["image"], "index": batch["index"]})
 
 
@@ -90,7 +97,6 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
     codec = Codec.load(config.codec, world.device)
     if codec.channels != config.data.channels:
         raise InputError(f"data.channels = {config.data.channels}: {codec.path} was trained with {codec.channels}")
-    arguments = _loader_arguments(config, world, micro_batch)
     grids = [codec.grid_for(size) for size in image_sizes(shards, config.data, config.data.train_split)]
     areas, ratios = sorted(h * w for h, w in grids), sorted(h / w for h, w in grids)
     base_side = areas[len(areas) // 2] ** 0.5
@@ -99,11 +105,10 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
              "codec": os.path.relpath(codec.path, config.run), "codec_hash": codec.hash, "base_side": base_side,
              "areas": [areas[0], areas[-1]], "ratios": [ratios[0], ratios[-1]]}
 
-    if config.data.latents is None:
-        def load(start: int) -> Iterator[list[Batch]]:
-            return image_loader(shards, config.data, start_step=start, **arguments)
-    else:
+    load = _image_batches(config, shards, world, micro_batch)
+    if config.data.latents is not None:
         cache = LatentCache.open(config.data.latents, codec.hash, shards.digest)
+        arguments = _loader_arguments(config, world, micro_batch)
 
         def load(start: int) -> Iterator[list[Batch]]:
             return latent_loader(cache, shards, config.data, start_step=start, **arguments)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from r2id.config import DataConfig
-from r2id.data.latents import MANIFEST, LatentCache, LatentWriter, latent_loader
+from r2id.data.latent_writer import LatentWriter
+from r2id.data.latents import MANIFEST, LatentCache, latent_loader, verify_latents
 from r2id.data.loader import eval_loader, image_loader
 from r2id.errors import InputError, WorkError
 from tests.data.conftest import write_set
@@ -16,12 +17,15 @@ def encoded(images):
     return torch.cat([halves, -3 * halves], 1)
 
 
-def writer_of(folder, shards, data, codec=CODEC):
-    return LatentWriter(folder, shards, data, codec_hash=codec, codec_path="runs/riae", latent_channels=CHANNELS)
+def writer_of(folder, shards, data, codec=CODEC, **options):
+    writer = LatentWriter(folder, shards, data, codec_hash=codec, codec_path="runs/riae", latent_channels=CHANNELS,
+                          **options)
+    writer.prepare()
+    return writer
 
 
-def write_cache(folder, shards, data, stop_after=None, codec=CODEC):
-    writer = writer_of(folder, shards, data, codec)
+def write_cache(folder, shards, data, stop_after=None, codec=CODEC, **options):
+    writer = writer_of(folder, shards, data, codec, **options)
     written = 0
     for split, files in writer.files.items():
         for number in range(len(files)):
@@ -68,13 +72,38 @@ def test_loader_processes_give_the_same(mixed, data, tmp_path):
                for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "relative"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
+def test_half_precision_takes_half_the_space_and_its_own_cache(mixed, data, tmp_path, dtype, relative):
+    write_cache(tmp_path / "half", mixed, data, dtype=dtype)
+    write_cache(tmp_path / "full", mixed, data)
+    half, full = (LatentCache.open(tmp_path / name, CODEC, mixed.digest) for name in ("half", "full"))
+    for one, two in zip(latent_loader(half, mixed, data, **ARGUMENTS), latent_loader(full, mixed, data, **ARGUMENTS),
+                        strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert a["latent"].dtype == torch.float32 and torch.equal(a["index"], b["index"])
+            assert torch.allclose(a["latent"], b["latent"], rtol=relative, atol=1e-7)
+            assert torch.equal(a["latent"], b["latent"].to(getattr(torch, dtype)).float())
+    sizes = [sum(entry.bytes for entry in cache.manifest.files["train"]) for cache in (half, full)]
+    values = sum(tensor.nbytes for tensor in full.split("train", mixed.split("train").shard).flat)
+    assert sizes[1] - sizes[0] == pytest.approx(values / 2, rel=0.02)
+    with pytest.raises(InputError, match="dtype is float32, not"):
+        writer_of(tmp_path / "full", mixed, data, dtype=dtype)
+
+
+def test_latents_too_large_for_half_precision_are_refused(tmp_path):
+    shards = write_set(tmp_path / "set", {"train": [(4, 4)]})
+    writer = writer_of(tmp_path / "cache", shards, DataConfig(shards=shards.folder), dtype="float16")
+    with pytest.raises(WorkError, match="not finite in float16"):
+        writer.write("train", 0, [torch.full((CHANNELS, 1, 1), 1e6)])
+
+
 def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(mixed, data, tmp_path):
     assert write_cache(tmp_path / "a", mixed, data) == 8
     assert write_cache(tmp_path / "b", mixed, data, stop_after=3) == 3
     with pytest.raises(InputError, match="unfinished"):
         LatentCache.open(tmp_path / "b", CODEC, mixed.digest)
     file = tmp_path / "b/train/shard-000001.safetensors"
-    file.write_bytes(file.read_bytes()[:200])
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
     (tmp_path / "b/train/shard-000003.safetensors.7.tmp").write_bytes(b"left by a killed writer")
     assert write_cache(tmp_path / "b", mixed, data) == 6
     assert write_cache(tmp_path / "b", mixed, data) == 0
@@ -101,14 +130,26 @@ def test_a_stale_cache_is_refused_with_the_reason(mixed, data, tmp_path):
 
 def test_damage_is_noticed(mixed, data, tmp_path):
     write_cache(tmp_path / "cache", mixed, data)
-    (tmp_path / "cache/train/shard-000002.safetensors").unlink()
+    assert verify_latents(tmp_path / "cache") == []
     cache = LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
+    flipped = tmp_path / "cache/train/shard-000001.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"?")
+    (tmp_path / "cache/train/shard-000002.safetensors").unlink()
+    (tmp_path / "cache/test/shard-000007.safetensors").write_bytes(b"")
+    assert [str(damage) for damage in verify_latents(tmp_path / "cache")] == [
+        "test/shard-000007.safetensors: not in the manifest",
+        "train/shard-000001.safetensors: changed: its hash is not the manifest's",
+        "train/shard-000002.safetensors: missing"]
     with pytest.raises(InputError, match=r"shard-000002\.safetensors: missing"):
         latent_loader(cache, mixed, data, **ARGUMENTS)
+    (tmp_path / "cache/test/shard-000007.safetensors").unlink()
     with pytest.raises(WorkError, match=r"shard-000002.*not written"):
         writer_of(tmp_path / "cache", mixed, data).finish()
-    (tmp_path / "cache" / MANIFEST).write_text("{}")
-    with pytest.raises(InputError, match="damaged or edited"):
+    manifest = tmp_path / "cache" / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"samples": 20', '"samples": 19', 1))
+    assert "edited" in str(verify_latents(tmp_path / "cache")[0])
+    manifest.write_text("{}")
+    with pytest.raises(InputError, match="damaged, edited or of another version"):
         LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
 
 
