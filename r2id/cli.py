@@ -16,6 +16,9 @@ from r2id.errors import InputError, Stopped, WorkError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Resolution-invariant image generation. Sizes are always height x width.")
 
+data_app = typer.Typer(no_args_is_help=True, help="Look at shard sets, and fetch the index of one that is elsewhere.")
+app.add_typer(data_app, name="data")
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
                                                        help="Overrides, as section.key=value.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
@@ -88,6 +91,51 @@ def verify(
             lambda r: [str(d) for d in damages] or [f"{shards}: {sum(r['samples'].values())} images intact"])
     if damages:
         raise typer.Exit(1)
+
+
+@data_app.command("stats")
+def data_stats(
+    shards: Annotated[Path, typer.Argument(help="Folder written by prepare.")],
+    out: Annotated[Path | None, typer.Option(help="PNG of the sizes, replaced. Default: NAME-sizes.png here.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="As data.size: resize every image to this.")] = None,
+    window: Annotated[str | None, typer.Option(metavar="HxW", help="As data.window: train on parts this large.")] = None,
+    max_pixels: Annotated[int, typer.Option(min=1, help="As data.max_pixels: the largest area.")] = 65536,
+    batch: Annotated[int, typer.Option(min=1, help="As train.batch: samples per step.")] = 64,
+    batch_pixels: Annotated[int | None, typer.Option(min=1, help="As data.batch_pixels: pixels per step.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sizes, aspect ratios, classes, and the buckets that training would use with what each cuts off."""
+    import numpy as np
+
+    from r2id.config import DataConfig
+    from r2id.data.pictures import draw_sizes
+    from r2id.data.shards import ShardSet
+    from r2id.data.stats import describe_stats, split_stats
+
+    opened = ShardSet.open(shards)
+    data = DataConfig(shards=shards, size=parse_size(size) if size else None, max_pixels=max_pixels,
+                      window=parse_size(window) if window else None, batch_pixels=batch_pixels)
+    splits = {name: split_stats(opened, data, name, batch)
+              for name, entry in opened.manifest.splits.items() if entry.samples}
+    picture = out or Path(f"{shards.resolve().name}-sizes.png")
+    samples = [opened.split(name) for name in splits]
+    draw_sizes(*(np.concatenate([getattr(part, side) for part in samples]) for side in ("height", "width"))).save(picture)
+    _report({**opened.summary(), "splits": splits, "picture": picture}, as_json,
+            lambda r: [*(line for name in splits for line in describe_stats(name, splits[name])), f"picture: {picture}"])
+
+
+@data_app.command("index")
+def data_index(
+    address: Annotated[str, typer.Argument(help="Folder or URL of a shard set: http, s3, … as fsspec has them.")],
+    out: Annotated[Path, typer.Option(help="Folder for its manifest and indexes.")],
+    as_json: Json = False,
+) -> None:
+    """Fetch manifest and indexes of a shard set that is elsewhere: all that data.stream needs on disk."""
+    from r2id.data.stream import fetch_index
+
+    _report({"out": out, **fetch_index(address, out).summary()}, as_json,
+            lambda r: [f"{out}: index of {sum(r['samples'].values())} images; train with data.shards={out} "
+                       f"data.stream={address}"])
 
 
 @app.command()

@@ -1,4 +1,6 @@
-"""Plan → batches: images decoded, brought to one size per batch, as tensors in [−1, 1].
+"""Plan → batches: images decoded and brought to one size per batch.
+
+They are bytes until they are where they are used: a quarter of what float32 takes between processes and on the way to a GPU.
 
 Shape letters: b micro-batch · C colours · H, W image.
 """
@@ -32,7 +34,7 @@ def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, 
                  start_step: int, total_steps: int, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:
     """For every step from ``start_step`` to ``total_steps``: this rank's micro-batches of that step.
 
-    Each is ``{"image": float32 [b, C, H, W] in [−1, 1], "label": int64 [b] (−1: none), "index": int64 [b],
+    Each is ``{"image": uint8 [b, C, H, W] (see to_float), "label": int64 [b] (−1: none), "index": int64 [b],
     "epoch": int, "step": int, "keys": list[str]}``. What a step holds depends on the data, the seed and ``batch`` alone.
     Raises InputError for an unknown split or a batch that does not divide by processes and micro-batch.
     """
@@ -44,7 +46,7 @@ def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, 
 
 def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limit: int | None = None,
                 indices: Sequence[int] | np.ndarray | None = None) -> Iterator[MicroBatch]:
-    """Every image of a split once, as image_loader's micro-batches (epoch and step 0).
+    """Every image of a split once, as image_loader's micro-batches (epoch and step 0), but float32 in [−1, 1].
 
     In the order of the index, except that images of one size come together; a size's last batch may be smaller.
     Images are brought to the sizes they have in training, but never mirrored or reduced to a window. ``limit`` takes that
@@ -57,7 +59,13 @@ def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limi
     if limit is not None and limit < len(chosen):
         chosen = chosen[np.arange(limit) * len(chosen) // limit]
     batches = Batches(_by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data))
-    return load_items(batches, range(len(batches.batches)), data.workers)
+    loaded = load_items(batches, range(len(batches.batches)), data.workers)
+    return ({**part, "image": to_float(part["image"])} for part in loaded)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Bytes, uint8 of any shape → float32 in [−1, 1], on the device where they are."""
+    return images.float().div_(127.5).sub_(1)
 
 
 def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[int, int]]:
@@ -91,14 +99,14 @@ class ImageReader:
         self._kept: dict[int, np.ndarray] | None = {} if small else None
 
     def __call__(self, indices: np.ndarray, height: int, width: int, key: Tensor | None = None) -> Tensor:
-        """float32 [b, C, H, W] in [−1, 1]. Windows and mirroring are drawn from ``key`` and the index; none takes the
+        """uint8 [b, C, H, W]. Windows and mirroring are drawn from ``key`` and the index; none takes the
         middle, as it is."""
         draws = np.full((len(indices), 3), 0.5)
         if key is not None and (self.data.window or self.data.flip):
             draws = rng.uniform(rng.fold(key, torch.from_numpy(indices.astype(np.int64))), 3).numpy()
         pixels = np.stack([self._pixels(int(index), height, width, draw)
                            for index, draw in zip(indices, draws, strict=True)])
-        return torch.from_numpy(pixels).movedim(-1, 1).float().div_(127.5).sub_(1).contiguous()
+        return torch.from_numpy(pixels).movedim(-1, 1).contiguous()
 
     def _pixels(self, index: int, height: int, width: int, draw: np.ndarray) -> np.ndarray:
         """uint8 [H, W, C]; an image's size is the same every time."""

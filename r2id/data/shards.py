@@ -353,18 +353,25 @@ class ShardSet:
         return self._splits[name]
 
     def _load(self, name: str, entry: SplitEntry) -> Split:
-        columns = ["offset", "size", "height", "width", "label"]
-        try:
-            tables = [read_index(self.folder, shard, ["key", *columns]) for shard in entry.shards]
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{self.folder}/{name}: unreadable index: {str(error).splitlines()[0]}") from None
-        table = pa.concat_tables(tables).combine_chunks()
-        if [len(part) for part in tables] != [shard.samples for shard in entry.shards]:
-            raise InputError(f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more")
-        number = np.repeat(np.arange(len(tables), dtype=np.int32), [len(part) for part in tables])
+        """Filled shard by shard into arrays of their final size: all tables at once would take twice the memory."""
+        columns: dict[str, Any] = {column: np.empty(entry.samples, _SCHEMA.field(column).type.to_pandas_dtype())
+                                          for column in ("offset", "size", "height", "width", "label")}
+        number, keys, first = np.empty(entry.samples, np.int32), [], 0
+        for position, shard in enumerate(entry.shards):
+            try:
+                table = read_index(self.folder, shard, ["key", *columns])
+            except (OSError, pa.ArrowException) as error:
+                raise InputError(f"{self.folder / shard.index_file}: unreadable: {str(error).splitlines()[0]}") from None
+            end = first + shard.samples
+            if len(table) != shard.samples or end > entry.samples:
+                raise InputError(f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more")
+            for column, values in columns.items():
+                values[first:end] = table[column].to_numpy()
+            number[first:end] = position
+            keys.append(table["key"].combine_chunks())
+            first = end
         return Split(name=name, files=[self.folder / shard.file for shard in entry.shards], entries=entry.shards,
-                     address=self.address, keys=table["key"].combine_chunks(), shard=number,
-                     **{column: table[column].to_numpy() for column in columns})
+                     address=self.address, keys=pa.concat_arrays(keys), shard=number, **columns)
 
 
 def duplicates(values: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from r2id.config import R2idRun, RiaeRun
 from r2id.data.latents import LatentCache, latent_loader
-from r2id.data.loader import eval_loader, image_loader, image_sizes
+from r2id.data.loader import eval_loader, image_loader, image_sizes, to_float
 from r2id.data.shards import ShardSet
 from r2id.data.stream import stream_loader
 from r2id.dist import World
@@ -90,7 +90,7 @@ def _riae_stage(config: RiaeRun, shards: ShardSet, world: World, micro_batch: in
     return Stage(
         config, shards, RiaeLoss(RIAE(config.riae, config.data.channels), config.seed), facts,
         _image_batches(config, shards, world, micro_batch),
-        lambda batch: {"image": batch["image"], "index": batch["index"]})
+        lambda batch: {"image": to_float(batch["image"]), "index": batch["index"]})
 
 
 def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: int) -> Stage:
@@ -114,7 +114,7 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
             return latent_loader(cache, shards, config.data, start_step=start, **arguments)
 
     def to_inputs(batch: Batch) -> Batch:
-        raw = batch["latent"] if "latent" in batch else codec.encode(batch["image"])
+        raw = batch["latent"] if "latent" in batch else codec.encode(to_float(batch["image"]))
         return {"latent": codec.normalise(raw), "label": batch["label"], "index": batch["index"]}
 
     return Stage(config, shards, R2idLoss(model, config.diffusion, base_side, config.seed), facts, load, to_inputs,

@@ -4,7 +4,7 @@ import torch
 from r2id.config import DataConfig
 from r2id.data.latent_writer import LatentWriter
 from r2id.data.latents import MANIFEST, LatentCache, latent_loader, verify_latents
-from r2id.data.loader import eval_loader, image_loader
+from r2id.data.loader import eval_loader, image_loader, to_float
 from r2id.errors import InputError, WorkError
 from tests.data.conftest import write_set
 
@@ -58,7 +58,7 @@ def test_the_cache_gives_the_same_batches_as_encoding_on_the_fly(mixed, data, tm
     steps = zip(latent_loader(cache, mixed, data, **ARGUMENTS), image_loader(mixed, data, **ARGUMENTS), strict=True)
     for cached, live in steps:
         for one, two in zip(cached, live, strict=True):
-            assert torch.equal(one["latent"], encoded(two["image"]))
+            assert torch.equal(one["latent"], encoded(to_float(two["image"])))
             assert torch.equal(one["label"], two["label"]) and torch.equal(one["index"], two["index"])
             assert [one[name] for name in ("keys", "epoch", "step")] == [two[name] for name in ("keys", "epoch", "step")]
 

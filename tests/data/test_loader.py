@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from r2id.config import DataConfig
-from r2id.data.loader import eval_loader, image_loader, image_sizes
+from r2id.data.loader import eval_loader, image_loader, image_sizes, to_float
 from r2id.data.records import decode
 from r2id.errors import InputError, WorkError
 from tests.data.conftest import MIXED, write_set
@@ -27,7 +27,7 @@ def test_batches_hold_what_the_index_says(mixed):
     for number, step in enumerate(load(mixed, total=6)):
         assert len(step) == 4
         for part in step:
-            assert part["image"].dtype == torch.float32 and part["image"].shape[:2] == (3, 1)
+            assert part["image"].dtype == torch.uint8 and part["image"].shape[:2] == (3, 1)
             assert part["image"].is_contiguous() and part["step"] == number and part["epoch"] == 0
             assert part["label"].tolist() == split.label[part["index"].numpy()].tolist()
             assert part["label"].dtype == part["index"].dtype == torch.int64
@@ -35,7 +35,7 @@ def test_batches_hold_what_the_index_says(mixed):
                 assert key == split.key(index)
                 pixels = torch.from_numpy(decode(split.read(index), 1)).movedim(-1, 0)
                 if pixels.shape == image.shape:
-                    assert torch.allclose(image, pixels.float() / 127.5 - 1)
+                    assert torch.equal(image, pixels)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -75,7 +75,6 @@ def test_channels_and_size(mixed):
     for step in load(mixed, total=3, data=config(mixed, channels=3, size=(5, 9))):
         assert step[0]["image"].shape == (3, 3, 5, 9)
         assert torch.equal(step[0]["image"][:, 0], step[0]["image"][:, 2])
-        assert step[0]["image"].min() >= -1 and step[0]["image"].max() <= 1
 
 
 def test_bad_requests_are_refused_at_once(mixed):
@@ -97,6 +96,8 @@ def test_evaluation_takes_each_image_once_in_order(mixed):
     batches = list(eval_loader(mixed, config(mixed), "test", 5))
     assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9, 10]]
     assert [tuple(batch["image"].shape) for batch in batches] == [(5, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 20)]
+    assert batches[0]["image"].dtype == torch.float32
+    assert batches[0]["image"].min() >= -1 and batches[0]["image"].max() <= 1
     assert all(batch["epoch"] == batch["step"] == 0 for batch in batches)
 
 
@@ -117,7 +118,7 @@ def test_training_and_evaluation_see_the_same_pixels(mixed):
     for step in load(mixed, total=15):
         for part in step:
             for index, image in zip(part["index"].tolist(), part["image"], strict=True):
-                assert torch.equal(image, seen[index])
+                assert torch.equal(to_float(image), seen[index])
 
 
 def test_image_sizes_are_those_of_the_batches(mixed):
@@ -134,7 +135,7 @@ def test_windows_are_parts_at_native_resolution_drawn_anew_each_epoch(tmp_path):
         for part in step:
             for index, image in zip(part["index"].tolist(), part["image"], strict=True):
                 assert image.shape[1:] == ((10, 12) if index < 8 else (4, 12))
-                whole = torch.from_numpy(decode(split.read(index), 1)[:, :, 0]).float() / 127.5 - 1
+                whole = torch.from_numpy(decode(split.read(index), 1)[:, :, 0])
                 views = whole.unfold(0, image.shape[1], 1).unfold(1, 12, 1)
                 found = (views == image[0]).all(-1).all(-1).nonzero().tolist()
                 assert len(found) == 1, "not a part of the image"

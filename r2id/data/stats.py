@@ -1,0 +1,80 @@
+"""What is in a shard set, and what a training would make of it: sizes, shapes, classes, buckets and what they cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from r2id.config import DataConfig
+from r2id.data.loader import split_buckets
+from r2id.data.plan import Buckets
+from r2id.data.shards import ShardSet, Split
+
+
+def split_stats(shards: ShardSet, data: DataConfig, name: str, batch: int) -> dict[str, Any]:
+    """Figures of one split; sizes are pixels after orientation, ratios are width / height, bytes are of stored images."""
+    samples = shards.split(name)
+    buckets = split_buckets(samples, data)
+    lost = crop_loss(samples, buckets)
+    return {"samples": len(samples), "shards": len(samples.entries), "bytes": int(samples.size.sum()),
+            "height": _spread(samples.height), "width": _spread(samples.width),
+            "ratio": _spread(samples.width / samples.height), "classes": _classes(samples, shards.class_names),
+            "buckets": _buckets(buckets, lost, batch, data.batch_pixels), "lost": float(lost.mean()),
+            "steps": buckets.batches(batch, data.batch_pixels), "repeats": buckets.repeats(batch, data.batch_pixels)}
+
+
+def crop_loss(samples: Split, buckets: Buckets) -> np.ndarray:
+    """The share of each image's area that its bucket's shape cuts off, [N]; shrinking cuts nothing."""
+    heights, widths = samples.height.astype(np.float64), samples.width.astype(np.float64)
+    scale = np.maximum(buckets.height / heights, buckets.width / widths)
+    return 1 - (buckets.height / scale) * (buckets.width / scale) / (heights * widths)
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.quantile(values, [0, 0.5, 1])
+    return {"min": float(low), "median": float(middle), "max": float(high)}
+
+
+def _classes(samples: Split, names: Sequence[str]) -> dict[str, Any]:
+    """How many there are, and how many samples the rarest, the middle and the most frequent of them have."""
+    counts = np.bincount(samples.label[samples.label >= 0], minlength=len(names))
+    found: dict[str, Any] = {"count": len(names), "unlabelled": int((samples.label < 0).sum())}
+    if len(counts):
+        found |= {"samples": _spread(counts), "rarest": names[int(counts.argmin())], "largest": names[int(counts.argmax())]}
+    return found
+
+
+def _buckets(buckets: Buckets, lost: np.ndarray, batch: int, batch_pixels: int | None) -> list[dict[str, Any]]:
+    """From the most frequent size to the rarest."""
+    sizes = buckets.batch_sizes(batch, batch_pixels)
+    rows = [{"height": height, "width": width, "samples": len(members), "lost": float(lost[members].mean()),
+             "batch": size, "repeats": -len(members) % size}
+            for (height, width), members, size in zip(buckets.sizes, buckets.members, sizes, strict=True)]
+    return sorted(rows, key=lambda row: -row["samples"])
+
+
+def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str]:
+    """The figures of one split as lines for a person; of the buckets, so many."""
+    classes, buckets = stats["classes"], stats["buckets"]
+    lines = [f"{name}: {stats['samples']} images in {stats['shards']} shards, {stats['bytes'] / 1e6:.1f} MB"]
+    lines += [f"  {key:<8}{_words(stats[key], '.2f' if key == 'ratio' else '.0f')}" for key in ("height", "width", "ratio")]
+    if classes["count"]:
+        lines.append(f"  classes {classes['count']}, of {_words(classes['samples'], '.0f')} images (rarest "
+                     f"{classes['rarest']!r}, largest {classes['largest']!r}), {classes['unlabelled']} images without")
+    lines.append(f"  epoch   {stats['steps']} steps in {len(buckets)} buckets, {stats['repeats']} images twice to fill "
+                 f"the last steps; {stats['lost']:.1%} of the area cut off")
+    lines.append(f"    {'bucket':>11} {'images':>9} {'share':>7} {'cut off':>8} {'batch':>6} {'twice':>6}")
+    for row in buckets[:most]:
+        size = f"{row['height']}x{row['width']}"
+        lines.append(f"    {size:>11} {row['samples']:>9} {row['samples'] / stats['samples']:>7.1%} {row['lost']:>8.1%} "
+                     f"{row['batch']:>6} {row['repeats']:>6}")
+    if len(buckets) > most:
+        rest = sum(row["samples"] for row in buckets[most:])
+        lines.append(f"    {len(buckets) - most} more buckets with {rest} images")
+    return lines
+
+
+def _words(spread: dict[str, float], form: str) -> str:
+    return f"{spread['min']:{form}} to {spread['max']:{form}}, half of them up to {spread['median']:{form}}"
