@@ -249,7 +249,7 @@ class R2idRun(_StageRun):
 
 
 class PrepareConfig(Section):
-    dataset: Literal["digits", "mnist", "folder"]
+    dataset: Literal["digits", "mnist", "celeba", "imagenet", "folder", "webdataset"]
     source: PathField | None = None
     """Files of the dataset; none uses what the library ships (digits) or downloads it (mnist)."""
     out: PathField
@@ -257,6 +257,17 @@ class PrepareConfig(Section):
     workers: int = Field(default=1, ge=1)
     shard_mb: float = Field(default=256.0, gt=0)
     """Largest shard in megabytes (10⁶ bytes)."""
+    labels: PathField | None = None
+    """Classes of a folder's images: CSV or Parquet with a column path (relative to the source), a column label and, where
+    the table decides that too, a column split."""
+    label: str = "none"
+    """What the class of a CelebA image is: none, identity or one of the attributes."""
+    images: Literal["aligned", "wild"] = "aligned"
+    """Which of CelebA's images."""
+    max_megapixels: float = Field(default=100.0, gt=0)
+    """Images of more pixels (10⁶) are rejected before they are decoded."""
+    max_rejects: float = Field(default=0.01, ge=0, le=1)
+    """Share of the images that may be unusable; ten always may. More end the preparation."""
 
 
 class StageConfig(Section):

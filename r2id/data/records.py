@@ -36,6 +36,8 @@ class Record:
     mode: str
     label: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    attributes: tuple[int, ...] | None = None
+    """One value for each of the set's attributes, −1 or 1."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A set is a folder::
 
     manifest.json                      what there is, with checksums; written last
+    plan.json, plan.parquet            what was to go where
     rejects.csv                        source files that are no images, each with the reason; only when there are any
     <split>/shard-000000.tar           members KEY.jpg|png|webp, KEY.cls where there is a class, KEY.json for the rest
     <split>/shard-000000.parquet       index of that tar, one row per sample, and its commit marker
@@ -42,6 +43,7 @@ _OPEN_FILES = 256  # per split and process, well below the usual limit of 1024
 _SCHEMA = pa.schema([
     ("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("height", pa.int32()), ("width", pa.int32()),
     ("mode", pa.string()), ("label", pa.int32()), ("ext", pa.string()), ("sha256", pa.binary(32))])
+_ATTRIBUTES = pa.field("attributes", pa.list_(pa.int8()))  # the last column of sets that have them
 
 
 class _Strict(BaseModel):
@@ -77,17 +79,23 @@ class Manifest(_Strict):
     class_names: list[str]
     rejects: int
     splits: dict[str, SplitEntry]
+    attribute_names: list[str] = []
+    rejects_sha256: str = ""
     checksum: str = ""
 
     def expected_checksum(self) -> str:
-        content = self.model_dump(exclude={"checksum"})
+        content = self.model_dump(exclude={"checksum", *self._absent()})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> Manifest:
         """The commit of the whole set. Returns the manifest with its checksum."""
         sealed = self.model_copy(update={"checksum": self.expected_checksum()})
-        write_atomic(folder / MANIFEST, (sealed.model_dump_json(indent=1) + "\n").encode())
+        write_atomic(folder / MANIFEST, (sealed.model_dump_json(indent=1, exclude=self._absent()) + "\n").encode())
         return sealed
+
+    def _absent(self) -> set[str]:
+        """What a set need not have is then not in its manifest."""
+        return {name for name in ("attribute_names", "rejects_sha256") if not getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -112,13 +120,14 @@ def write_shard_files(folder: Path, file: str, records: Iterable[Record], reject
     ``rejects`` is read when the records are used up: it may be filled while they are made.
     Raises ValueError for a key that webdataset could not tell from another, WorkError when the disk refuses.
     """
-    rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    rows: dict[str, list[Any]] = {name: [] for name in (*_SCHEMA.names, _ATTRIBUTES.name)}
     with atomic_file(folder / file) as raw:
         stream = _Hashed(raw)
         _write_tar(stream, records, rows)
     facts = {"format_version": FORMAT_VERSION, "file": file, "samples": len(rows["key"]), "bytes": stream.written,
              "sha256": stream.digest.hexdigest(), "rejects": [vars(reject) for reject in rejects]}
-    table = pa.Table.from_pydict(rows, _SCHEMA.with_metadata({"r2id": json.dumps(facts)}))
+    schema = _SCHEMA if None in rows["attributes"] else _SCHEMA.append(_ATTRIBUTES)
+    table = pa.Table.from_pydict(rows, schema.with_metadata({"r2id": json.dumps(facts)}))
     with atomic_file((folder / file).with_suffix(".parquet")) as raw:
         pq.write_table(table, raw, compression="zstd")
     entry, _ = read_commit(folder, file)
@@ -180,7 +189,8 @@ def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[
 
 
 def _members(record: Record) -> dict[str, bytes]:
-    facts = {**record.meta, "height": record.height, "width": record.width, "mode": record.mode}
+    attributes = {} if record.attributes is None else {"attributes": list(record.attributes)}
+    facts = {**record.meta, **attributes, "height": record.height, "width": record.width, "mode": record.mode}
     members = {record.ext: record.image, "json": json.dumps(facts, sort_keys=True).encode()}
     if record.label is not None:
         members["cls"] = str(record.label).encode()
@@ -189,8 +199,9 @@ def _members(record: Record) -> dict[str, bytes]:
 
 def _add_row(rows: dict[str, list[Any]], record: Record, offset: int) -> None:
     row = (record.key, offset, len(record.image), record.height, record.width, record.mode,
-           -1 if record.label is None else record.label, record.ext, hashlib.sha256(record.image).digest())
-    for name, value in zip(_SCHEMA.names, row, strict=True):
+           -1 if record.label is None else record.label, record.ext, hashlib.sha256(record.image).digest(),
+           record.attributes)
+    for name, value in zip(rows, row, strict=True):
         rows[name].append(value)
 
 
