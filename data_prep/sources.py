@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import lzma
 import os
 import shutil
@@ -190,11 +191,12 @@ class Tars:
 
 
 class Zip:
-    """A place is a member's name."""
+    """A place is (0, offset, name), as of a tar: names may be there twice."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._archive: zipfile.ZipFile | None = None
+        self._members: dict[int, zipfile.ZipInfo] = {}
 
     def files(self, keep: Callable[[str], bool]) -> Files:
         files = Files(newest=_status(self.path).st_mtime_ns)
@@ -213,15 +215,16 @@ class Zip:
             if reason:
                 files.rejects.append(Reject("", name, reason))
             else:
-                files.entries.append(Entry(name, member.file_size, os.fsencode(name)))
-        files.entries.sort(key=lambda entry: entry.place)
+                files.entries.append(Entry(name, member.file_size, b"0:%d:" % member.header_offset + os.fsencode(name)))
+        files.entries.sort(key=lambda entry: os.fsencode(entry.name))
         return files
 
     def read(self, place: bytes, size: int, newest: int) -> bytes:
         if _status(self.path).st_mtime_ns > newest:
             raise WorkError(f"{self.path}: changed since the preparation began")
         try:
-            with self._opened().open(os.fsdecode(place)) as file:
+            archive = self._opened()
+            with archive.open(self._members[int(place.split(b":")[1])]) as file:
                 data = file.read(size + 1)
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, KeyError) as error:
             raise ValueError(f"cannot be read: {error}") from None
@@ -231,7 +234,9 @@ class Zip:
 
     def _opened(self) -> zipfile.ZipFile:
         try:
-            self._archive = self._archive or zipfile.ZipFile(self.path)
+            if self._archive is None:
+                self._archive = zipfile.ZipFile(self.path)
+                self._members = {member.header_offset: member for member in self._archive.infolist()}
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(f"{self.path}: truncated or damaged: {error}") from None
         return self._archive
@@ -245,7 +250,8 @@ def plain_tar(path: Path, unpacked: Path) -> Path:
         opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
         if opener is None:
             return path
-        plain = unpacked / f"{path.name}.{path.stat().st_size}.tar"
+        place = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]  # two of them may have one name
+        plain = unpacked / f"{place}-{path.stat().st_size}.tar"
         if not plain.is_file():
             say(f"{path}: decompressing")
             try:

@@ -246,7 +246,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 
 def read_index(folder: Path, entry: ShardEntry, columns: list[str] | None = None) -> pa.Table:
-    """The rows of one shard: key, offset, size, height, width, mode, label (−1: none), ext, sha256 of the image."""
+    """The rows of one shard: key, offset, size, height, width, mode, label (−1: none), ext, sha256 of the image, and
+    attributes (a list of −1 and 1) where the set has them."""
     with (folder / entry.index_file).open("rb") as raw:
         return pq.read_table(raw, columns=columns).replace_schema_metadata()
 
@@ -270,6 +271,8 @@ class Split:
     height: np.ndarray
     width: np.ndarray
     label: np.ndarray
+    attributes: np.ndarray | None = None
+    """int8 [N, A], −1 or 1, of sets that have them (Manifest.attribute_names)."""
     _open: dict[int, BinaryIO] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -368,9 +371,11 @@ class ShardSet:
         columns: dict[str, Any] = {column: np.empty(entry.samples, _SCHEMA.field(column).type.to_pandas_dtype())
                                           for column in ("offset", "size", "height", "width", "label")}
         number, keys, first = np.empty(entry.samples, np.int32), [], 0
+        named = len(self.manifest.attribute_names)
+        attributes = np.empty((entry.samples, named), np.int8) if named else None
         for position, shard in enumerate(entry.shards):
             try:
-                table = read_index(self.folder, shard, ["key", *columns])
+                table = read_index(self.folder, shard, ["key", *columns, *(["attributes"] if named else [])])
             except (OSError, pa.ArrowException) as error:
                 raise InputError(f"{self.folder / shard.index_file}: unreadable: {str(error).splitlines()[0]}") from None
             end = first + shard.samples
@@ -378,11 +383,13 @@ class ShardSet:
                 raise InputError(f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more")
             for column, values in columns.items():
                 values[first:end] = table[column].to_numpy()
+            if attributes is not None:
+                attributes[first:end] = table["attributes"].combine_chunks().flatten().to_numpy().reshape(-1, named)
             number[first:end] = position
             keys.append(table["key"].combine_chunks())
             first = end
         return Split(name=name, files=[self.folder / shard.file for shard in entry.shards], entries=entry.shards,
-                     address=self.address, keys=pa.concat_arrays(keys), shard=number, **columns)
+                     address=self.address, keys=pa.concat_arrays(keys), shard=number, attributes=attributes, **columns)
 
 
 def duplicates(values: Iterable[str]) -> list[str]:

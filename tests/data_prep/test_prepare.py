@@ -182,7 +182,8 @@ def test_a_full_disk_is_said_and_a_rerun_goes_on(source, tmp_path):
     if (tmp_path / "code").exists():
         assert (tmp_path / "code").read_text() == "1\n" and ".tmp" not in done.stdout
         assert "cannot be written: No space left" in done.stderr.splitlines()[-1]
-    limited = subprocess.run(["bash", "-c", f"trap '' XFSZ; ulimit -f 40; exec {prepare_it}"], capture_output=True, text=True)
+    limited = subprocess.run(["bash", "-c", f"trap '' XFSZ; ulimit -f 40; exec {prepare_it}"], capture_output=True,
+                             text=True)
     assert limited.returncode == 1, limited.stderr
     assert "cannot be written: File too large" in limited.stderr.splitlines()[-1] and "Traceback" not in limited.stderr
     make("mnist", out, source, **SMALL)
