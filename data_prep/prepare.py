@@ -12,6 +12,7 @@ import io
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from r2id.data.shards import (
 from r2id.errors import WorkError
 from r2id.progress import Progress, say
 
-__all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard"]
+__all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard", "write_shards"]
 
 WriteAll = Callable[[Plan, Sequence[int]], Iterator[dict[str, Any]]]
 """(plan, numbers) → the results of write_shard for these numbers, in any order, as they come."""
@@ -52,7 +53,7 @@ def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
     if waiting:
         rejected = len(plan.rejects)
         with Progress(f"prepare {config.dataset}", sum(plan.samples), unit="images") as progress:
-            for result in (write_all or _write_all)(plan, waiting):
+            for result in (write_all or write_shards)(plan, waiting):
                 rejected += result["rejects"]
                 plan.check_budget(rejected, result["example"])
                 progress.advance(result["samples"] + result["rejects"])
@@ -107,7 +108,7 @@ def finish(plan: Plan) -> Manifest:
     return manifest
 
 
-def _write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Results of write_shard as they come, from as many processes as the config says."""
     workers = min(plan.config.workers, len(numbers))
     if workers == 1:
@@ -118,6 +119,8 @@ def _write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         futures = [pool.submit(write_shard, plan, number) for number in numbers]
         try:
             yield from (future.result() for future in as_completed(futures))
+        except BrokenProcessPool:
+            raise WorkError("a worker process was killed, perhaps for want of memory: the same command goes on") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -5,19 +5,17 @@ Each stage is safe to run again: finished work is found on disk and unfinished w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.task_runners import ProcessPoolTaskRunner
 
-from data_prep.prepare import Plan, prepare, write_shard
 from pipelines.processes import gpu_count
 from pipelines.stages import StageCrashed, run_stage
-from r2id.config import EvaluateConfig, PrepareConfig, SampleConfig, load_config
+from r2id.config import EvaluateConfig, SampleConfig, load_config
 from r2id.errors import InputError
 
 _RESTARTS = 3  # of a training stage that crashed after it had got further
@@ -47,28 +45,6 @@ def train_task(config: Path, overrides: Sequence[str], environment: dict[str, st
     except StageCrashed as crash:
         crash.got_further = pointer.exists() and pointer.read_text() != before
         raise
-
-
-@task(name="shard", task_run_name="shard {number}", cache_policy=NO_CACHE)
-def shard_task(plan: Plan, number: int) -> dict[str, Any]:
-    return write_shard(plan, number)
-
-
-@flow(name="prepare", validate_parameters=False)
-def prepare_flow(config: PrepareConfig) -> Path:
-    """Raw images → shards, one task per shard, in ``config.workers`` processes."""
-    return prepare(config, write_all=_write_shards)
-
-
-def _write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-    workers = min(plan.config.workers, len(numbers))
-    if workers == 1:
-        for number in numbers:
-            yield shard_task(plan, number)
-        return
-    with ProcessPoolTaskRunner(max_workers=workers) as runner:
-        for future in [runner.submit(shard_task, {"plan": plan, "number": number}) for number in numbers]:
-            yield future.result()
 
 
 @flow(name="train", validate_parameters=False)
