@@ -6,10 +6,13 @@ committed and intact stays, the rest is written.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import multiprocessing
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +24,7 @@ from data_prep.readers import DOWNLOADS, keep_reader
 from data_prep.sources import free
 from r2id.config import PrepareConfig
 from r2id.data.files import write_atomic
+from r2id.data.records import Record
 from r2id.data.shards import (
     FORMAT_VERSION,
     REJECTS,
@@ -36,6 +40,8 @@ from r2id.errors import WorkError
 from r2id.progress import Progress, say
 
 __all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard", "write_shards"]
+
+_AHEAD = 8  # records
 
 WriteAll = Callable[[Plan, Sequence[int]], Iterator[dict[str, Any]]]
 """(plan, numbers) → the results of write_shard for these numbers, in any order, as they come."""
@@ -75,7 +81,8 @@ def write_shard(plan: Plan, number: int) -> dict[str, Any]:
     if find_intact(plan.out, file) is None:
         reader = keep_reader(plan.config, plan.newest)
         refused: list[Reject] = []
-        write_shard_files(plan.out, file, reader.records(plan.items(number), refused, plan.newest), refused)
+        records = reader.records(plan.items(number), refused, plan.newest)
+        write_shard_files(plan.out, file, _ahead(records), refused)
     entry, rejects = read_commit(plan.out, file)
     return {"file": file, "samples": entry.samples, "bytes": entry.bytes, "rejects": len(rejects),
             "example": _words(rejects)}
@@ -123,6 +130,36 @@ def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]
             raise WorkError("a worker process was killed, perhaps for want of memory: the same command goes on") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ahead(records: Iterator[Record]) -> Iterator[Record]:
+    """The same records, made by a thread while the ones before them are hashed and written."""
+    made: queue.Queue[Record | BaseException | None] = queue.Queue(_AHEAD)
+    stopped = threading.Event()
+
+    def make() -> None:
+        end: BaseException | None = None
+        try:
+            for record in records:
+                made.put(record)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            end = error
+        made.put(end)
+
+    thread = threading.Thread(target=make, daemon=True, name="records")
+    thread.start()
+    try:
+        while isinstance(record := made.get(), Record):
+            yield record
+        if record is not None:
+            raise record
+    finally:
+        stopped.set()
+        while thread.is_alive():  # it may wait for room
+            with contextlib.suppress(queue.Empty):
+                made.get(timeout=0.05)
 
 
 def _words(rejects: Sequence[Reject]) -> str:
