@@ -22,8 +22,8 @@ _RESTARTS = 3  # of a training stage that crashed after it had got further
 
 
 @task(name="stage", task_run_name="{arguments[0]}", cache_policy=NO_CACHE)
-def run_stage_task(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
-    return run_stage(arguments, environment=environment)
+def run_stage_task(arguments: Sequence[str], environment: dict[str, str], processes: int = 1) -> dict[str, Any]:
+    return run_stage(arguments, processes=processes, environment=environment)
 
 
 def _got_further(_task: object, _run: TaskRun, state: State[Any]) -> bool:
@@ -56,9 +56,9 @@ def train_flow(config: Path, overrides: Sequence[str] = (), environment: dict[st
 
 @flow(name="encode", validate_parameters=False)
 def encode_flow(riae: Path, shards: Path, out: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Latents of a whole dataset."""
+    """Latents of a whole dataset, on every GPU of this machine."""
     return run_stage_task(["encode", "--riae", str(riae), "--shards", str(shards), "--out", str(out)],
-                          environment or {})
+                          environment or {}, max(gpu_count(), 1))
 
 
 @flow(name="sample", validate_parameters=False)
