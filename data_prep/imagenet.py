@@ -212,7 +212,6 @@ class ParquetImagenet:
 
     def __init__(self, folder: Path, max_pixels: int) -> None:
         self.folder, self.max_pixels, self.files = folder, max_pixels, _parquet_files(folder)
-        self._group: tuple[tuple[int, int], list[dict[str, Any] | None]] = ((-1, -1), [])
 
     def listing(self) -> Listing:
         items, names, newest, block = Items(), list[str](), 0, 0
@@ -237,14 +236,16 @@ class ParquetImagenet:
         return Listing(table, digest_of(parts), newest, names, found=["ImageNet in Parquet files", *self._missing()])
 
     def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
+        held: tuple[int, int] | None = None
+        images: list[dict[str, Any] | None] = []
         for item in items:
             number, group, row = map(int, item.place.split(b":"))
             path = self.files[number]
             name = f"{path.name} row group {group} row {row}"
             try:
-                if self._group[0] != (number, group):
-                    self._group = (number, group), self._read(path, group, item.size, newest)
-                image = self._group[1][row]
+                if held != (number, group):
+                    images, held = self._read(path, group, item.size, newest), (number, group)
+                image = images[row]
                 name = (image or {}).get("path") or name
                 if not image or image.get("bytes") is None:
                     raise ValueError("the row has no image bytes")

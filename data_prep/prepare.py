@@ -6,12 +6,16 @@ committed and intact stays, the rest is written.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import multiprocessing
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from data_prep.readers import DOWNLOADS, keep_reader
 from data_prep.tars import free
 from r2id.config import PrepareConfig
 from r2id.data.files import write_atomic
+from r2id.data.records import Record
 from r2id.data.shards import (
     FORMAT_VERSION,
     REJECTS,
@@ -34,7 +39,9 @@ from r2id.data.shards import (
 from r2id.errors import WorkError
 from r2id.progress import Progress, say
 
-__all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard"]
+__all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard", "write_shards"]
+
+_AHEAD = 8  # records
 
 WriteAll = Callable[[Plan, Sequence[int]], Iterator[dict[str, Any]]]
 """(plan, numbers) → the results of write_shard for these numbers, in any order, as they come."""
@@ -52,7 +59,7 @@ def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
     if waiting:
         rejected = len(plan.rejects)
         with Progress(f"prepare {config.dataset}", sum(plan.samples), unit="images") as progress:
-            for result in (write_all or _write_all)(plan, waiting):
+            for result in (write_all or write_shards)(plan, waiting):
                 rejected += result["rejects"]
                 plan.check_budget(rejected, result["example"])
                 progress.advance(result["samples"] + result["rejects"])
@@ -76,7 +83,8 @@ def write_shard(plan: Plan, number: int) -> dict[str, Any]:
     if find_intact(plan.out, file) is None:
         reader = keep_reader(plan.config, plan.newest)
         refused: list[Reject] = []
-        write_shard_files(plan.out, file, reader.records(plan.items(number), refused, plan.newest), refused)
+        records = reader.records(plan.items(number), refused, plan.newest)
+        write_shard_files(plan.out, file, _ahead(records), refused)
     entry, rejects = read_commit(plan.out, file)
     return {"file": file, "samples": entry.samples, "bytes": entry.bytes, "rejects": len(rejects),
             "example": _words(rejects)}
@@ -110,7 +118,7 @@ def finish(plan: Plan) -> Manifest:
     return manifest
 
 
-def _write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Results of write_shard as they come, from as many processes as the config says."""
     workers = min(plan.config.workers, len(numbers))
     if workers == 1:
@@ -121,8 +129,40 @@ def _write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         futures = [pool.submit(write_shard, plan, number) for number in numbers]
         try:
             yield from (future.result() for future in as_completed(futures))
+        except BrokenProcessPool:
+            raise WorkError("a worker process was killed, perhaps for want of memory: the same command goes on") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ahead(records: Iterator[Record]) -> Iterator[Record]:
+    """The same records, made by a thread while the ones before them are hashed and written."""
+    made: queue.Queue[Record | BaseException | None] = queue.Queue(_AHEAD)
+    stopped = threading.Event()
+
+    def make() -> None:
+        end: BaseException | None = None
+        try:
+            for record in records:
+                made.put(record)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            end = error
+        made.put(end)
+
+    thread = threading.Thread(target=make, daemon=True, name="records")
+    thread.start()
+    try:
+        while isinstance(record := made.get(), Record):
+            yield record
+        if record is not None:
+            raise record
+    finally:
+        stopped.set()
+        while thread.is_alive():  # it may wait for room
+            with contextlib.suppress(queue.Empty):
+                made.get(timeout=0.05)
 
 
 def _free(plan: Plan) -> None:

@@ -63,6 +63,8 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     source: Annotated[Path | None, typer.Option(help="The dataset's files. Without it, mnist is downloaded.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    engine: Annotated[Literal["processes", "dask", "ray"], typer.Option(help="What writes the shards.")] = "processes",
+    address: Annotated[str | None, typer.Option(help="Of a Dask or Ray cluster. Default: one is started here.")] = None,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Largest shard in megabytes.")] = 256.0,
     labels: Annotated[Path | None, typer.Option(help="folder: CSV or Parquet of path, label and maybe split.")] = None,
     label: Annotated[str, typer.Option(help="celeba: what the class is: none, identity or an attribute.")] = "none",
@@ -76,9 +78,16 @@ def prepare(
     from r2id.config import PrepareConfig
     from r2id.data.shards import ShardSet
 
-    run_prepare(PrepareConfig(
-        dataset=dataset, source=source, out=out, workers=workers, shard_mb=shard_mb, labels=labels, label=label,
-        images=images, max_megapixels=max_megapixels, max_rejects=max_rejects))
+    if address and engine == "processes":
+        raise InputError(f"address {address!r}: goes with --engine dask or ray")
+    config = PrepareConfig(
+        dataset=dataset, source=source, out=out, workers=workers, engine=engine, address=address, shard_mb=shard_mb,
+        labels=labels, label=label, images=images, max_megapixels=max_megapixels, max_rejects=max_rejects)
+    if engine == "processes":
+        run_prepare(config)
+    else:
+        from pipelines.preparation import prepare_on_cluster
+        prepare_on_cluster(config)
     _report({"out": out, **ShardSet.open(out).summary()}, as_json,
             lambda r: [f"{r['out']}: {', '.join(f'{n} {name}' for name, n in r['samples'].items())} images, "
                        f"{r['shards']} shards, {r['classes']} classes, {r['rejects']} rejected"])
