@@ -21,7 +21,7 @@ SCHEMA = pa.schema([("key", pa.string()), ("split", pa.string()), ("label", pa.i
                     ("size", pa.int64()), ("block", pa.int32())])
 """Columns of a list of items, one row for each; see Item."""
 
-_CHUNK = 1 << 16  # rows
+_CHUNK = 1 << 14  # rows that are Python objects at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,12 @@ class Columns:
         columns = list(zip(*self._rows, strict=True)) or [()] * len(self._schema)
         self._chunks.append(pa.Table.from_pydict(dict(zip(self._schema.names, columns, strict=True)), self._schema))
         self._rows = []
+
+
+def rows_of(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """The rows of a table, a few of them at a time as Python objects."""
+    for batch in table.to_batches(max_chunksize=_CHUNK):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 class Items(Columns):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.base import Columns, digest_of
+from data_prep.base import Columns, digest_of, rows_of
 from r2id.data.shards import Reject
 from r2id.errors import InputError, WorkError
 
@@ -54,9 +54,7 @@ class Files:
         return len(self._table)
 
     def __iter__(self) -> Iterator[Entry]:
-        for batch in self._table.to_batches():
-            for name, size, place in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield Entry(os.fsdecode(name), size, place)
+        return (Entry(os.fsdecode(name), size, place) for name, size, place in rows_of(self._table))
 
     def add(self, name: str, size: int, place: bytes) -> None:
         self._found.append(os.fsencode(name), size, place)

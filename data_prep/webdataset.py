@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from webdataset.tariterators import base_plus_ext
 
-from data_prep.base import TEST_SHARE, Columns, Item, Items, Listing, digest_of, stratified_test
+from data_prep.base import TEST_SHARE, Columns, Item, Items, Listing, digest_of, rows_of, stratified_test
 from data_prep.files import check_length, image_record
 from data_prep.folder import SPLITS
 from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, time_of
@@ -110,11 +110,9 @@ class WebdatasetReader:
     def _items(self, samples: pa.Table) -> pa.Table:
         labels = samples["label"].to_pylist()
         test = stratified_test(labels, TEST_SHARE)
-        items, position = Items(), 0
-        for batch in samples.to_batches():
-            for number, label, place, size in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                items.add(self.splits[number] or ("test" if test[position] else "train"), label, place, size)
-                position += 1
+        items = Items()
+        for position, (number, label, place, size) in enumerate(rows_of(samples)):
+            items.add(self.splits[number] or ("test" if test[position] else "train"), label, place, size)
         return items.table()
 
     def _names(self, samples: pa.Table) -> tuple[list[str], list[str]]:
