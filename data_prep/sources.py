@@ -39,7 +39,8 @@ class Entry:
 
 
 class Files:
-    """What a source was found to hold. Going through it gives its entries, sorted by name, byte by byte."""
+    """What a source, or each of its parts, was found to hold. Going through it gives the entries, those of a part sorted by
+    name, byte by byte."""
 
     def __init__(self, newest: int = 0) -> None:
         self.newest = newest
@@ -60,7 +61,7 @@ class Files:
         self._found.append(os.fsencode(name), size, place)
 
     def sort(self) -> None:
-        """To be called when all are added. Of a name that is there twice the first stays."""
+        """To be called when all of a part are added. Of a name that is there twice the first stays."""
         table = self._found.table()
         self._found = Columns(_SCHEMA)
         table = table.take(pc.sort_indices(table, [("name", "ascending")]))
@@ -70,7 +71,7 @@ class Files:
             self.rejects += [Reject("", os.fsdecode(name), "twice in the archive") for name in
                              names.filter(pa.array(again[:len(names)])).to_pylist()]
             table = table.filter(pa.array(~again))
-        self._table = pa.table(table.columns, schema=_SCHEMA)
+        self._table = pa.concat_tables([self._table, pa.table(table.columns, schema=_SCHEMA)])
 
     @property
     def digest(self) -> str:
@@ -242,7 +243,7 @@ class Several:
                 files.add(f"{part}/{entry.name}", entry.size, os.fsencode(part) + b"/" + entry.place)
             files.rejects += [Reject("", f"{part}/{reject.source}", reject.reason) for reject in found.rejects]
             files.newest, files.others = max(files.newest, found.newest), files.others + found.others
-        files.sort()
+            files.sort()
         return files
 
     def name(self, place: bytes) -> str:
