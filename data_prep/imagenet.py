@@ -176,8 +176,8 @@ class FolderImagenet(FileRecords):
 
     def _wnids(self) -> list[str]:
         """All WordNet ids, sorted, where the mapping is at hand."""
-        mapping = self.root / _MAPPING
-        lines = mapping.read_text(errors="replace").splitlines() if mapping.exists() else []
+        mapping = first_existing(self.root, ("", ".."), (_MAPPING,))
+        lines = mapping.read_text(errors="replace").splitlines() if mapping else []
         return sorted(line.split()[0] for line in lines if line.strip())
 
     @staticmethod
@@ -198,8 +198,11 @@ class FolderImagenet(FileRecords):
 
     def _solution(self) -> dict[str, str]:
         """WordNet id by the name of a validation image."""
-        path = self.root / _SOLUTION
-        if not path.exists():
+        path = first_existing(self.root, ("", ".."), (_SOLUTION,))  # the archive has it beside ILSVRC/
+        if path is None:
+            val = self.images / "val"
+            if val.is_dir() and any(is_image(child.name) for child in val.iterdir()):
+                raise InputError(f"source {self.root}: has no {_SOLUTION}, which has the labels of the images in {val}")
             return {}
         rows = read_rows(path)
         _, header = next(rows)

@@ -218,6 +218,15 @@ def test_kaggles_labels_and_images_must_fit(tmp_path):
     assert "ILSVRC2012_val_00009999,\"in LOC_val_solution.csv, but there is no such image\"" in table
 
 
+def test_kaggles_tables_may_lie_beside_the_folder(tmp_path):
+    write_kaggle(tmp_path / "source")
+    shards = make("imagenet", tmp_path / "set", tmp_path / "source/ILSVRC")
+    assert shards.summary()["samples"] == {"test": 3, "train": 24, "val": 8} and shards.class_names == WNIDS
+    (tmp_path / "source/LOC_val_solution.csv").unlink()
+    with pytest.raises(InputError, match=r"has no LOC_val_solution\.csv, which has the labels"):
+        make("imagenet", tmp_path / "other", tmp_path / "source")
+
+
 def test_parquet_rows_without_an_image(tmp_path):
     write_parquet(tmp_path / "source")
     path = tmp_path / "source/data/validation-00000-of-00001.parquet"
