@@ -9,7 +9,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from r2id.config import DataConfig
+from data_prep.prepare import make_plan, write_shard
+from r2id.config import DataConfig, PrepareConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.data.verify import verify
@@ -192,6 +193,15 @@ def test_few_missing_ones_are_rows(original, tmp_path):
     assert shards.manifest.rejects == 2 and sum(shards.summary()["samples"].values()) == 39
     table = (tmp_path / "set/rejects.csv").read_text()
     assert "000007.jpg" in table and "999999.jpg" in table and verify(shards.folder) == []
+
+
+@pytest.mark.parametrize("file", ["Anno/identity_CelebA.txt", "Img/img_align_celeba/000001.jpg"])
+def test_files_that_change_after_the_plan(original, tmp_path, file):
+    plan = make_plan(PrepareConfig(dataset="celeba", source=original, out=tmp_path / "set"))
+    (original / file).write_bytes((original / file).read_bytes())
+    with pytest.raises(WorkError, match=f"{file}: changed since the preparation began"):
+        for number in range(len(plan.files)):
+            write_shard(plan, number)
 
 
 def test_a_misspelt_attribute(original, tmp_path):

@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from data_prep.plan import plan_shards
 from data_prep.prepare import finish, make_plan, pending, prepare, write_shard
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, WorkError
-from tests.data_prep.conftest import files_of, make, write_images, write_mnist
+from tests.data_prep.conftest import PROCESSES, files_of, make, write_images, write_mnist
 
 SMALL = {"shard_mb": 0.1}
 
@@ -83,11 +82,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
     source = tmp_path / "source"
     write_mnist(source, train=100, test=30)
     config = PrepareConfig(dataset="mnist", source=source, out=tmp_path / "whole", **SMALL)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["data_prep.prepare", "data_prep.mnist", "webdataset.writer"])
 
     def run(out):
-        process = processes.Process(target=prepare, args=(config.model_copy(update={"out": out}),))
+        process = PROCESSES.Process(target=prepare, args=(config.model_copy(update={"out": out}),))
         process.start()
         return process
 
