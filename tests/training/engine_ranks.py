@@ -67,12 +67,10 @@ def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae"
     return norms
 
 
-def save(folder: Path, state: EngineState | None) -> None:
-    """To FOLDER/checkpoints, where there is something to save."""
-    if state is not None:
-        meta = checkpoint.Meta(stage="riae", step=state.step, samples=state.step * BATCH, seed=0, config={}, model={})
-        checkpoint.save(folder, state, meta, keep=9)
-    dist.barrier()
+def save(folder: Path, state: EngineState) -> None:
+    """To FOLDER/checkpoints."""
+    meta = checkpoint.Meta(stage="riae", step=state.step, samples=state.step * BATCH, seed=0, config={}, model={})
+    checkpoint.save(folder, state, meta, keep=9)
 
 
 def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[float]]:
@@ -95,7 +93,7 @@ def spoil(zero_stage: int, world: World) -> bool:
     """One rank sees a picture that is not finite: both must stop, and no weight may have changed."""
     engine = make("deepspeed", zero_stage, world)
     run(engine, 0, 1, world)
-    before = engine.state()
+    before = _copied(engine)
     image = torch.full((MICRO, 1, 5, 4), float("nan") if world.rank == 1 else 0.5)
     stopped = False
     try:
@@ -105,12 +103,14 @@ def spoil(zero_stage: int, world: World) -> bool:
     except NonFiniteError as error:
         stopped = "step 1" in str(error)
     everyone = dist.all_reduce_sum(torch.tensor(float(stopped))) == world.world_size
-    after = engine.state()
-    if before is None or after is None:
-        return True
-    unchanged = [torch.equal(before.model[name], after.model[name]) and torch.equal(before.ema[name], after.ema[name])
-                 for name in before.model]
-    return bool(everyone) and all(unchanged)
+    after = _copied(engine)
+    return bool(everyone) and all(torch.equal(before[kind][name], after[kind][name])
+                                  for kind in ("model", "ema") for name in before[kind])
+
+
+def _copied(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
+    return {kind: {name: part.values.clone() for name, part in parts.items()}
+            for kind, parts in engine.state().parts.items()}
 
 
 def refuses_local(world: World) -> bool:
