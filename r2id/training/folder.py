@@ -77,6 +77,7 @@ def write_part(folder: Path, kind: str, slices: Slices, rank: int, ranks: int) -
     name = f"{kind}.safetensors" if ranks == 1 else f"{kind}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
     file = folder / name
     save_file({key: part.values.to("cpu").contiguous() for key, part in slices.items()}, file)
+    file.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it, whatever the umask
     flush(file)
     tensors = {key: TensorFact(shape=list(part.shape), dtype=str(part.values.dtype).removeprefix("torch."),
                                part=None if part.whole else [part.start, part.values.numel()])

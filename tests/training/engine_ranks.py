@@ -2,12 +2,14 @@
 
 Run by torchrun: engine_ranks.py FOLDER. The job trains at every ZeRO stage, saves, resumes at the same and at another
 stage, and writes its figures to FOLDER/result.json for test_engine_ranks.py to judge. With --alone, one process does
-what it can by itself and writes FOLDER/alone.json.
+what it can by itself and writes FOLDER/alone.json; with --step, it goes on from FOLDER for a step.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,8 @@ from r2id.training.losses import R2idLoss, RiaeLoss
 from r2id.training.state import EngineState
 
 STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
+ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
+"""ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
 RIAE_CONFIG = RiaeConfig(latent_channels=3, cell=2.0, width=15, pixel_width=15, heads=1, encode_cloud=0.5,
@@ -50,19 +54,27 @@ def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precisio
                        engine=EngineConfig(kind=kind, zero_stage=zero_stage))
 
 
-def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae") -> list[float]:
-    """Gradient norms of steps first … last − 1. Step i's samples depend on i alone, and are dealt out to the ranks."""
+def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae",
+        losses: list[float] | None = None) -> list[float]:
+    """Gradient norms of steps first … last − 1. Step i's samples depend on i alone, and are dealt out to the ranks.
+
+    ``losses`` takes each step's, averaged over the whole batch.
+    """
     norms = []
     for step in range(first, last):
         drawn = torch.randn(BATCH, 1 if stage == "riae" else 3, 5, 4, generator=torch.Generator().manual_seed(step))
         index = torch.arange(BATCH) + step * BATCH
         micro_batches = torch.arange(BATCH)[world.rank::world.world_size].split(MICRO)
+        total = torch.zeros(())
         for some in micro_batches:
             batch = {"index": index[some], "step": step}
             batch |= {"image": drawn[some]} if stage == "riae" else {"latent": drawn[some], "label": index[some] % 2}
             loss, figures = engine.forward(batch)
             assert not any(figure.requires_grad for figure in figures.values())
             engine.backward(loss, len(micro_batches))
+            total += loss.detach() * len(some) / BATCH
+        if losses is not None:
+            losses.append(float(dist.all_reduce_sum(total)))
         norms.append(float(engine.step(1e-3 * (step + 1), step)))
     return norms
 
@@ -87,6 +99,40 @@ def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[f
         resumed[other] = run(again, HALF, STEPS, world)
         save(folder / f"resumed-at-{other}", again.state())
     return {"norms": norms, "same": resumed[zero_stage], "other": resumed[(zero_stage + 1) % 4]}
+
+
+def elastic(folder: Path, world: World) -> list[float]:
+    """Losses of a run that changes its ZeRO stage at every step, and goes on in one process in between."""
+    losses: list[float] = []
+    for step, zero_stage in enumerate(ELASTIC):
+        if zero_stage is None:
+            if world.rank == 0:
+                _step_alone(folder)
+            dist.barrier()
+            losses.append(json.loads((folder / "step.json").read_text()))
+            continue
+        engine = make("deepspeed", zero_stage, world)
+        if step:
+            checkpoint.load_into(engine, folder)
+        run(engine, step, step + 1, world, losses=losses)
+        save(folder, engine.state())
+    return losses
+
+
+def _step_alone(folder: Path) -> None:
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ours and not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
+    subprocess.run([sys.executable, __file__, "--step", str(folder)], env=environment, check=True)
+
+
+def step_alone(folder: Path) -> None:
+    """One step in one process without DeepSpeed, from the newest checkpoint to the next one."""
+    engine, losses = make("local", 0, ALONE), []
+    checkpoint.load_into(engine, folder)
+    run(engine, engine.steps, engine.steps + 1, ALONE, losses=losses)
+    save(folder, engine.state())
+    (folder / "step.json").write_text(json.dumps(losses[0]))
 
 
 def spoil(zero_stage: int, world: World) -> bool:
@@ -130,6 +176,7 @@ def main(folder: Path) -> None:
         "broadcast": dist.broadcast_object({"rank": world.rank}), "main": dist.is_main(), "ranks": dist.world_size(),
         "refuses_local": refuses_local(world),
         "stages": {stage: train_stage(stage, folder / f"zero-{stage}", world) for stage in range(4)},
+        "elastic": elastic(folder / "elastic", world),
         "spoilt": {stage: spoil(stage, world) for stage in range(4)},
         "bfloat16": {stage: run(make("deepspeed", stage, world, precision="bfloat16"), 0, STEPS, world)
                      for stage in (1, 3)},
@@ -153,4 +200,4 @@ def alone(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    (alone if sys.argv[1] == "--alone" else main)(Path(sys.argv[-1]))
+    {"--alone": alone, "--step": step_alone}.get(sys.argv[1], main)(Path(sys.argv[-1]))
