@@ -90,8 +90,8 @@ class Engine(ABC):
 
     def check(self, source: Source) -> None:
         """InputError when a state is another model's, or of other averages."""
-        kinds = {kind: ("",) for kind in ("model", *self.ema.averages)}
-        check_fits(source, {**kinds, "optimizer": [f"{moment}." for moment in MOMENTS]}, self.shapes, self.model)
+        kinds = {"optimizer": tuple(f"{moment}." for moment in MOMENTS), "model": ("",)}
+        check_fits(source, kinds | dict.fromkeys(self.ema.averages, ("",)), self.shapes, self.model)
 
     @torch.no_grad()
     def load(self, source: Source) -> None:
@@ -132,10 +132,11 @@ class Engine(ABC):
         """The pieces that this rank saves: each parameter's elements are saved once."""
         return self.layout[dist.rank()::dist.world_size()] if self._replicated() else self.layout
 
+    @abstractmethod
     def _replicated(self) -> bool:
         """Whether every rank holds everything."""
-        return True
 
+    @abstractmethod
     def _set_weights(self, source: Source) -> None:
         """The weights that the forward pass uses, where they are not the masters."""
 
@@ -227,6 +228,12 @@ class LocalEngine(Engine):
         self.guard.check()
         return super().state()
 
+    def _replicated(self) -> bool:
+        return True
+
+    def _set_weights(self, source: Source) -> None:
+        """They are the masters."""
+
 
 class _FiniteGuard:
     """Watches gradient norms without making the host wait for the GPU: a norm is copied to the host while later work
@@ -296,16 +303,19 @@ class DeepSpeedEngine(Engine):
         """Where DeepSpeed has put this rank's share of each parameter, if it has any."""
         if self.stage == 0:
             return whole_layout(self.shapes)
-        pieces = []
+        zero, pieces = self.deepspeed.optimizer, []
         for name, parameter in self.names.items():
-            if self.stage == 3:  # every rank has an equal share of each, the last ones padded
-                zero, share = self.deepspeed.optimizer, parameter.partition_numel()
-                master, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-                start = share * dist.rank()
-                pieces.append(Piece(name, start, min(share, parameter.ds_numel - start), master, offset))
-            elif parameter._hp_mapping is not None:  # the group is one flat tensor, of which every rank has an equal share
-                share, whole = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
-                pieces.append(Piece(name, whole.start, whole.numel, parameter._hp_mapping.param_group_index, share.start))
+            if self.stage == 3:  # every rank has an equal share of each parameter
+                master, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+                start, end = share * dist.rank(), min(share * (dist.rank() + 1), math.prod(self.shapes[name]))
+            else:  # of each group, which is one flat tensor; DeepSpeed's own table of fragments is wrong in round robin
+                master = next(number for number, flat in enumerate(zero.bit16_groups_flat)
+                              if 0 <= parameter.data_ptr() - flat.data_ptr() < flat.nbytes)
+                at = (parameter.data_ptr() - zero.bit16_groups_flat[master].data_ptr()) // parameter.element_size()
+                first = self.masters[master].numel() * dist.rank() - at
+                start, end = max(0, first), min(parameter.numel(), first + self.masters[master].numel())
+                offset = start - first
+            pieces.append(Piece(name, start, end - start, master, offset))
         return [piece for piece in pieces if piece.count > 0]
 
     def _replicated(self) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,10 @@ from r2id.training.state import EngineState
 STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
 ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
 """ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (3, {}), (3, {"sub_group_size": 200}), (3, {"offload_optimizer": {"device": "cpu"}}),
+    (2, {"round_robin_gradients": True}), (1, {"offload_optimizer": {"device": "cpu"}})]
+"""DeepSpeed's settings that lay the masters out in other ways."""
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
 RIAE_CONFIG = RiaeConfig(latent_channels=3, cell=2.0, width=15, pixel_width=15, heads=1, encode_cloud=0.5,
@@ -40,7 +45,8 @@ R2ID_CONFIG = R2idConfig(width=16, heads=2, encoder_blocks=1, decoder_blocks=1, 
 OPTIM = OptimConfig(clip=0.3, weight_decay=0.1)
 
 
-def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precision: str = "float32") -> Engine:
+def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precision: str = "float32",
+         **zero: Any) -> Engine:
     torch.manual_seed(0)
     module: nn.Module
     if stage == "riae":
@@ -51,7 +57,8 @@ def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precisio
         block.forward = partial(recompute, block.forward, use_reentrant=False)
     train = TrainConfig(steps=STEPS, batch=BATCH, micro_batch=MICRO, precision=precision)
     return make_engine(module, optim=OPTIM, train=train, world=world,
-                       engine=EngineConfig(kind=kind, zero_stage=zero_stage))
+                       engine=EngineConfig(kind=kind, zero_stage=zero_stage,
+                                           deepspeed={"zero_optimization": zero} if zero else {}))
 
 
 def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae",
@@ -182,9 +189,11 @@ def main(folder: Path) -> None:
                      for stage in (1, 3)},
         "r2id": {stage: run(make("deepspeed", stage, world, "r2id"), 0, STEPS, world, "r2id") for stage in (2, 3)},
     }
-    from_local = make("deepspeed", 3, world)
-    checkpoint.load_into(from_local, folder / "local")
-    result["from_local"] = run(from_local, HALF, STEPS, world)
+    result["from_local"] = []
+    for zero_stage, zero in LAYOUTS:
+        from_local = make("deepspeed", zero_stage, world, **zero)
+        checkpoint.load_into(from_local, folder / "local")
+        result["from_local"].append(run(from_local, HALF, STEPS, world))
     if dist.is_main():
         (folder / "result.json").write_text(json.dumps(result))
     dist.shutdown()

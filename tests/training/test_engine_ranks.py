@@ -126,9 +126,10 @@ def test_one_process_without_deepspeed_goes_on(stage: str, ranks: dict[str, Any]
     assert job.run(engine, job.HALF, job.STEPS, job.ALONE) == pytest.approx(norms[job.HALF:], rel=1e-4)
 
 
-def test_two_processes_go_on_from_one_without_deepspeed(ranks: dict[str, Any],
+@pytest.mark.parametrize("number", range(len(job.LAYOUTS)))
+def test_two_processes_go_on_from_one_without_deepspeed(number: int, ranks: dict[str, Any],
                                                         local: tuple[Path, list[float]]) -> None:
-    assert ranks["from_local"] == pytest.approx(local[1][job.HALF:], rel=1e-4)
+    assert ranks["from_local"][number] == pytest.approx(local[1][job.HALF:], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
