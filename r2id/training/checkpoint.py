@@ -44,7 +44,7 @@ def save(run_dir: Path, state: EngineState, meta: Meta, *, keep: int, milestone_
     disk is full or fails for one; older checkpoints are then untouched.
     """
     root = run_dir / "checkpoints"
-    parts = state.parts | ({"stats": whole(stats)} if stats else {})
+    parts = state.parts | ({"stats": whole(stats)} if stats and dist.is_main() else {})
     folder = _write(root, parts, state.step, meta)
 
     def settle() -> None:
@@ -63,14 +63,18 @@ def save_snapshot(run_dir: Path, state: EngineState, meta: Meta) -> Path:
     return _write(run_dir / "ema", averages, state.step, meta)
 
 
-def tidy(run_dir: Path) -> None:
-    """Remove what interrupted saves left, and let ``latest`` name the newest when someone has removed what it named.
+def tidy(run_dir: Path, start: int) -> None:
+    """Before a run goes on from step ``start``: remove what interrupted saves left and the averages of later steps, which
+    are of another past; let ``latest`` name the newest checkpoint when someone has removed what it named.
 
     For one process. WorkError when the disk does not let that be done.
     """
     try:
         for root in (run_dir / "checkpoints", run_dir / "ema"):
             _sweep(root)
+        for snapshot in complete(run_dir / "ema"):
+            if step_of(snapshot) > start:
+                _remove(snapshot)
         newest = latest(run_dir)
         pointer = run_dir / "checkpoints" / "latest"
         if newest and not (pointer.is_file() and pointer.read_text() == f"{newest.name}\n"):
@@ -238,7 +242,7 @@ def _on_all(folder: Path, work: Callable[[], T]) -> list[T]:
     """What ``work`` returns on each rank, on every rank; WorkError on all of them when it fails on one."""
     try:
         mine: tuple[T | None, str | None] = work(), None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, InputError) as error:
         mine = None, str(error)
     results = dist.gather_objects(mine)
     failure = next((reason for _, reason in results if reason is not None), None)

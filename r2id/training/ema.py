@@ -9,7 +9,7 @@ its standard deviation relative to t, σ_rel: 0.05 means that the average looks 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ def power_decay(step: int, exponent: float) -> float:
     return (1 - 1 / (step + 1)) ** (exponent + 1)
 
 
+@cache
 def exponent_of(sigma: float) -> float:
     """γ of a width σ_rel in (0, 1/√12): the positive root of γ³ + 7γ² + (16 − σ⁻²)γ + 12 − σ⁻²."""
     return float(np.roots([1, 7, 16 - sigma**-2, 12 - sigma**-2]).real.max())

@@ -92,7 +92,7 @@ class _Run:
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.toml").write_text(to_toml(self.config))
-            checkpoint.tidy(self.folder)
+            checkpoint.tidy(self.folder, start)
         self.tracker = self._start_tracker() if self.main else NullTracker()
         self.saved: Path | None = None
         self.last: dict[str, float] = {}
