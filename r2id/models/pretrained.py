@@ -84,7 +84,8 @@ def read(path: Path, stage: str | None = None) -> Pretrained:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies, because the tensors themselves are the file, mapped into memory: gone when someone rewrites it.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; must be one that r2id checkpoint export wrote") from None
     except (OSError, SafetensorError) as error:
