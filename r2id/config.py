@@ -32,6 +32,7 @@ Pair = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
 IntPair = Annotated[tuple[int, int], BeforeValidator(_as_tuple)]
 Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(_as_tuple)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -195,12 +196,28 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "all"] = "none"
     ema: float = Field(default=0.9995, ge=0, lt=1)
     """Decay of the weights' moving average; warmed up as min(ema, (1 + step) / (10 + step))."""
+    ema_profiles: Widths = ()
+    """Widths σ_rel of power-function averages (Karras et al. 2024) kept instead of that one, such as [0.05, 0.1]: the
+    average looks back that share of the training. Sampling uses the first; ``r2id checkpoint export --ema`` makes any
+    other width's from two of them."""
+    ema_snapshot_every: int | None = Field(default=None, ge=1)
+    """Steps between the copies of ``ema_profiles`` that this takes, kept in RUN/ema; none: a 32nd of the run."""
     log_every: int = Field(default=50, ge=1)
     save_every: int = Field(default=1000, ge=1)
     preview_every: int = Field(default=1000, ge=1)
     """Steps between pictures: reconstructions (RIAE) or samples (R2ID)."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    milestone_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of these steps are saved and kept for good."""
+
+    @model_validator(mode="after")
+    def _profiles_differ(self) -> TrainConfig:
+        if len(set(self.ema_profiles)) < len(self.ema_profiles):
+            raise ValueError(f"ema_profiles = {list(self.ema_profiles)}: must differ from one another")
+        if self.ema_snapshot_every and not self.ema_profiles:
+            raise ValueError("ema_snapshot_every: is of ema_profiles, and there are none")
+        return self
 
 
 class EngineConfig(Section):

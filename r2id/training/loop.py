@@ -92,6 +92,7 @@ class _Run:
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.toml").write_text(to_toml(self.config))
+            checkpoint.tidy(self.folder, start)
         self.tracker = self._start_tracker() if self.main else NullTracker()
         self.saved: Path | None = None
         self.last: dict[str, float] = {}
@@ -117,8 +118,7 @@ class _Run:
                     self.tracker.metrics({**self.last, "lr": rate, "grad_norm": float(grad_norm)}, done)
                 else:
                     progress.advance()
-                if done % train.save_every == 0 or done == train.steps or stop:
-                    self._save(done)
+                self._save_if_due(done, stop)
                 if (done % train.preview_every == 0 or done == train.steps) and not stop:
                     self._show(done)
                 meter.lap("pause")
@@ -140,18 +140,28 @@ class _Run:
         self.samples += count
         return self.engine.step(learning_rate(step, self.config.optim, self.config.train.steps), step)
 
+    def _save_if_due(self, done: int, stop: bool) -> None:
+        train = self.config.train
+        if train.ema_profiles and done % (train.ema_snapshot_every or math.ceil(train.steps / 32)) == 0:
+            checkpoint.save_snapshot(self.folder, self.engine.state(), self._meta(done))
+        milestone = train.milestone_every and done % train.milestone_every == 0
+        if done % train.save_every == 0 or milestone or done == train.steps or stop:
+            self._save(done)
+
     def _save(self, step: int) -> None:
-        """All ranks gather; the first writes."""
-        state = self.engine.state()
-        if self.main and state is not None:
-            model = self._ema_model(state.ema)
-            meta = checkpoint.Meta(
-                stage=self.config.stage, step=step, samples=self.samples, seed=self.config.seed,
-                config=self.config.model_dump(mode="json"), model=self.stage.facts)
-            self.saved = checkpoint.save(self.folder, state, meta, keep=self.config.train.keep,
-                                         stats=self.stage.statistics(model, self.engine.device))
-            self.tracker.tag("checkpoint", str(self.saved))
-        dist.barrier()
+        """Every rank writes its share of the state."""
+        statistics = None
+        if self.config.stage == "riae":  # whose averages are small enough for one rank
+            ema = self.engine.ema_state()
+            statistics = self.stage.statistics(self._ema_model(ema), self.engine.device) if ema is not None else None
+        train = self.config.train
+        self.saved = checkpoint.save(self.folder, self.engine.state(), self._meta(step), keep=train.keep,
+                                     milestone_every=train.milestone_every, stats=statistics)
+        self.tracker.tag("checkpoint", str(self.saved))
+
+    def _meta(self, step: int) -> checkpoint.Meta:
+        return checkpoint.Meta(stage=self.config.stage, step=step, samples=self.samples, seed=self.config.seed,
+                               config=self.config.model_dump(mode="json"), model=self.stage.facts)
 
     def _show(self, step: int) -> None:
         if self.preview is None:
@@ -275,7 +285,8 @@ def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
     settings = {f"{section}.{key}": value for section in sections for key, value in config[section].items()}
     recorded = {f"recorded {key}": value for key, value in facts.items() if key != "codec"}  # its hash counts
     order = {f"data.{name}": config["data"][name] for name in _ORDER if name in config["data"]}
-    return {"seed": config["seed"], "train.batch": config["train"]["batch"], **order, **settings, **recorded}
+    return {"seed": config["seed"], "train.batch": config["train"]["batch"],
+            "train.ema_profiles": config["train"]["ema_profiles"], **order, **settings, **recorded}
 
 
 @contextmanager
