@@ -75,7 +75,8 @@ class Engine(ABC):
         """Clip, update weights and averages, after the last micro-batch of optimizer step ``step`` (from 0).
 
         Returns the gradient norm before clipping, a scalar on the device. A norm that is not finite never reaches the
-        weights: NonFiniteError on every rank, here or, on a GPU in one process, at the next call.
+        weights: NonFiniteError on every rank, here or, on a GPU in one process, at the next call, before that does
+        anything. The engine is good for more steps afterwards.
         """
 
     def state(self) -> EngineState:
@@ -218,10 +219,10 @@ class LocalEngine(Engine):
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.steps = step + 1
         if self.device.type == "cpu":  # nothing runs behind: no reason to wait for the next call
             self.guard.check()
         self.ema.update(step)
-        self.steps = step + 1
         return norm
 
     def state(self) -> EngineState:
@@ -259,14 +260,14 @@ class _FiniteGuard:
             return
         if self.copied is not None:
             self.copied.synchronize()
-        raise_unless_finite(float(self.norm), self.step)
-        self.step = None
+        step, self.step = self.step, None
+        raise_unless_finite(float(self.norm), step)
 
 
 def raise_unless_finite(norm: float, step: int) -> None:
     if not math.isfinite(norm):
         raise NonFiniteError(f"step {step}: the gradient norm is {norm}; stopped before the update, the last "
-                             "checkpoint is good; a lower optim.lr or train.precision = 'float32' may help")
+                             "checkpoint is good; a lower optim.lr or train.precision = 'float32' may help", step)
 
 
 class DeepSpeedEngine(Engine):
@@ -333,6 +334,7 @@ class DeepSpeedEngine(Engine):
             self.deepspeed.step()  # counts the micro-batch; it updates at the last one only
 
     def step(self, lr: float, step: int) -> Tensor:
+        self.steps = step + 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Stage 0 would apply a gradient that is not finite; the others skip the step and go on, for ever if it lasts.
@@ -343,12 +345,15 @@ class DeepSpeedEngine(Engine):
             if not self.deepspeed.was_step_applied():
                 raise_unless_finite(math.inf, step)
         self.ema.update(step)
-        self.steps = step + 1
         return norm
 
     def _clip(self, step: int) -> Tensor:
         """Stage 0, whose gradients are whole and averaged on every rank by now."""
         norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
+        if not math.isfinite(float(norm)):
+            for master in self.masters:
+                master.grad = None  # then the step changes nothing, but DeepSpeed counts it
+            self.deepspeed.step()
         raise_unless_finite(float(norm), step)
         clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
         return norm
