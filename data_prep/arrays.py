@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.base import Item
+from data_prep.base import Item, Items, Listing
 from r2id.data.records import Record, encode_png
 from r2id.data.shards import Reject
+from r2id.errors import WorkError
 
 _PNG_OVERHEAD = 256  # bytes; more than headers and incompressible data can add
 
@@ -21,27 +22,28 @@ class ArrayReader:
 
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     class_names: list[str]
+    newest: int = 0
+    """When the files were last changed, in nanoseconds."""
 
-    @property
-    def digest(self) -> str:
-        content = hashlib.sha256()
+    def listing(self) -> Listing:
+        """In the order of the arrays."""
+        items, content = Items(), hashlib.sha256()
+        for split, (images, labels) in self.splits.items():
+            bound = images[0].size + images.shape[1] + _PNG_OVERHEAD
+            for number, label in enumerate(labels):
+                items.add(split, int(label), b"%d" % number, bound, key=f"{split}-{number:08d}")
         for name, arrays in sorted(self.splits.items()):
             content.update(name.encode())
             for array in arrays:
                 content.update(f"{array.shape}".encode())
                 content.update(np.ascontiguousarray(array).data)
-        return content.hexdigest()
+        height, width = next(iter(self.splits.values()))[0].shape[1:]
+        return Listing(items.table(), content.hexdigest(), self.newest, self.class_names,
+                       found=f"arrays of {height}x{width}")
 
-    def items(self) -> list[Item]:
-        """In the order of the arrays."""
-        found = []
-        for split, (images, labels) in self.splits.items():
-            bound = images[0].size + images.shape[1] + _PNG_OVERHEAD
-            found += [Item(f"{split}-{number:08d}", split, int(label), str(number), bound)
-                      for number, label in enumerate(labels)]
-        return found
-
-    def records(self, items: Sequence[Item], rejects: list[Reject]) -> Iterator[Record]:
+    def records(self, items: Sequence[Item], _rejects: list[Reject], newest: int) -> Iterator[Record]:
+        if self.newest > newest:
+            raise WorkError("the source changed since the preparation began")
         for item in items:
             image = self.splits[item.split][0][int(item.place)]
             height, width = image.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 import urllib.request
 import zlib
 from pathlib import Path
@@ -15,7 +16,7 @@ from r2id.data.files import sha256_file, write_atomic
 from r2id.errors import InputError, WorkError
 from r2id.progress import say
 
-_PREFIXES = {"train": "train", "test": "t10k"}
+_PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
 _UNSIGNED_BYTE = 8
 _MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
             "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -29,23 +30,24 @@ _TIMEOUT = 60  # seconds without an answer
 
 
 def open_mnist(source: Path | None, downloads: Path) -> ArrayReader:
-    """Read the four IDX files, ``.gz`` or not, from ``source`` or its MNIST/raw; download them without one.
+    """Read the four IDX files, ``.gz`` or not, from ``source`` or a raw/ folder in it; download MNIST without one.
 
-    Raises InputError naming the file that is missing, truncated or no IDX file.
+    Names are those of MNIST or EMNIST (``emnist-letters-train-images-idx3-ubyte``), with ``-idx`` or ``.idx``. Raises
+    InputError naming the file that is missing, truncated or no IDX file.
     """
     folder = download(downloads) if source is None else _find(source)
-    splits = {}
-    for split, prefix in _PREFIXES.items():
-        images_file = _existing(folder, f"{prefix}-images-idx3-ubyte")
-        labels_file = _existing(folder, f"{prefix}-labels-idx1-ubyte")
+    splits, newest = {}, 0
+    for split, prefixes in _PREFIXES.items():
+        images_file, labels_file = (_existing(folder, prefixes, part) for part in ("images-idx3-ubyte", "labels-idx1-ubyte"))
         images, labels = read_idx(images_file, dimensions=3), read_idx(labels_file, dimensions=1)
         if len(images) != len(labels):
             raise InputError(f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file.name}")
         if not images.size:
             raise InputError(f"{images_file}: holds no pixels: its sizes are {images.shape}")
         splits[split] = images, labels
+        newest = max(newest, *(file.stat().st_mtime_ns for file in (images_file, labels_file)))
     classes = 1 + max(int(labels.max()) for _, labels in splits.values())
-    return ArrayReader(splits, [str(number) for number in range(classes)])
+    return ArrayReader(splits, [str(number) for number in range(classes)], newest)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -95,12 +97,17 @@ def _fetch(name: str, checksum: str) -> bytes:
 def _find(source: Path) -> Path:
     if not source.is_dir():
         raise InputError(f"source {source}: no such folder")
-    nested = source / "MNIST" / "raw"
-    return nested if nested.is_dir() else source
+    nested = (path for path in (source / "MNIST" / "raw", source / "raw") if path.is_dir())
+    return next(nested, source)
 
 
-def _existing(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise InputError(f"source {folder}: has no {name}, with or without .gz")
+def _existing(folder: Path, prefixes: tuple[str, ...], part: str) -> Path:
+    """The one file of this split and content."""
+    pattern = re.compile(rf"(emnist-[a-z]+-)?({'|'.join(prefixes)})-{part.replace('-idx', '[-.]idx')}(\.gz)?")
+    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_file())
+    if not found:
+        raise InputError(f"source {folder}: has no {prefixes[0]}-{part}, with or without .gz")
+    kinds = {path.name.removesuffix(".gz") for path in found}
+    if len(kinds) > 1:
+        raise InputError(f"source {folder}: holds several datasets ({', '.join(sorted(kinds))}): give a folder of one")
+    return found[0]

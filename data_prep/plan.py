@@ -6,33 +6,28 @@ It is kept in the set: ``plan.json`` and, one row group per shard, ``plan.parque
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.base import Item, Reader
-from data_prep.readers import open_reader
+from data_prep.base import Item, Listing
+from data_prep.readers import DOWNLOADS, check_options, open_reader
 from r2id.config import PrepareConfig
-from r2id.data.files import atomic_file, sweep, write_atomic
-from r2id.data.shards import FORMAT_VERSION, PLAN, ShardSet, shard_file
-from r2id.errors import InputError
+from r2id.data.files import atomic_file, sha256_file, sweep, write_atomic
+from r2id.data.shards import FORMAT_VERSION, PLAN, Reject, ShardSet, shard_file
+from r2id.errors import InputError, WorkError
 from r2id.progress import say
-
-DOWNLOADS = "source"
-"""Subfolder of the set for files that are downloaded."""
 
 _ITEMS = "plan.parquet"
 _SHARDS_WANTED, _SMALL_SHARD = 8, 16e6  # per split, so that several workers have something to do; bytes
 _BLOCK, _TAR_END = 512, 10240  # bytes
-_SCHEMA = pa.schema([("key", pa.string()), ("split", pa.string()), ("label", pa.int32()), ("place", pa.binary()),
-                     ("size", pa.int64())])
+_REJECTS_ALLOWED = 10  # whatever their share
+_KEPT = ("source_digest", "items_sha256", "class_names", "attribute_names", "files", "samples")  # of a plan, as they are
 
 
 @dataclass(frozen=True)
@@ -41,25 +36,30 @@ class Plan:
 
     config: PrepareConfig
     source_digest: str
+    items_sha256: str
     class_names: list[str]
+    attribute_names: list[str]
     files: list[str]
     """Of the shards, relative to the set."""
     samples: list[int]
     """Planned images of each."""
+    rejects: list[Reject] = field(default_factory=list)
+    """What was known to be unusable before anything was read."""
+    newest: int = 0
+    """See Listing; of this machine's copy of the source, and therefore not kept."""
 
     @property
     def out(self) -> Path:
         return self.config.out
 
-    @property
-    def downloads(self) -> Path:
-        return self.out / DOWNLOADS
-
     def items(self, number: int) -> list[Item]:
         """The images of one shard, in order."""
         table = pq.ParquetFile(self.out / _ITEMS).read_row_group(number)
-        return [Item(row["key"], row["split"], row["label"], os.fsdecode(row["place"]), row["size"])
-                for row in table.to_pylist()]
+        return [Item(**row) for row in table.to_pylist()]
+
+    def check_budget(self, rejected: int, example: str) -> None:
+        """See _check_budget."""
+        _check_budget(self.config, sum(self.samples) + len(self.rejects), rejected, example)
 
 
 def make_plan(config: PrepareConfig) -> Plan:
@@ -68,17 +68,48 @@ def make_plan(config: PrepareConfig) -> Plan:
     Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else.
     """
     out = config.out
-    kept = _load(config)
+    check_options(config)
+    kept = load_plan(config)
     if kept and is_complete(out) and (config.source is None or not config.source.exists()):
         return kept  # a finished set needs its source no more
     if not kept:
         _check_vacant(out)
-    reader = open_reader(config.dataset, config.source, out / DOWNLOADS)
-    if kept and kept.source_digest != reader.digest:
+    listing = open_reader(config).listing()
+    say(f"{config.dataset}: {listing.describe()}")
+    if kept and kept.source_digest != listing.digest:
         raise InputError(f"out {out}: was made from another source than {config.source}: choose another folder, "
                          "or remove this one")
     sweep(out)
-    return kept or _write(config, reader, reader.items())
+    plan = kept or _write(config, listing)
+    return Plan(**{**vars(plan), "newest": listing.newest})
+
+
+def load_plan(config: PrepareConfig) -> Plan | None:
+    """The plan in ``out``, if any; InputError when it is damaged or was made with other settings."""
+    path = config.out / PLAN
+    if not path.is_file():
+        return None
+    stored = read_plan(config.out)
+    for name, value in _settings(config).items():
+        if stored["settings"].get(name) != value:
+            raise InputError(f"out {config.out}: was made with {name} = {stored['settings'].get(name)!r}, not {value!r}: "
+                             "choose another folder, or remove this one")
+    try:
+        return Plan(config, **{name: stored[name] for name in _KEPT}, rejects=[Reject(*row) for row in stored["rejects"]])
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: damaged: remove {config.out} and prepare again") from None
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """plan.json as it is. InputError when it or the list of images is missing or damaged."""
+    try:
+        stored = json.loads((out / PLAN).read_bytes())
+        intact = sha256_file(out / _ITEMS) == stored["items_sha256"] and isinstance(stored["settings"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise InputError(f"{out / PLAN}: missing or damaged, it or {_ITEMS}: remove {out} and prepare again")
+    return stored
 
 
 def is_complete(out: Path) -> bool:
@@ -88,6 +119,15 @@ def is_complete(out: Path) -> bool:
     except InputError:
         return False
     return True
+
+
+def _check_budget(config: PrepareConfig, total: int, rejected: int, example: str) -> None:
+    """InputError when nothing is left, WorkError when more cannot be used than may be left out."""
+    if rejected == total:
+        raise InputError(f"source {config.source}: none of its {total} images can be used: {example}")
+    if rejected > max(_REJECTS_ALLOWED, config.max_rejects * total):
+        raise WorkError(f"source {config.source}: {rejected} of {total} images cannot be used, more than may be left out "
+                        f"(max_rejects {config.max_rejects:g}): {example}")
 
 
 def _check_vacant(out: Path) -> None:
@@ -100,73 +140,67 @@ def _check_vacant(out: Path) -> None:
         raise InputError(f"out {out}: exists and holds something else ({foreign[0]}): choose another folder")
 
 
-def _load(config: PrepareConfig) -> Plan | None:
-    """The plan in ``out``, if any; InputError when it was made with other settings."""
-    path = config.out / PLAN
-    if not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_bytes())
-        plan = Plan(config, stored["source_digest"], stored["class_names"], stored["files"], stored["samples"])
-        settings = stored["settings"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: damaged: remove {config.out} and prepare again") from None
-    for name, value in _settings(config).items():
-        if settings.get(name) != value:
-            raise InputError(f"out {config.out}: was made with {name} = {settings.get(name)!r}, not {value!r}: "
-                             "choose another folder, or remove this one")
-    return plan
-
-
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What a plan depends on beside the source."""
-    return {"format_version": FORMAT_VERSION, "dataset": config.dataset, "shard_mb": config.shard_mb}
+    names = ("dataset", "shard_mb", "label", "images", "max_megapixels")
+    return {"format_version": FORMAT_VERSION, **{name: getattr(config, name) for name in names},
+            "labels": None if config.labels is None else str(config.labels)}
 
 
-def _write(config: PrepareConfig, reader: Reader, items: Sequence[Item]) -> Plan:
-    shards = plan_shards(items, config.shard_mb)
-    say(f"{config.dataset}: {_describe(items)}, {len(reader.class_names)} classes, {len(shards)} shards")
-    with atomic_file(config.out / _ITEMS) as file, pq.ParquetWriter(file, _SCHEMA) as writer:
-        for _, members in shards:
-            rows = [{**vars(item), "place": os.fsencode(item.place)} for item in members]
-            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA), row_group_size=max(len(rows), 1))
-    plan = Plan(config, reader.digest, reader.class_names, [file for file, _ in shards],
-                [len(members) for _, members in shards])
-    content = {"settings": _settings(config), "source_digest": plan.source_digest, "class_names": plan.class_names,
-               "files": plan.files, "samples": plan.samples}
+def _write(config: PrepareConfig, listing: Listing) -> Plan:
+    rejects = listing.rejects
+    if rejects:
+        _check_budget(config, len(listing.items) + len(rejects), len(rejects), f"{rejects[0].source}: {rejects[0].reason}")
+    shards = plan_shards(listing.items, config.shard_mb)
+    with atomic_file(config.out / _ITEMS) as file, pq.ParquetWriter(file, listing.items.schema) as writer:
+        for _, rows in shards:
+            writer.write_table(listing.items.take(rows), row_group_size=max(len(rows), 1))
+    plan = Plan(config, listing.digest, sha256_file(config.out / _ITEMS), listing.class_names, listing.attribute_names,
+                [file for file, _ in shards], [len(rows) for _, rows in shards], rejects)
+    source = None if config.source is None else str(config.source.absolute())
+    content = {"settings": _settings(config), "source": source, "max_rejects": config.max_rejects,
+               **{name: getattr(plan, name) for name in _KEPT},
+               "rejects": [[reject.split, reject.source, reject.reason] for reject in rejects]}
     write_atomic(config.out / PLAN, json.dumps(content, indent=1).encode())
     return plan
 
 
-def plan_shards(items: Sequence[Item], shard_mb: float) -> list[tuple[str, list[Item]]]:
-    """(file, items) of every shard: splits apart, each in a fixed random order, so that a shard is a fair sample.
+def plan_shards(items: pa.Table, shard_mb: float) -> list[tuple[str, np.ndarray]]:
+    """(file, rows of the items) of every shard: splits apart, each in a fixed random order, so that one is a fair sample.
 
-    A shard has at most ``shard_mb`` megabytes (10⁶ bytes), unless one image alone has more.
+    A shard has at most ``shard_mb`` megabytes (10⁶ bytes), unless one image alone has more. Items of a block stay together
+    as far as that allows.
     """
     shards = []
-    for split in dict.fromkeys(item.split for item in items):
-        members = [item for item in items if item.split == split]
-        order = np.argsort(np.random.Generator(np.random.PCG64(0)).random(len(members)), kind="stable")
-        footprints = np.array([_footprint(item) for item in members])
-        limit = min(shard_mb * 1e6 - _TAR_END, max(float(footprints.sum()) / _SHARDS_WANTED, _SMALL_SHARD))
-        groups: list[list[Item]] = []
-        filled = limit
-        for position in order:
-            if filled + footprints[position] > limit:
-                groups.append([])
+    size = items["size"].to_numpy()
+    # Upper bound of a sample's bytes in a tar: three headers, the image, the class, and the facts, of which six bytes are
+    # what JSON makes of one odd character and some hundred what annotations take.
+    facts = 640 + 6 * pc.binary_length(items["place"]).to_numpy()
+    footprints = 4 * _BLOCK + _padded(size) + _padded(facts)
+    for split in items["split"].unique().to_pylist():
+        members = np.flatnonzero(pc.equal(items["split"], split).to_numpy())
+        order = members[_shuffle(items["block"].to_numpy()[members])]
+        sizes = footprints[order]
+        limit = min(shard_mb * 1e6 - _TAR_END, max(float(sizes.sum()) / _SHARDS_WANTED, _SMALL_SHARD))
+        starts, filled = [], limit
+        for position, footprint in enumerate(sizes.tolist()):
+            if filled + footprint > limit:
+                starts.append(position)
                 filled = 0.0
-            groups[-1].append(members[position])
-            filled += footprints[position]
-        shards += [(shard_file(split, number), group) for number, group in enumerate(groups)]
+            filled += footprint
+        shards += [(shard_file(split, number), rows) for number, rows in enumerate(np.split(order, starts[1:]))]
     return shards
 
 
-def _footprint(item: Item) -> int:
-    """Upper bound of a sample's bytes in a tar: three headers, the image, the class, the facts."""
-    facts = 256 + 6 * len(item.place)  # six is what JSON makes of one odd character
-    return 4 * _BLOCK + sum(-(-size // _BLOCK) * _BLOCK for size in (item.size, facts))
+def _shuffle(block: np.ndarray) -> np.ndarray:
+    """A fixed random order of items; those of a block (−1: none) come one after the other."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    own = generator.random(len(block))
+    if (block < 0).all():
+        return np.argsort(own, kind="stable")
+    names, inverse = np.unique(block, return_inverse=True)
+    return np.lexsort((own, generator.random(len(names))[inverse]))
 
 
-def _describe(items: Sequence[Item]) -> str:
-    counts = Counter(item.split for item in items)
-    return f"{len(items)} images ({', '.join(f'{split} {count}' for split, count in counts.items())})"
+def _padded(sizes: np.ndarray) -> np.ndarray:
+    return -(-sizes // _BLOCK) * _BLOCK

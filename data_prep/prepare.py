@@ -6,18 +6,25 @@ committed and intact stays, the rest is written.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import multiprocessing
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from data_prep.plan import Plan, is_complete, make_plan
-from data_prep.readers import reopen_reader
+from data_prep.readers import DOWNLOADS, keep_reader
+from data_prep.sources import free
 from r2id.config import PrepareConfig
 from r2id.data.files import write_atomic
+from r2id.data.records import Record
 from r2id.data.shards import (
     FORMAT_VERSION,
     REJECTS,
@@ -29,12 +36,12 @@ from r2id.data.shards import (
     read_commit,
     write_shard_files,
 )
-from r2id.errors import InputError, WorkError
+from r2id.errors import WorkError
 from r2id.progress import Progress, say
 
-__all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard"]
+__all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard", "write_shards"]
 
-_REJECTS_ALLOWED, _REJECTS_SHARE = 10, 0.01  # more than the larger of the two ends a preparation
+_AHEAD = 8  # records
 
 WriteAll = Callable[[Plan, Sequence[int]], Iterator[dict[str, Any]]]
 """(plan, numbers) → the results of write_shard for these numbers, in any order, as they come."""
@@ -50,11 +57,11 @@ def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
     plan = make_plan(config)
     waiting = pending(plan)
     if waiting:
-        rejected = 0
+        rejected = len(plan.rejects)
         with Progress(f"prepare {config.dataset}", sum(plan.samples), unit="images") as progress:
-            for result in (write_all or _write_all)(plan, waiting):
+            for result in (write_all or write_shards)(plan, waiting):
                 rejected += result["rejects"]
-                _check_budget(plan, rejected, result["example"])
+                plan.check_budget(rejected, result["example"])
                 progress.advance(result["samples"] + result["rejects"])
         finish(plan)
     return config.out
@@ -72,9 +79,10 @@ def write_shard(plan: Plan, number: int) -> dict[str, Any]:
     """
     file = plan.files[number]
     if find_intact(plan.out, file) is None:
-        reader = reopen_reader(plan.config.dataset, plan.config.source, plan.downloads, plan.source_digest)
+        reader = keep_reader(plan.config, plan.newest)
         refused: list[Reject] = []
-        write_shard_files(plan.out, file, reader.records(plan.items(number), refused), refused)
+        records = reader.records(plan.items(number), refused, plan.newest)
+        write_shard_files(plan.out, file, _ahead(records), refused)
     entry, rejects = read_commit(plan.out, file)
     return {"file": file, "samples": entry.samples, "bytes": entry.bytes, "rejects": len(rejects),
             "example": _words(rejects)}
@@ -83,7 +91,7 @@ def write_shard(plan: Plan, number: int) -> dict[str, Any]:
 def finish(plan: Plan) -> Manifest:
     """Commit the set: the rejects table, then the manifest. Every shard must have been written."""
     entries: dict[str, list[ShardEntry]] = {}
-    rejects: list[Reject] = []
+    rejects = list(plan.rejects)
     for file in plan.files:
         try:
             entry, refused = read_commit(plan.out, file)
@@ -91,18 +99,23 @@ def finish(plan: Plan) -> Manifest:
             raise WorkError(f"{plan.out / file}: not written: {error}") from None
         entries.setdefault(file.split("/")[0], []).append(entry)
         rejects += refused
-    _check_budget(plan, len(rejects), _words(rejects))
+    plan.check_budget(len(rejects), _words(rejects))
+    table = _rejects_table(rejects) if rejects else b""
     if rejects:
-        write_atomic(plan.out / REJECTS, _rejects_table(rejects))
+        write_atomic(plan.out / REJECTS, table)
         say(f"{plan.out / REJECTS}: {len(rejects)} images rejected, with the reasons")
     splits = {split: SplitEntry(samples=sum(entry.samples for entry in shards),
                                 bytes=sum(entry.bytes for entry in shards), shards=shards)
               for split, shards in entries.items()}
-    return Manifest(format_version=FORMAT_VERSION, dataset=plan.config.dataset, source_digest=plan.source_digest,
-                    class_names=plan.class_names, rejects=len(rejects), splits=splits).write(plan.out)
+    manifest = Manifest(format_version=FORMAT_VERSION, dataset=plan.config.dataset, source_digest=plan.source_digest,
+                        class_names=plan.class_names, attribute_names=plan.attribute_names, rejects=len(rejects),
+                        rejects_sha256=hashlib.sha256(table).hexdigest() if rejects else "", splits=splits).write(plan.out)
+    if plan.config.source is not None:
+        free(plan.out / DOWNLOADS)
+    return manifest
 
 
-def _write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Results of write_shard as they come, from as many processes as the config says."""
     workers = min(plan.config.workers, len(numbers))
     if workers == 1:
@@ -113,17 +126,40 @@ def _write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         futures = [pool.submit(write_shard, plan, number) for number in numbers]
         try:
             yield from (future.result() for future in as_completed(futures))
+        except BrokenProcessPool:
+            raise WorkError("a worker process was killed, perhaps for want of memory: the same command goes on") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _check_budget(plan: Plan, rejected: int, example: str) -> None:
-    total = sum(plan.samples)
-    if rejected == total:
-        raise InputError(f"source {plan.config.source}: none of its {total} images can be used: {example}")
-    if rejected > max(_REJECTS_ALLOWED, _REJECTS_SHARE * total):
-        raise WorkError(f"source {plan.config.source}: {rejected} of {total} images cannot be used, more than may be "
-                        f"left out: {example}")
+def _ahead(records: Iterator[Record]) -> Iterator[Record]:
+    """The same records, made by a thread while the ones before them are hashed and written."""
+    made: queue.Queue[Record | BaseException | None] = queue.Queue(_AHEAD)
+    stopped = threading.Event()
+
+    def make() -> None:
+        end: BaseException | None = None
+        try:
+            for record in records:
+                made.put(record)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            end = error
+        made.put(end)
+
+    thread = threading.Thread(target=make, daemon=True, name="records")
+    thread.start()
+    try:
+        while isinstance(record := made.get(), Record):
+            yield record
+        if record is not None:
+            raise record
+    finally:
+        stopped.set()
+        while thread.is_alive():  # it may wait for room
+            with contextlib.suppress(queue.Empty):
+                made.get(timeout=0.05)
 
 
 def _words(rejects: Sequence[Reject]) -> str:

@@ -5,27 +5,25 @@ Each stage is safe to run again: finished work is found on disk and unfinished w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.task_runners import ProcessPoolTaskRunner
 
-from data_prep.prepare import Plan, prepare, write_shard
 from pipelines.processes import gpu_count
 from pipelines.stages import StageCrashed, run_stage
-from r2id.config import EvaluateConfig, PrepareConfig, SampleConfig, load_config
+from r2id.config import EvaluateConfig, SampleConfig, load_config
 from r2id.errors import InputError
 
 _RESTARTS = 3  # of a training stage that crashed after it had got further
 
 
 @task(name="stage", task_run_name="{arguments[0]}", cache_policy=NO_CACHE)
-def run_stage_task(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
-    return run_stage(arguments, environment=environment)
+def run_stage_task(arguments: Sequence[str], environment: dict[str, str], processes: int = 1) -> dict[str, Any]:
+    return run_stage(arguments, processes=processes, environment=environment)
 
 
 def _got_further(_task: object, _run: TaskRun, state: State[Any]) -> bool:
@@ -49,28 +47,6 @@ def train_task(config: Path, overrides: Sequence[str], environment: dict[str, st
         raise
 
 
-@task(name="shard", task_run_name="shard {number}", cache_policy=NO_CACHE)
-def shard_task(plan: Plan, number: int) -> dict[str, Any]:
-    return write_shard(plan, number)
-
-
-@flow(name="prepare", validate_parameters=False)
-def prepare_flow(config: PrepareConfig) -> Path:
-    """Raw images → shards, one task per shard, in ``config.workers`` processes."""
-    return prepare(config, write_all=_write_shards)
-
-
-def _write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-    workers = min(plan.config.workers, len(numbers))
-    if workers == 1:
-        for number in numbers:
-            yield shard_task(plan, number)
-        return
-    with ProcessPoolTaskRunner(max_workers=workers) as runner:
-        for future in [runner.submit(shard_task, {"plan": plan, "number": number}) for number in numbers]:
-            yield future.result()
-
-
 @flow(name="train", validate_parameters=False)
 def train_flow(config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None,
                ) -> dict[str, Any]:
@@ -80,9 +56,9 @@ def train_flow(config: Path, overrides: Sequence[str] = (), environment: dict[st
 
 @flow(name="encode", validate_parameters=False)
 def encode_flow(riae: Path, shards: Path, out: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Latents of a whole dataset."""
+    """Latents of a whole dataset, on every GPU of this machine."""
     return run_stage_task(["encode", "--riae", str(riae), "--shards", str(shards), "--out", str(out)],
-                          environment or {})
+                          environment or {}, max(gpu_count(), 1))
 
 
 @flow(name="sample", validate_parameters=False)

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 
 from pipelines.stages import end_with_us
 from r2id.errors import Stopped, WorkError
+from r2id.progress import say
 
+_RESTARTS = 5  # of a server
 _START_SECONDS = 600.0  # some seconds, minutes on an overloaded machine; a server that died is noticed at once
 
 
@@ -35,34 +37,51 @@ def prefect_ready() -> Iterator[None]:
             return
         # For the whole process and those it starts: a thread or worker that did not know the address would start a
         # server of its own, which nobody ends.
-        os.environ["PREFECT_API_URL"] = _start_server()
+        server = _Server()
+        os.environ["PREFECT_API_URL"] = server.address
         refresh_global_settings_context()
         try:
             yield
         finally:
+            server.closing = True
             del os.environ["PREFECT_API_URL"]
 
 
-def _start_server() -> str:
-    """Start a Prefect server on this machine alone; the address of its API.
+class _Server:
+    """A Prefect server on this machine alone, which is started again should it die: its records are on disk.
 
     Prefect would start one by itself, in this process's group: a terminal's Ctrl-C or a scheduler's SIGTERM would then
     end it before the stages have saved, and it would outlive a pipeline that is killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port, "--no-ui",
-               "--no-scheduler", "--no-late-runs", "--log-level", "ERROR"]
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    end_with_us(server.pid)  # its only end: after this process has delivered its last messages
-    address = f"http://127.0.0.1:{port}/api"
-    deadline = time.monotonic() + _START_SECONDS
-    while not _answers(f"{address}/health"):
-        if server.poll() is not None or time.monotonic() > deadline:
-            raise WorkError(f"Prefect's server does not start ({' '.join(command[1:])})")
-        time.sleep(0.1)
-    return address
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = str(probe.getsockname()[1])
+        self.address = f"http://127.0.0.1:{self.port}/api"
+        self.closing = False
+        self.process = self._start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not _answers(f"{self.address}/health"):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise WorkError(f"Prefect's server does not start (exit code {self.process.poll()})")
+            time.sleep(0.1)
+        threading.Thread(target=self._keep, daemon=True, name="prefect-server").start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", self.port, "--no-ui",
+                   "--no-scheduler", "--no-late-runs", "--log-level", "ERROR"]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        end_with_us(process.pid)  # its only end: after this process has delivered its last messages
+        return process
+
+    def _keep(self) -> None:
+        for _ in range(_RESTARTS):
+            self.process.wait()
+            if self.closing:
+                return
+            say("prefect: its server has ended; starting it again")
+            self.process = self._start()
 
 
 def _answers(url: str) -> bool:

@@ -19,8 +19,9 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from pipelines.flows import encode_flow, evaluate_flow, prepare_flow, sample_flow, train_flow
+from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
 from pipelines.orchestration import prefect_ready
+from pipelines.preparation import check_engine, prepare_flow
 from r2id.config import PipelineRun, StageConfig, load_config
 from r2id.errors import InputError, Stopped
 from r2id.progress import duration, say
@@ -118,6 +119,7 @@ def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
     and Stopped as the stages do.
     """
     Pipeline(config, base)  # whatever is wrong with the configs is told before anything is started
+    check_engine(config.prepare)
     with prefect_ready():
         return pipeline_flow(config, base)
 

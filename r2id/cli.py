@@ -59,12 +59,20 @@ def _report(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, An
 
 @app.command()
 def prepare(
-    dataset: Annotated[Literal["digits", "mnist", "folder"],
-                       typer.Argument(help="digits: shipped, 8x8; mnist: IDX files; folder: any tree of images.")],
+    dataset: Annotated[Literal["digits", "mnist", "celeba", "imagenet", "folder", "webdataset"], typer.Argument(
+        help="digits: shipped, 8x8; mnist: IDX files; celeba; imagenet: tars, Kaggle, Parquet or folders; folder: any "
+             "folder, tar or zip of images; webdataset: existing tars.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     source: Annotated[Path | None, typer.Option(help="The dataset's files. Without it, mnist is downloaded.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    engine: Annotated[Literal["processes", "dask", "ray"], typer.Option(help="What writes the shards.")] = "processes",
+    address: Annotated[str | None, typer.Option(help="Of a Dask or Ray cluster. Default: one is started here.")] = None,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Largest shard in megabytes.")] = 256.0,
+    labels: Annotated[Path | None, typer.Option(help="folder: CSV or Parquet of path, label and maybe split.")] = None,
+    label: Annotated[str, typer.Option(help="celeba: what the class is: none, identity or an attribute.")] = "none",
+    images: Annotated[Literal["aligned", "wild"], typer.Option(help="celeba: which images.")] = "aligned",
+    max_megapixels: Annotated[float, typer.Option(min=0.0001, help="Larger images are rejected.")] = 100.0,
+    max_rejects: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may be unusable.")] = 0.01,
     as_json: Json = False,
 ) -> None:
     """Shard a dataset into webdataset tars at native sizes, with manifest, index and checksums."""
@@ -72,7 +80,16 @@ def prepare(
     from r2id.config import PrepareConfig
     from r2id.data.shards import ShardSet
 
-    run_prepare(PrepareConfig(dataset=dataset, source=source, out=out, workers=workers, shard_mb=shard_mb))
+    if address and engine == "processes":
+        raise InputError(f"address {address!r}: goes with --engine dask or ray")
+    config = PrepareConfig(
+        dataset=dataset, source=source, out=out, workers=workers, engine=engine, address=address, shard_mb=shard_mb,
+        labels=labels, label=label, images=images, max_megapixels=max_megapixels, max_rejects=max_rejects)
+    if engine == "processes":
+        run_prepare(config)
+    else:
+        from pipelines.preparation import prepare_on_cluster
+        prepare_on_cluster(config)
     _report({"out": out, **ShardSet.open(out).summary()}, as_json,
             lambda r: [f"{r['out']}: {', '.join(f'{n} {name}' for name, n in r['samples'].items())} images, "
                        f"{r['shards']} shards, {r['classes']} classes, {r['rejects']} rejected"])
@@ -80,17 +97,25 @@ def prepare(
 
 @app.command()
 def verify(
-    shards: Annotated[Path, typer.Argument(help="Folder written by prepare.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by prepare or encode.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild damaged shards from the source.")] = False,
+    source: Annotated[Path | None, typer.Option(help="Where the source is now, when it has moved.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rehash and decode everything; exit 1 and a list when anything is damaged."""
-    from r2id.data.shards import ShardSet
+    from data_prep.repair import repair as run_repair
+    from r2id.data.latents import MANIFEST, verify_latents
     from r2id.data.verify import verify as run_verify
 
-    damages = run_verify(shards)
-    summary = {} if damages else ShardSet.open(shards).summary()
-    _report({"intact": not damages, "damages": [vars(d) for d in damages], **summary}, as_json,
-            lambda r: [str(d) for d in damages] or [f"{shards}: {sum(r['samples'].values())} images intact"])
+    latents = (folder / MANIFEST).is_file()
+    if latents and repair:
+        raise InputError(f"{folder}: latents are repaired by the r2id encode that wrote them: it rewrites what is damaged")
+    damages = verify_latents(folder) if latents else run_verify(folder)
+    repaired = run_repair(folder, damages, source) if repair and damages else []
+    damages = run_verify(folder) if repaired else damages
+    lines = [str(damage) for damage in damages] or [f"{folder}: intact"]
+    _report({"intact": not damages, "damages": [vars(damage) for damage in damages], "repaired": repaired}, as_json,
+            lambda r: [*(f"{file}: repaired" for file in repaired), *lines])
     if damages:
         raise typer.Exit(1)
 

@@ -266,14 +266,36 @@ class R2idRun(_StageRun):
 
 
 class PrepareConfig(Section):
-    dataset: Literal["digits", "mnist", "folder"]
+    dataset: Literal["digits", "mnist", "celeba", "imagenet", "folder", "webdataset"]
     source: PathField | None = None
     """Files of the dataset; none uses what the library ships (digits) or downloads it (mnist)."""
     out: PathField
     """Shards; shared by every run that uses the dataset."""
     workers: int = Field(default=1, ge=1)
+    engine: Literal["processes", "dask", "ray"] = "processes"
+    """Where shards are written: processes of this machine, or a Dask or Ray cluster that sees the same folders."""
+    address: str | None = None
+    """Of the cluster's scheduler (``tcp://host:8786``) or head (``ray://host:10001``, ``auto``); none starts ``workers``
+    processes of its kind here."""
     shard_mb: float = Field(default=256.0, gt=0)
     """Largest shard in megabytes (10⁶ bytes)."""
+    labels: PathField | None = None
+    """Classes of a folder's images: CSV or Parquet with a column path (relative to the source), a column label and, where
+    the table decides that too, a column split."""
+    label: str = "none"
+    """What the class of a CelebA image is: none, identity or one of the attributes."""
+    images: Literal["aligned", "wild"] = "aligned"
+    """Which of CelebA's images."""
+    max_megapixels: float = Field(default=100.0, gt=0)
+    """Images of more pixels (10⁶) are rejected before they are decoded."""
+    max_rejects: float = Field(default=0.01, ge=0, le=1)
+    """Share of the images that may be unusable; ten always may. More end the preparation."""
+
+    @model_validator(mode="after")
+    def _address_of_a_cluster(self) -> PrepareConfig:
+        if self.address and self.engine == "processes":
+            raise ValueError(f"address {self.address!r}: goes with engine 'dask' or 'ray'")
+        return self
 
 
 class StageConfig(Section):

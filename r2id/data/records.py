@@ -21,6 +21,8 @@ Extension = Literal["jpg", "png", "webp"]
 
 _EXTENSIONS: dict[str | None, Extension] = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
+_MOST_PIXELS = 400_000_000  # of an image that nobody has set a limit for: 1.2 GB when decoded
+Image.MAX_IMAGE_PIXELS = None  # a limit of Pillow's own, which could only be lower than the one that is asked for
 _GAP = 2  # pixels per pixel needed, each way, that a JPEG decoded at a fraction still has
 
 
@@ -36,6 +38,8 @@ class Record:
     mode: str
     label: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    attributes: tuple[int, ...] | None = None
+    """One value for each of the set's attributes, −1 or 1."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +153,12 @@ def _reasons() -> Iterator[None]:
     """Whatever comes out of Pillow for damaged files, as a ValueError with the reason."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF, and of large images; it refuses huge ones itself
+            warnings.simplefilter("ignore")  # of odd EXIF
             yield
     except Image.UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
-    except (OSError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError, struct.error,
-            Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
+            struct.error) as error:
         raise ValueError(f"not a readable image: {error}") from None
 
 
@@ -163,8 +167,9 @@ def _open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     if image.height < 1 or image.width < 1:
         raise ValueError(f"an image of {image.height}x{image.width} pixels has none")
-    if max_pixels is not None and image.height * image.width > max_pixels:
-        raise ValueError(f"an image of {image.height}x{image.width} pixels, more than the {max_pixels} allowed")
+    limit = max_pixels or _MOST_PIXELS
+    if image.height * image.width > limit:
+        raise ValueError(f"an image of {image.height}x{image.width} pixels, more than the {limit} allowed")
     return image
 
 

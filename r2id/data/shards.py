@@ -3,13 +3,20 @@
 A set is a folder::
 
     manifest.json                      what there is, with checksums; written last
+    plan.json, plan.parquet            what was to go where
     rejects.csv                        source files that are no images, each with the reason; only when there are any
     <split>/shard-000000.tar           members KEY.jpg|png|webp, KEY.cls where there is a class, KEY.json for the rest
     <split>/shard-000000.parquet       index of that tar, one row per sample, and its commit marker
 
 Any webdataset reader streams the tars. Here a sample is one positioned read, its place taken from the index.
-The index costs about 60 bytes of memory per sample. A set of 10⁹ samples would need 60 GB: it is to be opened a range
-of shards at a time, which the index being one file per shard allows.
+
+What the index costs: 45 to 80 bytes a sample on disk, of which the hash is 32, and 72 in memory, of which 47 are columns
+that are read (offset, size, height, width, label, shard, key) and the rest is the allocator's; the plan of an epoch takes 60
+more. So 1.28 million samples take 92 MB, and 173 MB with a plan (tests/bench/data.py plan). 10⁹ samples would take 72 GB in
+every process, and are split instead: the index is a file per shard (4,000 shards of 250,000 samples), and an order by shards
+(data.shuffle = "shards") needs those of 16 shards at a time, 4 million samples in 290 MB. Global are then only the
+permutation of the shards, the manifest's counts and the sizes of the buckets, which one pass over the indexes gives; the
+step to resume at names a group of shards and a place in it.
 """
 
 from __future__ import annotations
@@ -42,6 +49,7 @@ _OPEN_FILES = 256  # per split and process, well below the usual limit of 1024
 _SCHEMA = pa.schema([
     ("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("height", pa.int32()), ("width", pa.int32()),
     ("mode", pa.string()), ("label", pa.int32()), ("ext", pa.string()), ("sha256", pa.binary(32))])
+_ATTRIBUTES = pa.field("attributes", pa.list_(pa.int8()))  # the last column of sets that have them
 
 
 class _Strict(BaseModel):
@@ -77,17 +85,23 @@ class Manifest(_Strict):
     class_names: list[str]
     rejects: int
     splits: dict[str, SplitEntry]
+    attribute_names: list[str] = []
+    rejects_sha256: str = ""
     checksum: str = ""
 
     def expected_checksum(self) -> str:
-        content = self.model_dump(exclude={"checksum"})
+        content = self.model_dump(exclude={"checksum", *self._absent()})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> Manifest:
         """The commit of the whole set. Returns the manifest with its checksum."""
         sealed = self.model_copy(update={"checksum": self.expected_checksum()})
-        write_atomic(folder / MANIFEST, (sealed.model_dump_json(indent=1) + "\n").encode())
+        write_atomic(folder / MANIFEST, (sealed.model_dump_json(indent=1, exclude=self._absent()) + "\n").encode())
         return sealed
+
+    def _absent(self) -> set[str]:
+        """What a set need not have is then not in its manifest."""
+        return {name for name in ("attribute_names", "rejects_sha256") if not getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -112,13 +126,14 @@ def write_shard_files(folder: Path, file: str, records: Iterable[Record], reject
     ``rejects`` is read when the records are used up: it may be filled while they are made.
     Raises ValueError for a key that webdataset could not tell from another, WorkError when the disk refuses.
     """
-    rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    rows: dict[str, list[Any]] = {name: [] for name in (*_SCHEMA.names, _ATTRIBUTES.name)}
     with atomic_file(folder / file) as raw:
         stream = _Hashed(raw)
         _write_tar(stream, records, rows)
     facts = {"format_version": FORMAT_VERSION, "file": file, "samples": len(rows["key"]), "bytes": stream.written,
              "sha256": stream.digest.hexdigest(), "rejects": [vars(reject) for reject in rejects]}
-    table = pa.Table.from_pydict(rows, _SCHEMA.with_metadata({"r2id": json.dumps(facts)}))
+    schema = _SCHEMA if None in rows["attributes"] else _SCHEMA.append(_ATTRIBUTES)
+    table = pa.Table.from_pydict(rows, schema.with_metadata({"r2id": json.dumps(facts)}))
     with atomic_file((folder / file).with_suffix(".parquet")) as raw:
         pq.write_table(table, raw, compression="zstd")
     entry, _ = read_commit(folder, file)
@@ -180,7 +195,8 @@ def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[
 
 
 def _members(record: Record) -> dict[str, bytes]:
-    facts = {**record.meta, "height": record.height, "width": record.width, "mode": record.mode}
+    attributes = {} if record.attributes is None else {"attributes": list(record.attributes)}
+    facts = {**record.meta, **attributes, "height": record.height, "width": record.width, "mode": record.mode}
     members = {record.ext: record.image, "json": json.dumps(facts, sort_keys=True).encode()}
     if record.label is not None:
         members["cls"] = str(record.label).encode()
@@ -189,8 +205,9 @@ def _members(record: Record) -> dict[str, bytes]:
 
 def _add_row(rows: dict[str, list[Any]], record: Record, offset: int) -> None:
     row = (record.key, offset, len(record.image), record.height, record.width, record.mode,
-           -1 if record.label is None else record.label, record.ext, hashlib.sha256(record.image).digest())
-    for name, value in zip(_SCHEMA.names, row, strict=True):
+           -1 if record.label is None else record.label, record.ext, hashlib.sha256(record.image).digest(),
+           record.attributes)
+    for name, value in zip(rows, row, strict=True):
         rows[name].append(value)
 
 
@@ -235,7 +252,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 
 def read_index(folder: Path, entry: ShardEntry, columns: list[str] | None = None) -> pa.Table:
-    """The rows of one shard: key, offset, size, height, width, mode, label (−1: none), ext, sha256 of the image."""
+    """The rows of one shard: key, offset, size, height, width, mode, label (−1: none), ext, sha256 of the image, and
+    attributes (a list of −1 and 1) where the set has them."""
     with (folder / entry.index_file).open("rb") as raw:
         return pq.read_table(raw, columns=columns).replace_schema_metadata()
 
@@ -259,6 +277,8 @@ class Split:
     height: np.ndarray
     width: np.ndarray
     label: np.ndarray
+    attributes: np.ndarray | None = None
+    """int8 [N, A], −1 or 1, of sets that have them (Manifest.attribute_names)."""
     _open: dict[int, BinaryIO] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -357,9 +377,11 @@ class ShardSet:
         columns: dict[str, Any] = {column: np.empty(entry.samples, _SCHEMA.field(column).type.to_pandas_dtype())
                                           for column in ("offset", "size", "height", "width", "label")}
         number, keys, first = np.empty(entry.samples, np.int32), [], 0
+        named = len(self.manifest.attribute_names)
+        attributes = np.empty((entry.samples, named), np.int8) if named else None
         for position, shard in enumerate(entry.shards):
             try:
-                table = read_index(self.folder, shard, ["key", *columns])
+                table = read_index(self.folder, shard, ["key", *columns, *(["attributes"] if named else [])])
             except (OSError, pa.ArrowException) as error:
                 raise InputError(f"{self.folder / shard.index_file}: unreadable: {str(error).splitlines()[0]}") from None
             end = first + shard.samples
@@ -367,11 +389,13 @@ class ShardSet:
                 raise InputError(f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more")
             for column, values in columns.items():
                 values[first:end] = table[column].to_numpy()
+            if attributes is not None:
+                attributes[first:end] = table["attributes"].combine_chunks().flatten().to_numpy().reshape(-1, named)
             number[first:end] = position
             keys.append(table["key"].combine_chunks())
             first = end
         return Split(name=name, files=[self.folder / shard.file for shard in entry.shards], entries=entry.shards,
-                     address=self.address, keys=pa.concat_arrays(keys), shard=number, **columns)
+                     address=self.address, keys=pa.concat_arrays(keys), shard=number, attributes=attributes, **columns)
 
 
 def duplicates(values: Iterable[str]) -> list[str]:

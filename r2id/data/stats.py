@@ -61,8 +61,10 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
     lines = [f"{name}: {stats['samples']} images in {stats['shards']} shards, {stats['bytes'] / 1e6:.1f} MB"]
     lines += [f"  {key:<8}{_words(stats[key], '.2f' if key == 'ratio' else '.0f')}" for key in ("height", "width", "ratio")]
     if classes["count"]:
-        lines.append(f"  classes {classes['count']}, of {_words(classes['samples'], '.0f')} images (rarest "
-                     f"{classes['rarest']!r}, largest {classes['largest']!r}), {classes['unlabelled']} images without")
+        even = classes["samples"]["min"] == classes["samples"]["max"]
+        words = "" if even else f" (rarest {classes['rarest']!r}, largest {classes['largest']!r})"
+        lines.append(f"  classes {classes['count']}, of {_words(classes['samples'], '.0f')} images{words}, "
+                     f"{classes['unlabelled']} images without")
     lines.append(f"  epoch   {stats['steps']} steps in {len(buckets)} buckets, {stats['repeats']} images twice to fill "
                  f"the last steps; {stats['lost']:.1%} of the area cut off")
     lines.append(f"    {'bucket':>11} {'images':>9} {'share':>7} {'cut off':>8} {'batch':>6} {'twice':>6}")
@@ -77,4 +79,6 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
 
 
 def _words(spread: dict[str, float], form: str) -> str:
+    if spread["min"] == spread["max"]:
+        return f"{spread['min']:{form}}"
     return f"{spread['min']:{form}} to {spread['max']:{form}}, half of them up to {spread['median']:{form}}"

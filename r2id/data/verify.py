@@ -14,6 +14,7 @@ from r2id.data.files import sha256_file
 from r2id.data.records import inspect
 from r2id.data.shards import (
     MANIFEST,
+    REJECTS,
     Manifest,
     ShardEntry,
     SplitEntry,
@@ -64,6 +65,11 @@ def _check_manifest(folder: Path, manifest: Manifest) -> Iterator[Damage]:
     present = {path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*") if path.is_file()}
     for extra in sorted(present - listed):
         yield Damage(extra, "not in the manifest")
+    table = folder / REJECTS
+    if table.is_file() != bool(manifest.rejects_sha256):
+        yield Damage(REJECTS, "not in the manifest" if table.is_file() else "missing")
+    elif table.is_file() and sha256_file(table) != manifest.rejects_sha256:
+        yield Damage(REJECTS, "changed: its hash is not the manifest's")
 
 
 def _check_split(folder: Path, name: str, split: SplitEntry, progress: Progress) -> Iterator[Damage]:

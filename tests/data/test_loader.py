@@ -62,6 +62,17 @@ def test_resuming_is_knowing_the_step(mixed, stop):
             assert (one["step"], one["epoch"]) == (two["step"], two["epoch"])
 
 
+def test_resuming_in_another_world(mixed):
+    """Begun by one process, continued by four with loader processes, finished by two: the same ordered keys."""
+    whole = keys_of(load(mixed, total=20, batch=12, micro_batch=12))
+    found = []
+    for start, end, world_size, workers in ((0, 6, 1, 0), (6, 13, 4, 2), (13, 20, 2, 0)):
+        data = config(mixed, workers=workers)
+        ranks = [keys_of(load(mixed, start, end, rank, world_size, data=data)) for rank in range(world_size)]
+        found += [[key for keys in zip(*parts, strict=True) for key in keys] for parts in zip(*ranks, strict=True)]
+    assert found == whole
+
+
 def test_epochs_differ(mixed):
     steps = keys_of(load(mixed, total=30))
     assert steps[:15] != steps[15:]

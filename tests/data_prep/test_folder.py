@@ -136,9 +136,9 @@ def test_sources_that_make_no_dataset(tmp_path, names, words):
 
 
 def test_sources_that_are_missing(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         make("folder", tmp_path / "set", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="needs the folder"):
+    with pytest.raises(InputError, match="needs the folder or archive"):
         make("folder", tmp_path / "set")
 
 

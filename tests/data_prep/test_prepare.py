@@ -1,14 +1,16 @@
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from data_prep.base import Items
 from data_prep.plan import plan_shards
-from data_prep.prepare import finish, make_plan, pending, write_shard
-from data_prep.readers import reopen_reader
+from data_prep.prepare import finish, make_plan, pending, prepare, write_shard
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, WorkError
 from tests.data_prep.conftest import files_of, make, write_images, write_mnist
@@ -77,18 +79,46 @@ def test_what_was_damaged_or_lost_is_written_again(source, tmp_path):
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source, tmp_path):
-    """SIGKILL at four places, from the first file of the plan on; then a run that is left to finish."""
+    """SIGKILL at 20 random moments, of which most fall into the work; after each a run is left to finish."""
+    config = PrepareConfig(dataset="mnist", source=source, out=tmp_path / "whole", **SMALL)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["data_prep.prepare", "data_prep.mnist", "webdataset.writer"])
+
+    def run(out):
+        process = processes.Process(target=prepare, args=(config.model_copy(update={"out": out}),))
+        process.start()
+        return process
+
+    run(tmp_path / "warm").join()
+    began = time.monotonic()
+    run(tmp_path / "whole").join()
+    whole, lasts = files_of(tmp_path / "whole"), time.monotonic() - began
+    moments = np.random.default_rng(0).uniform(0, 1.1 * lasts, 20)
+    unfinished = 0
+    for number, moment in enumerate(sorted(moments)):
+        out = tmp_path / f"set{number}"
+        process = run(out)
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        unfinished += not (out / "manifest.json").exists()
+        again = run(out)
+        again.join()
+        assert again.exitcode == 0 and files_of(out) == whole, f"killed after {moment:.3f} s"
+    assert unfinished >= 10
+
+
+def test_killed_while_several_processes_write(source, tmp_path):
     make("mnist", tmp_path / "whole", source, **SMALL)
     out = tmp_path / "set"
     command = [sys.executable, "-m", "r2id.cli", "prepare", "mnist", "--source", str(source), "--out", str(out),
-               "--shard-mb", "0.1"]
-    for files in (1, 3, 9, 20):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.rglob("*"))) < files:
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    make("mnist", out, source, **SMALL)
+               "--shard-mb", "0.1", "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and len(list(out.rglob("*.tar"))) < 2:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    make("mnist", out, source, workers=5, **SMALL)
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
@@ -122,37 +152,93 @@ def test_an_output_that_holds_something_else_is_left_alone(source, tmp_path):
 def test_a_damaged_plan_is_named(source, tmp_path):
     make("mnist", tmp_path / "set", source)
     (tmp_path / "set/plan.json").write_text("{")
-    with pytest.raises(InputError, match=r"plan\.json: damaged"):
+    with pytest.raises(InputError, match=r"plan\.json: missing or damaged"):
         make("mnist", tmp_path / "set", source)
 
 
-def test_a_source_that_changes_after_the_plan(tmp_path):
+@pytest.mark.parametrize("content", [b"another length", None])
+def test_a_source_that_changes_after_the_plan(tmp_path, content):
+    """Also when the length stays the same."""
     write_images(tmp_path / "in", [f"{number}.png" for number in range(4)])
     plan = make_plan(PrepareConfig(dataset="folder", source=tmp_path / "in", out=tmp_path / "set"))
-    reopen_reader("folder", tmp_path / "in", plan.downloads, plan.source_digest)
-    (tmp_path / "in/2.png").write_bytes(b"another length")
+    (tmp_path / "in/2.png").write_bytes(content or (tmp_path / "in/3.png").read_bytes())
     with pytest.raises(WorkError, match=r"2\.png: changed"):
         write_shard(plan, 0)
-    reopen_reader.cache_clear()
-    with pytest.raises(WorkError, match="changed since"):
+    (tmp_path / "in/2.png").unlink()
+    with pytest.raises(WorkError, match=r"2\.png: gone"):
         write_shard(plan, 0)
     assert not list((tmp_path / "set").rglob("*.tar*"))
-    (tmp_path / "in/2.png").unlink()
     with pytest.raises(InputError, match="another source"):
         make_plan(plan.config)
 
 
 def test_a_full_disk_is_said_and_a_rerun_goes_on(source, tmp_path):
-    """A limit on the size of files stands in for the disk's end: the write fails in the same place."""
-    command = f"ulimit -f 40; exec {sys.executable} -m r2id.cli prepare mnist --source {source} --out {tmp_path / 'set'}"
-    done = subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "cannot be written: File too large" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    make("mnist", tmp_path / "set", source)
+    """A disk of 100 kB, mounted for the command alone; where that is not allowed, a limit on the size of files."""
+    out = tmp_path / "disk" / "set"
+    out.parent.mkdir()
+    prepare_it = f"{sys.executable} -m r2id.cli prepare mnist --source {source} --out {out} --shard-mb 0.1"
+    mounted = f"mount -t tmpfs -o size=100k none {out.parent} && {prepare_it}; echo $? > {tmp_path / 'code'}; ls -R {out}"
+    done = subprocess.run(["unshare", "-Urm", "bash", "-c", mounted], capture_output=True, text=True)
+    if (tmp_path / "code").exists():
+        assert (tmp_path / "code").read_text() == "1\n" and ".tmp" not in done.stdout
+        assert "cannot be written: No space left" in done.stderr.splitlines()[-1]
+    limited = subprocess.run(["bash", "-c", f"trap '' XFSZ; ulimit -f 40; exec {prepare_it}"], capture_output=True,
+                             text=True)
+    assert limited.returncode == 1, limited.stderr
+    assert "cannot be written: File too large" in limited.stderr.splitlines()[-1] and "Traceback" not in limited.stderr
+    make("mnist", out, source, **SMALL)
+    make("mnist", tmp_path / "whole", source, **SMALL)
+    assert files_of(out) == files_of(tmp_path / "whole")
 
 
-def test_one_image_larger_than_a_shard_gets_its_own(source):
-    from data_prep.base import Item
+def items_of(sizes, blocks=None):
+    items = Items()
+    for number, size in enumerate(sizes):
+        items.add("train", None, b"%d" % number, size, blocks[number] if blocks else -1)
+    return items.table()
 
-    items = [Item(f"k{number}", "train", None, str(number), size) for number, size in enumerate([10, 10**6, 10, 10])]
-    assert sorted(len(group) for _, group in plan_shards(items, 0.1))[0] == 1
+
+def test_one_image_larger_than_a_shard_gets_its_own():
+    assert min(len(rows) for _, rows in plan_shards(items_of([10, 10**6, 10, 10]), 0.1)) == 1
+
+
+def test_blocks_stay_together_in_an_order_of_their_own():
+    blocks = [number // 10 for number in range(1000)]
+    shards = plan_shards(items_of([10] * 1000, blocks), 0.1)
+    order = np.concatenate([rows for _, rows in shards])
+    seen = [blocks[row] for row in order]
+    changes = [block for position, block in enumerate(seen) if not position or seen[position - 1] != block]
+    assert sorted(changes) == list(range(100)) != changes
+    assert any(list(order[start:start + 10]) != sorted(order[start:start + 10]) for start in range(0, 1000, 10))
+    assert sorted(order) == list(range(1000))
+
+
+def test_items_kept_in_columns(monkeypatch):
+    monkeypatch.setattr("data_prep.base._CHUNK", 7)
+    table = items_of(range(20))
+    assert table["size"].to_pylist() == list(range(20))
+    assert table["key"].to_pylist()[19] == "train-00000019"
+
+
+@pytest.mark.parametrize(("dataset", "option"), [("mnist", {"labels": "x.csv"}), ("folder", {"label": "identity"}),
+                                                 ("imagenet", {"images": "wild"})])
+def test_an_option_that_the_dataset_does_not_take(tmp_path, dataset, option):
+    with pytest.raises(InputError, match="takes no such option"):
+        make(dataset, tmp_path / "set", tmp_path, **option)
+
+
+def test_the_failure_budget_is_an_option(tmp_path):
+    write_images(tmp_path / "in", [f"{number}.png" for number in range(20)])
+    for number in range(11):
+        (tmp_path / f"in/text{number}.jpg").write_text("no picture")
+    with pytest.raises(WorkError, match=r"max_rejects 0\.2"):
+        make("folder", tmp_path / "set", tmp_path / "in", max_rejects=0.2)
+    assert make("folder", tmp_path / "set", tmp_path / "in", max_rejects=0.5).manifest.rejects == 11
+
+
+def test_images_of_too_many_pixels_are_rejected(tmp_path):
+    write_images(tmp_path / "in", [f"{number}.png" for number in range(5)])
+    write_images(tmp_path / "in", ["large.png"], size=(200, 200))
+    shards = make("folder", tmp_path / "set", tmp_path / "in", max_megapixels=0.01)
+    assert shards.manifest.rejects == 1
+    assert "large.png,\"an image of 200x200 pixels, more than" in (tmp_path / "set/rejects.csv").read_text()

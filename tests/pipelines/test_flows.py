@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.flows import prepare_flow, train_flow
+from pipelines.flows import train_flow
 from pipelines.orchestration import prefect_ready
 from pipelines.pipeline import run_pipeline
+from pipelines.preparation import prepare_flow
 from r2id.config import PipelineRun, PrepareConfig, load_config
 from r2id.errors import InputError
 

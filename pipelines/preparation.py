@@ -1,0 +1,182 @@
+"""The preparation of a dataset as a Prefect flow: a task is a shard, written by this machine or by a Dask or Ray cluster.
+
+The files are the truth. Whatever becomes of Prefect's server, shards that were written stay; what its tasks did not write is
+written without it, and a second start goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+from PIL import Image
+from prefect import flow, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, as_completed
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
+
+from data_prep.plan import is_complete
+from data_prep.prepare import Plan, prepare, write_shard, write_shards
+from data_prep.show import overview
+from pipelines.orchestration import prefect_ready
+from r2id.config import PrepareConfig
+from r2id.errors import InputError, Stopped, WorkError
+from r2id.progress import say
+
+_SECONDS_BETWEEN_UPDATES = 2.0
+_SECONDS_TO_ANSWER = 10.0
+
+
+@task(name="shard", task_run_name="shard {number}", cache_policy=NO_CACHE)
+def shard_task(plan: Plan, number: int) -> dict[str, Any]:
+    return write_shard(plan, number)
+
+
+@flow(name="prepare", flow_run_name="prepare {config.dataset}", validate_parameters=False)
+def prepare_flow(config: PrepareConfig) -> Path:
+    """Raw images → shards. Shows progress, a table of the shards, some samples and the sizes as artifacts."""
+    results: list[dict[str, Any]] = []
+
+    def write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        shown = _Progress(config, sum(plan.samples))
+        for result in _with_or_without_prefect(plan, numbers):
+            results.append(result)
+            shown.advance(result["samples"] + result["rejects"])
+            yield result
+
+    prepare(config, write_all)
+    if results:
+        _show(config, results)
+    return config.out
+
+
+def prepare_on_cluster(config: PrepareConfig) -> Path:
+    """prepare_flow for a process that has not set Prefect up. InputError when the engine is not installed or its cluster
+    does not answer."""
+    check_engine(config)
+    with prefect_ready():
+        try:
+            return prepare_flow(config)
+        except (InputError, WorkError, Stopped):
+            raise
+        except Exception as error:
+            if not is_complete(config.out):
+                raise WorkError(f"prefect: {_words(error)}: the same command goes on") from error
+            say(f"prefect: {_words(error)}; the shards are complete")
+            return config.out
+
+
+def check_engine(config: PrepareConfig) -> None:
+    """InputError when the engine's packages are not installed or nothing listens at its address."""
+    if config.engine == "processes":
+        return
+    try:
+        importlib.import_module(f"prefect_{config.engine}")
+    except ImportError:
+        raise InputError(f"engine {config.engine!r}: not installed: pip install r2id[{config.engine}]") from None
+    if config.address is None or config.address == "auto":
+        return
+    parts = urlsplit(config.address if "://" in config.address else f"tcp://{config.address}")
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 0), _SECONDS_TO_ANSWER).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"address {config.address!r}: no {config.engine} cluster answers there: {error}") from None
+
+
+def _with_or_without_prefect(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    done = set()
+    try:
+        for number, result in _by_tasks(plan, numbers):
+            done.add(number)
+            yield result
+    except (InputError, WorkError, Stopped):
+        raise
+    except Exception as error:  # of Prefect, of its client, of a cluster
+        say(f"prefect: {_words(error)}; going on without it")
+        yield from write_shards(plan, [number for number in numbers if number not in done])
+
+
+def _by_tasks(plan: Plan, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    workers = min(plan.config.workers, len(numbers))
+    if plan.config.engine == "processes" and workers == 1:
+        yield from ((number, shard_task(plan, number)) for number in numbers)
+        return
+    with _runner(plan.config, workers) as runner:
+        futures: dict[PrefectFuture[Any], int] = {
+            runner.submit(shard_task, {"plan": plan, "number": number}): number for number in numbers}
+        for future in as_completed(list(futures)):
+            yield futures[future], future.result()
+
+
+def _runner(config: PrepareConfig, workers: int) -> TaskRunner[Any]:
+    if config.engine == "dask":
+        from prefect_dask import DaskTaskRunner
+        if config.address:
+            return DaskTaskRunner(address=config.address)
+        return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
+    if config.engine == "ray":
+        from prefect_ray import RayTaskRunner
+        if config.address:
+            return RayTaskRunner(address=config.address)
+        return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
+    return ProcessPoolTaskRunner(max_workers=workers)
+
+
+class _Progress:
+    """A progress artifact; that it cannot be shown does not hold up the work."""
+
+    def __init__(self, config: PrepareConfig, total: int) -> None:
+        self.total, self.done, self.next = total, 0, 0.0
+        self.artifact: UUID | None = None
+        try:
+            self.artifact = create_progress_artifact(  # type: ignore[assignment]
+                0.0, key="prepare-progress", description=f"{config.dataset} → {config.out}")
+        except Exception as error:
+            say(f"prefect: no progress is shown: {_words(error)}")
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.artifact is None or (now < self.next and self.done < self.total):
+            return
+        self.next = now + _SECONDS_BETWEEN_UPDATES
+        try:
+            update_progress_artifact(self.artifact, progress=100 * self.done / self.total)
+        except Exception as error:
+            self.artifact = None
+            say(f"prefect: progress is shown no more: {_words(error)}")
+
+
+def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:
+    """Table, samples and sizes of a finished set."""
+    shown = overview(config.out, {result["file"]: result["rejects"] for result in results})
+    try:
+        create_table_artifact(shown.table, key="prepare-shards", description=shown.words)
+        for name, picture in (("samples", shown.samples), ("sizes", shown.sizes)):
+            create_markdown_artifact(f"![{name}]({_data_uri(picture)})", key=f"prepare-{name}", description=shown.words)
+    except Exception as error:
+        say(f"prefect: no artifacts: {_words(error)}")
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _words(error: Exception) -> str:
+    return " ".join([type(error).__name__, *str(error).splitlines()[:1]])

@@ -1,0 +1,112 @@
+"""Every kind of damage: found, and repaired to the same bytes."""
+
+import json
+import shutil
+import tarfile
+
+import pytest
+
+from data_prep.repair import repair
+from r2id.data.shards import Manifest
+from r2id.data.verify import verify
+from r2id.errors import InputError
+from tests.data_prep.conftest import files_of, make, write_images
+
+FIRST, SECOND = "train/shard-000000.tar", "train/shard-000001.tar"
+
+
+@pytest.fixture
+def out(tmp_path):
+    write_images(tmp_path / "source", [f"{label}/{number}.png" for label in "ab" for number in range(60)])
+    (tmp_path / "source/a/text.png").write_text("no picture")
+    make("folder", tmp_path / "set", tmp_path / "source", shard_mb=0.1)
+    assert len(list((tmp_path / "set").rglob("*.tar"))) > 3
+    return tmp_path / "set"
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def member(path, number):
+    with tarfile.open(path) as archive:
+        return archive.getmembers()[number]
+
+
+def edit_manifest(out):
+    text = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(text.replace('"a"', '"c"', 1))
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def duplicate(out):
+    """One shard's content in place of another's, with an index and a manifest that agree: only the keys tell."""
+    shutil.copy(out / FIRST, out / SECOND)
+    shutil.copy((out / FIRST).with_suffix(".parquet"), (out / SECOND).with_suffix(".parquet"))
+    manifest = Manifest.model_validate(json.loads((out / "manifest.json").read_bytes()))
+    shards = manifest.splits["train"].shards
+    shards[1] = shards[0].model_copy(update={"file": SECOND})
+    split = manifest.splits["train"].model_copy(update={"samples": sum(entry.samples for entry in shards)})
+    manifest.model_copy(update={"splits": {**manifest.splits, "train": split}}).write(out)
+
+
+DAMAGES = {
+    "a bit of an image": (lambda out: flip(out / FIRST, member(out / FIRST, 2).offset_data + 40), [FIRST]),
+    "a bit of a header": (lambda out: flip(out / FIRST, member(out / FIRST, 4).offset + 3), [FIRST]),
+    "a bit of a label": (lambda out: flip(out / FIRST, member(out / FIRST, 0).offset_data), [FIRST]),
+    "cut in a member": (lambda out: truncate(out / FIRST, member(out / FIRST, 5).offset_data + 10), [FIRST]),
+    "cut between members": (lambda out: truncate(out / FIRST, member(out / FIRST, 6).offset), [FIRST]),
+    "emptied": (lambda out: truncate(out / FIRST, 0), [FIRST]),
+    "a shard missing": (lambda out: (out / SECOND).unlink(), [SECOND]),
+    "an index missing": (lambda out: (out / SECOND).with_suffix(".parquet").unlink(), [SECOND]),
+    "an index damaged": (lambda out: flip((out / FIRST).with_suffix(".parquet"), 200), [FIRST]),
+    "an index cut": (lambda out: truncate((out / FIRST).with_suffix(".parquet"), 100), [FIRST]),
+    "a shard too many": (lambda out: shutil.copy(out / FIRST, out / "train/shard-000099.tar"), ["train/shard-000099.tar"]),
+    "an edited manifest": (edit_manifest, ["manifest.json"]),
+    "a manifest cut short": (lambda out: truncate(out / "manifest.json", 300), ["manifest.json"]),
+    "duplicate keys": (duplicate, None),
+    "rejects missing": (lambda out: (out / "rejects.csv").unlink(), ["rejects.csv"]),
+    "rejects edited": (lambda out: (out / "rejects.csv").write_text("split,source,reason\n"), ["rejects.csv"]),
+    "two shards": (lambda out: [truncate(out / FIRST, 99), (out / SECOND).unlink()], [FIRST, SECOND]),
+}
+
+
+@pytest.mark.parametrize(("damage", "files"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_is_found_and_repaired(out, damage, files):
+    assert verify(out) == []
+    whole, times = files_of(out), {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    damage(out)
+    damages = verify(out)
+    assert damages
+    repaired = repair(out, damages)
+    assert verify(out) == [] and files_of(out) == whole
+    if files is not None:
+        assert repaired == files
+        untouched = {path: time for path, time in times.items() if path.relative_to(out).as_posix() not in files}
+        assert {path: path.stat().st_mtime_ns for path in untouched} == untouched, "only the damaged shards were rebuilt"
+
+
+def test_the_source_may_have_moved(out, tmp_path):
+    whole = files_of(out)
+    (tmp_path / "source").rename(tmp_path / "moved")
+    (out / FIRST).unlink()
+    with pytest.raises(InputError, match="no longer there: say with --source"):
+        repair(out, verify(out))
+    repair(out, verify(out), tmp_path / "moved")
+    assert files_of(out) == whole
+
+
+def test_what_cannot_be_repaired_says_why(out, tmp_path):
+    (out / FIRST).unlink()
+    (tmp_path / "source/a/new.png").write_bytes((tmp_path / "source/a/1.png").read_bytes())
+    with pytest.raises(InputError, match="made from another source"):
+        repair(out, verify(out))
+    (tmp_path / "source/a/new.png").unlink()
+    flip(out / "plan.parquet", 100)
+    with pytest.raises(InputError, match=r"plan\.json: missing or damaged"):
+        repair(out, verify(out))
