@@ -314,7 +314,7 @@ def _checkpoint_lines(figures: dict[str, Any]) -> list[str]:
         "model       " + ", ".join(f"{name} {value}" for name, value in figures["model"].items()),
         "facts       " + ", ".join(f"{name} {value}" for name, value in figures["facts"].items()),
         *([f"codec       {figures['codec']}"] if figures["codec"] else []),
-        f"megabytes   {figures['total_bytes'] / 1e6:.1f}: {sizes}; written by {figures['written_by']} processes",
+        f"megabytes   {figures['total_bytes'] / 1e6:.1f}: {sizes}; files of {figures['written_by']} ranks",
         f"identity    {figures['identity']}"]
 
 

@@ -89,8 +89,10 @@ def save_and_die(run: Path, step: int, moment: int, before: bool) -> None:
     save(run, step, keep=1)
 
 
-def save_as_rank(run: Path, rank: int, ranks: int, port: int, step: int, full: int | None = None) -> None:
-    """One of many ranks; on rank ``full`` no file may grow beyond 200 bytes. Leaves RUN/said-RANK, what was said."""
+def save_as_rank(run: Path, rank: int, ranks: int, port: int, step: int, full: int | None = None,
+                 dying: int | None = None) -> None:
+    """One of many ranks; on rank ``full`` no file may grow beyond 200 bytes, and rank ``dying`` is killed at its first
+    file. Leaves RUN/said-RANK, what was said."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
@@ -98,6 +100,8 @@ def save_as_rank(run: Path, rank: int, ranks: int, port: int, step: int, full: i
     if rank == full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
     try:
+        if rank == dying:
+            save_and_die(run, step, 0, before=True)
         said = str(save(run, step))
     except WorkError as error:
         said = f"WorkError: {error}"

@@ -105,16 +105,19 @@ def test_killed_at_any_moment_leaves_whole_checkpoints_alone(tmp_path: Path, bef
     assert exit_codes == [-signal.SIGKILL] * (len(exit_codes) - 1) + [0] and len(exit_codes) > 8
 
 
-def ranks_save(run: Path, step: int, full: int | None = None) -> list[str]:
-    """What two ranks say of a save."""
+def ranks_save(run: Path, step: int, full: int | None = None, dying: int | None = None) -> list[str]:
+    """What two ranks say of a save; nothing when one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     run.mkdir(exist_ok=True)
-    with children.ended(children.start(children.save_as_rank, run, 0, 2, port, step, full)) as first, \
-            children.ended(children.start(children.save_as_rank, run, 1, 2, port, step, full)) as second:
+    with children.ended(children.start(children.save_as_rank, run, 0, 2, port, step, full, dying)) as first, \
+            children.ended(children.start(children.save_as_rank, run, 1, 2, port, step, full, dying)) as second:
         first.join(60)
         second.join(60)
+    if dying is not None:
+        assert sorted((first.exitcode, second.exitcode)) == [-signal.SIGKILL, 1], "the other ends at once, and in error"
+        return []
     assert (first.exitcode, second.exitcode) == (0, 0)
     return [(run / f"said-{rank}").read_text() for rank in (0, 1)]
 
@@ -145,6 +148,18 @@ def test_a_full_disk_on_one_rank_stops_both_with_one_reason(tmp_path: Path, full
     assert said[0] == said[1] and said[0].startswith("WorkError: ") and "step-00000002: not written: " in said[0]
     assert checkpoint.resolve(run) == older and not checkpoint.damages(older)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000001"], "nothing takes up space"
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_killed_in_a_save_leaves_the_older_one(tmp_path: Path, dying: int) -> None:
+    run = tmp_path / "run"
+    older = save(run, 1)
+    ranks_save(run, 2, dying=dying)
+    assert (run / "checkpoints" / ".tmp-step-00000002").is_dir(), "killed inside"
+    assert checkpoint.resolve(run) == older and not checkpoint.damages(older)
+    ranks_save(run, 2)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000001", "step-00000002"]
+    assert not checkpoint.damages(run)
 
 
 @pytest.mark.parametrize("file", [*(f"{kind}.safetensors" for kind in KINDS), "checkpoint.json"])
