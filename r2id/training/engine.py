@@ -351,9 +351,8 @@ class DeepSpeedEngine(Engine):
         """Stage 0, whose gradients are whole and averaged on every rank by now."""
         norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
         if not math.isfinite(float(norm)):
-            for master in self.masters:
-                master.grad = None  # then the step changes nothing, but DeepSpeed counts it
-            self.deepspeed.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.deepspeed.micro_steps += 1  # which its step would have counted, and goes by
         raise_unless_finite(float(norm), step)
         clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
         return norm
