@@ -105,17 +105,22 @@ def verify(
     """Rehash and decode everything; exit 1 and a list when anything is damaged."""
     from data_prep.repair import repair as run_repair
     from r2id.data.latents import MANIFEST, verify_latents
+    from r2id.data.shards import ShardSet
     from r2id.data.verify import verify as run_verify
 
     latents = (folder / MANIFEST).is_file()
+    if source and not repair:
+        raise InputError(f"source {source}: goes with --repair")
     if latents and repair:
         raise InputError(f"{folder}: latents are repaired by the r2id encode that wrote them: it rewrites what is damaged")
     damages = verify_latents(folder) if latents else run_verify(folder)
-    repaired = run_repair(folder, damages, source) if repair and damages else []
+    repaired = run_repair(folder, damages, source) if repair and damages else {}
     damages = run_verify(folder) if repaired else damages
-    lines = [str(damage) for damage in damages] or [f"{folder}: intact"]
-    _report({"intact": not damages, "damages": [vars(damage) for damage in damages], "repaired": repaired}, as_json,
-            lambda r: [*(f"{file}: repaired" for file in repaired), *lines])
+    summary = {} if latents or damages else ShardSet.open(folder).summary()
+    count = f"{sum(summary['samples'].values())} images " if summary else ""
+    lines = [str(damage) for damage in damages] or [f"{folder}: {count}intact"]
+    _report({"intact": not damages, "damages": [vars(damage) for damage in damages], "repaired": repaired, **summary},
+            as_json, lambda r: [*(f"{file}: {done}" for file, done in repaired.items()), *lines])
     if damages:
         raise typer.Exit(1)
 
