@@ -66,7 +66,7 @@ def photos(source: Path, folder: Path, max_pixels: int) -> None:
         print(f"loader, {workers} workers {(rate := load(shards, workers, max_pixels)):7.0f}   ratio {rate / bare:.2f}")
 
 
-def load(shards: ShardSet, workers: int, max_pixels: int, batch: int = 8) -> float:
+def load(shards: ShardSet, workers: int, max_pixels: int, batch: int = 32) -> float:
     """Images per second of whole epochs, without what starting the processes takes."""
     data = DataConfig(shards=shards.folder, channels=3, max_pixels=max_pixels, workers=workers)
     steps = split_buckets(shards.split("train"), data).batches(batch)
