@@ -151,7 +151,7 @@ def _write(config: PrepareConfig, listing: Listing) -> Plan:
     rejects = listing.rejects
     if rejects:
         _check_budget(config, len(listing.items) + len(rejects), len(rejects), f"{rejects[0].source}: {rejects[0].reason}")
-    shards = plan_shards(listing.items, config.shard_mb)
+    shards = plan_shards(listing.items, config.shard_mb, len(listing.attribute_names))
     with atomic_file(config.out / _ITEMS) as file, pq.ParquetWriter(file, listing.items.schema) as writer:
         for _, rows in shards:
             writer.write_table(listing.items.take(rows), row_group_size=max(len(rows), 1))
@@ -165,7 +165,7 @@ def _write(config: PrepareConfig, listing: Listing) -> Plan:
     return plan
 
 
-def plan_shards(items: pa.Table, shard_mb: float) -> list[tuple[str, np.ndarray]]:
+def plan_shards(items: pa.Table, shard_mb: float, attributes: int = 0) -> list[tuple[str, np.ndarray]]:
     """(file, rows of the items) of every shard: splits apart, each in a fixed random order, so that one is a fair sample.
 
     A shard has at most ``shard_mb`` megabytes (10⁶ bytes), unless one image alone has more. Items of a block stay together
@@ -174,8 +174,8 @@ def plan_shards(items: pa.Table, shard_mb: float) -> list[tuple[str, np.ndarray]
     shards = []
     size = items["size"].to_numpy()
     # Upper bound of a sample's bytes in a tar: three headers, the image, the class, and the facts, of which six bytes are
-    # what JSON makes of one odd character and some hundred what annotations take.
-    facts = 640 + 6 * pc.binary_length(items["place"]).to_numpy()
+    # what JSON makes of one odd character or of an attribute, with which other annotations come.
+    facts = 256 + 6 * pc.binary_length(items["place"]).to_numpy() + (256 + 6 * attributes if attributes else 0)
     footprints = 4 * _BLOCK + _padded(size) + _padded(facts)
     for split in items["split"].unique().to_pylist():
         members = np.flatnonzero(pc.equal(items["split"], split).to_numpy())

@@ -78,33 +78,27 @@ def test_what_was_damaged_or_lost_is_written_again(source, tmp_path):
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
-    """SIGKILL at 20 random moments, of which most fall into the work; after each a run is left to finish."""
+    """SIGKILL at 20 random moments: after as many files, and then some milliseconds, as chance has it. Waiting for files
+    rather than for times spreads the moments over all of the work on a busy machine too."""
     source = tmp_path / "source"
     write_mnist(source, train=100, test=30)
     config = PrepareConfig(dataset="mnist", source=source, out=tmp_path / "whole", **SMALL)
-
-    def run(out):
+    prepare(config)
+    whole, generator = files_of(tmp_path / "whole"), np.random.default_rng(0)
+    stages = []
+    for number in range(20):
+        out, files, delay = tmp_path / f"set{number}", generator.integers(len(whole)), generator.uniform(0, 0.01)
         process = PROCESSES.Process(target=prepare, args=(config.model_copy(update={"out": out}),))
         process.start()
-        return process
-
-    run(tmp_path / "warm").join()
-    began = time.monotonic()
-    run(tmp_path / "whole").join()
-    whole, lasts = files_of(tmp_path / "whole"), time.monotonic() - began
-    moments = np.random.default_rng(0).uniform(0, 1.1 * lasts, 20)
-    unfinished, stages = 0, set()
-    for number, moment in enumerate(sorted(moments)):
-        out = tmp_path / f"set{number}"
-        process = run(out)
-        time.sleep(moment)
+        while process.is_alive() and len(list(out.rglob("*.*"))) < files:
+            time.sleep(0.001)
+        time.sleep(delay)
         process.kill()
         process.join()
-        unfinished += not (out / "manifest.json").exists()
-        stages.add(len([path for path in out.rglob("*") if path.suffix != ".tmp"]))
+        stages.append(sum(path.suffix != ".tmp" for path in out.rglob("*.*")))
         prepare(config.model_copy(update={"out": out}))
-        assert files_of(out) == whole, f"killed after {moment:.3f} s"
-    assert unfinished >= 10 and len(stages) > 3
+        assert files_of(out) == whole, f"killed when there were {stages[-1]} of {len(whole)} files"
+    assert sum(stage < len(whole) for stage in stages) >= 10 and len(set(stages)) > 4
 
 
 def test_killed_while_several_processes_write(source, tmp_path):
