@@ -103,6 +103,35 @@ def test_a_damaged_checkpoint_is_listed_refused_and_the_one_before_it_goes_on(r2
     assert code == 0 and "going on from step 2" in errors
 
 
+def test_data_stats_and_index(r2id, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = r2id("data", "stats", digits, "--batch", 100)
+    assert code == 0 and "8x8      1438  100.0%     0.0%    100     62" in out
+    assert "train: 1438 images in 1 shards" in out and out.splitlines()[-1] == "picture: shards-sizes.png"
+    with Image.open(tmp_path / "shards-sizes.png") as picture:
+        assert picture.width > 500
+    code, out, _ = r2id("data", "stats", digits, "--size", "4x2", "--out", tmp_path / "s.png", "--json")
+    assert code == 0 and json.loads(out)["splits"]["test"]["lost"] == 0.5 and (tmp_path / "s.png").exists()
+    code, out, _ = r2id("data", "index", digits, "--out", tmp_path / "index", "--json")
+    assert code == 0 and json.loads(out)["samples"] == {"train": 1438, "test": 359}
+    assert not list((tmp_path / "index").rglob("*.tar"))
+
+
+def test_repair_from_the_command_line(r2id, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(4):
+        Image.new("L", (5, 4 + number), 40 * number).save(source / f"{number}.png")
+    assert r2id("prepare", "folder", "--source", source, "--out", tmp_path / "set")[0] == 0
+    shard = tmp_path / "set/train/shard-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:700])
+    assert r2id("verify", tmp_path / "set")[0] == 1
+    code, out, _ = r2id("verify", tmp_path / "set", "--repair")
+    assert code == 0 and shard.read_bytes() == whole
+    assert out == f"train/shard-000000.tar: rebuilt\n{tmp_path / 'set'}: 4 images intact\n"
+
+
 TRAIN = "train {configs}/digits/riae.toml run={tmp}/run"
 SAMPLE = "sample {r2id} --out {tmp}/s.png --count 2 --steps 1"
 EXPORT = "checkpoint export {riae} --out {tmp}/a.safetensors"
