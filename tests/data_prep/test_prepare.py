@@ -77,28 +77,42 @@ def test_what_was_damaged_or_lost_is_written_again(source, tmp_path):
     assert files_of(tmp_path / "set") == whole
 
 
+def prepare_until(config, moment, count):
+    """Prepare, and end by SIGKILL at the so-manieth thing that the interpreter reports: a file opened, renamed, removed, …;
+    ``count`` says how many there were."""
+    def watch(event, _arguments):
+        if event.split(".")[0] in ("open", "os", "pathlib", "tempfile", "shutil"):
+            count.value += 1
+            if count.value == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    prepare(config)
+
+
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
-    """SIGKILL at 20 random moments: after as many files, and then some milliseconds, as chance has it. Waiting for files
-    rather than for times spreads the moments over all of the work on a busy machine too."""
+    """SIGKILL at 20 random moments of the work."""
     source = tmp_path / "source"
     write_mnist(source, train=100, test=30)
     config = PrepareConfig(dataset="mnist", source=source, out=tmp_path / "whole", **SMALL)
-    prepare(config)
-    whole, generator = files_of(tmp_path / "whole"), np.random.default_rng(0)
-    stages = []
-    for number in range(20):
-        out, files, delay = tmp_path / f"set{number}", generator.integers(len(whole)), generator.uniform(0, 0.01)
-        process = PROCESSES.Process(target=prepare, args=(config.model_copy(update={"out": out}),))
+
+    def run(out, moment=None):
+        count = PROCESSES.Value("q", 0)
+        process = PROCESSES.Process(target=prepare_until, args=(config.model_copy(update={"out": out}), moment, count))
         process.start()
-        while process.is_alive() and len(list(out.rglob("*.*"))) < files:
-            time.sleep(0.001)
-        time.sleep(delay)
-        process.kill()
         process.join()
-        stages.append(sum(path.suffix != ".tmp" for path in out.rglob("*.*")))
+        return process.exitcode, count.value
+
+    code, total = run(tmp_path / "whole")
+    assert code == 0 and total > 100
+    whole, stages = files_of(tmp_path / "whole"), set()
+    for number, moment in enumerate(np.random.default_rng(0).choice(total, 20, replace=False) + 1):
+        out = tmp_path / f"set{number}"
+        assert run(out, int(moment))[0] == -signal.SIGKILL
+        stages.add(len(list(out.rglob("*.*"))))
         prepare(config.model_copy(update={"out": out}))
-        assert files_of(out) == whole, f"killed when there were {stages[-1]} of {len(whole)} files"
-    assert sum(stage < len(whole) for stage in stages) >= 10 and len(set(stages)) > 4
+        assert files_of(out) == whole, f"killed at moment {moment} of {total}"
+    assert len(stages) > 4, "they fell into different stages of the work"
 
 
 def test_killed_while_several_processes_write(source, tmp_path):
