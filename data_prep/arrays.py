@@ -39,7 +39,7 @@ class ArrayReader:
                 content.update(np.ascontiguousarray(array).data)
         height, width = next(iter(self.splits.values()))[0].shape[1:]
         return Listing(items.table(), content.hexdigest(), self.newest, self.class_names,
-                       found=f"arrays of {height}x{width}")
+                       found=[f"arrays of {height}x{width}"])
 
     def records(self, items: Sequence[Item], _rejects: list[Reject], newest: int) -> Iterator[Record]:
         if self.newest > newest:

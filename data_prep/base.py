@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from r2id.data.records import Record
 from r2id.data.shards import Reject
@@ -21,7 +21,7 @@ SCHEMA = pa.schema([("key", pa.string()), ("split", pa.string()), ("label", pa.i
                     ("size", pa.int64()), ("block", pa.int32())])
 """Columns of a list of items, one row for each; see Item."""
 
-_CHUNK = 1 << 16  # rows
+_CHUNK = 1 << 14  # rows that are Python objects at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +39,47 @@ class Item:
     block: int = -1
 
 
-class Items:
-    """A list of items that grows; kept in columns, because there may be millions."""
+class Columns:
+    """Rows that come one by one, kept in columns, because there may be millions."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
         self._rows: list[tuple[Any, ...]] = []
         self._chunks: list[pa.Table] = []
 
     def __len__(self) -> int:
         return sum(map(len, self._chunks)) + len(self._rows)
 
-    def add(self, split: str, label: int | None, place: bytes, size: int, block: int = -1, key: str = "") -> None:
-        """``key`` must be unique in its split; none takes the item's number."""
-        self._rows.append((key or f"{split}-{len(self):08d}", split, label, place, size, block))
+    def append(self, *row: Any) -> None:
+        self._rows.append(row)
         if len(self._rows) == _CHUNK:
             self._flush()
 
     def table(self) -> pa.Table:
-        """All of them, as SCHEMA says."""
         self._flush()
         return pa.concat_tables(self._chunks)
 
     def _flush(self) -> None:
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(SCHEMA)
-        self._chunks.append(pa.Table.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA))
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(self._schema)
+        self._chunks.append(pa.Table.from_pydict(dict(zip(self._schema.names, columns, strict=True)), self._schema))
         self._rows = []
+
+
+def rows_of(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """The rows of a table, a few of them at a time as Python objects."""
+    for batch in table.to_batches(max_chunksize=_CHUNK):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+class Items(Columns):
+    """A list of items that grows; ``table`` is as SCHEMA says."""
+
+    def __init__(self) -> None:
+        super().__init__(SCHEMA)
+
+    def add(self, split: str, label: int | None, place: bytes, size: int, block: int = -1, key: str = "") -> None:
+        """``key`` must be unique in its split; none takes the item's number."""
+        self.append(key or f"{split}-{len(self):08d}", split, label, place, size, block)
 
 
 @dataclass(frozen=True)
@@ -80,12 +96,12 @@ class Listing:
     attribute_names: list[str] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     """What cannot become a sample, as far as that is known without reading it."""
-    found: str = ""
-    """What the source turned out to be, in words."""
+    found: Sequence[str] = ()
+    """What the source turned out to be, in words; some may be empty."""
 
     def describe(self) -> str:
-        counts = Counter(self.items["split"].to_pylist())
-        parts = [self.found, f"{len(self.items)} images ({', '.join(f'{split} {n}' for split, n in counts.items())})",
+        counts = [f"{part['values']} {part['counts']}" for part in pc.value_counts(self.items["split"]).to_pylist()]
+        parts = [*self.found, f"{len(self.items)} images ({', '.join(counts)})",
                  f"{len(self.class_names)} classes",
                  f"{len(self.attribute_names)} attributes" if self.attribute_names else "",
                  f"{len(self.rejects)} rejected so far ({self.rejects[0].source}: {self.rejects[0].reason})"

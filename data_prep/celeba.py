@@ -7,31 +7,33 @@ images are 178×218 (width × height); bounding boxes belong to the others, "in 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.base import Items, Listing, digest_of
-from data_prep.files import FileRecords, first_existing, read_table
-from data_prep.sources import is_image, open_source
+from data_prep.base import Item, Items, Listing, digest_of
+from data_prep.files import FileRecords, first_existing, read_rows
+from data_prep.sources import is_image, time_of
+from data_prep.tars import open_source
 from r2id.data.files import sha256_file
+from r2id.data.records import Record
 from r2id.data.shards import Reject
 from r2id.errors import InputError, WorkError
 
 _FOLDERS = ("", "Anno", "Eval", "Img")
 _IMAGES = {"aligned": ("img_align_celeba/img_align_celeba", "img_align_celeba", "img_align_celeba.zip"),
            "wild": ("img_celeba/img_celeba", "img_celeba", "img_celeba.zip")}
-_TABLES = {  # name → files, with how many lines they have before the rows: count and header, or nothing
-    "attributes": ({"list_attr_celeba.txt": 2, "list_attr_celeba.csv": 1}, True),
-    "partition": ({"list_eval_partition.txt": 0, "list_eval_partition.csv": 1}, True),
-    "identity": ({"identity_CelebA.txt": 0, "identity_CelebA.csv": 1}, False),
-    "landmarks": ({}, False),
-    "box": ({"list_bbox_celeba.txt": 2, "list_bbox_celeba.csv": 1}, False)}
 _LANDMARKS = {"aligned": "list_landmarks_align_celeba", "wild": "list_landmarks_celeba"}
+_TABLES = {"attributes": "list_attr_celeba", "partition": "list_eval_partition", "identity": "identity_CelebA",
+           "box": "list_bbox_celeba"}
+_HEADED = ("attributes", "landmarks", "box")  # their text files begin with the number of rows and a line of names
 _COLUMNS = {"identity": 1, "partition": 1, "box": 4, "landmarks": 10}
+_ALLOWED = {"attributes": {-1, 1}, "partition": {0, 1, 2}}
 _SPLITS = ("train", "val", "test")
 
 
@@ -40,9 +42,9 @@ class Table:
     """One annotation file: rows of integers by image."""
 
     path: Path
-    columns: list[str] = field(default_factory=list)
-    rows: dict[str, int] = field(default_factory=dict)
-    values: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    columns: list[str]
+    rows: dict[str, int]
+    values: np.ndarray
     """int32 [rows, columns]."""
 
     def of(self, name: str) -> np.ndarray:
@@ -68,36 +70,33 @@ class CelebaReader(FileRecords):
 
     def listing(self) -> Listing:
         tables = self.tables
-        names = self._class_names(tables)
+        class_names, labels, labelled = self._classes(tables)
+        partition, needed = tables["partition"], (tables["attributes"], tables["partition"], labelled)
         files = self.source.files(is_image)
-        rejects, items = list(files.rejects), Items()
-        known = tables["partition"].rows
-        needed = [tables[name] for name in ("attributes", "partition", *(["identity"] if self.label == "identity" else []))]
-        seen = set()
-        for entry in files.entries:
+        rejects, items, seen = list(files.rejects), Items(), set()
+        for entry in files:
             name = PurePosixPath(entry.name).name
             missing = next((table.path.name for table in needed if name not in table.rows), None)
             if missing or name in seen:
                 rejects.append(Reject("", entry.name, f"not in {missing}" if missing else "another image of this name"))
                 continue
             seen.add(name)
-            split = _SPLITS[int(tables["partition"].of(name)[0])]
-            items.add(split, self._label(name, names, tables), entry.place, entry.size)
+            label = None if labels is None else int(labels[labelled.rows[name]])
+            items.add(_SPLITS[int(partition.of(name)[0])], label, entry.place, entry.size)
         if not seen:
-            raise InputError(f"source {self.source.path}: none of its {len(files.entries)} images is in "
-                             f"{tables['partition'].path}")
-        rejects += [Reject(_SPLITS[int(tables["partition"].of(name)[0])], name, f"in {tables['partition'].path.name}, but "
-                           "there is no such image") for name in known if name not in seen]
-        digest = digest_of([(files.digest.encode(), 0)] + [(sha256_file(table.path).encode(), 0)
-                                                           for table in tables.values()])
-        newest = max(files.newest, *(table.path.stat().st_mtime_ns for table in tables.values()))
-        words = f"CelebA, {self.images} images in {self.source.path}, with {', '.join(sorted(tables))}"
-        return Listing(items.table(), digest, newest, names, tables["attributes"].columns, rejects,
-                       ", ".join(filter(None, [words, files.words()])))
+            raise InputError(f"source {self.source.path}: none of its {len(files)} images is in {partition.path}")
+        reason = f"in {partition.path.name}, but there is no such image"
+        rejects += [Reject(_SPLITS[int(partition.of(name)[0])], name, reason) for name in partition.rows if name not in seen]
+        return Listing(
+            items.table(), digest_of([(files.digest.encode(), 0), *((sha256_file(table.path).encode(), 0)
+                                                                   for table in tables.values())]),
+            max(files.newest, *(time_of(table.path) for table in tables.values())), class_names,
+            tables["attributes"].columns, rejects,
+            [f"CelebA, {self.images} images in {self.source.path}, with {', '.join(sorted(tables))}", files.words()])
 
-    def records(self, items: Any, rejects: list[Reject], newest: int) -> Any:
+    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
         for table in self.tables.values():
-            if table.path.stat().st_mtime_ns > newest:
+            if time_of(table.path) > newest:
                 raise WorkError(f"{table.path}: changed since the preparation began")
         return super().records(items, rejects, newest)
 
@@ -122,93 +121,79 @@ class CelebaReader(FileRecords):
         return self._tables
 
     def _read_tables(self) -> dict[str, Table]:
+        stems = {**_TABLES, "landmarks": _LANDMARKS[self.images]}
+        if self.images != "wild":
+            del stems["box"]  # it is of the images before they were aligned
         tables = {}
-        for kind, (files, needed) in _TABLES.items():
-            if kind == "landmarks":
-                files = {f"{_LANDMARKS[self.images]}.txt": 2, f"{_LANDMARKS[self.images]}.csv": 1}
-            if kind == "box" and self.images != "wild":
-                continue
-            path = first_existing(self.root, _FOLDERS, list(files))
+        for kind, stem in stems.items():
+            path = first_existing(self.root, _FOLDERS, (f"{stem}.txt", f"{stem}.csv"))
             if path is not None:
-                tables[kind] = _read(path, files[path.name], _COLUMNS.get(kind))
-            elif needed or kind == self.label:
-                raise InputError(f"source {self.root}: has no {' or '.join(files)}")
-        _check_values(tables["attributes"], {-1, 1})
-        _check_values(tables["partition"], {0, 1, 2})
+                tables[kind] = _read(path, kind)
+            elif kind in ("attributes", "partition", self.label):
+                raise InputError(f"source {self.root}: has no {stem}.txt or {stem}.csv")
         return tables
 
-    def _class_names(self, tables: dict[str, Table]) -> list[str]:
-        attributes = tables["attributes"].columns
+    def _classes(self, tables: dict[str, Table]) -> tuple[list[str], np.ndarray | None, Table]:
+        """(class names, class of every row of a table, that table)."""
+        attributes = tables["attributes"]
         if self.label == "none":
-            return []
+            return [], None, attributes
         if self.label == "identity":
-            return [str(number) for number in np.unique(tables["identity"].values)]
-        if self.label not in attributes:
-            near = difflib.get_close_matches(self.label, attributes, n=1)
+            people, numbers = np.unique(tables["identity"].values[:, 0], return_inverse=True)
+            return [str(person) for person in people], numbers, tables["identity"]
+        if self.label not in attributes.columns:
+            near = difflib.get_close_matches(self.label, attributes.columns, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"label {self.label!r}: {hint}must be none, identity or one of {', '.join(attributes)}")
-        return [f"not {self.label}", self.label]
-
-    def _label(self, name: str, names: Sequence[str], tables: dict[str, Table]) -> int | None:
-        if self.label == "none":
-            return None
-        if self.label == "identity":
-            return int(np.searchsorted(np.array(names, dtype=np.int64), tables["identity"].of(name)[0]))
-        return int(tables["attributes"].of(name)[tables["attributes"].columns.index(self.label)] > 0)
+            raise InputError(f"label {self.label!r}: {hint}must be none, identity or one of {', '.join(attributes.columns)}")
+        values = attributes.values[:, attributes.columns.index(self.label)]
+        return [f"not {self.label}", self.label], values > 0, attributes
 
 
-def _read(path: Path, heading: int, width: int | None) -> Table:
+def _read(path: Path, kind: str) -> Table:
     """InputError naming the line of what is wrong."""
+    lines = read_rows(path) if path.suffix == ".csv" else _text_rows(path)
+    count, columns = None, [kind] * _COLUMNS.get(kind, 0)
     if path.suffix == ".csv":
-        rows = read_table(path)
-        columns = list(rows[0])[1:] if rows else []
-        lines = [list(row.values()) for row in rows]
-        first = 2
-    else:
-        lines = _split_lines(path)
-        count, columns = None, [str(n) for n in range(width or 0)]
-        if heading:
-            count, columns = _heading(path, lines)
-            lines = lines[2:]
-        if count is not None and count != len(lines):
-            raise InputError(f"{path}: line 1 says {count} rows, but there are {len(lines)}")
-        first = heading + 1
-    expected = width or len(columns)
-    table = Table(path, columns, values=np.empty((len(lines), expected), np.int32))
-    for number, line in enumerate(lines):
-        if len(line) != expected + 1:
-            raise InputError(f"{path}: line {number + first}: {len(line)} columns, not {expected + 1}")
-        if line[0] in table.rows:
-            raise InputError(f"{path}: line {number + first}: {line[0]!r} for a second time")
+        columns = next(lines)[1][1:]
+    elif kind in _HEADED:
+        count, columns = _heading(path, lines)
+    width, allowed = _COLUMNS.get(kind, len(columns)), _ALLOWED.get(kind)
+    rows: dict[str, int] = {}
+    values = array("i")
+    for line, (name, *words) in lines:
+        if len(words) != width:
+            raise InputError(f"{path}: line {line}: {len(words) + 1} columns, not {width + 1}")
+        if name in rows:
+            raise InputError(f"{path}: line {line}: {name!r} for a second time")
         try:
-            table.values[number] = [int(value) for value in line[1:]]
-        except ValueError:
-            raise InputError(f"{path}: line {number + first}: not all of {' '.join(line[1:])!r} are whole numbers") from None
-        table.rows[line[0]] = number
-    if not table.rows:
-        raise InputError(f"{path}: has no rows")
-    return table
+            numbers = [int(word) for word in words]
+            values.extend(numbers)
+        except (ValueError, OverflowError):
+            raise InputError(f"{path}: line {line}: not all of {' '.join(words)!r} are whole numbers") from None
+        if allowed and not allowed.issuperset(numbers):
+            column, value = next(pair for pair in zip(columns, numbers, strict=True) if pair[1] not in allowed)
+            raise InputError(f"{path}: line {line}: {column} = {value}: must be one of "
+                             f"{', '.join(map(str, sorted(allowed)))}")
+        rows[sys.intern(name)] = len(rows)  # the tables have the same names
+    if count is not None and count != len(rows):
+        raise InputError(f"{path}: line 1 says {count} rows, but there are {len(rows)}")
+    if not rows or not width:
+        raise InputError(f"{path}: has no {'columns' if rows else 'rows'}")
+    return Table(path, columns, rows, np.frombuffer(values, np.int32).reshape(-1, width))
 
 
-def _split_lines(path: Path) -> list[list[str]]:
+def _text_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, words) of every line that is not blank."""
     try:
-        return [line.split() for line in path.read_text().splitlines() if line.strip()]
+        with path.open(encoding="utf-8") as file:
+            yield from ((number, words) for number, line in enumerate(file, start=1) if (words := line.split()))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable text file: {error}") from None
 
 
-def _heading(path: Path, lines: list[list[str]]) -> tuple[int, list[str]]:
-    if len(lines) < 2 or len(lines[0]) != 1 or not lines[0][0].isdigit():
+def _heading(path: Path, lines: Iterator[tuple[int, list[str]]]) -> tuple[int, list[str]]:
+    _, first = next(lines, (1, []))
+    if len(first) != 1 or not first[0].isdecimal():
         raise InputError(f"{path}: line 1: must be the number of rows")
-    return int(lines[0][0]), [name for name in lines[1] if name != "image_id"]
-
-
-def _check_values(table: Table, allowed: set[int]) -> None:
-    wrong = np.argwhere(~np.isin(table.values, sorted(allowed)))
-    if len(wrong):
-        row, column = wrong[0]
-        name = next(name for name, number in table.rows.items() if number == row)
-        raise InputError(f"{table.path}: {name}: {table.columns[column]} = {table.values[row, column]}: must be one of "
-                         f"{', '.join(map(str, sorted(allowed)))}")
-
-
+    _, names = next(lines, (2, []))
+    return int(first[0]), [name for name in names if name != "image_id"]

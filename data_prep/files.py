@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,13 @@ class FileRecords:
 
     def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
         for item in items:
-            name = name_of(item.place)
+            name = self.source.name(item.place)
             try:
-                data = read_item(self.source, item, self.max_pixels, newest)
+                check_length(item.size, self.max_pixels)
+                data = self.source.read(item.place, item.size, newest)
                 yield image_record(item, data, self.max_pixels, {"source": name, **self.meta(name)}, self.attributes(name))
+            except InputError:  # of the source, not of one image
+                raise
             except ValueError as error:
                 rejects.append(Reject(item.split, name, str(error)))
 
@@ -57,44 +59,52 @@ class FileRecords:
         return None
 
 
-def read_item(source: Source, item: Item, max_pixels: int, newest: int) -> bytes:
-    """ValueError when the item cannot be read, or is longer than any image of so many pixels."""
+def check_length(size: int, max_pixels: int) -> None:
+    """ValueError when a file is longer than any image of so many pixels."""
     limit = max_pixels * _BYTES_PER_PIXEL
-    if item.size > limit:
-        raise ValueError(f"{item.size} bytes, more than an image of the pixels allowed can have ({limit})")
-    return source.read(item.place, item.size, newest)
+    if size > limit:
+        raise ValueError(f"{size} bytes, more than an image of the pixels allowed can have ({limit})")
 
 
-def name_of(place: bytes) -> str:
-    """The name in a place, of a folder or an archive."""
-    head, _, tail = place.partition(b":")
-    offset, _, name = tail.partition(b":")
-    return os.fsdecode(name if head.isdigit() and offset.isdigit() else place)
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, values as text) of a CSV or Parquet file: first the header, then the rows, each as long as the header.
 
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV or Parquet file, all values as text. InputError when it is neither."""
+    InputError when it is neither.
+    """
     try:
-        if path.suffix.lower() == ".parquet":
-            table = pq.read_table(path)
-            return [{key: "" if value is None else str(value) for key, value in row.items()} for row in table.to_pylist()]
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
+        yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
         raise InputError(f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}") from None
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise InputError(f"{path}: line {number}: another number of columns than the header")
-    return rows
 
 
-def column_of(rows: Sequence[Mapping[str, str]], names: Sequence[str], path: Path) -> str:
-    """Which of these names, in lower case, the table has a column of. InputError when it has none."""
-    present = list(rows[0]) if rows else []
-    found = next((column for name in names for column in present if column.strip().lower() == name), None)
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        header = next(reader, [])
+        yield 1, header
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise InputError(f"{path}: line {reader.line_num}: {len(row)} columns, not {len(header)}")
+            yield reader.line_num, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    with pq.ParquetFile(path) as file:
+        yield 1, file.schema_arrow.names
+        line = 1
+        for batch in file.iter_batches():
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                line += 1
+                yield line, ["" if value is None else str(value) for value in row]
+
+
+def column_of(header: Sequence[str], names: Sequence[str], path: Path) -> int:
+    """The number of the column that has one of these names, in lower case. InputError when none has."""
+    lower = [column.strip().lower() for column in header]
+    found = next((lower.index(name) for name in names if name in lower), None)
     if found is None:
         raise InputError(f"{path}: no column {' or '.join(map(repr, names))}: it has "
-                         f"{', '.join(map(repr, present)) or 'none'}")
+                         f"{', '.join(map(repr, header)) or 'none'}")
     return found
 
 

@@ -4,12 +4,13 @@ or with the classes in a table."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from data_prep.base import TEST_SHARE, Items, Listing, digest_of, number_classes, stratified_test
-from data_prep.files import FileRecords, column_of, read_table
-from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, is_image, open_source
+from data_prep.files import FileRecords, column_of, read_rows
+from data_prep.sources import IMAGE_SUFFIXES, Entry, Files, Folder, is_image
+from data_prep.tars import open_source
 from r2id.data.shards import Reject
 from r2id.errors import InputError
 
@@ -32,31 +33,36 @@ class FolderReader(FileRecords):
 
     def listing(self) -> Listing:
         files = self.source.files(is_image)
-        if not files.entries:
+        if not files:
             raise InputError(f"source {self.path}: holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        digest, rejects = files.digest, list(files.rejects)
         if self.labels:
-            entries, placed = self._look_up(files.entries, rejects)
-            digest = digest_of([(digest.encode(), 0), (self.labels.read_bytes(), 0)])
-        else:
-            entries, placed = files.entries, place([PurePosixPath(entry.name).parts for entry in files.entries],
-                                                   archive=not isinstance(self.source, Folder))
-            self._check_layout(entries, placed)
-        return make_listing(entries, placed, digest, files.newest, rejects, files.words())
+            return self._labelled(files, self.labels)
+        placed = place(files, archive=not isinstance(self.source, Folder))
+        self._check_layout(files, placed)
+        kind = " by ".join(filter(None, [f"{self.source.kind} of images", " and ".join(
+            what for what, known in zip(("split", "class"), placed[0], strict=True) if known)]))
+        return make_listing(files, placed, files.digest, files.newest, files.rejects, [kind, files.words()])
 
-    def _look_up(self, entries: Sequence[Entry], rejects: list[Reject]) -> tuple[list[Entry], list[Placed]]:
-        """The entries that the table names, and what it says of them; the others, and names without images, are rejects."""
-        table = _labels(self.labels) if self.labels else {}
-        known = {name: table.pop(name) for name in [entry.name for entry in entries] if name in table}
-        rejects += [Reject("", entry.name, f"no label in {self.labels}") for entry in entries if entry.name not in known]
-        rejects += [Reject("", name, f"in {self.labels}, but there is no such image") for name in table]
-        kept = [entry for entry in entries if entry.name in known]
+    def _labelled(self, files: Files, labels: Path) -> Listing:
+        """Of the images that the table names; the others, and names without images, are rejects."""
+        table = _labels(labels)
+        kept, placed, rejects = [], [], list(files.rejects)
+        for entry in files:
+            if entry.name in table:
+                kept.append(entry)
+                placed.append(table.pop(entry.name))
+            else:
+                rejects.append(Reject("", entry.name, f"no label in {labels.name}"))
         if not kept:
-            raise InputError(f"labels {self.labels}: names none of the {len(entries)} images of {self.path}: paths must be "
-                             f"relative to it, like {entries[0].name!r}")
-        return kept, [known[entry.name] for entry in kept]
+            raise InputError(f"labels {labels}: names none of the {len(files)} images of {self.path}: paths must be "
+                             f"relative to it, like {next(iter(files)).name!r}")
+        rejects += [Reject(split or "", name, f"in {labels.name}, but there is no such image")
+                    for name, (split, _) in table.items()]
+        digest = digest_of([(files.digest.encode(), 0), (labels.read_bytes(), 0)])
+        return make_listing(kept, placed, digest, files.newest, rejects,
+                            [f"{self.source.kind} of images with the classes of {labels.name}", files.words()])
 
-    def _check_layout(self, entries: Sequence[Entry], placed: Sequence[Placed]) -> None:
+    def _check_layout(self, entries: Iterable[Entry], placed: Sequence[Placed]) -> None:
         """In each split either all images have a class or none."""
         first: dict[str | None, tuple[str, bool]] = {}
         for entry, (split, label) in zip(entries, placed, strict=True):
@@ -66,10 +72,13 @@ class FolderReader(FileRecords):
                                  f"{other!r}, {entry.name!r}")
 
 
-def make_listing(entries: Sequence[Entry], placed: Sequence[Placed], digest: str, newest: int, rejects: list[Reject],
-                 found: str, class_names: Sequence[str] = ()) -> Listing:
+def make_listing(entries: Iterable[Entry], placed: Sequence[Placed], digest: str, newest: int, rejects: list[Reject],
+                 found: Sequence[str], class_names: Sequence[str] = ()) -> Listing:
     """Classes are those that occur, unless they are given; images without a split are parted into train and test."""
     names = list(class_names) or number_classes(name for _, name in placed if name is not None)
+    odd = next((name for name in names if not _is_text(name)), None)
+    if odd is not None:
+        raise InputError(f"class {os.fsencode(odd)!r}: the name is not UTF-8: rename the folder")
     numbers = {name: number for number, name in enumerate(names)}
     labels = [None if name is None else numbers[name] for _, name in placed]
     test = stratified_test(labels, TEST_SHARE)
@@ -80,35 +89,55 @@ def make_listing(entries: Sequence[Entry], placed: Sequence[Placed], digest: str
     return Listing(items.table(), digest, newest, names, rejects=rejects, found=found)
 
 
-def place(paths: Sequence[tuple[str, ...]], archive: bool = False) -> list[Placed]:
-    """(split, class) of each path, as far as the folders tell. An archive's one top folder, which holds folders, is just
+def place(files: Files, archive: bool = False) -> list[Placed]:
+    """(split, class) of each file, as far as the folders tell. An archive's one top folder, which holds folders, is just
     its name."""
-    start = 0
-    if archive and paths and len({parts[0] for parts in paths}) == 1 and min(map(len, paths)) > 2:
-        start = 0 if paths[0][0].lower() in SPLITS else 1
-    nested = all(len(parts) > start + 1 and parts[start].lower() in SPLITS for parts in paths)
+    tops, shallowest = set(), 3
+    for entry in files:
+        parts = _parts(entry)
+        tops.add(parts[0])
+        shallowest = min(shallowest, len(parts))
+    start = int(archive and len(tops) == 1 and shallowest > 2 and next(iter(tops)).lower() not in SPLITS)
+    nested = all(len(parts) > start + 1 and parts[start].lower() in SPLITS for parts in map(_parts, files))
+    shared: dict[Placed, Placed] = {}  # there are many images and few pairs
     placed = []
-    for parts in paths:
+    for parts in map(_parts, files):
         inner = parts[start + nested:]
-        placed.append((SPLITS[parts[start].lower()] if nested else None, inner[0] if len(inner) > 1 else None))
+        pair = SPLITS[parts[start].lower()] if nested else None, inner[0] if len(inner) > 1 else None
+        placed.append(shared.setdefault(pair, pair))
     return placed
+
+
+def _parts(entry: Entry) -> list[str]:
+    return [part for part in entry.name.split("/") if part not in ("", ".")]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _labels(path: Path) -> dict[str, Placed]:
     """Image path → (split, class). InputError naming the line of what is wrong."""
-    rows = read_table(path)
-    name = column_of(rows, ("path", "file", "filename", "file_name", "image", "image_id"), path)
-    label = column_of(rows, ("label", "class", "target"), path)
-    split = next((column for column in rows[0] if column.strip().lower() == "split"), None)
+    rows = read_rows(path)
+    _, header = next(rows)
+    name = column_of(header, ("path", "file", "filename", "file_name", "image", "image_id"), path)
+    label = column_of(header, ("label", "class", "target"), path)
+    split = next((number for number, column in enumerate(header) if column.strip().lower() == "split"), None)
     table: dict[str, Placed] = {}
-    for number, row in enumerate(rows, start=2):
+    shared: dict[Placed, Placed] = {}
+    for line, row in rows:
         key = os.path.normpath(row[name].strip())
-        value = row[split].strip().lower() if split else None
-        if value is not None and value not in SPLITS:
-            raise InputError(f"{path}: line {number}: split {row[split or '']!r}: must be one of {', '.join(SPLITS)}")
+        part = None if split is None else row[split].strip().lower()
+        if part is not None and part not in SPLITS:
+            raise InputError(f"{path}: line {line}: split {part!r}: must be one of {', '.join(SPLITS)}")
         if not row[label].strip():
-            raise InputError(f"{path}: line {number}: no label for {key!r}")
+            raise InputError(f"{path}: line {line}: no label for {key!r}")
         if key in table:
-            raise InputError(f"{path}: line {number}: {key!r} for a second time")
-        table[key] = SPLITS[value] if value else None, row[label].strip()
+            raise InputError(f"{path}: line {line}: {key!r} for a second time")
+        pair = SPLITS[part] if part else None, row[label].strip()
+        table[key] = shared.setdefault(pair, pair)
     return table

@@ -25,9 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.base import Item, Items, Listing, Reader, digest_of
-from data_prep.files import FileRecords, column_of, first_existing, image_record, read_table
+from data_prep.files import FileRecords, column_of, first_existing, image_record, read_rows
 from data_prep.folder import SPLITS, Placed, make_listing
-from data_prep.sources import Entry, Folder, Tars, is_image, plain_tar
+from data_prep.sources import Folder, Several, is_image, time_of
+from data_prep.tars import Tar, plain_tar
 from r2id.data.records import Record
 from r2id.data.shards import Reject
 from r2id.errors import InputError, WorkError
@@ -35,8 +36,10 @@ from r2id.errors import InputError, WorkError
 _TARS = {"train": ("ILSVRC2012_img_train.tar",), "val": ("ILSVRC2012_img_val.tar",),
          "test": ("ILSVRC2012_img_test_v10102019.tar", "ILSVRC2012_img_test.tar")}
 _KIT = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
+_KIT_LARGEST = 10**8  # bytes of one of its files; the real ones have less than one per cent of that
+_SOLUTION, _MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 _WNID = re.compile(r"n\d{8}")
-_PARQUET = re.compile(r"(train|validation|val|test)-\d+-of-\d+.*\.parquet")
+_PARQUET = re.compile(r"(train|validation|val|test)-\d+-of-(\d+).*\.parquet")
 
 
 def open_imagenet(source: Path | None, unpacked: Path, max_pixels: int) -> Reader:
@@ -64,46 +67,44 @@ class TarImagenet(FileRecords):
     """As published."""
 
     def __init__(self, root: Path, unpacked: Path, max_pixels: int) -> None:
-        self.root, self.unpacked = root, unpacked
         found = {split: next((root / name for name in names if (root / name).is_file()), None)
                  for split, names in _TARS.items()}
+        self.root = root
         self.tars = {split: plain_tar(path, unpacked) for split, path in found.items() if path}
-        self.parts = {split: Tars([path], nested=split == "train") for split, path in self.tars.items()}
-        super().__init__(_Parts(self.parts), max_pixels)
+        super().__init__(Several({split: Tar(path, nested=split == "train") for split, path in self.tars.items()}),
+                         max_pixels)
 
     def listing(self) -> Listing:
-        wnids, truth = self._kit() if "val" in self.tars else (None, [])
-        entries: list[Entry] = []
-        placed: list[Placed] = []
-        rejects: list[Reject] = []
-        newest = others = 0
-        for split, part in self.parts.items():
-            files = part.files(is_image)
-            entries += [Entry(entry.name, entry.size, split.encode() + b"/" + entry.place) for entry in files.entries]
-            rejects += [Reject(split, reject.source, reject.reason) for reject in files.rejects]
-            newest, others = max(newest, files.newest), others + files.others
-            names = [entry.name for entry in files.entries]
-            if split == "val":
-                if len(names) != len(truth):
-                    raise InputError(f"{self.tars['val']}: {len(names)} images, but the development kit has {len(truth)} "
-                                     "labels")
-                placed += [(split, wnid) for wnid in truth]  # both in the order of the names
-            else:
-                placed += [(split, PurePosixPath(name).parts[0] if split == "train" else None) for name in names]
-        strange = next((entry.name for entry, (split, wnid) in zip(entries, placed, strict=True)
-                        if split == "train" and not _WNID.fullmatch(wnid or "")), None)
-        if strange:
-            raise InputError(f"{self.tars['train']}: {strange!r} is not in a tar named by a WordNet id, such as "
-                             "n01440764.tar")
-        digest = digest_of((entry.place.split(b"/")[0] + b"/" + entry.name.encode(errors="surrogateescape"), entry.size)
-                           for entry in entries)
-        words = f"ImageNet as published ({', '.join(path.name for path in self.tars.values())})"
-        words += f", {others} other files left out" if others else ""
-        return make_listing(entries, placed, digest, newest, rejects, words, wnids or ())
+        files = self.source.files(is_image)
+        wnids, truth = self._kit() if "val" in self.tars else ([], [])
+        images = sum(entry.name.startswith("val/") for entry in files)
+        if images != len(truth):
+            raise InputError(f"{self.tars['val']}: {images} images, but the development kit has {len(truth)} labels")
+        labels = iter(truth)  # the kit has them in the order of the images' names
+        known = set(wnids)
+        shared: dict[Placed, Placed] = {}
+        placed = []
+        for entry in files:
+            split, inner, *_ = entry.name.split("/")
+            pair = split, inner if split == "train" else next(labels) if split == "val" else None
+            if split == "train":
+                self._check_class(inner, entry.name, known)
+            placed.append(shared.setdefault(pair, pair))
+        rejects = [Reject(reject.source.split("/")[0], reject.source, reject.reason) for reject in files.rejects]
+        found = [f"ImageNet as published ({', '.join(path.name for path in self.tars.values())})",
+                 *(f"no {split} images" for split in ("train", "val") if split not in self.tars), files.words()]
+        return make_listing(files, placed, files.digest, files.newest, rejects, found, wnids)
+
+    def _check_class(self, wnid: str, name: str, known: set[str]) -> None:
+        if not _WNID.fullmatch(wnid):
+            raise InputError(f"{self.tars['train']}: {name.removeprefix('train/')!r} is not in a tar named by a WordNet id, "
+                             "such as n01440764.tar")
+        if known and wnid not in known:
+            raise InputError(f"{self.tars['train']}: class {wnid} is none of the {len(known)} of the development kit")
 
     def _kit(self) -> tuple[list[str], list[str]]:
         """(all WordNet ids, sorted; the WordNet id of each validation image, by the images' names in order)."""
-        kit = next((self.root / name for name in _KIT if (self.root / name).exists()), None)
+        kit = first_existing(self.root, ("",), _KIT)
         if kit is None:
             raise InputError(f"source {self.root}: has no {_KIT[0]}, which has the labels of the validation images")
         meta, truth = (_kit_file(kit, name) for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"))
@@ -112,20 +113,6 @@ class TarImagenet(FileRecords):
             return sorted(wnids.values()), [wnids[int(line)] for line in truth.decode().split()]
         except (ValueError, KeyError) as error:
             raise InputError(f"{kit}: ILSVRC2012_validation_ground_truth.txt: {error} is no id of meta.mat") from None
-
-
-class _Parts:
-    """Sources side by side: a place is the part's name, a slash and the place in it."""
-
-    def __init__(self, parts: dict[str, Tars]) -> None:
-        self.parts, self.path = parts, next(iter(parts.values())).path
-
-    def files(self, keep: Any) -> Any:
-        raise NotImplementedError("each part is listed by itself")
-
-    def read(self, place: bytes, size: int, newest: int) -> bytes:
-        part, _, inner = place.partition(b"/")
-        return self.parts[part.decode()].read(inner, size, newest)
 
 
 def read_synsets(data: bytes, kit: Path) -> dict[int, str]:
@@ -147,6 +134,8 @@ def _kit_file(kit: Path, name: str) -> bytes:
             return (kit / "data" / name).read_bytes()
         with tarfile.open(kit) as archive:
             member = next(member for member in archive if PurePosixPath(member.name).name == name and member.isreg())
+            if member.size > _KIT_LARGEST:
+                raise InputError(f"{kit}: {name}: {member.size} bytes, more than the {_KIT_LARGEST} that it may have")
             content = archive.extractfile(member)
             assert content is not None, "a regular member has content"
             return content.read()
@@ -162,34 +151,42 @@ class FolderImagenet(FileRecords):
         self.root, self.images = root, images
 
     def listing(self) -> Listing:
-        files = self.source.files(is_image)
-        mapping = self.root / "LOC_synset_mapping.txt"
-        lines = mapping.read_text().splitlines() if mapping.exists() else []
-        wnids = sorted(line.split()[0] for line in lines if line.strip())
-        solution, rejects = self._solution(), list(files.rejects)
-        kept, placed = [], []
-        for entry in files.entries:
-            split, wnid = self._place(entry.name, solution)
-            if split != "test" and wnid is None:
-                flat = split == "val" and len(PurePosixPath(entry.name).parts) == 2
-                rejects.append(Reject(split or "", entry.name, "no label in LOC_val_solution.csv" if flat
-                                      else "not in a folder named by a WordNet id"))
-            elif wnids and wnid is not None and wnid not in wnids:
-                rejects.append(Reject(split or "", entry.name, f"its class {wnid} is not in {mapping.name}"))
-            else:
-                kept.append(entry)
-                placed.append((split, wnid))
-        present = {PurePosixPath(entry.name).stem for entry in files.entries if solution}
-        rejects += [Reject("val", name, "in LOC_val_solution.csv, but there is no such image")
-                    for name in solution if name not in present and (self.images / "val").is_dir()]
-        if not kept:
+        files, solution, wnids = self.source.files(is_image), self._solution(), self._wnids()
+        rejects, known, unseen = list(files.rejects), set(wnids), dict(solution)
+        shared: dict[Placed, Placed] = {}
+        places: list[Placed | None] = []
+        for entry in files:
+            pair = self._place(entry.name, solution)
+            reason = self._refuse(entry.name, *pair, known)
+            if reason:
+                rejects.append(Reject(pair[0] or "", entry.name, reason))
+            places.append(None if reason else shared.setdefault(pair, pair))
+            unseen.pop(PurePosixPath(entry.name).stem, None)
+        if (self.images / "val").is_dir():
+            rejects += [Reject("val", name, f"in {_SOLUTION}, but there is no such image") for name in unseen]
+        placed = [pair for pair in places if pair]
+        if not placed:
             raise InputError(f"source {self.root}: holds no images in folders named by WordNet ids")
-        shape = "Kaggle's" if self.images != self.root else "in folders by class"
-        words = f"ImageNet, {shape}" + (f", {files.words()}" if files.others else "")
-        counts = Counter(split for split, _ in placed)
-        missing = [name for name in ("train", "val") if counts[None] == 0 and not counts[name]]
-        words += "".join(f", no {name} images" for name in missing)
-        return make_listing(kept, placed, files.digest, files.newest, rejects, words, wnids)
+        splits = {split for split, _ in shared}
+        found = ["ImageNet, Kaggle's" if self.images != self.root else "ImageNet, in folders by class",
+                 *(f"no {split} images" for split in ("train", "val") if None not in splits and split not in splits),
+                 files.words()]
+        kept = (entry for entry, pair in zip(files, places, strict=True) if pair)
+        return make_listing(kept, placed, files.digest, files.newest, rejects, found, wnids)
+
+    def _wnids(self) -> list[str]:
+        """All WordNet ids, sorted, where the mapping is at hand."""
+        mapping = first_existing(self.root, ("", ".."), (_MAPPING,))
+        lines = mapping.read_text(errors="replace").splitlines() if mapping else []
+        return sorted(line.split()[0] for line in lines if line.strip())
+
+    @staticmethod
+    def _refuse(name: str, split: str | None, wnid: str | None, known: set[str]) -> str:
+        """Why an image cannot be used, or an empty text."""
+        if wnid is None and split != "test":
+            flat = split == "val" and name.count("/") == 1
+            return f"no label in {_SOLUTION}" if flat else "not in a folder named by a WordNet id"
+        return f"its class {wnid} is not in {_MAPPING}" if known and wnid is not None and wnid not in known else ""
 
     def _place(self, name: str, solution: dict[str, str]) -> Placed:
         parts = PurePosixPath(name).parts
@@ -201,12 +198,16 @@ class FolderImagenet(FileRecords):
 
     def _solution(self) -> dict[str, str]:
         """WordNet id by the name of a validation image."""
-        path = self.root / "LOC_val_solution.csv"
-        if not path.exists():
+        path = first_existing(self.root, ("", ".."), (_SOLUTION,))  # the archive has it beside ILSVRC/
+        if path is None:
+            val = self.images / "val"
+            if val.is_dir() and any(is_image(child.name) for child in val.iterdir()):
+                raise InputError(f"source {self.root}: has no {_SOLUTION}, which has the labels of the images in {val}")
             return {}
-        rows = read_table(path)
-        name, answer = column_of(rows, ("imageid",), path), column_of(rows, ("predictionstring",), path)
-        return {row[name]: row[answer].split()[0] for row in rows if row[answer].split()}
+        rows = read_rows(path)
+        _, header = next(rows)
+        name, answer = column_of(header, ("imageid",), path), column_of(header, ("predictionstring",), path)
+        return {row[name]: row[answer].split()[0] for _, row in rows if row[answer].split()}
 
 
 class ParquetImagenet:
@@ -214,7 +215,6 @@ class ParquetImagenet:
 
     def __init__(self, folder: Path, max_pixels: int) -> None:
         self.folder, self.max_pixels, self.files = folder, max_pixels, _parquet_files(folder)
-        self._group: tuple[tuple[int, int], list[dict[str, Any]]] = ((-1, -1), [])
 
     def listing(self) -> Listing:
         items, names, newest, block = Items(), list[str](), 0, 0
@@ -226,8 +226,8 @@ class ParquetImagenet:
             names = names or _hub_names(file)
             for group in range(file.num_row_groups):
                 facts = file.metadata.row_group(group)
-                labels = file.read_row_group(group, columns=["label"])["label"].to_pylist()
-                size = -(-facts.total_byte_size // max(facts.num_rows, 1))  # what one takes on average
+                labels = _read_column(file, path, group, "label")
+                size = _mean_size(facts)
                 parts.append((f"{path.name} {group} {facts.total_byte_size}".encode(), facts.num_rows))
                 for row, label in enumerate(labels):
                     known = label is not None and label >= 0
@@ -236,25 +236,46 @@ class ParquetImagenet:
         table = items.table()
         highest = max((label for label in table["label"].to_pylist() if label is not None), default=-1)
         names = names if len(names) > highest else [str(number) for number in range(highest + 1)]
-        return Listing(table, digest_of(parts), newest, names, found=f"ImageNet in {len(self.files)} Parquet files")
+        return Listing(table, digest_of(parts), newest, names, found=["ImageNet in Parquet files", *self._missing()])
 
     def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
+        held: tuple[int, int] | None = None
+        images: list[dict[str, Any] | None] = []
         for item in items:
             number, group, row = map(int, item.place.split(b":"))
             path = self.files[number]
-            if self._group[0] != (number, group):
-                if path.stat().st_mtime_ns > newest:
-                    raise WorkError(f"{path}: changed since the preparation began")
-                columns = _open_parquet(path).read_row_group(group, columns=["image"])
-                self._group = (number, group), columns["image"].to_pylist()
-            image = self._group[1][row]
-            name = (image or {}).get("path") or f"{path.name} row group {group} row {row}"
+            name = f"{path.name} row group {group} row {row}"
             try:
+                if held != (number, group):
+                    images, held = self._read(path, group, item.size, newest), (number, group)
+                image = images[row]
+                name = (image or {}).get("path") or name
                 if not image or image.get("bytes") is None:
                     raise ValueError("the row has no image bytes")
                 yield image_record(item, image["bytes"], self.max_pixels, {"source": name})
             except ValueError as error:
                 rejects.append(Reject(item.split, name, str(error)))
+
+    def _read(self, path: Path, group: int, size: int, newest: int) -> list[dict[str, Any] | None]:
+        """The images of a row group."""
+        if time_of(path) > newest:
+            raise WorkError(f"{path}: changed since the preparation began")
+        with _open_parquet(path) as file:
+            if group >= file.num_row_groups or _mean_size(file.metadata.row_group(group)) != size:
+                raise WorkError(f"{path}: changed since the preparation began")
+            return _read_column(file, path, group, "image")
+
+    def _missing(self) -> list[str]:
+        """In words: files that the names of the others promise, and splits."""
+        parts = Counter((found[1], int(found[2])) for path in self.files if (found := _PARQUET.fullmatch(path.name)))
+        splits = {SPLITS[split] for split, _ in parts}
+        return [*(f"{count} of {total} {split} files" for (split, total), count in parts.items()),
+                *(f"no {split} images" for split in ("train", "val") if split not in splits)]
+
+
+def _mean_size(group: pq.RowGroupMetaData) -> int:
+    """Bytes of a row group per image, rounded up; of a single image only its decoding would tell."""
+    return -(-group.total_byte_size // max(group.num_rows, 1))
 
 
 def _parquet_files(folder: Path) -> list[Path]:
@@ -270,6 +291,13 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     if missing:
         raise InputError(f"{path}: no column {' and '.join(map(repr, sorted(missing)))}")
     return file
+
+
+def _read_column(file: pq.ParquetFile, path: Path, group: int, column: str) -> list[Any]:
+    try:
+        return file.read_row_group(group, columns=[column])[column].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: row group {group} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _hub_names(file: pq.ParquetFile) -> list[str]:

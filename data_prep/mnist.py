@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import re
 import urllib.request
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from r2id.errors import InputError, WorkError
 from r2id.progress import say
 
 _PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
+_NAME = re.compile(r"(emnist-[a-z]+-)?(?P<split>train|t10k|test)-(?P<what>images|labels)[-.](?P<kind>idx[13])-ubyte(\.gz)?")
 _UNSIGNED_BYTE = 8
 _MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
             "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -26,11 +29,13 @@ _CHECKSUMS = {  # SHA-256 of the uncompressed files
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+_CHUNK = 1 << 24  # bytes
 _TIMEOUT = 60  # seconds without an answer
 
 
 def open_mnist(source: Path | None, downloads: Path) -> ArrayReader:
-    """Read the four IDX files, ``.gz`` or not, from ``source`` or a raw/ folder in it; download MNIST without one.
+    """Read the four IDX files, ``.gz`` or not, from ``source``, its raw/ or its MNIST/raw, FashionMNIST/raw, …; download
+    MNIST without one.
 
     Names are those of MNIST or EMNIST (``emnist-letters-train-images-idx3-ubyte``), with ``-idx`` or ``.idx``. Raises
     InputError naming the file that is missing, truncated or no IDX file.
@@ -51,21 +56,37 @@ def open_mnist(source: Path | None, downloads: Path) -> ArrayReader:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of unsigned bytes: big-endian magic (0, 0, type, dimensions), sizes as uint32, then the values."""
+    """An IDX file of unsigned bytes: big-endian magic (0, 0, type, dimensions), sizes as uint32, then the values.
+
+    No more is decompressed than the sizes say.
+    """
+    start = 4 + 4 * dimensions
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(start)
+            if head[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
+                raise InputError(f"{path}: not an IDX file of {dimensions}-dimensional bytes: it begins with "
+                                 f"{head[:4].hex(' ') or 'nothing'}, not 00 00 08 {dimensions:02x}")
+            if len(head) < start:
+                raise InputError(f"{path}: truncated or damaged: {len(head)} bytes, not its sizes")
+            shape = np.frombuffer(head[4:], dtype=">u4").astype(np.int64)
+            expected = math.prod(shape.tolist())
+            values = _read_up_to(file, expected + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: truncated or unreadable: {error}") from None
-    if data[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
-        raise InputError(f"{path}: not an IDX file of {dimensions}-dimensional bytes: it begins with "
-                         f"{data[:4].hex(' ') or 'nothing'}, not 00 00 08 {dimensions:02x}")
-    start = 4 + 4 * dimensions
-    shape = np.frombuffer(data[4:start], dtype=">u4").astype(np.int64) if len(data) >= start else None
-    if shape is None or len(data) != start + int(np.prod(shape)):
-        expected = "its sizes" if shape is None else f"{start + int(np.prod(shape))} bytes"
-        raise InputError(f"{path}: truncated or damaged: {len(data)} bytes, not {expected}")
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+    if len(values) != expected:
+        raise InputError(f"{path}: truncated or damaged: {'more' if len(values) > expected else len(values) + start} bytes, "
+                         f"not {start + expected} bytes")
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def _read_up_to(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
+    """In parts: sizes that are wrong may be larger than the memory."""
+    parts, left = [], most
+    while left and (part := file.read(min(left, _CHUNK))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def download(folder: Path) -> Path:
@@ -97,14 +118,19 @@ def _fetch(name: str, checksum: str) -> bytes:
 def _find(source: Path) -> Path:
     if not source.is_dir():
         raise InputError(f"source {source}: no such folder")
-    nested = (path for path in (source / "MNIST" / "raw", source / "raw") if path.is_dir())
-    return next(nested, source)
+    if any(_NAME.fullmatch(path.name) for path in source.iterdir()):
+        return source
+    nested = [path for path in (source / "raw", *sorted(source.glob("*MNIST/raw"))) if path.is_dir()]
+    if len(nested) > 1:
+        raise InputError(f"source {source}: holds several datasets ({', '.join(path.parent.name for path in nested)}): "
+                         "give the folder of one")
+    return nested[0] if nested else source
 
 
 def _existing(folder: Path, prefixes: tuple[str, ...], part: str) -> Path:
     """The one file of this split and content."""
-    pattern = re.compile(rf"(emnist-[a-z]+-)?({'|'.join(prefixes)})-{part.replace('-idx', '[-.]idx')}(\.gz)?")
-    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_file())
+    found = sorted(path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_file()
+                   and match["split"] in prefixes and part == f"{match['what']}-{match['kind']}-ubyte")
     if not found:
         raise InputError(f"source {folder}: has no {prefixes[0]}-{part}, with or without .gz")
     kinds = {path.name.removesuffix(".gz") for path in found}

@@ -6,7 +6,7 @@ It is kept in the set: ``plan.json`` and, one row group per shard, ``plan.parque
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def make_plan(config: PrepareConfig) -> Plan:
                          "or remove this one")
     sweep(out)
     plan = kept or _write(config, listing)
-    return Plan(**{**vars(plan), "newest": listing.newest})
+    return replace(plan, newest=listing.newest)
 
 
 def load_plan(config: PrepareConfig) -> Plan | None:
@@ -108,7 +108,8 @@ def read_plan(out: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise InputError(f"{out / PLAN}: missing or damaged, it or {_ITEMS}: remove {out} and prepare again")
+        raise InputError(f"{out / PLAN}: missing or damaged, it or {_ITEMS}, or by another version of r2id: remove {out} "
+                         "and prepare again")
     return stored
 
 
@@ -143,8 +144,7 @@ def _check_vacant(out: Path) -> None:
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What a plan depends on beside the source."""
     names = ("dataset", "shard_mb", "label", "images", "max_megapixels")
-    return {"format_version": FORMAT_VERSION, **{name: getattr(config, name) for name in names},
-            "labels": None if config.labels is None else str(config.labels)}
+    return {"format_version": FORMAT_VERSION, **{name: getattr(config, name) for name in names}}
 
 
 def _write(config: PrepareConfig, listing: Listing) -> Plan:
@@ -157,8 +157,8 @@ def _write(config: PrepareConfig, listing: Listing) -> Plan:
             writer.write_table(listing.items.take(rows), row_group_size=max(len(rows), 1))
     plan = Plan(config, listing.digest, sha256_file(config.out / _ITEMS), listing.class_names, listing.attribute_names,
                 [file for file, _ in shards], [len(rows) for _, rows in shards], rejects)
-    source = None if config.source is None else str(config.source.absolute())
-    content = {"settings": _settings(config), "source": source, "max_rejects": config.max_rejects,
+    paths = {name: path and str(path.resolve()) for name, path in (("source", config.source), ("labels", config.labels))}
+    content = {"settings": _settings(config), **paths, "max_rejects": config.max_rejects,
                **{name: getattr(plan, name) for name in _KEPT},
                "rejects": [[reject.split, reject.source, reject.reason] for reject in rejects]}
     write_atomic(config.out / PLAN, json.dumps(content, indent=1).encode())

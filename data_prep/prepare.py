@@ -22,7 +22,7 @@ from typing import Any
 
 from data_prep.plan import Plan, is_complete, make_plan
 from data_prep.readers import DOWNLOADS, keep_reader
-from data_prep.sources import free
+from data_prep.tars import free
 from r2id.config import PrepareConfig
 from r2id.data.files import write_atomic
 from r2id.data.records import Record
@@ -65,6 +65,8 @@ def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
                 plan.check_budget(rejected, result["example"])
                 progress.advance(result["samples"] + result["rejects"])
         finish(plan)
+    else:
+        _free(plan)  # to see that the source was the same it had to be decompressed
     return config.out
 
 
@@ -105,14 +107,15 @@ def finish(plan: Plan) -> Manifest:
     if rejects:
         write_atomic(plan.out / REJECTS, table)
         say(f"{plan.out / REJECTS}: {len(rejects)} images rejected, with the reasons")
+    else:
+        (plan.out / REJECTS).unlink(missing_ok=True)
     splits = {split: SplitEntry(samples=sum(entry.samples for entry in shards),
                                 bytes=sum(entry.bytes for entry in shards), shards=shards)
               for split, shards in entries.items()}
     manifest = Manifest(format_version=FORMAT_VERSION, dataset=plan.config.dataset, source_digest=plan.source_digest,
                         class_names=plan.class_names, attribute_names=plan.attribute_names, rejects=len(rejects),
                         rejects_sha256=hashlib.sha256(table).hexdigest() if rejects else "", splits=splits).write(plan.out)
-    if plan.config.source is not None:
-        free(plan.out / DOWNLOADS)
+    _free(plan)
     return manifest
 
 
@@ -176,6 +179,12 @@ def _ahead(records: Iterator[Record]) -> Iterator[Record]:
         while thread.is_alive():  # it may wait for room
             with contextlib.suppress(queue.Empty):
                 made.get(timeout=0.05)
+
+
+def _free(plan: Plan) -> None:
+    """Of what can be had again from the source."""
+    if plan.config.source is not None:
+        free(plan.out / DOWNLOADS)
 
 
 def _words(rejects: Sequence[Reject]) -> str:

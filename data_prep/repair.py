@@ -8,34 +8,55 @@ from pathlib import Path
 from data_prep.plan import Plan, make_plan, read_plan
 from data_prep.prepare import finish, write_shard
 from r2id.config import PrepareConfig
-from r2id.data.shards import MANIFEST, REJECTS
+from r2id.data.shards import MANIFEST, REJECTS, find_intact, read_commit, read_manifest
 from r2id.data.verify import Damage
-from r2id.errors import InputError
+from r2id.errors import InputError, WorkError
 from r2id.progress import track
 
 
-def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) -> list[str]:
-    """Write the files again that verify found damaged; remove shards that do not belong to the set. Returns their names.
+def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) -> dict[str, str]:
+    """Write the files again that verify found damaged; remove shards that do not belong to the set.
 
+    Returns what was done to which file: "rebuilt", "removed" or, of the manifest and the rejects table, "rewritten".
     ``source`` is where the source is now, when it has moved. InputError when the plan is damaged, or the source is gone or
-    another one.
+    another one; WorkError when it gives other bytes than it once did.
     """
     plan = _plan_of(folder, source)
     blamed = {damage.file for damage in damages}
-    # Of a key that is there twice, one of two shards is to blame, and their hashes agree with an edited manifest.
-    broken = [number for number, file in enumerate(plan.files)
-              if {file, str(Path(file).with_suffix(".parquet")), file.split("/")[0]} & blamed]
-    belong = {name for file in plan.files for name in (file, str(Path(file).with_suffix(".parquet")))}
-    extra = sorted(blamed - belong - {MANIFEST, REJECTS} - {file.split("/")[0] for file in plan.files})
-    for name in extra:
-        (folder / name).unlink(missing_ok=True)
-    for number in track(broken, "repair", unit="shards"):
-        file = plan.files[number]
-        for name in (file, str(Path(file).with_suffix(".parquet"))):
-            (folder / name).unlink(missing_ok=True)
-        write_shard(plan, number)
+    broken = [file for file in plan.files if _is_broken(folder, file, blamed)]
+    right = _stated(folder, blamed)
+    belong = {name for file in plan.files for name in (file, _index_of(file))}
+    present = {path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*") if path.is_file()}
+    extra = sorted(present - belong)
+    _remove(folder, extra)
+    for file in track(broken, "repair", unit="shards"):
+        _remove(folder, [file, _index_of(file)])
+        write_shard(plan, plan.files.index(file))
+        rebuilt = read_commit(folder, file)[0].sha256
+        if rebuilt != right.get(file, rebuilt):
+            _remove(folder, [file, _index_of(file)])
+            raise WorkError(f"{folder / file}: cannot be rebuilt: source {plan.config.source} no longer has the images it "
+                            "was made of, though their names and lengths are the same")
     finish(plan)
-    return sorted({*(plan.files[number] for number in broken), *extra, *(blamed & {MANIFEST, REJECTS})})
+    return {**dict.fromkeys(broken, "rebuilt"), **dict.fromkeys(extra, "removed"),
+            **dict.fromkeys(sorted(blamed & {MANIFEST, REJECTS}), "rewritten")}
+
+
+def _is_broken(folder: Path, file: str, blamed: set[str]) -> bool:
+    """Whether a shard has to be written again."""
+    # Of a key that is there twice, one of the split's shards is to blame, and its hash may agree with an edited manifest.
+    if blamed & {file, _index_of(file), file.split("/")[0]}:
+        return True
+    # Where the manifest cannot be believed, verify may not have come to the shards.
+    return MANIFEST in blamed and find_intact(folder, file) is None
+
+
+def _stated(folder: Path, blamed: set[str]) -> dict[str, str]:
+    """SHA-256 of each shard according to the manifest, where that is to be believed."""
+    if MANIFEST in blamed:
+        return {}
+    splits = read_manifest(folder).splits
+    return {entry.file: entry.sha256 for name, split in splits.items() if name not in blamed for entry in split.shards}
 
 
 def _plan_of(folder: Path, source: Path | None) -> Plan:
@@ -44,6 +65,14 @@ def _plan_of(folder: Path, source: Path | None) -> Plan:
     where = source or (Path(stored["source"]) if stored["source"] else None)
     if where is not None and not where.exists():
         raise InputError(f"source {where}: no longer there: say with --source where it is now")
-    labels = Path(settings.pop("labels")) if settings.get("labels") else None
-    settings.pop("labels", None)
+    labels = Path(stored["labels"]) if stored["labels"] else None
     return make_plan(PrepareConfig(**settings, labels=labels, source=where, out=folder, max_rejects=stored["max_rejects"]))
+
+
+def _index_of(file: str) -> str:
+    return str(Path(file).with_suffix(".parquet"))
+
+
+def _remove(folder: Path, files: Sequence[str]) -> None:
+    for file in files:
+        (folder / file).unlink(missing_ok=True)

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 from webdataset.tariterators import base_plus_ext
 
-from data_prep.base import TEST_SHARE, Item, Items, Listing, stratified_test
-from data_prep.files import image_record
+from data_prep.base import TEST_SHARE, Columns, Item, Items, Listing, digest_of, rows_of, stratified_test
+from data_prep.files import check_length, image_record
 from data_prep.folder import SPLITS
-from data_prep.sources import IMAGE_SUFFIXES, Entry, Files, Tars, plain_tar
+from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, time_of
+from data_prep.tars import Tar, plain_tar
 from r2id.data.records import Record
-from r2id.data.shards import MANIFEST, Reject
+from r2id.data.shards import MANIFEST, PLAN, Manifest, Reject, read_manifest
 from r2id.errors import InputError
 
-_TARS = (".tar", ".tar.gz", ".tgz")
-_KEPT = {"cls", "json", "txt"}
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+_KEPT = ("cls", "json", "txt")
+_SAMPLES = pa.schema([("tar", pa.int32()), ("label", pa.int32()), ("place", pa.binary()), ("size", pa.int64())])
+
+Member = tuple[str, int, int]
+"""(extension as it is written, offset in the tar, bytes)."""
 
 
 class WebdatasetReader:
     """Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, the rest from ``.json``.
 
     Splits are sub-folders called train, val or test, or words of the tars' names (``imagenet-train-000.tar``); where there
-    are none, a tenth is set aside for testing.
+    are none, a tenth is set aside for testing. A place is [number of the tar, key, the image's member, the others].
     """
 
     def __init__(self, source: Path | None, unpacked: Path, max_pixels: int) -> None:
@@ -34,85 +40,129 @@ class WebdatasetReader:
             raise InputError("source: missing: dataset 'webdataset' needs a tar or a folder of tars")
         if not source.exists():
             raise InputError(f"source {source}: no such file or folder")
-        found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.name.endswith(_TARS))
+        found = [source] if source.is_file() else _find_tars(source)
         if not found:
             raise InputError(f"source {source}: holds no tars ({', '.join(_TARS)})")
-        self.source, self.max_pixels = source, max_pixels
+        self.source, self.max_pixels, self.own = source, max_pixels, _own_manifest(source)
         self.splits = [_split_of(path.relative_to(source) if source.is_dir() else Path(path.name)) for path in found]
-        self.tars = Tars([plain_tar(path, unpacked) for path in found])
+        self.tars = [Tar(plain_tar(path, unpacked)) for path in found]
 
     def listing(self) -> Listing:
-        files = self.tars.files(_is_member)
-        samples = _group(files)
-        rejects, kept = list(files.rejects), []
-        for (number, key), members in samples.items():
-            images = [ext for ext in members if ext not in _KEPT]
-            if len(images) == 1:
-                kept.append((number, members, images[0]))
-            else:
-                words = f"{len(images)} images ({', '.join(images)})" if images else "no image"
-                rejects.append(Reject(self.splits[number] or "", key, f"a sample with {words}"))
-        if not kept:
+        samples, rejects, digests = Columns(_SAMPLES), list[Reject](), list[str]()
+        newest = max(time_of(tar.path) for tar in self.tars)
+        extensions: set[str] = set()
+        others = 0
+        for number, tar in enumerate(self.tars):
+            files = tar.files(_is_member)
+            digests.append(files.digest)
+            others += files.others
+            rejects += [Reject(self.splits[number] or "", reject.source, reject.reason) for reject in files.rejects]
+            for key, members in _group(files):
+                reason = self._add(samples, number, key, members, newest)
+                if reason:
+                    rejects.append(Reject(self.splits[number] or "", key, reason))
+                else:
+                    extensions |= members.keys()
+        if not len(samples):
             raise InputError(f"source {self.source}: its tars hold no samples with an image")
-        labels = [self._label(members, files.newest) for _, members, _ in kept]
-        test = stratified_test(labels, TEST_SHARE)
-        items = Items()
-        for position, (number, members, image) in enumerate(kept):
-            split = self.splits[number] or ("test" if test[position] else "train")
-            order = [image, *sorted(set(members) - {image})]
-            place = json.dumps([[ext, members[ext].place.decode(errors="surrogateescape"), members[ext].size]
-                                for ext in order]).encode()
-            items.add(split, labels[position], place, members[image].size + 6 * sum(members[ext].size for ext in order[1:]))
-        words = f"a webdataset of {len(self.tars.paths)} tars" + (f", {files.words()}" if files.others else "")
-        return Listing(items.table(), files.digest, files.newest, self._class_names(labels), rejects=rejects, found=words)
+        table = samples.table()
+        digest = digest_of([*((digest.encode(), 0) for digest in digests), (repr(table["label"].to_pylist()).encode(), 0)])
+        names, attributes = self._names(table)
+        found = [f"a webdataset of {len(self.tars)} tars with {', '.join(sorted(extensions))}",
+                 f"{others} other files left out" if others else ""]
+        return Listing(self._items(table), digest, newest, names, attributes, rejects, found)
 
     def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
         for item in items:
-            members = {ext: (place.encode(errors="surrogateescape"), size) for ext, place, size in json.loads(item.place)}
-            image = next(iter(members))
-            name = members[image][0].split(b":", 2)[2].decode(errors="surrogateescape")
+            number, key, *members = json.loads(item.place)
+            name = f"{key}.{members[0][0]}"
             try:
-                meta = self._meta({ext: self.tars.read(place, size, newest) for ext, (place, size) in members.items()
-                                   if ext in ("json", "txt")})
-                place, size = members[image]
-                data = self.tars.read(place, size, newest)
-                yield image_record(item, data, self.max_pixels, {**meta, "source": name})
+                check_length(members[0][2], self.max_pixels)
+                data, *others = (self._read(number, key, member, newest) for member in members)
+                meta = _meta({member[0].lower(): content for member, content in zip(members[1:], others, strict=True)})
+                yield image_record(item, data, self.max_pixels, {"source": name, **meta}, self._attributes(meta))
+            except InputError:  # of the source, not of one image
+                raise
             except ValueError as error:
                 rejects.append(Reject(item.split, name, str(error)))
 
-    def _label(self, members: dict[str, Entry], newest: int) -> int | None:
-        if "cls" not in members:
+    def _add(self, samples: Columns, number: int, key: str, members: dict[str, Member], newest: int) -> str:
+        """Add a sample, or say why not."""
+        images = [extension for extension in members if extension not in _KEPT]
+        plain = [extension for extension in images if "." not in extension]  # beside masks, such as KEY.seg.png
+        if len(plain or images) != 1:
+            return f"a sample with {len(images)} images ({', '.join(images)})" if images else "a sample with no image"
+        label = None
+        if "cls" in members:
+            content = self._read(number, key, members["cls"], newest)
+            if not re.fullmatch(rb"\s*\d{1,9}\s*", content):
+                raise InputError(f"{self.tars[number].path}: {key}.cls: {content[:20]!r}: must be a class number, 0 or more")
+            label = int(content)
+        image, others = members[(plain or images)[0]], [members[kind] for kind in ("json", "txt") if kind in members]
+        size = image[2] + 6 * sum(other[2] for other in others)  # six is what JSON makes of one odd character
+        samples.append(number, label, json.dumps([number, key, image, *others]).encode(), size)
+        return ""
+
+    def _read(self, number: int, key: str, member: Member, newest: int) -> bytes:
+        extension, offset, size = member
+        return self.tars[number].read(b"%d:" % offset + f"{key}.{extension}".encode(errors="surrogateescape"), size, newest)
+
+    def _items(self, samples: pa.Table) -> pa.Table:
+        labels = samples["label"].to_pylist()
+        test = stratified_test(labels, TEST_SHARE)
+        items = Items()
+        for position, (number, label, place, size) in enumerate(rows_of(samples)):
+            items.add(self.splits[number] or ("test" if test[position] else "train"), label, place, size)
+        return items.table()
+
+    def _names(self, samples: pa.Table) -> tuple[list[str], list[str]]:
+        """Of classes and attributes: those of one of our own sets, or numbers and none."""
+        count = 1 + max((label for label in samples["label"].to_pylist() if label is not None), default=-1)
+        names = self.own.class_names if self.own else []
+        return (names if len(names) >= count else [str(number) for number in range(count)],
+                self.own.attribute_names if self.own else [])
+
+    def _attributes(self, meta: dict[str, Any]) -> tuple[int, ...] | None:
+        if not (self.own and self.own.attribute_names):
             return None
-        data = self.tars.read(members["cls"].place, members["cls"].size, newest)
-        if not re.fullmatch(rb"\s*\d{1,9}\s*", data):
-            raise InputError(f"{self.source}: {members['cls'].name}: {data[:20]!r}: must be a class number, 0 or more")
-        return int(data)
-
-    def _class_names(self, labels: Sequence[int | None]) -> list[str]:
-        """Those of one of our own sets, or numbers."""
-        count = 1 + max((label for label in labels if label is not None), default=-1)
-        manifest = self.source / MANIFEST
-        names = json.loads(manifest.read_bytes()).get("class_names", []) if manifest.is_file() else []
-        return names if len(names) >= count else [str(number) for number in range(count)]
-
-    @staticmethod
-    def _meta(members: dict[str, bytes]) -> dict[str, Any]:
-        meta: dict[str, Any] = {}
-        if "json" in members:
-            content = json.loads(members["json"])
-            meta |= content if isinstance(content, dict) else {"json": content}
-        if "txt" in members:
-            meta["caption"] = members["txt"].decode()
-        return meta
+        values = meta.get("attributes")
+        count = len(self.own.attribute_names)
+        if not isinstance(values, list) or len(values) != count or any(value not in (-1, 1) for value in values):
+            raise ValueError(f"its JSON has no {count} attributes of -1 or 1")
+        return tuple(values)
 
 
-def _group(files: Files) -> dict[tuple[int, str], dict[str, Entry]]:
-    """(number of the tar, key) → member by extension, in lower case."""
-    samples: dict[tuple[int, str], dict[str, Entry]] = {}
-    for entry in files.entries:
+def _find_tars(folder: Path) -> list[Path]:
+    files = Folder(folder).files(lambda name: name.endswith(_TARS) and not PurePosixPath(name).name.startswith("."))
+    if files.rejects:
+        raise InputError(f"{folder / files.rejects[0].source}: {files.rejects[0].reason}")
+    return [folder / entry.name for entry in files]
+
+
+def _own_manifest(source: Path) -> Manifest | None:
+    """Of a set that r2id wrote, which must be finished. Other programs' files of this name say nothing to it."""
+    path = source / MANIFEST
+    own = (source / PLAN).is_file() or (path.is_file() and b'"format_version"' in path.read_bytes())
+    return read_manifest(source) if own else None
+
+
+def _meta(members: dict[str, bytes]) -> dict[str, Any]:
+    meta: dict[str, Any] = {}
+    if "json" in members:
+        content = json.loads(members["json"])
+        meta |= content if isinstance(content, dict) else {"json": content}
+    if "txt" in members:
+        meta["caption"] = members["txt"].decode()
+    return meta
+
+
+def _group(files: Iterable[Entry]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, member by extension in lower case) of every sample of a tar."""
+    samples: dict[str, dict[str, Member]] = {}
+    for entry in files:
         key, extension = base_plus_ext(entry.name)
-        samples.setdefault((int(entry.place.split(b":")[0]), key), {})[extension.lower()] = entry
-    return samples
+        samples.setdefault(key, {})[extension.lower()] = extension, int(entry.place.partition(b":")[0]), entry.size
+    yield from samples.items()
 
 
 def _is_member(name: str) -> bool:
@@ -123,5 +173,3 @@ def _is_member(name: str) -> bool:
 def _split_of(path: Path) -> str | None:
     words = [*(part.lower() for part in path.parts[:-1]), *re.split(r"[^a-z]+", path.name.lower())]
     return next((SPLITS[word] for word in words if word in SPLITS), None)
-
-

@@ -18,6 +18,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at shard sets, and fetch the index of one that is elsewhere.")
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, check them, and export their weights.")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
                                                        help="Overrides, as section.key=value.")]
@@ -103,17 +105,22 @@ def verify(
     """Rehash and decode everything; exit 1 and a list when anything is damaged."""
     from data_prep.repair import repair as run_repair
     from r2id.data.latents import MANIFEST, verify_latents
+    from r2id.data.shards import ShardSet
     from r2id.data.verify import verify as run_verify
 
     latents = (folder / MANIFEST).is_file()
+    if source and not repair:
+        raise InputError(f"source {source}: goes with --repair")
     if latents and repair:
         raise InputError(f"{folder}: latents are repaired by the r2id encode that wrote them: it rewrites what is damaged")
     damages = verify_latents(folder) if latents else run_verify(folder)
-    repaired = run_repair(folder, damages, source) if repair and damages else []
+    repaired = run_repair(folder, damages, source) if repair and damages else {}
     damages = run_verify(folder) if repaired else damages
-    lines = [str(damage) for damage in damages] or [f"{folder}: intact"]
-    _report({"intact": not damages, "damages": [vars(damage) for damage in damages], "repaired": repaired}, as_json,
-            lambda r: [*(f"{file}: repaired" for file in repaired), *lines])
+    summary = {} if latents or damages else ShardSet.open(folder).summary()
+    count = f"{sum(summary['samples'].values())} images " if summary else ""
+    lines = [str(damage) for damage in damages] or [f"{folder}: {count}intact"]
+    _report({"intact": not damages, "damages": [vars(damage) for damage in damages], "repaired": repaired, **summary},
+            as_json, lambda r: [*(f"{file}: {done}" for file, done in repaired.items()), *lines])
     if damages:
         raise typer.Exit(1)
 
@@ -288,6 +295,68 @@ def run(
         raise InputError(f"{config}: stage {settings.stage!r} is for r2id train; r2id run takes 'pipeline'")
     result = run_pipeline(settings, config.parent)
     _report(result, as_json, lambda r: r["lines"])
+
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint or run directory (its newest).")]
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """What it is: stage, step, samples, parameters, averages, model, codec, sizes."""
+    from r2id.training.export import describe
+
+    _report(describe(checkpoint), as_json, _checkpoint_lines)
+
+
+def _checkpoint_lines(figures: dict[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in figures["bytes"].items())
+    averages = ", ".join(f"{kind} {value}" for kind, value in figures["averages"].items())
+    return [
+        f"{figures['checkpoint']}: {figures['stage']}, step {figures['step']} of {figures['steps']}",
+        f"samples     {figures['samples']}, seed {figures['seed']}, from {figures['data']}",
+        f"parameters  {figures['parameters']}",
+        f"averages    {averages}; {figures['snapshots']} snapshots",
+        "model       " + ", ".join(f"{name} {value}" for name, value in figures["model"].items()),
+        "facts       " + ", ".join(f"{name} {value}" for name, value in figures["facts"].items()),
+        *([f"codec       {figures['codec']}"] if figures["codec"] else []),
+        f"megabytes   {figures['total_bytes'] / 1e6:.1f}: {sizes}; files of {figures['written_by']} ranks",
+        f"identity    {figures['identity']}"]
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """Rehash all files; exit 1 and a list when anything is damaged."""
+    from r2id.training.checkpoint import damages, resolve
+
+    folder, found = resolve(checkpoint), damages(checkpoint)
+    _report({"checkpoint": folder, "intact": not found, "damages": found}, as_json,
+            lambda r: r["damages"] or [f"{folder}: intact"])
+    if found:
+        raise typer.Exit(1)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="File to write; must not exist.")],
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+    ema: Annotated[str, typer.Option(metavar="default|SIGMA", help="Which average of the weights: the one that sampling "
+                                     "uses, or one of this width, made of the run's snapshots.")] = "default",
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One safetensors file of averaged weights with config and facts, for RIAE.from_pretrained and R2ID.from_pretrained."""
+    from r2id.training.export import export
+
+    try:
+        sigma = None if ema == "default" else float(ema)
+    except ValueError:
+        raise InputError(f"--ema {ema!r}: must be default, or a width above 0 and below 0.28") from None
+    result = export(checkpoint, out, dtype=dtype, sigma=sigma, overwrite=overwrite)
+    _report(result, as_json, lambda r: [
+        f"{r['file']}: {r['stage']} of step {r['step']}, {r['dtype']}, {r['bytes'] / 1e6:.1f} MB"] + ([
+            f"average of width {r['average']} from {r['snapshots']} snapshots; its profile is off by {r['misfit']:.1%}"]
+            if sigma else []))
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ Pair = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
 IntPair = Annotated[tuple[int, int], BeforeValidator(_as_tuple)]
 Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(_as_tuple)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -192,23 +193,55 @@ class TrainConfig(Section):
     """Samples per forward pass of one process; none takes the process's whole share at once."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is autocast: weights, norms and gradients stay float32."""
-    activation_checkpointing: Literal["none", "all"] = "none"
+    activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=2)] = "none"
+    """Blocks whose activations are computed again in the backward pass instead of kept: all, or every so-manieth."""
+    compile: bool = False
+    """torch.compile each block: one compilation for each shape that blocks meet. Needs a C++ compiler on a CPU."""
+    skip_nonfinite: int = Field(default=0, ge=0)
+    """Steps of a run that may be left out because their loss or gradient is not finite; one more ends it."""
+    stall_seconds: float | None = Field(default=1800.0, gt=0)
+    """A process that makes no step for so long ends, with the stacks of its threads; none waits for ever."""
     ema: float = Field(default=0.9995, ge=0, lt=1)
     """Decay of the weights' moving average; warmed up as min(ema, (1 + step) / (10 + step))."""
+    ema_profiles: Widths = ()
+    """Widths σ_rel of power-function averages (Karras et al. 2024) kept instead of that one, such as [0.05, 0.1]: the
+    average looks back that share of the training. Sampling uses the first; ``r2id checkpoint export --ema`` makes any
+    other width's from two of them."""
+    ema_snapshot_every: int | None = Field(default=None, ge=1)
+    """Steps between the copies of ``ema_profiles`` that this takes, kept in RUN/ema; none: a 32nd of the run."""
     log_every: int = Field(default=50, ge=1)
     save_every: int = Field(default=1000, ge=1)
     preview_every: int = Field(default=1000, ge=1)
     """Steps between pictures: reconstructions (RIAE) or samples (R2ID)."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    milestone_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of these steps are saved and kept for good."""
+
+    @model_validator(mode="after")
+    def _profiles_differ(self) -> TrainConfig:
+        if len(set(self.ema_profiles)) < len(self.ema_profiles):
+            raise ValueError(f"ema_profiles = {list(self.ema_profiles)}: must differ from one another")
+        if self.ema_snapshot_every and not self.ema_profiles:
+            raise ValueError("ema_snapshot_every: is of ema_profiles, and there are none")
+        return self
 
 
 class EngineConfig(Section):
     kind: Literal["auto", "local", "deepspeed"] = "auto"
     """local is plain PyTorch in one process; auto takes it when there is one process and DeepSpeed when there are more."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lies in the CPU's memory instead of the GPU's: the optimizer's state (stages 1 to 3), or the weights too (3)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the computed DeepSpeed configuration, for experts."""
+
+    @model_validator(mode="after")
+    def _offload_what_is_sharded(self) -> EngineConfig:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload {self.offload!r}: needs zero_stage {least} or more, not {self.zero_stage}")
+        return self
 
 
 class TrackingConfig(Section):

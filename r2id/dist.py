@@ -90,6 +90,15 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    group.all_gather_object(values, value)
+    return values
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all ranks; the argument stays as it is."""
     return _all_reduce(tensor, group.ReduceOp.SUM)

@@ -10,7 +10,11 @@ class WorkError(RuntimeError):
 
 
 class NonFiniteError(WorkError):
-    """A loss or gradient is not finite; raised before the update, so that no weight is spoilt."""
+    """A loss or gradient is not finite; raised before the update of ``step`` (from 0), so that no weight is spoilt."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Stopped(Exception):

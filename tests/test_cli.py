@@ -9,7 +9,7 @@ from PIL import Image
 
 from r2id import cli
 from r2id.errors import InputError
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, TINY_RIAE
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ COMMANDS = ["prepare", "verify", "train", "encode", "sample", "reconstruct", "ev
 def test_every_command_has_help(r2id):
     code, out, _ = r2id("--help")
     assert code == 0 and all(command in out for command in COMMANDS)
-    for command in COMMANDS:
-        code, out, _ = r2id(command, "--help")
+    for command in [*COMMANDS, "checkpoint show", "checkpoint verify", "checkpoint export"]:
+        code, out, _ = r2id(*command.split(), "--help")
         assert code == 0 and "--json" in out
 
 
@@ -61,8 +61,80 @@ def test_results_as_json(r2id, digits, riae_run, r2id_run, latents, tmp_path):
     assert code == 0 and json.loads(out)["step"] == 40
 
 
+def test_checkpoint_commands(r2id, riae_run, r2id_run, tmp_path):
+    code, out, _ = r2id("checkpoint", "show", r2id_run, "--json")
+    assert code == 0 and json.loads(out)["stage"] == "r2id" and json.loads(out)["step"] == 40
+    code, out, _ = r2id("checkpoint", "show", riae_run)
+    assert code == 0 and "riae, step 60 of 60" in out and "samples     1920" in out
+    file = tmp_path / "m.safetensors"
+    code, out, _ = r2id("checkpoint", "export", riae_run, "--out", file, "--dtype", "bfloat16", "--json")
+    assert code == 0 and json.loads(out)["bytes"] == file.stat().st_size
+    code, out, _ = r2id("checkpoint", "verify", riae_run)
+    assert code == 0 and out.endswith("step-00000060: intact\n")
+
+
+def test_a_damaged_checkpoint_is_listed_refused_and_the_one_before_it_goes_on(r2id, digits, tmp_path):
+    train = ["train", CONFIGS / "digits" / "riae.toml", *TINY_RIAE, f"run={tmp_path}/run", f"data.shards={digits}",
+             "train.save_every=2", "train.steps=4"]
+    assert r2id(*train)[0] == 0
+    older, newer = (tmp_path / "run" / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
+    for kind in ("ema", "optimizer"):
+        data = bytearray((newer / f"{kind}.safetensors").read_bytes())
+        data[-5] ^= 64
+        (newer / f"{kind}.safetensors").write_bytes(data)
+    code, out, _ = r2id("checkpoint", "verify", tmp_path / "run", "--json")
+    result = json.loads(out)
+    assert code == 1 and not result["intact"]
+    assert [(newer / f"{kind}.safetensors").name in line for kind, line in zip(("ema", "optimizer"), result["damages"],
+                                                                              strict=True)] == [True, True]
+    Image.new("L", (9, 7), 200).save(tmp_path / "in.png")
+    reconstruct = ["reconstruct", tmp_path / "run", tmp_path / "in.png", "--out", tmp_path / "out.png"]
+    for command in ([*train, "train.steps=6"], reconstruct):
+        code, out, errors = r2id(*command)
+        assert code == 2 and out == "" and "Traceback" not in errors
+        message = next(line for line in errors.splitlines() if line.startswith("error: "))
+        assert "ema.safetensors: damaged" in message
+        assert message.endswith(f"{older} is intact: name that one, or remove {newer} to go on from it")
+    assert r2id("reconstruct", older, *reconstruct[2:])[0] == 0
+    for file in newer.iterdir():
+        file.unlink()
+    newer.rmdir()
+    code, _, errors = r2id(*train, "train.steps=6")
+    assert code == 0 and "going on from step 2" in errors
+
+
+def test_data_stats_and_index(r2id, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = r2id("data", "stats", digits, "--batch", 100)
+    assert code == 0 and "8x8      1438  100.0%     0.0%    100     62" in out
+    assert "train: 1438 images in 1 shards" in out and out.splitlines()[-1] == "picture: shards-sizes.png"
+    with Image.open(tmp_path / "shards-sizes.png") as picture:
+        assert picture.width > 500
+    code, out, _ = r2id("data", "stats", digits, "--size", "4x2", "--out", tmp_path / "s.png", "--json")
+    assert code == 0 and json.loads(out)["splits"]["test"]["lost"] == 0.5 and (tmp_path / "s.png").exists()
+    code, out, _ = r2id("data", "index", digits, "--out", tmp_path / "index", "--json")
+    assert code == 0 and json.loads(out)["samples"] == {"train": 1438, "test": 359}
+    assert not list((tmp_path / "index").rglob("*.tar"))
+
+
+def test_repair_from_the_command_line(r2id, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(4):
+        Image.new("L", (5, 4 + number), 40 * number).save(source / f"{number}.png")
+    assert r2id("prepare", "folder", "--source", source, "--out", tmp_path / "set")[0] == 0
+    shard = tmp_path / "set/train/shard-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:700])
+    assert r2id("verify", tmp_path / "set")[0] == 1
+    code, out, _ = r2id("verify", tmp_path / "set", "--repair")
+    assert code == 0 and shard.read_bytes() == whole
+    assert out == f"train/shard-000000.tar: rebuilt\n{tmp_path / 'set'}: 4 images intact\n"
+
+
 TRAIN = "train {configs}/digits/riae.toml run={tmp}/run"
 SAMPLE = "sample {r2id} --out {tmp}/s.png --count 2 --steps 1"
+EXPORT = "checkpoint export {riae} --out {tmp}/a.safetensors"
 MISTAKES = {
     "source missing": ("prepare mnist --source {tmp}/none --out {tmp}/o", ["none"]),
     "source empty": ("prepare folder --source {tmp}/empty --out {tmp}/o", ["empty"]),
@@ -87,6 +159,11 @@ MISTAKES = {
     "output exists": ("sample {r2id} --size 8x8 --out {tmp}/there.png", ["there.png", "exists already"]),
     "output of another kind": ("sample {r2id} --out {tmp}/text.jpg", ["text.jpg", ".png file or a folder"]),
     "unknown solver": (SAMPLE + " --solver rk9", ["rk9", "ddim"]),
+    "checkpoint that is none": ("checkpoint show {tmp}/empty", ["empty", "no checkpoint"]),
+    "export to another kind": ("checkpoint export {riae} --out {tmp}/there.png", ["there.png", ".safetensors file"]),
+    "export of a width that is none": (EXPORT + " --ema wide", ["'wide'", "default"]),
+    "export of a width not tracked": (EXPORT + " --ema 0.1", ["one average", "train.ema_profiles"]),
+    "export of an unknown type": (EXPORT + " --dtype int8", ["int8", "bfloat16"]),
     "unknown device": (SAMPLE + " --device tpu9", ["tpu9"]),
     "uneven batch": (TRAIN + " data.shards={digits} train.batch=10 train.micro_batch=4",
                      ["train.batch = 10", "multiple of 4"]),

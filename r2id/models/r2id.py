@@ -6,6 +6,7 @@ Shape letters: B batch · L channels of the diffused grid · h, w its size · N 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from r2id.config import R2idConfig
-from r2id.models import coords
+from r2id.models import coords, pretrained
 from r2id.models.attention import RMSNorm
 from r2id.models.conditioning import ClassCondition
 from r2id.models.coords import Size
@@ -45,6 +46,15 @@ class R2ID(nn.Module):
         self.out_norm = RMSNorm(width, elementwise_affine=False)
         self.out_modulation = zero_linear(width, 2 * width)
         self.out = zero_linear(width, channels)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> R2ID:
+        """A trained model from a file that ``r2id checkpoint export`` wrote: float32, on the CPU, ready for inference.
+
+        InputError when the file is none, is damaged or holds another model.
+        """
+        found = pretrained.read(Path(path), "r2id")
+        return found.fill(cls(found.section("r2id", R2idConfig), found.facts["latent_channels"], found.facts["classes"]))
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""

@@ -11,12 +11,14 @@ a square picture stretched.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from r2id.config import RiaeConfig
-from r2id.models import coords
+from r2id.models import coords, pretrained
 from r2id.models.attention import RMSNorm
 from r2id.models.coords import Size
 from r2id.models.layers import CrossBlock, SelfBlock, zero_linear
@@ -52,6 +54,16 @@ class RIAE(nn.Module):
             CrossBlock(config.pixel_width, config.width, pixel_heads, config.ffn_ratio, config.locality)
             for _ in range(config.decoder_blocks))
         self.to_colour = nn.Sequential(RMSNorm(config.pixel_width), zero_linear(config.pixel_width, channels))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> RIAE:
+        """A trained model from a file that ``r2id checkpoint export`` wrote: float32, on the CPU, ready for inference.
+
+        InputError when the file is none, is damaged or holds another model. r2id.models.pretrained.read also gives what
+        else the file says, the latents' statistics among it.
+        """
+        found = pretrained.read(Path(path), "riae")
+        return found.fill(cls(found.section("riae", RiaeConfig), found.facts["channels"]))
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""

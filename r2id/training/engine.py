@@ -2,8 +2,8 @@
 
 An engine trains a *stage module*: ``module(**batch)`` returns (scalar loss, dict of detached figures), and
 ``module.model`` holds the trained weights. Weights, gradients, moments and averages are float32 everywhere; bfloat16
-is autocast of the forward pass. State goes in and out by the model's own parameter names, whole and on the CPU, so that
-any engine goes on from any other's.
+is autocast of the forward pass. State goes in and out by the model's own parameter names, each rank's share by itself, so
+that any engine at any number of ranks goes on from any other's and none gathers the whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -26,15 +25,42 @@ from r2id import dist
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
-from r2id.training.ema import Ema
+from r2id.training.ema import Ema, decays
 from r2id.training.shares import accumulation, deepspeed_config
-from r2id.training.state import EngineState, Tensors, buffers, check_fits, to_cpu
+from r2id.training.state import (
+    MOMENTS,
+    EngineState,
+    Piece,
+    Shape,
+    Slices,
+    Source,
+    Tensors,
+    buffers,
+    check_fits,
+    cut,
+    fill,
+    whole,
+    whole_layout,
+)
 
 
 class Engine(ABC):
-    """What the training loop knows of an engine. In a job of many processes every method is called by all of them."""
+    """What the training loop knows of an engine. In a job of many processes every method is called by all of them.
+
+    An engine updates float32 *masters*: the weights themselves, or flat shares of them. Moments and averages are laid out
+    alike, so that one list of pieces tells where each parameter's elements are in all of them.
+    """
 
     device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    shapes: dict[str, Shape]
+    """Of the trained parameters, by name."""
+    masters: list[Tensor]
+    layout: list[Piece]
+    """What of the parameters this rank's masters hold."""
+    ema: Ema
+    steps: int = 0
 
     @abstractmethod
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
@@ -46,23 +72,74 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr: float, step: int) -> Tensor:
-        """Clip, update weights and average, after the last micro-batch of optimizer step ``step`` (from 0).
+        """Clip, update weights and averages, after the last micro-batch of optimizer step ``step`` (from 0).
 
         Returns the gradient norm before clipping, a scalar on the device. A norm that is not finite never reaches the
-        weights: NonFiniteError on every rank, here or, on a GPU in one process, at the next call.
+        weights: NonFiniteError on every rank, here or, on a GPU in one process, at the next call, before that does
+        anything. The engine is good for more steps afterwards.
         """
 
-    @abstractmethod
-    def state(self) -> EngineState | None:
-        """The whole state on rank 0, None elsewhere."""
+    def state(self) -> EngineState:
+        """This rank's share of the state: the very tensors that the next step changes, so save it before that."""
+        parts: dict[str, Slices] = {}
+        for kind, prefix, values in self._tracked():
+            parts.setdefault(kind, {}).update(cut(values, self._own(), self.shapes, prefix))
+        if dist.is_main():
+            for kind in ("model", *self.ema.averages):
+                parts[kind].update(whole(buffers(self.model)))
+        return EngineState(parts, self.steps)
 
-    @abstractmethod
+    def check(self, source: Source) -> None:
+        """InputError when a state is another model's, or of other averages."""
+        kinds = {"optimizer": tuple(f"{moment}." for moment in MOMENTS), "model": ("",)}
+        check_fits(source, kinds | dict.fromkeys(self.ema.averages, ("",)), self.shapes, self.model)
+
+    @torch.no_grad()
+    def load(self, source: Source) -> None:
+        """Take over a state that fits; each rank reads what it holds."""
+        for kind, prefix, values in self._tracked():
+            fill(values, self.layout, source, kind, prefix)
+        for master in self.masters:
+            self.optimizer.state[master]["step"].fill_(source.step)
+        self._set_weights(source)
+        shapes = source.shapes("model")
+        self.model.load_state_dict({name: source.read("model", name).view(shapes[name]) for name in buffers(self.model)},
+                                   strict=False)
+        self.steps = source.step
+
+    @torch.no_grad()
     def ema_state(self) -> Tensors | None:
-        """The averaged weights alone, on rank 0, None elsewhere."""
+        """The averaged weights that sampling uses, whole, with the model's buffers: on rank 0's CPU, None elsewhere."""
+        pieces = {piece.name: piece for piece in self.layout}
+        averages: Tensors = {}
+        for name, shape in self.shapes.items():
+            full = torch.zeros(math.prod(shape), device=self.device)
+            if name in pieces:
+                piece = pieces[name]
+                full[piece.start:piece.start + piece.count] = piece.of(self.ema.averages["ema"])
+            full = full if self._replicated() else dist.all_reduce_sum(full)
+            if dist.is_main():
+                averages[name] = full.view(shape).cpu()
+        return {**averages, **buffers(self.model)} if dist.is_main() else None
+
+    def _tracked(self) -> list[tuple[str, str, list[Tensor]]]:
+        """All that is saved: (kind, prefix of the names, tensors laid out as the masters)."""
+        moments = [("optimizer", f"{moment}.", [self.optimizer.state[master][moment] for master in self.masters])
+                   for moment in MOMENTS]
+        return [("model", "", self.masters), *moments,
+                *((kind, "", averages) for kind, averages in self.ema.averages.items())]
+
+    def _own(self) -> list[Piece]:
+        """The pieces that this rank saves: each parameter's elements are saved once."""
+        return self.layout[dist.rank()::dist.world_size()] if self._replicated() else self.layout
 
     @abstractmethod
-    def load_state(self, state: EngineState) -> None:
-        """Take over a state, the same on every rank. InputError when it is another model's."""
+    def _replicated(self) -> bool:
+        """Whether every rank holds everything."""
+
+    @abstractmethod
+    def _set_weights(self, source: Source) -> None:
+        """The weights that the forward pass uses, where they are not the masters."""
 
 
 def make_engine(module: nn.Module, *, optim: OptimConfig, train: TrainConfig, engine: EngineConfig,
@@ -118,11 +195,12 @@ class LocalEngine(Engine):
         self.clip, self.bfloat16 = optim.clip, train.precision == "bfloat16"
         self.optimizer = make_optimizer(self.model, optim)
         self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.parameters = list(self.names.values())
-        fill_moments(self.optimizer, self.parameters)
-        self.ema = Ema(self.parameters, train.ema)
+        self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}
+        self.masters = list(self.names.values())
+        self.layout = whole_layout(self.shapes)
+        fill_moments(self.optimizer, self.masters)
+        self.ema = Ema(self.masters, decays(train))
         self.guard = _FiniteGuard(device)
-        self.steps = 0
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -133,43 +211,29 @@ class LocalEngine(Engine):
 
     def step(self, lr: float, step: int) -> Tensor:
         self.guard.check()
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
-        clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
+        norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
+        clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
         # The fused update reads this on the device and does nothing where it is 1: the protocol of torch's GradScaler.
         setattr(self.optimizer, "found_inf", self.guard.watch(norm, step))  # noqa: B010
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.steps = step + 1
         if self.device.type == "cpu":  # nothing runs behind: no reason to wait for the next call
             self.guard.check()
         self.ema.update(step)
-        self.steps = step + 1
         return norm
 
     def state(self) -> EngineState:
         self.guard.check()
-        moments = {name: self.optimizer.state[p] for name, p in self.names.items()}
-        return EngineState(
-            model=to_cpu(self.model.state_dict()), ema=self.ema_state(),
-            exp_avg=to_cpu({name: moment["exp_avg"] for name, moment in moments.items()}),
-            exp_avg_sq=to_cpu({name: moment["exp_avg_sq"] for name, moment in moments.items()}), step=self.steps)
+        return super().state()
 
-    def ema_state(self) -> Tensors:
-        averages = dict(zip(self.names, self.ema.averages, strict=True))
-        return to_cpu({**self.model.state_dict(), **averages})
+    def _replicated(self) -> bool:
+        return True
 
-    @torch.no_grad()
-    def load_state(self, state: EngineState) -> None:
-        check_fits(state, self.model, {name: p.shape for name, p in self.names.items()})
-        self.model.load_state_dict(state.model)
-        for (name, parameter), average in zip(self.names.items(), self.ema.averages, strict=True):
-            average.copy_(state.ema[name])
-            moments = self.optimizer.state[parameter]
-            moments["exp_avg"].copy_(state.exp_avg[name])
-            moments["exp_avg_sq"].copy_(state.exp_avg_sq[name])
-            moments["step"].fill_(state.step)
-        self.steps = state.step
+    def _set_weights(self, source: Source) -> None:
+        """They are the masters."""
 
 
 class _FiniteGuard:
@@ -196,21 +260,20 @@ class _FiniteGuard:
             return
         if self.copied is not None:
             self.copied.synchronize()
-        raise_unless_finite(float(self.norm), self.step)
-        self.step = None
+        step, self.step = self.step, None
+        raise_unless_finite(float(self.norm), step)
 
 
 def raise_unless_finite(norm: float, step: int) -> None:
     if not math.isfinite(norm):
         raise NonFiniteError(f"step {step}: the gradient norm is {norm}; stopped before the update, the last "
-                             "checkpoint is good; a lower optim.lr or train.precision = 'float32' may help")
+                             "checkpoint is good; a lower optim.lr or train.precision = 'float32' may help", step)
 
 
 class DeepSpeedEngine(Engine):
     """DeepSpeed's ZeRO at stages 0 to 3, for any number of processes.
 
-    Every stage updates some float32 *masters*: the weights themselves (0), or this rank's flat share of them (1 to 3).
-    Moments and averages are laid out alike, so all of them go in and out by way of the masters.
+    Its masters are the weights themselves (0), or this rank's flat share of them (1 to 3).
     """
 
     def __init__(self, module: nn.Module, optim: OptimConfig, train: TrainConfig, engine: EngineConfig,
@@ -220,21 +283,44 @@ class DeepSpeedEngine(Engine):
         self.accumulation = accumulation(train, world.world_size)
         self.model = trained_model(module.to(world.device).train())
         self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.shapes = {name: p.shape for name, p in self.names.items()}  # stage 3 empties the tensors
+        self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}  # stage 3 empties the tensors
         self.optimizer = make_optimizer(self.model, optim)
         wrapped = _Autocast(module, world.device.type, train.precision == "bfloat16")
         settings = deepspeed_config(optim, train, engine, world.world_size, sum(p.numel() for p in self.names.values()))
         self.deepspeed, *_ = deepspeed.initialize(model=wrapped, optimizer=self.optimizer, config=settings)
-        self.masters: list[Tensor] = self._find_masters()
+        self.masters = self._find_masters()
+        self.layout = self._find_layout()
         fill_moments(self.optimizer, self.masters)
-        self.ema = Ema(self.masters, train.ema)
-        self.steps = self.micro_steps = 0
+        self.ema = Ema(self.masters, decays(train))
+        self.micro_steps = 0
 
     def _find_masters(self) -> list[Tensor]:
         if self.stage == 0:
             return list(self.names.values())
         zero = self.deepspeed.optimizer
         return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def _find_layout(self) -> list[Piece]:
+        """Where DeepSpeed has put this rank's share of each parameter, if it has any."""
+        if self.stage == 0:
+            return whole_layout(self.shapes)
+        zero, pieces = self.deepspeed.optimizer, []
+        for name, parameter in self.names.items():
+            if self.stage == 3:  # every rank has an equal share of each parameter
+                master, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+                start, end = share * dist.rank(), min(share * (dist.rank() + 1), math.prod(self.shapes[name]))
+            else:  # of each group, which is one flat tensor; DeepSpeed's own table of fragments is wrong in round robin
+                master = next(number for number, flat in enumerate(zero.bit16_groups_flat)
+                              if 0 <= parameter.data_ptr() - flat.data_ptr() < flat.nbytes)
+                at = (parameter.data_ptr() - zero.bit16_groups_flat[master].data_ptr()) // parameter.element_size()
+                first = self.masters[master].numel() * dist.rank() - at
+                start, end = max(0, first), min(parameter.numel(), first + self.masters[master].numel())
+                offset = start - first
+            pieces.append(Piece(name, start, end - start, master, offset))
+        return [piece for piece in pieces if piece.count > 0]
+
+    def _replicated(self) -> bool:
+        return self.stage == 0
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
         return self.deepspeed(**batch)
@@ -248,6 +334,7 @@ class DeepSpeedEngine(Engine):
             self.deepspeed.step()  # counts the micro-batch; it updates at the last one only
 
     def step(self, lr: float, step: int) -> Tensor:
+        self.steps = step + 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Stage 0 would apply a gradient that is not finite; the others skip the step and go on, for ever if it lasts.
@@ -258,87 +345,29 @@ class DeepSpeedEngine(Engine):
             if not self.deepspeed.was_step_applied():
                 raise_unless_finite(math.inf, step)
         self.ema.update(step)
-        self.steps = step + 1
         return norm
 
     def _clip(self, step: int) -> Tensor:
         """Stage 0, whose gradients are whole and averaged on every rank by now."""
         norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
+        if not math.isfinite(float(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.deepspeed.micro_steps += 1  # which its step would have counted, and goes by
         raise_unless_finite(float(norm), step)
         clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
         return norm
 
-    def state(self) -> EngineState | None:
-        model = self._gather()
-        first, second = (self._gather([self.optimizer.state[master][moment] for master in self.masters])
-                         for moment in ("exp_avg", "exp_avg_sq"))
-        ema = self.ema_state()
-        if ema is None:
-            return None
-        return EngineState({**model, **to_cpu(buffers(self.model))}, ema, first, second, self.steps)
-
-    def ema_state(self) -> Tensors | None:
-        averages = self._gather(self.ema.averages)
-        return {**averages, **to_cpu(buffers(self.model))} if dist.is_main() else None
-
-    @torch.no_grad()
-    def load_state(self, state: EngineState) -> None:
-        check_fits(state, self.model, self.shapes)
-        for moment, whole in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-            self._scatter(whole)
-            for master in self.masters:
-                self.optimizer.state[master][moment].copy_(master)
-                self.optimizer.state[master]["step"].fill_(state.step)
-        self._scatter(state.ema)
-        torch._foreach_copy_(self.ema.averages, self.masters)
-        self._scatter(state.model)
-        self._set_weights(state.model)
-        self.model.load_state_dict({name: state.model[name] for name in buffers(self.model)}, strict=False)
-        self.steps = state.step
-
-    @torch.no_grad()
-    def _gather(self, values: list[Tensor] | None = None) -> Tensors:
-        """Whole tensors by name, on rank 0's CPU, of values laid out as the masters; by default of the masters."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        kept = None if values is None else [master.clone() for master in self.masters]
-        if values is not None:
-            torch._foreach_copy_(self.masters, values)
-        whole: Tensors = {}
-        for name, parameter in self.names.items():
-            full = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            if dist.is_main():
-                whole |= to_cpu({name: full.view(self.shapes[name])})
-        if kept is not None:
-            torch._foreach_copy_(self.masters, kept)
-        return whole
-
-    def _scatter(self, whole: Tensors) -> None:
-        """Whole tensors by name, the same on every rank, into the masters."""
-        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
-
-        for name, parameter in self.names.items():
-            value = whole[name].to(self.device)
-            if self.stage == 0:
-                parameter.copy_(value)
-            elif self.stage < 3:
-                safe_set_full_fp32_param(parameter, value)
-            else:  # the twin for whole tensors fails where the elements do not divide by the ranks
-                share = safe_get_local_fp32_param(parameter).numel()
-                padded = F.pad(value.flatten(), (0, share * dist.world_size() - value.numel()))
-                safe_set_local_fp32_param(parameter, padded[share * dist.rank():][:share])
-
-    def _set_weights(self, whole: Tensors) -> None:
-        """The weights that the forward pass uses, where they are not the masters."""
+    def _set_weights(self, source: Source) -> None:
         if self.stage in (1, 2):
             for name, parameter in self.names.items():
-                parameter.copy_(whole[name])
+                parameter.copy_(source.read("model", name).view(self.shapes[name]))
         elif self.stage == 3:
             from deepspeed.runtime.zero import GatheredParameters
 
             for name, parameter in self.names.items():
                 with GatheredParameters([parameter], modifier_rank=0):
-                    parameter.copy_(whole[name])
+                    if dist.is_main():
+                        parameter.copy_(source.read("model", name).view(self.shapes[name]))
 
 
 class _Autocast(nn.Module):

@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from r2id import dist, rng
-from r2id.config import OptimConfig, R2idRun, RiaeRun, to_toml
+from r2id.config import OptimConfig, R2idRun, RiaeRun, TrainConfig, to_toml
 from r2id.data.shards import ShardSet
-from r2id.errors import InputError, Stopped
+from r2id.errors import InputError, NonFiniteError, Stopped
 from r2id.progress import Progress, say
 from r2id.training import checkpoint
 from r2id.training.engine import Engine, make_engine
+from r2id.training.nonfinite import blame
 from r2id.training.shares import micro_batch_size
 from r2id.training.stages import Batch, Stage, make_stage
 from r2id.training.tracking import NullTracker, Tracker
+from r2id.training.watchdog import Watchdog
 
 _ORDER = ("train_split", "size", "max_pixels", "window", "flip", "batch_pixels", "shuffle")
 """Settings of the data that decide what a step holds."""
@@ -46,8 +48,7 @@ def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str
     if done is not None:
         return {"checkpoint": done, "step": checkpoint.load_meta(done).step}
     stage = make_stage(config, world, micro_batch_size(config.train, world.world_size))
-    if config.train.activation_checkpointing == "all":
-        recompute_blocks(stage.module.model.blocks())
+    prepare_blocks(list(stage.module.model.blocks()), config.train)
     engine = make_engine(stage.module, optim=config.optim, train=config.train, engine=config.engine, world=world)
     found = _find_checkpoint(stage)
     start = samples = 0
@@ -74,10 +75,16 @@ def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
     return optim.lr_end + 0.5 * (optim.lr - optim.lr_end) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Keep no activations inside a model's blocks: compute them again in the backward pass."""
-    for block in blocks:
-        block.forward = partial(recompute, block.forward, use_reentrant=False)
+def prepare_blocks(blocks: Sequence[nn.Module], train: TrainConfig) -> None:
+    """Compile a model's blocks, and keep no activations inside those that are to compute them again in the backward
+    pass, as the config says."""
+    chosen = train.activation_checkpointing
+    every = chosen if isinstance(chosen, int) else {"none": 0, "all": 1}[chosen]
+    for number, block in enumerate(blocks, start=1):
+        if train.compile:
+            block.forward = torch.compile(block.forward)
+        if every and number % every == 0:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
 
 
 class _Run:
@@ -92,66 +99,116 @@ class _Run:
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.toml").write_text(to_toml(self.config))
+            checkpoint.tidy(self.folder, start)
         self.tracker = self._start_tracker() if self.main else NullTracker()
         self.saved: Path | None = None
         self.last: dict[str, float] = {}
+        self.skipped = 0
+        self.previous: list[Batch] = []
 
     def loop(self) -> dict[str, Any]:
         train, step = self.config.train, self.start
         meter = _Meter(self.engine.device)
         batches = self.stage.loader(self.start)
-        with Progress(
+        with Watchdog(train.stall_seconds) as watchdog, Progress(
                 f"train {self.config.stage}", train.steps, start=self.start, unit="images", per_item=train.batch,
                 shown=self.main) as progress:
             for step in range(self.start, train.steps):
                 micro_batches = next(batches)
                 meter.lap("data")
-                grad_norm = self._step(micro_batches, step, meter)
+                grad_norm = self._step_or_skip(micro_batches, step, meter)
                 meter.lap("step")
+                watchdog.beat()
                 done = step + 1
                 stop = self._anyone(self.stopped())
                 if done % train.log_every == 0 or done == train.steps or stop:
-                    self.last = meter.read()
-                    progress.advance(note=f"loss {self.last['loss']:.4f}")
+                    self.last |= meter.read()
+                    progress.advance(note=f"loss {self.last.get('loss', math.nan):.4f}")
                     rate = learning_rate(step, self.config.optim, train.steps)
-                    self.tracker.metrics({**self.last, "lr": rate, "grad_norm": float(grad_norm)}, done)
+                    skipped = {"skipped_steps": self.skipped} if self.skipped else {}
+                    self.tracker.metrics({**self.last, "lr": rate, "grad_norm": float(grad_norm), **skipped}, done)
                 else:
                     progress.advance()
-                if done % train.save_every == 0 or done == train.steps or stop:
-                    self._save(done)
+                self._save_if_due(done, stop)
                 if (done % train.preview_every == 0 or done == train.steps) and not stop:
                     self._show(done)
+                watchdog.beat()
                 meter.lap("pause")
                 if stop:
                     raise Stopped(f"{self.folder}: step {done} of {train.steps} saved; the same command goes on")
         return {"checkpoint": self.saved, "step": train.steps, **self.last}
 
+    def _step_or_skip(self, micro_batches: list[Batch], step: int, meter: _Meter) -> Tensor:
+        """The gradient norm; NaN of a step that was left out. NonFiniteError, saying where it comes from, when no more
+        may be."""
+        try:
+            norm = self._step(micro_batches, step, meter)
+        except NonFiniteError as error:
+            late = error.step < step  # then this step's own gradients are whole and wait
+            batches = self.previous if late else micro_batches
+            self.skipped += 1
+            words = f"{error}; {self._blame(batches, error.step)}"
+            if self.skipped > self.config.train.skip_nonfinite:
+                raise NonFiniteError(words, error.step) from None
+            say(f"skipped {self.skipped} of {self.config.train.skip_nonfinite}: {words}")
+            rate = learning_rate(step, self.config.optim, self.config.train.steps)
+            norm = self.engine.step(rate, step) if late else torch.tensor(math.nan)
+        self.previous = micro_batches
+        return norm
+
+    def _blame(self, micro_batches: list[Batch], step: int) -> str:
+        """Which samples, and which module, on this rank."""
+        def forward() -> None:
+            torch.manual_seed(int(rng.fold(self.config.seed, step, dist.rank())))
+            for batch in micro_batches:
+                self.engine.forward({**self.stage.to_inputs(self._to_device(batch)), "step": step})
+
+        keys = [key for batch in micro_batches for key in batch["keys"]]
+        shown = ", ".join(keys[:3]) + (f", … ({len(keys)})" if len(keys) > 3 else "")
+        return f"{blame(self.stage.module, forward)}; samples {shown}"
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {key: value.to(self.engine.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in batch.items()}
+
     def _step(self, micro_batches: list[Batch], step: int, meter: _Meter) -> Tensor:
         """One optimizer step; every random draw that is not keyed by sample (dropout) is keyed by step and rank."""
         torch.manual_seed(int(rng.fold(self.config.seed, step, dist.rank())))
+        seen: list[dict[str, Tensor]] = []
         for batch in micro_batches:
-            on_device = {key: value.to(self.engine.device, non_blocking=True) if isinstance(value, Tensor) else value
-                         for key, value in batch.items()}
-            loss, figures = self.engine.forward({**self.stage.to_inputs(on_device), "step": step})
+            loss, figures = self.engine.forward({**self.stage.to_inputs(self._to_device(batch)), "step": step})
             self.engine.backward(loss, len(micro_batches))
-            meter.add({"loss": loss.detach(), **figures})
+            seen.append({"loss": loss.detach(), **figures})
+        norm = self.engine.step(learning_rate(step, self.config.optim, self.config.train.steps), step)
+        for figures in seen:  # not those of a step that is left out
+            meter.add(figures)
         count = sum(len(batch["index"]) for batch in micro_batches) * dist.world_size()
         meter.samples += count
         self.samples += count
-        return self.engine.step(learning_rate(step, self.config.optim, self.config.train.steps), step)
+        return norm
+
+    def _save_if_due(self, done: int, stop: bool) -> None:
+        train = self.config.train
+        if train.ema_profiles and done % (train.ema_snapshot_every or math.ceil(train.steps / 32)) == 0:
+            checkpoint.save_snapshot(self.folder, self.engine.state(), self._meta(done))
+        milestone = train.milestone_every and done % train.milestone_every == 0
+        if done % train.save_every == 0 or milestone or done == train.steps or stop:
+            self._save(done)
 
     def _save(self, step: int) -> None:
-        """All ranks gather; the first writes."""
-        state = self.engine.state()
-        if self.main and state is not None:
-            model = self._ema_model(state.ema)
-            meta = checkpoint.Meta(
-                stage=self.config.stage, step=step, samples=self.samples, seed=self.config.seed,
-                config=self.config.model_dump(mode="json"), model=self.stage.facts)
-            self.saved = checkpoint.save(self.folder, state, meta, keep=self.config.train.keep,
-                                         stats=self.stage.statistics(model, self.engine.device))
-            self.tracker.tag("checkpoint", str(self.saved))
-        dist.barrier()
+        """Every rank writes its share of the state."""
+        statistics = None
+        if self.config.stage == "riae":  # whose averages are small enough for one rank
+            ema = self.engine.ema_state()
+            statistics = self.stage.statistics(self._ema_model(ema), self.engine.device) if ema is not None else None
+        train = self.config.train
+        self.saved = checkpoint.save(self.folder, self.engine.state(), self._meta(step), keep=train.keep,
+                                     milestone_every=train.milestone_every, stats=statistics)
+        self.tracker.tag("checkpoint", str(self.saved))
+
+    def _meta(self, step: int) -> checkpoint.Meta:
+        return checkpoint.Meta(stage=self.config.stage, step=step, samples=self.samples, seed=self.config.seed,
+                               config=self.config.model_dump(mode="json"), model=self.stage.facts)
 
     def _show(self, step: int) -> None:
         if self.preview is None:
@@ -275,7 +332,8 @@ def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
     settings = {f"{section}.{key}": value for section in sections for key, value in config[section].items()}
     recorded = {f"recorded {key}": value for key, value in facts.items() if key != "codec"}  # its hash counts
     order = {f"data.{name}": config["data"][name] for name in _ORDER if name in config["data"]}
-    return {"seed": config["seed"], "train.batch": config["train"]["batch"], **order, **settings, **recorded}
+    return {"seed": config["seed"], "train.batch": config["train"]["batch"],
+            "train.ema_profiles": config["train"]["ema_profiles"], **order, **settings, **recorded}
 
 
 @contextmanager

@@ -41,12 +41,13 @@ def deepspeed_config(optim: OptimConfig, train: TrainConfig, engine: EngineConfi
         raise InputError("engine.deepspeed.zero_optimization.stage: is computed; set it by engine.zero_stage")
     # The default allocates 2 GB at once, whatever the model. DeepSpeed asks for a multiple of its alignment.
     bucket = min(math.ceil(parameters / 1024) * 1024, 50_000_000)
+    offloaded = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
     computed = {
         "train_micro_batch_size_per_gpu": micro_batch_size(train, world_size),
         "gradient_accumulation_steps": accumulation(train, world_size),
         "gradient_clipping": optim.clip if engine.zero_stage else 0.0,  # unset it is 1; stage 0 clips by _clip
-        "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": bucket,
-                              "allgather_bucket_size": bucket},
+        "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
+                              **{key: {"device": "cpu", "pin_memory": True} for key in offloaded[engine.offload]}},
         "zero_force_ds_cpu_optimizer": False,  # with offload, too, the update is torch's fused AdamW
         "steps_per_print": None,
     }

@@ -14,8 +14,9 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,28 +59,32 @@ def photos(source: Path, folder: Path, max_pixels: int) -> None:
     print(f"bare decoding {decoding:7.0f}   prepare, 1 worker {preparing:7.0f}   ratio {preparing / decoding:.2f}")
 
     buckets = split_buckets(samples, DataConfig(shards=out, max_pixels=max_pixels))
-    views = [View(int(height), int(width)) for height, width in zip(buckets.height, buckets.width, strict=True)]
-    bare = len(stored) / best(lambda: [decode_view(data, 3, view) for data, view in zip(stored, views, strict=True)])
-    print(f"bare decoding and resizing to at most {max_pixels} pixels {bare:7.0f}")
     loader._KEPT_BYTES = 0  # so few images would be kept decoded
+    drawn = [index for part in epoch(shards, 0, max_pixels) for index in part["index"].tolist()]
+    work = [(stored[index], View(int(buckets.height[index]), int(buckets.width[index]))) for index in drawn]
+    bare = len(work) / best(lambda: [decode_view(data, 3, view) for data, view in work])
+    print(f"bare decoding and resizing to at most {max_pixels} pixels {bare:7.0f}")
     for workers in (0, 1, 2):
         print(f"loader, {workers} workers {(rate := load(shards, workers, max_pixels)):7.0f}   ratio {rate / bare:.2f}")
 
 
-def load(shards: ShardSet, workers: int, max_pixels: int, batch: int = 8) -> float:
-    """Images per second of whole epochs, without what starting the processes takes."""
+def epoch(shards: ShardSet, workers: int, max_pixels: int, epochs: int = 1, batch: int = 16) -> Iterator[dict[str, Any]]:
     data = DataConfig(shards=shards.folder, channels=3, max_pixels=max_pixels, workers=workers)
     steps = split_buckets(shards.split("train"), data).batches(batch)
-    skipped, epochs = 3 * workers, 1 + workers
+    for step in image_loader(shards, data, split="train", batch=batch, micro_batch=batch, seed=0, start_step=0,
+                             total_steps=steps * epochs):
+        yield from step
+
+
+def load(shards: ShardSet, workers: int, max_pixels: int) -> float:
+    """Images per second of whole epochs, without what starting the processes takes."""
     rates = []
     for _ in range(ROUNDS):
-        batches = image_loader(shards, data, split="train", batch=batch, micro_batch=batch, seed=0, start_step=0,
-                               total_steps=steps * epochs)
-        for _ in range(skipped):
-            next(batches)
-        began, count = time.perf_counter(), 0
-        for step in batches:
-            count += sum(len(part["index"]) for part in step)
+        parts = epoch(shards, workers, max_pixels, epochs=1 + workers)
+        for _ in range(3 * workers):
+            next(parts)
+        began = time.perf_counter()
+        count = sum(len(part["index"]) for part in parts)
         rates.append(count / (time.perf_counter() - began))
     return max(rates)
 

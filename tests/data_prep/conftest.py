@@ -1,6 +1,7 @@
 """Small sources in the real formats, and the real data where R2ID_DATA says where it is."""
 
 import gzip
+import multiprocessing
 import os
 import struct
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from data_prep.prepare import prepare
 from r2id.config import PrepareConfig
 from r2id.data.shards import ShardSet
+from r2id.errors import InputError, WorkError
 
 
 @pytest.fixture
@@ -24,6 +26,22 @@ def real_data():
 
 def make(dataset, out, source=None, **options):
     return ShardSet.open(prepare(PrepareConfig(dataset=dataset, source=source, out=out, **options)))
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Whose processes start in an instant: all that they need is imported already."""
+PROCESSES.set_forkserver_preload(["data_prep.prepare", "data_prep.mnist", "data_prep.folder", "webdataset.writer",
+                                  "tests.data_prep.conftest"])
+
+
+def prepare_as_nobody(config, said):
+    """Prepare as a user without rights; what it fails with is written to the file ``said``."""
+    os.setuid(65534)
+    try:
+        prepare(config)
+        said.write_text("")
+    except (InputError, WorkError) as error:
+        said.write_text(str(error))
 
 
 def files_of(folder):

@@ -9,7 +9,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from r2id.config import DataConfig
+from data_prep.prepare import make_plan, write_shard
+from r2id.config import DataConfig, PrepareConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.data.verify import verify
@@ -165,9 +166,9 @@ DAMAGES = {
                   "line 4: 4 columns, not 5"),
     "word": (edit("list_eval*", lambda t: t.replace("000003.jpg 0", "000003.jpg train")), "line 3: not all of 'train'"),
     "value": (edit("list_attr*", lambda t: t.replace("000002.jpg    1", "000002.jpg    2")),
-              "5_o_Clock_Shadow = 2: must be one of"),
+              "line 4: 5_o_Clock_Shadow = 2: must be one of -1, 1"),
     "part": (edit("list_eval*", lambda t: t.replace("000003.jpg 0", "000003.jpg 3")),
-             "000003.jpg: 0 = 3: must be one of 0, 1, 2"),
+             "line 3: partition = 3: must be one of 0, 1, 2"),
     "twice": (edit("list_eval*", lambda t: t + "000003.jpg 0\n"), "line 41: '000003.jpg' for a second time"),
     "half extracted": (lambda root: [path.unlink() for path in sorted(root.rglob("*.jpg"))[20:]],
                        "20 of 40 images cannot be used.*there is no such image"),
@@ -192,6 +193,15 @@ def test_few_missing_ones_are_rows(original, tmp_path):
     assert shards.manifest.rejects == 2 and sum(shards.summary()["samples"].values()) == 39
     table = (tmp_path / "set/rejects.csv").read_text()
     assert "000007.jpg" in table and "999999.jpg" in table and verify(shards.folder) == []
+
+
+@pytest.mark.parametrize("file", ["Anno/identity_CelebA.txt", "Img/img_align_celeba/000001.jpg"])
+def test_files_that_change_after_the_plan(original, tmp_path, file):
+    plan = make_plan(PrepareConfig(dataset="celeba", source=original, out=tmp_path / "set"))
+    (original / file).write_bytes((original / file).read_bytes())
+    with pytest.raises(WorkError, match=f"{file}: changed since the preparation began"):
+        for number in range(len(plan.files)):
+            write_shard(plan, number)
 
 
 def test_a_misspelt_attribute(original, tmp_path):

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -86,6 +87,46 @@ def test_damaged_idx_files_are_named(tmp_path, damage, words):
         make("mnist", tmp_path / "set", tmp_path / "source")
     assert "\n" not in str(caught.value) and str(tmp_path / "source") in str(caught.value)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("layout", ["FashionMNIST/raw", "KMNIST/raw", "raw", "."])
+def test_its_relatives_are_found_where_they_are_kept(tmp_path, layout):
+    write_mnist(tmp_path / "files")
+    (tmp_path / "source" / layout).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(tmp_path / "files", tmp_path / "source" / layout) if layout != "." else (
+        tmp_path / "files").rename(tmp_path / "source")
+    assert make("mnist", tmp_path / "set", tmp_path / "source").summary()["samples"] == {"train": 50, "test": 20}
+
+
+def test_names_with_dots_and_of_emnist(tmp_path):
+    arrays = write_mnist(tmp_path / "dots")
+    for path in (tmp_path / "dots").iterdir():
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    dots = make("mnist", tmp_path / "one", tmp_path / "dots")
+    write_mnist(tmp_path / "emnist/raw", packed=True)
+    for path in (tmp_path / "emnist/raw").iterdir():
+        path.rename(path.with_name("emnist-letters-" + path.name.replace("t10k", "test")))
+    letters = make("mnist", tmp_path / "two", tmp_path / "emnist")
+    assert dots.digest == letters.digest and len(letters.split("test")) == len(arrays["t10k"][0])
+    write_mnist(tmp_path / "emnist/KMNIST/raw")
+    with pytest.raises(InputError, match=r"holds several datasets \(emnist, KMNIST\)"):
+        make("mnist", tmp_path / "three", tmp_path / "emnist")
+    shutil.copy(tmp_path / "dots/train-labels.idx1-ubyte", tmp_path / "emnist/raw/emnist-digits-train-labels-idx1-ubyte")
+    with pytest.raises(InputError, match="holds several datasets"):
+        make("mnist", tmp_path / "three", tmp_path / "emnist/raw")
+
+
+def test_no_more_is_decompressed_than_the_sizes_say(tmp_path):
+    path = tmp_path / "images.gz"
+    with gzip.open(path, "wb", 1) as file:
+        file.write(idx(np.zeros((3, 2, 2), np.uint8)))
+        for _ in range(200):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="more bytes, not 28"):
+        read_idx(path, dimensions=3)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
 
 
 def test_a_source_that_is_missing(tmp_path):

@@ -1,6 +1,8 @@
 """ImageNet-1k in its four shapes, small but built as they are."""
 
 import io
+import json
+import os
 import tarfile
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from data_prep.prepare import make_plan, write_shard
+from r2id.config import DataConfig, PrepareConfig
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
 from tests.data_prep.conftest import make
@@ -128,7 +132,8 @@ def test_every_shape_gives_the_same_images_and_classes(shape, tmp_path):
     if shape != "folders":
         expected["test"] = sorted(("None", data) for data in TEST.values())
     assert content(shards) == expected
-    again = make("imagenet", tmp_path / "again", tmp_path / "source", shard_mb=0.05, workers=2)
+    workers = 2 if shape == "tars" else 1
+    again = make("imagenet", tmp_path / "again", tmp_path / "source", shard_mb=0.05, workers=workers)
     assert again.digest == shards.digest
 
 
@@ -138,6 +143,8 @@ def test_what_is_odd_about_it_is_kept(tmp_path):
     assert len(split) == 24
     with tarfile.open(split.files[0]) as archive:
         assert sum(name.endswith(".png") for name in archive.getnames()) == 4
+        facts = [json.loads(archive.extractfile(member).read()) for member in archive if member.name.endswith("json")]
+    assert {fact["source"] for fact in facts} == {f"train/{name}" for name in TRAIN}
 
 
 def test_parts_may_be_missing(tmp_path, capfd):
@@ -191,9 +198,6 @@ def test_damaged_tars_are_named(tmp_path, damage, words):
 
 
 def test_a_tar_that_changes_after_the_plan(tmp_path):
-    from data_prep.prepare import make_plan, write_shard
-    from r2id.config import PrepareConfig
-
     write_tars(tmp_path / "source")
     plan = make_plan(PrepareConfig(dataset="imagenet", source=tmp_path / "source", out=tmp_path / "set"))
     path = tmp_path / "source/ILSVRC2012_img_train.tar"
@@ -214,6 +218,15 @@ def test_kaggles_labels_and_images_must_fit(tmp_path):
     assert "ILSVRC2012_val_00009999,\"in LOC_val_solution.csv, but there is no such image\"" in table
 
 
+def test_kaggles_tables_may_lie_beside_the_folder(tmp_path):
+    write_kaggle(tmp_path / "source")
+    shards = make("imagenet", tmp_path / "set", tmp_path / "source/ILSVRC")
+    assert shards.summary()["samples"] == {"test": 3, "train": 24, "val": 8} and shards.class_names == WNIDS
+    (tmp_path / "source/LOC_val_solution.csv").unlink()
+    with pytest.raises(InputError, match=r"has no LOC_val_solution\.csv, which has the labels"):
+        make("imagenet", tmp_path / "other", tmp_path / "source")
+
+
 def test_parquet_rows_without_an_image(tmp_path):
     write_parquet(tmp_path / "source")
     path = tmp_path / "source/data/validation-00000-of-00001.parquet"
@@ -228,6 +241,50 @@ def test_parquet_rows_without_an_image(tmp_path):
         make("imagenet", tmp_path / "other", tmp_path / "source")
 
 
+def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
+    write_parquet(tmp_path / "source")
+    path = tmp_path / "source/data/train-00001-of-00002.parquet"
+    with pq.ParquetFile(path) as file:
+        column = file.metadata.row_group(1).column(0)
+    data, page = bytearray(path.read_bytes()), column.dictionary_page_offset or column.data_page_offset
+    data[page:page + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(data)
+    shards = make("imagenet", tmp_path / "set", tmp_path / "source")
+    table = (tmp_path / "set/rejects.csv").read_text()
+    assert shards.manifest.rejects == 5 and table.count("train-00001-of-00002.parquet: row group 1 cannot be read") == 5
+
+
+def test_an_older_parquet_file_in_its_place(tmp_path):
+    write_parquet(tmp_path / "source")
+    plan = make_plan(PrepareConfig(dataset="imagenet", source=tmp_path / "source", out=tmp_path / "set"))
+    path = tmp_path / "source/data/test-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    os.utime(path, (0, 0))
+    with pytest.raises(WorkError, match=r"test-00000-of-00001\.parquet: changed since"):
+        write_shard(plan, 0)
+
+
+def test_what_is_missing_is_said(tmp_path, capfd):
+    write_tars(tmp_path / "tars")
+    (tmp_path / "tars/ILSVRC2012_img_val.tar").unlink()
+    make("imagenet", tmp_path / "one", tmp_path / "tars")
+    assert "ImageNet as published (ILSVRC2012_img_train.tar, ILSVRC2012_img_test_v10102019.tar), no val images, 27 images " \
+           "(train 24, test 3), 4 classes" in capfd.readouterr().err
+    write_parquet(tmp_path / "parquet")
+    (tmp_path / "parquet/data/train-00001-of-00002.parquet").unlink()
+    (tmp_path / "parquet/data/validation-00000-of-00001.parquet").unlink()
+    make("imagenet", tmp_path / "two", tmp_path / "parquet")
+    assert "ImageNet in Parquet files, 1 of 1 test files, 1 of 2 train files, no val images" in capfd.readouterr().err
+
+
+def test_a_class_that_the_kit_does_not_know(tmp_path):
+    write_tars(tmp_path / "source")
+    train = tmp_path / "source/ILSVRC2012_img_train.tar"
+    train.write_bytes(tar_of({"n99999999.tar": tar_of({"x.JPEG": picture(1)})}))
+    with pytest.raises(InputError, match=r"img_train\.tar: class n99999999 is none of the 4 of the development kit"):
+        make("imagenet", tmp_path / "set", tmp_path / "source")
+
+
 def test_what_is_no_imagenet(tmp_path):
     (tmp_path / "source/cats").mkdir(parents=True)
     with pytest.raises(InputError, match="no ImageNet: neither"):
@@ -238,7 +295,6 @@ def test_what_is_no_imagenet(tmp_path):
 
 def test_real_photos(real_data, tmp_path):
     """300 photos in, 300 audited: verified, and met by the loader, each once."""
-    from r2id.config import DataConfig
     from r2id.data.loader import image_loader, split_buckets
 
     shards = make("imagenet", tmp_path / "set", real_data / "imagenet-sample", shard_mb=8.0)

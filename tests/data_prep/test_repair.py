@@ -1,15 +1,19 @@
 """Every kind of damage: found, and repaired to the same bytes."""
 
+import itertools
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
+import typer
 
 from data_prep.repair import repair
+from r2id import cli
 from r2id.data.shards import Manifest
 from r2id.data.verify import verify
-from r2id.errors import InputError
+from r2id.errors import InputError, WorkError
 from tests.data_prep.conftest import files_of, make, write_images
 
 FIRST, SECOND = "train/shard-000000.tar", "train/shard-000001.tar"
@@ -72,6 +76,7 @@ DAMAGES = {
     "duplicate keys": (duplicate, None),
     "rejects missing": (lambda out: (out / "rejects.csv").unlink(), ["rejects.csv"]),
     "rejects edited": (lambda out: (out / "rejects.csv").write_text("split,source,reason\n"), ["rejects.csv"]),
+    "a manifest and a shard": (lambda out: [edit_manifest(out), truncate(out / FIRST, 99)], [FIRST, "manifest.json"]),
     "two shards": (lambda out: [truncate(out / FIRST, 99), (out / SECOND).unlink()], [FIRST, SECOND]),
 }
 
@@ -86,7 +91,7 @@ def test_damage_is_found_and_repaired(out, damage, files):
     repaired = repair(out, damages)
     assert verify(out) == [] and files_of(out) == whole
     if files is not None:
-        assert repaired == files
+        assert list(repaired) == files
         untouched = {path: time for path, time in times.items() if path.relative_to(out).as_posix() not in files}
         assert {path: path.stat().st_mtime_ns for path in untouched} == untouched, "only the damaged shards were rebuilt"
 
@@ -110,3 +115,67 @@ def test_what_cannot_be_repaired_says_why(out, tmp_path):
     flip(out / "plan.parquet", 100)
     with pytest.raises(InputError, match=r"plan\.json: missing or damaged"):
         repair(out, verify(out))
+
+
+def test_rejects_that_do_not_belong(tmp_path):
+    write_images(tmp_path / "source", [f"{number}.png" for number in range(6)])
+    make("folder", tmp_path / "set", tmp_path / "source")
+    whole = files_of(tmp_path / "set")
+    (tmp_path / "set/rejects.csv").write_text("split,source,reason\n")
+    assert repair(tmp_path / "set", verify(tmp_path / "set")) == {"rejects.csv": "rewritten"}
+    assert files_of(tmp_path / "set") == whole and verify(tmp_path / "set") == []
+
+
+def test_a_source_that_gives_other_bytes_is_not_taken(out, tmp_path):
+    """Names and lengths are the same, so that the plan fits."""
+    paths = sorted((tmp_path / "source").rglob("*.png"), key=lambda path: path.stat().st_size)
+    for _, alike in itertools.groupby(paths, key=lambda path: path.stat().st_size):
+        files = list(alike)
+        contents = [path.read_bytes() for path in files]
+        for path, content in zip(files, [*contents[1:], contents[0]], strict=True):
+            path.write_bytes(content)
+    manifest = (out / "manifest.json").read_bytes()
+    (out / FIRST).unlink()
+    with pytest.raises(WorkError, match=r"shard-000000\.tar: cannot be rebuilt: source .* no longer has the images"):
+        repair(out, verify(out))
+    assert (out / "manifest.json").read_bytes() == manifest and not (out / FIRST).exists()
+
+
+def test_labels_given_by_a_relative_path(tmp_path, monkeypatch):
+    write_images(tmp_path / "source", [f"{number}.png" for number in range(6)])
+    (tmp_path / "labels.csv").write_text("file,class\n" + "".join(f"{number}.png,{number % 2}\n" for number in range(6)))
+    monkeypatch.chdir(tmp_path)
+    make("folder", tmp_path / "set", Path("source"), labels=Path("labels.csv"))
+    whole = files_of(tmp_path / "set")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "set" / FIRST).unlink()
+    repair(tmp_path / "set", verify(tmp_path / "set"))
+    assert files_of(tmp_path / "set") == whole
+
+
+def test_nothing_outside_the_set_is_touched(out, tmp_path):
+    """Whatever an edited manifest names."""
+    make("folder", tmp_path / "precious", tmp_path / "source")
+    flip(tmp_path / "precious" / FIRST, 600)
+    before = files_of(tmp_path / "precious")
+    text = (out / "manifest.json").read_text().replace(f'"{FIRST}"', f'"../precious/{FIRST}"')
+    (out / "manifest.json").write_text(text)
+    repair(out, verify(out))
+    assert verify(out) == [] and files_of(tmp_path / "precious") == before
+
+
+def test_the_command(out, tmp_path, capsys):
+    whole = files_of(out)
+    (out / FIRST).unlink()
+    shutil.copy(out / SECOND, out / "train/shard-000099.tar")
+    with pytest.raises(typer.Exit) as caught:
+        cli.verify(out)
+    assert caught.value.exit_code == 1
+    assert capsys.readouterr().out.splitlines() == ["train/shard-000099.tar: not in the manifest", f"{FIRST}: missing"]
+    cli.verify(out, repair=True)
+    assert capsys.readouterr().out.splitlines() == [f"{FIRST}: rebuilt", "train/shard-000099.tar: removed",
+                                                    f"{out}: 120 images intact"]
+    assert files_of(out) == whole
+    with pytest.raises(InputError, match="goes with --repair"):
+        cli.verify(out, source=tmp_path / "source")

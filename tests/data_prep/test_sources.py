@@ -3,9 +3,8 @@
 import csv
 import gzip
 import io
+import json
 import os
-import subprocess
-import sys
 import tarfile
 import zipfile
 
@@ -19,7 +18,7 @@ from data_prep.prepare import make_plan, write_shard
 from r2id.config import PrepareConfig
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
-from tests.data_prep.conftest import make, write_images
+from tests.data_prep.conftest import PROCESSES, make, prepare_as_nobody, write_images
 
 
 def picture(number, kind="PNG"):
@@ -68,13 +67,14 @@ ARCHIVES = {
 @pytest.mark.parametrize(("name", "write"), ARCHIVES.values(), ids=ARCHIVES.keys())
 def test_an_archive_is_like_its_folder(tmp_path, name, write):
     write(tmp_path / name)
-    shards = make("folder", tmp_path / "set", tmp_path / name, workers=2)
+    shards = make("folder", tmp_path / "set", tmp_path / name)
     assert verify(shards.folder) == [] and shards.class_names == ["cat", "dog"]
     assert shards.summary()["samples"] == {"test": 18, "train": 18}
     stored = sorted(split.read(index) for split in map(shards.split, ("train", "test")) for index in range(18))
     assert stored == sorted(IMAGES.values())
     assert not (tmp_path / "set/source").exists(), "what was decompressed is removed"
     assert make("folder", tmp_path / "set", tmp_path / name).digest == shards.digest
+    assert not (tmp_path / "set/source").exists(), "also when it was only looked at again"
 
 
 def rejected(out):
@@ -215,6 +215,60 @@ def test_an_archive_that_changes_after_the_plan(tmp_path, name):
         write_shard(plan, 0)
 
 
+def test_an_older_archive_in_its_place(tmp_path):
+    """Its time says nothing, and what it holds has the same lengths at the same places."""
+    write_tar(tmp_path / "pets.tar", IMAGES)
+    plan = make_plan(PrepareConfig(dataset="folder", source=tmp_path / "pets.tar", out=tmp_path / "set"))
+    write_tar(tmp_path / "older.tar", {name.replace("cat", "cow"): data for name, data in IMAGES.items()})
+    os.utime(tmp_path / "older.tar", (0, 0))
+    (tmp_path / "older.tar").replace(tmp_path / "pets.tar")
+    with pytest.raises(WorkError, match=r"pets\.tar: changed since the preparation began \(pets/"):
+        write_shard(plan, 0)
+
+
+def test_a_compressed_archive_that_changes_is_decompressed_again(tmp_path):
+    """As after a killed run, which leaves the plain copy."""
+    write_tar(tmp_path / "pets.tar.xz", IMAGES, "w:xz")
+    config = PrepareConfig(dataset="folder", source=tmp_path / "pets.tar.xz", out=tmp_path / "set")
+    make_plan(config)
+    others = {name.replace("/0.png", "/x.png"): data for name, data in IMAGES.items()}
+    before = (tmp_path / "pets.tar.xz").stat()
+    write_tar(tmp_path / "pets.tar.xz", others, "w:xz")
+    assert abs((tmp_path / "pets.tar.xz").stat().st_size - before.st_size) < 100
+    with pytest.raises(InputError, match="made from another source"):
+        make_plan(config)
+
+
+def test_an_archive_that_expands_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.tars._EXPANSION_FREE", 1 << 20)
+    write_tar(tmp_path / "bomb.tar.gz", {"a/1.png": bytes(50_000_000)}, "w:gz")
+    with pytest.raises(InputError, match=r"bomb\.tar\.gz: expands to more than \d+ bytes, 200 times its size"):
+        make("folder", tmp_path / "set", tmp_path / "bomb.tar.gz")
+    assert not list((tmp_path / "set").rglob("*.*"))
+
+
+def test_names_that_look_like_places(tmp_path):
+    write_images(tmp_path / "in", ["12:34:photo.png", "5:photo.png"])
+    (tmp_path / "in/1:2:text.png").write_text("no picture")
+    split = make("folder", tmp_path / "set", tmp_path / "in").split("train")
+    with tarfile.open(split.files[0]) as archive:
+        facts = [archive.extractfile(member).read() for member in archive if member.name.endswith("json")]
+    assert {json.loads(fact)["source"] for fact in facts} == {"12:34:photo.png", "5:photo.png"}
+    assert list(rejected(tmp_path / "set")) == ["1:2:text.png"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """A file may be called so, a class may not: its name is to be written down."""
+    write_images(tmp_path / "in", ["a/1.png", "b/1.png", "b/2.png"])
+    odd = os.fsdecode(b"caf\xe9")
+    (tmp_path / "in/a/1.png").rename(tmp_path / f"in/a/{odd}.png")
+    shards = make("folder", tmp_path / "set", tmp_path / "in")
+    assert verify(shards.folder) == [] and len(shards.split("train")) == 3
+    (tmp_path / "in/a").rename(tmp_path / "in" / odd)
+    with pytest.raises(InputError, match=r"class b'caf\\xe9': the name is not UTF-8"):
+        make("folder", tmp_path / "other", tmp_path / "in")
+
+
 def test_folders_and_files_without_permission(tmp_path):
     """In a process of another user, because the superuser may read everything."""
     if os.getuid():
@@ -225,21 +279,22 @@ def test_folders_and_files_without_permission(tmp_path):
     out.chmod(0o777)
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(folder.stat().st_mode | 0o755)
-    code = ("import os, sys; from data_prep.prepare import prepare; from r2id.config import PrepareConfig; from r2id.errors "
-            "import *; from pathlib import Path; import data_prep.folder, webdataset.writer; os.setuid(65534)\n"
-            "try: prepare(PrepareConfig(dataset='folder', source=Path(sys.argv[1]), out=Path(sys.argv[2])))\n"
-            "except (InputError, WorkError) as error: print(error)")
 
     def run(name):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "in"), str(out / name)], capture_output=True,
-                              text=True)
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.stdout
+        config = PrepareConfig(dataset="folder", source=tmp_path / "in", out=out / name)
+        process = PROCESSES.Process(target=prepare_as_nobody, args=(config, tmp_path / "out/said"))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return (tmp_path / "out/said").read_text()
 
+    (tmp_path / "in/b").chmod(0o444)
+    assert run("none") == f"{tmp_path / 'in/b/1.png'}: cannot be listed: Permission denied"
+    (tmp_path / "in/b").chmod(0o755)
     (tmp_path / "in/a/1.png").chmod(0)
     assert run("one") == "" and rejected(out / "one") == {"a/1.png": "cannot be read: Permission denied"}
     (tmp_path / "in/b").chmod(0)
-    assert run("two") == f"{tmp_path / 'in/b'}: cannot be listed: Permission denied\n"
+    assert run("two") == f"{tmp_path / 'in/b'}: cannot be listed: Permission denied"
     assert not (out / "two").exists()
 
 
@@ -292,8 +347,8 @@ def test_a_table_and_images_that_do_not_fit(tmp_path):
         return make("folder", tmp_path / out, tmp_path / "in", labels=table)
 
     prepare([*good[1:], {"path": "./9.png", "class": 0}])
-    assert rejected(tmp_path / "set") == {"0.png": f"no label in {table}",
-                                          "9.png": f"in {table}, but there is no such image"}
+    assert rejected(tmp_path / "set") == {"0.png": "no label in labels.csv",
+                                          "9.png": "in labels.csv, but there is no such image"}
     for rows, words in (([*good, good[2]], "line 8: '2.png' for a second time"),
                         ([*good, {"path": "6.png", "class": ""}], "line 8: no label for '6.png'"),
                         ([{"path": "in/1.png", "class": 1}], "names none of the 6 images"),
@@ -302,7 +357,7 @@ def test_a_table_and_images_that_do_not_fit(tmp_path):
         with pytest.raises(InputError, match=words):
             prepare(rows, "other")
     table.write_text("path,label\n1.png,1,2\n")
-    with pytest.raises(InputError, match="line 2: another number of columns"):
+    with pytest.raises(InputError, match="line 2: 3 columns, not 2"):
         make("folder", tmp_path / "other", tmp_path / "in", labels=table)
     with pytest.raises(InputError, match="not a readable CSV"):
         make("folder", tmp_path / "other", tmp_path / "in", labels=tmp_path / "none.csv")

@@ -12,6 +12,7 @@ from PIL import Image
 from r2id.data.verify import verify
 from r2id.errors import InputError
 from tests.data_prep.conftest import make, write_images
+from tests.data_prep.test_celeba import ATTRIBUTES, write_original
 
 
 def picture(number, kind="PNG"):
@@ -85,6 +86,41 @@ def test_samples_that_are_none(tmp_path):
     table = (tmp_path / "set/rejects.csv").read_text()
     assert "empty,a sample with no image" in table and '"a sample with 2 images (jpg, png)"' in table
     assert "text.jpg,not an image" in table and "json.jpg,Expecting property name" in table
+
+
+def test_a_set_of_our_own_keeps_its_attributes(tmp_path):
+    write_original(tmp_path / "celeba")
+    first = make("celeba", tmp_path / "one", tmp_path / "celeba", label="Male")
+    second = make("webdataset", tmp_path / "two", tmp_path / "one")
+    assert second.manifest.attribute_names == first.manifest.attribute_names == ATTRIBUTES
+    assert second.class_names == first.class_names and read(second) == read(first)
+    (tmp_path / "one/manifest.json").unlink()
+    with pytest.raises(InputError, match="unfinished"):
+        make("webdataset", tmp_path / "three", tmp_path / "one")
+
+
+def test_masks_beside_the_image_and_a_source_of_its_own(tmp_path):
+    write_tar(tmp_path / "x.tar", [{"__key__": f"k{number}", "png": picture(number), "seg.png": picture(9), "cls": 1,
+                                    "json": {"source": "flickr"}} for number in range(3)])
+    shards = make("webdataset", tmp_path / "set", tmp_path / "x.tar")
+    assert shards.manifest.rejects == 0
+    assert {image: meta["source"] for image, (_, _, meta) in read(shards).items()} == {
+        picture(number): "flickr" for number in range(3)}
+
+
+def test_a_shard_that_is_a_link_to_nothing(tmp_path):
+    write_tar(tmp_path / "in/a-0.tar", samples_of(0, 3))
+    (tmp_path / "in/a-1.tar").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"a-1\.tar: a link to nothing"):
+        make("webdataset", tmp_path / "set", tmp_path / "in")
+
+
+def test_other_labels_are_another_source(tmp_path):
+    write_tar(tmp_path / "x.tar", samples_of(0, 6))
+    make("webdataset", tmp_path / "set", tmp_path / "x.tar")
+    write_tar(tmp_path / "x.tar", [{**sample, "cls": 2 - sample["cls"]} for sample in samples_of(0, 6)])
+    with pytest.raises(InputError, match="made from another source"):
+        make("webdataset", tmp_path / "set", tmp_path / "x.tar")
 
 
 def test_what_is_no_webdataset(tmp_path):

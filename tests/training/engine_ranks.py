@@ -2,15 +2,18 @@
 
 Run by torchrun: engine_ranks.py FOLDER. The job trains at every ZeRO stage, saves, resumes at the same and at another
 stage, and writes its figures to FOLDER/result.json for test_engine_ranks.py to judge. With --alone, one process does
-what it can by itself and writes FOLDER/alone.json.
+what it can by itself and writes FOLDER/alone.json; with --step, it goes on from FOLDER for a step.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +31,12 @@ from r2id.training.losses import R2idLoss, RiaeLoss
 from r2id.training.state import EngineState
 
 STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
+ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
+"""ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (3, {}), (3, {"sub_group_size": 200}), (3, {"offload_optimizer": {"device": "cpu"}}),
+    (2, {"round_robin_gradients": True}), (1, {"offload_optimizer": {"device": "cpu"}})]
+"""DeepSpeed's settings that lay the masters out in other ways."""
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
 RIAE_CONFIG = RiaeConfig(latent_channels=3, cell=2.0, width=15, pixel_width=15, heads=1, encode_cloud=0.5,
@@ -36,7 +45,8 @@ R2ID_CONFIG = R2idConfig(width=16, heads=2, encoder_blocks=1, decoder_blocks=1, 
 OPTIM = OptimConfig(clip=0.3, weight_decay=0.1)
 
 
-def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precision: str = "float32") -> Engine:
+def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precision: str = "float32",
+         **zero: Any) -> Engine:
     torch.manual_seed(0)
     module: nn.Module
     if stage == "riae":
@@ -47,32 +57,39 @@ def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precisio
         block.forward = partial(recompute, block.forward, use_reentrant=False)
     train = TrainConfig(steps=STEPS, batch=BATCH, micro_batch=MICRO, precision=precision)
     return make_engine(module, optim=OPTIM, train=train, world=world,
-                       engine=EngineConfig(kind=kind, zero_stage=zero_stage))
+                       engine=EngineConfig(kind=kind, zero_stage=zero_stage,
+                                           deepspeed={"zero_optimization": zero} if zero else {}))
 
 
-def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae") -> list[float]:
-    """Gradient norms of steps first … last − 1. Step i's samples depend on i alone, and are dealt out to the ranks."""
+def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae",
+        losses: list[float] | None = None) -> list[float]:
+    """Gradient norms of steps first … last − 1. Step i's samples depend on i alone, and are dealt out to the ranks.
+
+    ``losses`` takes each step's, averaged over the whole batch.
+    """
     norms = []
     for step in range(first, last):
         drawn = torch.randn(BATCH, 1 if stage == "riae" else 3, 5, 4, generator=torch.Generator().manual_seed(step))
         index = torch.arange(BATCH) + step * BATCH
         micro_batches = torch.arange(BATCH)[world.rank::world.world_size].split(MICRO)
+        total = torch.zeros(())
         for some in micro_batches:
             batch = {"index": index[some], "step": step}
             batch |= {"image": drawn[some]} if stage == "riae" else {"latent": drawn[some], "label": index[some] % 2}
             loss, figures = engine.forward(batch)
             assert not any(figure.requires_grad for figure in figures.values())
             engine.backward(loss, len(micro_batches))
+            total += loss.detach() * len(some) / BATCH
+        if losses is not None:
+            losses.append(float(dist.all_reduce_sum(total)))
         norms.append(float(engine.step(1e-3 * (step + 1), step)))
     return norms
 
 
-def save(folder: Path, state: EngineState | None) -> None:
-    """To FOLDER/checkpoints, where there is something to save."""
-    if state is not None:
-        meta = checkpoint.Meta(stage="riae", step=state.step, samples=state.step * BATCH, seed=0, config={}, model={})
-        checkpoint.save(folder, state, meta, keep=9)
-    dist.barrier()
+def save(folder: Path, state: EngineState) -> None:
+    """To FOLDER/checkpoints."""
+    meta = checkpoint.Meta(stage="riae", step=state.step, samples=state.step * BATCH, seed=0, config={}, model={})
+    checkpoint.save(folder, state, meta, keep=9)
 
 
 def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[float]]:
@@ -91,11 +108,45 @@ def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[f
     return {"norms": norms, "same": resumed[zero_stage], "other": resumed[(zero_stage + 1) % 4]}
 
 
+def elastic(folder: Path, world: World) -> list[float]:
+    """Losses of a run that changes its ZeRO stage at every step, and goes on in one process in between."""
+    losses: list[float] = []
+    for step, zero_stage in enumerate(ELASTIC):
+        if zero_stage is None:
+            if world.rank == 0:
+                _step_alone(folder)
+            dist.barrier()
+            losses.append(json.loads((folder / "step.json").read_text()))
+            continue
+        engine = make("deepspeed", zero_stage, world)
+        if step:
+            checkpoint.load_into(engine, folder)
+        run(engine, step, step + 1, world, losses=losses)
+        save(folder, engine.state())
+    return losses
+
+
+def _step_alone(folder: Path) -> None:
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ours and not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
+    subprocess.run([sys.executable, __file__, "--step", str(folder)], env=environment, check=True)
+
+
+def step_alone(folder: Path) -> None:
+    """One step in one process without DeepSpeed, from the newest checkpoint to the next one."""
+    engine, losses = make("local", 0, ALONE), []
+    checkpoint.load_into(engine, folder)
+    run(engine, engine.steps, engine.steps + 1, ALONE, losses=losses)
+    save(folder, engine.state())
+    (folder / "step.json").write_text(json.dumps(losses[0]))
+
+
 def spoil(zero_stage: int, world: World) -> bool:
     """One rank sees a picture that is not finite: both must stop, and no weight may have changed."""
     engine = make("deepspeed", zero_stage, world)
     run(engine, 0, 1, world)
-    before = engine.state()
+    before = _copied(engine)
     image = torch.full((MICRO, 1, 5, 4), float("nan") if world.rank == 1 else 0.5)
     stopped = False
     try:
@@ -105,12 +156,14 @@ def spoil(zero_stage: int, world: World) -> bool:
     except NonFiniteError as error:
         stopped = "step 1" in str(error)
     everyone = dist.all_reduce_sum(torch.tensor(float(stopped))) == world.world_size
-    after = engine.state()
-    if before is None or after is None:
-        return True
-    unchanged = [torch.equal(before.model[name], after.model[name]) and torch.equal(before.ema[name], after.ema[name])
-                 for name in before.model]
-    return bool(everyone) and all(unchanged)
+    after = _copied(engine)
+    return bool(everyone) and all(torch.equal(before[kind][name], after[kind][name])
+                                  for kind in ("model", "ema") for name in before[kind])
+
+
+def _copied(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
+    return {kind: {name: part.values.clone() for name, part in parts.items()}
+            for kind, parts in engine.state().parts.items()}
 
 
 def refuses_local(world: World) -> bool:
@@ -130,14 +183,17 @@ def main(folder: Path) -> None:
         "broadcast": dist.broadcast_object({"rank": world.rank}), "main": dist.is_main(), "ranks": dist.world_size(),
         "refuses_local": refuses_local(world),
         "stages": {stage: train_stage(stage, folder / f"zero-{stage}", world) for stage in range(4)},
+        "elastic": elastic(folder / "elastic", world),
         "spoilt": {stage: spoil(stage, world) for stage in range(4)},
         "bfloat16": {stage: run(make("deepspeed", stage, world, precision="bfloat16"), 0, STEPS, world)
                      for stage in (1, 3)},
         "r2id": {stage: run(make("deepspeed", stage, world, "r2id"), 0, STEPS, world, "r2id") for stage in (2, 3)},
     }
-    from_local = make("deepspeed", 3, world)
-    checkpoint.load_into(from_local, folder / "local")
-    result["from_local"] = run(from_local, HALF, STEPS, world)
+    result["from_local"] = []
+    for zero_stage, zero in LAYOUTS:
+        from_local = make("deepspeed", zero_stage, world, **zero)
+        checkpoint.load_into(from_local, folder / "local")
+        result["from_local"].append(run(from_local, HALF, STEPS, world))
     if dist.is_main():
         (folder / "result.json").write_text(json.dumps(result))
     dist.shutdown()
@@ -153,4 +209,4 @@ def alone(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    (alone if sys.argv[1] == "--alone" else main)(Path(sys.argv[-1]))
+    {"--alone": alone, "--step": step_alone}.get(sys.argv[1], main)(Path(sys.argv[-1]))

@@ -13,6 +13,7 @@ from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
 from r2id.training import checkpoint
+from r2id.training.ema import exponent_of
 from r2id.training.engine import (
     Engine,
     LocalEngine,
@@ -52,6 +53,13 @@ class Loss(nn.Module):
 X = torch.tensor([0, 1, 2, 1])
 
 
+def values(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """A copy of the state of an engine alone: kind → name → tensor."""
+    return {kind: {name: part.values.clone() for name, part in parts.items()}
+            for kind, parts in engine.state().parts.items()}
+
+
+
 def engine(precision: str = "float32", device: str = "cpu", **optim: float) -> Engine:
     torch.manual_seed(0)
     return make_engine(Loss(), optim=OptimConfig(**optim), train=TrainConfig(steps=9, batch=4, precision=precision),
@@ -81,11 +89,10 @@ def test_update_is_clipped_adamw() -> None:
             average[name].lerp_(p.detach(), 1 - min(0.9995, (1 + step) / (10 + step)))
         trained.backward(trained.forward({"x": X})[0], 1)
         assert float(trained.step(lr, step)) == pytest.approx(float(expected), rel=1e-5)
-    state = trained.state()
-    assert state is not None
+    state = values(trained)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(state.model[name], p.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(state.ema[name], average[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state["model"][name], p.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state["ema"][name], average[name], rtol=1e-5, atol=1e-6)
 
 
 def test_only_matrices_decay() -> None:
@@ -101,9 +108,7 @@ def test_accumulated_micro_batches_make_one_batch() -> None:
     for x in X.split(2):
         parts.backward(parts.forward({"x": x})[0], 2)
     assert float(whole.step(0.1, 0)) == pytest.approx(float(parts.step(0.1, 0)), rel=1e-5)
-    one, other = whole.state(), parts.state()
-    assert one is not None and other is not None
-    torch.testing.assert_close(one.model, other.model)
+    torch.testing.assert_close(values(whole)["model"], values(parts)["model"])
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
@@ -112,39 +117,72 @@ def test_not_finite_stops_before_the_update(scale: float) -> None:
     assert isinstance(trained, LocalEngine)
     trained.backward(trained.forward({"x": X})[0], 1)
     trained.step(0.1, 0)
-    before = trained.state()
+    before = values(trained)
     trained.backward(trained.forward({"x": X, "scale": scale})[0], 1)
     with pytest.raises(NonFiniteError, match=r"step 1: .* before the update"):
         trained.step(0.1, 1)
-    for (name, p), average in zip(trained.names.items(), trained.ema.averages, strict=True):
-        assert torch.equal(p, before.model[name]) and torch.equal(average, before.ema[name])
-    with pytest.raises(NonFiniteError):  # nothing is saved after that
-        trained.state()
+    for (name, p), average in zip(trained.names.items(), trained.ema.averages["ema"], strict=True):
+        assert torch.equal(p, before["model"][name]) and torch.equal(average, before["ema"][name])
+    trained.backward(trained.forward({"x": X})[0], 1)  # and it is good for more
+    assert math.isfinite(trained.step(0.1, 2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_not_finite_on_a_gpu_never_reaches_the_weights() -> None:
     trained = engine(device="cuda")
-    before = trained.state()
+    before = values(trained)["model"]
     trained.backward(trained.forward({"x": X.cuda(), "scale": math.nan})[0], 1)
     trained.step(0.1, 0)
-    assert isinstance(trained, LocalEngine) and before is not None
-    weights = {name: p.detach().cpu() for name, p in trained.names.items()}
-    assert all(torch.equal(weights[name], before.model[name]) for name in weights)
+    assert isinstance(trained, LocalEngine)
+    assert all(torch.equal(p, before[name]) for name, p in trained.names.items())
     with pytest.raises(NonFiniteError, match="step 0"):
         trained.state()
 
 
-def test_state_is_a_copy_with_buffers_and_moments_from_the_start() -> None:
+def test_state_has_buffers_and_moments_from_the_start_and_copies_nothing() -> None:
     trained = engine()
+    assert isinstance(trained, LocalEngine)
     state = trained.state()
-    assert state is not None and state.step == 0
-    assert "counts" in state.model and "counts" in state.ema and "counts" not in state.exp_avg
-    kept = state.model["layer.weight"].clone()
-    trained.backward(trained.forward({"x": X})[0], 1)
-    trained.step(0.1, 0)
-    assert torch.equal(state.model["layer.weight"], kept)
-    assert not state.exp_avg["layer.weight"].any()
+    assert state.step == 0 and list(state.parts) == ["model", "optimizer", "ema"]
+    assert "counts" in state.parts["model"] and "counts" in state.parts["ema"]
+    moments = state.parts["optimizer"]
+    assert "exp_avg.counts" not in moments and not moments["exp_avg_sq.layer.weight"].values.any()
+    weight = state.parts["model"]["layer.weight"]
+    assert weight.whole and weight.values.data_ptr() == trained.names["layer.weight"].data_ptr()
+
+
+def test_several_averages_are_tracked_and_go_on(tmp_path: Path) -> None:
+    """Each a power function's: the sum over steps i of weights i^(γ+1) − (i−1)^(γ+1), over t^(γ+1)."""
+    profiles, sources = (0.05, 0.2), []
+
+    def made() -> Engine:
+        torch.manual_seed(0)
+        return make_engine(Loss(), optim=OptimConfig(), engine=EngineConfig(), world=World(0, 1, 0, torch.device("cpu")),
+                           train=TrainConfig(steps=9, batch=4, ema_profiles=profiles))
+
+    trained = made()
+    for step in range(6):
+        if step == 3:
+            job.save(tmp_path, trained.state())
+            trained = made()
+            checkpoint.load_into(trained, tmp_path)
+        trained.backward(trained.forward({"x": X})[0], 1)
+        trained.step(0.1, step)
+        sources.append(values(trained)["model"]["layer.weight"].double())
+    found = values(trained)
+    for kind, sigma in (("ema", 0.05), ("ema-0.2", 0.2)):
+        power = exponent_of(sigma) + 1
+        expected = sum((((i + 1) / 6) ** power - (i / 6) ** power) * source for i, source in enumerate(sources))
+        torch.testing.assert_close(found[kind]["layer.weight"].double(), expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(found[kind]["counts"], found["model"]["counts"])
+
+
+def test_a_checkpoint_of_other_averages_is_refused(tmp_path: Path) -> None:
+    job.save(tmp_path, engine().state())
+    other = make_engine(Loss(), optim=OptimConfig(), engine=EngineConfig(), world=World(0, 1, 0, torch.device("cpu")),
+                        train=TrainConfig(steps=9, batch=4, ema_profiles=(0.05, 0.1)))
+    with pytest.raises(InputError, match=r"step-00000000: holds no ema-0\.1\.safetensors"):
+        checkpoint.load_into(other, tmp_path)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
@@ -155,25 +193,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     again = job.make("local", 0, job.ALONE)
     checkpoint.load_into(again, tmp_path)
     assert job.run(again, job.HALF, job.STEPS, job.ALONE) == norms
-    one, other = first.state(), again.state()
-    assert one is not None and other is not None
-    for part in ("model", "ema", "exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(getattr(other, part), getattr(one, part), rtol=0, atol=0)
+    torch.testing.assert_close(values(again), values(first), rtol=0, atol=0)
 
 
 def test_bfloat16_keeps_weights_and_gradients_float32() -> None:
     trained = engine(precision="bfloat16")
     trained.backward(trained.forward({"x": X})[0], 1)
     assert isinstance(trained, LocalEngine)
-    assert {p.grad.dtype for p in trained.parameters if p.grad is not None} == {torch.float32}
+    assert {p.grad.dtype for p in trained.masters if p.grad is not None} == {torch.float32}
     trained.step(0.1, 0)
     exact = engine()
     exact.backward(exact.forward({"x": X})[0], 1)
     exact.step(0.1, 0)
-    one, other = trained.state(), exact.state()
-    assert one is not None and other is not None
-    assert {value.dtype for value in one.model.values()} == {torch.float32}
-    assert not torch.equal(one.exp_avg["layer.weight"], other.exp_avg["layer.weight"])
+    one, other = values(trained), values(exact)
+    assert {value.dtype for value in one["model"].values()} == {torch.float32}
+    assert not torch.equal(one["optimizer"]["exp_avg.layer.weight"], other["optimizer"]["exp_avg.layer.weight"])
 
 
 @pytest.mark.parametrize(("batch", "micro", "ranks", "expected"),

@@ -1,0 +1,191 @@
+"""Tar archives, plain ones read in place, compressed ones from a plain copy."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from data_prep.sources import Files, Folder, Keep, Source, Zip, time_of, unsafe_name
+from r2id.data.files import atomic_file
+from r2id.data.shards import Reject
+from r2id.errors import InputError, WorkError
+from r2id.progress import say
+
+_BLOCK = 512
+_CHUNK = 1 << 20
+_EXPANSION, _EXPANSION_FREE = 200, 1 << 30  # archives of images shrink to a half or so; bytes that any may have
+_COMPRESSED: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile}  # type: ignore
+
+
+def open_source(path: Path, unpacked: Path) -> Source:
+    """A folder, a zip, or a tar, whose compressed form is first laid down plain in the folder ``unpacked``."""
+    if path.is_dir():
+        return Folder(path)
+    if not path.is_file():
+        raise InputError(f"source {path}: no such file or folder")
+    with _opened(path) as file:
+        zipped = file.read(2) == b"PK"
+    return Zip(path) if zipped else Tar(plain_tar(path, unpacked))
+
+
+class Tar:
+    """Members of nested tars are called ``OUTER/MEMBER``, without the ``.tar`` of the outer one. A place is
+    ``OFFSET:NAME``, the offset being that of the member's first header."""
+
+    kind = "a tar"
+
+    def __init__(self, path: Path, nested: bool = False) -> None:
+        self.path, self.nested = path, nested
+        self._file: BinaryIO | None = None
+
+    def files(self, keep: Keep) -> Files:
+        files = Files(time_of(self.path))
+        with _opened(self.path) as file:
+            for member, offset, name in _members(file, self.path, self.nested):
+                if not keep(name):
+                    files.others += 1
+                elif reason := _unsafe(member, name):
+                    files.rejects.append(Reject("", name, reason))
+                else:
+                    files.add(name, member.size, b"%d:" % offset + os.fsencode(name))
+        files.sort()
+        return files
+
+    def name(self, place: bytes) -> str:
+        return os.fsdecode(place.partition(b":")[2])
+
+    def read(self, place: bytes, size: int, newest: int) -> bytes:
+        """Where the place says there must still be a member of this name and length."""
+        changed = time_of(self.path) > newest
+        if self._file is None:
+            self._file = _opened(self.path)
+        start, name = int(place.partition(b":")[0]), self.name(place)
+        try:
+            with tarfile.open(fileobj=_Part(self._file, start, os.fstat(self._file.fileno()).st_size - start),
+                              mode="r:") as archive:  # type: ignore[call-overload]
+                member = archive.next()
+        except (tarfile.TarError, EOFError, ValueError):
+            member = None
+        data = os.pread(self._file.fileno(), size, start + member.offset_data) if member else b""
+        same = member and f"/{name}".endswith(f"/{member.name.removeprefix('./')}") and member.size == size == len(data)
+        if changed or not same:
+            raise WorkError(f"{self.path}: changed since the preparation began ({name})")
+        return data
+
+
+def plain_tar(path: Path, unpacked: Path) -> Path:
+    """The tar itself, or, of a compressed one, its content in a file of the folder ``unpacked``."""
+    with _opened(path) as file:
+        start = file.read(8)
+        file.seek(0)
+        opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
+        if opener is None:
+            return path
+        facts = os.fstat(file.fileno())  # in the name, so that a copy of what was changed since is none
+        identity = f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}"
+        plain = unpacked / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}.tar"
+        if not plain.is_file():
+            say(f"{path}: decompressing")
+            limit = max(_EXPANSION_FREE, _EXPANSION * facts.st_size)
+            try:
+                with opener(file) as content, atomic_file(plain) as copy:
+                    _copy(content, copy, path, limit)
+            except (EOFError, zlib.error, lzma.LZMAError) as error:
+                raise InputError(f"{path}: truncated or damaged: {error}") from None
+        return plain
+
+
+def free(unpacked: Path) -> None:
+    """Remove what plain_tar laid down."""
+    for plain in unpacked.glob("*.tar"):
+        plain.unlink()
+    if unpacked.is_dir() and not any(unpacked.iterdir()):
+        unpacked.rmdir()
+
+
+def _copy(content: BinaryIO, copy: BinaryIO, path: Path, limit: int) -> None:
+    """What is wrong with the content is the archive's fault, not the disk's."""
+    copied = 0
+    while True:
+        try:
+            data = content.read(_CHUNK)
+        except OSError as error:  # gzip's bad checksums are OSErrors
+            raise InputError(f"{path}: truncated or damaged: {error}") from None
+        if not data:
+            return
+        copied += len(data)
+        if copied > limit:
+            raise InputError(f"{path}: expands to more than {limit} bytes, {_EXPANSION} times its size: no archive of "
+                             "images does: if this one is sound, decompress it and give the tar")
+        copy.write(data)
+
+
+def _members(file: BinaryIO, path: Path, nested: bool) -> Iterator[tuple[tarfile.TarInfo, int, str]]:
+    """(member, offset of its first header in the file, name). InputError where the archive does not end as it should."""
+    for member in _walk(file, path, 0, os.fstat(file.fileno()).st_size):
+        name = member.name.removeprefix("./")
+        if not nested:
+            yield member, member.offset, name
+        elif member.isreg():
+            outer = name.removesuffix(".tar")
+            for inner in _walk(file, path / name, member.offset_data, member.size):
+                yield inner, member.offset_data + inner.offset, f"{outer}/{inner.name.removeprefix('./')}"
+
+
+def _walk(file: BinaryIO, path: Path, start: int, size: int) -> Iterator[tarfile.TarInfo]:
+    """Every member but folders of the tar that is ``size`` bytes of a file."""
+    part = _Part(file, start, size)
+    try:
+        with tarfile.open(fileobj=part, mode="r:") as archive:  # type: ignore[call-overload]
+            for member in archive:
+                archive.members = []  # it would keep them all
+                if not member.isdir():
+                    yield member
+            part.seek(archive.offset)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: no tar archive, or a truncated or damaged one: {error}") from None
+    # The library takes a damaged header, or a cut between two members, for the end.
+    if part.read(_BLOCK) not in (bytes(_BLOCK), b"") or archive.offset + _BLOCK > size:
+        raise InputError(f"{path}: truncated or damaged at byte {archive.offset}")
+
+
+class _Part:
+    """A part of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.position = file, start, size, 0
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self.size - self.position)
+        data = os.pread(self.file.fileno(), left if count < 0 else min(count, left), self.start + self.position)
+        self.position += len(data)
+        return data
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self.position = position + (0, self.position, self.size)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+
+def _unsafe(member: tarfile.TarInfo, name: str) -> str:
+    if member.issym() or member.islnk():
+        return "a link"
+    return unsafe_name(name) or ("" if member.isreg() else "no regular file")
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
