@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import multiprocessing
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ from r2id.data.shards import (
 from r2id.errors import WorkError
 from r2id.progress import Progress, say
 
-__all__ = ["Plan", "finish", "make_plan", "pending", "prepare", "write_shard", "write_shards"]
+__all__ = ["Plan", "end_with_parent", "finish", "make_plan", "pending", "prepare", "write_shard", "write_shards"]
 
 _AHEAD = 8  # records
 
@@ -125,7 +126,7 @@ def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]
         yield from (write_shard(plan, number) for number in numbers)
         return
     # Processes are started afresh: a copy of one that runs threads may hold a lock for ever.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         futures = [pool.submit(write_shard, plan, number) for number in numbers]
         try:
             yield from (future.result() for future in as_completed(futures))
@@ -133,6 +134,21 @@ def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]
             raise WorkError("a worker process was killed, perhaps for want of memory: the same command goes on") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """For the start of a worker process: it ends as soon as the process that started it does, even by SIGKILL.
+
+    Otherwise it would wait for work for ever: the other workers hold its pipe open.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 def _ahead(records: Iterator[Record]) -> Iterator[Record]:

@@ -26,12 +26,12 @@ _START_SECONDS = 600.0  # some seconds, minutes on an overloaded machine; a serv
 def prefect_ready() -> Iterator[None]:
     """Within this block flows can run: on the server of PREFECT_API_URL, or on one that lives as long as this process.
 
-    SIGTERM and SIGINT raise Stopped here, so that the process ends in order.
+    SIGTERM and SIGINT raise Stopped here, so that the process ends in order. WorkError when Prefect's client gives up.
     """
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_API_URL
 
-    with _signals_raise():
+    with _signals_raise(), _messages_end(), _client_errors():
         if PREFECT_API_URL.value():
             yield
             return
@@ -45,6 +45,59 @@ def prefect_ready() -> Iterator[None]:
         finally:
             server.closing = True
             del os.environ["PREFECT_API_URL"]
+
+
+def is_prefects(error: BaseException) -> bool:
+    """Whether an error is of Prefect or of its client's connection, not of the work that it runs."""
+    from httpx import HTTPError
+    from prefect.exceptions import PrefectException
+
+    return isinstance(error, HTTPError | PrefectException) or "Failed to reach API" in str(error)
+
+
+def server_answers(within: float = 0.0) -> bool:
+    """Whether the server that flows are told to is there, or comes back within so many seconds."""
+    from prefect.settings import PREFECT_API_URL
+
+    address, end = PREFECT_API_URL.value(), time.monotonic() + within
+    while not (address and _answers(f"{address}/health")):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def words(error: BaseException) -> str:
+    """An error of others in one line."""
+    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+@contextlib.contextmanager
+def _client_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_prefects(error):
+            raise
+        raise WorkError(f"prefect: {words(error)}: the same command goes on") from error
+
+
+@contextlib.contextmanager
+def _messages_end() -> Iterator[None]:
+    """At the end, give up the messages of which Prefect's client has not got rid, if its server is no more.
+
+    When the process ends, it would try ten times to deliver each, a second apart, and there are some for every task.
+    """
+    try:
+        yield
+    finally:
+        if not server_answers():
+            from prefect._internal.concurrency.services import _active_services  # there is no public way
+
+            say("prefect: its server does not answer: what it has not been told is lost")
+            for service in list(_active_services):
+                if service._loop is not None and service._task is not None:
+                    service._loop.call_soon_threadsafe(service._task.cancel)
 
 
 class _Server:
@@ -88,6 +141,8 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return response.status == 200
+    except urllib.error.HTTPError as error:
+        return error.code < 500  # a server that wants a password is one
     except (urllib.error.URLError, OSError):
         return False
 

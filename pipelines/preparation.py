@@ -30,15 +30,16 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from data_prep.plan import is_complete
-from data_prep.prepare import Plan, prepare, write_shard, write_shards
+from data_prep.prepare import Plan, end_with_parent, prepare, write_shard, write_shards
 from data_prep.show import overview
-from pipelines.orchestration import prefect_ready
+from pipelines.orchestration import is_prefects, prefect_ready, server_answers, words
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, Stopped, WorkError
 from r2id.progress import say
 
 _SECONDS_BETWEEN_UPDATES = 2.0
-_SECONDS_TO_ANSWER = 10.0
+_SECONDS_TO_ANSWER = 10.0  # for a cluster
+_SECONDS_TO_RETURN = 30.0  # for a server that is started again
 
 
 @task(name="shard", task_run_name="shard {number}", cache_policy=NO_CACHE)
@@ -71,12 +72,10 @@ def prepare_on_cluster(config: PrepareConfig) -> Path:
     with prefect_ready():
         try:
             return prepare_flow(config)
-        except (InputError, WorkError, Stopped):
-            raise
         except Exception as error:
-            if not is_complete(config.out):
-                raise WorkError(f"prefect: {_words(error)}: the same command goes on") from error
-            say(f"prefect: {_words(error)}; the shards are complete")
+            if not is_prefects(error) or not is_complete(config.out):
+                raise
+            say(f"prefect: {words(error)}; the shards are complete")
             return config.out
 
 
@@ -105,8 +104,10 @@ def _with_or_without_prefect(plan: Plan, numbers: Sequence[int]) -> Iterator[dic
             yield result
     except (InputError, WorkError, Stopped):
         raise
-    except Exception as error:  # of Prefect, of its client, of a cluster
-        say(f"prefect: {_words(error)}; going on without it")
+    except Exception as error:
+        if not is_prefects(error):
+            raise WorkError(f"{plan.config.engine}: {words(error)}: the same command goes on") from error
+        say(f"prefect: {words(error)}; going on without it")
         yield from write_shards(plan, [number for number in numbers if number not in done])
 
 
@@ -126,14 +127,15 @@ def _runner(config: PrepareConfig, workers: int) -> TaskRunner[Any]:
     if config.engine == "dask":
         from prefect_dask import DaskTaskRunner
         if config.address:
-            return DaskTaskRunner(address=config.address)
+            return DaskTaskRunner(address=config.address, client_kwargs={"timeout": _SECONDS_TO_ANSWER})
         return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
     if config.engine == "ray":
         from prefect_ray import RayTaskRunner
-        if config.address:
-            return RayTaskRunner(address=config.address)
-        return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
-    return ProcessPoolTaskRunner(max_workers=workers)
+        # Given as an option of ray.init: without one, Ray would take whatever cluster it finds on this machine.
+        options = {"address": config.address} if config.address else {
+            "address": "local", "num_cpus": workers, "include_dashboard": False}
+        return RayTaskRunner(init_kwargs={**options, "log_to_driver": False, "logging_level": "ERROR"})
+    return ProcessPoolTaskRunner(max_workers=workers, initializer=end_with_parent)
 
 
 class _Progress:
@@ -146,7 +148,7 @@ class _Progress:
             self.artifact = create_progress_artifact(  # type: ignore[assignment]
                 0.0, key="prepare-progress", description=f"{config.dataset} → {config.out}")
         except Exception as error:
-            say(f"prefect: no progress is shown: {_words(error)}")
+            say(f"prefect: no progress is shown: {words(error)}")
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -154,29 +156,30 @@ class _Progress:
         if self.artifact is None or (now < self.next and self.done < self.total):
             return
         self.next = now + _SECONDS_BETWEEN_UPDATES
+        if not server_answers():  # Prefect's client would try for a minute, and the work wait
+            return
         try:
             update_progress_artifact(self.artifact, progress=100 * self.done / self.total)
         except Exception as error:
             self.artifact = None
-            say(f"prefect: progress is shown no more: {_words(error)}")
+            say(f"prefect: progress is shown no more: {words(error)}")
 
 
 def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:
     """Table, samples and sizes of a finished set."""
+    if not server_answers(within=_SECONDS_TO_RETURN):
+        say("prefect: its server does not answer: no artifacts")
+        return
     shown = overview(config.out, {result["file"]: result["rejects"] for result in results})
     try:
         create_table_artifact(shown.table, key="prepare-shards", description=shown.words)
         for name, picture in (("samples", shown.samples), ("sizes", shown.sizes)):
             create_markdown_artifact(f"![{name}]({_data_uri(picture)})", key=f"prepare-{name}", description=shown.words)
     except Exception as error:
-        say(f"prefect: no artifacts: {_words(error)}")
+        say(f"prefect: no artifacts: {words(error)}")
 
 
 def _data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _words(error: Exception) -> str:
-    return " ".join([type(error).__name__, *str(error).splitlines()[:1]])
