@@ -235,4 +235,4 @@ def test_many_tasks_at_once_do_not_lock_the_database(source: Path, tmp_path: Pat
     assert code == 0 and "going on without it" not in said, said[-3000:]
     prepare(PrepareConfig(dataset="mnist", source=source, out=tmp_path / "alone", shard_mb=0.04))
     assert files_of(tmp_path / "set") == files_of(tmp_path / "alone")
-    assert len(list((tmp_path / "set").rglob("*.tar"))) > 80
+    assert len(list((tmp_path / "set").rglob("*.tar"))) > 60
