@@ -171,6 +171,28 @@ def data_index(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole job.")] = 1,
+    memory: Annotated[float, typer.Option(min=1, help="Memory of one GPU in GB (10⁹ bytes).")] = 80.0,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Share of --peak that training reaches.")] = 0.4,
+    peak: Annotated[float, typer.Option(min=0.001, help="Peak of one GPU in TFLOP/s, such as 312 (A100) or 989 (H100) "
+                                                        "in bfloat16.")] = 312.0,
+    riae: Annotated[Path | None, typer.Option(help="Config of the RIAE, for R2ID while no checkpoint of it exists.")] = None,
+    classes: Annotated[int | None, typer.Option(min=0, help="Classes, for R2ID while no shards exist.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What training would need, before it starts: parameters, memory by part, FLOPs, the largest micro-batch, days."""
+    from r2id.training.planner import describe
+    from r2id.training.planner import plan as run_plan
+
+    result = run_plan(config, tuple(overrides or ()), gpus=gpus, gigabytes=memory, share=share, teraflops=peak, riae=riae,
+                      classes=classes)
+    _report(result, as_json, describe)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
     overrides: Overrides = None,

@@ -6,6 +6,8 @@ Shape letters: B batch · N queries · M keys · D width · H heads · d width o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 _LOCAL_DIMS = 6  # dimensions of a head given to the window
-_SMALL_SCORES = 1 << 24  # scores that a CPU computes faster by plain products than by the fused kernel
+_SMALL_SCORES: float = 1 << 24  # scores that a CPU computes faster by plain products than by the fused kernel
 
 
 class RMSNorm(nn.RMSNorm):
@@ -34,6 +36,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+@contextmanager
+def plain_up_to(scores: float) -> Iterator[None]:
+    """Within it a CPU takes plain products up to another number of scores: for counting, on a CPU, what a GPU would keep (0)
+    or the products of all attention (infinity)."""
+    global _SMALL_SCORES
+    before, _SMALL_SCORES = _SMALL_SCORES, scores
+    try:
+        yield
+    finally:
+        _SMALL_SCORES = before
 
 
 class Attention(nn.Module):

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# An r2id command on many hosts, which all see the same folders under the same names. Either by torchrun, on every host:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 multinode.sh [--dry-run] train CONFIG [section.key=value …]
+# with NODE_RANK from 0 on, the address of the first host, and optionally MASTER_PORT (29500) and NPROC, the processes of this
+# host (one per GPU). Or by DeepSpeed's launcher, on one host, which starts the others over ssh with pdsh:
+#   multinode.sh [--dry-run] --hostfile FILE train CONFIG [section.key=value …]
+# where FILE has a line "HOST slots=GPUS" for each host. Exit codes are those of the command; under Slurm, see slurm.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+hostfile=""
+if [ "${1:-}" = --hostfile ]; then
+    [ $# -ge 2 ] || wrong "--hostfile: names a file with a line \"HOST slots=GPUS\" for each host"
+    hostfile="$2"
+    shift 2
+fi
+[ $# -ge 1 ] || wrong "which r2id command? multinode.sh [--hostfile FILE] train CONFIG"
+choose_processes
+if [ -n "$hostfile" ]; then
+    [ -r "$hostfile" ] || wrong "--hostfile $hostfile: no such file"
+    run_last deepspeed --hostfile "$hostfile" --no_local_rank --module r2id.cli "$@"
+fi
+for name in NNODES NODE_RANK MASTER_ADDR; do
+    [ -n "${!name:-}" ] || wrong "$name is not set: NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 multinode.sh train CONFIG"
+done
+run_last python -m r2id.launcher --nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" \
+    --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$processes" -m r2id.cli "$@"

@@ -1,0 +1,259 @@
+"""Memory of a training step: what lives when, counted by running the step on tensors that have sizes and no contents.
+
+The states that ZeRO shares out (weights, gradients, Adam's moments, averages) follow from the number of elements
+(Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054, section
+5); everything is float32. Activations are counted: a step of the real modules runs under FakeTensorMode, and every
+tensor's storage is noted as it comes and goes.
+
+Letters: P elements of the model · N processes · T moments of a step. All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from r2id.models.attention import plain_up_to
+
+_FLOAT = 4
+_FLATTENED = 500_000_000  # elements that DeepSpeed reduces at once at stage 0
+
+_PASSING = ("gradients", "activations", "buffers")
+
+Case = Callable[[], tuple[nn.Module, dict[str, Any]]]
+"""→ a stage module, and keyword arguments of one micro-batch for it."""
+Moment = dict[str, np.ndarray | int]
+"""Bytes of gradients, activations and buffers: of a stretch of a step [T], or all along."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch's forward and backward pass: bytes that live, int64 [T] each, by kind."""
+
+    activations: np.ndarray
+    """Inputs, activations, and all that comes and goes."""
+    casts: np.ndarray
+    """Copies of weights in bfloat16, which autocast makes once a pass."""
+    gradients: np.ndarray
+    """Of weights."""
+    forward: int
+    """Moments of the forward pass."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a job keeps the states of a model of P elements."""
+
+    elements: int
+    processes: int
+    stage: int | None
+    """ZeRO's; none is plain PyTorch in one process."""
+    averages: int
+    """Moving averages of the weights."""
+    accumulation: int
+    """Micro-batches per step."""
+    zero: dict[str, Any]
+    """DeepSpeed's ``zero_optimization``."""
+
+    @property
+    def whole(self) -> int:
+        """All weights, or anything of their shape, in float32."""
+        return _FLOAT * self.elements
+
+    @property
+    def own(self) -> int:
+        """One process's share of them."""
+        return self.whole // self.processes
+
+    def bucket(self, name: str, default: int) -> int:
+        """Bytes of a buffer whose elements DeepSpeed's configuration states: never more than the model has."""
+        return _FLOAT * min(self.elements, int(self.zero.get(name, default)))
+
+
+def states(sharing: Sharing) -> dict[str, int]:
+    """What a GPU holds all the time, by part. Stages 1 to 3 update a float32 share of the weights, the masters, beside the
+    weights of the forward pass; it counts as the optimizer's. Offloaded states are in the CPU's memory."""
+    whole, own = sharing.whole, sharing.own
+    if not sharing.stage:
+        return {"weights": whole, "optimizer": 2 * whole, "ema": sharing.averages * whole}
+    on_gpu = 0 if "offload_optimizer" in sharing.zero else 1
+    weights = whole if sharing.stage < 3 else 0 if "offload_param" in sharing.zero else own
+    return {"weights": weights, "optimizer": on_gpu * 3 * own, "ema": on_gpu * sharing.averages * own}
+
+
+def moments(sharing: Sharing, trace: Trace) -> list[Moment]:
+    """The stretches of a step in which memory may peak: gradients, activations and DeepSpeed's buffers in each."""
+    kept = trace.activations + trace.casts
+    if not sharing.stage:
+        before = sharing.whole if sharing.accumulation > 1 else 0
+        reduced = 0 if sharing.stage is None else _FLOAT * min(sharing.elements, _FLATTENED)
+        return [{"gradients": np.maximum(trace.gradients, before), "activations": kept},
+                {"gradients": sharing.whole, "buffers": reduced}]
+    return {1: _stage_1, 2: _stage_2, 3: _stage_3}[sharing.stage](sharing, trace, kept)
+
+
+def _stage_1(sharing: Sharing, trace: Trace, kept: np.ndarray) -> list[Moment]:
+    """Gradients stay whole until the last micro-batch; then they go through the bucket, and a rank keeps its share."""
+    whole, own, bucket = sharing.whole, sharing.own, sharing.bucket("reduce_bucket_size", 500_000_000)
+    before = whole if sharing.accumulation > 1 else 0
+    return [{"gradients": np.maximum(trace.gradients, before), "activations": kept, "buffers": bucket},
+            {"gradients": whole, "buffers": max(bucket, own)},
+            {"gradients": own, "buffers": own}]
+
+
+def _stage_2(sharing: Sharing, trace: Trace, kept: np.ndarray) -> list[Moment]:
+    """Gradients go to the bucket as they come; a full one is flattened, reduced, and a rank keeps its share."""
+    own, bucket = sharing.own, sharing.bucket("reduce_bucket_size", 500_000_000)
+    before = own if sharing.accumulation > 1 else 0
+    full = (trace.gradients >= bucket) & (bucket < sharing.whole)
+    return [{"gradients": before + own * full, "activations": kept, "buffers": bucket * (1 + full)},
+            {"gradients": before, "buffers": 2 * bucket}, {"gradients": before + own, "buffers": bucket},
+            {"gradients": own, "buffers": own}]
+
+
+def _stage_3(sharing: Sharing, trace: Trace, _kept: np.ndarray) -> list[Moment]:
+    """Weights are gathered for the forward pass and stay for the backward pass, up to a limit, in float32: DeepSpeed's
+    linear layers keep no copies in bfloat16."""
+    own, bucket = sharing.own, sharing.bucket("reduce_bucket_size", 500_000_000)
+    gathered = sharing.bucket("stage3_max_live_parameters", 1_000_000_000) if sharing.processes > 1 else 0
+    fetched = sharing.bucket("stage3_prefetch_bucket_size", 50_000_000) if sharing.processes > 1 else 0
+    full = (trace.gradients >= bucket) & (bucket < sharing.whole)
+    forward = np.arange(len(full)) < trace.forward
+    return [{"gradients": own, "activations": trace.activations,
+             "buffers": bucket + gathered + fetched * forward + 2 * bucket * full},
+            {"gradients": own, "buffers": 3 * bucket}, {"gradients": 2 * own, "buffers": bucket}]
+
+
+def peak(sharing: Sharing, trace: Trace, resident: int = 0, visitor: int = 0) -> dict[str, int]:
+    """Memory of one process, by part, at the fullest moment of a step, and its sum, ``total``.
+
+    ``resident`` bytes are there all the time, and ``visitor`` bytes before each micro-batch: the codec, and its work.
+    """
+    before = sharing.whole if sharing.accumulation > 1 and (sharing.stage or 0) < 2 else 0
+    parts: dict[str, int] = {}
+    last: Moment = {"gradients": before, "activations": visitor}
+    for moment in (*moments(sharing, trace), last):
+        series = {name: np.broadcast_to(moment.get(name, 0), len(trace.activations)) for name in _PASSING}
+        at = int(np.sum(list(series.values()), axis=0).argmax())
+        found = {name: int(values[at]) for name, values in series.items()}
+        parts = max(parts, found, key=lambda some: sum(some.values()))
+    parts = {**states(sharing), **parts} | ({"codec": resident} if resident else {})
+    return {**parts, "total": sum(parts.values())}
+
+
+def trace_step(case: Case, bfloat16: bool, as_on_gpu: bool = True) -> Trace:
+    """What a micro-batch's forward and backward pass keeps, moment by moment. Computes nothing and needs no GPU.
+
+    Without ``as_on_gpu``, as on a CPU, whose attention and dropout keep other things.
+    """
+    with ExitStack() as stack:
+        ledger = _enter(stack, as_on_gpu)
+        module, inputs = case()
+        ledger.weights = weights = {ledger.number(p) for p in module.parameters()}
+        start = len(ledger.events)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss, _ = module(**inputs, step=0)
+        forward = len(ledger.events) - start
+        loss.backward()
+        gradients = {ledger.number(p.grad) for p in module.parameters() if p.grad is not None}
+        known = weights | gradients | ledger.casts
+        activations, casts, of_weights = (ledger.series(chosen)[start:] for chosen in (
+            lambda number: number not in known,
+            lambda number: number in ledger.casts, lambda number: number in gradients))
+    return Trace(activations, casts, of_weights, forward)
+
+
+def trace_peak(work: Callable[[], Callable[[], Any]], as_on_gpu: bool = True) -> int:
+    """Most bytes that live at once, beside what was there before, in a call of the function that ``work`` makes."""
+    with ExitStack() as stack:
+        ledger = _enter(stack, as_on_gpu)
+        function = work()
+        before, start = ledger.live(), len(ledger.events)
+        function()
+        return int(ledger.series(lambda _: True)[start:].max(initial=before)) - before
+
+
+def count_flops(work: Callable[[], Callable[[], Any]]) -> int:
+    """Floating-point operations of matrix products, attention among them, in a call of the function that ``work`` makes: two
+    for each multiplication with its addition. Computes nothing."""
+    with FakeTensorMode(), plain_up_to(math.inf), torch.no_grad():
+        function = work()
+        with FlopCounterMode(display=False) as counter:
+            function()
+    return int(counter.get_total_flops())
+
+
+def _enter(stack: ExitStack, as_on_gpu: bool) -> _Ledger:
+    stack.enter_context(FakeTensorMode())
+    if as_on_gpu:
+        stack.enter_context(plain_up_to(0))
+        stack.enter_context(_FusedDropout())
+    return stack.enter_context(_Ledger())
+
+
+class _FusedDropout(TorchFunctionMode):
+    """Dropout as on a GPU, where its mask takes one byte an element; on a CPU it is of the input's own type."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout and kwargs.get("training", True) and kwargs.get("p", 0.5) > 0:
+            return torch.native_dropout(args[0], kwargs.get("p", 0.5), True)[0]
+        return func(*args, **kwargs)
+
+
+class _Ledger(TorchDispatchMode):
+    """Notes the storage of every tensor that an operation makes, when it comes and when it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.events: list[int] = []
+        """The number of a storage that comes, −1 − the number of one that goes."""
+        self.weights: set[int] = set()
+        self.casts: set[int] = set()
+        self._numbers: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                number = self.number(tensor)
+                if func is torch.ops.aten._to_copy.default and self.number(args[0]) in self.weights:
+                    self.casts.add(number)
+        return made
+
+    def number(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._numbers:
+            self._numbers[key] = len(self.sizes)
+            self.events.append(len(self.sizes))
+            self.sizes.append(storage.nbytes())
+            weakref.finalize(storage, self._gone, key)
+        return self._numbers[key]
+
+    def _gone(self, key: int) -> None:
+        self.events.append(-1 - self._numbers.pop(key))
+
+    def series(self, chosen: Callable[[int], bool]) -> np.ndarray:
+        """Bytes of the chosen storages that live after each event, int64."""
+        changes = [self.sizes[event] if event >= 0 else -self.sizes[-1 - event] for event in self.events]
+        mine = [chosen(event if event >= 0 else -1 - event) for event in self.events]
+        return np.cumsum(np.where(mine, changes, 0))
+
+    def live(self) -> int:
+        return sum(self.sizes[number] for number in self._numbers.values())

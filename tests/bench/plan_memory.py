@@ -1,0 +1,127 @@
+"""Memory that `r2id plan` predicts against what real training steps take.
+
+    python tests/bench/plan_memory.py CONFIG [section.key=value ...] [--processes N] [--zero local 0 1 2 3]
+        [--checkpointing none all] [--riae RIAE.toml] [--classes N] [--json]
+
+On GPUs the measure is the most that CUDA's allocator handed out, on CPUs the most that the process had in memory, each
+beyond what it had before the engine was made. Inputs are zeros of the config's batch at its largest size; an R2ID run's
+codec is left out on both sides. For ImageNet's R2ID-B on every GPU of a machine, say:
+
+    python tests/bench/plan_memory.py configs/imagenet/r2id-b.toml --riae configs/imagenet/riae.toml --classes 1000 \
+        --processes 8 train.batch=256 train.micro_batch=32
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from r2id import dist
+from r2id.config import load_config
+from r2id.training.engine import make_engine
+from r2id.training.planner import Work, find_facts, memory
+from r2id.training.shares import accumulation, micro_batch_size
+
+STEPS = 3
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--zero", nargs="+", default=["local", "0", "1", "2", "3"])
+    parser.add_argument("--checkpointing", nargs="+", default=["none", "all"])
+    parser.add_argument("--riae", type=Path)
+    parser.add_argument("--classes", type=int)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_intermixed_args()
+
+
+def resident(what):
+    """Bytes of this process in memory: now (VmRSS) or at most since the last reset (VmHWM)."""
+    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def train(work, world):
+    """Three real steps; whatever they leave behind is for the caller to let go of."""
+    config = work.config
+    engine = make_engine(work.module(), optim=config.optim, train=config.train, engine=config.engine, world=world)
+    count, samples = accumulation(config.train, world.world_size), micro_batch_size(config.train, world.world_size)
+    inputs = {key: value.to(world.device) for key, value in work.inputs(samples * work.facts.copies).items()}
+    for step in range(STEPS):
+        for _ in range(count):
+            loss, _ = engine.forward({**inputs, "step": step})
+            engine.backward(loss, count)
+            del loss, _
+        engine.step(1e-4, step)
+
+
+def measure(work, world):
+    """Most bytes of any process."""
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train(work, world)
+        most = torch.cuda.max_memory_allocated() - before
+    else:
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        train(work, world)
+        most = resident("VmHWM") - before
+    return int(dist.all_reduce_max(torch.tensor(float(most), device=world.device)))
+
+
+def rank(options):
+    """What each process does: the same cases, one after the other; the first prints a line of JSON for each."""
+    world = dist.init()
+    for zero in options.zero:
+        warm = False
+        for checkpointing in options.checkpointing:
+            kind = ["engine.kind=local"] if zero == "local" else ["engine.kind=deepspeed", f"engine.zero_stage={zero}"]
+            config = load_config(options.config, [*options.overrides, *kind,
+                                                  f"train.activation_checkpointing={checkpointing}"])
+            work = Work(config, find_facts(config, options.riae, options.classes))
+            planned = memory(work, world.world_size, as_on_gpu=world.device.type == "cuda")
+            if not warm:  # what libraries load and keep at their first use is of no step
+                measure(work, world)
+                warm = True
+            measured = measure(work, world)
+            if dist.is_main():
+                total = planned["total"] - planned.get("codec", 0)
+                print(json.dumps({"zero": zero, "checkpointing": checkpointing, "processes": world.world_size,
+                                  "planned": total, "measured": measured, "ratio": total / measured, "parts": planned}),
+                      flush=True)
+    dist.shutdown()
+
+
+def main():
+    options = arguments()
+    if "R2ID_PLAN_RANK" in os.environ:
+        rank(options)
+        return
+    # A process's size is that of its tensors when blocks of 64 KiB and more go back to the system at once, and are written
+    # to when they come: as on a GPU, what is allocated counts.
+    environment = {**os.environ, "R2ID_PLAN_RANK": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
+                   "MALLOC_PERTURB_": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+    command = [sys.executable, *(launcher if options.processes > 1 else []), *sys.argv]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as job:
+        for line in job.stdout:
+            found = json.loads(line)
+            print(line.strip() if options.json else "ZeRO {zero:5} checkpointing {checkpointing:4} on {processes}: ".format(
+                **found) + f"planned {found['planned'] / 1e6:.1f} MB, measured {found['measured'] / 1e6:.1f} MB, ratio "
+                f"{found['ratio']:.3f}", flush=True)
+    sys.exit(job.returncode)
+
+
+if __name__ == "__main__":
+    main()

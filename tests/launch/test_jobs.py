@@ -1,0 +1,89 @@
+"""Real jobs of two processes: they end as their ranks mean it, and a signal saves them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from r2id.training import checkpoint
+from tests.launch.conftest import BASE, Job, bash, executable, training
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+folder, kind, code = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+rank = int(os.environ["RANK"])
+if kind == "asked":  # ends a while after SIGTERM, as a rank that saves
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    (folder / f"ready-{rank}").touch()
+    while not asked:
+        time.sleep(0.05)
+    time.sleep(0.5 + rank)
+    (folder / f"saved-{rank}").touch()
+    sys.exit(code)
+(folder / f"ready-{rank}").touch()
+if rank == 1:  # the first to fail; the other one would stay
+    os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
+time.sleep(60 if code else 0)
+"""
+
+
+def start(folder: Path, kind: str, code: int) -> subprocess.Popen[str]:
+    (folder / "rank.py").write_text(RANK)
+    return subprocess.Popen(
+        [sys.executable, "-m", "r2id.launcher", "--standalone", "--nproc-per-node", "2", str(folder / "rank.py"),
+         str(folder), kind, str(code)], env={**os.environ, **BASE}, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("code", "meant"), [(0, 0), (1, 1), (2, 2), (75, 75), (99, 1), (-signal.SIGKILL, 1)])
+def test_the_exit_code_is_the_first_failed_ranks(code: int, meant: int, tmp_path: Path) -> None:
+    job = start(tmp_path, "fails", code)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == meant, said
+    assert (f"rank 1 was the first to end, with exit code {code}" in said) == (code != 0)
+
+
+def test_a_signal_lets_every_rank_finish_saving(tmp_path: Path) -> None:
+    job = start(tmp_path, "asked", 75)
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 75, said
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_two_processes_stop_at_a_signal_and_go_on(checkout: Path, digits: Path, tmp_path: Path) -> None:
+    arguments = training(tmp_path / "run", digits, "train.steps=100000", "train.save_every=5")
+    job = Job(["bash", "launch/train.sh", *arguments], checkout, NPROC="2")
+    job.wait_for(tmp_path / "run" / "checkpoints" / "latest")
+    assert job.end(signal.SIGTERM) == 75, job.log.read_text()[-4000:]
+    saved = checkpoint.load_meta(tmp_path / "run").step
+    assert f"step {saved} of 100000 saved" in job.log.read_text()
+    job = Job(["bash", "launch/train.sh", *arguments, f"train.steps={saved + 2}"], checkout, NPROC="2")
+    assert job.end() == 0, job.log.read_text()[-4000:]
+    assert checkpoint.load_meta(tmp_path / "run").step == saved + 2
+
+
+def test_two_processes_of_wrong_input_end_with_2(checkout: Path) -> None:
+    done = bash("bash launch/train.sh nowhere.toml", checkout, **BASE, PYTHONPATH=str(checkout), NPROC="2")
+    assert done.returncode == 2, done.stderr
+    assert "nowhere.toml: no such config file" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_deepspeeds_launcher_on_one_host(checkout: Path, digits: Path, tmp_path: Path) -> None:
+    """It first asks every host of the file over ssh whether it is there; here ssh runs what it is given."""
+    executable(checkout / ".venv" / "bin" / "ssh",
+               '#!/bin/sh\nwhile [ "$1" != localhost ]; do shift; done\nshift\nexec "$@"\n')
+    (checkout / "hosts").write_text("localhost slots=2\n")
+    command = ["bash", "launch/multinode.sh", "--hostfile", "hosts", "train"]
+    job = Job([*command, *training(tmp_path / "run", digits, "train.steps=3")], checkout)
+    assert job.end() == 0, job.log.read_text()[-4000:]
+    assert checkpoint.load_meta(tmp_path / "run").step == 3
+    assert Job([*command, "nowhere.toml"], checkout).end() == 2

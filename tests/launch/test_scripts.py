@@ -1,0 +1,96 @@
+"""The launch scripts: sound shell, one owner of every setting, a set-up that is done once, and what they would run."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import BASE, ROOT, bash, executable
+
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_is_sound_shell_that_stops_at_the_first_error(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "set -euo pipefail" in script.read_text()
+    assert os.access(script, os.X_OK)
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_second_set_up_does_nothing(checkout: Path) -> None:
+    done = bash("source launch/setup.sh && command -v python", checkout)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.strip() == str(checkout / ".venv" / "bin" / "python")
+
+
+def test_changed_requirements_set_up_anew(checkout: Path) -> None:
+    with (checkout / "pyproject.toml").open("a") as file:
+        file.write("\n# changed\n")
+    done = bash("bash launch/setup.sh", checkout, PYTHON="no-such-python")
+    assert done.returncode == 2
+    assert "installing into" in done.stderr
+    assert "set PYTHON to one" in done.stderr
+
+
+def test_a_dry_run_installs_and_runs_nothing(bare: Path) -> None:
+    before = sorted(bare.rglob("*"))
+    done = bash("bash launch/train.sh --dry-run nowhere.toml train.steps=3", bare, **BASE)
+    assert done.returncode == 0, done.stderr
+    assert "-m venv --clear" in done.stderr
+    assert done.stderr.endswith("+ python -m r2id.cli train nowhere.toml train.steps=3\n")
+    assert sorted(bare.rglob("*")) == before
+
+
+def test_training_takes_the_processes_asked_for(checkout: Path) -> None:
+    one = bash("bash launch/train.sh nowhere.toml", checkout, **BASE)
+    assert one.returncode == 2
+    assert "+ python -m r2id.cli train nowhere.toml" in one.stderr
+    assert "nowhere.toml: no such config file" in one.stderr
+    two = bash("bash launch/train.sh --dry-run a.toml train.steps=3", checkout, **BASE, NPROC="2")
+    assert two.stderr == ("+ python -m r2id.launcher --standalone --nproc-per-node 2 -m r2id.cli train a.toml "
+                          "train.steps=3\n")
+
+
+def test_many_processes_share_the_cores(checkout: Path) -> None:
+    executable(checkout / ".venv" / "bin" / "nproc", "#!/bin/sh\necho 12\n")
+    told = bash("source launch/setup.sh; choose_processes; echo $processes $DS_ACCELERATOR $OMP_NUM_THREADS", checkout,
+                CUDA_VISIBLE_DEVICES="", NPROC="3", OMP_NUM_THREADS="")
+    assert told.stdout.split() == ["3", "cpu", "4"]
+    gpus = bash("source launch/setup.sh; choose_processes; echo $processes", checkout, CUDA_VISIBLE_DEVICES="0,1,2,5")
+    assert gpus.stdout.split() == ["4"]
+
+
+def test_one_of_many_hosts(checkout: Path) -> None:
+    command = "bash launch/multinode.sh --dry-run train a.toml optim.lr=1e-4"
+    done = bash(command, checkout, **BASE, NNODES="4", NODE_RANK="2", MASTER_ADDR="10.0.0.1", NPROC="8")
+    assert done.stderr == (
+        "+ python -m r2id.launcher --nnodes 4 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 "
+        "--nproc-per-node 8 -m r2id.cli train a.toml optim.lr=1e-4\n")
+    for missing in ("NNODES", "NODE_RANK", "MASTER_ADDR"):
+        place = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1", missing: ""}
+        done = bash(command, checkout, **BASE, **place)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {missing} is not set"), done.stderr
+
+
+def test_deepspeeds_launcher_with_a_hostfile(checkout: Path) -> None:
+    (checkout / "hosts").write_text("first slots=8\nsecond slots=8\n")
+    done = bash("bash launch/multinode.sh --dry-run --hostfile hosts train a.toml", checkout, **BASE)
+    assert done.stderr == "+ deepspeed --hostfile hosts --no_local_rank --module r2id.cli train a.toml\n"
+    done = bash("bash launch/multinode.sh --dry-run --hostfile none train a.toml", checkout, **BASE)
+    assert done.returncode == 2 and "none: no such file" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["multinode.sh", "slurm.sh"])
+def test_a_script_without_a_command_says_what_it_takes(script: str, checkout: Path) -> None:
+    done = bash(f"bash launch/{script}", checkout, **BASE)
+    assert done.returncode == 2 and "which r2id command?" in done.stderr
