@@ -29,9 +29,9 @@ def inside_a_save(run: Path) -> bool:
 
 def wait_until(condition, process) -> None:
     deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline and process.is_alive():
+    while not (met := condition()) and time.monotonic() < deadline and process.is_alive():  # asked once: a save is brief
         time.sleep(0.0005)
-    assert condition() and process.is_alive()
+    assert met and process.is_alive()
 
 
 def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(digits, riae_run, latents, tmp_path: Path) -> None:
