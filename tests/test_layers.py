@@ -26,7 +26,7 @@ ALLOWED = {
     "pipelines": ("pipelines", "data_prep", "r2id.config", "r2id.errors", "r2id.progress"),
 }
 # Libraries that one place alone imports.
-ONLY = {"mlflow": ("r2id.training.tracking",), "deepspeed": ("r2id.training.engine",), "prefect": ("pipelines",)}
+ONLY = {"mlflow": ("r2id.training.tracking",), "deepspeed": ("r2id.training.zero",), "prefect": ("pipelines",)}
 NEVER = {"data_prep": ("torch",), "pipelines": ("torch",)}
 
 

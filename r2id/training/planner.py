@@ -129,7 +129,7 @@ class Work:
         return RIAE(self.facts.riae, self.config.data.channels)
 
     def trace(self, samples: int, as_on_gpu: bool) -> Trace:
-        return trace_step(lambda: (self.module(), self.inputs(samples)), self.config.train.precision == "bfloat16",
+        return trace_step(lambda: (self.module(), self.inputs(samples)), self.config.train.autocast,
                           as_on_gpu)
 
     def encodes(self) -> bool:
@@ -139,7 +139,7 @@ class Work:
     def encode(self, samples: int) -> Callable[[], object]:
         """A codec at work on so many images."""
         codec, image = self.codec(), torch.zeros(samples, self.config.data.channels, *self.facts.image)
-        bfloat16 = self.config.train.precision == "bfloat16"
+        bfloat16 = self.config.train.autocast
 
         def encode() -> object:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):

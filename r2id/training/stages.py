@@ -54,7 +54,7 @@ class Stage:
         """RIAE: mean and standard deviation of its latents; R2ID has none."""
         if not isinstance(model, RIAE):
             return None
-        bfloat16 = self.config.train.precision == "bfloat16"
+        bfloat16 = self.config.train.autocast
         batches = eval_loader(self.shards, self.config.data, split=self.config.data.train_split, batch=128,
                               limit=_STATISTICS_IMAGES)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
