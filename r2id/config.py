@@ -192,8 +192,8 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(default=None, ge=1)
     """Samples per forward pass of one process; none takes the process's whole share at once."""
     precision: Literal["float32", "bfloat16", "bfloat16_weights"] = "float32"
-    """bfloat16 is autocast: weights, norms and gradients stay float32. bfloat16_weights needs less memory: the weights of the
-    forward pass and their gradients are bfloat16, beside float32 ones that the processes share out (zero_stage 2 or 3)."""
+    """bfloat16 is autocast: weights, norms and gradients stay float32. bfloat16_weights needs less memory: the weights of
+    the forward pass and their gradients are bfloat16, beside float32 ones that the processes share out (zero_stage 2, 3)."""
     activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=2)] = "none"
     """Blocks whose activations are computed again in the backward pass instead of kept: all, or every so-manieth."""
     compile: bool = False

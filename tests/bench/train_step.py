@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from r2id import dist
-from r2id.cli import parse_size
+from r2id.cli.options import parse_size
 from r2id.config import RiaeRun, load_config
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training.engine import make_engine
-from r2id.training.loop import peak_memory
 from r2id.training.losses import R2idLoss, RiaeLoss
+from r2id.training.meter import peak_memory
 
 
 def main():
