@@ -2,8 +2,8 @@
 
 The states that ZeRO shares out (weights, gradients, Adam's moments, averages) follow from the number of elements
 (Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054, section
-5); everything is float32. Activations are counted: a step of the real modules runs under FakeTensorMode, and every
-tensor's storage is noted as it comes and goes.
+5); all but bfloat16 weights and their gradients is float32. Activations are counted: a step of the real modules runs under
+FakeTensorMode, and every tensor's storage is noted as it comes and goes.
 
 Letters: P elements of the model · N processes · T moments of a step. All sizes are bytes.
 """
@@ -68,6 +68,8 @@ class Sharing:
     """Micro-batches per step."""
     zero: dict[str, Any]
     """DeepSpeed's ``zero_optimization``."""
+    rounded: bool = False
+    """Whether the forward pass's weights and their gradients are bfloat16 (stages 2 and 3)."""
 
     @property
     def whole(self) -> int:
@@ -79,19 +81,23 @@ class Sharing:
         """One process's share of them."""
         return self.whole // self.processes
 
+    def narrow(self, size: int) -> int:
+        """Bytes, in the number format of the forward pass's weights, of what takes so many in float32."""
+        return size // 2 if self.rounded else size
+
     def bucket(self, name: str, default: int) -> int:
-        """Bytes of a buffer whose elements DeepSpeed's configuration states: never more than the model has."""
+        """Bytes, in float32, of a buffer whose elements DeepSpeed's configuration states: never more than the model has."""
         return _FLOAT * min(self.elements, int(self.zero.get(name, default)))
 
 
 def states(sharing: Sharing) -> dict[str, int]:
     """What a GPU holds all the time, by part. Stages 1 to 3 update a float32 share of the weights, the masters, beside the
     weights of the forward pass; it counts as the optimizer's. Offloaded states are in the CPU's memory."""
-    whole, own = sharing.whole, sharing.own
+    whole, own = sharing.narrow(sharing.whole), sharing.own
     if not sharing.stage:
         return {"weights": whole, "optimizer": 2 * whole, "ema": sharing.averages * whole}
     on_gpu = 0 if "offload_optimizer" in sharing.zero else 1
-    weights = whole if sharing.stage < 3 else 0 if "offload_param" in sharing.zero else own
+    weights = whole if sharing.stage < 3 else 0 if "offload_param" in sharing.zero else sharing.narrow(own)
     return {"weights": weights, "optimizer": on_gpu * 3 * own, "ema": on_gpu * sharing.averages * own}
 
 
@@ -116,10 +122,17 @@ def _stage_1(sharing: Sharing, trace: Trace, kept: np.ndarray) -> list[Moment]:
 
 
 def _stage_2(sharing: Sharing, trace: Trace, kept: np.ndarray) -> list[Moment]:
-    """Gradients go to the bucket as they come; a full one is flattened, reduced, and a rank keeps its share."""
+    """Gradients go to the bucket as they come; a full one is flattened, reduced, and a rank keeps its share.
+
+    Of bfloat16 weights bucket and copy are bfloat16, and a float32 copy is reduced, straight into the rank's float32 share.
+    """
     own, bucket = sharing.own, sharing.bucket("reduce_bucket_size", 500_000_000)
     before = own if sharing.accumulation > 1 else 0
-    full = (trace.gradients >= bucket) & (bucket < sharing.whole)
+    full = (trace.gradients >= sharing.narrow(bucket)) & (bucket < sharing.whole)
+    if sharing.rounded:
+        half = sharing.narrow(bucket)
+        return [{"gradients": np.maximum(before, own * full), "activations": kept, "buffers": half + (half + bucket) * full},
+                {"gradients": own, "buffers": 2 * half + bucket}, {"gradients": own, "buffers": own}]
     return [{"gradients": before + own * full, "activations": kept, "buffers": bucket * (1 + full)},
             {"gradients": before, "buffers": 2 * bucket}, {"gradients": before + own, "buffers": bucket},
             {"gradients": own, "buffers": own}]
@@ -129,9 +142,9 @@ def _stage_3(sharing: Sharing, trace: Trace, _kept: np.ndarray) -> list[Moment]:
     """Weights are gathered for the forward pass and stay for the backward pass, up to a limit, in float32: DeepSpeed's
     linear layers keep no copies in bfloat16."""
     own, bucket = sharing.own, sharing.bucket("reduce_bucket_size", 500_000_000)
-    gathered = sharing.bucket("stage3_max_live_parameters", 1_000_000_000) if sharing.processes > 1 else 0
-    fetched = sharing.bucket("stage3_prefetch_bucket_size", 50_000_000) if sharing.processes > 1 else 0
-    full = (trace.gradients >= bucket) & (bucket < sharing.whole)
+    gathered = sharing.narrow(sharing.bucket("stage3_max_live_parameters", 1_000_000_000)) if sharing.processes > 1 else 0
+    fetched = sharing.narrow(sharing.bucket("stage3_prefetch_bucket_size", 50_000_000)) if sharing.processes > 1 else 0
+    full = (trace.gradients >= sharing.narrow(bucket)) & (bucket < sharing.whole)
     forward = np.arange(len(full)) < trace.forward
     return [{"gradients": own, "activations": trace.activations,
              "buffers": bucket + gathered + fetched * forward + 2 * bucket * full},
@@ -158,7 +171,7 @@ def peak(sharing: Sharing, trace: Trace, resident: int = 0, visitor: int = 0) ->
 def trace_step(case: Case, bfloat16: bool, as_on_gpu: bool = True) -> Trace:
     """What a micro-batch's forward and backward pass keeps, moment by moment. Computes nothing and needs no GPU.
 
-    Without ``as_on_gpu``, as on a CPU, whose attention and dropout keep other things.
+    ``bfloat16`` is autocast. Without ``as_on_gpu``, as on a CPU, whose attention and dropout keep other things.
     """
     with ExitStack() as stack:
         ledger = _enter(stack, as_on_gpu)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from r2id.training.blocks import prepare_blocks
 from r2id.training.ema import decays
 from r2id.training.footprint import Sharing, Trace, count_flops, peak, trace_peak, trace_step
 from r2id.training.losses import R2idLoss, RiaeLoss
-from r2id.training.shares import accumulation, deepspeed_config, micro_batch_size
+from r2id.training.shares import accumulation, deepspeed_config, engine_kind, micro_batch_size
 
 _RUNTIME = 2_000_000_000
 """Bytes of a GPU that are nobody's tensors: CUDA's context and kernels, NCCL's buffers, holes between tensors."""
@@ -129,8 +130,12 @@ class Work:
         return RIAE(self.facts.riae, self.config.data.channels)
 
     def trace(self, samples: int, as_on_gpu: bool) -> Trace:
-        return trace_step(lambda: (self.module(), self.inputs(samples)), self.config.train.autocast,
-                          as_on_gpu)
+        def case() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+            with _default_dtype(torch.bfloat16 if self.config.train.precision == "bfloat16_weights" else torch.float32):
+                module = self.module()
+            return module, self.inputs(samples)
+
+        return trace_step(case, self.config.train.autocast, as_on_gpu)
 
     def encodes(self) -> bool:
         """Whether each micro-batch is encoded before R2ID sees it."""
@@ -150,6 +155,17 @@ class Work:
     def forward(self) -> Callable[[], object]:
         """The forward pass of one sample, nothing computed again."""
         return partial(self.module(prepared=False), **self.inputs(1), step=0)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Of the weights that are made within it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def elements(module: nn.Module) -> int:
@@ -181,10 +197,11 @@ def memory(work: Work, gpus: int, as_on_gpu: bool = True) -> dict[str, int]:
     with torch.device("meta"):
         parameters = elements(work.module())
         codec = 0 if isinstance(config, RiaeRun) else 4 * elements(work.codec())
-    local = config.engine.kind == "local" or (config.engine.kind == "auto" and gpus == 1)
+    local = engine_kind(config.train, config.engine, gpus) == "local"
     zero = {} if local else deepspeed_config(config.optim, config.train, config.engine, gpus, parameters)
     sharing = Sharing(parameters, gpus, None if local else config.engine.zero_stage, len(decays(config.train)),
-                      accumulation(config.train, gpus), zero.get("zero_optimization", {}))
+                      accumulation(config.train, gpus), zero.get("zero_optimization", {}),
+                      config.train.precision == "bfloat16_weights")
     samples = micro_batch_size(config.train, gpus) * work.facts.copies
     visitor = trace_peak(lambda: work.encode(samples), as_on_gpu) if work.encodes() else 0
     return peak(sharing, work.trace(samples, as_on_gpu), codec, visitor)
