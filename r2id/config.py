@@ -190,7 +190,7 @@ class TrainConfig(Section):
     batch: int = Field(default=64, ge=1)
     """Samples per optimizer step over all processes; accumulation is computed from it."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Samples per forward pass of one process; none takes the process's whole share at once."""
+    """Samples per forward pass of one process, fewer where its share of the batch is; none takes its whole share at once."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is autocast: weights, norms and gradients stay float32."""
     activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=2)] = "none"
