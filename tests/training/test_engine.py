@@ -219,7 +219,8 @@ def test_accumulation(batch: int, micro: int | None, ranks: int, expected: tuple
 
 
 @pytest.mark.parametrize(("batch", "micro", "ranks", "near"),
-                         [(64, 5, 2, "60 or 70"), (64, None, 3, "63 or 126"), (2, None, 3, "nearest: 3"), (2, 8, 3, "nearest: 3")])
+                         [(64, 5, 2, "60 or 70"), (64, None, 3, "63 or 126"), (2, None, 3, "nearest: 3"),
+                          (2, 8, 3, "nearest: 3")])
 def test_batch_that_does_not_divide(batch: int, micro: int | None, ranks: int, near: str) -> None:
     with pytest.raises(InputError, match=rf"train\.batch = {batch}: .*{near}$"):
         accumulation(TrainConfig(steps=1, batch=batch, micro_batch=micro), ranks)
