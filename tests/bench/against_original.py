@@ -73,7 +73,7 @@ def table(name, found, threads):
     print(f"{name} at {model.size}, {threads} threads; original: {original['classes']}; goals for ours as configured: "
           f"{model.goal:g} times as fast, {MEMORY_GOAL:.2f} of the memory")
     for way, figures in found.items():
-        print(f"  {way:53}{figures['parameters'] / 1e6:7.2f} M{figures['ms']:9.1f} ms{figures['images_per_second']:8.1f} im/s"
+        print(f"  {way:52}{figures['parameters'] / 1e6:6.2f} M{figures['ms']:9.1f} ms{figures['images_per_second']:8.1f} /s"
               f"{figures['times_as_fast']:8.1f} ×{figures['memory'] / 1e9:8.2f} GB{figures['share_of_memory']:7.2f}")
 
 
