@@ -5,9 +5,12 @@ Shape letters: B batch · N tokens · M context tokens · D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from r2id.models.attention import Attention, RMSNorm
 
@@ -24,7 +27,22 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.gate(x)) * self.value(x))
+        return self.out(_Gated.apply(self.gate(x), self.value(x)))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate)·value, whose backward pass computes silu(gate) again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        return F.silu(gate) * value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * value, gate), gradient * F.silu(gate)
 
 
 class CrossBlock(nn.Module):

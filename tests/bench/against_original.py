@@ -5,7 +5,7 @@
 DIR is a checkout of the original project, which is no part of this one. Each step is measured in a process of its own, in
 turn, round after round; what counts is each one's quickest round. Widths, heads, blocks, batch and data shape are the same
 (the reference configs on MNIST at 32×32); theirs runs a tenth of the steps, at least two, because its autoencoder takes
-seconds for one. Memory is what a process takes at most beyond what it has after its imports.
+seconds for one. Memory is what a process takes at most beyond what it has before it makes the model.
 
 Ours is shown as configured, and doing the same work: in float32, every pixel decoded, every image under its class and
 under none. The goals are set for the commits with attention per query (fb27a89 to b97e9b7).

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).parent
 
 
@@ -22,6 +24,19 @@ def resident(what: str) -> int:
 def reset_peak() -> None:
     """Sets VmHWM to VmRSS."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def baseline() -> int:
+    """Bytes in memory before a step is made, from which VmHWM grows: with what libraries load and keep at their first use,
+    which is of no step."""
+    layer = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    for bfloat16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            layer(torch.ones(64, 64)).sum().backward()
+    optimizer.step()
+    reset_peak()
+    return resident("VmRSS")
 
 
 def rate(run: Callable[[int, int], object], steps: int, warmup: int, batch: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import rate, reset_peak, resident
+from measure import baseline, rate, resident
 
 from r2id.config import RiaeRun, load_config
 from r2id.errors import InputError
@@ -94,8 +94,7 @@ def diffusion_loss(kind, module, config, grid, channels):
 
 def measure(folder, config, steps):
     autoencoder, diffuser, module = find(folder)
-    before = resident("VmRSS")
-    reset_peak()
+    before = baseline()
     if isinstance(config, RiaeRun):
         model, trained, loss_of = autoencoder_loss(autoencoder, config)
     else:

@@ -4,7 +4,7 @@
         [--both-conditions] [section.key=value ...]
 
 Random images (or latents) of the config's batch size; the engine is the one that training uses, in as many processes as
-torchrun starts. Memory is what the process takes at most, beyond what it has after its imports.
+torchrun starts. Memory is what the process takes at most, beyond what it has before it makes the model.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from measure import rate, reset_peak, resident
+from measure import baseline, rate, resident
 
 from r2id import dist, rng
 from r2id.cli import parse_size
@@ -74,8 +74,7 @@ def main():
     config = load_config(options.config, options.overrides)
     size, world = parse_size(options.size), dist.init()
     count, micro_batch = accumulation(config.train, world.world_size), micro_batch_size(config.train, world.world_size)
-    before = resident("VmRSS")
-    reset_peak()
+    before = baseline()
     module, inputs = make_module(config, options, size, micro_batch)
     parameters = sum(p.numel() for p in module.parameters())
     engine = make_engine(module, optim=config.optim, train=config.train, engine=config.engine, world=world)
