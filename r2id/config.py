@@ -191,8 +191,9 @@ class TrainConfig(Section):
     """Samples per optimizer step over all processes; accumulation is computed from it."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Samples per forward pass of one process; none takes the process's whole share at once."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is autocast: weights, norms and gradients stay float32."""
+    precision: Literal["float32", "bfloat16", "bfloat16_weights"] = "float32"
+    """bfloat16 is autocast: weights, norms and gradients stay float32. bfloat16_weights needs less memory: the weights of
+    the forward pass and their gradients are bfloat16, beside float32 ones that the processes share out (zero_stage 2, 3)."""
     activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=2)] = "none"
     """Blocks whose activations are computed again in the backward pass instead of kept: all, or every so-manieth."""
     compile: bool = False
@@ -217,6 +218,11 @@ class TrainConfig(Section):
     """Newest checkpoints kept."""
     milestone_every: int | None = Field(default=None, ge=1)
     """Checkpoints of these steps are saved and kept for good."""
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the forward pass runs under bfloat16 autocast."""
+        return self.precision != "float32"
 
     @model_validator(mode="after")
     def _profiles_differ(self) -> TrainConfig:
@@ -261,6 +267,13 @@ class _StageRun(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _shared_masters(self) -> _StageRun:
+        if self.train.precision == "bfloat16_weights" and (self.engine.kind == "local" or self.engine.zero_stage < 2):
+            raise ValueError(f"train.precision 'bfloat16_weights': needs engine.zero_stage 2 or 3, not engine.kind "
+                             f"{self.engine.kind!r} with zero_stage {self.engine.zero_stage}")
+        return self
 
 
 class RiaeRun(_StageRun):

@@ -67,7 +67,7 @@ class Sampler:
         model.to(device).eval().requires_grad_(False)
         return cls(model, codec, DiffusionConfig.model_validate(meta.config["diffusion"]),
                    SampleConfig.model_validate(meta.config["sample"]), meta.model["base_side"],
-                   tuple(meta.model["areas"]), tuple(meta.model["ratios"]), meta.config["train"]["precision"] == "bfloat16")
+                   tuple(meta.model["areas"]), tuple(meta.model["ratios"]), meta.config["train"]["precision"] != "float32")
 
     @property
     def num_classes(self) -> int:
@@ -233,7 +233,7 @@ def _preview_reconstructions(stage: Stage, model: RIAE, file: Path, device: torc
     split = data.test_split if data.test_split in stage.shards.manifest.splits else data.train_split
     batch = next(iter(eval_loader(stage.shards, data, split=split, batch=_PREVIEW_IMAGES, limit=_PREVIEW_IMAGES)))
     images = batch["image"].to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=stage.config.train.precision == "bfloat16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=stage.config.train.autocast):
         decoded = model.decode(model.encode(images), (images.shape[2], images.shape[3]))
     return save_png(tile(torch.cat([images, decoded]), len(images)), file)
 
@@ -242,7 +242,7 @@ def _preview_samples(stage: Stage, model: R2ID, file: Path) -> Path:
     config = stage.config
     assert isinstance(config, R2idRun) and stage.codec is not None
     sampler = Sampler(model, stage.codec, config.diffusion, config.sample, stage.facts["base_side"],
-                      tuple(stage.facts["areas"]), tuple(stage.facts["ratios"]), config.train.precision == "bfloat16")
+                      tuple(stage.facts["areas"]), tuple(stage.facts["ratios"]), config.train.autocast)
     labels = choose_labels(config.sample.labels, _PREVIEW_IMAGES, sampler.num_classes)
     height, width = stage.codec.image
     rows = [sampler.sample(labels, torch.arange(len(labels)), size)

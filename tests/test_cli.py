@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from r2id import cli
+from r2id.cli.options import parse_size
 from r2id.errors import InputError
 from tests.conftest import CONFIGS, TINY_RIAE
 
@@ -186,7 +187,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, r2id, digits, riae_run, r2i
 
 
 def test_sizes_are_height_by_width():
-    assert cli.parse_size("56x42") == (56, 42) and cli.parse_size(" 8X9 ") == (8, 9)
+    assert parse_size("56x42") == (56, 42) and parse_size(" 8X9 ") == (8, 9)
     for text in ("56*42", "1x2x3", "1.5x2", "x", "", "8x", "٣x٣"):
         with pytest.raises(InputError):
-            cli.parse_size(text)
+            parse_size(text)

@@ -24,8 +24,8 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm of the last dimension that stays in its input's dtype, so that the fused kernel applies under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return _RmsNorm.apply(x, self.weight)
+        if x.device.type == "cpu" and _SMALL_SCORES:  # 0 while what a GPU would keep is counted
+            return _RmsNorm.apply(x, self.weight, self.eps)
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
@@ -36,10 +36,10 @@ class _RmsNorm(torch.autograd.Function):
     weight, which the next operation keeps anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-        scale = torch.rsqrt(mean + torch.finfo(wide.dtype).eps)
+        scale = torch.rsqrt(mean + (torch.finfo(wide.dtype).eps if eps is None else eps))
         normed = wide * scale
         out = (normed if weight is None else normed.mul_(weight)).to(x.dtype)
         ctx.save_for_backward(out if weight is None else x, weight, scale)
@@ -47,7 +47,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         kept, weight, scale = ctx.saved_tensors
         gradient, normed, of_weight = gradient.to(scale.dtype), kept.to(scale.dtype), None
         if weight is not None:
@@ -55,7 +55,7 @@ class _RmsNorm(torch.autograd.Function):
             of_weight = (gradient * normed).flatten(0, -2).sum(0)
             gradient = gradient * weight
         along = (gradient * normed).mean(-1, keepdim=True)
-        return torch.addcmul(gradient, normed, along, value=-1).mul_(scale).to(kept.dtype), of_weight
+        return torch.addcmul(gradient, normed, along, value=-1).mul_(scale).to(kept.dtype), of_weight, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -45,6 +45,13 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient * value, gate), gradient * F.silu(gate)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask takes one byte an element on a CPU too, where PyTorch's is of the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
+
+
 class CrossBlock(nn.Module):
     """Queries attend to a context, then a feed-forward layer; pre-norm residuals."""
 
@@ -112,7 +119,7 @@ class DiffusionBlock(nn.Module):
             self.cross_norm, self.context_norm = RMSNorm(width, elementwise_affine=False), RMSNorm(width)
             self.cross = Attention(width, width, heads)
         self.ffn_norm, self.ffn = RMSNorm(width, elementwise_affine=False), FeedForward(width, ffn_ratio)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
         """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]."""

@@ -50,7 +50,7 @@ class Codec:
         stats = checkpoint.load_tensors(path, "stats")
         model.to(device).eval().requires_grad_(False)
         return cls(model, stats["mean"].to(device), stats["std"].to(device),
-                   meta.config["train"]["precision"] == "bfloat16", path, checkpoint.identity(path),
+                   meta.config["train"]["precision"] != "float32", path, checkpoint.identity(path),
                    tuple(meta.model["image"]), DataConfig.model_validate(meta.config["data"]))
 
     @property

@@ -1,20 +1,16 @@
 """Forward, backward and update, in one process by plain PyTorch or in many by DeepSpeed, behind one interface.
 
 An engine trains a *stage module*: ``module(**batch)`` returns (scalar loss, dict of detached figures), and
-``module.model`` holds the trained weights. Weights, gradients, moments and averages are float32 everywhere; bfloat16
-is autocast of the forward pass. State goes in and out by the model's own parameter names, each rank's share by itself, so
+``module.model`` holds the trained weights. What is updated, moments and averages are float32 everywhere; bfloat16 is
+autocast of the forward pass. State goes in and out by the model's own parameter names, each rank's share by itself, so
 that any engine at any number of ranks goes on from any other's and none gathers the whole.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -26,7 +22,7 @@ from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
 from r2id.training.ema import Ema, decays
-from r2id.training.shares import accumulation, deepspeed_config
+from r2id.training.shares import engine_kind
 from r2id.training.state import (
     MOMENTS,
     EngineState,
@@ -145,10 +141,9 @@ class Engine(ABC):
 def make_engine(module: nn.Module, *, optim: OptimConfig, train: TrainConfig, engine: EngineConfig,
                 world: World) -> Engine:
     """The engine that the config asks for. InputError when it does not fit the number of processes."""
-    kind = engine.kind
-    if kind == "auto":
-        kind = "local" if world.world_size == 1 else "deepspeed"
-    if kind == "deepspeed":
+    if engine_kind(train, engine, world.world_size) == "deepspeed":
+        from r2id.training.zero import DeepSpeedEngine
+
         return DeepSpeedEngine(module, optim, train, engine, world)
     if world.world_size > 1:
         raise InputError(f"engine.kind = 'local': is for one process, and there are {world.world_size}; "
@@ -192,7 +187,7 @@ class LocalEngine(Engine):
         self.device = device
         self.module = module.to(device).train()
         self.model = trained_model(module)
-        self.clip, self.bfloat16 = optim.clip, train.precision == "bfloat16"
+        self.clip, self.bfloat16 = optim.clip, train.autocast
         self.optimizer = make_optimizer(self.model, optim)
         self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}
@@ -268,130 +263,3 @@ def raise_unless_finite(norm: float, step: int) -> None:
     if not math.isfinite(norm):
         raise NonFiniteError(f"step {step}: the gradient norm is {norm}; stopped before the update, the last "
                              "checkpoint is good; a lower optim.lr or train.precision = 'float32' may help", step)
-
-
-class DeepSpeedEngine(Engine):
-    """DeepSpeed's ZeRO at stages 0 to 3, for any number of processes.
-
-    Its masters are the weights themselves (0), or this rank's flat share of them (1 to 3).
-    """
-
-    def __init__(self, module: nn.Module, optim: OptimConfig, train: TrainConfig, engine: EngineConfig,
-                 world: World) -> None:
-        deepspeed = _import_deepspeed(world)
-        self.device, self.stage, self.clip = world.device, engine.zero_stage, optim.clip
-        self.accumulation = accumulation(train, world.world_size)
-        self.model = trained_model(module.to(world.device).train())
-        self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}  # stage 3 empties the tensors
-        self.optimizer = make_optimizer(self.model, optim)
-        wrapped = _Autocast(module, world.device.type, train.precision == "bfloat16")
-        settings = deepspeed_config(optim, train, engine, world.world_size, sum(p.numel() for p in self.names.values()))
-        self.deepspeed, *_ = deepspeed.initialize(model=wrapped, optimizer=self.optimizer, config=settings)
-        self.masters = self._find_masters()
-        self.layout = self._find_layout()
-        fill_moments(self.optimizer, self.masters)
-        self.ema = Ema(self.masters, decays(train))
-        self.micro_steps = 0
-
-    def _find_masters(self) -> list[Tensor]:
-        if self.stage == 0:
-            return list(self.names.values())
-        zero = self.deepspeed.optimizer
-        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
-
-    def _find_layout(self) -> list[Piece]:
-        """Where DeepSpeed has put this rank's share of each parameter, if it has any."""
-        if self.stage == 0:
-            return whole_layout(self.shapes)
-        zero, pieces = self.deepspeed.optimizer, []
-        for name, parameter in self.names.items():
-            if self.stage == 3:  # every rank has an equal share of each parameter
-                master, offset, share = zero.grad_position[zero.get_param_id(parameter)]
-                start, end = share * dist.rank(), min(share * (dist.rank() + 1), math.prod(self.shapes[name]))
-            else:  # of each group, which is one flat tensor; DeepSpeed's own table of fragments is wrong in round robin
-                master = next(number for number, flat in enumerate(zero.bit16_groups_flat)
-                              if 0 <= parameter.data_ptr() - flat.data_ptr() < flat.nbytes)
-                at = (parameter.data_ptr() - zero.bit16_groups_flat[master].data_ptr()) // parameter.element_size()
-                first = self.masters[master].numel() * dist.rank() - at
-                start, end = max(0, first), min(parameter.numel(), first + self.masters[master].numel())
-                offset = start - first
-            pieces.append(Piece(name, start, end - start, master, offset))
-        return [piece for piece in pieces if piece.count > 0]
-
-    def _replicated(self) -> bool:
-        return self.stage == 0
-
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
-        return self.deepspeed(**batch)
-
-    def backward(self, loss: Tensor, accumulation: int) -> None:
-        if accumulation != self.accumulation:
-            raise ValueError(f"accumulation {accumulation}, and DeepSpeed was told {self.accumulation}")
-        self.deepspeed.backward(loss)  # divides by the accumulation
-        self.micro_steps += 1
-        if self.micro_steps % accumulation:
-            self.deepspeed.step()  # counts the micro-batch; it updates at the last one only
-
-    def step(self, lr: float, step: int) -> Tensor:
-        self.steps = step + 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # Stage 0 would apply a gradient that is not finite; the others skip the step and go on, for ever if it lasts.
-        norm = self._clip(step) if self.stage == 0 else None
-        self.deepspeed.step()
-        if norm is None:
-            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
-            if not self.deepspeed.was_step_applied():
-                raise_unless_finite(math.inf, step)
-        self.ema.update(step)
-        return norm
-
-    def _clip(self, step: int) -> Tensor:
-        """Stage 0, whose gradients are whole and averaged on every rank by now."""
-        norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
-        if not math.isfinite(float(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            self.deepspeed.micro_steps += 1  # which its step would have counted, and goes by
-        raise_unless_finite(float(norm), step)
-        clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
-        return norm
-
-    def _set_weights(self, source: Source) -> None:
-        if self.stage in (1, 2):
-            for name, parameter in self.names.items():
-                parameter.copy_(source.read("model", name).view(self.shapes[name]))
-        elif self.stage == 3:
-            from deepspeed.runtime.zero import GatheredParameters
-
-            for name, parameter in self.names.items():
-                with GatheredParameters([parameter], modifier_rank=0):
-                    if dist.is_main():
-                        parameter.copy_(source.read("model", name).view(self.shapes[name]))
-
-
-class _Autocast(nn.Module):
-    """A module under autocast. DeepSpeed's own also reduces the gradients of linear layers in bfloat16."""
-
-    def __init__(self, module: nn.Module, device_type: str, bfloat16: bool) -> None:
-        super().__init__()
-        self.module, self.device_type, self.enabled = module, device_type, bfloat16
-
-    def forward(self, **batch: Any) -> tuple[Tensor, Tensors]:
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.enabled):
-            return self.module(**batch)
-
-
-def _import_deepspeed(world: World) -> Any:
-    """DeepSpeed, on this job's device and process group, with its messages on stderr."""
-    # DeepSpeed calls functions that newer versions of torch have renamed: nothing a user can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    dist.init_group(world)
-    with redirect_stdout(sys.stderr):  # its logger keeps the stream that it finds at import
-        import deepspeed
-    # Shared memory serves its inference only, and would be compiled at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
-    return deepspeed

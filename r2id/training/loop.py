@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
-import resource
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from r2id import dist, rng
-from r2id.config import OptimConfig, R2idRun, RiaeRun, TrainConfig, to_toml
+from r2id.config import OptimConfig, R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, NonFiniteError, Stopped
+from r2id.models.coords import Size
 from r2id.progress import Progress, say
 from r2id.training import checkpoint
+from r2id.training.blocks import prepare_blocks
 from r2id.training.engine import Engine, make_engine
+from r2id.training.meter import Meter, matmul_peak
 from r2id.training.nonfinite import blame
+from r2id.training.profiling import Profile
 from r2id.training.shares import micro_batch_size
 from r2id.training.stages import Batch, Stage, make_stage
 from r2id.training.tracking import NullTracker, Tracker
@@ -37,11 +36,13 @@ Preview = Callable[[Stage, nn.Module, Path], Path]
 """(stage, model with EMA weights, file to write) → the PNG: reconstructions or samples."""
 
 
-def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str, Any]:
-    """Train one stage to its last step, from its newest checkpoint when there is one.
+def train(config: RiaeRun | R2idRun, preview: Preview | None = None, profile: bool = False) -> dict[str, Any]:
+    """Train one stage to its last step, from its newest checkpoint when there is one; ``profile`` writes a trace of ten
+    steps to RUN/profile.
 
-    Returns the last checkpoint, step, loss and rate. Raises InputError when config, data and run directory do not fit
-    together, NonFiniteError before a spoilt update, Stopped after SIGTERM or SIGINT with everything saved.
+    Returns the last checkpoint, step and loss, and rates of all the steps made now (Meter). Raises InputError when config,
+    data and run directory do not fit together, NonFiniteError before a spoilt update, Stopped after SIGTERM or SIGINT with
+    everything saved.
     """
     world = dist.init()
     done = _finished(config)
@@ -57,7 +58,7 @@ def train(config: RiaeRun | R2idRun, preview: Preview | None = None) -> dict[str
         meta = checkpoint.load_meta(found)
         start, samples = meta.step, meta.samples
     with _stop_signals() as stopped:
-        run = _Run(stage, engine, preview, start, samples, stopped)
+        run = _Run(stage, engine, preview, start, samples, stopped, profile)
         try:
             result = run.loop()
         except BaseException as error:
@@ -75,25 +76,13 @@ def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
     return optim.lr_end + 0.5 * (optim.lr - optim.lr_end) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def prepare_blocks(blocks: Sequence[nn.Module], train: TrainConfig) -> None:
-    """Compile a model's blocks, and keep no activations inside those that are to compute them again in the backward
-    pass, as the config says."""
-    chosen = train.activation_checkpointing
-    every = chosen if isinstance(chosen, int) else {"none": 0, "all": 1}[chosen]
-    for number, block in enumerate(blocks, start=1):
-        if train.compile:
-            block.forward = torch.compile(block.forward)
-        if every and number % every == 0:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
-
-
 class _Run:
     """One process's part of a run, from its first step to its last."""
 
     def __init__(self, stage: Stage, engine: Engine, preview: Preview | None, start: int, samples: int,
-                 stopped: Callable[[], bool]) -> None:
+                 stopped: Callable[[], bool], profile: bool) -> None:
         self.stage, self.engine, self.preview, self.stopped = stage, engine, preview, stopped
-        self.start, self.samples = start, samples
+        self.start, self.samples, self.profile = start, samples, profile
         self.config, self.folder = stage.config, stage.config.run
         self.main = dist.is_main()
         if self.main:
@@ -108,11 +97,12 @@ class _Run:
 
     def loop(self) -> dict[str, Any]:
         train, step = self.config.train, self.start
-        meter = _Meter(self.engine.device)
+        dtype = torch.bfloat16 if train.autocast else torch.float32
+        meter = Meter(self.engine.device, self.stage.cost, matmul_peak(self.engine.device, dtype))
         batches = self.stage.loader(self.start)
         with Watchdog(train.stall_seconds) as watchdog, Progress(
                 f"train {self.config.stage}", train.steps, start=self.start, unit="images", per_item=train.batch,
-                shown=self.main) as progress:
+                shown=self.main) as progress, Profile(self.folder / "profile") if self.profile else nullcontext() as traced:
             for step in range(self.start, train.steps):
                 micro_batches = next(batches)
                 meter.lap("data")
@@ -133,12 +123,14 @@ class _Run:
                 if (done % train.preview_every == 0 or done == train.steps) and not stop:
                     self._show(done)
                 watchdog.beat()
+                if traced:
+                    traced.step()
                 meter.lap("pause")
                 if stop:
                     raise Stopped(f"{self.folder}: step {done} of {train.steps} saved; the same command goes on")
-        return {"checkpoint": self.saved, "step": train.steps, **self.last}
+        return {"checkpoint": self.saved, "step": train.steps, **self.last, **meter.summary()}
 
-    def _step_or_skip(self, micro_batches: list[Batch], step: int, meter: _Meter) -> Tensor:
+    def _step_or_skip(self, micro_batches: list[Batch], step: int, meter: Meter) -> Tensor:
         """The gradient norm; NaN of a step that was left out. NonFiniteError, saying where it comes from, when no more
         may be."""
         try:
@@ -171,20 +163,18 @@ class _Run:
         return {key: value.to(self.engine.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for key, value in batch.items()}
 
-    def _step(self, micro_batches: list[Batch], step: int, meter: _Meter) -> Tensor:
+    def _step(self, micro_batches: list[Batch], step: int, meter: Meter) -> Tensor:
         """One optimizer step; every random draw that is not keyed by sample (dropout) is keyed by step and rank."""
         torch.manual_seed(int(rng.fold(self.config.seed, step, dist.rank())))
-        seen: list[dict[str, Tensor]] = []
+        seen: list[tuple[dict[str, Tensor], int, Size]] = []
         for batch in micro_batches:
             loss, figures = self.engine.forward({**self.stage.to_inputs(self._to_device(batch)), "step": step})
             self.engine.backward(loss, len(micro_batches))
-            seen.append({"loss": loss.detach(), **figures})
+            seen.append(({"loss": loss.detach(), **figures}, len(batch["index"]), self.stage.image_size(batch)))
         norm = self.engine.step(learning_rate(step, self.config.optim, self.config.train.steps), step)
-        for figures in seen:  # not those of a step that is left out
-            meter.add(figures)
-        count = sum(len(batch["index"]) for batch in micro_batches) * dist.world_size()
-        meter.samples += count
-        self.samples += count
+        for micro_batch in seen:  # not those of a step that is left out
+            meter.add(*micro_batch)
+        self.samples += sum(len(batch["index"]) for batch in micro_batches) * dist.world_size()
         return norm
 
     def _save_if_due(self, done: int, stop: bool) -> None:
@@ -243,52 +233,6 @@ class _Run:
         if dist.world_size() == 1:
             return flag
         return bool(dist.all_reduce_max(torch.tensor(float(flag), device=self.engine.device)))
-
-
-class _Meter:
-    """Means of figures since the last reading, and where the time went. Tensors stay on the device until read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.micro_batches = self.samples = 0
-        self.seconds = {"data": 0.0, "step": 0.0, "pause": 0.0}
-        self.mark = time.perf_counter()
-
-    def lap(self, kind: str) -> None:
-        """The time since the last lap was spent on this."""
-        now = time.perf_counter()
-        self.seconds[kind] += now - self.mark
-        self.mark = now
-
-    def add(self, figures: dict[str, Tensor]) -> None:
-        for key, value in figures.items():
-            self.sums[key] = self.sums.get(key, torch.zeros((), device=self.device)) + value.float()
-        self.micro_batches += 1
-
-    def read(self) -> dict[str, float]:
-        """Close the interval: means over micro-batches and ranks, images/s of the whole job, share of time spent
-        waiting for data, peak memory in GiB. Saving and drawing do not count as time."""
-        ranks = dist.world_size()
-        means = {key: float(dist.all_reduce_sum(total / self.micro_batches)) / ranks
-                 for key, total in self.sums.items()}
-        self.lap("step")  # after the sums were read, so that a GPU has finished its work
-        busy = self.seconds["data"] + self.seconds["step"]
-        figures = {**means, "images_per_second": self.samples / busy, "data_wait": self.seconds["data"] / busy,
-                   "memory_gib": peak_memory(self.device) / 2**30}
-        self._clear()
-        return figures
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory in bytes so far: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes if sys.platform == "darwin" else kibibytes * 1024
 
 
 def _finished(config: RiaeRun | R2idRun) -> Path | None:

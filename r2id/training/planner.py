@@ -20,9 +20,9 @@ from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training import checkpoint
+from r2id.training.blocks import prepare_blocks
 from r2id.training.ema import decays
 from r2id.training.footprint import Sharing, Trace, count_flops, peak, trace_peak, trace_step
-from r2id.training.loop import prepare_blocks
 from r2id.training.losses import R2idLoss, RiaeLoss
 from r2id.training.shares import accumulation, deepspeed_config, micro_batch_size
 
@@ -129,7 +129,7 @@ class Work:
         return RIAE(self.facts.riae, self.config.data.channels)
 
     def trace(self, samples: int, as_on_gpu: bool) -> Trace:
-        return trace_step(lambda: (self.module(), self.inputs(samples)), self.config.train.precision == "bfloat16",
+        return trace_step(lambda: (self.module(), self.inputs(samples)), self.config.train.autocast,
                           as_on_gpu)
 
     def encodes(self) -> bool:
@@ -139,7 +139,7 @@ class Work:
     def encode(self, samples: int) -> Callable[[], object]:
         """A codec at work on so many images."""
         codec, image = self.codec(), torch.zeros(samples, self.config.data.channels, *self.facts.image)
-        bfloat16 = self.config.train.precision == "bfloat16"
+        bfloat16 = self.config.train.autocast
 
         def encode() -> object:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -156,13 +156,23 @@ def elements(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def step_flops(work: Work) -> int:
-    """Of one optimizer step over all processes: a backward pass costs two forward passes, and what is computed again to
-    save memory does not count (Chowdhery et al. 2022, "PaLM", appendix B)."""
+@dataclass(frozen=True)
+class Cost:
+    """What training on one image takes."""
+
+    tokens: int
+    """Latents."""
+    flops: int
+    """A backward pass costs two forward passes, and what is computed again to save memory does not count (Chowdhery et al.
+    2022, "PaLM", appendix B)."""
+
+
+def image_cost(work: Work) -> Cost:
+    """Of the plan's largest images."""
     flops = 3 * count_flops(work.forward)
     if work.encodes():
         flops += count_flops(lambda: work.encode(1))
-    return flops * work.config.train.batch * work.facts.copies
+    return Cost(math.prod(work.grid()), flops)
 
 
 def memory(work: Work, gpus: int, as_on_gpu: bool = True) -> dict[str, int]:
@@ -212,14 +222,15 @@ def plan(path: Path, overrides: tuple[str, ...] = (), *, gpus: int, gigabytes: f
     facts = find_facts(config, riae, classes)
     work = Work(config, facts)
     found = memory(work, gpus)
-    flops = step_flops(work)
+    cost = image_cost(work)
+    flops = cost.flops * config.train.batch * facts.copies
     seconds = flops / (gpus * teraflops * 1e12 * share)
     with torch.device("meta"):
         parameters = elements(work.module())
     images = config.train.batch * facts.copies
     return {
         "config": str(path), "stage": config.stage, "parameters": parameters, "image": list(facts.image),
-        "grid": list(work.grid()), "tokens": math.prod(work.grid()), "gpus": gpus, "batch": images,
+        "grid": list(work.grid()), "tokens": cost.tokens, "gpus": gpus, "batch": images,
         "micro_batch": micro_batch_size(config.train, gpus), "accumulation": accumulation(config.train, gpus),
         "flops_per_step": flops, "memory": found, "reserved": _RUNTIME, "limit": int(gigabytes * 1e9),
         "fits": found["total"] + _RUNTIME <= gigabytes * 1e9,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.errors import InputError
@@ -26,6 +26,13 @@ def accumulation(train: TrainConfig, world_size: int) -> int:
     return train.batch // (world_size * micro_batch_size(train, world_size))
 
 
+def engine_kind(train: TrainConfig, engine: EngineConfig, world_size: int) -> Literal["local", "deepspeed"]:
+    """The engine that so many processes train with."""
+    if engine.kind == "auto":
+        return "local" if world_size == 1 and train.precision != "bfloat16_weights" else "deepspeed"
+    return engine.kind
+
+
 def deepspeed_config(optim: OptimConfig, train: TrainConfig, engine: EngineConfig, world_size: int,
                      parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a model of so many parameters. InputError where ``engine.deepspeed`` sets what
@@ -33,7 +40,7 @@ def deepspeed_config(optim: OptimConfig, train: TrainConfig, engine: EngineConfi
     owners = {"train_batch_size": "train.batch", "train_micro_batch_size_per_gpu": "train.micro_batch",
               "gradient_accumulation_steps": "train.micro_batch", "gradient_clipping": "optim.clip",
               "optimizer": "the optim section", "scheduler": "the optim section", "fp16": "train.precision",
-              "bf16": "train.precision", "torch_autocast": "train.precision"}
+              "bf16": "train.precision", "torch_autocast": "train.precision", "data_types": "train.precision"}
     for key, owner in owners.items():
         if key in engine.deepspeed:
             raise InputError(f"engine.deepspeed.{key}: is computed; set it by {owner}")
@@ -50,6 +57,9 @@ def deepspeed_config(optim: OptimConfig, train: TrainConfig, engine: EngineConfi
                               **{key: {"device": "cpu", "pin_memory": True} for key in offloaded[engine.offload]}},
         "zero_force_ds_cpu_optimizer": False,  # with offload, too, the update is torch's fused AdamW
         "steps_per_print": None,
+        # Left to itself, DeepSpeed would add up and reduce the gradients of bfloat16 weights in bfloat16.
+        **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+           if train.precision == "bfloat16_weights" else {}),
     }
     return _merge(computed, engine.deepspeed)
 

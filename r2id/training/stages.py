@@ -18,10 +18,12 @@ from r2id.data.shards import ShardSet
 from r2id.data.stream import stream_loader
 from r2id.dist import World
 from r2id.errors import InputError
+from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training.codec import Codec, latent_statistics
 from r2id.training.losses import R2idLoss, RiaeLoss
+from r2id.training.planner import Cost, Facts, Work, image_cost
 
 _STATISTICS_IMAGES = 2048  # images from which the latents' mean and deviation are measured
 
@@ -50,11 +52,24 @@ class Stage:
             return RIAE(self.config.riae, self.facts["channels"])
         return R2ID(self.config.r2id, self.facts["latent_channels"], self.facts["classes"])
 
+    def image_size(self, batch: Batch) -> Size:
+        """Height and width of a batch's images; of the images that its latents stand for."""
+        if "image" in batch:
+            return batch["image"].shape[2], batch["image"].shape[3]
+        assert self.codec is not None
+        height, width = (round(side * self.codec.model.config.cell) for side in batch["latent"].shape[2:])
+        return height, width
+
+    def cost(self, size: Size) -> Cost:
+        """What training on one image of this size takes."""
+        codec = None if self.codec is None else self.codec.model.config
+        return image_cost(Work(self.config, Facts(size, 1, self.facts.get("classes", 0), codec)))
+
     def statistics(self, model: nn.Module, device: torch.device) -> dict[str, Tensor] | None:
         """RIAE: mean and standard deviation of its latents; R2ID has none."""
         if not isinstance(model, RIAE):
             return None
-        bfloat16 = self.config.train.precision == "bfloat16"
+        bfloat16 = self.config.train.autocast
         batches = eval_loader(self.shards, self.config.data, split=self.config.data.train_split, batch=128,
                               limit=_STATISTICS_IMAGES)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):

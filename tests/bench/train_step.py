@@ -15,7 +15,7 @@ import torch
 from measure import baseline, rate, resident
 
 from r2id import dist, rng
-from r2id.cli import parse_size
+from r2id.cli.options import parse_size
 from r2id.config import RiaeRun, load_config
 from r2id.models import coords
 from r2id.models.r2id import R2ID
@@ -33,7 +33,7 @@ class BothConditions(R2idLoss):
 
     def forward(self, latent, label, index, step):
         keys, grid = rng.fold(self.seed, step, index), latent.shape[2:]
-        at = coords.grid_coordinates(grid)
+        at = coords.grid_coordinates(grid, device=latent.device)
         at = coords.displace(at, self.model.config.jitter * rng.normal(rng.fold(keys, 0), len(at), 2), grid)
         labels = torch.stack([label, torch.full_like(label, -1)])
 

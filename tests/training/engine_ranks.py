@@ -108,6 +108,19 @@ def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[f
     return {"norms": norms, "same": resumed[zero_stage], "other": resumed[(zero_stage + 1) % 4]}
 
 
+def train_rounded(zero_stage: int, folder: Path, world: World) -> dict[str, Any]:
+    """Weights in bfloat16 with float32 masters: saved before the first step, half-way, and gone on from there."""
+    engine = make("deepspeed", zero_stage, world, precision="bfloat16_weights")
+    save(folder, engine.state())
+    norms = run(engine, 0, HALF, world)
+    save(folder, engine.state())
+    kinds = sorted({str(p.dtype) for p in engine.model.parameters()} | {str(master.dtype) for master in engine.masters})
+    norms += run(engine, HALF, STEPS, world)
+    again = make("deepspeed", zero_stage, world, precision="bfloat16_weights")
+    checkpoint.load_into(again, folder)
+    return {"norms": norms, "resumed": run(again, HALF, STEPS, world), "kinds": kinds}
+
+
 def elastic(folder: Path, world: World) -> list[float]:
     """Losses of a run that changes its ZeRO stage at every step, and goes on in one process in between."""
     losses: list[float] = []
@@ -187,6 +200,7 @@ def main(folder: Path) -> None:
         "spoilt": {stage: spoil(stage, world) for stage in range(4)},
         "bfloat16": {stage: run(make("deepspeed", stage, world, precision="bfloat16"), 0, STEPS, world)
                      for stage in (1, 3)},
+        "bfloat16_weights": {stage: train_rounded(stage, folder / f"rounded-{stage}", world) for stage in (2, 3)},
         "r2id": {stage: run(make("deepspeed", stage, world, "r2id"), 0, STEPS, world, "r2id") for stage in (2, 3)},
     }
     result["from_local"] = []

@@ -145,6 +145,18 @@ def test_bfloat16_follows_the_local_engine(stage: str, ranks: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("stage", ("2", "3"))
+def test_bfloat16_weights_follow_the_local_engine_from_unrounded_masters(
+        stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]) -> None:
+    norms = job.run(job.make("local", 0, job.ALONE, precision="bfloat16"), 0, job.STEPS, job.ALONE)
+    found, start = ranks["bfloat16_weights"][stage], job.make("local", 0, job.ALONE).model.state_dict()
+    assert found["kinds"] == ["torch.bfloat16", "torch.float32"]
+    assert found["norms"] == pytest.approx(norms, rel=2e-2)
+    assert found["resumed"] == found["norms"][job.HALF:], "bit for bit"
+    torch.testing.assert_close(checkpoint.load_tensors(
+        local[0] / f"rounded-{stage}" / "checkpoints" / "step-00000000", "model"), start, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", ("2", "3"))
 def test_r2id_trains_as_one_local_process(stage: str, ranks: dict[str, Any]) -> None:
     norms = job.run(job.make("local", 0, job.ALONE, "r2id"), 0, job.STEPS, job.ALONE, "r2id")
     assert ranks["r2id"][stage] == pytest.approx(norms, rel=1e-4)

@@ -12,7 +12,8 @@ import torch
 from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
 from r2id.training import checkpoint
-from r2id.training.loop import prepare_blocks, train
+from r2id.training.blocks import prepare_blocks
+from r2id.training.loop import train
 from r2id.training.losses import RiaeLoss
 from r2id.training.watchdog import Watchdog
 from tests.conftest import CONFIGS, TINY_RIAE

@@ -1,0 +1,24 @@
+"""What the config does to a model's blocks before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from r2id.config import TrainConfig
+
+
+def prepare_blocks(blocks: Sequence[nn.Module], train: TrainConfig) -> None:
+    """Compile a model's blocks, and keep no activations inside those that are to compute them again in the backward
+    pass, as the config says."""
+    chosen = train.activation_checkpointing
+    every = chosen if isinstance(chosen, int) else {"none": 0, "all": 1}[chosen]
+    for number, block in enumerate(blocks, start=1):
+        if train.compile:
+            block.forward = torch.compile(block.forward)
+        if every and number % every == 0:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)

@@ -1,0 +1,100 @@
+"""What training measures of itself, and the trace of its steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from r2id.config import R2idRun, RiaeConfig, load_config
+from r2id.training.loop import train
+from r2id.training.meter import Meter
+from r2id.training.planner import Cost, Facts, Work, image_cost
+from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RATES = {"images_per_second", "tokens_per_second", "tflops_per_process", "mfu", "data_wait", "memory_gib"}
+
+
+@pytest.mark.parametrize("latents", [None, "cache"])
+def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
+    """Products of the tokens with every matrix, of the queries with the keys and of the scores with the values."""
+    config = load_config(CONFIGS / "digits" / "r2id.toml", ["r2id.width=32", "r2id.heads=2", "r2id.encoder_blocks=2",
+                                                            "r2id.decoder_blocks=1", "r2id.ffn_ratio=3"])
+    assert isinstance(config, R2idRun)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"latents": latents})})
+    riae = RiaeConfig(latent_channels=3, cell=2.0, width=32, pixel_width=32, heads=2, locality=False, encoder_blocks=1,
+                      decoder_blocks=1)
+    found = image_cost(Work(config, Facts((8, 12), 1, 5, riae)))
+    tokens, width, r2id = 24, 32, config.r2id
+    hidden = 64  # two thirds of 3 · 32, to the next multiple of 32
+    fourier = 8 * (r2id.fourier[1] - r2id.fourier[0] + 1)
+    times = 2 * (r2id.time_fourier[1] - r2id.time_fourier[0] + 1)
+    own = tokens * (4 * width**2 + 3 * width * hidden + 2 * tokens * width)
+    modulations = 2 * 6 * width**2 + 9 * width**2 + 2 * width**2
+    conditions = r2id.condition_tokens
+    cross = tokens * 2 * width**2 + conditions * 2 * width**2 + 2 * tokens * conditions * width
+    ends = tokens * (3 + fourier) * width + tokens * width * 3 + times * width + width**2
+    codec = 0
+    if latents is None:
+        seen, features = 96, 8 * (riae.fourier[1] - riae.fourier[0] + 1)
+        pixels = seen * ((3 - 2 + features + 8) * width + width**2) + tokens * features * width
+        ffn = 96  # two thirds of 4 · 32, to the next multiple of 32
+        block = tokens * 2 * width**2 + seen * 2 * width**2 + 2 * tokens * seen * width + tokens * 3 * width * ffn
+        codec = pixels + block + tokens * width * 3
+    assert found == Cost(tokens, 2 * (3 * (3 * own + modulations + cross + ends) + codec))
+
+
+def test_rates_follow_from_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 4.0, 5.0, 6.0, 10.0, 12.0, 13.0, 14.0])
+    monkeypatch.setattr("r2id.training.meter.time.perf_counter", lambda: next(clock))
+    asked: list[tuple[int, int]] = []
+
+    def cost(size: tuple[int, int]) -> Cost:
+        asked.append(size)
+        return Cost(size[0] * size[1], 10 * size[0])
+
+    meter = Meter(torch.device("cpu"), cost, peak=100.0)  # at 0 s
+    meter.lap("data")  # 1 s of data
+    meter.add({"loss": torch.tensor(2.0)}, 4, (2, 3))
+    meter.lap("step")  # 3 s of a step
+    meter.add({"loss": torch.tensor(4.0)}, 2, (1, 1))
+    found = meter.read()  # 1 s of a step, and 1 s of counting
+    assert {key: found[key] for key in RATES - {"memory_gib"} | {"loss"}} == pytest.approx({
+        "loss": 3.0, "images_per_second": 6 / 5, "tokens_per_second": 26 / 5, "tflops_per_process": 100 / 5 / 1e12,
+        "mfu": 0.2, "data_wait": 0.2})
+    meter.lap("pause")
+    meter.add({"loss": torch.tensor(8.0)}, 6, (1, 1))
+    meter.lap("data")  # 2 s
+    again = meter.read()  # 1 s of a step
+    assert (again["loss"], again["images_per_second"], again["data_wait"]) == pytest.approx((8.0, 2.0, 2 / 3))
+    whole = meter.summary()
+    assert (whole["images_per_second"], whole["data_wait"]) == pytest.approx((12 / 8, 3 / 8))
+    assert asked == [(2, 3), (1, 1)] or asked == [(1, 1), (2, 3)], "each size is counted once"
+
+
+def test_training_reports_its_rates(digits, riae_run, latents, tmp_path: Path) -> None:
+    riae = train(load_config(CONFIGS / "digits" / "riae.toml", [
+        *TINY_RIAE, f"run={tmp_path / 'riae'}", f"data.shards={digits}", "train.steps=4"]))
+    r2id = train(load_config(CONFIGS / "digits" / "r2id.toml", [
+        *TINY_R2ID, f"run={tmp_path / 'r2id'}", f"data.shards={digits}", f"codec={riae_run}", f"data.latents={latents}",
+        "train.steps=4"]))
+    for figures in (riae, r2id):
+        assert set(figures) > RATES and all(figures[rate] > 0 for rate in RATES)
+        assert figures["tokens_per_second"] == pytest.approx(16 * figures["images_per_second"]), "8x8 pixels in cells of 2"
+
+
+def test_a_trace_has_ten_steps(digits, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    settings = [*TINY_RIAE, f"run={run}", f"data.shards={digits}", "train.preview_every=100"]
+    train(load_config(CONFIGS / "digits" / "riae.toml", [*settings, "train.steps=4", "train.batch=16"]), profile=True)
+    assert "nothing was traced: that takes 6 steps" in capfd.readouterr().err and not (run / "profile").exists()
+    train(load_config(CONFIGS / "digits" / "riae.toml", [*settings, "train.steps=24", "train.batch=16"]), profile=True)
+    trace = json.loads(gzip.decompress((run / "profile" / "rank-0.json.gz").read_bytes()))
+    steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep")}
+    assert len(steps) == 10
+    assert "aten::mm" in (run / "profile" / "rank-0.txt").read_text()
