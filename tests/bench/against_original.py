@@ -4,8 +4,8 @@
 
 DIR is a checkout of the original project, which is no part of this one. Each step is measured in a process of its own, in
 turn, round after round; what counts is each one's quickest round. Widths, heads, blocks, batch and data shape are the same
-(the reference configs on MNIST at 32×32); theirs runs a tenth of the steps, at least two, because its autoencoder takes
-seconds for one. Memory is what a process takes at most beyond what it has before it makes the model.
+(the reference configs on MNIST at 32×32); theirs makes fewer steps, because its autoencoder takes seconds for one. Memory
+is what a process takes at most beyond what it has before it makes the model.
 
 Ours is shown as configured, and doing the same work: in float32, every pixel decoded, every image under its class and
 under none. The goals are set for the commits with attention per query (fb27a89 to b97e9b7).
@@ -34,17 +34,19 @@ class Model:
     """Times the original's images/s."""
     theirs: str
     """The work that a step of theirs does."""
+    fewer: int
+    """Steps of ours for one of theirs."""
     ours: dict[str, list[str]]
     """Arguments of train_step.py for each way to run ours; the first is the config's own and has the goal."""
 
 
 MODELS = {
-    "riae": Model("32x32", 30, "float32, every pixel", {
+    "riae": Model("32x32", 30, "float32, every pixel", 10, {
         "bfloat16, 256 random pixels (as configured)": [],
         "float32, 256 random pixels": [F32],
         "bfloat16, every pixel": ["riae.decode_pixels=1024"],
         "float32, every pixel": [F32, "riae.decode_pixels=1024"]}),
-    "r2id": Model("8x8", 4, "float32, with and without class", {
+    "r2id": Model("8x8", 4, "float32, with and without class", 4, {
         "bfloat16, class dropped at random (as configured)": [],
         "float32, class dropped at random": [F32],
         "bfloat16, with and without class": ["--both-conditions"],
@@ -56,7 +58,7 @@ def measure(name, options, threads):
     """Each way's figures, the original's first."""
     model, config = MODELS[name], CONFIGS / f"reference-{name}.toml"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    fewer = str(max(2, options.steps // 10))
+    fewer = str(max(2, options.steps // model.fewer))
     theirs = [sys.executable, HERE / "original_step.py", options.original, config, "--steps", fewer]
     ours = [sys.executable, HERE / "train_step.py", config, "--size", model.size, "--steps", str(options.steps), "--json"]
     commands = {f"original: {model.theirs}": theirs, **{f"ours: {way}": [*ours, *more] for way, more in model.ours.items()}}
