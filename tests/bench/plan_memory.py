@@ -15,12 +15,12 @@ import argparse
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from measure import reset_peak, resident
 
 from r2id import dist
 from r2id.config import load_config
@@ -42,11 +42,6 @@ def arguments():
     parser.add_argument("--classes", type=int)
     parser.add_argument("--json", action="store_true")
     return parser.parse_intermixed_args()
-
-
-def resident(what):
-    """Bytes of this process in memory: now (VmRSS) or at most since the last reset (VmHWM)."""
-    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def train(work, world):
@@ -74,7 +69,7 @@ def measure(work, world):
         most = torch.cuda.max_memory_allocated() - before
     else:
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        reset_peak()
         train(work, world)
         most = resident("VmHWM") - before
     return int(dist.all_reduce_max(torch.tensor(float(most), device=world.device)))
