@@ -51,7 +51,7 @@ def train_task(config: Path, overrides: Sequence[str], environment: dict[str, st
         raise
 
 
-@flow(name="train", validate_parameters=False)
+@flow(name="train", flow_run_name="train {config}", validate_parameters=False)
 def train_flow(config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None,
                ) -> dict[str, Any]:
     """One training stage, on every GPU of this machine; started again when it crashes after it got further.

@@ -39,6 +39,7 @@ _MAX_PARAM_LENGTH = 500  # limits of MLflow's own stores
 _MAX_PARAMS_PER_BATCH = 100
 _START_SECONDS = 60.0  # a new SQLite store takes a few seconds to create its tables
 _FINISH_SECONDS = 20.0
+_KILLED_SECONDS = 4.0  # a scheduler that has sent SIGTERM does not wait for long
 _LONGEST_PAUSE = 30.0
 
 
@@ -121,9 +122,10 @@ class Tracker(NullTracker):
             return
         self._jobs.put(lambda: self._store().set_terminated(self._run(), status))
         self._jobs.put(None)
-        self._deadline = time.monotonic() + _FINISH_SECONDS
+        limit = _KILLED_SECONDS if status == "KILLED" else _FINISH_SECONDS
+        self._deadline = time.monotonic() + limit
         self._closing.set()
-        self._thread.join(_FINISH_SECONDS + 5.0)
+        self._thread.join(limit + 1.0)  # and not for an attempt that hangs
         unrecorded = self._jobs.qsize()
         if unrecorded or self._thread.is_alive():
             say(f"tracking: {max(unrecorded, 1)} entries could not be recorded and are lost")
