@@ -44,17 +44,14 @@ def config(shards: Path, run: Path, *more: str) -> RiaeRun:
 
 @contextmanager
 def at_step(chosen: int, change: Change) -> Iterator[None]:
-    """Within this block, something else happens in the forward pass of a step's first micro-batch; once."""
-    forward, left = RiaeLoss.forward, [1]
+    """Within this block, something else happens in the forward passes of a step (from 0)."""
+    forward = RiaeLoss.forward
 
     def changed(self: RiaeLoss, *args: Any, **batch: Any) -> Any:
         def run() -> Any:
             return forward(self, *args, **batch)
 
-        if batch["step"] != chosen or not left:
-            return run()
-        left.clear()
-        return change(self, run)
+        return change(self, run) if batch["step"] == chosen else run()
 
     RiaeLoss.forward = changed  # type: ignore[method-assign]
     try:
@@ -66,8 +63,11 @@ def at_step(chosen: int, change: Change) -> Iterator[None]:
 def stopped(config: RiaeRun, stop: int, rank: int) -> str:
     """What the loop says when one rank alone is sent SIGTERM before the first backward pass of step ``stop`` (from 1), and
     so amid the accumulation of its gradient."""
+    sent: list[int] = []
+
     def terminate(_module: RiaeLoss, run: Callable[[], Any]) -> Any:
-        if dist.rank() == rank:
+        if dist.rank() == rank and not sent:
+            sent.append(signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return run()
 
@@ -138,7 +138,7 @@ def spoilt(shards: Path, folder: Path, how: str, *more: str) -> dict[str, Any]:
 
 
 def every_stage(shards: Path, folder: Path) -> dict[str, Any]:
-    """Both of the above at every ZeRO stage; what stage 3 gathers it gathers anew each time."""
+    """Both of the above at every ZeRO stage; stage 3 gathers even small parameters whenever they are used."""
     result = {}
     for stage in range(4):
         more = [f"engine.zero_stage={stage}"]

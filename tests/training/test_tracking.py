@@ -134,14 +134,15 @@ def test_a_store_that_comes_back_gets_everything(client: MlflowClient, store_fil
     place = store_file.parent / "place"
     place.touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
-    tracker = start()
+    note = store_file.parent / "note"
+    tracker = start(note=note)
     tracker.metrics({"loss": 1.0}, 1)
-    assert tracker.run_id is None
+    assert tracker.run_id is None and not note.exists()
     place.unlink()
     place.symlink_to(store_file.parent)
     tracker.metrics({"loss": 0.5}, 2)
     tracker.finish()
-    assert tracker.run_id is not None
+    assert tracker.run_id is not None and note.read_text().strip() == tracker.run_id
     assert steps_of(client, tracker.run_id, "loss") == [1, 2]
 
 
