@@ -37,7 +37,8 @@ ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
 """ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (3, {}), (3, {"sub_group_size": 200}), (3, {"offload_optimizer": {"device": "cpu"}}),
-    (2, {"round_robin_gradients": True}), (1, {"offload_optimizer": {"device": "cpu"}})]
+    (2, {"round_robin_gradients": True}), (1, {"offload_optimizer": {"device": "cpu"}}),
+    (3, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}})]
 """DeepSpeed's settings that lay the masters out in other ways."""
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
