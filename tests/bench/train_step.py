@@ -4,11 +4,16 @@
         [--both-conditions] [section.key=value ...]
 
 Random images (or latents) of the config's batch size; the engine is the one that training uses, in as many processes as
-torchrun starts. Memory is what the process takes at most, beyond what it has before it makes the model.
+torchrun starts. The share is of what one process reaches in a large matrix product. Memory is what the process takes at
+most, beyond what it has before it makes the model; on a GPU what its tensors take, which may be capped to 16 of 140 GiB so:
+
+    PYTORCH_CUDA_ALLOC_CONF=per_process_memory_fraction:0.114 python tests/bench/train_step.py
+        configs/imagenet/r2id-b-512.toml --size 32x32 --channels 32 train.batch=32
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +26,9 @@ from r2id.models import coords
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training.engine import make_engine
+from r2id.training.footprint import count_flops
 from r2id.training.losses import R2idLoss, RiaeLoss, denoising_loss, draw_times
+from r2id.training.meter import matmul_peak
 from r2id.training.shares import accumulation, micro_batch_size
 
 WARMUP = 3
@@ -69,11 +76,22 @@ def make_module(config, options, size, batch):
     return module, {"latent": torch.randn(batch, options.channels, *size), "label": index % 10, "index": index}
 
 
+def speed(config, options, size, images_per_second, peak):
+    """The model's own FLOP/s, and their share of the peak."""
+    def forward():
+        module, inputs = make_module(config, options, size, 1)
+        return partial(module, **inputs, step=0)
+
+    flops = 3 * count_flops(forward) * images_per_second
+    return {"tflops": flops / 1e12, "mfu": flops / peak}
+
+
 def main():
     options = arguments()
     config = load_config(options.config, options.overrides)
     size, world = parse_size(options.size), dist.init()
     count, micro_batch = accumulation(config.train, world.world_size), micro_batch_size(config.train, world.world_size)
+    peak = matmul_peak(world.device, torch.bfloat16 if config.train.autocast else torch.float32)
     before = baseline()
     module, inputs = make_module(config, options, size, micro_batch)
     parameters = sum(p.numel() for p in module.parameters())
@@ -92,11 +110,12 @@ def main():
     found["memory"] = resident("VmHWM") - before
     if world.device.type == "cuda":
         found["memory"] = torch.cuda.max_memory_allocated()
+    found |= speed(config, options, size, found["images_per_second"] / world.world_size, peak)
     if dist.is_main():
         print(json.dumps(found) if options.json else
               f"{options.config}: {parameters / 1e6:.2f} M parameters, batch {config.train.batch}, {size[0]}x{size[1]}: "
-              "{ms:.1f} ms per step, {images_per_second:.1f} images/s, ".format(**found)
-              + f"memory {found['memory'] / 2**30:.2f} GiB")
+              "{ms:.1f} ms per step, {images_per_second:.1f} images/s, {tflops:.3g} TFLOP/s per process ({mfu:.1%}), "
+              "memory {gib:.2f} GiB".format(**found, gib=found["memory"] / 2**30))
 
 
 if __name__ == "__main__":
