@@ -7,7 +7,7 @@ On GPUs the measure is the most that CUDA's allocator handed out, on CPUs the mo
 beyond what it had before the engine was made. Inputs are zeros of the config's batch at its largest size; an R2ID run's
 codec is left out on both sides. For ImageNet's R2ID-B on every GPU of a machine, say:
 
-    python tests/bench/plan_memory.py configs/imagenet/r2id-b.toml --riae configs/imagenet/riae.toml --classes 1000 \
+    python tests/bench/plan_memory.py configs/imagenet/r2id-b-256.toml --riae configs/imagenet/riae-256.toml --classes 1000 \
         --processes 8 train.batch=256 train.micro_batch=32
 """
 
