@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,12 +34,17 @@ Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(_as_tuple)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Fraction0 = Annotated[float, Field(ge=0, le=1)]
+Solver = Literal["ddim", "dpmpp_2m", "euler", "heun"]
 
 
 class Section(BaseModel):
     """A table of a TOML file: frozen; unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class DataConfig(Section):
@@ -136,13 +141,13 @@ class R2idConfig(Section):
 
 
 class DiffusionConfig(Section):
-    objective: Literal["epsilon", "v", "flow"] = "v"
-    """What the network predicts: the noise, v (Salimans & Ho 2022) or the flow's velocity (Lipman et al. 2023)."""
+    objective: Literal["epsilon", "x0", "v", "flow"] = "v"
+    """What the network predicts: noise, data, v (Salimans & Ho 2022) or the flow's velocity (Lipman et al. 2023)."""
     schedule: Literal["cosine", "linear_beta", "flow"] = "cosine"
     time_sampling: Literal["uniform", "logit_normal"] = "uniform"
     """How training draws t: evenly, or bunched in the middle (Esser et al. 2024)."""
-    weighting: Literal["uniform", "min_snr"] = "uniform"
-    """min_snr is min-SNR-γ with γ = 5 (Hang et al. 2023)."""
+    weighting: Literal["uniform", "min_snr", "soft_min_snr"] = "uniform"
+    """min_snr is min-SNR-γ with γ = 5 (Hang et al. 2023), soft_min_snr its smooth form (Crowson et al. 2024)."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of training samples whose condition is dropped, for guidance."""
     shift_exponent: float = Field(default=1.0, ge=0)
@@ -166,8 +171,22 @@ class SampleConfig(Section):
     steps: int = Field(default=30, ge=1)
     guidance: float = Field(default=2.0, ge=0)
     """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""
-    solver: Literal["ddim", "dpmpp_2m"] = "ddim"
+    guidance_interval: Annotated[tuple[Fraction0, Fraction0], BeforeValidator(_as_tuple)] = (0.0, 1.0)
+    """Times from and to which guidance applies, 0 is data and 1 noise (Kynkäänniemi et al. 2024); the rest of the way is
+    conditional."""
+    solver: Solver = "ddim"
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """Share of fresh noise in ddim's steps: 0 is deterministic, 1 ancestral."""
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _solver_options(self) -> SampleConfig:
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(f"guidance_interval = {[low, high]}: must rise")
+        if self.eta and self.solver != "ddim":
+            raise ValueError(f"eta = {self.eta}: goes with solver 'ddim', not {self.solver!r}")
+        return self
 
 
 class OptimConfig(Section):
@@ -386,6 +405,14 @@ def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), where: st
         return _KINDS[kind].model_validate(table)
     except ValidationError as error:
         raise InputError(f"{where}: {_explain(error, _KINDS[kind])}") from None
+
+
+def change(section: SectionT, changes: Mapping[str, Any]) -> SectionT:
+    """A section with some of its values replaced; InputError when they are not allowed."""
+    try:
+        return type(section).model_validate({**section.model_dump(), **changes})
+    except ValidationError as error:
+        raise InputError(_explain(error, type(section))) from None
 
 
 def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:

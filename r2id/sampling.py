@@ -5,8 +5,10 @@ Shape letters: B samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2id import rng
-from r2id.config import DiffusionConfig, R2idConfig, R2idRun, SampleConfig
+from r2id.config import DiffusionConfig, R2idConfig, R2idRun, SampleConfig, change
 from r2id.data.loader import eval_loader
 from r2id.diffusion import objective, schedule, solvers
 from r2id.diffusion.noise import noise_field
@@ -85,37 +87,44 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, labels: Tensor, seeds: Tensor, size: Size, *, grid: Size | None = None, steps: int | None = None,
-               guidance: float | None = None, solver: str | None = None, batch: int = 100) -> Tensor:
+               guidance: float | None = None, solver: str | None = None, eta: float | None = None,
+               guidance_interval: tuple[float, float] | None = None, batch: int = 100) -> Tensor:
         """Images of any size, one per label and seed.
 
         labels int64 [B] (−1: no condition), seeds int64 [B], size (H, W) in pixels, grid (h, w) of latents (by default
         grid_for(size)); what is None is the run's own setting → float32 [B, C, H, W] in [−1, 1], on the CPU.
         """
-        steps = self.defaults.steps if steps is None else steps
-        guidance = self.defaults.guidance if guidance is None else guidance
-        solve = solvers.SOLVERS[solver or self.defaults.solver]
+        asked = {"steps": steps, "guidance": guidance, "solver": solver, "eta": eta, "guidance_interval": guidance_interval}
+        settings = change(self.defaults, {name: value for name, value in asked.items() if value is not None})
         grid = grid or self.grid_for(size)
         images = []
         for some, keys in zip(labels.split(batch), seeds.split(batch), strict=True):
-            images.append(self.codec.decode(self._latents(some, keys, grid, steps, guidance, solve), size).cpu())
+            images.append(self.codec.decode(self._latents(some, keys, grid, settings), size).cpu())
         return torch.cat(images)
 
-    def _latents(self, labels: Tensor, seeds: Tensor, grid: Size, steps: int, guidance: float, solve) -> Tensor:
-        device = self.codec.device
+    def _latents(self, labels: Tensor, seeds: Tensor, grid: Size, settings: SampleConfig) -> Tensor:
+        device, channels = self.codec.device, self.codec.latent_channels
         labels = labels.to(device)
-        noise = noise_field(rng.fold(seeds), self.codec.latent_channels, grid).to(device)
-        kind = self.diffusion.schedule
-        conditions = _conditions(labels, guidance)
+        kind, shift = self.diffusion.schedule, self._shift(grid)
+        guided, plain = (_conditions(labels, scale) for scale in (settings.guidance, min(1, math.ceil(settings.guidance))))
+        latest, earliest = schedule.log_snr(torch.tensor(settings.guidance_interval), kind, shift).tolist()
 
         def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
             alpha_bar = schedule.alpha_bar(log_snr).expand(len(labels))
+            conditions = guided if earliest <= float(log_snr) <= latest else plain
             with self._autocast():
-                predicted = _guide(self.model.predict(x, alpha_bar, conditions), guidance)
+                predicted = _guide(self.model.predict(x, alpha_bar, conditions), settings.guidance)
             return objective.to_data_and_noise(self.diffusion.objective, x, predicted,
                                                *schedule.alpha_sigma(log_snr, kind))
 
-        log_snrs = solvers.time_steps(steps, kind, self._shift(grid)).to(device)
-        return self.codec.denormalise(solve(denoise, noise, log_snrs, kind))
+        def fresh(step: int) -> Tensor:
+            return noise_field(rng.fold(seeds, step), channels, grid).to(device)
+
+        solve = solvers.SOLVERS[settings.solver]
+        if settings.eta:
+            solve = partial(solvers.ddim, eta=settings.eta, fresh=fresh)
+        log_snrs = solvers.time_steps(settings.steps, kind, shift).to(device)
+        return self.codec.denormalise(solve(denoise, noise_field(rng.fold(seeds), channels, grid).to(device), log_snrs, kind))
 
     @torch.no_grad()
     def loss_at(self, latents: Tensor, labels: Tensor, time: float, seed: int = 0) -> Tensor:
@@ -163,9 +172,9 @@ def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
 
 
 def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence[int] = (), count: int | None = None,
-               steps: int | None = None, guidance: float | None = None, solver: str | None = None, seed: int = 0,
-               grid: Size | None = None, overwrite: bool = False, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Sample a checkpoint at every size and write one PNG grid for each; what is None is the run's own setting.
+               seed: int = 0, grid: Size | None = None, overwrite: bool = False, device: torch.device | str = "cpu",
+               **settings: Any) -> dict[str, Any]:
+    """Sample a checkpoint at every size and write one PNG grid for each; ``settings`` are those of Sampler.sample.
 
     ``out`` is a PNG file (one size) or a folder. The same seeds and labels at every size: picture i is one composition.
     """
@@ -176,7 +185,7 @@ def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence
     seeds = torch.arange(seed, seed + len(chosen))
     columns = min(len(chosen), sampler.num_classes or 10)
     for file, size in zip(files, sizes, strict=True):
-        images = sampler.sample(chosen, seeds, size, grid=grid, steps=steps, guidance=guidance, solver=solver)
+        images = sampler.sample(chosen, seeds, size, grid=grid, **settings)
         save_png(tile(images, columns), file)
     return {"files": [str(file) for file in files], "labels": chosen.tolist(), "seeds": seeds.tolist(),
             "grids": [list(grid or sampler.grid_for(size)) for size in sizes]}

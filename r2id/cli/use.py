@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from r2id.cli.options import Device, Json, SizeList, app, find_device, parse_size, parse_sizes, report
+from r2id.errors import InputError
 
 
 @app.command()
@@ -19,7 +20,10 @@ def sample(
     count: Annotated[int | None, typer.Option(min=1, help="Images per size.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is none.")] = None,
-    solver: Annotated[Literal["ddim", "dpmpp_2m"] | None, typer.Option(help="Sampler.")] = None,
+    cfg_interval: Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="Times between which guidance applies: 0 is "
+                                                     "data, 1 noise.")] = None,
+    solver: Annotated[Literal["ddim", "dpmpp_2m", "euler", "heun"] | None, typer.Option(help="Sampler.")] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Fresh noise in ddim's steps: 0 none, 1 ancestral.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i has seed SEED + i, at every size.")] = 0,
     grid: Annotated[str | None, typer.Option(metavar="hxw", help="Latent grid; default from the size.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
@@ -30,9 +34,20 @@ def sample(
     from r2id.sampling import draw_grids
 
     result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()), count=count, steps=steps,
-                        guidance=cfg, solver=solver, seed=seed, grid=parse_size(grid) if grid else None,
+                        guidance=cfg, guidance_interval=_interval(cfg_interval), solver=solver, eta=eta, seed=seed, grid=parse_size(grid) if grid else None,
                         overwrite=overwrite, device=find_device(device))
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    """'0.2,0.8' → (0.2, 0.8)."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--cfg-interval {text!r}: must be LOW,HIGH, such as 0.2,0.8") from None
+    return low, high
 
 
 @app.command()

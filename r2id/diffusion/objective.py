@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Objective = Literal["epsilon", "v", "flow"]
+Objective = Literal["epsilon", "x0", "v", "flow"]
+Weighting = Literal["uniform", "min_snr", "soft_min_snr"]
 
 
 def target(objective: Objective, data: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """ε (Ho et al. 2020), v = α·ε − σ·x₀ (Salimans & Ho 2022) or the velocity ε − x₀ (Lipman et al. 2023)."""
-    if objective == "epsilon":
-        return noise
+    """ε or x₀ (Ho et al. 2020), v = α·ε − σ·x₀ (Salimans & Ho 2022) or the velocity ε − x₀ (Lipman et al. 2023)."""
+    if objective in ("epsilon", "x0"):
+        return noise if objective == "epsilon" else data
     return alpha * noise - sigma * data if objective == "v" else noise - data
 
 
@@ -25,18 +26,24 @@ def to_data_and_noise(objective: Objective, x: Tensor, prediction: Tensor, alpha
     """(x₀, ε) implied by a prediction at x = α·x₀ + σ·ε; the inverse of target."""
     if objective == "epsilon":
         return (x - sigma * prediction) / alpha, prediction
+    if objective == "x0":
+        return prediction, (x - alpha * prediction) / sigma
     if objective == "v":
         return alpha * x - sigma * prediction, sigma * x + alpha * prediction
     return x - sigma * prediction, x + alpha * prediction
 
 
-def weight(objective: Objective, weighting: str, log_snr: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
+def weight(objective: Objective, weighting: Weighting, log_snr: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
     """Factor of the squared error of a prediction, the shape of log_snr.
 
-    uniform: 1. min_snr: min(SNR, γ) on the error of x₀ (Hang et al. 2023), converted to the objective: that error is
-    the prediction's times 1/√SNR for ε, σ for v and σ for the velocity.
+    uniform: 1. min_snr: min(SNR, γ) on the error of x₀ (Hang et al. 2023); soft_min_snr: SNR·γ/(SNR + γ) (Crowson et al.
+    2024), which bends where that breaks. Both are converted to the objective: the error of x₀ is the prediction's own for
+    x₀, and that times 1/√SNR for ε, σ for v and σ for the velocity.
     """
     if weighting == "uniform":
         return torch.ones_like(log_snr)
-    clipped = torch.exp(log_snr).clamp(max=gamma)
-    return clipped * (torch.exp(-log_snr) if objective == "epsilon" else sigma.square())
+    snr = torch.exp(log_snr)
+    of_data = snr.clamp(max=gamma) if weighting == "min_snr" else snr * gamma / (snr + gamma)
+    if objective == "x0":
+        return of_data
+    return of_data * (torch.exp(-log_snr) if objective == "epsilon" else sigma.square())
