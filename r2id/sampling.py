@@ -5,7 +5,6 @@ Shape letters: B samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from r2id.training.losses import denoising_loss
 from r2id.training.stages import Stage, codec_path
 
 _PREVIEW_IMAGES = 10
+_BATCH, _BATCH_TOKENS = 64, 4096  # images diffused together: so many, or of so many tokens in all
 
 
 @dataclass(frozen=True)
@@ -88,25 +88,31 @@ class Sampler:
     @torch.no_grad()
     def sample(self, labels: Tensor, seeds: Tensor, size: Size, *, grid: Size | None = None, steps: int | None = None,
                guidance: float | None = None, solver: str | None = None, eta: float | None = None,
-               guidance_interval: tuple[float, float] | None = None, batch: int = 100) -> Tensor:
+               guidance_interval: tuple[float, float] | None = None) -> Tensor:
         """Images of any size, one per label and seed.
 
         labels int64 [B] (−1: no condition), seeds int64 [B], size (H, W) in pixels, grid (h, w) of latents (by default
         grid_for(size)); what is None is the run's own setting → float32 [B, C, H, W] in [−1, 1], on the CPU.
+
+        An image is the same bits whatever is drawn with it: all are computed in batches of one length, which follows
+        from the grid, since matrix products of another length round differently.
         """
         asked = {"steps": steps, "guidance": guidance, "solver": solver, "eta": eta, "guidance_interval": guidance_interval}
         settings = change(self.defaults, {name: value for name, value in asked.items() if value is not None})
         grid = grid or self.grid_for(size)
+        length = max(1, min(_BATCH, _BATCH_TOKENS // (grid[0] * grid[1])))
         images = []
-        for some, keys in zip(labels.split(batch), seeds.split(batch), strict=True):
-            images.append(self.codec.decode(self._latents(some, keys, grid, settings), size).cpu())
+        for start in range(0, len(labels), length):
+            rows = torch.arange(start, start + length).clamp(max=len(labels) - 1)  # the last repeated, where they are few
+            drawn = self.codec.decode(self._latents(labels[rows], seeds[rows], grid, settings), size)
+            images.append(drawn[:len(labels) - start].cpu())
         return torch.cat(images)
 
     def _latents(self, labels: Tensor, seeds: Tensor, grid: Size, settings: SampleConfig) -> Tensor:
         device, channels = self.codec.device, self.codec.latent_channels
         labels = labels.to(device)
         kind, shift = self.diffusion.schedule, self._shift(grid)
-        guided, plain = (_conditions(labels, scale) for scale in (settings.guidance, min(1, math.ceil(settings.guidance))))
+        guided, plain = _conditions(labels, settings.guidance), _conditions(labels, float(settings.guidance > 0))
         latest, earliest = schedule.log_snr(torch.tensor(settings.guidance_interval), kind, shift).tolist()
 
         def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +130,8 @@ class Sampler:
         if settings.eta:
             solve = partial(solvers.ddim, eta=settings.eta, fresh=fresh)
         log_snrs = solvers.time_steps(settings.steps, kind, shift).to(device)
-        return self.codec.denormalise(solve(denoise, noise_field(rng.fold(seeds), channels, grid).to(device), log_snrs, kind))
+        noise = noise_field(rng.fold(seeds), channels, grid).to(device)
+        return self.codec.denormalise(solve(denoise, noise, log_snrs, kind))
 
     @torch.no_grad()
     def loss_at(self, latents: Tensor, labels: Tensor, time: float, seed: int = 0) -> Tensor:

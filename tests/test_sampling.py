@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from r2id.diffusion import solvers
 from r2id.errors import InputError
 from r2id.sampling import Sampler, choose_labels, draw_grids, output_files, reconstruct_file
 
@@ -22,14 +23,13 @@ def test_any_size(sampler, size):
 
 
 def test_a_picture_depends_on_its_seed_and_label_alone(sampler):
-    # In float32, because bfloat16 products round differently in another batch.
-    exact = replace(sampler, bfloat16=False, codec=replace(sampler.codec, bfloat16=False))
-    labels, seeds = torch.tensor([3, 4, 5, 6]), torch.tensor([10, 11, 12, 13])
-    together = exact.sample(labels, seeds, (8, 8))
-    torch.testing.assert_close(exact.sample(labels, seeds, (8, 8), batch=3), together, atol=1e-4, rtol=0)
-    torch.testing.assert_close(exact.sample(labels[2:3], seeds[2:3], (8, 8)), together[2:3], atol=1e-4, rtol=0)
-    others = exact.sample(labels, seeds + 100, (8, 8))
-    assert (others - together).abs().flatten(1).amax(1).min() > 1e-3
+    labels, seeds = torch.arange(70) % 10, torch.arange(70)
+    for size, grid in [((8, 8), None), ((9, 13), (5, 7))]:
+        together = sampler.sample(labels, seeds, size, grid=grid)
+        for some in (slice(2, 3), slice(60, 70), slice(None, None, 7)):
+            assert torch.equal(sampler.sample(labels[some], seeds[some], size, grid=grid), together[some])
+        others = sampler.sample(labels[:4], seeds[:4] + 100, size, grid=grid)
+        assert (others - together[:4]).abs().flatten(1).amax(1).min() > 1e-3
 
 
 def test_the_latent_grid_stays_within_what_was_trained(sampler):
@@ -51,10 +51,37 @@ def test_guidance_scales(sampler):
     assert not torch.equal(draw(1.0), draw(3.0))
 
 
+def test_guidance_within_an_interval_alone(sampler):
+    exact = replace(sampler, bfloat16=False, codec=replace(sampler.codec, bfloat16=False))
+
+    def draw(guidance, interval=None):
+        return exact.sample(torch.tensor([2]), torch.tensor([5]), (8, 8), steps=4, guidance=guidance,
+                            guidance_interval=interval)
+
+    assert torch.equal(draw(3.0, (0.0, 1.0)), draw(3.0)), "steps of 4 are at times 1, ¾, ½ and ¼"
+    assert torch.equal(draw(3.0, (0.8, 0.9)), draw(1.0)), "conditional elsewhere"
+    assert torch.equal(draw(0.0, (0.8, 0.9)), draw(0.0)), "but not where conditions are left out altogether"
+    found = [draw(3.0, interval) for interval in ((0.0, 0.6), (0.6, 1.0), (0.2, 0.3))]
+    assert not any(torch.equal(one, other) for one, other in [found[:2], found[1:], (found[0], draw(1.0))])
+    assert torch.equal(draw(3.0, (0.4, 0.9)), draw(3.0, (0.45, 0.8))), "both hold the times ½ and ¾"
+
+
 def test_solvers_and_grids_by_name(sampler):
-    images = [sampler.sample(torch.tensor([1]), torch.tensor([0]), (8, 8), solver=name, grid=(3, 6))
-              for name in ("ddim", "dpmpp_2m")]
+    def draw(**settings):
+        return sampler.sample(torch.tensor([1]), torch.tensor([0]), (8, 8), grid=(3, 6), **settings)
+
+    images = [draw(solver="ddim"), draw(solver="ddim", eta=1.0), *(draw(solver=name) for name in solvers.SOLVERS)]
     assert all(image.isfinite().all() for image in images)
+    assert torch.equal(images[1], draw(solver="ddim", eta=1.0)) and not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"eta": 0.5, "solver": "heun"}, "eta = 0.5: goes with solver 'ddim', not 'heun'"),
+    ({"guidance_interval": (0.5, 0.5)}, "must rise"), ({"guidance_interval": (0.5, 2.0)}, "guidance_interval"),
+    ({"solver": "rk4"}, "solver")])
+def test_settings_that_do_not_go(sampler, settings, message):
+    with pytest.raises(InputError, match=message):
+        sampler.sample(torch.tensor([1]), torch.tensor([0]), (8, 8), **settings)
 
 
 def test_loss_at_falls_with_the_noise_on_known_data(sampler):

@@ -23,7 +23,7 @@ def sample(
     cfg_interval: Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="Times between which guidance applies: 0 is "
                                                      "data, 1 noise.")] = None,
     solver: Annotated[Literal["ddim", "dpmpp_2m", "euler", "heun"] | None, typer.Option(help="Sampler.")] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Fresh noise in ddim's steps: 0 none, 1 ancestral.")] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Fresh noise in ddim: 0 none, 1 ancestral.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i has seed SEED + i, at every size.")] = 0,
     grid: Annotated[str | None, typer.Option(metavar="hxw", help="Latent grid; default from the size.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
@@ -34,8 +34,8 @@ def sample(
     from r2id.sampling import draw_grids
 
     result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()), count=count, steps=steps,
-                        guidance=cfg, guidance_interval=_interval(cfg_interval), solver=solver, eta=eta, seed=seed, grid=parse_size(grid) if grid else None,
-                        overwrite=overwrite, device=find_device(device))
+                        guidance=cfg, guidance_interval=_interval(cfg_interval), solver=solver, eta=eta, seed=seed,
+                        grid=parse_size(grid) if grid else None, overwrite=overwrite, device=find_device(device))
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
 
 

@@ -23,7 +23,8 @@ def time_steps(steps: int, kind: Kind, shift: float) -> Tensor:
     return log_snr(torch.arange(steps, 0, -1) / steps, kind, shift)
 
 
-def ddim(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind, eta: float = 0.0, fresh: Fresh | None = None) -> Tensor:
+def ddim(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind, eta: float = 0.0,
+         fresh: Fresh | None = None) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12): deterministic with η = 0, ancestral sampling (DDPM) with η = 1.
 
     ``fresh(i)`` is the noise that step i adds, of standard deviation η·σ'·√(1 − SNR/SNR'), which is eq. 16 for any schedule.

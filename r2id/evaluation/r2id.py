@@ -25,7 +25,7 @@ TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
 """Times of the scrape, from nearly data to nearly noise."""
 
 _SCRAPED = 256  # test images, evenly spaced
-_BATCH = 100
+_BATCH = 128
 _MOST_REAL = 10_000  # test images that samples are compared with
 
 Latents = Sequence[tuple[Tensor, Tensor]]
@@ -80,7 +80,7 @@ def score_samples(sampler: Sampler, judge: Judge, real: Tensor, size: Size, coun
     features, judged = [], []
     with Progress(f"sample {size[0]}x{size[1]}", count, unit="images") as progress:
         for some, keys in zip(labels.split(_BATCH), seeds.split(_BATCH), strict=True):
-            seen, classes = judge.look(sampler.sample(some, keys, size, batch=_BATCH))
+            seen, classes = judge.look(sampler.sample(some, keys, size))
             features.append(seen)
             judged.append(classes)
             progress.advance(len(some))
@@ -95,7 +95,7 @@ def draw_samples(sampler: Sampler, sizes: Sequence[Size], count: int, seed: int)
     """The same seeds and classes, in turn, at every size: size → images [count, C, H, W]."""
     labels = choose_labels((), count, sampler.num_classes)
     seeds = torch.arange(seed, seed + count)
-    return {size: sampler.sample(labels, seeds, size, batch=_BATCH) for size in sizes}
+    return {size: sampler.sample(labels, seeds, size) for size in sizes}
 
 
 def _distance(one: Tensor, other: Tensor) -> float | None:

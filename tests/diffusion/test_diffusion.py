@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from r2id.diffusion import objective, schedule, solvers
 
 KINDS = ["cosine", "linear_beta", "flow"]
-PAIRS = [("epsilon", "cosine"), ("v", "cosine"), ("v", "linear_beta"), ("flow", "flow")]
+PAIRS = [("epsilon", "cosine"), ("x0", "cosine"), ("x0", "linear_beta"), ("v", "cosine"), ("v", "linear_beta"),
+         ("flow", "flow")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,16 +63,18 @@ def test_prediction_and_target_are_inverse(kind, noise_schedule):
     assert_close(back[1], noise, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("weighting", "of_data"), [("min_snr", lambda snr: snr.clamp(max=5)),
+                                                    ("soft_min_snr", lambda snr: 5 * snr / (snr + 5))])
 @pytest.mark.parametrize(("kind", "noise_schedule"), PAIRS)
-def test_min_snr_weighs_the_error_of_the_data_alike_under_every_objective(kind, noise_schedule):
-    """weight · |prediction error|² must be min(SNR, 5)·|x₀ error|²."""
+def test_weights_of_the_error_of_the_data_are_alike_under_every_objective(kind, noise_schedule, weighting, of_data):
+    """weight · |prediction error|² must be min(SNR, 5)·|x₀ error|², or its smooth form."""
     log_snr = torch.linspace(-4, 4, 9)
     alpha, sigma = schedule.alpha_sigma(log_snr, noise_schedule)
     x, wrong = torch.randn(9), torch.randn(9)
     true = objective.to_data_and_noise(kind, x, torch.zeros(9), alpha, sigma)[0]
     data_error = objective.to_data_and_noise(kind, x, wrong, alpha, sigma)[0] - true
-    weighted = objective.weight(kind, "min_snr", log_snr, sigma) * wrong**2
-    assert_close(weighted, log_snr.exp().clamp(max=5) * data_error**2, atol=1e-5, rtol=1e-4)
+    weighted = objective.weight(kind, weighting, log_snr, sigma) * wrong**2
+    assert_close(weighted, of_data(log_snr.exp()) * data_error**2, atol=1e-5, rtol=1e-4)
 
 
 def gaussian_denoiser(mean: float, std: float, kind: str):
@@ -101,6 +104,47 @@ def test_second_order_needs_fewer_steps():
     errors = {name: float((solve(gaussian_denoiser(1.5, 0.5, "cosine"), noise, solvers.time_steps(15, "cosine", 0.0),
                                  "cosine") - exact).square().mean()) for name, solve in solvers.SOLVERS.items()}
     assert errors["dpmpp_2m"] < 0.5 * errors["ddim"]
+    assert errors["heun"] < 0.1 * errors["euler"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heun_s_error_falls_with_the_square_of_the_steps(kind):
+    """Against Euler's with the steps. Both end with one denoising, whose error does not fall: it is left out."""
+    noise, denoise = torch.randn(1000, dtype=torch.float64), gaussian_denoiser(1.5, 0.5, kind)
+
+    def error(solve, steps):
+        log_snrs = torch.linspace(-6, 4, steps + 1, dtype=torch.float64)
+        fine = torch.linspace(-6, 4, 3001, dtype=torch.float64)
+        return float((solve(denoise, noise, log_snrs, kind) - solvers.heun(denoise, noise, fine, kind)).abs().max())
+
+    assert error(solvers.euler, 80) == pytest.approx(error(solvers.euler, 160) * 2, rel=0.15)
+    assert error(solvers.heun, 80) == pytest.approx(error(solvers.heun, 160) * 4, rel=0.25)
+
+
+def test_euler_of_the_flow_is_ddim():
+    noise, denoise = torch.randn(100), gaussian_denoiser(1.5, 0.5, "flow")
+    log_snrs = solvers.time_steps(7, "flow", 0.0)
+    assert_close(solvers.euler(denoise, noise, log_snrs, "flow"), solvers.ddim(denoise, noise, log_snrs, "flow"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_fresh_noise_keeps_the_marginals(kind, eta):
+    """After every step x is distributed as α·x₀ + σ·ε is, and with η = 1 forgets the noise it came from."""
+    torch.manual_seed(0)
+    noise, mean, std = torch.randn(40000), 1.5, 0.5
+    denoise, seen = gaussian_denoiser(mean, std, kind), []
+
+    def watched(x, log_snr):
+        seen.append((x, log_snr))
+        return denoise(x, log_snr)
+
+    out = solvers.ddim(watched, noise, solvers.time_steps(100, kind, 0.0), kind, eta, lambda step: torch.randn(40000))
+    for x, log_snr in seen[20::20]:
+        alpha, sigma = schedule.alpha_sigma(log_snr, kind)
+        assert float(x.mean()) == pytest.approx(float(alpha) * mean, abs=0.03)
+        assert float(x.std()) == pytest.approx(float((alpha**2 * std**2 + sigma**2).sqrt()), rel=0.05)
+    assert (abs(float(torch.corrcoef(torch.stack([out, noise]))[0, 1])) < 0.1) == (eta == 1)
 
 
 def test_one_step_is_one_denoising():
@@ -112,4 +156,4 @@ def test_one_step_is_one_denoising():
 
     for solve in solvers.SOLVERS.values():
         assert (solve(denoise, torch.randn(3), solvers.time_steps(1, "cosine", 0.0), "cosine") == 7).all()
-    assert calls == [schedule.LOG_SNR_MIN] * 2
+    assert calls == [schedule.LOG_SNR_MIN] * len(solvers.SOLVERS)
