@@ -15,20 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]
+Part = tuple[slice, slice]
+"""A rectangle of a grid: its rows and its columns."""
+WHOLE: Part = (slice(None), slice(None))
 
 
-def centres(count: int, device: torch.device | None = None) -> Tensor:
-    """Pixel centres along one axis: (j + ½)/count − ½, float32 [count]."""
-    return (torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count - 0.5
+def centres(count: int, device: torch.device | None = None, part: slice = slice(None)) -> Tensor:
+    """Pixel centres along one axis, or along a part of it: (j + ½)/count − ½, float32 [count]."""
+    return (torch.arange(*part.indices(count), dtype=torch.float32, device=device) + 0.5) / count - 0.5
 
 
-def grid_coordinates(grid: Size, shape: Size | None = None, device: torch.device | None = None) -> Tensor:
-    """Coordinates (ax, ay, rx, ry) of a grid's cell centres, row by row: float32 [H·W, 4].
+def grid_coordinates(grid: Size, shape: Size | None = None, device: torch.device | None = None,
+                     part: Part = WHOLE) -> Tensor:
+    """Coordinates (ax, ay, rx, ry) of the centres of a grid's cells, or of a part of them, row by row: float32 [H·W, 4].
 
     ``shape`` is a (height, width) whose ratio the relative coordinates take; by default the grid's own.
     """
     height, width = grid
-    ay, ax = torch.meshgrid(centres(height, device), centres(width, device), indexing="ij")
+    ay, ax = torch.meshgrid(centres(height, device, part[0]), centres(width, device, part[1]), indexing="ij")
     absolute = torch.stack([ax.flatten(), ay.flatten()], dim=-1)
     return torch.cat([absolute, absolute * relative_scale(shape or grid, device)], dim=-1)
 
@@ -68,6 +72,19 @@ def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
             for part in (angles[..., :2, :], angles[..., 2:, :])
         )
         return torch.cat([absolute, relative], dim=-1)
+
+
+def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
+    """sin and cos of π·2^p·place, p from powers[0] to powers[1], of a point's place in cells from the grid's top left edge:
+    [..., 4] → float32 [..., 4·number of powers].
+
+    They are the same in every image of any size, but for where the grid starts.
+    """
+    height, width = grid
+    extent = torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)
+    exponents = torch.arange(powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device)
+    angles = ((coordinates[..., :2] + 0.5) * extent).unsqueeze(-1) * (math.pi * torch.exp2(exponents))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
