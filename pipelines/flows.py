@@ -13,8 +13,9 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
+from pipelines.artifacts import TrainingArtifacts
 from pipelines.processes import gpu_count
-from pipelines.stages import StageCrashed, run_stage
+from pipelines.stages import StageCrashed, run_stage, stage_command
 from r2id.config import EvaluateConfig, SampleConfig, load_config
 from r2id.errors import InputError
 
@@ -40,17 +41,23 @@ def train_task(config: Path, overrides: Sequence[str], environment: dict[str, st
         raise InputError(f"{config}: stage 'pipeline': train takes the config of one stage, 'riae' or 'r2id'")
     pointer = run.run / "checkpoints" / "latest"
     before = pointer.read_text() if pointer.exists() else None
+    arguments, processes = ["train", str(config), *overrides], max(gpu_count(), 1)
     try:
-        return run_stage(["train", str(config), *overrides], processes=max(gpu_count(), 1), environment=environment)
+        with TrainingArtifacts(run, stage_command(arguments, processes), environment) as shown:
+            shown.result = run_stage(arguments, processes=processes, environment=shown.environment)
+        return shown.result
     except StageCrashed as crash:
         crash.got_further = pointer.exists() and pointer.read_text() != before
         raise
 
 
-@flow(name="train", validate_parameters=False)
+@flow(name="train", flow_run_name="train {config}", validate_parameters=False)
 def train_flow(config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None,
                ) -> dict[str, Any]:
-    """One training stage, on every GPU of this machine; started again when it crashes after it got further."""
+    """One training stage, on every GPU of this machine; started again when it crashes after it got further.
+
+    Shows progress, command, MLflow run, checkpoint and figures as artifacts, while it goes on.
+    """
     return train_task(config, tuple(overrides), environment or {})
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from pipelines.artifacts import how_to_open_mlflow
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
 from pipelines.orchestration import prefect_ready
 from pipelines.preparation import check_engine, prepare_flow
@@ -167,20 +167,12 @@ def _summary(pipeline: Pipeline, samples: Mapping[str, Any], evaluation: Mapping
     summary = {"name": pipeline.config.name, "out": str(pipeline.out), "shards": str(pipeline.config.prepare.out),
                "riae": str(pipeline.riae), "r2id": str(pipeline.r2id), "pictures": [str(f) for f in samples["files"]],
                "report": str(pipeline.report / "report.html"), "metrics": str(pipeline.report / "metrics.json"),
-               "headlines": list(evaluation["headlines"]), "mlflow": _mlflow_command()}
+               "headlines": list(evaluation["headlines"]), "mlflow": how_to_open_mlflow()}
     lines = [*summary["headlines"], *(f"picture: {path}" for path in summary["pictures"]),
              f"report: {summary['report']}"]
     if pipeline.config.tracking.enabled:
         lines.append(f"to open MLflow: {summary['mlflow']}")
     return {**summary, "lines": lines}
-
-
-def _mlflow_command() -> str:
-    script = Path("launch") / "mlflow.sh"
-    if script.exists():
-        return f"bash {script}"
-    store = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    return f"{sys.executable} -m mlflow server --backend-store-uri {store}"
 
 
 def _tracking(verb: str, order: Mapping[str, Any]) -> str | None:

@@ -10,21 +10,14 @@ import base64
 import importlib
 import io
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import UUID
 
 from PIL import Image
 from prefect import flow, task
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
@@ -32,12 +25,12 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 from data_prep.plan import is_complete
 from data_prep.prepare import Plan, end_with_parent, prepare, write_shard, write_shards
 from data_prep.show import overview
+from pipelines.artifacts import LiveArtifact
 from pipelines.orchestration import is_prefects, prefect_ready, server_answers, words
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, Stopped, WorkError
 from r2id.progress import say
 
-_SECONDS_BETWEEN_UPDATES = 2.0
 _SECONDS_TO_ANSWER = 10.0  # for a cluster
 _SECONDS_TO_RETURN = 30.0  # for a server that is started again
 
@@ -53,10 +46,13 @@ def prepare_flow(config: PrepareConfig) -> Path:
     results: list[dict[str, Any]] = []
 
     def write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        shown = _Progress(config, sum(plan.samples))
+        done, total = 0, sum(plan.samples)
+        shown = LiveArtifact("progress", lambda: create_progress_artifact(
+            0.0, key="prepare-progress", description=f"{config.dataset} → {config.out}"))
         for result in _with_or_without_prefect(plan, numbers):
             results.append(result)
-            shown.advance(result["samples"] + result["rejects"])
+            done += result["samples"] + result["rejects"]
+            shown.show(100 * done / total, last=done == total)
             yield result
 
     prepare(config, write_all)
@@ -136,33 +132,6 @@ def _runner(config: PrepareConfig, workers: int) -> TaskRunner[Any]:
             "address": "local", "num_cpus": workers, "include_dashboard": False}
         return RayTaskRunner(init_kwargs={**options, "log_to_driver": False, "logging_level": "ERROR"})
     return ProcessPoolTaskRunner(max_workers=workers, initializer=end_with_parent)
-
-
-class _Progress:
-    """A progress artifact; that it cannot be shown does not hold up the work."""
-
-    def __init__(self, config: PrepareConfig, total: int) -> None:
-        self.total, self.done, self.next = total, 0, 0.0
-        self.artifact: UUID | None = None
-        try:
-            self.artifact = create_progress_artifact(  # type: ignore[assignment]
-                0.0, key="prepare-progress", description=f"{config.dataset} → {config.out}")
-        except Exception as error:
-            say(f"prefect: no progress is shown: {words(error)}")
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if self.artifact is None or (now < self.next and self.done < self.total):
-            return
-        self.next = now + _SECONDS_BETWEEN_UPDATES
-        if not server_answers():  # Prefect's client would try for a minute, and the work wait
-            return
-        try:
-            update_progress_artifact(self.artifact, progress=100 * self.done / self.total)
-        except Exception as error:
-            self.artifact = None
-            say(f"prefect: progress is shown no more: {words(error)}")
 
 
 def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:

@@ -36,9 +36,7 @@ def run_stage(arguments: Sequence[str], *, processes: int = 1, environment: Mapp
     Raises InputError (exit code 2), Stopped (75, or a signal that was passed on) or StageCrashed, each with the
     stage's last line.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "r2id.cli", *arguments, "--json"]
-    code, output, tail = run_command(command, environment)
+    code, output, tail = run_command(stage_command(arguments, processes), environment)
     if code == 0:
         return json.loads(output)
     line = _last_line(tail)
@@ -51,6 +49,12 @@ def run_stage(arguments: Sequence[str], *, processes: int = 1, environment: Mapp
     if code == 75:
         raise Stopped(line.removeprefix("stopped: ") or arguments[0])
     raise StageCrashed(f"{arguments[0]} ended with exit code {code}: {line.removeprefix('failed: ')}")
+
+
+def stage_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
+    """The command that runs ``r2id ARGUMENTS --json``, under torchrun when it is more than one process."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "r2id.cli", *arguments, "--json"]
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str, str]:

@@ -190,7 +190,7 @@ class TrainConfig(Section):
     batch: int = Field(default=64, ge=1)
     """Samples per optimizer step over all processes; accumulation is computed from it."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Samples per forward pass of one process; none takes the process's whole share at once."""
+    """Samples per forward pass of one process, fewer where its share of the batch is; none takes its whole share at once."""
     precision: Literal["float32", "bfloat16", "bfloat16_weights"] = "float32"
     """bfloat16 is autocast: weights, norms and gradients stay float32. bfloat16_weights needs less memory: the weights of
     the forward pass and their gradients are bfloat16, beside float32 ones that the processes share out (zero_stage 2, 3)."""

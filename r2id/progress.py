@@ -1,16 +1,26 @@
-"""One way to show progress, always on stderr: a bar when a person watches, plain lines every few seconds when not."""
+"""One way to show progress, always on stderr: a bar when a person watches, plain lines every few seconds when not.
+
+A process that starts another one names a file in R2ID_PROGRESS, and finds there how far that one is.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
+FILE_VARIABLE = "R2ID_PROGRESS"
+
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_WRITES = 1.0
 
 
 def say(message: str) -> None:
@@ -40,28 +50,30 @@ class Progress:
         self.title, self.total, self.unit, self.per_item = title, total, unit, per_item
         self.start = self.done = start
         self.note = ""
-        self._display: _Bar | _Lines | None = None
+        self._displays: list[_Bar | _Lines | _File] = []
         if shown:
-            self._display = _Bar(self) if sys.stderr.isatty() else _Lines(self)
+            self._displays.append(_Bar(self) if sys.stderr.isatty() else _Lines(self))
+            if file := os.environ.get(FILE_VARIABLE):
+                self._displays.append(_File(self, Path(file)))
 
     def __enter__(self) -> Progress:
         self._began = time.monotonic()
-        if self._display:
-            self._display.open()
+        for display in self._displays:
+            display.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if self._display:
-            self._display.close(complete=kind is None)
+        for display in self._displays:
+            display.close(complete=kind is None)
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """``count`` more are done; ``note`` replaces the few words shown at the end (say, the loss)."""
         self.done += count
         if note is not None:
             self.note = note
-        if self._display:
-            self._display.update()
+        for display in self._displays:
+            display.update()
 
     @property
     def elapsed(self) -> float:
@@ -126,6 +138,33 @@ class _Bar:
     def close(self, complete: bool) -> None:
         self.update()
         self.rich.stop()
+
+
+class _File:
+    """A JSON object: title, done, total (null: unknown) and status, which is words. Complete whenever it is read."""
+
+    def __init__(self, progress: Progress, path: Path) -> None:
+        self.progress, self.path = progress, path
+
+    def open(self) -> None:
+        self.next = 0.0
+        self._write()
+
+    def update(self) -> None:
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + _SECONDS_BETWEEN_WRITES
+            self._write()
+
+    def close(self, complete: bool) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        progress = self.progress
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        with contextlib.suppress(OSError):  # nobody's work waits for being shown
+            partial.write_text(json.dumps({"title": progress.title, "done": progress.done, "total": progress.total,
+                                           "status": progress.status()}))
+            partial.replace(self.path)
 
 
 def track(items: Iterable[Item], title: str, total: int | None = None, *, unit: str = "items") -> Iterator[Item]:

@@ -5,9 +5,12 @@ Shape letters: B batch · N tokens · M context tokens · D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from r2id.models.attention import Attention, RMSNorm
 from r2id.models.tiles import Tiles
@@ -25,7 +28,29 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.gate(x)) * self.value(x))
+        return self.out(_Gated.apply(self.gate(x), self.value(x)))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate)·value, whose backward pass computes silu(gate) again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        return F.silu(gate) * value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * value, gate), gradient * F.silu(gate)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask takes one byte an element on a CPU too, where PyTorch's is of the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
 
 
 class CrossBlock(nn.Module):
@@ -96,7 +121,7 @@ class DiffusionBlock(nn.Module):
             self.cross_norm, self.context_norm = RMSNorm(width, elementwise_affine=False), RMSNorm(width)
             self.cross = Attention(width, width, heads)
         self.ffn_norm, self.ffn = RMSNorm(width, elementwise_affine=False), FeedForward(width, ffn_ratio)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
         """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]."""

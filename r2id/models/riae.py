@@ -23,6 +23,7 @@ from r2id.models.attention import RMSNorm
 from r2id.models.coords import Size
 from r2id.models.layers import CrossBlock, SelfBlock, zero_linear
 
+_ENCODE_CHUNK = 1 << 19  # pixels encoded at once outside training, one image at least: memory does not grow with the batch
 _DECODE_CHUNK = 8192  # points decoded at once outside training: memory does not grow with the output
 
 
@@ -113,7 +114,9 @@ class RIAE(nn.Module):
         grid = grid or self.grid_for(size)
         at = coords.grid_coordinates(size, grid, image.device).unsqueeze(0)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
-        latents = self.encode_points(rearrange(image, "b c h w -> b (h w) c"), at, cells, grid)
+        colours = rearrange(image, "b c h w -> b (h w) c")
+        latents = torch.cat([self.encode_points(part, at, cells, grid)
+                             for part in colours.split(max(1, _ENCODE_CHUNK // at.shape[1]))])
         return rearrange(latents, "b (h w) l -> b l h w", h=grid[0])
 
     @torch.no_grad()

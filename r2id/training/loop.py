@@ -219,14 +219,11 @@ class _Run:
         note = self.folder / "mlflow-run-id"
         known = note.read_text().strip() if note.exists() and self.start else None
         shards = self.stage.shards
-        tracker = Tracker.start(
+        return Tracker.start(
             self.config.tracking, run_name=self.folder.name, stage=self.config.stage,
             params=self.config.model_dump(mode="json"), run_id=known,
             tags={f"fact.{key}": str(value) for key, value in self.stage.facts.items()},
-            dataset=(shards.manifest.dataset, shards.digest, str(self.config.data.shards)))
-        if tracker.run_id:
-            note.write_text(tracker.run_id + "\n")
-        return tracker
+            dataset=(shards.manifest.dataset, shards.digest, str(self.config.data.shards)), note=note)
 
     def _anyone(self, flag: bool) -> bool:
         """True on every rank as soon as it is on one, so that all stop at the same step."""

@@ -27,7 +27,7 @@ from r2id.training.footprint import Sharing, Trace, count_flops, peak, trace_pea
 from r2id.training.losses import R2idLoss, RiaeLoss
 from r2id.training.shares import accumulation, deepspeed_config, engine_kind, micro_batch_size
 
-_RUNTIME = 2_000_000_000
+RUNTIME = 2_000_000_000
 """Bytes of a GPU that are nobody's tensors: CUDA's context and kernels, NCCL's buffers, holes between tensors."""
 
 
@@ -95,6 +95,7 @@ class Work:
 
     def __init__(self, config: RiaeRun | R2idRun, facts: Facts) -> None:
         self.config, self.facts = config, facts
+        self._traces: dict[tuple[int, bool], Trace] = {}
 
     def grid(self) -> Size:
         """The latent grid of the largest images."""
@@ -130,12 +131,15 @@ class Work:
         return RIAE(self.facts.riae, self.config.data.channels)
 
     def trace(self, samples: int, as_on_gpu: bool) -> Trace:
+        """One micro-batch of so many samples."""
         def case() -> tuple[nn.Module, dict[str, torch.Tensor]]:
             with _default_dtype(torch.bfloat16 if self.config.train.precision == "bfloat16_weights" else torch.float32):
                 module = self.module()
             return module, self.inputs(samples)
 
-        return trace_step(case, self.config.train.autocast, as_on_gpu)
+        if (samples, as_on_gpu) not in self._traces:
+            self._traces[samples, as_on_gpu] = trace_step(case, self.config.train.autocast, as_on_gpu)
+        return self._traces[samples, as_on_gpu]
 
     def encodes(self) -> bool:
         """Whether each micro-batch is encoded before R2ID sees it."""
@@ -216,7 +220,7 @@ def largest_micro_batch(config: RiaeRun | R2idRun, facts: Facts, gpus: int, limi
     def fits(size: int) -> bool:
         train = config.train.model_copy(update={"micro_batch": size})
         tried = Work(config.model_copy(update={"train": train}), facts)
-        return memory(tried, gpus)["total"] + _RUNTIME <= limit
+        return memory(tried, gpus)["total"] + RUNTIME <= limit
 
     low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
     while low < high:
@@ -249,8 +253,8 @@ def plan(path: Path, overrides: tuple[str, ...] = (), *, gpus: int, gigabytes: f
         "config": str(path), "stage": config.stage, "parameters": parameters, "image": list(facts.image),
         "grid": list(work.grid()), "tokens": cost.tokens, "gpus": gpus, "batch": images,
         "micro_batch": micro_batch_size(config.train, gpus), "accumulation": accumulation(config.train, gpus),
-        "flops_per_step": flops, "memory": found, "reserved": _RUNTIME, "limit": int(gigabytes * 1e9),
-        "fits": found["total"] + _RUNTIME <= gigabytes * 1e9,
+        "flops_per_step": flops, "memory": found, "reserved": RUNTIME, "limit": int(gigabytes * 1e9),
+        "fits": found["total"] + RUNTIME <= gigabytes * 1e9,
         "largest_micro_batch": largest_micro_batch(config, facts, gpus, gigabytes * 1e9),
         "steps": config.train.steps, "seconds_per_step": seconds, "images_per_second": images / seconds,
         "days": seconds * config.train.steps / 86400, "share": share, "peak_tflops": teraflops}

@@ -11,7 +11,8 @@ from r2id.errors import InputError
 
 def micro_batch_size(train: TrainConfig, world_size: int) -> int:
     """Samples per forward pass of one process. InputError when the global batch does not divide evenly."""
-    micro = train.micro_batch or max(1, train.batch // world_size)
+    share = max(1, train.batch // world_size)
+    micro = min(train.micro_batch or share, share)
     unit = micro * world_size
     if train.batch % unit:
         below, above = train.batch // unit * unit, (train.batch // unit + 1) * unit

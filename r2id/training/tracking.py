@@ -39,6 +39,7 @@ _MAX_PARAM_LENGTH = 500  # limits of MLflow's own stores
 _MAX_PARAMS_PER_BATCH = 100
 _START_SECONDS = 60.0  # a new SQLite store takes a few seconds to create its tables
 _FINISH_SECONDS = 20.0
+_KILLED_SECONDS = 4.0  # a scheduler that has sent SIGTERM does not wait for long
 _LONGEST_PAUSE = 30.0
 
 
@@ -69,11 +70,12 @@ class Tracker(NullTracker):
     @classmethod
     def start(cls, config: TrackingConfig, *, run_name: str, stage: str, params: Mapping[str, Any] | None = None,
               tags: Mapping[str, str] | None = None, dataset: tuple[str, str, str] | None = None,
-              run_id: str | None = None, parent_id: str | None = None) -> NullTracker:
+              run_id: str | None = None, parent_id: str | None = None, note: Path | None = None) -> NullTracker:
         """Begin a run, or continue ``run_id`` when that run still exists.
 
         params: a config as nested dictionaries, recorded as ``section.key``. dataset: its name, digest and place.
         parent_id: the run that this one is a child of; without it the one in R2ID_PARENT_RUN, if any.
+        note: a file that is to hold the run's id as soon as there is one, however late the store is reached.
         """
         if not config.enabled:
             return NullTracker()
@@ -81,11 +83,12 @@ class Tracker(NullTracker):
         parent_id = parent_id or os.environ.get(PARENT_VARIABLE)
         if parent_id:
             tags["mlflow.parentRunId"] = parent_id
-        return cls(_Opening(config.experiment, config.name or run_name, flatten(params or {}), tags, dataset, run_id))
+        return cls(_Opening(config.experiment, config.name or run_name, flatten(params or {}), tags, dataset, run_id), note)
 
-    def __init__(self, opening: _Opening) -> None:
+    def __init__(self, opening: _Opening, note: Path | None = None) -> None:
         self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._client: MlflowClient | None = None
+        self._note = note
         self._last_step: dict[str, int] = {}
         self._warned = False
         self._deadline = math.inf
@@ -121,9 +124,10 @@ class Tracker(NullTracker):
             return
         self._jobs.put(lambda: self._store().set_terminated(self._run(), status))
         self._jobs.put(None)
-        self._deadline = time.monotonic() + _FINISH_SECONDS
+        limit = _KILLED_SECONDS if status == "KILLED" else _FINISH_SECONDS
+        self._deadline = time.monotonic() + limit
         self._closing.set()
-        self._thread.join(_FINISH_SECONDS + 5.0)
+        self._thread.join(limit + 1.0)  # and not for an attempt that hangs
         unrecorded = self._jobs.qsize()
         if unrecorded or self._thread.is_alive():
             say(f"tracking: {max(unrecorded, 1)} entries could not be recorded and are lost")
@@ -138,7 +142,10 @@ class Tracker(NullTracker):
 
     def _open(self, opening: _Opening) -> None:
         self._client = self._client or connect()
-        self.run_id, self._last_step = opening.open(self._client)
+        run_id, self._last_step = opening.open(self._client)
+        if self._note is not None:
+            self._note.write_text(run_id + "\n")
+        self.run_id = run_id
 
     def _log_metrics(self, values: Mapping[str, float], step: int, now: int) -> None:
         from mlflow.entities import Metric

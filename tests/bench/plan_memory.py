@@ -7,7 +7,7 @@ On GPUs the measure is the most that CUDA's allocator handed out, on CPUs the mo
 beyond what it had before the engine was made. Inputs are zeros of the config's batch at its largest size; an R2ID run's
 codec is left out on both sides. For ImageNet's R2ID-B on every GPU of a machine, say:
 
-    python tests/bench/plan_memory.py configs/imagenet/r2id-b.toml --riae configs/imagenet/riae.toml --classes 1000 \
+    python tests/bench/plan_memory.py configs/imagenet/r2id-b-256.toml --riae configs/imagenet/riae-256.toml --classes 1000 \
         --processes 8 train.batch=256 train.micro_batch=32
 """
 
@@ -15,12 +15,12 @@ import argparse
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from measure import reset_peak, resident
 
 from r2id import dist
 from r2id.config import load_config
@@ -42,11 +42,6 @@ def arguments():
     parser.add_argument("--classes", type=int)
     parser.add_argument("--json", action="store_true")
     return parser.parse_intermixed_args()
-
-
-def resident(what):
-    """Bytes of this process in memory: now (VmRSS) or at most since the last reset (VmHWM)."""
-    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def train(work, world):
@@ -74,7 +69,7 @@ def measure(work, world):
         most = torch.cuda.max_memory_allocated() - before
     else:
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        reset_peak()
         train(work, world)
         most = resident("VmHWM") - before
     return int(dist.all_reduce_max(torch.tensor(float(most), device=world.device)))

@@ -1,61 +1,121 @@
 """Images per second of a training step, without data loading, logging and saving.
 
-    python tests/bench/train_step.py configs/mnist/reference-riae.toml --size 32x32 [--steps 20] [section.key=value ...]
+    python tests/bench/train_step.py configs/mnist/reference-riae.toml --size 32x32 [--steps 20] [--json]
+        [--both-conditions] [section.key=value ...]
 
-Random images (or latents) of the config's batch size; the engine is the one that training uses.
+Random images (or latents) of the config's batch size; the engine is the one that training uses, in as many processes as
+torchrun starts. The share is of what one process reaches in a large matrix product. Memory is what the process takes at
+most, beyond what it has before it makes the model; on a GPU what its tensors take, which may be capped to 16 of 140 GiB so:
+
+    PYTORCH_CUDA_ALLOC_CONF=per_process_memory_fraction:0.114 python tests/bench/train_step.py
+        configs/imagenet/r2id-b-512.toml --size 32x32 --channels 32 train.batch=32
 """
 
 import argparse
-import time
+import json
+from functools import partial
 from pathlib import Path
 
 import torch
+from measure import baseline, rate, resident
 
-from r2id import dist
+from r2id import dist, rng
 from r2id.cli.options import parse_size
 from r2id.config import RiaeRun, load_config
+from r2id.models import coords
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training.engine import make_engine
-from r2id.training.losses import R2idLoss, RiaeLoss
-from r2id.training.meter import peak_memory
+from r2id.training.footprint import count_flops
+from r2id.training.losses import R2idLoss, RiaeLoss, denoising_loss, draw_times
+from r2id.training.meter import matmul_peak
+from r2id.training.shares import accumulation, micro_batch_size
+
+WARMUP = 3
 
 
-def main():
+class BothConditions(R2idLoss):
+    """Every image under its class and under no condition, which is how the original trains: encoder blocks run once for
+    it and decoder blocks twice."""
+
+    def forward(self, latent, label, index, step):
+        keys, grid = rng.fold(self.seed, step, index), latent.shape[2:]
+        at = coords.grid_coordinates(grid, device=latent.device)
+        at = coords.displace(at, self.model.config.jitter * rng.normal(rng.fold(keys, 0), len(at), 2), grid)
+        labels = torch.stack([label, torch.full_like(label, -1)])
+
+        def predict(x, alpha_bar, _labels, at):
+            return self.model.predict(x[:len(label)], alpha_bar[:len(label)], labels, at).flatten(0, 1)
+
+        noise, times = rng.normal(rng.fold(keys, 1), *latent.shape[1:]), draw_times(rng.fold(keys, 2), "uniform")
+        losses, _ = denoising_loss(predict, self.diffusion, self.base_side, latent.repeat(2, 1, 1, 1), labels,
+                                   times.repeat(2), noise.repeat(2, 1, 1, 1), at)
+        return losses.mean(), {}
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--size", default="32x32", help="image size (riae) or latent grid (r2id)")
     parser.add_argument("--channels", type=int, default=64, help="latent channels (r2id)")
+    parser.add_argument("--both-conditions", action="store_true", help="every image under its class and under none (r2id)")
     parser.add_argument("--steps", type=int, default=20)
-    arguments = parser.parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
-    size, batch, world = parse_size(arguments.size), config.train.batch, dist.init()
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_intermixed_args()
+
+
+def make_module(config, options, size, batch):
+    """The module that a stage trains, and a micro-batch of its inputs."""
     index = torch.arange(batch)
     if isinstance(config, RiaeRun):
         module = RiaeLoss(RIAE(config.riae, config.data.channels), 0)
-        inputs = {"image": torch.rand(batch, config.data.channels, *size) * 2 - 1, "index": index}
-    else:
-        module = R2idLoss(R2ID(config.r2id, arguments.channels, 10), config.diffusion, (size[0] * size[1]) ** 0.5, 0)
-        inputs = {"latent": torch.randn(batch, arguments.channels, *size), "label": index % 10, "index": index}
+        return module, {"image": torch.rand(batch, config.data.channels, *size) * 2 - 1, "index": index}
+    kind = BothConditions if options.both_conditions else R2idLoss
+    module = kind(R2ID(config.r2id, options.channels, 10), config.diffusion, (size[0] * size[1]) ** 0.5, 0)
+    return module, {"latent": torch.randn(batch, options.channels, *size), "label": index % 10, "index": index}
+
+
+def speed(config, options, size, images_per_second, peak):
+    """The model's own FLOP/s, and their share of the peak."""
+    def forward():
+        module, inputs = make_module(config, options, size, 1)
+        return partial(module, **inputs, step=0)
+
+    flops = 3 * count_flops(forward) * images_per_second
+    return {"tflops": flops / 1e12, "mfu": flops / peak}
+
+
+def main():
+    options = arguments()
+    config = load_config(options.config, options.overrides)
+    size, world = parse_size(options.size), dist.init()
+    count, micro_batch = accumulation(config.train, world.world_size), micro_batch_size(config.train, world.world_size)
+    peak = matmul_peak(world.device, torch.bfloat16 if config.train.autocast else torch.float32)
+    before = baseline()
+    module, inputs = make_module(config, options, size, micro_batch)
     parameters = sum(p.numel() for p in module.parameters())
     engine = make_engine(module, optim=config.optim, train=config.train, engine=config.engine, world=world)
     inputs = {key: value.to(world.device) for key, value in inputs.items()}
 
-    def steps(count, first):
-        for step in range(first, first + count):
-            loss, _ = engine.forward({**inputs, "step": step})
-            engine.backward(loss, 1)
+    def steps(number, first):
+        for step in range(first, first + number):
+            for _ in range(count):
+                loss, _ = engine.forward({**inputs, "step": step})
+                engine.backward(loss, count)
             norm = engine.step(1e-4, step)
-        return float(norm)
+        float(norm)
 
-    steps(5, 0)
-    began = time.perf_counter()
-    steps(arguments.steps, 5)
-    seconds = time.perf_counter() - began
-    print(f"{arguments.config}: {parameters / 1e6:.2f} M parameters, batch {batch}, {size[0]}x{size[1]}: "
-          f"{seconds / arguments.steps * 1e3:.1f} ms per step, {batch * arguments.steps / seconds:.1f} images/s, "
-          f"peak memory {peak_memory(world.device) / 2**30:.2f} GiB")
+    found = {**rate(steps, options.steps, WARMUP, config.train.batch), "parameters": parameters}
+    found["memory"] = resident("VmHWM") - before
+    if world.device.type == "cuda":
+        found["memory"] = torch.cuda.max_memory_allocated()
+    found |= speed(config, options, size, found["images_per_second"] / world.world_size, peak)
+    if dist.is_main():
+        print(json.dumps(found) if options.json else
+              f"{options.config}: {parameters / 1e6:.2f} M parameters, batch {config.train.batch}, {size[0]}x{size[1]}: "
+              "{ms:.1f} ms per step, {images_per_second:.1f} images/s, {tflops:.3g} TFLOP/s per process ({mfu:.1%}), "
+              "memory {gib:.2f} GiB".format(**found, gib=found["memory"] / 2**30))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from r2id.training import checkpoint
@@ -60,15 +61,27 @@ def test_a_signal_lets_every_rank_finish_saving(tmp_path: Path) -> None:
 
 
 def test_two_processes_stop_at_a_signal_and_go_on(checkout: Path, digits: Path, tmp_path: Path) -> None:
-    arguments = training(tmp_path / "run", digits, "train.steps=100000", "train.save_every=5")
+    """First the whole job is sent SIGTERM, then rank 1 alone."""
+    arguments = training(tmp_path / "run", digits, "train.steps=100000", "train.save_every=5", "train.keep=9999")
     job = Job(["bash", "launch/train.sh", *arguments], checkout, NPROC="2")
     job.wait_for(tmp_path / "run" / "checkpoints" / "latest")
     assert job.end(signal.SIGTERM) == 75, job.log.read_text()[-4000:]
     saved = checkpoint.load_meta(tmp_path / "run").step
     assert f"step {saved} of 100000 saved" in job.log.read_text()
-    job = Job(["bash", "launch/train.sh", *arguments, f"train.steps={saved + 2}"], checkout, NPROC="2")
-    assert job.end() == 0, job.log.read_text()[-4000:]
-    assert checkpoint.load_meta(tmp_path / "run").step == saved + 2
+    job = Job(["bash", "launch/train.sh", *arguments], checkout, NPROC="2")
+    job.wait_for(tmp_path / "run" / "checkpoints" / f"step-{(saved // 5 + 2) * 5:08d}")
+    rank_of(job, 1).send_signal(signal.SIGTERM)
+    assert job.end(seconds=30) == 75, job.log.read_text()[-4000:]
+    again = checkpoint.load_meta(tmp_path / "run").step
+    assert again > saved and not checkpoint.damages(tmp_path / "run")
+    said = job.log.read_text()
+    assert f"going on from step {saved}" in said and f"step {again} of 100000 saved" in said
+
+
+def rank_of(job: Job, rank: int) -> psutil.Process:
+    """One of a job's training processes."""
+    return next(process for process in psutil.Process(job.process.pid).children(recursive=True)
+                if process.environ().get("RANK") == str(rank))
 
 
 def test_two_processes_of_wrong_input_end_with_2(checkout: Path) -> None:

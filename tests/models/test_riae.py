@@ -1,5 +1,7 @@
 """RIAE: any size in, any size out, and what it must not depend on."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from r2id.config import RiaeConfig
 from r2id.models import riae
 from r2id.models.riae import RIAE
+from r2id.training.footprint import trace_peak
 from r2id.training.losses import RiaeLoss, reconstruction_loss
 
 SMALL = RiaeConfig(latent_channels=4, width=32, pixel_width=16, heads=2, encoder_blocks=1, decoder_blocks=1,
@@ -55,6 +58,20 @@ def test_decoding_in_chunks_changes_nothing(model, monkeypatch):
     whole = model.decode(latents, (20, 11))
     monkeypatch.setattr(riae, "_DECODE_CHUNK", 14)
     torch.testing.assert_close(model.decode(latents, (20, 11)), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_encoding_in_chunks_changes_nothing_but_the_memory(model, monkeypatch):
+    images = torch.randn(5, 1, 12, 9)
+    whole = model.encode(images)
+    monkeypatch.setattr(riae, "_ENCODE_CHUNK", 2 * 12 * 9)
+    torch.testing.assert_close(model.encode(images), whole, atol=1e-5, rtol=1e-4)
+
+    def needed(count):
+        return trace_peak(lambda: partial(RIAE(SMALL, 1).encode, torch.zeros(count, 1, 48, 36)))
+
+    monkeypatch.setattr(riae, "_ENCODE_CHUNK", 2 * 48 * 36)
+    pixels = 8 * 48 * 36 * 4
+    assert needed(2) > 10 * pixels and needed(10) - needed(2) < 3 * pixels, "images and latents alone grow"
 
 
 def test_bounded_latents():

@@ -1,7 +1,8 @@
 """What the engine tests train, and what each process of their two-process job does.
 
 Run by torchrun: engine_ranks.py FOLDER. The job trains at every ZeRO stage, saves, resumes at the same and at another
-stage, and writes its figures to FOLDER/result.json for test_engine_ranks.py to judge. With --alone, one process does
+stage, stops and spoils the training loop on the shards in FOLDER/digits (see loop_ranks.py), and writes its figures to
+FOLDER/result.json for test_engine_ranks.py to judge. With --alone, one process does
 what it can by itself and writes FOLDER/alone.json; with --step, it goes on from FOLDER for a step.
 """
 
@@ -29,13 +30,15 @@ from r2id.training import checkpoint
 from r2id.training.engine import Engine, make_engine
 from r2id.training.losses import R2idLoss, RiaeLoss
 from r2id.training.state import EngineState
+from tests.training import loop_ranks
 
 STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
 ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
 """ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (3, {}), (3, {"sub_group_size": 200}), (3, {"offload_optimizer": {"device": "cpu"}}),
-    (2, {"round_robin_gradients": True}), (1, {"offload_optimizer": {"device": "cpu"}})]
+    (2, {"round_robin_gradients": True}), (1, {"offload_optimizer": {"device": "cpu"}}),
+    (3, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}})]
 """DeepSpeed's settings that lay the masters out in other ways."""
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
@@ -208,6 +211,7 @@ def main(folder: Path) -> None:
         from_local = make("deepspeed", zero_stage, world, **zero)
         checkpoint.load_into(from_local, folder / "local")
         result["from_local"].append(run(from_local, HALF, STEPS, world))
+    result["loop"] = loop_ranks.every_stage(folder / "digits", folder / "loop")
     if dist.is_main():
         (folder / "result.json").write_text(json.dumps(result))
     dist.shutdown()

@@ -211,14 +211,16 @@ def test_bfloat16_keeps_weights_and_gradients_float32() -> None:
 
 
 @pytest.mark.parametrize(("batch", "micro", "ranks", "expected"),
-                         [(64, None, 1, (64, 1)), (64, None, 4, (16, 1)), (64, 8, 2, (8, 4)), (1, None, 1, (1, 1))])
+                         [(64, None, 1, (64, 1)), (64, None, 4, (16, 1)), (64, 8, 2, (8, 4)), (64, 8, 16, (4, 1)),
+                          (4, 8, 1, (4, 1)), (1, None, 1, (1, 1))])
 def test_accumulation(batch: int, micro: int | None, ranks: int, expected: tuple[int, int]) -> None:
     train = TrainConfig(steps=1, batch=batch, micro_batch=micro)
     assert (micro_batch_size(train, ranks), accumulation(train, ranks)) == expected
 
 
 @pytest.mark.parametrize(("batch", "micro", "ranks", "near"),
-                         [(64, 5, 2, "60 or 70"), (64, None, 3, "63 or 126"), (2, None, 3, "nearest: 3"), (4, 8, 1, "8")])
+                         [(64, 5, 2, "60 or 70"), (64, None, 3, "63 or 126"), (2, None, 3, "nearest: 3"),
+                          (2, 8, 3, "nearest: 3")])
 def test_batch_that_does_not_divide(batch: int, micro: int | None, ranks: int, near: str) -> None:
     with pytest.raises(InputError, match=rf"train\.batch = {batch}: .*{near}$"):
         accumulation(TrainConfig(steps=1, batch=batch, micro_batch=micro), ranks)

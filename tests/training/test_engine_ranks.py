@@ -15,6 +15,7 @@ import torch
 
 from r2id.training import checkpoint
 from tests.training import engine_ranks as job
+from tests.training import loop_ranks
 
 STAGES = ("0", "1", "2", "3")
 # Between engines and numbers of ranks, only the order of float32 sums differs; Adam magnifies that where a gradient is
@@ -25,9 +26,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+def local(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """One process without DeepSpeed: folder with checkpoints half-way and at the end, and its norms."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "digits").symlink_to(digits)
     engine = job.make("local", 0, job.ALONE)
     norms = job.run(engine, 0, job.HALF, job.ALONE)
     job.save(folder / "local", engine.state())
@@ -130,6 +132,26 @@ def test_one_process_without_deepspeed_goes_on(stage: str, ranks: dict[str, Any]
 def test_two_processes_go_on_from_one_without_deepspeed(number: int, ranks: dict[str, Any],
                                                         local: tuple[Path, list[float]]) -> None:
     assert ranks["from_local"][number] == pytest.approx(local[1][job.HALF:], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_at_ten_random_steps_by_a_signal_to_one_rank(stage: str, ranks: dict[str, Any]) -> None:
+    """The training loop, resumed ten times, equals the uninterrupted one bit for bit. The signal comes to rank 1 amid the
+    accumulation: both stop at that step's end, and a checkpoint holds whole steps only."""
+    result = ranks["loop"][stage]["stopped"]
+    assert result["differ"] == []
+    assert result["saved"] == [[step, step * 64] for step in [*loop_ranks.STOPS, loop_ranks.STEPS]]
+    assert all(f"step {step} of" in said for step, said in zip(loop_ranks.STOPS, result["said"], strict=True))
+
+
+@pytest.mark.parametrize("how", loop_ranks.HOWS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_not_finite_on_one_rank_leaves_a_clean_checkpoint(stage: str, how: str, ranks: dict[str, Any]) -> None:
+    """A loss, one rank's gradient, a parameter: the loop ends on both ranks before the update."""
+    result = ranks["loop"][stage][how]
+    assert all(f"step {loop_ranks.SPOILT}: " in said and "before the update" in said for said in result["said"]), result
+    assert {"loss": "the loss makes", "gradient": "in the backward pass", "parameter": "decoder.0"}[how] in result["said"][1]
+    assert (result["step"], result["damages"], result["finite"]) == (loop_ranks.SAVED, [], True)
 
 
 @pytest.mark.parametrize("stage", STAGES)

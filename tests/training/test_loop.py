@@ -16,6 +16,7 @@ from r2id.sampling import preview
 from r2id.training import checkpoint
 from r2id.training.loop import learning_rate, train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
+from tests.training import loop_ranks
 
 
 def riae_config(digits, run, *more):
@@ -70,6 +71,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(stage, digits, riae_run, tmp_p
     result = train(config(tmp_path / "parts"))
     assert result["step"] == 12
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_stopped_at_ten_random_steps_amid_accumulation_bit_for_bit(digits, tmp_path, one_thread):
+    """A signal that comes amid a step is acted on at its end: no checkpoint holds a part of one."""
+    result = loop_ranks.stopped_ten_times(digits, tmp_path, rank=0)
+    assert not result["differ"]
+    assert result["saved"] == [(step, step * 64) for step in [*loop_ranks.STOPS, loop_ranks.STEPS]]
+    assert all(f"step {step} of" in said for step, said in zip(loop_ranks.STOPS, result["said"], strict=True))
 
 
 def test_activation_checkpointing_changes_nothing(digits, tmp_path):

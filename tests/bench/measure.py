@@ -1,0 +1,71 @@
+"""What the benchmarks share: a process's memory, the rate of a training step, children that measure in turn."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory: now (VmRSS) or at most since the last reset (VmHWM)."""
+    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def reset_peak() -> None:
+    """Sets VmHWM to VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def baseline() -> int:
+    """Bytes in memory before a step is made, from which VmHWM grows: with what libraries load and keep at their first use,
+    which is of no step."""
+    layer = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    for bfloat16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            layer(torch.ones(64, 64)).sum().backward()
+    optimizer.step()
+    reset_peak()
+    return resident("VmRSS")
+
+
+def rate(run: Callable[[int, int], object], steps: int, warmup: int, batch: int) -> dict[str, float]:
+    """``run(count, first)`` makes so many steps → milliseconds of one, and images of the whole job per second."""
+    run(warmup, 0)
+    began = time.perf_counter()
+    run(steps, warmup)
+    seconds = (time.perf_counter() - began) / steps
+    return {"ms": seconds * 1e3, "images_per_second": batch / seconds}
+
+
+def child(command: Sequence[str | Path], environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a process prints as its last line, a JSON object. Its failure, which it has told, ends this one alike."""
+    done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def alternate(commands: Mapping[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Each measured once a round, one after the other, so that all meet the same machine; of each the quickest round, which
+    others disturbed least, and the least of its peaks of memory."""
+    best: dict[str, dict[str, Any]] = {}
+    for number in range(rounds):
+        for name, measured in commands.items():
+            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+            found = measured()
+            before = best.get(name, found)
+            least = min(before["memory"], found["memory"])
+            best[name] = (found if found["ms"] < before["ms"] else before) | {"memory": least}
+    return best

@@ -1,0 +1,149 @@
+"""The training loop, stopped and spoilt at chosen moments: in one process, and in each of the two of engine_ranks.py."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2id import dist
+from r2id.config import RiaeRun, load_config
+from r2id.errors import NonFiniteError, Stopped
+from r2id.training import checkpoint
+from r2id.training.loop import train
+from r2id.training.losses import RiaeLoss
+from tests.conftest import CONFIGS, TINY_RIAE
+
+STEPS = 30
+"""More than an epoch of the digits, which has 23 steps of 64."""
+STOPS = sorted(random.Random(3).sample(range(1, STEPS), 10))
+ACCUMULATION = 2
+SPOILT, SAVED = 3, 2
+"""The step that is not finite, and the last one that was saved before it."""
+
+Change = Callable[[RiaeLoss, Callable[[], Any]], Any]
+
+
+def config(shards: Path, run: Path, *more: str) -> RiaeRun:
+    micro_batch = 64 // dist.world_size() // ACCUMULATION
+    settings = [*TINY_RIAE, "riae.width=16", "riae.pixel_width=16", "train.precision=float32", f"train.steps={STEPS}",
+                "train.batch=64", f"train.micro_batch={micro_batch}", "train.save_every=100000", "train.keep=99",
+                "train.preview_every=100000", f"run={run}", f"data.shards={shards}"]
+    loaded = load_config(CONFIGS / "digits" / "riae.toml", [*settings, *more])
+    assert isinstance(loaded, RiaeRun)
+    return loaded
+
+
+@contextmanager
+def at_step(chosen: int, change: Change) -> Iterator[None]:
+    """Within this block, something else happens in the forward passes of a step (from 0)."""
+    forward = RiaeLoss.forward
+
+    def changed(self: RiaeLoss, *args: Any, **batch: Any) -> Any:
+        def run() -> Any:
+            return forward(self, *args, **batch)
+
+        return change(self, run) if batch["step"] == chosen else run()
+
+    RiaeLoss.forward = changed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RiaeLoss.forward = forward  # type: ignore[method-assign]
+
+
+def stopped(config: RiaeRun, stop: int, rank: int) -> str:
+    """What the loop says when one rank alone is sent SIGTERM before the first backward pass of step ``stop`` (from 1), and
+    so amid the accumulation of its gradient."""
+    sent: list[int] = []
+
+    def terminate(_module: RiaeLoss, run: Callable[[], Any]) -> Any:
+        if dist.rank() == rank and not sent:
+            sent.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run()
+
+    with at_step(stop - 1, terminate):
+        try:
+            train(config)
+        except Stopped as said:
+            return str(said)
+    return "not stopped"
+
+
+def stopped_ten_times(shards: Path, folder: Path, rank: int, *more: str) -> dict[str, Any]:
+    """A run that is stopped at every one of STOPS and goes on, against one that is left alone."""
+    whole, parts = (config(shards, folder / name, *more) for name in ("whole", "parts"))
+    said = [stopped(parts, stop, rank) for stop in STOPS]
+    train(parts)
+    train(whole)
+    if not dist.is_main():
+        return {}
+    saved = [checkpoint.load_meta(found) for found in checkpoint.complete(folder / "parts" / "checkpoints")]
+    return {"said": said, "saved": [(meta.step, meta.samples) for meta in saved],
+            "differ": [f"{kind} {name}" for kind in ("model", "ema", "optimizer")
+                       for name, value in checkpoint.load_tensors(folder / "whole", kind).items()
+                       if not torch.equal(value, checkpoint.load_tensors(folder / "parts", kind)[name])]}
+
+
+def nan_loss(_module: RiaeLoss, run: Callable[[], Any]) -> Any:
+    loss, figures = run()
+    return loss * math.nan, figures
+
+
+def infinite_gradient(_module: RiaeLoss, run: Callable[[], Any]) -> Any:
+    """The loss is as it was; its gradient is too large for float32."""
+    loss, figures = run()
+    return loss + (loss - loss.detach()) * 3e38 * 3e38, figures
+
+
+def nan_parameter(module: RiaeLoss, run: Callable[[], Any]) -> Any:
+    parameter = next(module.model.decoder[0].parameters())
+    with torch.no_grad():
+        for tensor in (parameter.data, getattr(parameter, "ds_tensor", None)):  # whole, and this rank's share at stage 3
+            if isinstance(tensor, Tensor) and tensor.numel():
+                tensor.view(-1)[0] = math.nan
+    return run()
+
+
+HOWS: dict[str, Change] = {"loss": nan_loss, "gradient": infinite_gradient, "parameter": nan_parameter}
+
+
+def spoilt(shards: Path, folder: Path, how: str, *more: str) -> dict[str, Any]:
+    """What each rank says of a step that is spoilt on the last one, and what is left."""
+    def spoil(module: RiaeLoss, run: Callable[[], Any]) -> Any:
+        return HOWS[how](module, run) if dist.rank() == dist.world_size() - 1 else run()
+
+    said = "not stopped"
+    with at_step(SPOILT, spoil):
+        try:
+            train(config(shards, folder, f"train.save_every={SAVED}", *more))
+        except NonFiniteError as error:
+            said = str(error)
+    everyone = dist.gather_objects(said)
+    if not dist.is_main():
+        return {}
+    newest = checkpoint.resolve(folder)
+    return {"said": everyone, "step": checkpoint.load_meta(newest).step, "damages": checkpoint.damages(newest),
+            "finite": all(bool(torch.isfinite(value).all()) for kind in ("model", "ema", "optimizer")
+                          for value in checkpoint.load_tensors(newest, kind).values())}
+
+
+def every_stage(shards: Path, folder: Path) -> dict[str, Any]:
+    """Both of the above at every ZeRO stage; stage 3 gathers even small parameters whenever they are used."""
+    result = {}
+    for stage in range(4):
+        more = [f"engine.zero_stage={stage}"]
+        if stage == 3:
+            more.append('engine.deepspeed={zero_optimization={stage3_param_persistence_threshold=0}}')
+        result[stage] = {"stopped": stopped_ten_times(shards, folder / f"stopped-{stage}", 1, *more),
+                         **{how: spoilt(shards, folder / f"{how}-{stage}", how, *more) for how in HOWS}}
+    return result

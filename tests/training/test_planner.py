@@ -1,0 +1,84 @@
+"""``r2id plan``: its memory against what real steps take, its arithmetic, and what it asks for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r2id.config import R2idRun, RiaeRun, load_config
+from r2id.errors import InputError
+from r2id.models.r2id import R2ID
+from r2id.training.planner import Facts, Work, describe, largest_micro_batch, memory, plan
+from tests.conftest import CONFIGS
+
+PHOTOS = CONFIGS / "imagenet"
+DIGITS = CONFIGS / "digits"
+R2ID_CASE = [str(PHOTOS / "r2id-b-256.toml"), "--riae", str(PHOTOS / "riae-256.toml"), "--classes", "10", "r2id.width=256",
+             "r2id.heads=4", "r2id.encoder_blocks=4", "r2id.decoder_blocks=2"]
+RIAE_CASE = [str(PHOTOS / "riae-256.toml"), "riae.width=384", "riae.heads=6", "riae.pixel_width=64",
+             "riae.encode_cloud=0.0625", "riae.decode_pixels=1024"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a process is measured by Linux's /proc")
+@pytest.mark.parametrize(("case", "zero", "processes", "checkpointing"), [
+    (R2ID_CASE, "local", "1", ["none", "2"]), (R2ID_CASE, "2", "2", ["none"]), (RIAE_CASE, "local", "1", ["none"])])
+def test_memory_is_within_15_percent_of_what_real_steps_take(case, zero, processes, checkpointing):
+    command = [sys.executable, "tests/bench/plan_memory.py", *case, "train.batch=4", "train.micro_batch=2", "--zero", zero,
+               "--processes", processes, "--checkpointing", *checkpointing, "--json"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True, check=False,
+                          timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [part["checkpointing"] for part in found] == checkpointing
+    for part in found:
+        assert part["ratio"] == pytest.approx(1, abs=0.15), part
+
+
+def test_a_plan_says_what_a_run_comes_to():
+    config = DIGITS / "r2id.toml"
+    found = plan(config, ("data.size=[32, 32]",), gpus=4, gigabytes=16, share=0.5, teraflops=100,
+                 riae=DIGITS / "riae.toml", classes=10)
+    run, riae = load_config(config), load_config(DIGITS / "riae.toml")
+    assert isinstance(run, R2idRun) and isinstance(riae, RiaeRun)
+    model = R2ID(run.r2id, riae.riae.latent_channels, 10)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (found["batch"], found["micro_batch"], found["accumulation"]) == (128, 32, 1)
+    assert (found["image"], found["grid"], found["tokens"]) == ([32, 32], [16, 16], 256)
+    # For each token a weight makes a product and a sum, and twice as many in the backward pass; attention adds some.
+    linear = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name)
+    assert 0.5 < found["flops_per_step"] / (6 * linear * found["tokens"] * 128) < 2
+    assert found["days"] * 86400 == pytest.approx(run.train.steps * found["flops_per_step"] / (4 * 100e12 * 0.5))
+    assert found["images_per_second"] * found["seconds_per_step"] == pytest.approx(128)
+    assert found["fits"] and found["largest_micro_batch"] == 32
+    assert json.loads(json.dumps(found)) == found and len(describe(found)) == 5
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits():
+    config, riae = load_config(DIGITS / "r2id.toml"), load_config(DIGITS / "riae.toml")
+    assert isinstance(config, R2idRun) and isinstance(riae, RiaeRun)
+    facts = Facts((64, 64), 1, 10, riae.riae)
+
+    def needs(size: int) -> int:
+        train = config.train.model_copy(update={"micro_batch": size})
+        return memory(Work(config.model_copy(update={"train": train}), facts), 1)["total"] + 2_000_000_000
+
+    limit = (needs(16) + needs(32)) / 2
+    assert largest_micro_batch(config, facts, 1, limit) == 16
+    assert largest_micro_batch(config, facts, 1, 2e9) is None
+
+
+@pytest.mark.parametrize(("config", "options", "message"), [
+    (DIGITS / "pipeline.toml", {}, "stage 'pipeline'; plan its stages one by one"),
+    (DIGITS / "r2id.toml", {"riae": DIGITS / "riae.toml"}, "no shards there yet; give their number of classes"),
+    (DIGITS / "r2id.toml", {"classes": 10}, "name the RIAE's config by --riae"),
+    (DIGITS / "r2id.toml", {"classes": 10, "riae": DIGITS / "r2id.toml"}, "stage 'r2id', must be 'riae'"),
+    (DIGITS / "riae.toml", {"gpus": 7}, "train.batch = 64: must be a multiple of 63"),
+])
+def test_what_a_plan_cannot_know_is_asked_for(config, options, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where nothing has been prepared or trained
+    with pytest.raises(InputError, match=message):
+        plan(config, (), **{"gpus": 1, "gigabytes": 16, "share": 0.4, "teraflops": 312, **options})
