@@ -14,10 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2id.errors import InputError
+
 Size = tuple[int, int]
 Part = tuple[slice, slice]
 """A rectangle of a grid: its rows and its columns."""
 WHOLE: Part = (slice(None), slice(None))
+PHASE_DIM = 8
+"""Length of cell_phase."""
+Window = tuple[int, int, int, int]
+"""A rectangle of a picture, (y0, x0, y1, x1) in its pixels: rows y0 to y1 − 1 and columns x0 to x1 − 1."""
+
+
+def part_of(size: Size, window: Window | None) -> Part:
+    """The rows and columns of a window, or all; InputError when it is empty or does not lie within a picture (H, W)."""
+    if window is None:
+        return slice(0, size[0]), slice(0, size[1])
+    y0, x0, y1, x1 = window
+    if not (0 <= y0 < y1 <= size[0] and 0 <= x0 < x1 <= size[1]):
+        raise InputError(f"window {y0},{x0},{y1},{x1}: must be y0,x0,y1,x1 with 0 ≤ y0 < y1 ≤ {size[0]} and "
+                         f"0 ≤ x0 < x1 ≤ {size[1]}, in pixels of a picture of {size[0]}x{size[1]}")
+    return slice(y0, y1), slice(x0, x1)
 
 
 def centres(count: int, device: torch.device | None = None, part: slice = slice(None)) -> Tensor:
@@ -74,9 +91,14 @@ def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
         return torch.cat([absolute, relative], dim=-1)
 
 
+def cell_dim(powers: Size) -> int:
+    """Length of cell_features: sin and cos of two coordinates at each power."""
+    return 4 * (powers[1] - powers[0] + 1)
+
+
 def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
     """sin and cos of π·2^p·place, p from powers[0] to powers[1], of a point's place in cells from the grid's top left edge:
-    [..., 4] → float32 [..., 4·number of powers].
+    [..., 4] → float32 [..., cell_dim(powers)].
 
     They are the same in every image of any size, but for where the grid starts.
     """
@@ -90,7 +112,7 @@ def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
 def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
     """Where a point lies inside its cell of a grid: sin and cos of 2π and 4π times its place in cells.
 
-    [..., 4] → float32 [..., 8].
+    [..., 4] → float32 [..., PHASE_DIM].
     """
     height, width = grid
     cells = coordinates[..., :2] * torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)

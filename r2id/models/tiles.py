@@ -16,6 +16,7 @@ M keys · H heads · d width of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,11 +35,21 @@ def positions(count: int, cells: int, part: slice = slice(None)) -> np.ndarray:
     return (np.arange(*part.indices(count)) + 0.5) * cells / count
 
 
-def runs(queries: np.ndarray, tile: int, most: int) -> Iterator[slice]:
-    """Cut an axis' queries [n] into runs of at most ``most``, between tiles wherever a whole tile fits into a run."""
-    edges = np.append(np.flatnonzero(np.diff(queries // tile)) + 1, len(queries))
-    start = 0
-    while start < len(queries):
+def rectangles(size: Size, grid: Size, tile: int, most: int, part: Part = WHOLE) -> Iterator[Part]:
+    """Cut a grid (H, W) of queries, or a part of it, into rectangles of about ``most`` points, between tiles where whole
+    tiles fit."""
+    rows, columns = (len(range(*part[i].indices(size[i]))) for i in (0, 1))
+    width = min(columns, max(1, math.isqrt(most), most // rows))
+    for y in _runs(size[0], grid[0], tile, max(1, most // width), part[0]):
+        for x in _runs(size[1], grid[1], tile, width, part[1]):
+            yield y, x
+
+
+def _runs(count: int, cells: int, tile: int, most: int, part: slice) -> Iterator[slice]:
+    """Of one axis, at most ``most`` long."""
+    start, last, _ = part.indices(count)
+    edges = np.append(np.flatnonzero(np.diff(positions(count, cells, part) // tile)) + 1 + start, last)
+    while start < last:
         within = edges[(edges > start) & (edges <= start + most)]
         stop = int(within[-1]) if len(within) else start + most
         yield slice(start, stop)
