@@ -103,7 +103,17 @@ class RiaeConfig(Section):
     """Self-attention blocks on the latent grid, at the end of the encoder and again at the start of the decoder."""
     ffn_ratio: float = Field(default=4.0, gt=0)
     fourier: IntPair = (-3, 7)
-    """First and last power p of the Fourier features sin, cos(π·2^p·coordinate)."""
+    """First and last power p of the Fourier features sin, cos(π·2^p·coordinate), for ``cloud`` attention."""
+    attention: Literal["cloud", "local"] = "cloud"
+    """Between latents and pixels. cloud is dense: all of them, and in training random clouds of them. local: those of a
+    square tile of latent cells see what lies within the tile and a halo, whatever the sizes, so that time and memory grow
+    linearly with the pixels; places are then given in cells, the same in an image of any size."""
+    tile: int = Field(default=4, ge=1)
+    """Side of a tile in latent cells, for ``local`` attention."""
+    halo: float = Field(default=2.0, ge=0)
+    """How far around its tile a query sees, in latent cells, for ``local`` attention."""
+    cell_fourier: IntPair = (-3, 2)
+    """First and last power p of the features sin, cos(π·2^p·place in cells), for ``local`` attention."""
     locality: bool = True
     """Each head learns how far it looks, in latent cells: a Gaussian window on top of the learned attention."""
     bounded: bool = False
@@ -111,14 +121,26 @@ class RiaeConfig(Section):
     latent_noise: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise added to the latents in training, so that near latents decode alike."""
     encode_cloud: Fraction = 1 / 16
-    """Share of an image's pixels that the encoder sees in a training step: one random cloud for all queries."""
+    """Share of an image's pixels that the encoder sees in a training step: one random cloud for all queries. With ``local``
+    attention it sees them all."""
     decode_cloud: Fraction = 1.0
-    """Share of the latents that the decoder sees in a training step: one random cloud for all queries."""
+    """Share of the latents that the decoder sees in a training step: one random cloud for all queries. With ``local``
+    attention a tile sees all that are near."""
     decode_pixels: int = Field(default=256, ge=1)
-    """Random output pixels that a training step decodes of each image: its cost does not depend on the image's size."""
+    """Random output pixels that a training step decodes of each image: its cost does not depend on the image's size. With
+    ``local`` attention they come as whole tiles, at least one."""
+    decode_scales: Pair | None = None
+    """Smallest and largest factor, drawn anew each step, between the image's size and the one at which ``local`` attention
+    is trained to decode it; none is 1."""
     jitter: float = Field(default=1.0, ge=0)
     """Strength of the coordinate jitter in training; 1 is a Gaussian of half a pixel, as published."""
     loss: Literal["l1", "mse", "charbonnier"] = "mse"
+
+    @model_validator(mode="after")
+    def _scales_are_a_range(self) -> RiaeConfig:
+        if self.decode_scales and not 0 < self.decode_scales[0] <= self.decode_scales[1]:
+            raise ValueError(f"decode_scales = {list(self.decode_scales)}: must be positive, the smaller first")
+        return self
 
 
 class R2idConfig(Section):

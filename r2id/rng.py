@@ -9,6 +9,7 @@ n-th value of key k is mix(k + n·γ), vectorised over samples on whatever devic
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ def uniform(keys: Tensor, *shape: int) -> Tensor:
     # 23 bits and a half: the largest value, 1 − 2⁻²⁴, is still below 1 in float32.
     drawn = _shift_right(bits(keys, math.prod(shape)), 41)
     return ((drawn.to(torch.float32) + 0.5) * 2.0**-23).reshape(*keys.shape, *shape)
+
+
+def number(*parts: int) -> float:
+    """One number of the whole step, uniform in [0, 1), of several integers: for sizes, which no tensor may decide."""
+    return random.Random(repr(parts)).random()
 
 
 def normal(keys: Tensor, *shape: int) -> Tensor:

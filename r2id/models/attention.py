@@ -16,6 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from r2id.models.tiles import Tiles
+
 _LOCAL_DIMS = 6  # dimensions of a head given to the window
 _SMALL_SCORES: float = 1 << 24  # scores that a CPU computes faster by plain products than by the fused kernel
 
@@ -58,16 +60,20 @@ class _RmsNorm(torch.autograd.Function):
         return torch.addcmul(gradient, normed, along, value=-1).mul_(scale).to(kept.dtype), of_weight, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention: q [B, H, N, d], k and v [B, H, M, d] → [B, H, N, d].
+
+    ``mask`` bool [B, 1, 1, M]: the keys that are seen, at least one.
 
     On a CPU the fused kernel's backward pass is 3 to 8 times slower than plain products in bfloat16 on small grids
     (tests/bench/attention.py); on large ones it alone has constant memory.
     """
     if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= _SMALL_SCORES:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
         return torch.softmax(scores, dim=-1).to(v.dtype) @ v  # the kernel sums in float32
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 @contextmanager
@@ -106,16 +112,22 @@ class Attention(nn.Module):
         # From windows of about one cell to nearly the whole image, so that heads start out different.
         self.log_reach = nn.Parameter(torch.linspace(0.0, 5.0, heads)) if local else None
 
-    def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None) -> Tensor:
-        """``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2]: places in cells, for a local layer."""
+    def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None,
+                tiles: Tiles | None = None) -> Tensor:
+        """``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2]: places in cells, for a local layer. With ``tiles``,
+        queries are in tile order and see the keys of their tile alone."""
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads)
                    for part in (self.query(x), self.key(context), self.value(context)))
         q, k = self.query_norm(q), self.key_norm(k)
+        if tiles is not None:
+            q, k, v = tiles.split_queries(q), tiles.gather_keys(k), tiles.gather_keys(v)
+            if at is not None and context_at is not None:
+                at, context_at = tiles.split_places(at, context_at, len(x))
         if self.log_reach is not None:
             if at is None or context_at is None:
                 raise ValueError("a local attention layer needs the places of its queries and keys")
             q, k, v = self._with_window(q, k, v, at, context_at)
-        attended = attend(q, k, v)
+        attended = attend(q, k, v) if tiles is None else tiles.joined(attend(q, k, v, tiles.mask(len(x))))
         return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
 
     def _with_window(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, context_at: Tensor) -> tuple[Tensor, ...]:

@@ -14,21 +14,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2id.errors import InputError
+
 Size = tuple[int, int]
+Part = tuple[slice, slice]
+"""A rectangle of a grid: its rows and its columns."""
+WHOLE: Part = (slice(None), slice(None))
+PHASE_DIM = 8
+"""Length of cell_phase."""
+Window = tuple[int, int, int, int]
+"""A rectangle of a picture, (y0, x0, y1, x1) in its pixels: rows y0 to y1 − 1 and columns x0 to x1 − 1."""
 
 
-def centres(count: int, device: torch.device | None = None) -> Tensor:
-    """Pixel centres along one axis: (j + ½)/count − ½, float32 [count]."""
-    return (torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count - 0.5
+def part_of(size: Size, window: Window | None) -> Part:
+    """The rows and columns of a window, or all; InputError when it is empty or does not lie within a picture (H, W)."""
+    if window is None:
+        return slice(0, size[0]), slice(0, size[1])
+    y0, x0, y1, x1 = window
+    if not (0 <= y0 < y1 <= size[0] and 0 <= x0 < x1 <= size[1]):
+        raise InputError(f"window {y0},{x0},{y1},{x1}: must be y0,x0,y1,x1 with 0 ≤ y0 < y1 ≤ {size[0]} and "
+                         f"0 ≤ x0 < x1 ≤ {size[1]}, in pixels of a picture of {size[0]}x{size[1]}")
+    return slice(y0, y1), slice(x0, x1)
 
 
-def grid_coordinates(grid: Size, shape: Size | None = None, device: torch.device | None = None) -> Tensor:
-    """Coordinates (ax, ay, rx, ry) of a grid's cell centres, row by row: float32 [H·W, 4].
+def centres(count: int, device: torch.device | None = None, part: slice = slice(None)) -> Tensor:
+    """Pixel centres along one axis, or along a part of it: (j + ½)/count − ½, float32 [count]."""
+    return (torch.arange(*part.indices(count), dtype=torch.float32, device=device) + 0.5) / count - 0.5
+
+
+def grid_coordinates(grid: Size, shape: Size | None = None, device: torch.device | None = None,
+                     part: Part = WHOLE) -> Tensor:
+    """Coordinates (ax, ay, rx, ry) of the centres of a grid's cells, or of a part of them, row by row: float32 [H·W, 4].
 
     ``shape`` is a (height, width) whose ratio the relative coordinates take; by default the grid's own.
     """
     height, width = grid
-    ay, ax = torch.meshgrid(centres(height, device), centres(width, device), indexing="ij")
+    ay, ax = torch.meshgrid(centres(height, device, part[0]), centres(width, device, part[1]), indexing="ij")
     absolute = torch.stack([ax.flatten(), ay.flatten()], dim=-1)
     return torch.cat([absolute, absolute * relative_scale(shape or grid, device)], dim=-1)
 
@@ -70,10 +91,28 @@ def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
         return torch.cat([absolute, relative], dim=-1)
 
 
+def cell_dim(powers: Size) -> int:
+    """Length of cell_features: sin and cos of two coordinates at each power."""
+    return 4 * (powers[1] - powers[0] + 1)
+
+
+def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
+    """sin and cos of π·2^p·place, p from powers[0] to powers[1], of a point's place in cells from the grid's top left edge:
+    [..., 4] → float32 [..., cell_dim(powers)].
+
+    They are the same in every image of any size, but for where the grid starts.
+    """
+    height, width = grid
+    extent = torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)
+    exponents = torch.arange(powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device)
+    angles = ((coordinates[..., :2] + 0.5) * extent).unsqueeze(-1) * (math.pi * torch.exp2(exponents))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
 def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
     """Where a point lies inside its cell of a grid: sin and cos of 2π and 4π times its place in cells.
 
-    [..., 4] → float32 [..., 8].
+    [..., 4] → float32 [..., PHASE_DIM].
     """
     height, width = grid
     cells = coordinates[..., :2] * torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)

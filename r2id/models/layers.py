@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from r2id.models.attention import Attention, RMSNorm
+from r2id.models.tiles import Tiles
 
 
 class FeedForward(nn.Module):
@@ -61,8 +62,9 @@ class CrossBlock(nn.Module):
         self.attention = Attention(width, context_width, heads, local)
         self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
 
-    def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.norm(x), self.context_norm(context), at, context_at)
+    def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None,
+                tiles: Tiles | None = None) -> Tensor:
+        x = x + self.attention(self.norm(x), self.context_norm(context), at, context_at, tiles)
         return x + self.ffn(self.ffn_norm(x))
 
 

@@ -20,25 +20,29 @@ from torch import Tensor, nn
 from r2id.config import RiaeConfig
 from r2id.models import coords, pretrained
 from r2id.models.attention import RMSNorm
-from r2id.models.coords import Size
+from r2id.models.coords import WHOLE, Part, Size, Window
 from r2id.models.layers import CrossBlock, SelfBlock, zero_linear
+from r2id.models.tiles import Tiles, rectangles
 
 _ENCODE_CHUNK = 1 << 19  # pixels encoded at once outside training, one image at least: memory does not grow with the batch
 _DECODE_CHUNK = 8192  # points decoded at once outside training: memory does not grow with the output
+_TILES_CHUNK = 1 << 14  # pixels encoded or decoded at once with local attention: memory grows with neither
 
 
 class RIAE(nn.Module):
     def __init__(self, config: RiaeConfig, channels: int) -> None:
         super().__init__()
         self.config, self.channels = config, channels
-        features = coords.fourier_dim(config.fourier)
+        self.local = config.attention == "local"
+        features = coords.cell_dim(config.cell_fourier) if self.local else coords.fourier_dim(config.fourier)
+        place = features if self.local else features + coords.PHASE_DIM
         pixel_heads = max(1, config.heads * config.pixel_width // config.width)
 
         def latent_stack() -> nn.ModuleList:
             return nn.ModuleList(SelfBlock(config.width, config.heads, config.ffn_ratio, config.locality)
                                  for _ in range(config.latent_blocks))
 
-        self.pixel_in = nn.Sequential(nn.Linear(channels + features + 8, config.pixel_width), nn.SiLU(),
+        self.pixel_in = nn.Sequential(nn.Linear(channels + place, config.pixel_width), nn.SiLU(),
                                       nn.Linear(config.pixel_width, config.pixel_width))
         self.cell_in = nn.Linear(features, config.width)
         self.encoder = nn.ModuleList(
@@ -49,7 +53,7 @@ class RIAE(nn.Module):
 
         self.latent_in = nn.Linear(config.latent_channels + features, config.width)
         self.decoder_latent = latent_stack()
-        self.point_in = nn.Sequential(nn.Linear(features + 8, config.pixel_width), nn.SiLU(),
+        self.point_in = nn.Sequential(nn.Linear(place, config.pixel_width), nn.SiLU(),
                                       nn.Linear(config.pixel_width, config.pixel_width))
         self.decoder = nn.ModuleList(
             CrossBlock(config.pixel_width, config.width, pixel_heads, config.ffn_ratio, config.locality)
@@ -75,15 +79,34 @@ class RIAE(nn.Module):
         height, width = (max(1, round(side / self.config.cell)) for side in image)
         return height, width
 
-    def encode_points(self, colours: Tensor, at: Tensor, cells: Tensor, grid: Size) -> Tensor:
-        """Colours [B, N, C] at [B or 1, N, 4], seen from latent cells [1, M, 4] of a grid (h, w) → latents [B, M, L]."""
+    def tiles(self, queries: Size, keys: Size, grid: Size, part: Part = WHOLE,
+              device: torch.device | None = None) -> Tiles | None:
+        """Which of a grid of keys each query of another grid, or of a part of it, sees; none with ``cloud`` attention."""
+        config = self.config
+        return Tiles.between(queries, keys, grid, config.tile, config.halo, part, device) if self.local else None
+
+    def encode_points(self, colours: Tensor, at: Tensor, cells: Tensor, grid: Size, tiles: Tiles | None = None) -> Tensor:
+        """Colours [B, N, C] at [B or 1, N, 4], seen from latent cells [1, M, 4] of a grid (h, w) → latents [B, M, L].
+
+        With ``local`` attention, cells and points are whole grids, and ``tiles`` those of the cells.
+        """
+        return self._to_latents(self._query_pixels(colours, at, cells, grid, tiles), cells, grid)
+
+    def _query_pixels(self, colours: Tensor, at: Tensor, cells: Tensor, grid: Size, tiles: Tiles | None) -> Tensor:
+        """What the cells [1, M, 4] see: [B, M, D]."""
         batch = colours.shape[0]
-        place = torch.cat([self._features(at), coords.cell_phase(at, grid)], dim=-1)
-        pixels = self.pixel_in(torch.cat([colours, place.expand(batch, -1, -1)], dim=-1))
-        x = self.cell_in(self._features(cells)).expand(batch, -1, -1)
+        pixels = self.pixel_in(torch.cat([colours, self._place(at, grid).expand(batch, -1, -1)], dim=-1))
+        if tiles is not None:
+            cells = tiles.in_order(cells[0])
+        x = self.cell_in(self._features(cells, grid)).expand(batch, -1, -1)
         cell_places, pixel_places = _in_cells(cells, grid), _in_cells(at, grid)
         for block in self.encoder:
-            x = block(x, pixels, cell_places, pixel_places)
+            x = block(x, pixels, cell_places, pixel_places, tiles)
+        return x if tiles is None else tiles.restored(x)
+
+    def _to_latents(self, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
+        """[B, M, D] at all cells [1, M, 4] → latents [B, M, L]."""
+        cell_places = _in_cells(cells, grid)
         for block in self.encoder_latent:
             x = block(x, cell_places)
         latents = self.to_latent(x).float()
@@ -91,20 +114,22 @@ class RIAE(nn.Module):
 
     def spread_latents(self, latents: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """Latents [B, M, L] at cells [1, M, 4] → the decoder's keys [B, M, D]; once per image, however many points."""
-        place = self._features(cells).expand(latents.shape[0], -1, -1)
+        place = self._features(cells, grid).expand(latents.shape[0], -1, -1)
         x = self.latent_in(torch.cat([latents, place], dim=-1))
         cell_places = _in_cells(cells, grid)
         for block in self.decoder_latent:
             x = block(x, cell_places)
         return x
 
-    def decode_points(self, keys: Tensor, cells: Tensor, at: Tensor, grid: Size) -> Tensor:
-        """Keys [B, M, D] of spread_latents at cells [B or 1, M, 4], asked at points [B or 1, P, 4] → colours [B, P, C]."""
-        x = self.point_in(torch.cat([self._features(at), coords.cell_phase(at, grid)], dim=-1))
-        x = x.expand(keys.shape[0], -1, -1)
+    def decode_points(self, keys: Tensor, cells: Tensor, at: Tensor, grid: Size, tiles: Tiles | None = None) -> Tensor:
+        """Keys [B, M, D] of spread_latents at cells [B or 1, M, 4], asked at points [B or 1, P, 4] → colours [B, P, C].
+
+        With ``tiles``, points are in tile order, and keys and cells those of ``tiles.part``.
+        """
+        x = self.point_in(self._place(at, grid)).expand(keys.shape[0], -1, -1)
         cell_places, point_places = _in_cells(cells, grid), _in_cells(at, grid)
         for block in self.decoder:
-            x = block(x, keys, point_places, cell_places)
+            x = block(x, keys, point_places, cell_places, tiles)
         return self.to_colour(x).float()
 
     @torch.no_grad()
@@ -112,26 +137,74 @@ class RIAE(nn.Module):
         """Image [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w] from all of its pixels, on any grid."""
         size: Size = (image.shape[2], image.shape[3])
         grid = grid or self.grid_for(size)
-        at = coords.grid_coordinates(size, grid, image.device).unsqueeze(0)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
-        colours = rearrange(image, "b c h w -> b (h w) c")
-        latents = torch.cat([self.encode_points(part, at, cells, grid)
-                             for part in colours.split(max(1, _ENCODE_CHUNK // at.shape[1]))])
+        at_once = max(1, (_TILES_CHUNK if self.local else _ENCODE_CHUNK) // (size[0] * size[1]))
+        encode = self._encode_tiles if self.local else self._encode_whole
+        latents = torch.cat([encode(part, cells, grid) for part in image.split(at_once)])
         return rearrange(latents, "b (h w) l -> b l h w", h=grid[0])
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, size: Size) -> Tensor:
-        """Raw latents [B, L, h, w] → image [B, C, H, W] of any size, nominally in [−1, 1] (not clipped)."""
-        grid: Size = (latents.shape[2], latents.shape[3])
-        cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
-        keys = self.spread_latents(rearrange(latents, "b l h w -> b (h w) l"), cells, grid)
-        at = coords.grid_coordinates(size, grid, latents.device).unsqueeze(0)
-        colours = torch.cat([self.decode_points(keys, cells, part, grid)
-                             for part in at.split(max(1, _DECODE_CHUNK // latents.shape[0]), dim=1)], dim=1)
-        return rearrange(colours, "b (h w) c -> b c h w", h=size[0])
+    def _encode_whole(self, image: Tensor, cells: Tensor, grid: Size) -> Tensor:
+        at = coords.grid_coordinates((image.shape[2], image.shape[3]), grid, image.device).unsqueeze(0)
+        return self.encode_points(rearrange(image, "b c h w -> b (h w) c"), at, cells, grid)
 
-    def _features(self, at: Tensor) -> Tensor:
+    def _encode_tiles(self, image: Tensor, cells: Tensor, grid: Size) -> Tensor:
+        """Some tiles at a time, but for the blocks of the latent grid."""
+        size: Size = (image.shape[2], image.shape[3])
+        seen = image.new_empty(len(image), *grid, self.config.width)
+        most = max(1, _TILES_CHUNK * grid[0] * grid[1] // image[:, 0].numel())
+        for rows, columns in rectangles(grid, grid, self.config.tile, most):
+            tiles = self.tiles(grid, size, grid, (rows, columns), image.device)
+            assert tiles is not None
+            y, x = tiles.part
+            at = coords.grid_coordinates(size, grid, image.device, tiles.part).unsqueeze(0)
+            some = coords.grid_coordinates(grid, device=image.device, part=(rows, columns)).unsqueeze(0)
+            found = self._query_pixels(rearrange(image[:, :, y, x], "b c h w -> b (h w) c"), at, some, grid, tiles)
+            seen[:, rows, columns] = rearrange(found, "b (h w) d -> b h w d", h=rows.stop - rows.start)
+        return self._to_latents(rearrange(seen, "b h w d -> b (h w) d"), cells, grid)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
+        """Raw latents [B, L, h, w] → image [B, C, H, W] of any size, nominally in [−1, 1] (not clipped), or the pixels of it
+        that lie in a window (y0, x0, y1, x1), [B, C, y1 − y0, x1 − x0]; InputError when that is not within the image."""
+        grid: Size = (latents.shape[2], latents.shape[3])
+        part = coords.part_of(size, window)
+        cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
+        decode = self._decode_tiles if self.local else self._decode_chunks
+        height, width = (side.stop - side.start for side in part)
+        at_once = max(1, _TILES_CHUNK // (height * width)) if self.local else len(latents)
+        return torch.cat([decode(self.spread_latents(rearrange(some, "b l h w -> b (h w) l"), cells, grid), cells, grid,
+                                 size, part) for some in latents.split(at_once)])
+
+    def _decode_chunks(self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
+        at = coords.grid_coordinates(size, grid, keys.device, part).unsqueeze(0)
+        colours = torch.cat([self.decode_points(keys, cells, some, grid)
+                             for some in at.split(max(1, _DECODE_CHUNK // len(keys)), dim=1)], dim=1)
+        return rearrange(colours, "b (h w) c -> b c h w", h=part[0].stop - part[0].start)
+
+    def _decode_tiles(self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
+        image = keys.new_empty(len(keys), self.channels, *(side.stop - side.start for side in part), dtype=torch.float32)
+        grid_keys, grid_cells = (rearrange(x, "b (h w) d -> b h w d", h=grid[0]) for x in (keys, cells))
+        for rows, columns in rectangles(size, grid, self.config.tile, max(1, _TILES_CHUNK // len(keys)), part):
+            tiles = self.tiles(size, grid, grid, (rows, columns), keys.device)
+            assert tiles is not None
+            near, near_cells = (x[:, tiles.part[0], tiles.part[1]].flatten(1, 2) for x in (grid_keys, grid_cells))
+            at = tiles.in_order(coords.grid_coordinates(size, grid, keys.device, (rows, columns)))
+            colours = tiles.restored(self.decode_points(near, near_cells, at, grid, tiles))
+            image[:, :, rows.start - part[0].start:rows.stop - part[0].start,
+                  columns.start - part[1].start:columns.stop - part[1].start] = rearrange(
+                      colours, "b (h w) c -> b c h w", h=rows.stop - rows.start)
+        return image
+
+    def _features(self, at: Tensor, grid: Size) -> Tensor:
+        """Of the places of cells."""
+        if self.local:
+            return coords.cell_features(at, grid, self.config.cell_fourier)
         return coords.fourier_features(at, self.config.fourier)
+
+    def _place(self, at: Tensor, grid: Size) -> Tensor:
+        """Features of the places of pixels, where in their cell they lie among them."""
+        features = self._features(at, grid)
+        return features if self.local else torch.cat([features, coords.cell_phase(at, grid)], dim=-1)
 
 
 def _in_cells(at: Tensor, grid: Size) -> Tensor:

@@ -21,13 +21,17 @@ from r2id.models.riae import RIAE
 
 # One stream of random numbers for each purpose.
 _SEEN, _SEEN_JITTER, _ASKED, _ASKED_JITTER, _LATENT_NOISE, _LATENT_CLOUD = range(6)
-_TIME, _NOISE, _DROP, _JITTER = range(6, 10)
+_TIME, _NOISE, _DROP, _JITTER, _SCALE = range(6, 11)
 
 Figures = dict[str, Tensor]
 
 
 class RiaeLoss(nn.Module):
-    """Reconstruction of random points of an image from a random cloud of its points."""
+    """Reconstruction of random points of an image from a random cloud of its points; with ``local`` attention, of random
+    tiles of it from all of its pixels.
+
+    A jittered point stays with the tile of its pixel: half a pixel is little beside the halo.
+    """
 
     def __init__(self, model: RIAE, seed: int) -> None:
         super().__init__()
@@ -39,36 +43,76 @@ class RiaeLoss(nn.Module):
         keys = rng.fold(self.seed, step, index)
         grid = self.model.grid_for(size)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
-        pixels = size[0] * size[1]
-        seen, colours = self._points(image, grid, keys, _SEEN, max(1, round(pixels * config.encode_cloud)))
-        asked, truth = self._points(image, grid, keys, _ASKED, min(config.decode_pixels, pixels))
-
-        latents = self.model.encode_points(colours, seen, cells, grid)
+        latents = self._encode(image, cells, grid, keys)
         if config.latent_noise:
             noise = rng.normal(rng.fold(keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
         latent_keys = self.model.spread_latents(latents, cells, grid)
-        if config.decode_cloud < 1:
-            latent_keys, cells = self._cloud(latent_keys, cells, keys)
-        decoded = self.model.decode_points(latent_keys, cells, asked, grid)
-        return reconstruction_loss(decoded, truth, config.loss), {
-            "mse": F.mse_loss(decoded.detach(), truth), "latent_rms": latents.detach().square().mean().sqrt()}
+        if self.model.local:
+            decoded, truth, weight = self._decode_tiles(latent_keys, cells, grid, self._rescaled(image, step), keys)
+        else:
+            decoded, truth, weight = *self._decode_cloud(latent_keys, cells, grid, image, keys), None
+        return reconstruction_loss(decoded, truth, config.loss, weight), {
+            "mse": reconstruction_loss(decoded.detach(), truth, "mse", weight),
+            "latent_rms": latents.detach().square().mean().sqrt()}
 
-    def _points(self, image: Tensor, shape: Size, keys: Tensor, stream: int, count: int) -> tuple[Tensor, Tensor]:
-        """Random points of each image, [B, count, 4], and the colours there, [B, count, C].
+    def _encode(self, image: Tensor, cells: Tensor, grid: Size, keys: Tensor) -> Tensor:
+        """From a random share of the pixels, or with ``local`` attention from all: latents [B, M, L]."""
+        size: Size = (image.shape[2], image.shape[3])
+        pixels = size[0] * size[1]
+        if self.model.local:
+            chosen = torch.arange(pixels, device=image.device).expand(len(image), -1)
+        else:
+            chosen = rng.subset(rng.fold(keys, _SEEN), pixels, max(1, round(pixels * self.model.config.encode_cloud)))
+        at, colours = self._points(image, grid, chosen, rng.fold(keys, _SEEN_JITTER))
+        return self.model.encode_points(colours, at, cells, grid, self.model.tiles(grid, size, grid, device=image.device))
+
+    def _decode_cloud(self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor,
+                      keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Random points, decoded and true [B, P, C]."""
+        pixels = image.shape[2] * image.shape[3]
+        chosen = rng.subset(rng.fold(keys, _ASKED), pixels, min(self.model.config.decode_pixels, pixels))
+        at, truth = self._points(image, grid, chosen, rng.fold(keys, _ASKED_JITTER))
+        if self.model.config.decode_cloud < 1:
+            latent_keys, cells = self._cloud(latent_keys, cells, keys)
+        return self.model.decode_points(latent_keys, cells, at, grid), truth
+
+    def _decode_tiles(self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor,
+                      keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Random tiles, decoded and true [B, P, C], and the weights [B, P, 1] with which their mean error is, on average,
+        the mean over the whole image; surplus points have none."""
+        size: Size = (image.shape[2], image.shape[3])
+        tiles = self.model.tiles(size, grid, grid, device=image.device)
+        assert tiles is not None
+        total, pixels = tiles.queries.shape[1], size[0] * size[1]
+        count = min(total, max(1, round(self.model.config.decode_pixels * total / pixels)))
+        tiles = tiles.chosen(rng.subset(rng.fold(keys, _ASKED), total, count))
+        at, truth = self._points(image, grid, tiles.queries.flatten(1), rng.fold(keys, _ASKED_JITTER))
+        weight = tiles.asked.flatten(1).unsqueeze(-1) * (total * tiles.queries.shape[2] / pixels)
+        return self.model.decode_points(latent_keys, cells, at, grid, tiles), truth, weight
+
+    def _rescaled(self, image: Tensor, step: int) -> Tensor:
+        """The image at the step's scale, bicubic, averaged where it shrinks; scales are evenly spread by their logarithm."""
+        scales = self.model.config.decode_scales
+        if scales is None:
+            return image
+        scale = scales[0] * (scales[1] / scales[0]) ** rng.number(self.seed, step, _SCALE)
+        size = [max(1, round(side * scale)) for side in image.shape[2:]]
+        return F.interpolate(image, size, mode="bicubic", antialias=True)
+
+    def _points(self, image: Tensor, shape: Size, chosen: Tensor, jitter_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Points of each image near its chosen pixels, int64 [B, P] → [B, P, 4], and the colours there, [B, P, C].
 
         Jittered points lie between pixel centres and take the bicubic colour of their place, not the pixel's: jitter
         without that would teach a blurred image.
         """
         size: Size = (image.shape[2], image.shape[3])
         jitter = self.model.config.jitter
-        pixels = coords.grid_coordinates(size, shape, image.device)
-        chosen = rng.subset(rng.fold(keys, stream), len(pixels), count)
-        at = pixels[chosen]
+        at = coords.grid_coordinates(size, shape, image.device)[chosen]
         if not jitter:
             flat = rearrange(image, "b c h w -> b (h w) c")
             return at, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
-        at = coords.displace(at, jitter * rng.normal(rng.fold(keys, stream + 1), count, 2), size, shape)
+        at = coords.displace(at, jitter * rng.normal(jitter_keys, chosen.shape[1], 2), size, shape)
         return at, coords.sample_image(image, at)
 
     def _cloud(self, latent_keys: Tensor, cells: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,12 +123,11 @@ class RiaeLoss(nn.Module):
         return gathered, cells[0][chosen]
 
 
-def reconstruction_loss(decoded: Tensor, truth: Tensor, kind: str) -> Tensor:
-    """Mean absolute, squared or Charbonnier error √(e² + 10⁻⁶) (Lai et al. 2017)."""
+def reconstruction_loss(decoded: Tensor, truth: Tensor, kind: str, weight: Tensor | None = None) -> Tensor:
+    """Mean absolute, squared or Charbonnier error √(e² + 10⁻⁶) (Lai et al. 2017), weighted or not."""
     error = decoded - truth
-    if kind == "l1":
-        return error.abs().mean()
-    return error.square().mean() if kind == "mse" else (error.square() + 1e-6).sqrt().mean()
+    error = {"l1": error.abs, "mse": error.square, "charbonnier": lambda: (error.square() + 1e-6).sqrt()}[kind]()
+    return (error if weight is None else error * weight).mean()
 
 
 class R2idLoss(nn.Module):
