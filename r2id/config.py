@@ -150,9 +150,21 @@ class R2idConfig(Section):
     """Self-attention blocks, run once per step whatever the number of conditions."""
     decoder_blocks: int = Field(default=8, ge=1)
     """Self-attention and cross-attention blocks, run once per condition."""
+    attention: Annotated[tuple[Literal["full", "cloud", "axial", "linear", "local"], ...], BeforeValidator(_as_tuple),
+                         Field(min_length=1)] = ("full",)
+    """Self-attention of the blocks in turn, encoder first, and over again: to all tokens, within random groups (in training;
+    else to all), along rows and columns, linear, or within tiles of the grid and a halo."""
+    cloud_tokens: int = Field(default=256, ge=1)
+    """Tokens of a random group of 'cloud', about."""
+    tile: int = Field(default=8, ge=1)
+    """Side of the tiles of 'local', in tokens."""
+    halo: int = Field(default=4, ge=0)
+    """What tokens of 'local' see around their tile, in tokens."""
     ffn_ratio: float = Field(default=4.0, gt=0)
+    condition: Literal["class", "attributes", "none"] = "class"
+    """What samples are drawn under: their class, the attributes of the set (CelebA's 40), or nothing."""
     condition_tokens: int = Field(default=2, ge=1)
-    """Tokens made of the class, attended to by every decoder block."""
+    """Tokens made of the condition, attended to by every decoder block."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     fourier: IntPair = (-3, 7)
     """First and last power p of the coordinates' Fourier features."""

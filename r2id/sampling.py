@@ -21,6 +21,7 @@ from r2id.data.loader import eval_loader
 from r2id.diffusion import objective, schedule, solvers
 from r2id.diffusion.noise import noise_field
 from r2id.errors import InputError
+from r2id.models.conditioning import empty
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
@@ -69,11 +70,16 @@ class Sampler:
         model.to(device).eval().requires_grad_(False)
         return cls(model, codec, DiffusionConfig.model_validate(meta.config["diffusion"]),
                    SampleConfig.model_validate(meta.config["sample"]), meta.model["base_side"],
-                   tuple(meta.model["areas"]), tuple(meta.model["ratios"]), meta.config["train"]["precision"] != "float32")
+                   tuple(meta.model["areas"]), tuple(meta.model["ratios"]), meta.config["train"]["precision"] != "float32",
+                   tuple(meta.model.get("attributes", ())))
+
+    attributes: tuple[str, ...] = ()
+    """Their names, in order, where those are what samples are drawn under."""
 
     @property
     def num_classes(self) -> int:
-        return self.model.classes
+        """Classes that samples can be drawn of; 0 where the condition is another."""
+        return self.model.classes if self.model.config.condition == "class" else 0
 
     def grid_for(self, size: Size) -> Size:
         """The latent grid on which an image of this size is diffused: the codec's own, brought within the numbers of
@@ -86,13 +92,14 @@ class Sampler:
         return max(1, round((area * ratio) ** 0.5)), max(1, round((area / ratio) ** 0.5))
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, seeds: Tensor, size: Size, *, grid: Size | None = None, steps: int | None = None,
+    def sample(self, condition: Tensor, seeds: Tensor, size: Size, *, grid: Size | None = None, steps: int | None = None,
                guidance: float | None = None, solver: str | None = None, eta: float | None = None,
                guidance_interval: tuple[float, float] | None = None) -> Tensor:
-        """Images of any size, one per label and seed.
+        """Images of any size, one per condition and seed.
 
-        labels int64 [B] (−1: no condition), seeds int64 [B], size (H, W) in pixels, grid (h, w) of latents (by default
-        grid_for(size)); what is None is the run's own setting → float32 [B, C, H, W] in [−1, 1], on the CPU.
+        condition int64 [B] of classes (−1: none) or [B, A] of attributes (−1, 1, or 0 for any), seeds int64 [B], size
+        (H, W) in pixels, grid (h, w) of latents (by default grid_for(size)); what is None is the run's own setting →
+        float32 [B, C, H, W] in [−1, 1], on the CPU.
 
         An image is the same bits whatever is drawn with it: all are computed in batches of one length, which follows
         from the grid, since matrix products of another length round differently.
@@ -102,21 +109,23 @@ class Sampler:
         grid = grid or self.grid_for(size)
         length = max(1, min(_BATCH, _BATCH_TOKENS // (grid[0] * grid[1])))
         images = []
-        for start in range(0, len(labels), length):
-            rows = torch.arange(start, start + length).clamp(max=len(labels) - 1)  # the last repeated, where they are few
-            drawn = self.codec.decode(self._latents(labels[rows], seeds[rows], grid, settings), size)
-            images.append(drawn[:len(labels) - start].cpu())
+        if condition.dim() == 1 and self.attributes:
+            condition = torch.zeros(len(condition), len(self.attributes))  # that model knows no classes
+        for start in range(0, len(seeds), length):
+            rows = torch.arange(start, start + length).clamp(max=len(seeds) - 1)  # the last repeated, where they are few
+            drawn = self.codec.decode(self._latents(condition[rows], seeds[rows], grid, settings), size)
+            images.append(drawn[:len(seeds) - start].cpu())
         return torch.cat(images)
 
-    def _latents(self, labels: Tensor, seeds: Tensor, grid: Size, settings: SampleConfig) -> Tensor:
+    def _latents(self, condition: Tensor, seeds: Tensor, grid: Size, settings: SampleConfig) -> Tensor:
         device, channels = self.codec.device, self.codec.latent_channels
-        labels = labels.to(device)
         kind, shift = self.diffusion.schedule, self._shift(grid)
-        guided, plain = _conditions(labels, settings.guidance), _conditions(labels, float(settings.guidance > 0))
+        guided, plain = (_conditions(condition.to(device), scale)
+                         for scale in (settings.guidance, float(settings.guidance > 0)))
         latest, earliest = schedule.log_snr(torch.tensor(settings.guidance_interval), kind, shift).tolist()
 
         def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-            alpha_bar = schedule.alpha_bar(log_snr).expand(len(labels))
+            alpha_bar = schedule.alpha_bar(log_snr).expand(len(seeds))
             conditions = guided if earliest <= float(log_snr) <= latest else plain
             with self._autocast():
                 predicted = _guide(self.model.predict(x, alpha_bar, conditions), settings.guidance)
@@ -134,13 +143,13 @@ class Sampler:
         return self.codec.denormalise(solve(denoise, noise, log_snrs, kind))
 
     @torch.no_grad()
-    def loss_at(self, latents: Tensor, labels: Tensor, time: float, seed: int = 0) -> Tensor:
+    def loss_at(self, latents: Tensor, condition: Tensor, time: float, seed: int = 0) -> Tensor:
         """Unweighted squared error of the prediction at one time in (0, 1), per sample: raw latents [B, L, h, w] and
-        labels [B] → float32 [B]."""
+        conditions [B, …] → float32 [B]."""
         noise = rng.normal(rng.fold(seed, torch.arange(len(latents))), *latents.shape[1:])
         with self._autocast():
             return denoising_loss(self.model, self.diffusion, self.base_side, self.codec.normalise(latents),
-                                  labels, torch.full((len(latents),), time, device=latents.device),
+                                  condition, torch.full((len(latents),), time, device=latents.device),
                                   noise.to(latents.device))[1]
 
     def _shift(self, grid: Size) -> float:
@@ -150,12 +159,11 @@ class Sampler:
         return torch.autocast(self.codec.device.type, torch.bfloat16, enabled=self.bfloat16)
 
 
-def _conditions(labels: Tensor, guidance: float) -> Tensor:
-    """The conditions that guidance needs: [1 or 2, B]."""
-    empty = torch.full_like(labels, -1)
+def _conditions(condition: Tensor, guidance: float) -> Tensor:
+    """The conditions that guidance needs: [1 or 2, B, …]."""
     if guidance == 0:
-        return empty.unsqueeze(0)
-    return labels.unsqueeze(0) if guidance == 1 else torch.stack([empty, labels])
+        return empty(condition).unsqueeze(0)
+    return condition.unsqueeze(0) if guidance == 1 else torch.stack([empty(condition), condition])
 
 
 def _guide(predictions: Tensor, guidance: float) -> Tensor:
@@ -178,9 +186,22 @@ def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
     return torch.tensor([choices[i % len(choices)] for i in range(count)], dtype=torch.int64)
 
 
-def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence[int] = (), count: int | None = None,
-               seed: int = 0, grid: Size | None = None, overwrite: bool = False, device: torch.device | str = "cpu",
-               **settings: Any) -> dict[str, Any]:
+def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
+    """The condition that names of attributes say, as in ``["Smiling", "-Male"]``: with, and without; the others are left
+    open: float32 [A]. InputError when the model has none of a name."""
+    chosen = torch.zeros(len(names))
+    for word in wanted:
+        name = word.removeprefix("-")
+        if name not in names:
+            allowed = ", ".join(names) or "none: the model was not trained with attributes"
+            raise InputError(f"attribute {name!r}: must be one of {allowed}")
+        chosen[list(names).index(name)] = -1.0 if word.startswith("-") else 1.0
+    return chosen
+
+
+def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence[int] = (),
+               attributes: Sequence[str] = (), count: int | None = None, seed: int = 0, grid: Size | None = None,
+               overwrite: bool = False, device: torch.device | str = "cpu", **settings: Any) -> dict[str, Any]:
     """Sample a checkpoint at every size and write one PNG grid for each; ``settings`` are those of Sampler.sample.
 
     ``out`` is a PNG file (one size) or a folder. The same seeds and labels at every size: picture i is one composition.
@@ -189,10 +210,11 @@ def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence
     sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
     chosen = choose_labels(labels or sampler.defaults.labels, count or sampler.defaults.count, sampler.num_classes)
+    condition = choose_attributes(attributes, sampler.attributes).expand(len(chosen), -1) if attributes else chosen
     seeds = torch.arange(seed, seed + len(chosen))
     columns = min(len(chosen), sampler.num_classes or 10)
     for file, size in zip(files, sizes, strict=True):
-        images = sampler.sample(chosen, seeds, size, grid=grid, **settings)
+        images = sampler.sample(condition, seeds, size, grid=grid, **settings)
         save_png(tile(images, columns), file)
     return {"files": [str(file) for file in files], "labels": chosen.tolist(), "seeds": seeds.tolist(),
             "grids": [list(grid or sampler.grid_for(size)) for size in sizes]}
@@ -258,7 +280,8 @@ def _preview_samples(stage: Stage, model: R2ID, file: Path) -> Path:
     config = stage.config
     assert isinstance(config, R2idRun) and stage.codec is not None
     sampler = Sampler(model, stage.codec, config.diffusion, config.sample, stage.facts["base_side"],
-                      tuple(stage.facts["areas"]), tuple(stage.facts["ratios"]), config.train.autocast)
+                      tuple(stage.facts["areas"]), tuple(stage.facts["ratios"]), config.train.autocast,
+                      tuple(stage.facts.get("attributes", ())))
     labels = choose_labels(config.sample.labels, _PREVIEW_IMAGES, sampler.num_classes)
     height, width = stage.codec.image
     rows = [sampler.sample(labels, torch.arange(len(labels)), size)

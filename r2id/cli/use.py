@@ -17,6 +17,8 @@ def sample(
     out: Annotated[Path, typer.Option(help="PNG file, or a folder for one grid per size; must not exist.")],
     size: SizeList = None,
     label: Annotated[list[int] | None, typer.Option(min=0, help="Class; may be repeated. Default: all in turn.")] = None,
+    attribute: Annotated[list[str] | None, typer.Option(help="NAME that images have, or -NAME that they lack; may be "
+                                                        "repeated.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Images per size.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is none.")] = None,
@@ -33,7 +35,8 @@ def sample(
     """Draw grids of samples at any sizes from one R2ID checkpoint."""
     from r2id.sampling import draw_grids
 
-    result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()), count=count, steps=steps,
+    result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()),
+                        attributes=tuple(attribute or ()), count=count, steps=steps,
                         guidance=cfg, guidance_interval=_interval(cfg_interval), solver=solver, eta=eta, seed=seed,
                         grid=parse_size(grid) if grid else None, overwrite=overwrite, device=find_device(device))
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])

@@ -6,7 +6,7 @@ Shape letters: B batch · N queries · M keys · D width · H heads · d width o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,9 +113,9 @@ class Attention(nn.Module):
         self.log_reach = nn.Parameter(torch.linspace(0.0, 5.0, heads)) if local else None
 
     def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None,
-                tiles: Tiles | None = None) -> Tensor:
+                tiles: Tiles | None = None, mix: Callable[[Tensor, Tensor, Tensor], Tensor] = attend) -> Tensor:
         """``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2]: places in cells, for a local layer. With ``tiles``,
-        queries are in tile order and see the keys of their tile alone."""
+        queries are in tile order and see the keys of their tile alone; else ``mix`` says who sees whom."""
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads)
                    for part in (self.query(x), self.key(context), self.value(context)))
         q, k = self.query_norm(q), self.key_norm(k)
@@ -127,7 +127,7 @@ class Attention(nn.Module):
             if at is None or context_at is None:
                 raise ValueError("a local attention layer needs the places of its queries and keys")
             q, k, v = self._with_window(q, k, v, at, context_at)
-        attended = attend(q, k, v) if tiles is None else tiles.joined(attend(q, k, v, tiles.mask(len(x))))
+        attended = mix(q, k, v) if tiles is None else tiles.joined(attend(q, k, v, tiles.mask(len(x))))
         return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
 
     def _with_window(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, context_at: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,7 @@
-"""Condition tokens, learned together with the diffusion model."""
+"""Condition tokens, learned together with the diffusion model.
+
+A condition is a class, int64 [B] (−1 is none), or attributes [B, A], each −1, 1 or 0 for unknown: none is all of them 0.
+"""
 
 from __future__ import annotations
 
@@ -17,3 +20,25 @@ class ClassCondition(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         rows = torch.where(labels < 0, self.classes, labels)
         return self.embedding(rows).unflatten(-1, (self.tokens, -1))
+
+
+class AttributeCondition(nn.Module):
+    """Attributes as a few tokens: [B, A] → [B, tokens, width]. The bias alone is the empty condition."""
+
+    def __init__(self, attributes: int, tokens: int, width: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.linear = nn.Linear(attributes, tokens * width)
+
+    def forward(self, attributes: Tensor) -> Tensor:
+        return self.linear(attributes.to(self.linear.weight.dtype)).unflatten(-1, (self.tokens, -1))
+
+
+def empty(condition: Tensor) -> Tensor:
+    """No condition, in the shape of one."""
+    return torch.full_like(condition, -1) if condition.dim() == 1 else torch.zeros_like(condition)
+
+
+def drop(condition: Tensor, dropped: Tensor) -> Tensor:
+    """Conditions, but none where ``dropped``, bool [B]."""
+    return torch.where(dropped.view(-1, *[1] * (condition.dim() - 1)), empty(condition), condition)

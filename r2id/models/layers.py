@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from r2id.models.attention import Attention, RMSNorm
+from r2id.models.attention import Attention, RMSNorm, attend
+from r2id.models.mixing import Mix
 from r2id.models.tiles import Tiles
 
 
@@ -123,11 +124,11 @@ class DiffusionBlock(nn.Module):
         self.ffn_norm, self.ffn = RMSNorm(width, elementwise_affine=False), FeedForward(width, ffn_ratio)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
-        """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]."""
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None, mix: Mix = attend) -> Tensor:
+        """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]; ``mix`` is how tokens attend to each other."""
         (shift, scale, gate), *cross, (ffn_shift, ffn_scale, ffn_gate) = self.modulation(time)
         normed = modulate(self.norm(x), shift, scale)
-        x = x + gate * self.dropout(self.attention(normed, normed))
+        x = x + gate * self.dropout(self.attention(normed, normed, mix=mix))
         if self.conditional:
             if context is None:
                 raise ValueError("a conditional block needs condition tokens")

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from r2id.config import R2idConfig
 from r2id.models import coords, pretrained
 from r2id.models.attention import RMSNorm
-from r2id.models.conditioning import ClassCondition
+from r2id.models.conditioning import AttributeCondition, ClassCondition
 from r2id.models.coords import Size
 from r2id.models.layers import DiffusionBlock, modulate, zero_linear
+from r2id.models.mixing import mixes
 
 
 class R2ID(nn.Module):
@@ -29,13 +30,16 @@ class R2ID(nn.Module):
     """
 
     def __init__(self, config: R2idConfig, channels: int, classes: int) -> None:
+        """For grids of so many channels, under one of so many classes (0: none), or so many attributes if the config's
+        condition is those."""
         super().__init__()
         self.config, self.channels, self.classes = config, channels, classes
         width = config.width
         times = config.time_fourier[1] - config.time_fourier[0] + 1
         self.token_in = nn.Linear(channels + coords.fourier_dim(config.fourier), width)
         self.time_in = nn.Sequential(nn.Linear(2 * times, width), nn.SiLU(), nn.Linear(width, width))
-        self.condition = ClassCondition(classes, config.condition_tokens, width)
+        kind = AttributeCondition if config.condition == "attributes" else ClassCondition
+        self.condition = kind(classes, config.condition_tokens, width)
 
         def stack(count: int, conditional: bool) -> nn.ModuleList:
             return nn.ModuleList(DiffusionBlock(width, config.heads, config.ffn_ratio, config.dropout, conditional)
@@ -60,28 +64,32 @@ class R2ID(nn.Module):
         """The modules whose activations may be recomputed."""
         return [*self.encoder, *self.decoder]
 
-    def forward(self, x: Tensor, alpha_bar: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, alpha_bar: Tensor, condition: Tensor, at: Tensor | None = None,
+                clouds: Tensor | None = None) -> Tensor:
         """One prediction under one condition.
 
-        x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1); labels [B], −1 is no
-        condition; at [B or 1, N, 4] coordinates, by default the grid's own → float32 [B, L, h, w].
+        x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1); condition [B] classes or
+        [B, A] attributes; at [B or 1, N, 4] coordinates, by default the grid's own; clouds the key of cloud attention's
+        groups, by default one group → float32 [B, L, h, w].
         """
-        return self.predict(x, alpha_bar, labels.unsqueeze(0), at).squeeze(0)
+        return self.predict(x, alpha_bar, condition.unsqueeze(0), at, clouds).squeeze(0)
 
-    def predict(self, x: Tensor, alpha_bar: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
-        """Predictions of one noised grid under K conditions: labels [K, B] → float32 [K, B, L, h, w]."""
+    def predict(self, x: Tensor, alpha_bar: Tensor, conditions: Tensor, at: Tensor | None = None,
+                clouds: Tensor | None = None) -> Tensor:
+        """Predictions of one noised grid under K conditions: [K, B, …] → float32 [K, B, L, h, w]."""
         grid: Size = (x.shape[2], x.shape[3])
         at = coords.grid_coordinates(grid, device=x.device).unsqueeze(0) if at is None else at
         place = coords.fourier_features(at, self.config.fourier).expand(x.shape[0], -1, -1)
         tokens = self.token_in(torch.cat([rearrange(x, "b l h w -> b (h w) l"), place], dim=-1))
         time = self.time_in(_time_features(alpha_bar, self.config.time_fourier))
-        for block in self.encoder:
-            tokens = block(tokens, time)
-        count = labels.shape[0]
+        mix = mixes(self.config, grid, len(self.blocks()), x.device, clouds)
+        for number, block in enumerate(self.encoder):
+            tokens = block(tokens, time, mix=mix[number])
+        count = conditions.shape[0]
         tokens, time = (repeat(part, "b ... -> (k b) ...", k=count) for part in (tokens, time))
-        context = self.condition(labels.flatten())
-        for block in self.decoder:
-            tokens = block(tokens, time, context)
+        context = self.condition(conditions.flatten(0, 1))
+        for number, block in enumerate(self.decoder, start=len(self.encoder)):
+            tokens = block(tokens, time, context, mix[number])
         shift, scale = self.out_modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         out = self.out(modulate(self.out_norm(tokens), shift, scale)).float()
         return rearrange(out, "(k b) (h w) l -> k b l h w", k=count, h=grid[0])

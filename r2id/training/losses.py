@@ -15,13 +15,14 @@ from r2id import rng
 from r2id.config import DiffusionConfig
 from r2id.diffusion import objective, schedule
 from r2id.models import coords
+from r2id.models.conditioning import drop
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 
 # One stream of random numbers for each purpose.
 _SEEN, _SEEN_JITTER, _ASKED, _ASKED_JITTER, _LATENT_NOISE, _LATENT_CLOUD = range(6)
-_TIME, _NOISE, _DROP, _JITTER, _SCALE = range(6, 11)
+_TIME, _NOISE, _DROP, _JITTER, _SCALE, _CLOUDS = range(6, 12)
 
 Figures = dict[str, Tensor]
 
@@ -131,14 +132,14 @@ def reconstruction_loss(decoded: Tensor, truth: Tensor, kind: str, weight: Tenso
 
 
 class R2idLoss(nn.Module):
-    """Denoising of normalised latents at random times, under their class or, at times, no condition."""
+    """Denoising of normalised latents at random times, under their condition or, at times, none."""
 
     def __init__(self, model: R2ID, diffusion: DiffusionConfig, base_side: float, seed: int) -> None:
         super().__init__()
         self.model, self.diffusion, self.base_side, self.seed = model, diffusion, base_side, seed
 
-    def forward(self, latent: Tensor, label: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
-        """latent [B, L, h, w] normalised, label [B] (−1 none), index [B] of the samples → scalar loss, figures."""
+    def forward(self, latent: Tensor, condition: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
+        """latent [B, L, h, w] normalised, condition [B, …], index [B] of the samples → scalar loss, figures."""
         keys = rng.fold(self.seed, step, index)
         grid: Size = (latent.shape[2], latent.shape[3])
         dropped = rng.uniform(rng.fold(keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
@@ -147,9 +148,10 @@ class R2idLoss(nn.Module):
             noise = rng.normal(rng.fold(keys, _JITTER), len(at), 2)
             at = coords.displace(at, self.model.config.jitter * noise, grid)
         losses, unweighted = denoising_loss(
-            self.model, self.diffusion, self.base_side, latent, torch.where(dropped, -1, label),
+            self.model, self.diffusion, self.base_side, latent, drop(condition, dropped),
             draw_times(rng.fold(keys, _TIME), self.diffusion.time_sampling),
-            rng.normal(rng.fold(keys, _NOISE), *latent.shape[1:]), at)
+            rng.normal(rng.fold(keys, _NOISE), *latent.shape[1:]), at,
+            rng.fold(self.seed, step, _CLOUDS).to(latent.device))
         return losses.mean(), {"denoising_mse": unweighted.detach().mean()}
 
 
@@ -160,15 +162,16 @@ def draw_times(keys: Tensor, sampling: str) -> Tensor:
     return torch.sigmoid(rng.normal(keys, 1).squeeze(-1))
 
 
-def denoising_loss(model: nn.Module, diffusion: DiffusionConfig, base_side: float, latent: Tensor, label: Tensor,
-                   time: Tensor, noise: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def denoising_loss(model: nn.Module, diffusion: DiffusionConfig, base_side: float, latent: Tensor,
+                   condition: Tensor, time: Tensor, noise: Tensor, at: Tensor | None = None,
+                   clouds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per-sample (weighted, unweighted) squared error of the prediction at times [B]: two tensors [B]."""
     side = (latent.shape[2] * latent.shape[3]) ** 0.5
     shift = schedule.size_shift(side, base_side, diffusion.shift_exponent)
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)
     alpha, sigma = schedule.alpha_sigma(log_snr, diffusion.schedule)
     a, s = (rearrange(part, "b -> b 1 1 1") for part in (alpha, sigma))
-    predicted = model(a * latent + s * noise, schedule.alpha_bar(log_snr), label, at)
+    predicted = model(a * latent + s * noise, schedule.alpha_bar(log_snr), condition, at, clouds)
     wanted = objective.target(diffusion.objective, latent, noise, a, s)
     error = (predicted - wanted).square().flatten(1).mean(1)
     return error * objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma), error

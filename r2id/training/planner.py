@@ -40,6 +40,7 @@ class Facts:
     copies: int
     """How many times ``train.batch`` images a step has at that size (``data.batch_pixels``)."""
     classes: int = 0
+    """Classes, or attributes where those are the condition."""
     riae: RiaeConfig | None = None
     """The codec of an R2ID run."""
 
@@ -55,8 +56,9 @@ def find_facts(config: RiaeRun | R2idRun, riae: Path | None = None, classes: int
         raise InputError(f"data.shards = '{config.data.shards}': no shards there yet; give their number of classes by "
                          "--classes")
     if classes is None and shards is not None:
-        classes = shards.num_classes
-    return Facts(image, copies, classes or 0, _codec_config(config, riae))
+        attributes = config.r2id.condition == "attributes"
+        classes = len(shards.manifest.attribute_names) if attributes else shards.num_classes
+    return Facts(image, copies, classes if classes and config.r2id.condition != "none" else 0, _codec_config(config, riae))
 
 
 def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[Size, int]:
@@ -124,7 +126,9 @@ class Work:
             return {"image": torch.zeros(samples, self.config.data.channels, *self.facts.image), "index": index}
         assert self.facts.riae is not None
         latent = torch.zeros(samples, self.facts.riae.latent_channels, *self.grid())
-        return {"latent": latent, "label": index, "index": index}
+        attributes = self.config.r2id.condition == "attributes"
+        condition = torch.zeros(samples, self.facts.classes, dtype=torch.int8) if attributes else index - 1
+        return {"latent": latent, "condition": condition, "index": index}
 
     def codec(self) -> RIAE:
         assert self.facts.riae is not None

@@ -115,8 +115,7 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
     grids = [codec.grid_for(size) for size in image_sizes(shards, config.data, config.data.train_split)]
     areas, ratios = sorted(h * w for h, w in grids), sorted(h / w for h, w in grids)
     base_side = areas[len(areas) // 2] ** 0.5
-    model = R2ID(config.r2id, codec.latent_channels, shards.num_classes)
-    facts = {"latent_channels": codec.latent_channels, "classes": shards.num_classes, "digest": shards.digest,
+    facts = {"latent_channels": codec.latent_channels, **_known_conditions(config, shards), "digest": shards.digest,
              "codec": os.path.relpath(codec.path, config.run), "codec_hash": codec.hash, "base_side": base_side,
              "areas": [areas[0], areas[-1]], "ratios": [ratios[0], ratios[-1]]}
 
@@ -130,10 +129,28 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
 
     def to_inputs(batch: Batch) -> Batch:
         raw = batch["latent"] if "latent" in batch else codec.encode(to_float(batch["image"]))
-        return {"latent": codec.normalise(raw), "label": batch["label"], "index": batch["index"]}
+        return {"latent": codec.normalise(raw), "condition": _condition(config, batch), "index": batch["index"]}
 
+    model = R2ID(config.r2id, codec.latent_channels, facts["classes"])
     return Stage(config, shards, R2idLoss(model, config.diffusion, base_side, config.seed), facts, load, to_inputs,
                  codec)
+
+
+def _known_conditions(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
+    """How many classes or attributes the model is to know, and the names of the attributes."""
+    kind, names = config.r2id.condition, shards.manifest.attribute_names
+    if kind == "attributes" and not names:
+        raise InputError(f"r2id.condition = 'attributes': {shards.folder} has none")
+    if kind == "attributes":
+        return {"classes": len(names), "attributes": names}
+    return {"classes": shards.num_classes if kind == "class" else 0}
+
+
+def _condition(config: R2idRun, batch: Batch) -> Tensor:
+    """What a batch's images are to be drawn under."""
+    if config.r2id.condition == "attributes":
+        return batch["attributes"]
+    return batch["label"] if config.r2id.condition == "class" else torch.full_like(batch["label"], -1)
 
 
 def codec_path(checkpoint: Path, facts: dict[str, Any]) -> Path:

@@ -48,7 +48,7 @@ def main():
     engine = make_engine(module, optim=OptimConfig(), train=TrainConfig(steps=1, batch=world.world_size), world=world,
                          engine=EngineConfig(zero_stage=zero_stage))
     index = torch.tensor([world.rank])
-    inputs = {"latent": torch.randn(1, 8, 4, 4), "label": index % 10, "index": index, "step": 0}
+    inputs = {"latent": torch.randn(1, 8, 4, 4), "condition": index % 10, "index": index, "step": 0}
     engine.backward(engine.forward(inputs)[0], 1)
     engine.step(1e-4, 0)
     meta = checkpoint.Meta(stage="r2id", step=1, samples=1, seed=0, config={}, model={})

@@ -38,14 +38,14 @@ class BothConditions(R2idLoss):
     """Every image under its class and under no condition, which is how the original trains: encoder blocks run once for
     it and decoder blocks twice."""
 
-    def forward(self, latent, label, index, step):
+    def forward(self, latent, condition, index, step):
         keys, grid = rng.fold(self.seed, step, index), latent.shape[2:]
         at = coords.grid_coordinates(grid, device=latent.device)
         at = coords.displace(at, self.model.config.jitter * rng.normal(rng.fold(keys, 0), len(at), 2), grid)
-        labels = torch.stack([label, torch.full_like(label, -1)])
+        labels = torch.stack([condition, torch.full_like(condition, -1)])
 
-        def predict(x, alpha_bar, _labels, at):
-            return self.model.predict(x[:len(label)], alpha_bar[:len(label)], labels, at).flatten(0, 1)
+        def predict(x, alpha_bar, _labels, at, _clouds):
+            return self.model.predict(x[:len(index)], alpha_bar[:len(index)], labels, at).flatten(0, 1)
 
         noise, times = rng.normal(rng.fold(keys, 1), *latent.shape[1:]), draw_times(rng.fold(keys, 2), "uniform")
         losses, _ = denoising_loss(predict, self.diffusion, self.base_side, latent.repeat(2, 1, 1, 1), labels,
@@ -73,7 +73,7 @@ def make_module(config, options, size, batch):
         return module, {"image": torch.rand(batch, config.data.channels, *size) * 2 - 1, "index": index}
     kind = BothConditions if options.both_conditions else R2idLoss
     module = kind(R2ID(config.r2id, options.channels, 10), config.diffusion, (size[0] * size[1]) ** 0.5, 0)
-    return module, {"latent": torch.randn(batch, options.channels, *size), "label": index % 10, "index": index}
+    return module, {"latent": torch.randn(batch, options.channels, *size), "condition": index % 10, "index": index}
 
 
 def speed(config, options, size, images_per_second, peak):

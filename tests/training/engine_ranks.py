@@ -78,7 +78,7 @@ def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae"
         total = torch.zeros(())
         for some in micro_batches:
             batch = {"index": index[some], "step": step}
-            batch |= {"image": drawn[some]} if stage == "riae" else {"latent": drawn[some], "label": index[some] % 2}
+            batch |= {"image": drawn[some]} if stage == "riae" else {"latent": drawn[some], "condition": index[some] % 2}
             loss, figures = engine.forward(batch)
             assert not any(figure.requires_grad for figure in figures.values())
             engine.backward(loss, len(micro_batches))
