@@ -61,6 +61,12 @@ def evaluate(
     size: SizeList = None,
     count: Annotated[int, typer.Option(min=1, help="Samples per size.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="First seed of the samples.")] = 0,
+    invariance: Annotated[bool, typer.Option("--invariance", help="Measure at fourteen sizes and aspect ratios too, against "
+                                                                  "real images stretched to them.")] = False,
+    invariance_count: Annotated[int, typer.Option(min=1, help="Samples per size of --invariance.")] = 500,
+    extractor: Annotated[Path | None, typer.Option(help="TorchScript file, uint8 images [N, 3, H, W] to features [N, D], "
+                                                        "such as Inception-v3 for the FID; its program is run, so use one "
+                                                        "that you trust. Default: the classifier trained here.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -68,5 +74,6 @@ def evaluate(
     from r2id.evaluation.run import evaluate as run_evaluate
 
     result = run_evaluate(checkpoint, shards, out, sizes=parse_sizes(size), count=count, seed=seed,
+                          invariance=invariance_count if invariance else 0, extractor=extractor,
                           device=find_device(device))
     report(result, as_json, lambda r: [*r["headlines"], f"report: {out / 'report.html'}"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SSIM_SIDE, _SSIM_SIGMA, _SSIM_K = 11, 1.5, (0.01, 0.03)  # Wang et al. 2004, section III-B
+_SSIM_PIXELS = 1 << 20  # of images compared at once, for each of which some float64 values are in memory
 _NEIGHBOUR = 3  # k of Kynkäänniemi et al. 2019
 _ROWS = 1000  # features whose distances to all others are in memory at once
 _SMALLEST_MSE = 1e-10  # below it two images in [−1, 1] are the same for all purposes; it bounds the PSNR at 106 dB
@@ -31,6 +32,11 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     Wang et al. 2004: a Gaussian window of 11×11 pixels, σ 1.5, wherever it fits into the image, and the mean over places
     and colours, of values from 0 up. A side of fewer than 11 pixels takes the largest odd window that fits it.
     """
+    step = max(1, _SSIM_PIXELS // images[0, 0].numel())
+    return torch.cat([_ssim(*some) for some in zip(images.split(step), truth.split(step), strict=True)])
+
+
+def _ssim(images: Tensor, truth: Tensor) -> Tensor:
     x, y = images.double() + 1, truth.double() + 1
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x.square(), _blur(y * y) - mean_y.square()

@@ -88,8 +88,8 @@ def test_ssim_is_scikit_images():
     measure = pytest.importorskip("skimage.metrics")
     generator = np.random.default_rng(1)
     image, truth = generator.uniform(-1, 1, (2, 20, 31))
-    expected = measure.structural_similarity(image + 1, truth + 1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                             data_range=2)
+    expected = measure.structural_similarity(image + 1, truth + 1, gaussian_weights=True, sigma=1.5,
+                                             use_sample_covariance=False, data_range=2)
     assert float(ssim(torch.from_numpy(image)[None, None], torch.from_numpy(truth)[None, None])) == pytest.approx(expected)
 
 
