@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from r2id.cli.options import Device, Json, SizeList, app, find_device, parse_size, parse_sizes, report
+from r2id.errors import InputError
 
 
 @app.command()
 def sample(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID checkpoint or run directory.")],
-    out: Annotated[Path, typer.Option(help="PNG file, or a folder for one grid per size; must not exist.")],
+    out: Annotated[Path, typer.Option(help="PNG file, or a folder for one grid per size; must not exist. With --format png "
+                                           "or shards a folder, which is gone on with where it is unfinished.")],
     size: SizeList = None,
+    kind: Annotated[Literal["grid", "png", "shards"], typer.Option(
+        "--format", help="One picture of all samples per size; or a PNG file for each sample; or webdataset shards. Under "
+                         "torchrun each process draws its share of the last two.")] = "grid",
     label: Annotated[list[int] | None, typer.Option(min=0, help="Class; may be repeated. Default: all in turn.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Images per size.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
@@ -26,13 +31,33 @@ def sample(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw grids of samples at any sizes from one R2ID checkpoint."""
+    """Draw samples at any sizes from one R2ID checkpoint: grids of them, or thousands into files."""
     from r2id.sampling import draw_grids
 
+    if kind != "grid":
+        settings = {"steps": steps, "guidance": cfg, "solver": solver}
+        if overwrite:
+            raise InputError(f"--overwrite: goes with --format grid; --format {kind} goes on with what is at --out")
+        _draw_many(checkpoint, out, parse_sizes(size), kind=kind, labels=tuple(label or ()), count=count, seed=seed,
+                   grid=parse_size(grid) if grid else None, settings=settings, device=find_device(device), as_json=as_json)
+        return
     result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()), count=count, steps=steps,
                         guidance=cfg, solver=solver, seed=seed, grid=parse_size(grid) if grid else None,
                         overwrite=overwrite, device=find_device(device))
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
+
+
+def _draw_many(checkpoint: Path, out: Path, sizes: tuple[tuple[int, int], ...], *, as_json: bool, **options: Any) -> None:
+    from r2id import dist
+    from r2id.bulk import draw_many
+
+    try:
+        result, main_process = draw_many(checkpoint, out, sizes, **options), dist.is_main()
+    finally:
+        dist.shutdown()
+    if main_process:
+        report(result, as_json, lambda r: [f"{r['out']}: {r['images']} samples of {r['size'][0]}x{r['size'][1]}"
+                                            + (f", {r['reused']} found in place" if r["reused"] else "")])
 
 
 @app.command()

@@ -18,7 +18,7 @@ h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e7e9ed; white-space: nowrap }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e7e9ed; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { color: #5b6470; font-weight: 600 }
 figure { margin: 1rem 0 } figcaption { font-size: .92rem; margin-top: .3rem }
 img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
