@@ -40,7 +40,7 @@ SIZE_RULE = "10, 14, 16, 28, 32, 56, 64 and 128 squared, 40×24, 24×40, 18×32,
 
 _MOST_PIXELS = 1 << 20
 _PAIRED = 100  # samples that are drawn at twice the size too
-_RECONSTRUCTED = 200  # test images, evenly spaced
+_RECONSTRUCTED = 100  # test images, evenly spaced
 _FEW = 20  # of them at once
 
 Row = dict[str, Any]
