@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2id.bulk import batch_length
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
@@ -87,10 +88,11 @@ def score_stretched(judge: Judge | None, extractor: Extractor, real: Seen, batch
 
     def stretch() -> Iterator[Tensor]:
         for images, labels in batches:
-            stretched = resize(images, size)
-            if judge:
-                right.append(judge.look(stretched)[1][labels >= 0] == labels[labels >= 0])
-            yield stretched
+            for some, known in zip(images.split(batch_length(size)), labels.split(batch_length(size)), strict=True):
+                stretched = resize(some, size)
+                if judge:
+                    right.append(judge.look(stretched)[1][known >= 0] == known[known >= 0])
+                yield stretched
 
     seen = see(extractor, stretch())
     answers = torch.cat(right) if right else torch.zeros(0)
@@ -101,9 +103,10 @@ def pair_samples(sampler: Sampler, judge: Judge | None, size: Size, count: int, 
     """The same seeds at a size and at twice of it: PSNR in dB of the larger, averaged down, against the smaller (mean over
     seeds), and the share that is judged to be of the same class at both."""
     labels, seeds = choose_labels((), count, sampler.num_classes), torch.arange(seed, seed + count)
-    errors, same = [], []
-    for some, keys in zip(labels.split(_FEW), seeds.split(_FEW), strict=True):
-        small, large = (sampler.sample(some, keys, at, batch=_FEW) for at in (size, (2 * size[0], 2 * size[1])))
+    twice = 2 * size[0], 2 * size[1]
+    errors, same, batch = [], [], batch_length(twice)
+    for some, keys in zip(labels.split(batch), seeds.split(batch), strict=True):
+        small, large = (sampler.sample(some, keys, at, batch=batch) for at in (size, twice))
         errors.append(mse(halve(large), small))
         if judge:
             same.append(judge.look(small)[1] == judge.look(large)[1])

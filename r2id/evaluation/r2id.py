@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r2id.bulk import batch_length
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
@@ -115,8 +116,9 @@ def score_samples(sampler: Sampler, judge: Judge | None, extractor: Extractor, r
 
     def draw() -> Iterator[Tensor]:
         with Progress(f"sample {size[0]}x{size[1]}", count, unit="images") as progress:
-            for some, keys in zip(labels.split(BATCH), seeds.split(BATCH), strict=True):
-                images = sampler.sample(some, keys, size, batch=BATCH)
+            batch = batch_length(size)
+            for some, keys in zip(labels.split(batch), seeds.split(batch), strict=True):
+                images = sampler.sample(some, keys, size, batch=batch)
                 if judge:
                     probabilities.append(judge.probabilities(judge.features(images)))
                 yield images
@@ -143,5 +145,5 @@ def draw_samples(sampler: Sampler, sizes: Sequence[Size], count: int, seed: int)
     """The same seeds and classes, in turn, at every size: size → images [count, C, H, W]."""
     labels = choose_labels((), count, sampler.num_classes)
     seeds = torch.arange(seed, seed + count)
-    return {size: sampler.sample(labels, seeds, size, batch=BATCH) for size in sizes}
+    return {size: sampler.sample(labels, seeds, size, batch=batch_length(size)) for size in sizes}
 

@@ -54,7 +54,7 @@ def test_stretched_images_lose_by_shrinking_alone(judge, shards, data):
 def test_consistency_of_samples_is_that_of_the_same_seeds(sampler, judge):
     pair = pair_samples(sampler, judge, (8, 8), 25, 3)
     labels, seeds = torch.arange(25) % 10, torch.arange(3, 28)
-    small, large = (sampler.sample(labels, seeds, size, batch=20) for size in ((8, 8), (16, 16)))
+    small, large = (sampler.sample(labels, seeds, size) for size in ((8, 8), (16, 16)))
     assert pair["psnr"] == pytest.approx(float(psnr(mse(F.avg_pool2d(large, 2), small)).mean()), abs=0.01)
     assert pair["same_class"] == float((judge.look(small)[1] == judge.look(large)[1]).double().mean())
     assert pair["samples"] == 25 and pair["first_seed"] == 3
