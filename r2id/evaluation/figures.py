@@ -84,7 +84,7 @@ def grid_curves(scrape: Mapping[str, Any]) -> bytes:
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for (name, curve), colour in zip(scrape["grids"].items(), _COLOURS, strict=False):
-        axes.plot(curve["log_snr"], curve["loss"], "o-", label=f"{name} cells", color=colour, markersize=4)
+        axes.plot(curve["log_snr"], curve["loss"], "o-", label=f"{name.replace('x', '×')} cells", color=colour, markersize=4)
     axes.set(xlabel="logSNR (data on the right, noise on the left)", ylabel="squared error of the prediction")
     _tidy(axes)
     return _png(figure)
