@@ -14,7 +14,7 @@ from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.models.coords import Size
 
-RESIZE_RULE = "bicubic, with a filter that widens when it shrinks (antialiased), clipped to [−1, 1]"
+RESIZE_RULE = "bicubic, antialiased, clipped to [−1, 1]"
 
 
 def resize(images: Tensor, size: Size) -> Tensor:

@@ -23,7 +23,7 @@ th:first-child, td:first-child { text-align: left } thead th { color: #5b6470; f
 figure { margin: 1rem 0 } figcaption { font-size: .92rem; margin-top: .3rem }
 img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
 .grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; align-items: end }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+.facts td, .facts th { text-align: left; white-space: normal; overflow-wrap: anywhere }
 """
 
 _CAPTIONS = {
