@@ -32,7 +32,7 @@ from r2id.training.losses import denoising_loss
 from r2id.training.stages import Stage, codec_path
 
 _PREVIEW_IMAGES = 10
-_BATCH, _BATCH_TOKENS = 64, 4096  # images diffused together: so many, or of so many tokens in all
+_BATCH, _BATCH_TOKENS, _BATCH_PIXELS = 64, 4096, 1 << 20  # images drawn together, and what they have in all, at most
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,12 @@ class Sampler:
             return height, width
         return max(1, round((area * ratio) ** 0.5)), max(1, round((area / ratio) ** 0.5))
 
+    def batch_length(self, size: Size, grid: Size | None = None) -> int:
+        """How many images are computed together, which follows from their size and grid alone: a power of two."""
+        height, width = grid or self.grid_for(size)
+        most = min(_BATCH, _BATCH_TOKENS // (height * width), _BATCH_PIXELS // (size[0] * size[1]))
+        return 1 << max(1, most).bit_length() - 1
+
     @torch.no_grad()
     def sample(self, condition: Tensor, seeds: Tensor, size: Size, *, grid: Size | None = None, steps: int | None = None,
                guidance: float | None = None, solver: str | None = None, eta: float | None = None,
@@ -101,14 +107,13 @@ class Sampler:
         (H, W) in pixels, grid (h, w) of latents (by default grid_for(size)); what is None is the run's own setting →
         float32 [B, C, H, W] in [−1, 1], on the CPU.
 
-        An image is the same bits whatever is drawn with it: all are computed in batches of one length, which follows
-        from the grid, since matrix products of another length round differently.
+        An image is the same bits whatever is drawn with it: all are computed in batches of one length, since matrix
+        products of another length round differently.
         """
         asked = {"steps": steps, "guidance": guidance, "solver": solver, "eta": eta, "guidance_interval": guidance_interval}
         settings = change(self.defaults, {name: value for name, value in asked.items() if value is not None})
         grid = grid or self.grid_for(size)
-        length = max(1, min(_BATCH, _BATCH_TOKENS // (grid[0] * grid[1])))
-        images = []
+        length, images = self.batch_length(size, grid), []
         if condition.dim() == 1 and self.attributes:
             condition = torch.zeros(len(condition), len(self.attributes))  # that model knows no classes
         for start in range(0, len(seeds), length):

@@ -55,6 +55,11 @@ def test_results_as_json(r2id, digits, riae_run, r2id_run, latents, tmp_path):
                         "--steps", 2, "--label", 7, "--cfg", 1.5, "--solver", "dpmpp_2m", "--seed", 3, "--json")
     result = json.loads(out)
     assert code == 0 and result["labels"] == [7] * 4 and result["seeds"] == [3, 4, 5, 6] and len(result["files"]) == 2
+    many = ["sample", r2id_run, "--out", tmp_path / "many", "--format", "png", "--size", "5x4", "--count", 3, "--steps", 2]
+    assert r2id(*many)[1] == f"{tmp_path}/many: 3 samples of 5x4\n"
+    code, out, _ = r2id(*many, "--json")
+    assert code == 0 and json.loads(out)["reused"] == 3 and (tmp_path / "many" / "images" / "00000002.png").exists()
+    assert "goes with --format grid" in r2id(*many, "--overwrite")[2]
     Image.new("L", (9, 7), 200).save(tmp_path / "in.png")
     code, out, _ = r2id("reconstruct", riae_run, tmp_path / "in.png", "--out", tmp_path / "r.png", "--json")
     assert code == 0 and (tmp_path / "r.png").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,8 +14,12 @@ from r2id.errors import InputError
 @app.command()
 def sample(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID checkpoint or run directory.")],
-    out: Annotated[Path, typer.Option(help="PNG file, or a folder for one grid per size; must not exist.")],
+    out: Annotated[Path, typer.Option(help="PNG file, or a folder for one grid per size; must not exist. With --format png "
+                                           "or shards a folder, which is gone on with where it is unfinished.")],
     size: SizeList = None,
+    kind: Annotated[Literal["grid", "png", "shards"], typer.Option(
+        "--format", help="One picture of all samples per size; or a PNG file for each sample; or webdataset shards. Under "
+                         "torchrun each process draws its share of the last two.")] = "grid",
     label: Annotated[list[int] | None, typer.Option(min=0, help="Class; may be repeated. Default: all in turn.")] = None,
     attribute: Annotated[list[str] | None, typer.Option(help="NAME that images have, or -NAME that they lack; may be "
                                                         "repeated.")] = None,
@@ -32,14 +36,33 @@ def sample(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw grids of samples at any sizes from one R2ID checkpoint."""
+    """Draw samples at any sizes from one R2ID checkpoint: grids of them, or thousands into files."""
     from r2id.sampling import draw_grids
 
-    result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()),
-                        attributes=tuple(attribute or ()), count=count, steps=steps,
-                        guidance=cfg, guidance_interval=_interval(cfg_interval), solver=solver, eta=eta, seed=seed,
-                        grid=parse_size(grid) if grid else None, overwrite=overwrite, device=find_device(device))
+    settings = {"steps": steps, "guidance": cfg, "guidance_interval": _interval(cfg_interval), "solver": solver, "eta": eta}
+    if kind != "grid":
+        if overwrite:
+            raise InputError(f"--overwrite: goes with --format grid; --format {kind} goes on with what is at --out")
+        _draw_many(checkpoint, out, parse_sizes(size), kind=kind, labels=tuple(label or ()), count=count, seed=seed,
+                   grid=parse_size(grid) if grid else None, settings=settings, device=find_device(device), as_json=as_json)
+        return
+    result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()), attributes=tuple(attribute or ()),
+                        count=count, seed=seed, grid=parse_size(grid) if grid else None, overwrite=overwrite,
+                        device=find_device(device), **settings)
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
+
+
+def _draw_many(checkpoint: Path, out: Path, sizes: tuple[tuple[int, int], ...], *, as_json: bool, **options: Any) -> None:
+    from r2id import dist
+    from r2id.bulk import draw_many
+
+    try:
+        result, main_process = draw_many(checkpoint, out, sizes, **options), dist.is_main()
+    finally:
+        dist.shutdown()
+    if main_process:
+        report(result, as_json, lambda r: [f"{r['out']}: {r['images']} samples of {r['size'][0]}x{r['size'][1]}"
+                                            + (f", {r['reused']} found in place" if r["reused"] else "")])
 
 
 def _interval(text: str | None) -> tuple[float, float] | None:
@@ -79,6 +102,12 @@ def evaluate(
     size: SizeList = None,
     count: Annotated[int, typer.Option(min=1, help="Samples per size.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="First seed of the samples.")] = 0,
+    invariance: Annotated[bool, typer.Option("--invariance", help="Measure at fourteen sizes and aspect ratios too, against "
+                                                                  "real images stretched to them.")] = False,
+    invariance_count: Annotated[int, typer.Option(min=1, help="Samples per size of --invariance.")] = 500,
+    extractor: Annotated[Path | None, typer.Option(help="TorchScript file, uint8 images [N, 3, H, W] to features [N, D], "
+                                                        "such as Inception-v3 for the FID; its program is run, so use one "
+                                                        "that you trust. Default: the classifier trained here.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -86,5 +115,6 @@ def evaluate(
     from r2id.evaluation.run import evaluate as run_evaluate
 
     result = run_evaluate(checkpoint, shards, out, sizes=parse_sizes(size), count=count, seed=seed,
+                          invariance=invariance_count if invariance else 0, extractor=extractor,
                           device=find_device(device))
     report(result, as_json, lambda r: [*r["headlines"], f"report: {out / 'report.html'}"])

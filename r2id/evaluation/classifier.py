@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -77,18 +78,30 @@ class Judge:
     test_images: int
     test_accuracy: float
     """On real images that it was not trained on."""
+    name: str = "classifier"
 
-    @torch.no_grad()
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the weights, hexadecimal."""
+        return hashlib.sha256(save(_tensors(self.model))).hexdigest()
+
     def look(self, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
         """Images [N, C, H, W] in [−1, 1] of any size → features float32 [N, D] and classes int64 [N], on the CPU."""
+        features = torch.cat([self.features(some) for some in images.split(batch)])
+        return features, self.probabilities(features).argmax(1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """See r2id.evaluation.extractor.Extractor."""
         device = self.model.head.weight.device
-        features, classes = [], []
-        for some in images.split(batch):
-            seen = resize(to_floats(some) if some.dtype == torch.uint8 else some, self.size).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                features.append(self.model.features(seen))
-            classes.append(self.model.head(features[-1]).argmax(1))
-        return torch.cat(features).cpu(), torch.cat(classes).cpu()
+        seen = resize(to_floats(images) if images.dtype == torch.uint8 else images, self.size).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            return self.model.features(seen).cpu()
+
+    @torch.no_grad()
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Features [N, D] → of each class, float32 [N, classes], on the CPU."""
+        return self.model.head(features.to(self.model.head.weight.device)).softmax(1).cpu()
 
 
 def obtain_judge(shards: ShardSet, data: DataConfig, file: Path, device: torch.device) -> Judge:
@@ -175,8 +188,11 @@ def _identity(shards: ShardSet, data: DataConfig) -> str:
 def _write(file: Path, identity: str, judge: Judge) -> None:
     facts = {"identity": identity, "train_images": judge.train_images, "test_images": judge.test_images,
              "test_accuracy": judge.test_accuracy}
-    tensors = {name: value.cpu().contiguous() for name, value in judge.model.state_dict().items()}
-    write_atomic(file, save(tensors, {"r2id": json.dumps(facts)}))
+    write_atomic(file, save(_tensors(judge.model), {"r2id": json.dumps(facts)}))
+
+
+def _tensors(model: Classifier) -> dict[str, Tensor]:
+    return {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
 
 
 def _read(file: Path, identity: str, channels: int, classes: int, size: Size) -> Judge | None:

@@ -75,10 +75,52 @@ def time_curves(scrape: Mapping[str, Any]) -> bytes:
         axes.plot(scrape["time"], losses, "o-", label=f"told {name}", color=colour, markersize=4)
     axes.set(xlabel="time t (0 is data, 1 is noise)", ylabel="squared error of the prediction", xlim=(0, 1))
     axes.set_ylim(bottom=0)
+    _tidy(axes)
+    return _png(figure)
+
+
+def grid_curves(scrape: Mapping[str, Any]) -> bytes:
+    """What scrape_grids returns, as curves."""
+    figure = Figure((6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, curve), colour in zip(scrape["grids"].items(), _COLOURS, strict=False):
+        axes.plot(curve["log_snr"], curve["loss"], "o-", label=f"{name.replace('x', '×')} cells", color=colour, markersize=4)
+    axes.set(xlabel="logSNR (data on the right, noise on the left)", ylabel="squared error of the prediction")
+    _tidy(axes)
+    return _png(figure)
+
+
+def size_curves(names: Sequence[str], lines: Mapping[str, Sequence[float]], words: str) -> bytes:
+    """One figure of many sizes, for samples and for what they are held against."""
+    figure = Figure((7.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), colour in zip(lines.items(), _COLOURS, strict=False):
+        axes.plot(range(len(values)), values, "o-", label=name, color=colour, markersize=4)
+    axes.set_xticks(range(len(names)), [name.replace("x", "×") for name in names], rotation=45)
+    axes.set(ylabel=words)
+    _tidy(axes)
+    return _png(figure)
+
+
+def captioned(images: Sequence[Tensor], captions: Sequence[str], columns: int = 10) -> bytes:
+    """Images [C, H, W] in [−1, 1] of one size, row by row, with words under each."""
+    rows = -(-len(images) // columns)
+    ratio = images[0].shape[1] / images[0].shape[2]
+    figure = Figure((_CELL * columns + 0.2, (_CELL * ratio + 0.4) * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for place, image, caption in zip(places, images, captions, strict=False):
+        place.imshow(to_bytes(image).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        place.set_xlabel(caption, fontsize=8)
+        place.set(xticks=[], yticks=[])
+    for place in places[len(images):]:
+        place.set_axis_off()
+    return _png(figure)
+
+
+def _tidy(axes: Any) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
 
 
 def _png(figure: Figure) -> bytes:

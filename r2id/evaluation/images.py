@@ -14,6 +14,8 @@ from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.models.coords import Size
 
+RESIZE_RULE = "bicubic, antialiased, clipped to [−1, 1]"
+
 
 def resize(images: Tensor, size: Size) -> Tensor:
     """float [N, C, H, W] in [−1, 1] → the same pictures at another size, clipped to [−1, 1].

@@ -5,7 +5,7 @@ Shape letters: N samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,13 @@ from torch import Tensor
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
+from r2id.diffusion import schedule
 from r2id.evaluation.classifier import Judge
-from r2id.evaluation.images import load_images
-from r2id.evaluation.metrics import class_accuracy, frechet_distance
+from r2id.evaluation.extractor import Extractor
+from r2id.evaluation.images import resize
+from r2id.evaluation.metrics import class_accuracy
+from r2id.evaluation.reference import BATCH, MOST_REAL, Seen, compare, real_batches, see
+from r2id.evaluation.riae import scaled
 from r2id.models.coords import Size
 from r2id.progress import Progress
 from r2id.sampling import Sampler, choose_labels
@@ -24,9 +28,10 @@ from r2id.sampling import Sampler, choose_labels
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
 """Times of the scrape, from nearly data to nearly noise."""
 
+TOLD = ("its class", "no class", "another class")
+
 _SCRAPED = 256  # test images, evenly spaced
-_BATCH = 128
-_MOST_REAL = 10_000  # test images that samples are compared with
+_LOWEST = 20  # samples of the lowest scores that are named
 
 Latents = Sequence[tuple[Tensor, Tensor]]
 """Batches of raw latents [N, L, h, w] and labels [N]."""
@@ -35,21 +40,24 @@ Latents = Sequence[tuple[Tensor, Tensor]]
 def encode_tests(sampler: Sampler, shards: ShardSet, data: DataConfig) -> Latents:
     """Latents of a few test images, with their labels, on the codec's device."""
     return [(sampler.codec.encode(batch["image"]), batch["label"].to(sampler.codec.device))
-            for batch in eval_loader(shards, data, split=data.test_split, batch=_BATCH, limit=_SCRAPED)]
+            for batch in eval_loader(shards, data, split=data.test_split, batch=BATCH, limit=_SCRAPED)]
 
 
-def scrape_times(sampler: Sampler, latents: Latents, times: Sequence[float] = TIMES, seed: int = 0) -> dict[str, Any]:
+def scrape_times(sampler: Sampler, latents: Latents, times: Sequence[float] = TIMES, seed: int = 0,
+                 told: Sequence[str] = TOLD) -> dict[str, Any]:
     """Mean loss of denoising test latents at each time ("t-scrape"), told their class, no class, or another class.
 
     The same noise for all, so that the curves differ by what they were told alone. Where they part, the class matters.
+    A model without classes can be told no class only.
     """
-    told: dict[str, Callable[[Tensor], Tensor]] = {"no class": lambda label: torch.full_like(label, -1)}
+    changes: dict[str, Callable[[Tensor], Tensor]] = {"no class": lambda label: torch.full_like(label, -1)}
     if sampler.num_classes > 1:
-        told = {"its class": lambda label: label, **told, "another class": lambda label: (label + 1) % sampler.num_classes}
+        changes |= {"its class": lambda label: label, "another class": lambda label: (label + 1) % sampler.num_classes}
+    changes = {name: changes[name] for name in told if name in changes}
     images = sum(len(label) for _, label in latents)
     losses: dict[str, list[float]] = {}
-    with Progress("t-scrape", len(told) * len(times) * images, unit="images") as progress:
-        for name, change in told.items():
+    with Progress("t-scrape", len(changes) * len(times) * images, unit="images") as progress:
+        for name, change in changes.items():
             losses[name] = []
             for time in times:
                 total = sum(float(sampler.loss_at(latent, change(label), time, seed + number).sum())
@@ -59,36 +67,77 @@ def scrape_times(sampler: Sampler, latents: Latents, times: Sequence[float] = TI
     return {"images": images, "time": list(times), "loss": losses}
 
 
-def compare_real(judge: Judge, shards: ShardSet, data: DataConfig, count: int) -> tuple[Tensor, dict[str, Any]]:
-    """Features [N, D] of real test images, and what to expect of perfect samples: the Fréchet distance from them to
-    ``count`` real training images (fewer where there are no more)."""
-    data = data.model_copy(update={"size": judge.size, "latents": None})
-    real, _ = judge.look(load_images(shards, data, data.test_split, _MOST_REAL)[0])
-    training, _ = judge.look(load_images(shards, data, data.train_split, count)[0])
-    return real, {"test_images": len(real), "training_images": len(training),
-                  "frechet_of_training_images": _distance(training, real)}
+def scrape_grids(sampler: Sampler, shards: ShardSet, data: DataConfig, times: Sequence[float] = TIMES,
+                 seed: int = 0) -> dict[str, Any]:
+    """Mean loss of denoising test latents of three latent grids, told their class, against logSNR.
+
+    The grids are the codec's own of the images at half, at their own and at double size. Where the curves coincide, one
+    amount of noise is one problem whatever the grid.
+    """
+    curves = {}
+    for factor in (0.5, 1.0, 2.0):
+        size = scaled(sampler.codec.image, (factor, factor))
+        grid = sampler.codec.grid_for(size)
+        name = f"{grid[0]}x{grid[1]}"
+        if name in curves:
+            continue
+        batches = [(sampler.codec.encode(resize(images, size), grid), labels.to(sampler.codec.device)) for images, labels in
+                   real_batches(shards, data, data.test_split, sampler.codec.image, _SCRAPED)]
+        told = scrape_times(sampler, batches, times, seed, told=("its class" if sampler.num_classes > 1 else "no class",))
+        shift = schedule.size_shift((grid[0] * grid[1]) ** 0.5, sampler.base_side, sampler.diffusion.shift_exponent)
+        curves[name] = {"images": told["images"], "size": list(size), "loss": next(iter(told["loss"].values())),
+                        "log_snr": schedule.log_snr(torch.tensor(times), sampler.diffusion.schedule, shift).tolist()}
+    return {"time": list(times), "told": next(iter(told["loss"])), "grids": curves}
 
 
-def score_samples(sampler: Sampler, judge: Judge, real: Tensor, size: Size, count: int, seed: int) -> dict[str, Any]:
+def compare_real(extractor: Extractor, shards: ShardSet, data: DataConfig, size: Size, count: int,
+                 ) -> tuple[Seen, dict[str, Any]]:
+    """Real test images at a size, and what to expect of perfect samples: how far ``count`` real training images (fewer
+    where there are no more) are from them."""
+    def read(split: str, limit: int) -> Seen:
+        return see(extractor, (images for images, _ in real_batches(shards, data, split, size, limit)))
+
+    real, training = read(data.test_split, MOST_REAL), read(data.train_split, count)
+    return real, {"test_images": len(real), "training_images": len(training), **{
+        f"{name}_of_training_images": value for name, value in compare(training, real).items()}}
+
+
+def score_samples(sampler: Sampler, judge: Judge | None, extractor: Extractor, real: Seen, size: Size, count: int,
+                  seed: int) -> dict[str, Any]:
     """Sample ``count`` images of a size, all classes in turn, seeds from ``seed`` on, and judge them.
 
-    Accuracy (the share judged to be of the class asked for), the same per class, and the Fréchet distance to the
-    features ``real`` [N, D]; None where too few images make none.
+    Accuracy (the share judged to be of the class asked for), the same per class, the samples of the lowest probability of
+    that class, and how far all are from real ones (see compare). None where there is no judge or too few images make none.
     """
     labels = choose_labels((), count, sampler.num_classes)
     seeds = torch.arange(seed, seed + count)
-    features, judged = [], []
-    with Progress(f"sample {size[0]}x{size[1]}", count, unit="images") as progress:
-        for some, keys in zip(labels.split(_BATCH), seeds.split(_BATCH), strict=True):
-            seen, classes = judge.look(sampler.sample(some, keys, size))
-            features.append(seen)
-            judged.append(classes)
-            progress.advance(len(some))
-    found = torch.cat(judged)
-    return {"size": list(size), "grid": list(sampler.grid_for(size)), "samples": count,
-            "accuracy": float((found == labels).double().mean()),
-            "accuracy_per_class": class_accuracy(found, labels, sampler.num_classes),
-            "frechet": _distance(torch.cat(features), real)}
+    probabilities: list[Tensor] = []
+
+    def draw() -> Iterator[Tensor]:
+        with Progress(f"sample {size[0]}x{size[1]}", count, unit="images") as progress:
+            batch = sampler.batch_length(size)
+            for some, keys in zip(labels.split(batch), seeds.split(batch), strict=True):
+                images = sampler.sample(some, keys, size)
+                if judge:
+                    probabilities.append(judge.probabilities(judge.features(images)))
+                yield images
+                progress.advance(len(some))
+
+    seen = see(extractor, draw())
+    return {"size": list(size), "grid": list(sampler.grid_for(size)), "samples": count, "first_seed": seed,
+            **_judged(torch.cat(probabilities) if judge else None, labels, seeds, sampler.num_classes),
+            **compare(seen, real)}
+
+
+def _judged(probabilities: Tensor | None, labels: Tensor, seeds: Tensor, classes: int) -> dict[str, Any]:
+    if probabilities is None:
+        return {"accuracy": None, "accuracy_per_class": None, "lowest": []}
+    found = probabilities.argmax(1)
+    score = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    lowest = [{"seed": int(seeds[i]), "label": int(labels[i]), "judged": int(found[i]), "score": float(score[i])}
+              for i in score.argsort(stable=True)[:_LOWEST]]
+    return {"accuracy": float((found == labels).double().mean()),
+            "accuracy_per_class": class_accuracy(found, labels, classes), "lowest": lowest}
 
 
 def draw_samples(sampler: Sampler, sizes: Sequence[Size], count: int, seed: int) -> dict[Size, Tensor]:
@@ -97,6 +146,3 @@ def draw_samples(sampler: Sampler, sizes: Sequence[Size], count: int, seed: int)
     seeds = torch.arange(seed, seed + count)
     return {size: sampler.sample(labels, seeds, size) for size in sizes}
 
-
-def _distance(one: Tensor, other: Tensor) -> float | None:
-    return frechet_distance(one, other) if min(len(one), len(other)) > 1 else None

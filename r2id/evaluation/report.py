@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 62rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 70rem; margin: 2rem auto;
        padding: 0 1.25rem }
 h1 { font-size: 1.7rem; margin-bottom: 0 } h2 { margin: 2.4rem 0 .4rem; border-bottom: 1px solid #d8dbe0 }
 h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
@@ -18,12 +18,12 @@ h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e7e9ed; white-space: nowrap }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e7e9ed; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { color: #5b6470; font-weight: 600 }
 figure { margin: 1rem 0 } figcaption { font-size: .92rem; margin-top: .3rem }
 img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
 .grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; align-items: end }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+.facts td, .facts th { text-align: left; white-space: normal; overflow-wrap: anywhere }
 """
 
 _CAPTIONS = {
@@ -33,7 +33,14 @@ _CAPTIONS = {
     "ladder": "One seed and one class per row, at every size of the columns.",
     "t_scrape": "Loss against time on test images. The distance between the curves is what the class is worth.",
     "real": "For comparison, real test images.",
+    "grid_scrape": "Loss against logSNR on test latents of three grids. Where the curves coincide, one amount of noise is "
+                   "one problem on every grid.",
+    "invariance_accuracy": "Class accuracy by size.",
+    "invariance_frechet": "Fréchet distance to real test images by size.",
+    "invariance_patch_frechet": "Fréchet distance of windows to windows of real test images by size.",
 }
+
+COMPARED = {"frechet": "Fréchet", "patch_frechet": "Fréchet of windows", "precision": "precision", "recall": "recall"}
 
 
 def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -41,6 +48,8 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     parts = [_head(metrics)]
     if "r2id" in metrics:
         parts += _r2id(metrics, pictures)
+    if "invariance" in metrics:
+        parts += _invariance(metrics, pictures)
     parts += [*_riae(metrics["riae"], pictures), *_provenance(metrics["provenance"])]
     title = escape(f"r2id: {metrics['provenance']['data']['dataset']}")
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -58,10 +67,10 @@ def _head(metrics: Mapping[str, Any]) -> str:
     cards = [(f"PSNR of RIAE at {size_name(metrics['riae']['native']['size'])}",
               f"{metrics['riae']['native']['psnr']:.1f} dB")]
     if "r2id" in metrics:
-        cards = [*((f"class accuracy of samples at {size_name(row['size'])}", _share(row["accuracy"]))
-                   for row in metrics["r2id"]["sizes"].values()), *cards]
+        cards = [*((f"class accuracy of samples at {size_name(row['size'])}", share(row["accuracy"]))
+                   for row in metrics["r2id"]["sizes"].values() if row["accuracy"] is not None), *cards]
     if "classifier" in metrics:
-        cards.append(("the same classifier on real test images", _share(metrics["classifier"]["test_accuracy"])))
+        cards.append(("the same classifier on real test images", share(metrics["classifier"]["test_accuracy"])))
     shown = "".join(f'<div class="card"><b>{value}</b>{escape(name)}</div>' for name, value in cards)
     return (f"<h1>{escape(data['dataset'])}: evaluation</h1>"
             f'<p class="sub">Sizes are height × width in pixels.</p><div class="cards">{shown}</div>')
@@ -72,62 +81,119 @@ def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable
     yield "<h2>R2ID: images from noise</h2>"
     if found["sizes"]:
         yield _samples_table(metrics)
-    yield _figure("ladder", pictures)
-    grids = [_figure(name, pictures, f"Samples at {name.removeprefix('samples_').replace('x', '×')}.")
+    yield figure("ladder", pictures)
+    grids = [figure(name, pictures, f"Samples at {name.removeprefix('samples_').replace('x', '×')}.")
              for name in pictures if name.startswith("samples_")]
-    yield f'<div class="grids">{"".join(grids)}{_figure("real", pictures)}</div>'
-    if found["sizes"]:
+    yield f'<div class="grids">{"".join(grids)}{figure("real", pictures)}</div>'
+    if "classifier" in metrics:
         yield _class_table(list(found["sizes"].values()), metrics["provenance"]["data"]["class_names"])
-    yield f"<h3>Loss against time</h3>{_figure('t_scrape', pictures)}"
+        yield "<h3>Failures</h3>"
+        yield from (figure(name, pictures, f"Samples at {name.removeprefix('failures_').replace('x', '×')} with the lowest "
+                           "probability of the class asked for: that class, its probability, the class they are taken for.")
+                    for name in pictures if name.startswith("failures_"))
+    yield f"<h3>Loss against time</h3>{figure('t_scrape', pictures)}"
     scrape = found["t_scrape"]
-    yield _table(["t", *(f"told {name}" for name in scrape["loss"])],
+    yield table(["t", *(f"told {name}" for name in scrape["loss"])],
                  [[f"{time:g}", *(f"{losses[k]:.4f}" for losses in scrape["loss"].values())]
                   for k, time in enumerate(scrape["time"])])
     yield f'<p class="sub">{scrape["images"]:,} test images, the same noise for all curves.</p>'
+    yield figure("grid_scrape", pictures)
 
 
 def _samples_table(metrics: Mapping[str, Any]) -> str:
-    judge, real, sampling = metrics["classifier"], metrics["r2id"]["real"], metrics["provenance"]["sampling"]
-    reference = real["frechet_of_training_images"]
-    rows = [[size_name(row["size"]), size_name(row["grid"]), f"{row['samples']:,}", _share(row["accuracy"]),
-             _number(row["frechet"])] for row in metrics["r2id"]["sizes"].values()]
-    rows.append(["real training images", "", f"{real['training_images']:,}", "", _number(reference)])
-    return _table(["size", "latent grid", "images", "class accuracy", "Fréchet distance"], rows) + (
-        f'<p class="sub">Judged by a classifier that saw real images alone: {judge["train_images"]:,} of the training '
-        f'split; it has {_share(judge["test_accuracy"])} on {judge["test_images"]:,} test images. Samples are brought to '
-        f'its size, {size_name(judge["size"])}. The Fréchet distance is to {real["test_images"]:,} real test images in its '
-        "features; that of real training images is what perfect samples would have. "
-        f'{sampling["steps"]} steps of {sampling["solver"]}, guidance {sampling["guidance"]:g}.</p>')
+    real, provenance = metrics["r2id"]["real"], metrics["provenance"]
+    sampling, extractor = provenance["sampling"], provenance["extractor"]
+    rows = [[size_name(row["size"]), size_name(row["grid"]), f"{row['samples']:,}", share(row["accuracy"]),
+             *(number(row[name]) for name in COMPARED)] for row in metrics["r2id"]["sizes"].values()]
+    rows.append(["real training images", "", f"{real['training_images']:,}", "",
+                 *(number(real[f"{name}_of_training_images"]) for name in COMPARED)])
+    return table(["size", "latent grid", "images", "class accuracy", *COMPARED.values()], rows) + (
+        f'<p class="sub">{_judged_by(metrics)} Fréchet distances, precision and recall (k = 3) are to '
+        f'{real["test_images"]:,} real test images in the features of {escape(extractor["name"])}, which sees everything at '
+        f'{size_name(extractor["size"])}; those of real training images are what perfect samples would have. Windows are of '
+        f'half the height and width. {sampling["steps"]} steps of {sampling["solver"]}, guidance '
+        f'{sampling["guidance"]:g}.</p>')
+
+
+def _judged_by(metrics: Mapping[str, Any]) -> str:
+    if "classifier" not in metrics:
+        return ""
+    judge = metrics["classifier"]
+    return (f"Classes are judged by a classifier that saw real images alone: {judge['train_images']:,} of the training "
+            f"split; it has {share(judge['test_accuracy'])} on {judge['test_images']:,} test images. Samples are brought to "
+            f"its size, {size_name(judge['size'])}.")
 
 
 def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    return "<h3>Class accuracy by class</h3>" + _table(
+    return "<h3>Class accuracy by class</h3>" + table(
         ["class", *(size_name(row["size"]) for row in rows)],
-        [[name, *(_share(row["accuracy_per_class"][k]) for row in rows)] for k, name in enumerate(names)])
+        [[name, *(share(row["accuracy_per_class"][k]) for row in rows)] for k, name in enumerate(names)])
+
+
+def _invariance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
+    found, rules = metrics["invariance"], metrics["provenance"]["rules"]
+    yield f'<h2>Whether the resolution matters</h2><p class="sub">Sizes: {escape(rules["invariance_sizes"])}.</p>'
+    if "r2id" in found:
+        rows = found["r2id"]["sizes"].values()
+        yield table(
+            ["size", "latent grid", "accuracy", "of real", *(word for name in ("Fréchet", "of windows") for word in (
+                name, "of real")), "precision", "recall", "consistency", "same class"],
+            [[size_name(row["size"]), size_name(row["grid"]),
+              *(words(side[name]) for name, words in (("accuracy", share), ("frechet", number), ("patch_frechet", number))
+                for side in (row, row["stretched"])), number(row["precision"]), number(row["recall"]),
+              f"{row['consistency']['psnr']:.2f} dB", share(row["consistency"]["same_class"])] for row in rows])
+        yield _invariance_words(found["r2id"])
+        yield from (figure(name, pictures) for name in pictures if name.startswith("invariance_"))
+    yield "<h3>Reconstructions</h3>" + table(
+        ["size", "images", "MSE", "PSNR", "SSIM", "Fréchet", "consistency"],
+        [[size_name(row["size"]), f"{row['images']:,}", *_reconstruction(row, ""), number(row["frechet"]),
+          f"{row['consistency']:.2f} dB"] for row in found["riae"]["sizes"].values()])
+    half = found["riae"]["half_to_double"]
+    yield ('<p class="sub">Encoded at the native size and decoded at each; the truth is the image resized by a bicubic '
+           "filter. Consistency: what is decoded at twice the size, averaged down, against what is decoded at the size. "
+           f"Encoded at half and decoded at double, the squared error is {half['mse']:.4f}, {half['relative']:.2f} times "
+           f"that at the native size, {half['native_mse']:.4f}.</p>")
+
+
+def _invariance_words(found: Mapping[str, Any]) -> str:
+    row = next(iter(found["sizes"].values()))
+    return (f'<p class="sub">{row["samples"]:,} samples per size. Of real: {row["stretched"]["images"]:,} real test images '
+            "stretched to the size, judged in the same way; every picture, of whatever aspect ratio, is stretched back to "
+            f"the size that the judge sees. Both are compared with {found['reference_images']:,} other real test images. "
+            f"Consistency: PSNR of the same {row['consistency']['samples']:,} seeds at twice the size, averaged down, "
+            "against those at the size, and the share that is judged to be of the same class at both.</p>")
 
 
 def _riae(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
     yield "<h2>RIAE: images to latents and back</h2>"
-    yield _table(
-        ["size", "", "images", "MSE from own size", "PSNR", "MSE from this size", "PSNR"],
-        [[name, size_name(row["size"]), f"{row['images']:,}", f"{row['mse']:.4f}", f"{row['psnr']:.2f} dB",
-          *([f"{row['mse_encoded']:.4f}", f"{row['psnr_encoded']:.2f} dB"] if "mse_encoded" in row else ["", ""])]
+    yield table(
+        ["size", "", "images", "MSE from own size", "PSNR", "SSIM", "Fréchet", "MSE from this size", "PSNR", "SSIM"],
+        [[name, size_name(row["size"]), f"{row['images']:,}", *_reconstruction(row, ""), number(row["frechet"]),
+          *(_reconstruction(row, "_encoded") if "mse_encoded" in row else ["", "", ""])]
          for name, row in found.items()])
     yield ('<p class="sub">On [−1, 1], means over test images. From own size: latents of the image as it is, '
            "decoded at this size. From this size: latents of the image resized to this size, on as many cells. The truth is "
-           "the image resized by a bicubic filter.</p>")
-    yield _figure("reconstructions", pictures)
-    yield _figure("latents", pictures)
+           "the image resized by a bicubic filter; Fréchet distances are to the images as they are.</p>")
+    yield figure("reconstructions", pictures)
+    yield figure("latents", pictures)
+
+
+def _reconstruction(row: Mapping[str, Any], kind: str) -> list[str]:
+    return [f"{row[f'mse{kind}']:.4f}", f"{row[f'psnr{kind}']:.2f} dB", f"{row[f'ssim{kind}']:.4f}"]
 
 
 def _provenance(facts: Mapping[str, Any]) -> Iterable[str]:
     yield "<h2>What this was made from</h2>"
+    figures = facts["figures"]
+    names = list(next(iter(figures.values())))
+    each = table(["figure", *names], [[name, *row.values()] for name, row in figures.items()])
+    yield f'<div class="facts">{each}</div>'
     rows = [[f"{part}: {name.replace('_', ' ')}", _words(value)]
-            for part, values in facts.items() for name, value in values.items()]
-    yield f'<div class="facts">{_table([], rows)}</div>'
+            for part, values in facts.items() if part != "figures" for name, value in values.items()]
+    yield f'<div class="facts">{table([], rows)}</div>'
 
 
-def _figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
+def figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
     if name not in pictures:
         return ""
     caption = escape(caption or _CAPTIONS[name])
@@ -137,17 +203,17 @@ def _figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
             f"<figcaption>{caption}</figcaption></figure>")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 

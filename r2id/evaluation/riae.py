@@ -15,8 +15,9 @@ from torch import Tensor
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
+from r2id.evaluation.extractor import Extractor
 from r2id.evaluation.images import resize
-from r2id.evaluation.metrics import mse, psnr
+from r2id.evaluation.metrics import frechet_distance, mse, psnr, ssim
 from r2id.models.coords import Size
 from r2id.progress import Progress
 from r2id.training.codec import Codec
@@ -45,39 +46,62 @@ def scaled(size: Size, scale: tuple[float, float]) -> Size:
     return max(1, round(size[0] * scale[0])), max(1, round(size[1] * scale[1]))
 
 
-def measure_riae(codec: Codec, shards: ShardSet, data: DataConfig) -> dict[str, dict[str, Any]]:
+def measure_riae(codec: Codec, shards: ShardSet, data: DataConfig,
+                 extractor: Extractor | None = None) -> dict[str, dict[str, Any]]:
     """For each scale of SCALES, over the test split: number of images, their most frequent size at it, and mean squared
-    error on [−1, 1] and PSNR in dB, both means over images.
+    error on [−1, 1], PSNR in dB and SSIM, all means over images.
 
-    ``mse`` and ``psnr`` are of latents of the native image, decoded at this size; ``mse_encoded`` and ``psnr_encoded`` of
-    latents of the image at this size, on as many cells. Truth is the image resized (bicubic).
+    ``mse``, ``psnr`` and ``ssim`` are of latents of the native image, decoded at this size; ``mse_encoded`` and so on of
+    latents of the image at this size, on as many cells. Truth is the image resized (bicubic). ``frechet`` is the
+    distance of what is decoded to the images as they are, in an extractor's features (rFID), None without one.
     """
     total = len(shards.split(data.test_split))
     with Progress("measure RIAE", min(total, _MOST_NATIVE) + min(total, _MOST_RESIZED), unit="images") as progress:
-        native = _measure(codec, shards, data, ["native"], _MOST_NATIVE, progress)
-        return native | _measure(codec, shards, data, [name for name in SCALES if name != "native"], _MOST_RESIZED, progress)
+        def measure(names: list[str], limit: int) -> dict[str, dict[str, Any]]:
+            return _measure(codec, shards, data, names, limit, progress, extractor)
+
+        return measure(["native"], _MOST_NATIVE) | measure([name for name in SCALES if name != "native"], _MOST_RESIZED)
 
 
 def _measure(codec: Codec, shards: ShardSet, data: DataConfig, names: list[str], limit: int,
-             progress: Progress) -> dict[str, dict[str, Any]]:
-    errors: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+             progress: Progress, extractor: Extractor | None) -> dict[str, dict[str, Any]]:
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    errors: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # [N, 2]: squared error and SSIM
     sizes: dict[str, Counter[Size]] = defaultdict(Counter)
     for batch in eval_loader(shards, data, split=data.test_split, batch=_BATCH, limit=limit):
         images = batch["image"].to(codec.device)
         latents = codec.encode(images)
+        seen[""] += [extractor.features(images)] if extractor else []
         for name in names:
             size = scaled((images.shape[2], images.shape[3]), SCALES[name])
             truth = resize(images, size)
-            errors[name, ""].append(mse(codec.decode(latents, size), truth).cpu())
+            decoded = codec.decode(latents, size)
+            seen[name] += [extractor.features(decoded)] if extractor else []
+            errors[name, ""].append(_compare(decoded, truth))
             if name != "native":
                 again = codec.decode(codec.encode(truth, (latents.shape[2], latents.shape[3])), size)
-                errors[name, "_encoded"].append(mse(again, truth).cpu())
+                errors[name, "_encoded"].append(_compare(again, truth))
             sizes[name][size] += len(images)
         progress.advance(len(images))
-    return {name: {"size": list(sizes[name].most_common(1)[0][0]), "images": sizes[name].total(), **{
+    return {name: {"size": list(sizes[name].most_common(1)[0][0]), "images": sizes[name].total(),
+                   "frechet": distance(seen[name], seen[""]), **{
         f"{figure}{kind}": float(value) for (at, kind), parts in errors.items() if at == name
-        for figure, value in (("mse", torch.cat(parts).mean()), ("psnr", psnr(torch.cat(parts)).mean()))}}
-            for name in names}
+        for figure, value in zip(("mse", "psnr", "ssim"), _means(torch.cat(parts)), strict=True)}} for name in names}
+
+
+def distance(some: list[Tensor], others: list[Tensor]) -> float | None:
+    """Fréchet distance of features in batches, None where there are too few."""
+    if sum(map(len, some)) < 2 or sum(map(len, others)) < 2:
+        return None
+    return frechet_distance(torch.cat(some), torch.cat(others))
+
+
+def _compare(images: Tensor, truth: Tensor) -> Tensor:
+    return torch.stack([mse(images, truth), ssim(images, truth)], 1).cpu()
+
+
+def _means(errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return errors[:, 0].mean(), psnr(errors[:, 0]).mean(), errors[:, 1].mean()
 
 
 def draw_riae(codec: Codec, shards: ShardSet, data: DataConfig) -> RiaePictures:

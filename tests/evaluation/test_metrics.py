@@ -1,10 +1,11 @@
 """Metrics against what analysis says of them."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from r2id.evaluation.metrics import class_accuracy, frechet_distance, mse, psnr
+from r2id.evaluation.metrics import class_accuracy, frechet_distance, mse, precision_and_recall, psnr, ssim
 
 
 def test_error_and_psnr_of_a_known_difference():
@@ -55,3 +56,66 @@ def test_frechet_distance_of_fewer_images_than_features():
 
 def test_class_accuracy_leaves_out_classes_without_images():
     assert class_accuracy(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 0, 0, 1]), 3) == [pytest.approx(2 / 3), 1.0, None]
+
+
+def slow_ssim(image: np.ndarray, truth: np.ndarray, side: int) -> float:
+    """Of two [H, W] on [0, 2], place by place, as the paper writes it."""
+    at = np.arange(side) - side // 2
+    window = np.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    values = []
+    for top in range(image.shape[0] - side + 1):
+        for left in range(image.shape[1] - side + 1):
+            x, y = (picture[top:top + side, left:left + side] for picture in (image, truth))
+            mean_x, mean_y = (window * x).sum(), (window * y).sum()
+            var_x, var_y = (window * (x - mean_x) ** 2).sum(), (window * (y - mean_y) ** 2).sum()
+            both = (window * (x - mean_x) * (y - mean_y)).sum()
+            values.append((2 * mean_x * mean_y + 0.02**2) * (2 * both + 0.06**2)
+                          / ((mean_x**2 + mean_y**2 + 0.02**2) * (var_x + var_y + 0.06**2)))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize(("size", "side"), [((14, 17), 11), ((8, 8), 7), ((9, 9), 9), ((1, 1), 1)])
+def test_ssim_is_the_papers(size, side):
+    generator = np.random.default_rng(0)
+    images, truth = (generator.uniform(-1, 1, (2, 3, *size)) for _ in range(2))
+    truth = 0.7 * images + 0.3 * truth
+    expected = [np.mean([slow_ssim(images[n, c] + 1, truth[n, c] + 1, side) for c in range(3)]) for n in range(2)]
+    np.testing.assert_allclose(ssim(torch.from_numpy(images), torch.from_numpy(truth)), expected, rtol=1e-9)
+
+
+def test_ssim_is_scikit_images():
+    measure = pytest.importorskip("skimage.metrics")
+    generator = np.random.default_rng(1)
+    image, truth = generator.uniform(-1, 1, (2, 20, 31))
+    expected = measure.structural_similarity(image + 1, truth + 1, gaussian_weights=True, sigma=1.5,
+                                             use_sample_covariance=False, data_range=2)
+    assert float(ssim(torch.from_numpy(image)[None, None], torch.from_numpy(truth)[None, None])) == pytest.approx(expected)
+
+
+def test_ssim_of_what_is_known():
+    x = torch.rand(2, 1, 12, 13) * 2 - 1
+    torch.testing.assert_close(ssim(x, x), torch.ones(2, dtype=torch.float64))
+    c1 = 0.02**2  # of flat images the means alone count
+    flat = ssim(torch.full((1, 1, 12, 12), 0.5), torch.full((1, 1, 12, 12), -0.25))
+    assert float(flat) == pytest.approx((2 * 1.5 * 0.75 + c1) / (1.5**2 + 0.75**2 + c1))
+    assert ssim(x, -x).max() < 0
+
+
+def test_precision_and_recall_of_parts_and_of_strangers():
+    x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    assert precision_and_recall(x, x) == (1.0, 1.0)
+    assert precision_and_recall(x, x + 100) == (0.0, 0.0)
+    both = torch.cat([x[:150], x[150:] + 100])  # real images are of two kinds, and samples of one
+    precision, recall = precision_and_recall(torch.cat([x[:150], x[:150] + 1e-3]), both)
+    assert precision == 1.0 and recall == pytest.approx(0.5, abs=0.05)
+    precision, recall = precision_and_recall(both, x[:150])  # and the reverse
+    assert precision == pytest.approx(0.5, abs=0.05) and recall == 1.0
+
+
+def test_the_third_neighbour_is_the_ball():
+    real = torch.tensor([[0.0], [1.0], [2.0], [4.0]])  # radii 4, 3, 2, 4
+    precision, recall = precision_and_recall(torch.tensor([[-3.9], [-4.1], [7.9], [8.1]]), real)
+    assert (precision, recall) == (0.5, 1.0)
+    with pytest.raises(ValueError, match="3 and 4 features"):
+        precision_and_recall(real[:3], real)

@@ -1,11 +1,13 @@
 """Loss against time, and samples judged."""
 
+import math
+
 import pytest
 import torch
 
 from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
-from r2id.evaluation.r2id import compare_real, draw_samples, encode_tests, score_samples, scrape_times
+from r2id.evaluation.r2id import compare_real, draw_samples, encode_tests, score_samples, scrape_grids, scrape_times
 from r2id.sampling import Sampler
 
 
@@ -27,32 +29,51 @@ def test_loss_against_time(sampler, shards, data):
     assert scrape == scrape_times(sampler, latents, (0.25, 0.75))
 
 
+def test_loss_against_noise_of_three_grids(sampler, shards, data):
+    scrape = scrape_grids(sampler, shards, data, (0.25, 0.75))
+    assert list(scrape["grids"]) == ["2x2", "4x4", "8x8"] and scrape["told"] == "its class"
+    own = scrape_times(sampler, encode_tests(sampler, shards, data), (0.25, 0.75))["loss"]["its class"]
+    assert scrape["grids"]["4x4"]["loss"] == pytest.approx(own, rel=0.02)
+    small, large = (torch.tensor(scrape["grids"][name]["log_snr"]) for name in ("4x4", "8x8"))
+    assert (small - large).tolist() == pytest.approx([2 * math.log(2) * sampler.diffusion.shift_exponent] * 2, rel=1e-4)
+
+
 def test_real_images_are_near_and_noise_is_far(judge, shards, data):
-    real, facts = compare_real(judge, shards, data, 500)
-    assert real.shape == (359, 128)
+    real, facts = compare_real(judge, shards, data, (8, 8), 500)
+    assert real.whole.shape == real.windows.shape == (359, 128)
     assert (facts["test_images"], facts["training_images"]) == (359, 500)
+    assert 0 < facts["patch_frechet_of_training_images"] < 5 and facts["precision_of_training_images"] > 0.8
     noise, _ = judge.look(torch.rand(359, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    assert frechet_distance(noise, real) > 20 * facts["frechet_of_training_images"]
+    assert frechet_distance(noise, real.whole) > 20 * facts["frechet_of_training_images"]
     blurred, _ = judge.look(load_images(shards, data.model_copy(update={"size": (3, 3)}), "test")[0])
-    assert facts["frechet_of_training_images"] < frechet_distance(blurred, real) < frechet_distance(noise, real)
+    assert facts["frechet_of_training_images"] < frechet_distance(blurred, real.whole) < frechet_distance(noise, real.whole)
 
 
 def test_scores_of_samples(sampler, judge, shards, data):
-    real, _ = compare_real(judge, shards, data, 100)
-    scores = score_samples(sampler, judge, real, (12, 8), 130, seed=3)
+    real, _ = compare_real(judge, shards, data, (8, 8), 100)
+    scores = score_samples(sampler, judge, judge, real, (12, 8), 130, seed=3)
     assert scores["size"] == [12, 8] and scores["samples"] == 130
     assert scores["grid"] == list(sampler.grid_for((12, 8)))
     assert scores["accuracy"] == pytest.approx(sum(scores["accuracy_per_class"]) / 10)  # 13 of each class
     images = draw_samples(sampler, [(12, 8)], 130, seed=3)[12, 8]
     features, classes = judge.look(images)
     assert scores["accuracy"] == pytest.approx(float((classes == torch.arange(130) % 10).double().mean()), abs=0.02)
-    assert scores["frechet"] == pytest.approx(frechet_distance(features, real), rel=0.05)
+    assert scores["frechet"] == pytest.approx(frechet_distance(features, real.whole), rel=0.05)
+    scored = judge.probabilities(features).gather(1, (torch.arange(130) % 10).unsqueeze(1)).squeeze(1)
+    lowest = scores["lowest"]
+    assert len(lowest) == 20 and [one["score"] for one in lowest] == sorted(one["score"] for one in lowest)
+    assert lowest[0]["label"] == (lowest[0]["seed"] - 3) % 10
+    assert lowest[0]["score"] == pytest.approx(float(scored.min()), rel=0.1)
+    assert lowest[-1]["score"] == pytest.approx(float(scored.sort().values[19]), rel=0.1)
+    assert 0 <= scores["precision"] <= 1 and scores["patch_frechet"] > 0
+    unjudged = score_samples(sampler, None, judge, real, (12, 8), 5, seed=3)
+    assert unjudged["accuracy"] is None and unjudged["lowest"] == [] and unjudged["frechet"] > 0
 
 
 def test_one_sample_has_no_distance(sampler, judge, shards, data):
-    real, facts = compare_real(judge, shards, data, 1)
+    real, facts = compare_real(judge, shards, data, (8, 8), 1)
     assert facts["frechet_of_training_images"] is None
-    assert score_samples(sampler, judge, real, (8, 8), 1, 0)["frechet"] is None
+    assert score_samples(sampler, judge, judge, real, (8, 8), 1, 0)["frechet"] is None
 
 
 def test_the_same_seeds_at_every_size(sampler):

@@ -6,6 +6,7 @@ import torch
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.evaluation.images import load_images, to_floats
+from r2id.evaluation.metrics import frechet_distance
 from r2id.evaluation.riae import SCALES, draw_riae, measure_riae, scaled
 from r2id.training.codec import Codec
 from tests.evaluation.folders import write_folder
@@ -33,8 +34,17 @@ def test_every_scale_is_measured(measured):
     assert {name: tuple(row["size"]) for name, row in measured.items()} == {
         "native": (8, 8), "half": (4, 4), "double": (16, 16), "taller": (12, 8), "wider": (8, 12)}
     for name, row in measured.items():
-        assert row["images"] == 359 and 0 < row["mse"] < 4 and 0 < row["psnr"] < 106
+        assert row["images"] == 359 and 0 < row["mse"] < 4 and 0 < row["psnr"] < 106 and -1 < row["ssim"] < 1
         assert ("mse_encoded" in row) == (name != "native")
+
+
+def test_distance_to_the_originals_in_an_extractors_eyes(codec, measured, judge, shards, data):
+    assert measured["native"]["frechet"] is None
+    found = measure_riae(codec, shards, data, judge)
+    images = to_floats(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
+    expected = frechet_distance(judge.features(codec.decode(codec.encode(images), (8, 8))), judge.features(images))
+    assert found["native"]["frechet"] == pytest.approx(expected, rel=0.05)
+    assert found["double"]["frechet"] > 0 and found["native"]["mse"] == measured["native"]["mse"]
 
 
 def test_images_of_many_sizes(codec, tmp_path):

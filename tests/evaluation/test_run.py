@@ -12,6 +12,7 @@ from r2id.errors import InputError
 from r2id.evaluation.run import evaluate
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
+from tests.evaluation import extractors
 from tests.evaluation.folders import write_folder
 
 
@@ -43,7 +44,8 @@ def test_the_report_holds_everything(evaluated):
     html = (out / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:image/png;base64,)', html) and "http" not in html and "<script" not in html
     files = {file.stem for file in (out / "figures").iterdir()}
-    assert files == {"reconstructions", "latents", "ladder", "samples_8x8", "samples_12x8", "real", "t_scrape"}
+    assert files == {"reconstructions", "latents", "ladder", "samples_8x8", "samples_12x8", "real", "t_scrape",
+                     "grid_scrape", "failures_8x8", "failures_12x8"}
     assert files == set(re.findall(r'<figure id="([^"]+)"', html))
     for file in (out / "figures").iterdir():
         with Image.open(file) as picture:
@@ -58,6 +60,56 @@ def test_again_gives_the_same(evaluated, r2id_run, digits):
     again = evaluate(r2id_run, digits, out, sizes=((8, 8), (12, 8)), count=40, seed=5)
     assert again == metrics
     assert (out / "classifier.safetensors").stat().st_mtime_ns == kept
+
+
+@pytest.fixture(scope="module")
+def measured(r2id_run, digits, judge_file, judge, tmp_path_factory):
+    """(folder, what evaluate returned) with the sizes of the invariance, in the eyes of a file."""
+    out = tmp_path_factory.mktemp("measured") / "report"
+    out.mkdir()
+    shutil.copy(judge_file, out / "classifier.safetensors")
+    file = extractors.write(extractors.Quarters(), out.parent / "quarters.pt")
+    return out, evaluate(r2id_run, digits, out, count=10, seed=5, invariance=6, extractor=file)
+
+
+def test_invariance_is_measured_and_shown(measured):
+    out, metrics = measured
+    found = metrics["invariance"]
+    assert list(found["r2id"]["sizes"]) == list(found["riae"]["sizes"]) and "37x37" in found["riae"]["sizes"]
+    for row in found["r2id"]["sizes"].values():
+        assert row["samples"] == 6 and row["frechet"] > 0 and row["stretched"]["patch_frechet"] > 0
+    html = (out / "report.html").read_text()
+    assert {f"invariance_{name}" for name in ("accuracy", "frechet", "patch_frechet")} <= set(
+        re.findall(r'<figure id="([^"]+)"', html))
+    assert "37×37" in html and "Whether the resolution matters" in html
+    assert sum("consistency" in line or "stretched" in line for line in metrics["headlines"]) == 3
+    assert any("times the native squared error" in line for line in metrics["headlines"])
+
+
+def test_every_figure_says_where_it_is_from(measured, shards, judge):
+    out, metrics = measured
+    facts, extractor = metrics["provenance"]["figures"], metrics["provenance"]["extractor"]
+    assert extractor["name"] == "quarters.pt" and extractor["size"] == [8, 8]
+    html = (out / "report.html").read_text()
+    for name, fact in facts.items():
+        assert list(fact) == ["images", "seeds", "extractor", "resize", "reference"]
+        assert name in html and fact["images"] and "bicubic" in fact["resize"], name
+        assert ("samples" in name) == bool(re.fullmatch(r"5 to \d+", fact["seeds"])), name
+    distance, accuracy = (facts[f"samples: {name}"] for name in ("Fréchet distances, precision, recall",
+                                                                 "class accuracy, failures"))
+    assert distance["extractor"] == f"quarters.pt {extractor['hash']}"
+    assert accuracy["extractor"] == f"classifier {judge.hash}"
+    assert distance["reference"] == f"359 images of test split of {shards.digest}" and distance["images"].startswith("10 ")
+    assert facts["invariance: samples: class accuracy, failures"]["images"] == "6 samples per size"
+
+
+def test_an_riae_alone_in_the_eyes_of_a_file(riae_run, digits, tmp_path):
+    file = extractors.write(extractors.Quarters(), tmp_path / "quarters.pt")
+    metrics = evaluate(riae_run, digits, tmp_path / "report", extractor=file, invariance=3)
+    assert metrics["riae"]["native"]["frechet"] > 0 and set(metrics["invariance"]) == {"riae"}
+    with pytest.raises(InputError, match=r"--extractor .*: no such file"):
+        evaluate(riae_run, digits, tmp_path / "other", extractor=tmp_path / "none.pt")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_riae_alone(riae_run, digits, tmp_path):

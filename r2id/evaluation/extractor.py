@@ -1,0 +1,84 @@
+"""What images are compared by: features of a network, of the classifier that is trained here or of a file the user has.
+
+Shape letters: N images · C colours · H, W image · D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from r2id.data.files import sha256_file
+from r2id.errors import InputError
+from r2id.evaluation.images import resize
+from r2id.models.coords import Size
+
+_BATCH = 100
+
+
+class Extractor(Protocol):
+    """Features in which distributions of images are compared."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hash(self) -> str:
+        """Identity of the weights, hexadecimal."""
+
+    @property
+    def size(self) -> Size:
+        """Height and width to which every image is brought first, by r2id.evaluation.images.resize."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [−1, 1] of any size → float32 [N, D], on the CPU."""
+
+
+@dataclass(frozen=True)
+class FileExtractor:
+    """A TorchScript program that makes [N, D] of uint8 images [N, 3, H, W], such as the Inception-v3 that StyleGAN's
+    authors publish for the FID (``inception-2015-12-05.pt``). Grey images are given as colour."""
+
+    name: str
+    hash: str
+    size: Size
+    program: torch.jit.ScriptModule
+    device: torch.device
+    options: dict[str, bool]
+
+    @classmethod
+    def load(cls, file: Path, size: Size, device: torch.device) -> FileExtractor:
+        """InputError when the file is no TorchScript program, or its output is not one row of numbers for each image."""
+        if not file.is_file():
+            raise InputError(f"--extractor {file}: no such file")
+        try:
+            program = torch.jit.load(str(file), map_location=device).eval()
+        except RuntimeError as error:
+            raise InputError(f"--extractor {file}: not a TorchScript file: {str(error).strip().splitlines()[0]}") from None
+        wanted = {"return_features"} & {argument.name for argument in program.forward.schema.arguments}
+        extractor = cls(file.name, sha256_file(file), size, program, device, dict.fromkeys(wanted, True))
+        extractor.check(file)
+        return extractor
+
+    def check(self, file: Path) -> None:
+        """InputError when two grey images do not give [2, D] of finite numbers."""
+        try:
+            made = self.features(torch.zeros(2, 1, *self.size))
+        except RuntimeError as error:
+            raise InputError(f"--extractor {file}: takes no uint8 images [N, 3, {self.size[0]}, {self.size[1]}]: "
+                             f"{str(error).strip().splitlines()[-1]}") from None
+        if made.dim() != 2 or len(made) != 2 or not made.isfinite().all():
+            raise InputError(f"--extractor {file}: makes {list(made.shape)} of 2 images; must be finite numbers [2, D]")
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """See Extractor."""
+        return torch.cat([self.program(self._bytes(some), **self.options).float().cpu() for some in images.split(_BATCH)])
+
+    def _bytes(self, images: Tensor) -> Tensor:
+        seen = resize(images.to(self.device), self.size)
+        return ((seen + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)

@@ -1,0 +1,53 @@
+"""The extractors: the classifier, and a TorchScript file."""
+
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+from r2id.errors import InputError
+from r2id.evaluation.extractor import Extractor, FileExtractor
+from tests.evaluation import extractors
+
+CPU = torch.device("cpu")
+
+
+def test_a_file_sees_bytes_at_its_size(tmp_path):
+    file = extractors.write(extractors.Quarters(), tmp_path / "quarters.pt")
+    extractor: Extractor = FileExtractor.load(file, (8, 6), CPU)
+    assert extractor.name == "quarters.pt" and extractor.size == (8, 6)
+    assert extractor.hash == hashlib.sha256(file.read_bytes()).hexdigest()
+    grey = torch.full((130, 1, 3, 50), -1.0)  # in two batches
+    grey[1::2] = 0.2
+    features = extractor.features(grey)
+    assert features.shape == (130, 12) and features.dtype == torch.float32
+    assert (features[0::2] == 0).all() and (features[1::2] == 153).all()
+    red = torch.stack([torch.ones(8, 6), -torch.ones(8, 6), -torch.ones(8, 6)]).unsqueeze(0)
+    assert extractor.features(red).tolist() == [[255.0] * 4 + [0.0] * 8]
+
+
+def test_a_file_without_the_flag_is_called_without_it(tmp_path):
+    extractor = FileExtractor.load(extractors.write(extractors.Plain(), tmp_path / "plain.pt"), (4, 4), CPU)
+    assert extractor.features(torch.ones(2, 1, 9, 9)).tolist() == [[255.0] * 3] * 2
+
+
+def test_files_that_are_refused(tmp_path):
+    (tmp_path / "text").write_text("weights")
+    odd = extractors.write(extractors.Odd(), tmp_path / "odd.pt")
+    floats = extractors.write(nn.Linear(3, 3), tmp_path / "linear.pt")
+    for file, message in [(tmp_path / "none.pt", "no such file"), (tmp_path / "text", "not a TorchScript file"),
+                          (odd, "must be finite numbers|takes no uint8"), (floats, "takes no uint8 images")]:
+        with pytest.raises(InputError, match=message) as error:
+            FileExtractor.load(file, (4, 4), CPU)
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_classifier_is_one(judge, judge_file, shards, data):
+    extractor: Extractor = judge
+    images = torch.rand(5, 1, 8, 8) * 2 - 1
+    torch.testing.assert_close(extractor.features(images), judge.look(images)[0])
+    assert extractor.size == (8, 8) and len(extractor.hash) == 64
+    probabilities = judge.probabilities(extractor.features(images))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
+    assert probabilities.argmax(1).equal(judge.look(images)[1])

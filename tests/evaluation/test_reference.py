@@ -1,0 +1,55 @@
+"""Images in an extractor's eyes, whole and by windows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from r2id.evaluation.metrics import frechet_distance
+from r2id.evaluation.reference import Seen, compare, cut_windows, real_batches, see
+
+
+def test_windows_are_cut_at_one_place_of_a_picture_at_every_size():
+    ramp = torch.arange(40.0).reshape(1, 1, 1, 40).expand(300, 1, 40, 40)
+    images = torch.cat([ramp, ramp.transpose(2, 3)], 1)
+    windows = cut_windows(images)
+    assert windows.shape == (300, 2, 20, 20)
+    left, top = windows[:, 0, 0, 0], windows[:, 1, 0, 0]
+    torch.testing.assert_close(windows[:, 0, 7], left[:, None] + torch.arange(20.0))
+    torch.testing.assert_close(windows[:, 1, :, 3], top[:, None] + torch.arange(20.0))
+    assert (left.min(), left.max(), top.min(), top.max()) == (0, 20, 0, 20)  # all places, edges included
+    half = cut_windows(images[:, :, ::2, ::2])
+    assert half.shape == (300, 2, 10, 10)
+    assert (half[:, 0, 0, 0] - left).abs().max() <= 2 and (half[:, 1, 0, 0] - top).abs().max() <= 2
+    assert cut_windows(images[7:9], 7).equal(windows[7:9])
+    assert cut_windows(torch.zeros(2, 1, 5, 1)).shape == (2, 1, 3, 1)
+
+
+def test_batches_do_not_matter():
+    extractor = SimpleNamespace(features=lambda images: images.mean((1, 3)))
+    images = torch.rand(20, 3, 6, 6)
+    whole = see(extractor, [images])
+    parts = see(extractor, images.split(7))
+    assert whole.whole.equal(parts.whole) and whole.windows.equal(parts.windows)
+    assert whole.whole.shape == (20, 6) and whole.windows.shape == (20, 3)
+
+
+def test_sets_are_compared_whole_and_by_windows():
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    figures = compare(Seen(x, x + 2), Seen(x, x))
+    assert figures["frechet"] == pytest.approx(0, abs=1e-6) and figures["patch_frechet"] == pytest.approx(12)
+    assert figures["precision"] == figures["recall"] == 1
+    more = torch.cat([x, x + 100])
+    figures = compare(Seen(x, x), Seen(more, more))
+    assert figures["frechet"] == pytest.approx(frechet_distance(x, more))
+    assert figures["recall"] == pytest.approx(0.5, abs=0.1)  # of 50 of the 100, evenly spaced
+    few = Seen(x[:3], x[:3])
+    assert compare(few, few)["precision"] is None and compare(few, few)["frechet"] == pytest.approx(0, abs=1e-6)
+    assert set(compare(Seen(x[:1], x[:1]), few).values()) == {None}
+
+
+def test_real_images_at_a_size(shards, data):
+    images, labels = (torch.cat(part) for part in zip(*real_batches(shards, data, "test", (5, 9)), strict=True))
+    assert images.shape == (359, 1, 5, 9) and labels.tolist() == shards.split("test").label.tolist()
+    some = list(real_batches(shards, data, "test", (5, 9), 2, [1, 3, 5, 7]))
+    assert some[0][0].equal(images[[1, 5]])
