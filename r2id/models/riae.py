@@ -26,7 +26,7 @@ from r2id.models.tiles import Tiles, rectangles
 
 _ENCODE_CHUNK = 1 << 19  # pixels encoded at once outside training, one image at least: memory does not grow with the batch
 _DECODE_CHUNK = 8192  # points decoded at once outside training: memory does not grow with the output
-_TILES_CHUNK = 1 << 14  # pixels encoded or decoded at once with local attention: memory grows with neither
+_TILES_CHUNK = 1 << 13  # pixels encoded or decoded at once with local attention: memory grows with neither
 
 
 class RIAE(nn.Module):
