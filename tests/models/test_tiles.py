@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from r2id.config import RiaeConfig
 from r2id.errors import InputError
-from r2id.models import attention, riae
+from r2id.models import attention, layers, riae
 from r2id.models.coords import grid_coordinates
 from r2id.models.riae import RIAE
 from r2id.models.tiles import Tiles, rectangles
@@ -96,6 +96,31 @@ def test_tiles_list_each_query_once_and_the_keys_near_it(grid, size, tile, halo)
         found[index[seen]] = True
         assert seen.sum() == found.sum() and (expected[row[wanted]] == found).all()
     torch.testing.assert_close(tiles.restored(tiles.in_order(queries))[0], queries)
+
+
+def test_latent_blocks_may_be_local():
+    grid = (9, 13)
+    block, x, cells = layers.SelfBlock(32, 2, 4.0, local=True), torch.randn(2, 9 * 13, 32), grid_coordinates(grid)
+    at = ((cells[:, :2]) * torch.tensor([13.0, 9.0])).unsqueeze(0)
+
+    def attention(queries, keys, at, context_at):
+        return block.attention(queries, keys, at, context_at)
+
+    normed = block.norm(x)
+    expected = x + through(attention, normed, normed, near(cells, cells, grid, 4, 2.0), at, at)
+    expected = expected + block.ffn(block.ffn_norm(expected))
+    torch.testing.assert_close(block(x, at, Tiles.between(grid, grid, grid, 4, 2.0)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_change_of_one_pixel_reaches_no_further_than_tiles_and_halos():
+    """With local latent blocks, too: each layer carries it from its tile to the neighbours whose halo it lies in."""
+    model, image = made(latent_attention="local"), torch.randn(1, 1, 16, 160)
+    changed = image.clone()
+    changed[..., 0] += 1
+    moved = (model.encode(changed) - model.encode(image)).abs().amax(dim=(0, 1, 2))
+    assert moved[0] > 1e-4 and moved[:8].max() > 0 and moved[8:].max() < 1e-6
+    everywhere = made()
+    assert (everywhere.encode(changed) - everywhere.encode(image)).abs().amax(dim=(0, 1, 2))[8:].max() > 1e-6
 
 
 def test_a_lonely_tile_sees_its_nearest_key():
@@ -196,7 +221,8 @@ def test_both_kernels_agree_on_tiles(model, monkeypatch):
     torch.testing.assert_close(model.decode(latents, (37, 29)), plain, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"jitter": 0.0}, {"decode_scales": (0.5, 2.0)}, {"decode_pixels": 10**6}])
+@pytest.mark.parametrize("changes", [{}, {"jitter": 0.0}, {"decode_scales": (0.5, 2.0)}, {"decode_pixels": 10**6},
+                                     {"latent_attention": "local"}])
 def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes):
     loss = RiaeLoss(made(**changes).train(), seed=3)
     image, index = torch.rand(4, 1, 37, 45) * 2 - 1, torch.tensor([5, 9, 2, 7])
