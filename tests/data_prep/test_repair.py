@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from data_prep.repair import repair
-from r2id import cli
+from r2id.cli import data as cli
 from r2id.data.shards import Manifest
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
