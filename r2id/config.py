@@ -101,6 +101,9 @@ class RiaeConfig(Section):
     """Blocks in which output pixels query the latents."""
     latent_blocks: int = Field(default=0, ge=0)
     """Self-attention blocks on the latent grid, at the end of the encoder and again at the start of the decoder."""
+    latent_attention: Literal["global", "local"] = "global"
+    """In those blocks, where ``attention`` is local: between all latents, which takes most of the time of an image of more
+    than some thousand latents, or between those of a tile and its halo."""
     ffn_ratio: float = Field(default=4.0, gt=0)
     fourier: IntPair = (-3, 7)
     """First and last power p of the Fourier features sin, cos(π·2^p·coordinate), for ``cloud`` attention."""

@@ -22,7 +22,7 @@ from r2id.diffusion import objective, schedule, solvers
 from r2id.diffusion.noise import noise_field
 from r2id.errors import InputError
 from r2id.models.conditioning import empty
-from r2id.models.coords import Size
+from r2id.models.coords import Size, Window, part_of
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.pictures import read_image, save_png, tile
@@ -225,17 +225,20 @@ def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence
             "grids": [list(grid or sampler.grid_for(size)) for size in sizes]}
 
 
-def reconstruct_file(path: Path, picture: Path, out: Path, sizes: Sequence[Size], *, overwrite: bool = False,
-                     device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Encode a picture file and decode it at every size (default its own) into PNG files; PSNR at its own size."""
+def reconstruct_file(path: Path, picture: Path, out: Path, sizes: Sequence[Size], *, window: Window | None = None,
+                     overwrite: bool = False, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Encode a picture file and decode it, or a window (y0, x0, y1, x1) of it, at every size (default its own) into PNG
+    files; PSNR of the whole at its own size. InputError when the window does not lie within a picture of each size."""
     codec = Codec.load(path, device)
     image = read_image(picture, codec.channels)
     own: Size = (image.shape[1], image.shape[2])
     sizes = tuple(sizes) or (own,)
+    for size in sizes:
+        part_of(size, window)  # before anything is computed or written
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
     latents = codec.encode(image.unsqueeze(0))
     for file, size in zip(files, sizes, strict=True):
-        save_png(codec.decode(latents, size)[0], file)
+        save_png(codec.decode(latents, size, window)[0], file)
     error = F.mse_loss(codec.decode(latents, own)[0].cpu(), image)
     return {"files": [str(file) for file in files], "psnr": float(10 * torch.log10(4 / error.clamp(min=1e-12)))}
 

@@ -141,6 +141,7 @@ def test_repair_from_the_command_line(r2id, tmp_path):
 TRAIN = "train {configs}/digits/riae.toml run={tmp}/run"
 SAMPLE = "sample {r2id} --out {tmp}/s.png --count 2 --steps 1"
 EXPORT = "checkpoint export {riae} --out {tmp}/a.safetensors"
+WINDOW = "reconstruct {riae} {tmp}/in.png --out {tmp}/o --size 30x50"
 MISTAKES = {
     "source missing": ("prepare mnist --source {tmp}/none --out {tmp}/o", ["none"]),
     "source empty": ("prepare folder --source {tmp}/empty --out {tmp}/o", ["empty"]),
@@ -162,6 +163,10 @@ MISTAKES = {
     "label out of range": (SAMPLE + " --size 8x8 --label 10", ["label 10", "0 to 9"]),
     "text as image": ("reconstruct {riae} {tmp}/text.jpg --out {tmp}/o", ["text.jpg"]),
     "image missing": ("reconstruct {riae} {tmp}/none.jpg --out {tmp}/o", ["none.jpg", "no such file"]),
+    "window of three": (WINDOW + " --window 0,0,4", ["'0,0,4'", "y0,x0,y1,x1"]),
+    "window of words": (WINDOW + " --window top,0,4,4", ["'top,0,4,4'", "y0,x0,y1,x1"]),
+    "empty window": (WINDOW + " --window 4,0,4,4", ["window 4,0,4,4", "y0 < y1 ≤ 30"]),
+    "window outside": (WINDOW + " --window 0,0,30,51", ["window 0,0,30,51", "x1 ≤ 50", "30x50"]),
     "output exists": ("sample {r2id} --size 8x8 --out {tmp}/there.png", ["there.png", "exists already"]),
     "output of another kind": ("sample {r2id} --out {tmp}/text.jpg", ["text.jpg", ".png file or a folder"]),
     "unknown solver": (SAMPLE + " --solver rk9", ["rk9", "ddim"]),
@@ -181,6 +186,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, r2id, digits, riae_run, r2i
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "there.png").write_text("precious")
+    Image.new("L", (9, 7), 200).save(tmp_path / "in.png")
     (tmp_path / "typo.toml").write_text((CONFIGS / "digits" / "riae.toml").read_text() + "\nbatchh = 3\n")
     before = sorted(tmp_path.rglob("*"))
     command, words = MISTAKES[name]

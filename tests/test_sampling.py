@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -117,6 +118,16 @@ def test_reconstruction_of_a_picture_file(riae_run, tmp_path):
     assert 0 < result["psnr"] < 60
     with Image.open(tmp_path / "out" / "30x50.png") as picture:
         assert picture.size == (50, 30)
+
+
+def test_a_window_of_a_reconstruction_is_cut_from_the_whole(riae_run, tmp_path):
+    Image.radial_gradient("L").resize((21, 13)).save(tmp_path / "in.png")
+    reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "whole.png", [(30, 50)])
+    reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "part.png", [(30, 50)], window=(3, 11, 20, 50))
+    with Image.open(tmp_path / "whole.png") as whole, Image.open(tmp_path / "part.png") as part:
+        assert part.size == (39, 17)
+        difference = np.asarray(whole.crop((11, 3, 50, 20)), dtype=int) - np.asarray(part, dtype=int)
+    assert np.abs(difference).max() <= 1
 
 
 def test_where_output_may_go(tmp_path):

@@ -34,6 +34,16 @@ def parse_sizes(texts: list[str] | None) -> tuple[tuple[int, int], ...]:
     return tuple(parse_size(text) for text in texts or ())
 
 
+def parse_window(text: str | None) -> tuple[int, int, int, int] | None:
+    """'0,8,32,40' → (0, 8, 32, 40); InputError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+),([0-9]+),([0-9]+),([0-9]+)", text.replace(" ", ""))
+    if not match:
+        raise InputError(f"window {text!r}: must be y0,x0,y1,x1 in whole pixels of the picture of --size, such as 0,8,32,40")
+    return int(match[1]), int(match[2]), int(match[3]), int(match[4])
+
+
 def find_device(name: str):
     import torch
 

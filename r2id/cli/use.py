@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from r2id.cli.options import Device, Json, SizeList, app, find_device, parse_size, parse_sizes, report
+from r2id.cli.options import Device, Json, SizeList, app, find_device, parse_size, parse_sizes, parse_window, report
 from r2id.errors import InputError
 
 
@@ -82,14 +82,17 @@ def reconstruct(
     image: Annotated[Path, typer.Argument(help="A picture of any size.")],
     out: Annotated[Path, typer.Option(help="PNG file, or a folder for one per size; must not exist.")],
     size: SizeList = None,
+    window: Annotated[str | None, typer.Option(metavar="y0,x0,y1,x1", help="Decode the rows y0 to y1 and the columns x0 to "
+                                               "x1 alone, in pixels of the picture of --size.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Encode a picture and decode it at any sizes; default its own."""
+    """Encode a picture and decode it, or a window of it, at any sizes; default its own."""
     from r2id.sampling import reconstruct_file
 
-    result = reconstruct_file(checkpoint, image, out, parse_sizes(size), overwrite=overwrite, device=find_device(device))
+    result = reconstruct_file(checkpoint, image, out, parse_sizes(size), window=parse_window(window), overwrite=overwrite,
+                              device=find_device(device))
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]]
             + [f"PSNR at its own size: {r['psnr']:.2f} dB"])
 

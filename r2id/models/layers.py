@@ -77,9 +77,14 @@ class SelfBlock(nn.Module):
         self.norm, self.attention = RMSNorm(width), Attention(width, width, heads, local)
         self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
 
-    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, at: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
+        """``tiles``: of all tokens, which then see those of their tile alone."""
         normed = self.norm(x)
-        x = x + self.attention(normed, normed, at, at)
+        if tiles is None:
+            x = x + self.attention(normed, normed, at, at)
+        else:
+            places = None if at is None else tiles.in_order(at[0])
+            x = x + tiles.restored(self.attention(normed[:, tiles.queries[0].flatten()], normed, places, at, tiles))
         return x + self.ffn(self.ffn_norm(x))
 
 

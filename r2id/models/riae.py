@@ -26,7 +26,7 @@ from r2id.models.tiles import Tiles, rectangles
 
 _ENCODE_CHUNK = 1 << 19  # pixels encoded at once outside training, one image at least: memory does not grow with the batch
 _DECODE_CHUNK = 8192  # points decoded at once outside training: memory does not grow with the output
-_TILES_CHUNK = 1 << 14  # pixels encoded or decoded at once with local attention: memory grows with neither
+_TILES_CHUNK = 1 << 13  # pixels encoded or decoded at once with local attention: memory grows with neither
 
 
 class RIAE(nn.Module):
@@ -106,19 +106,21 @@ class RIAE(nn.Module):
 
     def _to_latents(self, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """[B, M, D] at all cells [1, M, 4] → latents [B, M, L]."""
-        cell_places = _in_cells(cells, grid)
-        for block in self.encoder_latent:
-            x = block(x, cell_places)
+        x = self._through(self.encoder_latent, x, cells, grid)
         latents = self.to_latent(x).float()
         return torch.tanh(latents) if self.config.bounded else latents
 
     def spread_latents(self, latents: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """Latents [B, M, L] at cells [1, M, 4] → the decoder's keys [B, M, D]; once per image, however many points."""
         place = self._features(cells, grid).expand(latents.shape[0], -1, -1)
-        x = self.latent_in(torch.cat([latents, place], dim=-1))
-        cell_places = _in_cells(cells, grid)
-        for block in self.decoder_latent:
-            x = block(x, cell_places)
+        return self._through(self.decoder_latent, self.latent_in(torch.cat([latents, place], dim=-1)), cells, grid)
+
+    def _through(self, blocks: nn.ModuleList, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
+        """[B, M, D] at all cells [1, M, 4], through blocks of the latent grid."""
+        local = len(blocks) and self.config.latent_attention == "local"
+        tiles = self.tiles(grid, grid, grid, device=x.device) if local else None
+        for block in blocks:
+            x = block(x, _in_cells(cells, grid), tiles)
         return x
 
     def decode_points(self, keys: Tensor, cells: Tensor, at: Tensor, grid: Size, tiles: Tiles | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """Attention that is local in coordinates: which keys the queries of a tile see.
 
 A latent grid is cut into square tiles, the last of a row or column smaller where the sides do not divide. The queries that
-lie in a tile see the keys whose centres lie within the tile's extent plus a halo, edges included, and nothing else; a tile
-that has no key so near sees the nearest. What a query sees thus follows from coordinates alone: not from sizes, and not
+lie in a tile see the keys whose centres lie within the tile's extent plus a halo, edges included, and nothing else; where no
+key of an axis is so near, the nearest. What a query sees thus follows from coordinates alone: not from sizes, and not
 from which other queries are asked along with it.
 
 On a regular grid the keys within reach of a tile are a range of each axis, found by bisection. Every tile takes as many

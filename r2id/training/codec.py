@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r2id.config import DataConfig, RiaeConfig
 from r2id.errors import InputError
-from r2id.models.coords import Size
+from r2id.models.coords import Size, Window
 from r2id.models.riae import RIAE
 from r2id.training import checkpoint
 
@@ -75,10 +75,10 @@ class Codec:
         with self._autocast():
             return self.model.encode(images.to(self.device), grid)
 
-    def decode(self, latents: Tensor, size: Size) -> Tensor:
-        """Raw latents [B, L, h, w] → images [B, C, H, W] clipped to [−1, 1]."""
+    def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
+        """Raw latents [B, L, h, w] → images [B, C, H, W] clipped to [−1, 1], or a window of them; see RIAE.decode."""
         with self._autocast():
-            return self.model.decode(latents.to(self.device), size).clamp(-1, 1)
+            return self.model.decode(latents.to(self.device), size, window).clamp(-1, 1)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Raw latents [B, L, h, w] → mean 0 and standard deviation 1 per channel."""
