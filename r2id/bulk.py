@@ -136,7 +136,8 @@ def make_plan(sampler: Sampler, path: Path, out: Path, sizes: Sequence[Size], *,
     chosen = list(labels or sampler.defaults.labels)
     facts = {"format_version": FORMAT_VERSION, "format": kind, "checkpoint": checkpoint.identity(path),
              "riae": sampler.codec.hash, "size": list(size), "grid": list(grid or sampler.grid_for(size)), "count": count,
-             "first_seed": seed, "labels": chosen, "classes": sampler.num_classes, **resolved, "batch": batch,
+             "first_seed": seed, "labels": chosen, "classes": sampler.num_classes,
+             "shift_exponent": sampler.diffusion.shift_exponent, **resolved, "batch": batch,
              "device": sampler.codec.device.type}
     return Plan(out, facts, choose_labels(chosen, -(-count // batch) * batch, sampler.num_classes), resolved)
 
