@@ -178,8 +178,8 @@ def _log_ratio(grid: Size, base: Size) -> float:
 def _describe(sampler: Sampler, fit: Fit, curves: Curves, base: Size, sizes: Mapping[Size, Size]) -> dict[str, Any]:
     """What noise-shift.json says of the measurement."""
     low, high = sampler.areas
-    return {"format_version": FORMAT_VERSION, "k": fit.k, "residual": fit.residual, "used_before":
-            sampler.diffusion.shift_exponent, "error": "squared error of x0 over the mean square of x0, of standardised latents",
+    return {"format_version": FORMAT_VERSION, "k": fit.k, "residual": fit.residual,
+            "used_before": sampler.diffusion.shift_exponent, "error": "squared error of x0 over the mean square of x0",
             "base": f"{base[0]}x{base[1]}", "log_snr": list(LOG_SNRS), "grids": {f"{grid[0]}x{grid[1]}": {
                 "size": list(sizes[grid]), "trained": low <= math.prod(grid) <= high, "error": list(curve),
                 "displacement": fit.displacements[grid], "shift": fit.shift(grid, base),
