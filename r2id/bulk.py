@@ -133,10 +133,12 @@ def make_plan(sampler: Sampler, path: Path, out: Path, sizes: Sequence[Size], *,
     size = sizes[0] if sizes else sampler.codec.image
     count, batch = count or sampler.defaults.count, sampler.batch_length(size, grid)
     resolved = {name: getattr(sampler.defaults, name) if value is None else value for name, value in settings.items()}
+    told = {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}  # as JSON has it
     chosen = list(labels or sampler.defaults.labels)
     facts = {"format_version": FORMAT_VERSION, "format": kind, "checkpoint": checkpoint.identity(path),
              "riae": sampler.codec.hash, "size": list(size), "grid": list(grid or sampler.grid_for(size)), "count": count,
-             "first_seed": seed, "labels": chosen, "classes": sampler.num_classes, **resolved, "batch": batch,
+             "first_seed": seed, "labels": chosen, "classes": sampler.num_classes,
+             "shift_exponent": sampler.diffusion.shift_exponent, **told, "batch": batch,
              "device": sampler.codec.device.type}
     return Plan(out, facts, choose_labels(chosen, -(-count // batch) * batch, sampler.num_classes), resolved)
 

@@ -29,6 +29,7 @@ from r2id.pictures import read_image, save_png, tile
 from r2id.training import checkpoint
 from r2id.training.codec import Codec
 from r2id.training.losses import denoising_loss
+from r2id.training.noise_shift import applied_exponent
 from r2id.training.stages import Stage, codec_path
 
 _PREVIEW_IMAGES = 10
@@ -55,6 +56,7 @@ class Sampler:
     def load(cls, path: Path, device: torch.device | str = "cpu", codec: Codec | None = None) -> Sampler:
         """From an R2ID checkpoint or run directory; it names its RIAE, unless ``codec`` is given.
 
+        A noise shift that was measured of this checkpoint and applied (see r2id.training.noise_shift) replaces the trained.
         InputError when it is no R2ID checkpoint, is damaged, or the RIAE is not the one it was trained with.
         """
         path = checkpoint.resolve(path)
@@ -68,8 +70,10 @@ class Sampler:
         model = R2ID(R2idConfig.model_validate(meta.config["r2id"]), codec.latent_channels, meta.model["classes"])
         checkpoint.fit(model, checkpoint.load_tensors(path, "ema"), path)
         model.to(device).eval().requires_grad_(False)
-        return cls(model, codec, DiffusionConfig.model_validate(meta.config["diffusion"]),
-                   SampleConfig.model_validate(meta.config["sample"]), meta.model["base_side"],
+        diffusion, exponent = DiffusionConfig.model_validate(meta.config["diffusion"]), applied_exponent(path)
+        if exponent is not None:
+            diffusion = change(diffusion, {"shift_exponent": exponent})
+        return cls(model, codec, diffusion, SampleConfig.model_validate(meta.config["sample"]), meta.model["base_side"],
                    tuple(meta.model["areas"]), tuple(meta.model["ratios"]), meta.config["train"]["precision"] != "float32",
                    tuple(meta.model.get("attributes", ())))
 
@@ -114,8 +118,7 @@ class Sampler:
         settings = change(self.defaults, {name: value for name, value in asked.items() if value is not None})
         grid = grid or self.grid_for(size)
         length, images = self.batch_length(size, grid), []
-        if condition.dim() == 1 and self.attributes:
-            condition = torch.zeros(len(condition), len(self.attributes))  # that model knows no classes
+        condition = self._known(condition)
         for start in range(0, len(seeds), length):
             rows = torch.arange(start, start + length).clamp(max=len(seeds) - 1)  # the last repeated, where they are few
             drawn = self.codec.decode(self._latents(condition[rows], seeds[rows], grid, settings), size)
@@ -154,8 +157,27 @@ class Sampler:
         noise = rng.normal(rng.fold(seed, torch.arange(len(latents))), *latents.shape[1:])
         with self._autocast():
             return denoising_loss(self.model, self.diffusion, self.base_side, self.codec.normalise(latents),
-                                  condition, torch.full((len(latents),), time, device=latents.device),
+                                  self._known(condition), torch.full((len(latents),), time, device=latents.device),
                                   noise.to(latents.device))[1]
+
+    @torch.no_grad()
+    def data_error(self, latents: Tensor, condition: Tensor, log_snr: float, seed: int = 0) -> Tensor:
+        """Squared error of the x₀ that the model predicts at a logSNR, which is not shifted and which it is told as it is,
+        per sample: raw latents [B, L, h, w] and conditions [B, …] → float32 [B]."""
+        data, level = self.codec.normalise(latents), torch.tensor(log_snr, device=latents.device)
+        alpha, sigma = schedule.alpha_sigma(level, self.diffusion.schedule)
+        noise = rng.normal(rng.fold(seed, torch.arange(len(latents))), *latents.shape[1:]).to(latents.device)
+        x = alpha * data + sigma * noise
+        with self._autocast():
+            predicted = self.model(x, schedule.alpha_bar(level).expand(len(x)), self._known(condition))
+        found, _ = objective.to_data_and_noise(self.diffusion.objective, x, predicted.float(), alpha, sigma)
+        return (found - data).square().flatten(1).mean(1)
+
+    def _known(self, condition: Tensor) -> Tensor:
+        """A model that knows attributes is told none of them where it would be told a class."""
+        if condition.dim() == 1 and self.attributes:
+            return torch.zeros(len(condition), len(self.attributes), device=condition.device)
+        return condition
 
     def _shift(self, grid: Size) -> float:
         return schedule.size_shift((grid[0] * grid[1]) ** 0.5, self.base_side, self.diffusion.shift_exponent)

@@ -29,7 +29,7 @@ def r2id(monkeypatch, capfd):
     return run
 
 
-COMMANDS = ["prepare", "verify", "train", "encode", "sample", "reconstruct", "evaluate", "run"]
+COMMANDS = ["prepare", "verify", "train", "encode", "sample", "reconstruct", "evaluate", "noise-shift", "run"]
 
 
 def test_every_command_has_help(r2id):
@@ -63,6 +63,8 @@ def test_results_as_json(r2id, digits, riae_run, r2id_run, latents, tmp_path):
     Image.new("L", (9, 7), 200).save(tmp_path / "in.png")
     code, out, _ = r2id("reconstruct", riae_run, tmp_path / "in.png", "--out", tmp_path / "r.png", "--json")
     assert code == 0 and (tmp_path / "r.png").exists()
+    code, out, _ = r2id("noise-shift", r2id_run, "--shards", digits, "--images", 20, "--out", tmp_path / "shift", "--json")
+    assert code == 0 and json.loads(out) == json.loads((tmp_path / "shift" / "noise-shift.json").read_text())
     code, out, _ = r2id("train", r2id_run / "config.toml", "--json")
     assert code == 0 and json.loads(out)["step"] == 40
 
@@ -175,6 +177,7 @@ MISTAKES = {
     "export of a width that is none": (EXPORT + " --ema wide", ["'wide'", "default"]),
     "export of a width not tracked": (EXPORT + " --ema 0.1", ["one average", "train.ema_profiles"]),
     "export of an unknown type": (EXPORT + " --dtype int8", ["int8", "bfloat16"]),
+    "shift of no R2ID": ("noise-shift {riae} --shards {digits} --out {tmp}/o", ["stage 'riae', not 'r2id'"]),
     "unknown device": (SAMPLE + " --device tpu9", ["tpu9"]),
     "uneven batch": (TRAIN + " data.shards={digits} train.batch=10 train.micro_batch=4",
                      ["train.batch = 10", "multiple of 4"]),

@@ -1,4 +1,4 @@
-"""Commands that use trained models: sample, reconstruct, evaluate."""
+"""Commands that use trained models: sample, reconstruct, evaluate, noise-shift."""
 
 from __future__ import annotations
 
@@ -121,3 +121,27 @@ def evaluate(
                           invariance=invariance_count if invariance else 0, extractor=extractor,
                           device=find_device(device))
     report(result, as_json, lambda r: [*r["headlines"], f"report: {out / 'report.html'}"])
+
+
+@app.command("noise-shift")
+def noise_shift(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID checkpoint or run directory.")],
+    shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
+    images: Annotated[int, typer.Option(min=1, help="Test images, evenly spaced.")] = 256,
+    out: Annotated[Path | None, typer.Option(help="Folder for noise-shift.json and noise-shift.png. Default: report in the "
+                                                  "run directory.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    apply: Annotated[bool, typer.Option("--apply", help="Draw this checkpoint's samples with the k found, until "
+                                                        "noise-shift.json is removed from its run directory.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure by how much larger latent grids need more noise: the exponent k of the noise shift."""
+    from r2id.evaluation.noise_shift import measure_noise_shift
+
+    result = measure_noise_shift(checkpoint, shards, out, images=images, seed=seed, apply=apply, device=find_device(device))
+    report(result, as_json, lambda r: [
+        *(f"{name}: displaced by {grid['displacement']:+.2f} in logSNR; RMS difference {grid['mismatch_unshifted']:.4f}, "
+          f"shifted {grid['mismatch_shifted']:.4f}" + ("" if grid["trained"] else "; a grid that was not trained")
+          for name, grid in r["grids"].items()),
+        f"k = {r['k']:.3f}, residual {r['residual']:.3f} in logSNR; used so far: {r['used_before']:.3f}"])

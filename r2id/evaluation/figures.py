@@ -90,6 +90,23 @@ def grid_curves(scrape: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
+def shift_curves(found: Mapping[str, Any]) -> bytes:
+    """What measure_noise_shift returns: the grids' curves as they are, and each shifted by k towards the base grid's."""
+    figure = Figure((9.6, 3.6), layout="constrained")
+    places = figure.subplots(1, 2, sharex=True, sharey=True)
+    log_snr = np.array(found["log_snr"])
+    for number, (name, curve) in enumerate(found["grids"].items()):
+        words = f"{name.replace('x', '×')} cells{'' if curve['trained'] else ', not trained'}"
+        for axes, shift in zip(places, (0.0, curve["shift"]), strict=True):
+            axes.plot(log_snr + shift, curve["error"], "o-" if curve["trained"] else "o--", label=words,
+                      color=f"C{number}", markersize=3)
+    for axes, title in zip(places, ("as measured", f"shifted by 2k·log(n/n_base), k = {found['k']:.3f}"), strict=True):
+        axes.set(xlabel="logSNR (data on the right, noise on the left)", title=title)
+        _tidy(axes)
+    places[0].set(ylabel="squared error of x₀, its square 1")
+    return _png(figure)
+
+
 def size_curves(names: Sequence[str], lines: Mapping[str, Sequence[float]], words: str) -> bytes:
     """One figure of many sizes, for samples and for what they are held against."""
     figure = Figure((7.6, 3.2), layout="constrained")

@@ -43,6 +43,13 @@ def encode_tests(sampler: Sampler, shards: ShardSet, data: DataConfig) -> Latent
             for batch in eval_loader(shards, data, split=data.test_split, batch=BATCH, limit=_SCRAPED)]
 
 
+def encode_resized(sampler: Sampler, shards: ShardSet, data: DataConfig, size: Size, limit: int) -> Latents:
+    """Latents, on the codec's own grid, of a few test images brought to a size, with their labels, on its device."""
+    grid = sampler.codec.grid_for(size)
+    return [(sampler.codec.encode(resize(images, size), grid), labels.to(sampler.codec.device)) for images, labels in
+            real_batches(shards, data, data.test_split, sampler.codec.image, limit)]
+
+
 def scrape_times(sampler: Sampler, latents: Latents, times: Sequence[float] = TIMES, seed: int = 0,
                  told: Sequence[str] = TOLD) -> dict[str, Any]:
     """Mean loss of denoising test latents at each time ("t-scrape"), told their class, no class, or another class.
@@ -81,9 +88,8 @@ def scrape_grids(sampler: Sampler, shards: ShardSet, data: DataConfig, times: Se
         name = f"{grid[0]}x{grid[1]}"
         if name in curves:
             continue
-        batches = [(sampler.codec.encode(resize(images, size), grid), labels.to(sampler.codec.device)) for images, labels in
-                   real_batches(shards, data, data.test_split, sampler.codec.image, _SCRAPED)]
-        told = scrape_times(sampler, batches, times, seed, told=("its class" if sampler.num_classes > 1 else "no class",))
+        told = scrape_times(sampler, encode_resized(sampler, shards, data, size, _SCRAPED), times, seed,
+                            told=("its class" if sampler.num_classes > 1 else "no class",))
         shift = schedule.size_shift((grid[0] * grid[1]) ** 0.5, sampler.base_side, sampler.diffusion.shift_exponent)
         curves[name] = {"images": told["images"], "size": list(size), "loss": next(iter(told["loss"].values())),
                         "log_snr": schedule.log_snr(torch.tensor(times), sampler.diffusion.schedule, shift).tolist()}

@@ -1,0 +1,188 @@
+"""The noise shift between latent grids, measured: the exponent k at which their curves of error against logSNR coincide.
+
+logSNR_n(t) = logSNR_base(t) − 2·k·log(n/n_base), n = √(h·w) (Hoogeboom et al. 2023): k is 1 for pixels, where a larger grid
+repeats what a smaller one shows, and 0 for latents whose every cell is news. The same test images are encoded on several
+grids, and the network, told the true logSNR, denoises them all at the same ones. What is compared is the squared error of
+x₀ over the mean square of x₀, whatever the objective: it rises from 0 to 1 as noise takes over, so its curve has one place,
+also where the latents of one grid are larger than those of another.
+
+A grid beyond those trained shows the network's own failings too; the figures say which grids were trained.
+
+Shape letters: L latent channels · h, w latent grid · P logSNRs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+
+from r2id.config import DataConfig
+from r2id.data.files import write_atomic
+from r2id.data.shards import ShardSet
+from r2id.errors import InputError, WorkError
+from r2id.evaluation import figures
+from r2id.evaluation.r2id import Latents, encode_resized
+from r2id.evaluation.riae import scaled
+from r2id.models.coords import Size
+from r2id.progress import Progress
+from r2id.sampling import Sampler
+from r2id.training import checkpoint as checkpoints
+from r2id.training import noise_shift
+
+FORMAT_VERSION = 1
+LOG_SNRS = tuple(0.5 * step for step in range(-12, 13))
+FACTORS = (0.75, 1.0, 1.25, 1.5)
+"""Sides of the images that are encoded, in those of the training images; the grids trained at the extremes come too."""
+
+_FARTHEST, _FINENESS = 4.0, 0.01  # displacements tried, in logSNR: to either side, and their spacing
+
+Curves = Mapping[Size, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How grids' curves lie to the base grid's."""
+
+    k: float
+    displacements: dict[Size, float]
+    """How far to the noisy side, in logSNR, each curve lies best on the base grid's."""
+    mismatches: dict[Size, float]
+    """RMS difference of the two there."""
+    residual: float
+    """RMS of displacement − 2·k·log(n/n_base)."""
+
+    def shift(self, grid: Size, base: Size) -> float:
+        return self.k * _log_ratio(grid, base)
+
+
+def measure_noise_shift(checkpoint: Path, shards: Path, out: Path | None = None, *, images: int = 256, seed: int = 0,
+                        apply: bool = False, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Measure k of an R2ID checkpoint with some test images of a shard set.
+
+    Writes noise-shift.json and noise-shift.png into ``out`` (by default ``report`` in the run directory), and with ``apply``
+    lets the checkpoint's samples be drawn with k from now on; see r2id.training.noise_shift. Returns what the file holds.
+    InputError when checkpoint, shards or ``out`` are not what they should be; WorkError when the curves fit nowhere.
+    """
+    out = out or noise_shift.applied_file(checkpoint).parent / "report"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; must be a folder")
+    if apply and out.resolve() == noise_shift.applied_file(checkpoint).parent.resolve():
+        raise InputError(f"--out {out}: is the run directory, where --apply writes; choose another folder")
+    opened, sampler = ShardSet.open(shards), Sampler.load(checkpoint, device)
+    recorded = DataConfig.model_validate(checkpoints.load_meta(checkpoint).config["data"])
+    data = recorded.model_copy(update={"shards": opened.folder, "latents": None})
+    opened.split(data.test_split)
+    sizes = choose_sizes(sampler)
+    curves: dict[Size, list[float]] = {}
+    with Progress("noise-shift", len(sizes) * len(LOG_SNRS), unit="logSNRs") as progress:
+        for grid, size in sizes.items():
+            latents = encode_resized(sampler, opened, data, size, images)
+            curves[grid] = measure_curve(sampler, latents, seed, progress)
+    base = sampler.codec.grid_for(sampler.codec.image)
+    fit = fit_exponent(curves, base)
+    found = {**_describe(sampler, fit, curves, base, sizes), "images": sum(len(label) for _, label in latents),
+             "seed": seed, "split": data.test_split, "data": opened.digest, "checkpoint": checkpoints.identity(checkpoint)}
+    write_atomic(out / noise_shift.NAME, (json.dumps(found, indent=1) + "\n").encode())
+    write_atomic(out / "noise-shift.png", figures.shift_curves(found))
+    if apply:
+        noise_shift.apply(checkpoint, found)
+    return found
+
+
+def choose_sizes(sampler: Sampler) -> dict[Size, Size]:
+    """The codec's grids around those trained, each with the size of the images that it is encoded from.
+
+    InputError when all come out as one.
+    """
+    own = sampler.codec.image
+    base = math.prod(sampler.codec.grid_for(own))
+    sizes: dict[Size, Size] = {}
+    for factor in (*FACTORS, *((area / base) ** 0.5 for area in sampler.areas)):
+        size = scaled(own, (factor, factor))
+        sizes.setdefault(sampler.codec.grid_for(size), size)
+    if len({math.prod(grid) for grid in sizes}) < 2:
+        raise InputError(f"{sampler.codec.path}: has one latent grid, {next(iter(sizes))}, for all sizes around {own}; a "
+                         "shift takes two")
+    return dict(sorted(sizes.items(), key=lambda item: math.prod(item[0])))
+
+
+def measure_curve(sampler: Sampler, latents: Latents, seed: int = 0, progress: Progress | None = None) -> list[float]:
+    """Squared error of x₀ over its mean square, of latents told their class where the model knows classes, at LOG_SNRS."""
+    errors = []
+    power = sum(float(sampler.codec.normalise(latent).square().flatten(1).mean(1).sum()) for latent, _ in latents)
+    for log_snr in LOG_SNRS:
+        total = 0.0
+        for number, (latent, label) in enumerate(latents):
+            told = label if sampler.num_classes > 1 else torch.full_like(label, -1)
+            total += float(sampler.data_error(latent, told, log_snr, seed + number).sum())
+        errors.append(total / power)
+        if progress:
+            progress.advance()
+    return errors
+
+
+def fit_exponent(curves: Curves, base: Size) -> Fit:
+    """k by least squares through the origin of displacement against 2·log(n/n_base).
+
+    WorkError when a curve lies nowhere on the base grid's.
+    """
+    displacements, mismatches = {}, {}
+    for grid, curve in curves.items():
+        displacements[grid], mismatches[grid] = displace(curves[base], curve)
+        if abs(displacements[grid]) > _FARTHEST - _FINENESS:
+            raise WorkError(f"grid {grid[0]}x{grid[1]}: its curve of error against logSNR is not the base grid's at any "
+                            f"displacement up to {_FARTHEST}; the model has not learnt to denoise it")
+    ratios = np.array([_log_ratio(grid, base) for grid in curves])
+    moved = np.array(list(displacements.values()))
+    k = float(ratios @ moved / (ratios @ ratios))
+    residual = float(np.sqrt(np.mean((moved - k * ratios) ** 2)))
+    return Fit(k, displacements, mismatches, residual)
+
+
+def displace(base: Sequence[float], curve: Sequence[float]) -> tuple[float, float]:
+    """The d at which curve(logSNR − d) lies best on base(logSNR), by mean squares over the overlap, and the RMS difference.
+
+    Between the points both are monotone cubics (Fritsch & Carlson 1980).
+    """
+    still, moving = PchipInterpolator(LOG_SNRS, base), PchipInterpolator(LOG_SNRS, curve)
+    tried = np.arange(-_FARTHEST, _FARTHEST + _FINENESS / 2, _FINENESS)
+    found = [_mismatch(still, moving, d) for d in tried]
+    best = int(np.argmin(found))
+    return float(tried[best]), found[best]
+
+
+def mismatch(base: Sequence[float], curve: Sequence[float], d: float) -> float:
+    """RMS difference of base(logSNR) and curve(logSNR − d) where both are known."""
+    return _mismatch(PchipInterpolator(LOG_SNRS, base), PchipInterpolator(LOG_SNRS, curve), d)
+
+
+def _mismatch(base: PchipInterpolator, curve: PchipInterpolator, d: float) -> float:
+    first, last = LOG_SNRS[0] + max(d, 0.0), LOG_SNRS[-1] + min(d, 0.0)
+    points = np.linspace(first, last, 1 + round((last - first) / 0.1))
+    return float(np.sqrt(np.mean((base(points) - curve(points - d)) ** 2)))
+
+
+def _log_ratio(grid: Size, base: Size) -> float:
+    """2·log(n/n_base), n = √(h·w)."""
+    return math.log(math.prod(grid) / math.prod(base))
+
+
+def _describe(sampler: Sampler, fit: Fit, curves: Curves, base: Size, sizes: Mapping[Size, Size]) -> dict[str, Any]:
+    """What noise-shift.json says of the measurement."""
+    low, high = sampler.areas
+    return {"format_version": FORMAT_VERSION, "k": fit.k, "residual": fit.residual,
+            "used_before": sampler.diffusion.shift_exponent, "error": "squared error of x0 over the mean square of x0",
+            "base": f"{base[0]}x{base[1]}", "log_snr": list(LOG_SNRS), "grids": {f"{grid[0]}x{grid[1]}": {
+                "size": list(sizes[grid]), "trained": low <= math.prod(grid) <= high, "error": list(curve),
+                "displacement": fit.displacements[grid], "shift": fit.shift(grid, base),
+                "mismatch_unshifted": mismatch(curves[base], curve, 0.0),
+                "mismatch_shifted": mismatch(curves[base], curve, fit.shift(grid, base)),
+                "mismatch_best": fit.mismatches[grid]} for grid, curve in curves.items()}}
