@@ -132,17 +132,24 @@ class RiaeConfig(Section):
     decode_pixels: int = Field(default=256, ge=1)
     """Random output pixels that a training step decodes of each image: its cost does not depend on the image's size. With
     ``local`` attention they come as whole tiles, at least one."""
+    encode_scales: Pair | None = None
+    """Smallest and largest factor between an image's height, and likewise its width, and those at which the encoder sees it
+    in training, drawn anew each step; none is 1."""
     decode_scales: Pair | None = None
-    """Smallest and largest factor, drawn anew each step, between the image's size and the one at which ``local`` attention
-    is trained to decode it; none is 1."""
+    """The same for the size at which the decoder is trained to render it."""
+    cell_size: bool = False
+    """Tell encoder and decoder how large pixels are, in latent cells, beside where they are: a pixel is then what an area
+    looks like from afar, not the colour of a point (cell decoding of LIIF, Chen et al. 2021). For training at scales."""
     jitter: float = Field(default=1.0, ge=0)
     """Strength of the coordinate jitter in training; 1 is a Gaussian of half a pixel, as published."""
     loss: Literal["l1", "mse", "charbonnier"] = "mse"
 
     @model_validator(mode="after")
     def _scales_are_a_range(self) -> RiaeConfig:
-        if self.decode_scales and not 0 < self.decode_scales[0] <= self.decode_scales[1]:
-            raise ValueError(f"decode_scales = {list(self.decode_scales)}: must be positive, the smaller first")
+        for name in ("encode_scales", "decode_scales"):
+            scales = getattr(self, name)
+            if scales and not 0 < scales[0] <= scales[1]:
+                raise ValueError(f"{name} = {list(scales)}: must be positive, the smaller first")
         return self
 
 

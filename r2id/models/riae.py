@@ -40,7 +40,7 @@ class RIAE(nn.Module):
         self.config, self.channels = config, channels
         self.local = config.attention == "local"
         features = coords.cell_dim(config.cell_fourier) if self.local else coords.fourier_dim(config.fourier)
-        place = features if self.local else features + coords.PHASE_DIM
+        place = features + (0 if self.local else coords.PHASE_DIM) + 2 * config.cell_size
         pixel_heads = max(1, config.heads * config.pixel_width // config.width)
 
         def latent_stack() -> nn.ModuleList:
@@ -90,17 +90,20 @@ class RIAE(nn.Module):
         config = self.config
         return Tiles.between(queries, keys, grid, config.tile, config.halo, part, device) if self.local else None
 
-    def encode_points(self, colours: Tensor, at: Tensor, cells: Tensor, grid: Size, tiles: Tiles | None = None) -> Tensor:
-        """Colours [B, N, C] at [B or 1, N, 4], seen from latent cells [1, M, 4] of a grid (h, w) → latents [B, M, L].
+    def encode_points(self, colours: Tensor, at: Tensor, size: Size, cells: Tensor, grid: Size,
+                      tiles: Tiles | None = None) -> Tensor:
+        """Colours [B, N, C] at [B or 1, N, 4] of an image (H, W), seen from latent cells [1, M, 4] of a grid (h, w) →
+        latents [B, M, L].
 
         With ``local`` attention, cells and points are whole grids, and ``tiles`` those of the cells.
         """
-        return self._to_latents(self._query_pixels(colours, at, cells, grid, tiles), cells, grid)
+        return self._to_latents(self._query_pixels(colours, at, size, cells, grid, tiles), cells, grid)
 
-    def _query_pixels(self, colours: Tensor, at: Tensor, cells: Tensor, grid: Size, tiles: Tiles | None) -> Tensor:
+    def _query_pixels(self, colours: Tensor, at: Tensor, size: Size, cells: Tensor, grid: Size,
+                      tiles: Tiles | None) -> Tensor:
         """What the cells [1, M, 4] see: [B, M, D]."""
         batch = colours.shape[0]
-        pixels = self.pixel_in(torch.cat([colours, self._place(at, grid).expand(batch, -1, -1)], dim=-1))
+        pixels = self.pixel_in(torch.cat([colours, self._place(at, size, grid).expand(batch, -1, -1)], dim=-1))
         if tiles is not None:
             cells = tiles.in_order(cells[0])
         x = self.cell_in(self._features(cells, grid)).expand(batch, -1, -1)
@@ -128,12 +131,14 @@ class RIAE(nn.Module):
             x = block(x, _in_cells(cells, grid), tiles)
         return x
 
-    def decode_points(self, keys: Tensor, cells: Tensor, at: Tensor, grid: Size, tiles: Tiles | None = None) -> Tensor:
-        """Keys [B, M, D] of spread_latents at cells [B or 1, M, 4], asked at points [B or 1, P, 4] → colours [B, P, C].
+    def decode_points(self, keys: Tensor, cells: Tensor, at: Tensor, size: Size, grid: Size,
+                      tiles: Tiles | None = None) -> Tensor:
+        """Keys [B, M, D] of spread_latents at cells [B or 1, M, 4], asked at points [B or 1, P, 4] of an image (H, W) →
+        colours [B, P, C].
 
         With ``tiles``, points are in tile order, and keys and cells those of ``tiles.part``.
         """
-        x = self.point_in(self._place(at, grid)).expand(keys.shape[0], -1, -1)
+        x = self.point_in(self._place(at, size, grid)).expand(keys.shape[0], -1, -1)
         cell_places, point_places = _in_cells(cells, grid), _in_cells(at, grid)
         for block in self.decoder:
             x = block(x, keys, point_places, cell_places, tiles)
@@ -151,8 +156,9 @@ class RIAE(nn.Module):
         return rearrange(latents, "b (h w) l -> b l h w", h=grid[0])
 
     def _encode_whole(self, image: Tensor, cells: Tensor, grid: Size) -> Tensor:
-        at = coords.grid_coordinates((image.shape[2], image.shape[3]), grid, image.device).unsqueeze(0)
-        return self.encode_points(rearrange(image, "b c h w -> b (h w) c"), at, cells, grid)
+        size: Size = (image.shape[2], image.shape[3])
+        at = coords.grid_coordinates(size, grid, image.device).unsqueeze(0)
+        return self.encode_points(rearrange(image, "b c h w -> b (h w) c"), at, size, cells, grid)
 
     def _encode_tiles(self, image: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """Some tiles at a time, but for the blocks of the latent grid."""
@@ -165,7 +171,8 @@ class RIAE(nn.Module):
             y, x = tiles.part
             at = coords.grid_coordinates(size, grid, image.device, tiles.part).unsqueeze(0)
             some = coords.grid_coordinates(grid, device=image.device, part=(rows, columns)).unsqueeze(0)
-            found = self._query_pixels(rearrange(image[:, :, y, x], "b c h w -> b (h w) c"), at, some, grid, tiles)
+            found = self._query_pixels(rearrange(image[:, :, y, x], "b c h w -> b (h w) c"), at, size, some, grid,
+                                       tiles)
             seen[:, rows, columns] = rearrange(found, "b (h w) d -> b h w d", h=rows.stop - rows.start)
         return self._to_latents(rearrange(seen, "b h w d -> b (h w) d"), cells, grid)
 
@@ -184,7 +191,7 @@ class RIAE(nn.Module):
 
     def _decode_chunks(self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
         at = coords.grid_coordinates(size, grid, keys.device, part).unsqueeze(0)
-        colours = torch.cat([self.decode_points(keys, cells, some, grid)
+        colours = torch.cat([self.decode_points(keys, cells, some, size, grid)
                              for some in at.split(max(1, _DECODE_CHUNK // len(keys)), dim=1)], dim=1)
         return rearrange(colours, "b (h w) c -> b c h w", h=part[0].stop - part[0].start)
 
@@ -196,7 +203,7 @@ class RIAE(nn.Module):
             assert tiles is not None
             near, near_cells = (x[:, tiles.part[0], tiles.part[1]].flatten(1, 2) for x in (grid_keys, grid_cells))
             at = tiles.in_order(coords.grid_coordinates(size, grid, keys.device, (rows, columns)))
-            colours = tiles.restored(self.decode_points(near, near_cells, at, grid, tiles))
+            colours = tiles.restored(self.decode_points(near, near_cells, at, size, grid, tiles))
             image[:, :, rows.start - part[0].start:rows.stop - part[0].start,
                   columns.start - part[1].start:columns.stop - part[1].start] = rearrange(
                       colours, "b (h w) c -> b c h w", h=rows.stop - rows.start)
@@ -208,10 +215,15 @@ class RIAE(nn.Module):
             return coords.cell_features(at, grid, self.config.cell_fourier)
         return coords.fourier_features(at, self.config.fourier)
 
-    def _place(self, at: Tensor, grid: Size) -> Tensor:
-        """Features of the places of pixels, where in their cell they lie among them."""
-        features = self._features(at, grid)
-        return features if self.local else torch.cat([features, coords.cell_phase(at, grid)], dim=-1)
+    def _place(self, at: Tensor, size: Size, grid: Size) -> Tensor:
+        """Features of the places of an image's pixels, where in their cell they lie among them, and of their size."""
+        features = [self._features(at, grid)]
+        if not self.local:
+            features.append(coords.cell_phase(at, grid))
+        if self.config.cell_size:
+            pixel = torch.tensor([grid[1] / size[1], grid[0] / size[0]], dtype=torch.float32, device=at.device)
+            features.append(pixel.expand(*at.shape[:-1], -1))
+        return torch.cat(features, dim=-1)
 
 
 def _in_cells(at: Tensor, grid: Size) -> Tensor:

@@ -22,7 +22,7 @@ from r2id.models.riae import RIAE
 
 # One stream of random numbers for each purpose.
 _SEEN, _SEEN_JITTER, _ASKED, _ASKED_JITTER, _LATENT_NOISE, _LATENT_CLOUD = range(6)
-_TIME, _NOISE, _DROP, _JITTER, _SCALE, _CLOUDS = range(6, 12)
+_TIME, _NOISE, _DROP, _JITTER, _DECODE_SCALE, _CLOUDS, _ENCODE_SCALE = range(6, 13)
 
 Figures = dict[str, Tensor]
 
@@ -44,15 +44,17 @@ class RiaeLoss(nn.Module):
         keys = rng.fold(self.seed, step, index)
         grid = self.model.grid_for(size)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
-        latents = self._encode(image, cells, grid, keys)
+        seen = rescaled(image, config.encode_scales, self.seed, step, _ENCODE_SCALE)
+        asked = rescaled(image, config.decode_scales, self.seed, step, _DECODE_SCALE)
+        latents = self._encode(seen, cells, grid, keys)
         if config.latent_noise:
             noise = rng.normal(rng.fold(keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
         latent_keys = self.model.spread_latents(latents, cells, grid)
         if self.model.local:
-            decoded, truth, weight = self._decode_tiles(latent_keys, cells, grid, self._rescaled(image, step), keys)
+            decoded, truth, weight = self._decode_tiles(latent_keys, cells, grid, asked, keys)
         else:
-            decoded, truth, weight = *self._decode_cloud(latent_keys, cells, grid, image, keys), None
+            decoded, truth, weight = *self._decode_cloud(latent_keys, cells, grid, asked, keys), None
         return reconstruction_loss(decoded, truth, config.loss, weight), {
             "mse": reconstruction_loss(decoded.detach(), truth, "mse", weight),
             "latent_rms": latents.detach().square().mean().sqrt()}
@@ -66,17 +68,19 @@ class RiaeLoss(nn.Module):
         else:
             chosen = rng.subset(rng.fold(keys, _SEEN), pixels, max(1, round(pixels * self.model.config.encode_cloud)))
         at, colours = self._points(image, grid, chosen, rng.fold(keys, _SEEN_JITTER))
-        return self.model.encode_points(colours, at, cells, grid, self.model.tiles(grid, size, grid, device=image.device))
+        tiles = self.model.tiles(grid, size, grid, device=image.device)
+        return self.model.encode_points(colours, at, size, cells, grid, tiles)
 
     def _decode_cloud(self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor,
                       keys: Tensor) -> tuple[Tensor, Tensor]:
         """Random points, decoded and true [B, P, C]."""
-        pixels = image.shape[2] * image.shape[3]
+        size: Size = (image.shape[2], image.shape[3])
+        pixels = size[0] * size[1]
         chosen = rng.subset(rng.fold(keys, _ASKED), pixels, min(self.model.config.decode_pixels, pixels))
         at, truth = self._points(image, grid, chosen, rng.fold(keys, _ASKED_JITTER))
         if self.model.config.decode_cloud < 1:
             latent_keys, cells = self._cloud(latent_keys, cells, keys)
-        return self.model.decode_points(latent_keys, cells, at, grid), truth
+        return self.model.decode_points(latent_keys, cells, at, size, grid), truth
 
     def _decode_tiles(self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor,
                       keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,16 +94,7 @@ class RiaeLoss(nn.Module):
         tiles = tiles.chosen(rng.subset(rng.fold(keys, _ASKED), total, count))
         at, truth = self._points(image, grid, tiles.queries.flatten(1), rng.fold(keys, _ASKED_JITTER))
         weight = tiles.asked.flatten(1).unsqueeze(-1) * (total * tiles.queries.shape[2] / pixels)
-        return self.model.decode_points(latent_keys, cells, at, grid, tiles), truth, weight
-
-    def _rescaled(self, image: Tensor, step: int) -> Tensor:
-        """The image at the step's scale, bicubic, averaged where it shrinks; scales are evenly spread by their logarithm."""
-        scales = self.model.config.decode_scales
-        if scales is None:
-            return image
-        scale = scales[0] * (scales[1] / scales[0]) ** rng.number(self.seed, step, _SCALE)
-        size = [max(1, round(side * scale)) for side in image.shape[2:]]
-        return F.interpolate(image, size, mode="bicubic", antialias=True)
+        return self.model.decode_points(latent_keys, cells, at, size, grid, tiles), truth, weight
 
     def _points(self, image: Tensor, shape: Size, chosen: Tensor, jitter_keys: Tensor) -> tuple[Tensor, Tensor]:
         """Points of each image near its chosen pixels, int64 [B, P] → [B, P, 4], and the colours there, [B, P, C].
@@ -122,6 +117,16 @@ class RiaeLoss(nn.Module):
         chosen = rng.subset(rng.fold(keys, _LATENT_CLOUD), latent_keys.shape[1], count)
         gathered = latent_keys.gather(1, chosen.unsqueeze(-1).expand(-1, -1, latent_keys.shape[-1]))
         return gathered, cells[0][chosen]
+
+
+def rescaled(image: Tensor, scales: tuple[float, float] | None, *key: int) -> Tensor:
+    """Images [B, C, H, W] at a random height and width within factors of their own, each evenly spread by its logarithm:
+    bicubic, averaged where they shrink."""
+    if scales is None:
+        return image
+    size = [max(1, round(side * scales[0] * (scales[1] / scales[0]) ** rng.number(*key, axis)))
+            for axis, side in enumerate(image.shape[2:])]
+    return F.interpolate(image, size, mode="bicubic", antialias=True)
 
 
 def reconstruction_loss(decoded: Tensor, truth: Tensor, kind: str, weight: Tensor | None = None) -> Tensor:

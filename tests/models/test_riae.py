@@ -48,8 +48,8 @@ def test_order_of_pixels_does_not_matter(model):
 
     at, cells, order = grid_coordinates((6, 6)), grid_coordinates((2, 2)).unsqueeze(0), torch.randperm(36)
     colours = torch.randn(1, 36, 1)
-    torch.testing.assert_close(model.encode_points(colours, at.unsqueeze(0), cells, (2, 2)),
-                               model.encode_points(colours[:, order], at[order].unsqueeze(0), cells, (2, 2)),
+    torch.testing.assert_close(model.encode_points(colours, at.unsqueeze(0), (6, 6), cells, (2, 2)),
+                               model.encode_points(colours[:, order], at[order].unsqueeze(0), (6, 6), cells, (2, 2)),
                                atol=1e-5, rtol=1e-4)
 
 

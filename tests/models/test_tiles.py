@@ -221,7 +221,8 @@ def test_both_kernels_agree_on_tiles(model, monkeypatch):
     torch.testing.assert_close(model.decode(latents, (37, 29)), plain, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"jitter": 0.0}, {"decode_scales": (0.5, 2.0)}, {"decode_pixels": 10**6},
+@pytest.mark.parametrize("changes", [{}, {"jitter": 0.0}, {"decode_scales": (0.5, 2.0), "encode_scales": (0.5, 1.0), "cell_size": True},
+                                     {"decode_pixels": 10**6},
                                      {"latent_attention": "local"}])
 def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes):
     loss = RiaeLoss(made(**changes).train(), seed=3)
@@ -250,8 +251,8 @@ def test_the_loss_is_the_image_s_mean_error():
 def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
     asked = []
     plain = RIAE.decode_points
-    monkeypatch.setattr(RIAE, "decode_points", lambda model, keys, cells, at, grid, tiles: (
-        asked.append(at.shape[1]), plain(model, keys, cells, at, grid, tiles))[1])
+    monkeypatch.setattr(RIAE, "decode_points", lambda model, keys, cells, at, size, grid, tiles: (
+        asked.append(at.shape[1]), plain(model, keys, cells, at, size, grid, tiles))[1])
     for side in (32, 64, 128):
         RiaeLoss(made(decode_pixels=512), seed=0)(torch.zeros(1, 1, side, side), torch.arange(1), step=0)
     assert asked == [512, 512, 512]
