@@ -7,6 +7,11 @@ Encoding: a latent grid of any size starts as coordinates only and queries the i
 a pixel grid of any size among them, start as coordinates only and query the latents. The latent grid owns the picture's
 aspect ratio: relative coordinates of cells and points alike take its shape, so that decoding 7×7 latents at 42×28 renders
 a square picture stretched.
+
+With ``local`` attention a query sees what lies near it, in latent cells (r2id.models.tiles), and places are features of
+cells rather than of the whole image: a model sees the same in a window of an image as in the image, and nothing but the
+blocks of the latent grid, where they are global, costs more than its share of the pixels. The smallest thing encoded at
+once is the surroundings of one tile; a grid of few cells over a large image takes memory accordingly.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def ranks(local: tuple[Path, list[float]]) -> dict[str, Any]:
 
 def _start(arguments: list[str]) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                                "PYTHONFAULTHANDLER": "1"}
+                                "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not done.stdout, "stdout is for results"
