@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from r2id import dist
+from r2id.config import change
 from r2id.data.files import TEMPORARY, sha256_file, sweep, write_atomic
 from r2id.data.records import Record
 from r2id.data.shards import FORMAT_VERSION as SHARDS_VERSION
@@ -47,7 +48,7 @@ Format = Literal["png", "shards"]
 _SPLIT = "samples"
 _SHARD, _SHARD_PIXELS = 512, 1 << 23  # in a shard, at most, but always whole batches: what a killed process draws again
 
-Setting = int | float | str | None
+_SETTINGS = {"steps", "guidance", "guidance_interval", "solver", "eta"}  # of SampleConfig, and of Sampler.sample
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def shard_length(size: Size, batch: int) -> int:
 
 def draw_many(path: Path, out: Path, sizes: Sequence[Size], *, kind: Format, labels: Sequence[int] = (),
               count: int | None = None, seed: int = 0, grid: Size | None = None,
-              settings: Mapping[str, Setting] | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
+              settings: Mapping[str, Any] | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Sample a checkpoint ``count`` times at one size into the folder ``out``; what is there already is kept.
 
     ``settings`` are Sampler.sample's own (steps, guidance, solver); what is None is the run's. In a job of several processes
@@ -126,19 +127,19 @@ def draw_many(path: Path, out: Path, sizes: Sequence[Size], *, kind: Format, lab
 
 
 def make_plan(sampler: Sampler, path: Path, out: Path, sizes: Sequence[Size], *, kind: Format, labels: Sequence[int],
-              count: int | None, seed: int, grid: Size | None, settings: Mapping[str, Setting]) -> Plan:
+              count: int | None, seed: int, grid: Size | None, settings: Mapping[str, Any]) -> Plan:
     """With every setting that the samples depend on. InputError for more sizes than one, or labels that are none."""
     if len(sizes) > 1:
         raise InputError(f"--format {kind}: takes one --size, and there are {len(sizes)}")
     size = sizes[0] if sizes else sampler.codec.image
     count, batch = count or sampler.defaults.count, sampler.batch_length(size, grid)
-    resolved = {name: getattr(sampler.defaults, name) if value is None else value for name, value in settings.items()}
-    told = {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}  # as JSON has it
+    asked = {name: value for name, value in settings.items() if value is not None}
+    resolved = change(sampler.defaults, asked).model_dump(mode="json", include=_SETTINGS)
     chosen = list(labels or sampler.defaults.labels)
     facts = {"format_version": FORMAT_VERSION, "format": kind, "checkpoint": checkpoint.identity(path),
              "riae": sampler.codec.hash, "size": list(size), "grid": list(grid or sampler.grid_for(size)), "count": count,
              "first_seed": seed, "labels": chosen, "classes": sampler.num_classes,
-             "shift_exponent": sampler.diffusion.shift_exponent, **told, "batch": batch,
+             "shift_exponent": sampler.diffusion.shift_exponent, **resolved, "batch": batch,
              "device": sampler.codec.device.type}
     return Plan(out, facts, choose_labels(chosen, -(-count // batch) * batch, sampler.num_classes), resolved)
 

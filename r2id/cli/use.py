@@ -41,6 +41,8 @@ def sample(
 
     settings = {"steps": steps, "guidance": cfg, "guidance_interval": _interval(cfg_interval), "solver": solver, "eta": eta}
     if kind != "grid":
+        if attribute:
+            raise InputError(f"--attribute: goes with --format grid, not {kind}")
         if overwrite:
             raise InputError(f"--overwrite: goes with --format grid; --format {kind} goes on with what is at --out")
         _draw_many(checkpoint, out, parse_sizes(size), kind=kind, labels=tuple(label or ()), count=count, seed=seed,
