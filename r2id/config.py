@@ -350,11 +350,17 @@ class R2idRun(_StageRun):
     """One R2ID training run. Its latent channels, cell and statistics come from the RIAE checkpoint it names."""
 
     stage: Literal["r2id"]
-    codec: PathField
-    """RIAE checkpoint or run directory."""
+    codec: PathField | None = None
+    """RIAE checkpoint or run directory; none diffuses the pixels themselves."""
     r2id: R2idConfig = R2idConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _latents_of_a_codec(self) -> R2idRun:
+        if self.codec is None and self.data.latents is not None:
+            raise ValueError(f"data.latents '{self.data.latents}': goes with a codec, and there is none")
+        return self
 
 
 class PrepareConfig(Section):

@@ -30,7 +30,7 @@ from r2id.training import checkpoint
 from r2id.training.codec import Codec
 from r2id.training.losses import denoising_loss
 from r2id.training.noise_shift import applied_exponent
-from r2id.training.stages import Stage, codec_path
+from r2id.training.stages import Stage, load_codec
 
 _PREVIEW_IMAGES = 10
 _BATCH, _BATCH_TOKENS, _BATCH_PIXELS = 64, 4096, 1 << 20  # images drawn together, and what they have in all, at most
@@ -63,7 +63,7 @@ class Sampler:
         meta = checkpoint.load_meta(path)
         if meta.stage != "r2id":
             raise InputError(f"{path}: a checkpoint of stage {meta.stage!r}, not 'r2id'")
-        codec = codec or Codec.load(codec_path(path, meta.model), device)
+        codec = codec or load_codec(path, meta, device)
         if codec.hash != meta.model["codec_hash"]:
             raise InputError(f"{codec.path}: not the RIAE checkpoint that {path} was trained with "
                              f"({meta.model['codec']}, identity {meta.model['codec_hash'][:12]})")

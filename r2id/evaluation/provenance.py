@@ -60,7 +60,7 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
     facts: Facts = {
         "data": {"dataset": shards.manifest.dataset, "digest": shards.digest, "class_names": shards.class_names,
                  **{f"{name}_images": split.samples for name, split in splits.items()}},
-        "riae": _origin(subject.codec.path, shards)}
+        **({"riae": _origin(subject.codec.path, shards)} if subject.codec.riae else {})}
     if sampler:
         chosen = sampler.defaults
         facts |= {"r2id": _origin(subject.checkpoint, shards),
@@ -85,11 +85,11 @@ def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str
     split = subject.riae_data.test_split
     data = f"{split} split of {subject.shards.digest}"
     eyes = _eyes(subject.extractor)
-    native = metrics["riae"]["native"]["images"]
-    yield "RIAE: MSE, PSNR, SSIM", _fact(f"{native} test images; {metrics['riae']['half']['images']} at other sizes", "",
-                                         "", data)
-    if subject.extractor:
-        yield "RIAE: Fréchet distance", _fact(f"{native} test images", "", eyes, data)
+    if "riae" in metrics:
+        native, half = (metrics["riae"][name]["images"] for name in ("native", "half"))
+        yield "RIAE: MSE, PSNR, SSIM", _fact(f"{native} test images; {half} at other sizes", "", "", data)
+        if subject.extractor:
+            yield "RIAE: Fréchet distance", _fact(f"{native} test images", "", eyes, data)
     if "r2id" in metrics:
         scrape = metrics["r2id"]["t_scrape"]
         yield "loss against time and logSNR", _fact(f"{scrape['images']} test images", f"noise {subject.seed} on", "", data)

@@ -50,7 +50,9 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         parts += _r2id(metrics, pictures)
     if "invariance" in metrics:
         parts += _invariance(metrics, pictures)
-    parts += [*_riae(metrics["riae"], pictures), *_provenance(metrics["provenance"])]
+    if "riae" in metrics:
+        parts += _riae(metrics["riae"], pictures)
+    parts += _provenance(metrics["provenance"])
     title = escape(f"r2id: {metrics['provenance']['data']['dataset']}")
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
@@ -64,8 +66,8 @@ def size_name(size: Sequence[int]) -> str:
 
 def _head(metrics: Mapping[str, Any]) -> str:
     data = metrics["provenance"]["data"]
-    cards = [(f"PSNR of RIAE at {size_name(metrics['riae']['native']['size'])}",
-              f"{metrics['riae']['native']['psnr']:.1f} dB")]
+    cards = [(f"PSNR of RIAE at {size_name(found['native']['size'])}", f"{found['native']['psnr']:.1f} dB")
+             for name, found in metrics.items() if name == "riae"]
     if "r2id" in metrics:
         cards = [*((f"class accuracy of samples at {size_name(row['size'])}", share(row["accuracy"]))
                    for row in metrics["r2id"]["sizes"].values() if row["accuracy"] is not None), *cards]

@@ -52,9 +52,11 @@ def evaluate(checkpoint: Path, shards: Path, out: Path, *, sizes: Sequence[Size]
         raise InputError(f"--out {out}: is a file; must be a folder, new or of an earlier evaluation")
     subject = _open(checkpoint, shards, extractor, device, seed)
     subject = _with_judge(subject, out / "classifier.safetensors")
-    metrics: Metrics = {"format_version": FORMAT_VERSION, "riae": measure_riae(
-        subject.codec, subject.shards, subject.riae_data, subject.extractor)}
-    pictures = _riae_pictures(subject)
+    metrics: Metrics = {"format_version": FORMAT_VERSION}
+    pictures: Pictures = {}
+    if subject.codec.riae:  # pixels are no more than what is diffused
+        metrics["riae"] = measure_riae(subject.codec, subject.shards, subject.riae_data, subject.extractor)
+        pictures = _riae_pictures(subject)
     if subject.sampler:
         wanted = list(dict.fromkeys(sizes)) or [subject.codec.image]
         metrics |= _score(subject, subject.sampler, wanted, count)
@@ -175,6 +177,8 @@ def _headlines(metrics: Mapping[str, Any]) -> list[str]:
         lines.append(f"the classifier on real test images: {judge['test_accuracy']:.4f} ({judge['test_images']} images)")
     if "invariance" in metrics:
         lines += _invariance_headlines(metrics["invariance"])
+    if "riae" not in metrics:
+        return lines
     native = metrics["riae"]["native"]
     height, width = native["size"]
     return [*lines, f"RIAE at {height}x{width}: test MSE {native['mse']:.4f}, PSNR {native['psnr']:.2f} dB "

@@ -17,13 +17,16 @@ from torch import Tensor
 from r2id.config import DataConfig, RiaeConfig
 from r2id.errors import InputError
 from r2id.models.coords import Size, Window
+from r2id.models.pixels import CELL, STD, Pixels
 from r2id.models.riae import RIAE
 from r2id.training import checkpoint
+
+PIXELS_HASH = "pixels"
 
 
 @dataclass(frozen=True)
 class Codec:
-    model: RIAE
+    model: RIAE | Pixels
     mean: Tensor
     """Mean of the raw latents over the training images, float32 [L]."""
     std: Tensor
@@ -31,8 +34,9 @@ class Codec:
     bfloat16: bool
     """Computes as the RIAE was trained: in bfloat16 autocast, or in float32."""
     path: Path
+    """The RIAE's checkpoint; of pixels, the R2ID's own run or checkpoint."""
     hash: str
-    """Identity of the checkpoint."""
+    """Identity of the checkpoint; "pixels" where there is none."""
     image: Size
     """Size of the training images: their median height and width."""
     data: DataConfig
@@ -53,6 +57,22 @@ class Codec:
                    meta.config["train"]["precision"] != "float32", path, checkpoint.identity(path),
                    tuple(meta.model["image"]), DataConfig.model_validate(meta.config["data"]))
 
+    @classmethod
+    def of_pixels(cls, path: Path, data: DataConfig, image: Size, device: torch.device | str = "cpu") -> Codec:
+        """No RIAE: the images themselves, for the R2ID at a path, which was trained on images of this (median) size."""
+        mean = torch.zeros(data.channels, device=device)
+        return cls(Pixels(data.channels), mean, torch.full_like(mean, STD), False, path, PIXELS_HASH, image, data)
+
+    @property
+    def riae(self) -> RiaeConfig | None:
+        """None where the codec is no RIAE."""
+        return self.model.config if isinstance(self.model, RIAE) else None
+
+    @property
+    def cell(self) -> float:
+        """Pixels per latent cell's side."""
+        return CELL if self.riae is None else self.riae.cell
+
     @property
     def channels(self) -> int:
         """Colour channels."""
@@ -60,7 +80,7 @@ class Codec:
 
     @property
     def latent_channels(self) -> int:
-        return self.model.config.latent_channels
+        return self.channels if self.riae is None else self.riae.latent_channels
 
     @property
     def device(self) -> torch.device:

@@ -20,6 +20,7 @@ from r2id.models.coords import Size
 from r2id.progress import Progress, say
 from r2id.training import checkpoint
 from r2id.training.blocks import prepare_blocks
+from r2id.training.codec import PIXELS_HASH
 from r2id.training.engine import Engine, make_engine
 from r2id.training.meter import Meter, matmul_peak
 from r2id.training.nonfinite import blame
@@ -241,7 +242,7 @@ def _finished(config: RiaeRun | R2idRun) -> Path | None:
     meta = checkpoint.load_meta(found)
     facts = {"digest": ShardSet.open(config.data.shards, config.data.stream).digest}
     if isinstance(config, R2idRun):
-        facts["codec_hash"] = checkpoint.identity(config.codec)
+        facts["codec_hash"] = checkpoint.identity(config.codec) if config.codec else PIXELS_HASH
     if meta.stage != config.stage or meta.step < config.train.steps:
         return None
     then = _essentials(meta.config, meta.model)

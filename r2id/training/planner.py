@@ -18,6 +18,7 @@ from r2id.data.loader import image_sizes
 from r2id.data.shards import MANIFEST, ShardSet
 from r2id.errors import InputError
 from r2id.models.coords import Size
+from r2id.models.pixels import CELL
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training import checkpoint
@@ -42,7 +43,7 @@ class Facts:
     classes: int = 0
     """Classes, or attributes where those are the condition."""
     riae: RiaeConfig | None = None
-    """The codec of an R2ID run."""
+    """The codec of an R2ID run; none is of pixels."""
 
 
 def find_facts(config: RiaeRun | R2idRun, riae: Path | None = None, classes: int | None = None) -> Facts:
@@ -80,7 +81,9 @@ def _size_without_shards(data: DataConfig) -> Size:
     return (height, width) if data.size else (min(height, side), min(width, side))
 
 
-def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig:
+def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
+    if config.codec is None:
+        return None
     if riae is not None:
         found = load_config(riae)
         if not isinstance(found, RiaeRun):
@@ -102,8 +105,8 @@ class Work:
     def grid(self) -> Size:
         """The latent grid of the largest images."""
         codec = self.config.riae if isinstance(self.config, RiaeRun) else self.facts.riae
-        assert codec is not None
-        height, width = (max(1, round(side / codec.cell)) for side in self.facts.image)
+        cell = CELL if codec is None else codec.cell
+        height, width = (max(1, round(side / cell)) for side in self.facts.image)
         return height, width
 
     def module(self, prepared: bool = True) -> RiaeLoss | R2idLoss:
@@ -113,8 +116,7 @@ class Work:
         if isinstance(config, RiaeRun):
             module = RiaeLoss(RIAE(config.riae, config.data.channels), config.seed)
         else:
-            assert self.facts.riae is not None
-            model = R2ID(config.r2id, self.facts.riae.latent_channels, self.facts.classes)
+            model = R2ID(config.r2id, self._channels(), self.facts.classes)
             module = R2idLoss(model, config.diffusion, 1.0, config.seed)
         if prepared:
             prepare_blocks(module.model.blocks(), config.train.model_copy(update={"compile": False}))
@@ -124,11 +126,14 @@ class Work:
         index = torch.zeros(samples, dtype=torch.int64)
         if isinstance(self.config, RiaeRun):
             return {"image": torch.zeros(samples, self.config.data.channels, *self.facts.image), "index": index}
-        assert self.facts.riae is not None
-        latent = torch.zeros(samples, self.facts.riae.latent_channels, *self.grid())
+        latent = torch.zeros(samples, self._channels(), *self.grid())
         attributes = self.config.r2id.condition == "attributes"
         condition = torch.zeros(samples, self.facts.classes, dtype=torch.int8) if attributes else index - 1
         return {"latent": latent, "condition": condition, "index": index}
+
+    def _channels(self) -> int:
+        """Of what is diffused."""
+        return self.config.data.channels if self.facts.riae is None else self.facts.riae.latent_channels
 
     def codec(self) -> RIAE:
         assert self.facts.riae is not None
@@ -147,7 +152,7 @@ class Work:
 
     def encodes(self) -> bool:
         """Whether each micro-batch is encoded before R2ID sees it."""
-        return not isinstance(self.config, RiaeRun) and self.config.data.latents is None
+        return self.facts.riae is not None and self.config.data.latents is None
 
     def encode(self, samples: int) -> Callable[[], object]:
         """A codec at work on so many images."""
@@ -204,7 +209,7 @@ def memory(work: Work, gpus: int, as_on_gpu: bool = True) -> dict[str, int]:
     config = work.config
     with torch.device("meta"):
         parameters = elements(work.module())
-        codec = 0 if isinstance(config, RiaeRun) else 4 * elements(work.codec())
+        codec = 0 if work.facts.riae is None else 4 * elements(work.codec())
     local = engine_kind(config.train, config.engine, gpus) == "local"
     zero = {} if local else deepspeed_config(config.optim, config.train, config.engine, gpus, parameters)
     sharing = Sharing(parameters, gpus, None if local else config.engine.zero_stage, len(decays(config.train)),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2id.config import R2idRun, RiaeRun
+from r2id.config import DataConfig, R2idRun, RiaeRun
 from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader, image_loader, image_sizes, to_float
 from r2id.data.shards import ShardSet
@@ -21,6 +21,7 @@ from r2id.errors import InputError
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
+from r2id.training import checkpoint
 from r2id.training.codec import Codec, latent_statistics
 from r2id.training.losses import R2idLoss, RiaeLoss
 from r2id.training.planner import Cost, Facts, Work, image_cost
@@ -57,12 +58,12 @@ class Stage:
         if "image" in batch:
             return batch["image"].shape[2], batch["image"].shape[3]
         assert self.codec is not None
-        height, width = (round(side * self.codec.model.config.cell) for side in batch["latent"].shape[2:])
+        height, width = (round(side * self.codec.cell) for side in batch["latent"].shape[2:])
         return height, width
 
     def cost(self, size: Size) -> Cost:
         """What training on one image of this size takes."""
-        codec = None if self.codec is None else self.codec.model.config
+        codec = None if self.codec is None else self.codec.riae
         return image_cost(Work(self.config, Facts(size, 1, self.facts.get("classes", 0), codec)))
 
     def statistics(self, model: nn.Module, device: torch.device) -> dict[str, Tensor] | None:
@@ -109,15 +110,20 @@ def _riae_stage(config: RiaeRun, shards: ShardSet, world: World, micro_batch: in
 
 
 def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: int) -> Stage:
-    codec = Codec.load(config.codec, world.device)
+    sizes = image_sizes(shards, config.data, config.data.train_split)
+    height, width = (int(side) for side in sizes[len(sizes) // 2])
+    median = height, width
+    codec = (Codec.of_pixels(config.run, config.data, median, world.device) if config.codec is None
+             else Codec.load(config.codec, world.device))
     if codec.channels != config.data.channels:
         raise InputError(f"data.channels = {config.data.channels}: {codec.path} was trained with {codec.channels}")
-    grids = [codec.grid_for(size) for size in image_sizes(shards, config.data, config.data.train_split)]
+    grids = [codec.grid_for(size) for size in sizes]
     areas, ratios = sorted(h * w for h, w in grids), sorted(h / w for h, w in grids)
     base_side = areas[len(areas) // 2] ** 0.5
     facts = {"latent_channels": codec.latent_channels, **_known_conditions(config, shards), "digest": shards.digest,
-             "codec": os.path.relpath(codec.path, config.run), "codec_hash": codec.hash, "base_side": base_side,
-             "areas": [areas[0], areas[-1]], "ratios": [ratios[0], ratios[-1]]}
+             "codec": os.path.relpath(codec.path, config.run) if config.codec else None, "codec_hash": codec.hash,
+             "base_side": base_side, "areas": [areas[0], areas[-1]], "ratios": [ratios[0], ratios[-1]],
+             **({} if config.codec else {"image": list(median)})}
 
     load = _image_batches(config, shards, world, micro_batch)
     if config.data.latents is not None:
@@ -153,6 +159,9 @@ def _condition(config: R2idRun, batch: Batch) -> Tensor:
     return batch["label"] if config.r2id.condition == "class" else torch.full_like(batch["label"], -1)
 
 
-def codec_path(checkpoint: Path, facts: dict[str, Any]) -> Path:
-    """Where an R2ID checkpoint's RIAE is: recorded relative to the run directory, so that both move together."""
-    return checkpoint.parent.parent / facts["codec"]
+def load_codec(path: Path, meta: checkpoint.Meta, device: torch.device | str) -> Codec:
+    """The codec of an R2ID checkpoint: its RIAE, recorded relative to the run directory, so that both move together, or
+    pixels."""
+    if meta.model["codec"] is None:
+        return Codec.of_pixels(path, DataConfig.model_validate(meta.config["data"]), tuple(meta.model["image"]), device)
+    return Codec.load(path.parent.parent / meta.model["codec"], device)

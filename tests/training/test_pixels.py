@@ -1,0 +1,97 @@
+"""R2ID without an autoencoder: the same training, sampling, planning and evaluation on pixels."""
+
+import json
+
+import pytest
+import torch
+
+from r2id.config import R2idRun, load_config
+from r2id.errors import InputError
+from r2id.evaluation.run import evaluate
+from r2id.models.pixels import STD, Pixels, resample
+from r2id.models.r2id import R2ID
+from r2id.sampling import Sampler
+from r2id.training import checkpoint
+from r2id.training.encode import encode
+from r2id.training.loop import train
+from r2id.training.planner import plan
+from tests.conftest import CONFIGS, TINY_R2ID
+
+CONFIG = CONFIGS / "mnist" / "pixel-r2id.toml"
+
+
+def config_of(run, digits, *more):
+    return load_config(CONFIG, [*TINY_R2ID, f"run={run}", f"data.shards={digits}", "data.size=[8, 8]", "data.workers=0",
+                                "train.precision=float32", "train.preview_every=1000", *more])
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    """Run directory of a small R2ID of the digits' pixels."""
+    run = tmp_path_factory.mktemp("pixels") / "run"
+    train(config_of(run, digits))
+    return run
+
+
+def test_samples_of_other_sizes(run):
+    sampler = Sampler.load(run)
+    assert sampler.codec.hash == "pixels" and sampler.codec.image == (8, 8) and sampler.areas == (64, 64)
+    assert sampler.grid_for((16, 16)) == (8, 8)
+    labels, seeds = torch.arange(3), torch.arange(3)
+    own = sampler.sample(labels, seeds, (8, 8))
+    large = sampler.sample(labels, seeds, (16, 16))
+    assert (large - resample(own, (16, 16)).clamp(-1, 1)).abs().mean() < 0.01, "but for what is clipped before"
+    true = sampler.sample(labels, seeds, (16, 16), grid=(16, 16))
+    assert true.shape == (3, 1, 16, 16) and not torch.allclose(true, large, atol=0.05)
+
+
+def test_the_codec_is_the_image_itself(run):
+    codec = Sampler.load(run).codec
+    images = torch.rand(2, 1, 8, 8) * 2 - 1
+    torch.testing.assert_close(codec.normalise(codec.encode(images)) * STD, images)
+    torch.testing.assert_close(codec.decode(codec.encode(images), (8, 8), (2, 1, 7, 8)), images[:, :, 2:7, 1:])
+    assert codec.encode(images, (4, 6)).shape == (2, 1, 4, 6)
+    smooth = Pixels(3).encode(torch.ones(1, 3, 9, 5), (4, 4))
+    torch.testing.assert_close(smooth, torch.ones(1, 3, 4, 4))
+
+
+def test_interrupted_equals_uninterrupted(run, digits, tmp_path):
+    train(config_of(tmp_path / "run", digits, "train.steps=40", "train.save_every=20"))
+    folder = tmp_path / "run" / "checkpoints" / "step-00000040"
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    train(config_of(tmp_path / "run", digits))
+    ours, theirs = (checkpoint.load_tensors(path, "ema") for path in (run, tmp_path / "run"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    before = (run / "checkpoints").stat().st_mtime_ns
+    train(config_of(run, digits))
+    assert (run / "checkpoints").stat().st_mtime_ns == before, "what is done is not trained again"
+
+
+def test_evaluation_leaves_out_what_is_an_autoencoder_s(run, digits, tmp_path):
+    metrics = evaluate(run, digits, tmp_path / "out", count=20)
+    assert "riae" not in metrics and metrics["r2id"]["sizes"]["8x8"]["samples"] == 20
+    assert list(metrics["r2id"]["grid_scrape"]["grids"]) == ["4x4", "8x8", "16x16"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+    assert "RIAE" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_published_size():
+    config = load_config(CONFIG)
+    assert isinstance(config, R2idRun) and config.codec is None
+    with torch.device("meta"):
+        assert sum(p.numel() for p in R2ID(config.r2id, 1, 10).parameters()) == pytest.approx(6.1e6, rel=0.1)
+
+
+def test_a_plan_takes_no_autoencoder():
+    found = plan(CONFIG, ("train.batch=2", "r2id.encoder_blocks=1", "r2id.decoder_blocks=1"), gpus=1, gigabytes=16,
+                 share=0.5, teraflops=100, classes=10)
+    assert found["grid"] == [28, 28] and found["tokens"] == 784 and found["fits"] and not found["memory"].get("codec")
+
+
+def test_mistakes(run, digits, tmp_path):
+    with pytest.raises(InputError, match=r"goes with a codec, and there is none"):
+        config_of(tmp_path / "run", digits, "data.latents=somewhere")
+    with pytest.raises(InputError, match="stage 'r2id', not 'riae'"):
+        encode(run, digits, tmp_path / "latents")
