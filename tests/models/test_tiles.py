@@ -221,9 +221,9 @@ def test_both_kernels_agree_on_tiles(model, monkeypatch):
     torch.testing.assert_close(model.decode(latents, (37, 29)), plain, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"jitter": 0.0}, {"decode_scales": (0.5, 2.0), "encode_scales": (0.5, 1.0), "cell_size": True},
-                                     {"decode_pixels": 10**6},
-                                     {"latent_attention": "local"}])
+@pytest.mark.parametrize("changes", [
+    {}, {"jitter": 0.0}, {"decode_scales": (0.5, 2.0), "encode_scales": (0.5, 1.0), "cell_size": True},
+    {"decode_pixels": 10**6}, {"latent_attention": "local"}])
 def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes):
     loss = RiaeLoss(made(**changes).train(), seed=3)
     image, index = torch.rand(4, 1, 37, 45) * 2 - 1, torch.tensor([5, 9, 2, 7])
