@@ -46,7 +46,7 @@ class RiaeLoss(nn.Module):
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
         seen = rescaled(image, config.encode_scales, self.seed, step, _ENCODE_SCALE)
         asked = rescaled(image, config.decode_scales, self.seed, step, _DECODE_SCALE)
-        latents = self._encode(seen, cells, grid, keys)
+        latents = self._encode(seen, max(1, round(config.encode_cloud * size[0] * size[1])), cells, grid, keys)
         if config.latent_noise:
             noise = rng.normal(rng.fold(keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
@@ -59,14 +59,14 @@ class RiaeLoss(nn.Module):
             "mse": reconstruction_loss(decoded.detach(), truth, "mse", weight),
             "latent_rms": latents.detach().square().mean().sqrt()}
 
-    def _encode(self, image: Tensor, cells: Tensor, grid: Size, keys: Tensor) -> Tensor:
-        """From a random share of the pixels, or with ``local`` attention from all: latents [B, M, L]."""
+    def _encode(self, image: Tensor, count: int, cells: Tensor, grid: Size, keys: Tensor) -> Tensor:
+        """From random pixels, as many as there are at most, or with ``local`` attention from all: latents [B, M, L]."""
         size: Size = (image.shape[2], image.shape[3])
         pixels = size[0] * size[1]
         if self.model.local:
             chosen = torch.arange(pixels, device=image.device).expand(len(image), -1)
         else:
-            chosen = rng.subset(rng.fold(keys, _SEEN), pixels, max(1, round(pixels * self.model.config.encode_cloud)))
+            chosen = rng.subset(rng.fold(keys, _SEEN), pixels, min(count, pixels))
         at, colours = self._points(image, grid, chosen, rng.fold(keys, _SEEN_JITTER))
         tiles = self.model.tiles(grid, size, grid, device=image.device)
         return self.model.encode_points(colours, at, size, cells, grid, tiles)
