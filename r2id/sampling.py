@@ -5,7 +5,7 @@ Shape letters: B samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,9 +97,7 @@ class Sampler:
 
     def batch_length(self, size: Size, grid: Size | None = None) -> int:
         """How many images are computed together, which follows from their size and grid alone: a power of two."""
-        height, width = grid or self.grid_for(size)
-        most = min(_BATCH, _BATCH_TOKENS // (height * width), _BATCH_PIXELS // (size[0] * size[1]))
-        return 1 << max(1, most).bit_length() - 1
+        return min(_batch_length(_BATCH_TOKENS, grid or self.grid_for(size)), _batch_length(_BATCH_PIXELS, size))
 
     @torch.no_grad()
     def sample(self, condition: Tensor, seeds: Tensor, size: Size, *, grid: Size | None = None, steps: int | None = None,
@@ -115,15 +113,20 @@ class Sampler:
         products of another length round differently.
         """
         asked = {"steps": steps, "guidance": guidance, "solver": solver, "eta": eta, "guidance_interval": guidance_interval}
+        return self.render(self.latents(condition, seeds, grid or self.grid_for(size), **asked), size)
+
+    @torch.no_grad()
+    def latents(self, condition: Tensor, seeds: Tensor, grid: Size, **asked: Any) -> Tensor:
+        """What ``sample`` renders: conditions and seeds on a grid (h, w), settings as there → raw latents [B, L, h, w]."""
         settings = change(self.defaults, {name: value for name, value in asked.items() if value is not None})
-        grid = grid or self.grid_for(size)
-        length, images = self.batch_length(size, grid), []
-        condition = self._known(condition)
-        for start in range(0, len(seeds), length):
-            rows = torch.arange(start, start + length).clamp(max=len(seeds) - 1)  # the last repeated, where they are few
-            drawn = self.codec.decode(self._latents(condition[rows], seeds[rows], grid, settings), size)
-            images.append(drawn[:len(seeds) - start].cpu())
-        return torch.cat(images)
+        condition, length = self._known(condition), _batch_length(_BATCH_TOKENS, grid)
+        return _in_batches(lambda rows: self._latents(condition[rows], seeds[rows], grid, settings), len(seeds), length)
+
+    @torch.no_grad()
+    def render(self, latents: Tensor, size: Size) -> Tensor:
+        """Raw latents [B, L, h, w] → float32 [B, C, H, W] in [−1, 1], on the CPU."""
+        length = _batch_length(_BATCH_PIXELS, size)
+        return _in_batches(lambda rows: self.codec.decode(latents[rows], size).cpu(), len(latents), length)
 
     def _latents(self, condition: Tensor, seeds: Tensor, grid: Size, settings: SampleConfig) -> Tensor:
         device, channels = self.codec.device, self.codec.latent_channels
@@ -184,6 +187,18 @@ class Sampler:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.codec.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+def _batch_length(most: int, side: Size) -> int:
+    """How many grids or images are computed together, of ``most`` tokens or pixels in all: a power of two."""
+    return 1 << max(1, min(_BATCH, most // (side[0] * side[1]))).bit_length() - 1
+
+
+def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) -> Tensor:
+    """compute(rows int64 [length]) of all rows up to ``count``, the last repeated where the last batch has fewer."""
+    parts = [compute(torch.arange(start, start + length).clamp(max=count - 1))[:count - start]
+             for start in range(0, count, length)]
+    return torch.cat(parts)
 
 
 def _conditions(condition: Tensor, guidance: float) -> Tensor:

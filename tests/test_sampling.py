@@ -139,3 +139,10 @@ def test_where_output_may_go(tmp_path):
                                 (tmp_path / "file", ["1x1"], "is a file")]:
         with pytest.raises(InputError, match=message):
             output_files(out, names, False)
+
+
+def test_samples_are_latents_rendered(sampler):
+    labels, seeds = torch.arange(9), torch.arange(9)
+    latents = sampler.latents(labels, seeds, sampler.grid_for((10, 6)))
+    assert torch.equal(sampler.render(latents, (10, 6)), sampler.sample(labels, seeds, (10, 6)))
+    assert torch.equal(sampler.latents(labels[3:5], seeds[3:5], sampler.grid_for((10, 6))), latents[3:5])

@@ -24,12 +24,12 @@ from r2id.evaluation.classifier import Judge
 from r2id.evaluation.extractor import Extractor
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import mse, psnr, ssim
-from r2id.evaluation.r2id import score_samples
+from r2id.evaluation.r2id import Samples, score_samples
 from r2id.evaluation.reference import MOST_REAL, Seen, compare, real_batches, see
 from r2id.evaluation.riae import distance, scaled
 from r2id.models.coords import Size
 from r2id.progress import Progress
-from r2id.sampling import Sampler, choose_labels
+from r2id.sampling import Sampler
 from r2id.training.codec import Codec
 
 _SIDE = 28  # the sizes below are of MNIST
@@ -73,11 +73,12 @@ def measure_samples(sampler: Sampler, judge: Judge | None, extractor: Extractor,
 
     real = see(extractor, (images for images, _ in read(0, MOST_REAL)))
     rows: dict[str, Row] = {}
+    samples, pairs = Samples(sampler, count, seed), Samples(sampler, min(count, _PAIRED), seed)
     for size in invariance_sizes(native):
         rows[f"{size[0]}x{size[1]}"] = {
-            **score_samples(sampler, judge, extractor, real, size, count, seed),
+            **score_samples(samples, judge, extractor, real, size),
             "stretched": score_stretched(judge, extractor, real, read(1, count), size),
-            "consistency": pair_samples(sampler, judge, size, min(count, _PAIRED), seed)}
+            "consistency": pair_samples(pairs, judge, size)}
     return {"reference_images": len(real), "sizes": rows}
 
 
@@ -99,18 +100,16 @@ def score_stretched(judge: Judge | None, extractor: Extractor, real: Seen, batch
     return {"images": len(seen), "accuracy": float(answers.double().mean()) if len(answers) else None, **compare(seen, real)}
 
 
-def pair_samples(sampler: Sampler, judge: Judge | None, size: Size, count: int, seed: int) -> Row:
+def pair_samples(samples: Samples, judge: Judge | None, size: Size) -> Row:
     """The same seeds at a size and at twice of it: PSNR in dB of the larger, averaged down, against the smaller (mean over
     seeds), and the share that is judged to be of the same class at both."""
-    labels, seeds = choose_labels((), count, sampler.num_classes), torch.arange(seed, seed + count)
     twice = 2 * size[0], 2 * size[1]
-    errors, same, batch = [], [], sampler.batch_length(size)
-    for some, keys in zip(labels.split(batch), seeds.split(batch), strict=True):
-        small, large = (sampler.sample(some, keys, at) for at in (size, twice))
+    length, errors, same = samples.sampler.batch_length(twice), [], []
+    for small, large in zip(samples.batches(size, length), samples.batches(twice, length), strict=True):
         errors.append(mse(halve(large), small))
         if judge:
             same.append(judge.look(small)[1] == judge.look(large)[1])
-    return {"samples": count, "first_seed": seed, "psnr": float(psnr(torch.cat(errors)).mean()),
+    return {"samples": len(samples), "first_seed": int(samples.seeds[0]), "psnr": float(psnr(torch.cat(errors)).mean()),
             "same_class": float(torch.cat(same).double().mean()) if same else None}
 
 

@@ -108,34 +108,59 @@ def compare_real(extractor: Extractor, shards: ShardSet, data: DataConfig, size:
         f"{name}_of_training_images": value for name, value in compare(training, real).items()}}
 
 
-def score_samples(sampler: Sampler, judge: Judge | None, extractor: Extractor, real: Seen, size: Size, count: int,
-                  seed: int) -> dict[str, Any]:
-    """Sample ``count`` images of a size, all classes in turn, seeds from ``seed`` on, and judge them.
+class Samples:
+    """``count`` samples, all classes in turn, seeds from ``seed`` on, at any sizes: what is diffused is computed once for
+    each latent grid, and rendered at every size that has it."""
+
+    def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
+        self.sampler = sampler
+        self.labels, self.seeds = choose_labels((), count, sampler.num_classes), torch.arange(seed, seed + count)
+        self._latents: dict[Size, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def batches(self, size: Size, length: int | None = None) -> Iterator[Tensor]:
+        """Images [N, C, H, W] of a size, ``length`` at a time or as many as are rendered together."""
+        grid = self.sampler.grid_for(size)
+        if grid not in self._latents:
+            self._latents[grid] = self._draw(grid)
+        with Progress(f"render {size[0]}x{size[1]}", len(self), unit="images") as progress:
+            for some in self._latents[grid].split(length or self.sampler.batch_length(size)):
+                yield self.sampler.render(some, size)
+                progress.advance(len(some))
+
+    def _draw(self, grid: Size) -> Tensor:
+        parts = []
+        with Progress(f"sample {grid[0]}x{grid[1]} latents", len(self), unit="samples") as progress:
+            for labels, seeds in zip(self.labels.split(BATCH), self.seeds.split(BATCH), strict=True):
+                parts.append(self.sampler.latents(labels, seeds, grid))
+                progress.advance(len(seeds))
+        return torch.cat(parts)
+
+
+def score_samples(samples: Samples, judge: Judge | None, extractor: Extractor, real: Seen, size: Size) -> dict[str, Any]:
+    """Judge samples of a size.
 
     Accuracy (the share judged to be of the class asked for), the same per class, the samples of the lowest probability of
     that class, and how far all are from real ones (see compare). None where there is no judge or too few images make none.
     """
-    labels = choose_labels((), count, sampler.num_classes)
-    seeds = torch.arange(seed, seed + count)
     probabilities: list[Tensor] = []
 
-    def draw() -> Iterator[Tensor]:
-        with Progress(f"sample {size[0]}x{size[1]}", count, unit="images") as progress:
-            batch = sampler.batch_length(size)
-            for some, keys in zip(labels.split(batch), seeds.split(batch), strict=True):
-                images = sampler.sample(some, keys, size)
-                if judge:
-                    probabilities.append(judge.probabilities(judge.features(images)))
-                yield images
-                progress.advance(len(some))
+    def judged() -> Iterator[Tensor]:
+        for images in samples.batches(size):
+            if judge:
+                probabilities.append(judge.probabilities(judge.features(images)))
+            yield images
 
-    seen = see(extractor, draw())
-    return {"size": list(size), "grid": list(sampler.grid_for(size)), "samples": count, "first_seed": seed,
-            **_judged(torch.cat(probabilities) if judge else None, labels, seeds, sampler.num_classes),
+    seen, sampler = see(extractor, judged()), samples.sampler
+    return {"size": list(size), "grid": list(sampler.grid_for(size)), "samples": len(samples),
+            "first_seed": int(samples.seeds[0]), **_judged(torch.cat(probabilities) if judge else None, samples),
             **compare(seen, real)}
 
 
-def _judged(probabilities: Tensor | None, labels: Tensor, seeds: Tensor, classes: int) -> dict[str, Any]:
+def _judged(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
+    labels, seeds, classes = samples.labels, samples.seeds, samples.sampler.num_classes
     if probabilities is None:
         return {"accuracy": None, "accuracy_per_class": None, "lowest": []}
     found = probabilities.argmax(1)
@@ -148,7 +173,5 @@ def _judged(probabilities: Tensor | None, labels: Tensor, seeds: Tensor, classes
 
 def draw_samples(sampler: Sampler, sizes: Sequence[Size], count: int, seed: int) -> dict[Size, Tensor]:
     """The same seeds and classes, in turn, at every size: size → images [count, C, H, W]."""
-    labels = choose_labels((), count, sampler.num_classes)
-    seeds = torch.arange(seed, seed + count)
-    return {size: sampler.sample(labels, seeds, size) for size in sizes}
-
+    samples = Samples(sampler, count, seed)
+    return {size: torch.cat(list(samples.batches(size))) for size in sizes}

@@ -19,7 +19,15 @@ from r2id.evaluation.extractor import FileExtractor
 from r2id.evaluation.images import load_images, to_floats
 from r2id.evaluation.invariance import measure_reconstructions, measure_samples
 from r2id.evaluation.provenance import Subject, describe
-from r2id.evaluation.r2id import compare_real, draw_samples, encode_tests, score_samples, scrape_grids, scrape_times
+from r2id.evaluation.r2id import (
+    Samples,
+    compare_real,
+    draw_samples,
+    encode_tests,
+    score_samples,
+    scrape_grids,
+    scrape_times,
+)
 from r2id.evaluation.report import render
 from r2id.evaluation.riae import draw_riae, measure_riae, scaled
 from r2id.models.coords import Size
@@ -109,8 +117,9 @@ def _score(subject: Subject, sampler: Sampler, sizes: Sequence[Size], count: int
     if extractor is None:
         return {"r2id": found}
     real, found["real"] = compare_real(extractor, shards, data, sampler.codec.image, count)
+    samples = Samples(sampler, count, subject.seed)
     for size in sizes:
-        found["sizes"][f"{size[0]}x{size[1]}"] = score_samples(sampler, judge, extractor, real, size, count, subject.seed)
+        found["sizes"][f"{size[0]}x{size[1]}"] = score_samples(samples, judge, extractor, real, size)
     return {"r2id": found} if judge is None else {"r2id": found, "classifier": {
         "test_accuracy": judge.test_accuracy, "size": list(judge.size), "train_images": judge.train_images,
         "test_images": judge.test_images}}

@@ -17,6 +17,7 @@ from r2id.evaluation.invariance import (
     score_stretched,
 )
 from r2id.evaluation.metrics import mse, psnr, ssim
+from r2id.evaluation.r2id import Samples
 from r2id.evaluation.reference import real_batches, see
 from r2id.sampling import Sampler
 
@@ -52,13 +53,13 @@ def test_stretched_images_lose_by_shrinking_alone(judge, shards, data):
 
 
 def test_consistency_of_samples_is_that_of_the_same_seeds(sampler, judge):
-    pair = pair_samples(sampler, judge, (8, 8), 25, 3)
+    pair = pair_samples(Samples(sampler, 25, 3), judge, (8, 8))
     labels, seeds = torch.arange(25) % 10, torch.arange(3, 28)
     small, large = (sampler.sample(labels, seeds, size) for size in ((8, 8), (16, 16)))
     assert pair["psnr"] == pytest.approx(float(psnr(mse(F.avg_pool2d(large, 2), small)).mean()), abs=0.01)
     assert pair["same_class"] == float((judge.look(small)[1] == judge.look(large)[1]).double().mean())
     assert pair["samples"] == 25 and pair["first_seed"] == 3
-    assert pair_samples(sampler, None, (8, 8), 2, 3)["same_class"] is None
+    assert pair_samples(Samples(sampler, 2, 3), None, (8, 8))["same_class"] is None
 
 
 def test_samples_stand_beside_stretched_real_images(sampler, judge, shards, data, monkeypatch):

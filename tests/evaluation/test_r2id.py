@@ -7,7 +7,7 @@ import torch
 
 from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
-from r2id.evaluation.r2id import compare_real, draw_samples, encode_tests, score_samples, scrape_grids, scrape_times
+from r2id.evaluation.r2id import Samples, compare_real, draw_samples, encode_tests, score_samples, scrape_grids, scrape_times
 from r2id.sampling import Sampler
 
 
@@ -51,7 +51,7 @@ def test_real_images_are_near_and_noise_is_far(judge, shards, data):
 
 def test_scores_of_samples(sampler, judge, shards, data):
     real, _ = compare_real(judge, shards, data, (8, 8), 100)
-    scores = score_samples(sampler, judge, judge, real, (12, 8), 130, seed=3)
+    scores = score_samples(Samples(sampler, 130, 3), judge, judge, real, (12, 8))
     assert scores["size"] == [12, 8] and scores["samples"] == 130
     assert scores["grid"] == list(sampler.grid_for((12, 8)))
     assert scores["accuracy"] == pytest.approx(sum(scores["accuracy_per_class"]) / 10)  # 13 of each class
@@ -66,14 +66,14 @@ def test_scores_of_samples(sampler, judge, shards, data):
     assert lowest[0]["score"] == pytest.approx(float(scored.min()), rel=0.1)
     assert lowest[-1]["score"] == pytest.approx(float(scored.sort().values[19]), rel=0.1)
     assert 0 <= scores["precision"] <= 1 and scores["patch_frechet"] > 0
-    unjudged = score_samples(sampler, None, judge, real, (12, 8), 5, seed=3)
+    unjudged = score_samples(Samples(sampler, 5, 3), None, judge, real, (12, 8))
     assert unjudged["accuracy"] is None and unjudged["lowest"] == [] and unjudged["frechet"] > 0
 
 
 def test_one_sample_has_no_distance(sampler, judge, shards, data):
     real, facts = compare_real(judge, shards, data, (8, 8), 1)
     assert facts["frechet_of_training_images"] is None
-    assert score_samples(sampler, judge, judge, real, (8, 8), 1, 0)["frechet"] is None
+    assert score_samples(Samples(sampler, 1, 0), judge, judge, real, (8, 8))["frechet"] is None
 
 
 def test_the_same_seeds_at_every_size(sampler):
