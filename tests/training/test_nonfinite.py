@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2id.config import TrainConfig, load_config
+from r2id.config import TrainConfig
+from r2id.config_files import load_config
 from r2id.errors import InputError, NonFiniteError
 from r2id.training import checkpoint
 from r2id.training.blocks import prepare_blocks
@@ -104,7 +105,8 @@ def test_a_step_left_out_changes_nothing(digits, tmp_path, spoil):
 STALL = """
 import os, sys, time
 from pathlib import Path
-from r2id.config import TrainConfig, load_config
+from r2id.config import TrainConfig
+from r2id.config_files import load_config
 from r2id.training import loop
 from r2id.training.losses import RiaeLoss
 forward = RiaeLoss.forward

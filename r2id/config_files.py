@@ -1,0 +1,127 @@
+"""TOML files and ``section.key=value`` overrides to the schemas of r2id.config, and back."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from r2id.config import PipelineRun, R2idRun, RiaeRun, Run, Section, StageConfig
+from r2id.errors import InputError
+
+SectionT = TypeVar("SectionT", bound=Section)
+_KINDS: dict[str, type[Run]] = {"riae": RiaeRun, "r2id": R2idRun, "pipeline": PipelineRun}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a TOML file, apply ``section.key=value`` overrides and validate.
+
+    In a pipeline's file, overrides of the stages are written ``riae.KEY=VALUE`` and ``r2id.KEY=VALUE``, where KEY is a
+    key of that stage's own file. Raises InputError naming the file, the key, the value and what is allowed.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (IsADirectoryError, UnicodeDecodeError, PermissionError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {error}") from None
+    return parse_config(table, overrides, where=str(path))
+
+
+def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Run:
+    """Validate a table that was read from a file; see load_config."""
+    kind = table.get("stage")
+    if kind not in _KINDS:
+        raise InputError(f"{where}: stage = {kind!r}: must be one of {', '.join(map(repr, _KINDS))}")
+    for override in overrides:
+        _apply(table, override, pipeline=kind == "pipeline")
+    try:
+        return _KINDS[kind].model_validate(table)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explain(error, _KINDS[kind])}") from None
+
+
+def change(section: SectionT, changes: Mapping[str, Any]) -> SectionT:
+    """A section with some of its values replaced; InputError when they are not allowed."""
+    try:
+        return type(section).model_validate({**section.model_dump(), **changes})
+    except ValidationError as error:
+        raise InputError(_explain(error, type(section))) from None
+
+
+def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise InputError(f"override {override!r}: must look like section.key=value")
+    head, _, rest = name.partition(".")
+    if pipeline and head in ("riae", "r2id") and rest not in StageConfig.model_fields:
+        stage = table.setdefault(head, {})
+        stage["set"] = [*stage.get("set", []), f"{rest}={text}"]
+        return
+    *parents, key = name.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise InputError(f"override {override!r}: {parent} is a value, not a section")
+    table[key] = _parse_value(text)
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; what is none is a string, so that paths need no quotes in a shell."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    place = [part for part in first["loc"] if isinstance(part, str) or part is not None]
+    name = ".".join(str(part) for part in place)
+    if first["type"] == "extra_forbidden":
+        allowed = _fields_at(schema, [str(part) for part in place[:-1]])
+        near = difflib.get_close_matches(str(place[-1]), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{name}: unknown key{hint} Allowed here: {', '.join(allowed)}"
+    if first["type"] == "missing":
+        return f"{name}: missing, and it has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    return f"{name} = {first['input']!r}: {message}{more}" if name else f"{message}{more}"
+
+
+def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:
+    for part in place:
+        annotation = schema.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)
+
+
+def to_toml(config: BaseModel) -> str:
+    """The whole resolved config as TOML, ready for load_config. Unset (none) fields are left out."""
+    return _table(config.model_dump(mode="json", exclude_none=True))
+
+
+def _table(table: dict[str, Any], prefix: str = "") -> str:
+    lines = [f"{key} = {_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            lines += ["", f"[{prefix}{key}]", _table(value, f"{prefix}{key}.").strip("\n")]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return repr(value)
