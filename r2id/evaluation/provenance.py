@@ -98,8 +98,9 @@ def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str
                                    f"{metrics['r2id']['real']['test_images']} images of {data}")
     if "invariance" in metrics:
         found = metrics["invariance"]
-        images = found["riae"]["half_to_double"]["images"]
-        yield "invariance: reconstructions", _fact(f"{images} test images per size", "", eyes, data)
+        if "riae" in found:
+            images = found["riae"]["half_to_double"]["images"]
+            yield "invariance: reconstructions", _fact(f"{images} test images per size", "", eyes, data)
         if "r2id" in found:
             reference = f"{found['r2id']['reference_images']} images (every other one) of {data}"
             yield from _of_samples("invariance: samples", subject, found["r2id"]["sizes"], reference)

@@ -146,11 +146,16 @@ def _invariance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> It
               f"{row['consistency']['psnr']:.2f} dB", share(row["consistency"]["same_class"])] for row in rows])
         yield _invariance_words(found["r2id"])
         yield from (figure(name, pictures) for name in pictures if name.startswith("invariance_"))
+    if "riae" in found:
+        yield from _reconstructions(found["riae"])
+
+
+def _reconstructions(found: Mapping[str, Any]) -> Iterable[str]:
     yield "<h3>Reconstructions</h3>" + table(
         ["size", "images", "MSE", "PSNR", "SSIM", "Fréchet", "consistency"],
         [[size_name(row["size"]), f"{row['images']:,}", *_reconstruction(row, ""), number(row["frechet"]),
-          f"{row['consistency']:.2f} dB"] for row in found["riae"]["sizes"].values()])
-    half = found["riae"]["half_to_double"]
+          f"{row['consistency']:.2f} dB"] for row in found["sizes"].values()])
+    half = found["half_to_double"]
     yield ('<p class="sub">Encoded at the native size and decoded at each; the truth is the image resized by a bicubic '
            "filter. Consistency: what is decoded at twice the size, averaged down, against what is decoded at the size. "
            f"Encoded at half and decoded at double, the squared error is {half['mse']:.4f}, {half['relative']:.2f} times "

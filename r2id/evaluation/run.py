@@ -127,7 +127,9 @@ def _score(subject: Subject, sampler: Sampler, sizes: Sequence[Size], count: int
 
 def _invariance(subject: Subject, count: int) -> Metrics:
     """See r2id.evaluation.invariance."""
-    found: Metrics = {"riae": measure_reconstructions(subject.codec, subject.shards, subject.riae_data, subject.extractor)}
+    found: Metrics = {}
+    if subject.codec.riae:
+        found["riae"] = measure_reconstructions(subject.codec, subject.shards, subject.riae_data, subject.extractor)
     if subject.sampler and subject.extractor:
         found["r2id"] = measure_samples(subject.sampler, subject.judge, subject.extractor, subject.shards,
                                         subject.data, count, subject.seed)
@@ -196,19 +198,20 @@ def _headlines(metrics: Mapping[str, Any]) -> list[str]:
 
 def _invariance_headlines(found: Mapping[str, Any]) -> Iterator[str]:
     """The worst of all sizes."""
-    rows = found["r2id"]["sizes"] if "r2id" in found else {}
+    rows, riae = (found[name]["sizes"] if name in found else {} for name in ("r2id", "riae"))
     ratios = {name: row["accuracy"] / row["stretched"]["accuracy"] for name, row in rows.items()
               if row["accuracy"] is not None and row["stretched"]["accuracy"]}
     if ratios:
         worst = min(ratios, key=lambda name: ratios[name])
         yield f"least accuracy over that of real images stretched to the size: {ratios[worst]:.3f} at {worst}"
     for kind, pairs in (("samples", {name: row["consistency"]["psnr"] for name, row in rows.items()}),
-                        ("reconstructions", {name: row["consistency"] for name, row in found["riae"]["sizes"].items()})):
+                        ("reconstructions", {name: row["consistency"] for name, row in riae.items()})):
         if pairs:
             worst = min(pairs, key=lambda name: pairs[name])
             yield f"least consistency of {kind} with twice the size: {pairs[worst]:.2f} dB at {worst}"
-    relative = found["riae"]["half_to_double"]["relative"]
-    yield f"RIAE, encoded at half and decoded at double: {relative:.2f} times the native squared error"
+    if riae:
+        relative = found["riae"]["half_to_double"]["relative"]
+        yield f"RIAE, encoded at half and decoded at double: {relative:.2f} times the native squared error"
 
 
 def _write(out: Path, metrics: Metrics, pictures: Pictures) -> None:
