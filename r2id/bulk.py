@@ -38,6 +38,7 @@ from r2id.errors import InputError, WorkError
 from r2id.models.coords import Size
 from r2id.pictures import to_bytes
 from r2id.progress import Progress
+from r2id.room import check_samples
 from r2id.sampling import Sampler, choose_labels
 from r2id.training import checkpoint
 
@@ -132,10 +133,12 @@ def make_plan(sampler: Sampler, path: Path, out: Path, sizes: Sequence[Size], *,
     if len(sizes) > 1:
         raise InputError(f"--format {kind}: takes one --size, and there are {len(sizes)}")
     size = sizes[0] if sizes else sampler.codec.image
+    check_samples(sampler, size, grid, sampler.batch_length(size, grid))
     count, batch = count or sampler.defaults.count, sampler.batch_length(size, grid)
     asked = {name: value for name, value in settings.items() if value is not None}
     resolved = change(sampler.defaults, asked).model_dump(mode="json", include=_SETTINGS)
     chosen = list(labels or sampler.defaults.labels)
+    choose_labels(chosen, count, sampler.num_classes)  # those of the samples asked for; batches are filled up below
     facts = {"format_version": FORMAT_VERSION, "format": kind, "checkpoint": checkpoint.identity(path),
              "riae": sampler.codec.hash, "size": list(size), "grid": list(grid or sampler.grid_for(size)), "count": count,
              "first_seed": seed, "labels": chosen, "classes": sampler.num_classes,

@@ -27,6 +27,7 @@ from r2id.models.coords import Size, Window, part_of
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.pictures import read_image, save_png, tile
+from r2id.room import check_reconstruction, check_samples
 from r2id.training import checkpoint
 from r2id.training.codec import Codec
 from r2id.training.losses import denoising_loss
@@ -119,6 +120,8 @@ class Sampler:
     @torch.no_grad()
     def latents(self, condition: Tensor, seeds: Tensor, grid: Size, **asked: Any) -> Tensor:
         """What ``sample`` renders: conditions and seeds on a grid (h, w), settings as there → raw latents [B, L, h, w]."""
+        if asked.get("guidance") not in (None, 0, 1) and not self.model.classes:
+            raise InputError(f"guidance {asked['guidance']}: the model was trained without conditions; must be 0 or 1")
         settings = change(self.defaults, {name: value for name, value in asked.items() if value is not None})
         condition, length = self._known(condition), _batch_length(_BATCH_TOKENS, grid)
         return _in_batches(lambda rows: self._latents(condition[rows], seeds[rows], grid, settings), len(seeds), length)
@@ -219,8 +222,10 @@ def _guide(predictions: Tensor, guidance: float) -> Tensor:
 def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
     """``count`` labels: the given ones in turn, or every class in turn, or −1 where there are no classes: int64 [count].
 
-    InputError when a label is out of range.
+    InputError when a label is out of range, or there are more of them than samples.
     """
+    if len(labels) > count:
+        raise InputError(f"{len(labels)} labels: must be as many as the samples at most, which are {count}")
     for label in labels:
         if not 0 <= label < classes:
             allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
@@ -251,6 +256,8 @@ def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence
     """
     sampler = Sampler.load(path, device)
     sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
+    for size in sizes:
+        check_samples(sampler, size, grid, count or sampler.defaults.count)
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
     chosen = choose_labels(labels or sampler.defaults.labels, count or sampler.defaults.count, sampler.num_classes)
     condition = choose_attributes(attributes, sampler.attributes).expand(len(chosen), -1) if attributes else chosen
@@ -273,6 +280,7 @@ def reconstruct_file(path: Path, picture: Path, out: Path, sizes: Sequence[Size]
     sizes = tuple(sizes) or (own,)
     for size in sizes:
         part_of(size, window)  # before anything is computed or written
+        check_reconstruction(codec, codec.grid_for(own), size, window)
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
     latents = codec.encode(image.unsqueeze(0))
     for file, size in zip(files, sizes, strict=True):

@@ -17,7 +17,7 @@ LAYER = {
     "r2id.launcher": 0,
     "r2id.data": 1, "r2id.models": 1, "r2id.diffusion": 1,
     "r2id.training": 2, "r2id.pictures": 2,
-    "r2id.sampling": 3, "r2id.bulk": 3, "r2id.previews": 3, "r2id.evaluation": 3,
+    "r2id.sampling": 3, "r2id.bulk": 3, "r2id.room": 3, "r2id.previews": 3, "r2id.evaluation": 3,
     "r2id.cli": 4,
 }
 # What the other two packages may import of the project; the command line alone may import them.

@@ -98,6 +98,8 @@ def test_labels():
         choose_labels((3,), 1, 3)
     with pytest.raises(InputError, match="the model has no classes"):
         choose_labels((0,), 1, 0)
+    with pytest.raises(InputError, match="3 labels: must be as many as the samples at most, which are 2"):
+        choose_labels((0, 1, 2), 2, 3)
 
 
 def test_grids_are_written_once(r2id_run, tmp_path):

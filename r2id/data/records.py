@@ -188,7 +188,10 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 def _convert(image: Image.Image, channels: int | None) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = Image.fromarray(_upper_byte(np.asarray(image)))
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ValueError("an image with pixels that are not finite")
+        image = Image.fromarray(_upper_byte(values))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = _over_white(image)
     gray = image.mode in ("1", "L") if channels is None else channels == 1

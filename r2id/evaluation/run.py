@@ -31,6 +31,7 @@ from r2id.evaluation.r2id import (
 from r2id.evaluation.report import render
 from r2id.evaluation.riae import draw_riae, measure_riae, scaled
 from r2id.models.coords import Size
+from r2id.room import check_samples
 from r2id.sampling import Sampler
 from r2id.training import checkpoint as checkpoints
 from r2id.training.codec import Codec
@@ -59,6 +60,9 @@ def evaluate(checkpoint: Path, shards: Path, out: Path, *, sizes: Sequence[Size]
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; must be a folder, new or of an earlier evaluation")
     subject = _open(checkpoint, shards, extractor, device, seed)
+    if subject.sampler:
+        for size in sizes:
+            check_samples(subject.sampler, size, None, _GRID_COUNT)
     subject = _with_judge(subject, out / "classifier.safetensors")
     metrics: Metrics = {"format_version": FORMAT_VERSION}
     pictures: Pictures = {}
