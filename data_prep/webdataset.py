@@ -32,8 +32,8 @@ Member = tuple[str, int, int]
 
 
 class WebdatasetReader:
-    """Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, embeddings of texts from ``.npy``, the rest from
-    ``.json``.
+    """Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, embeddings of texts from ``.npy``,
+    the rest from ``.json``.
 
     Splits are sub-folders called train, val or test, or words of the tars' names (``imagenet-train-000.tar``); where there
     are none, a tenth is set aside for testing. A place is [number of the tar, key, the image's member, the others].

@@ -108,8 +108,8 @@ class Sampler:
         """Images of any size, one per condition and seed.
 
         condition int64 [B] of classes (−1: none), [B, A] of attributes (−1, 1, or 0 for any), or [B, D] or [B, T, D] of
-        embeddings, seeds int64 [B], size (H, W) in pixels, grid (h, w) of latents (by default grid_for(size)); what is None is the run's own setting →
-        float32 [B, C, H, W] in [−1, 1], on the CPU.
+        embeddings, seeds int64 [B], size (H, W) in pixels, grid (h, w) of latents (by default grid_for(size)); what is None
+        is the run's own setting → float32 [B, C, H, W] in [−1, 1], on the CPU.
 
         An image is the same bits whatever is drawn with it: all are computed in batches of one length, since matrix
         products of another length round differently.
@@ -258,7 +258,8 @@ def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence
                **settings: Any) -> dict[str, Any]:
     """Sample a checkpoint at every size and write one PNG grid for each; ``settings`` are those of Sampler.sample.
 
-    ``embedding`` is a ``.npy`` file. ``out`` is a PNG file (one size) or a folder. The same seeds and labels at every size: picture i is one composition.
+    ``embedding`` is a ``.npy`` file, see choose_embeddings; ``out`` a PNG file (one size) or a folder. The same seeds and
+    conditions at every size: picture i is one composition.
     """
     sampler = Sampler.load(path, device)
     sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)

@@ -52,8 +52,8 @@ def sample(
                    grid=parse_size(grid) if grid else None, settings=settings, device=find_device(device), as_json=as_json)
         return
     result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()), attributes=tuple(attribute or ()),
-                        embedding=embedding, count=count, seed=seed, grid=parse_size(grid) if grid else None, overwrite=overwrite,
-                        device=find_device(device), **settings)
+                        embedding=embedding, count=count, seed=seed, grid=parse_size(grid) if grid else None,
+                        overwrite=overwrite, device=find_device(device), **settings)
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
 
 

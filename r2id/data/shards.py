@@ -410,7 +410,8 @@ class ShardSet:
             keys.append(table["key"].combine_chunks())
             first = end
         return Split(name=name, files=[self.folder / shard.file for shard in entry.shards], entries=entry.shards,
-                     address=self.address, keys=pa.concat_arrays(keys), shard=number, **lists, **columns)
+                     address=self.address, keys=pa.concat_arrays(keys), shard=number,
+                     attributes=lists.get("attributes"), embedding=lists.get("embedding"), **columns)
 
     def _lists(self, samples: int) -> dict[str, np.ndarray]:
         """Of each column that holds lists, and that is wanted, the array that it is to fill."""

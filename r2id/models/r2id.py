@@ -6,7 +6,7 @@ Shape letters: B batch · L channels of the diffused grid · h, w its size · N 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,11 @@ class R2ID(nn.Module):
         times = config.time_fourier[1] - config.time_fourier[0] + 1
         self.token_in = nn.Linear(channels + coords.fourier_dim(config.fourier), width)
         self.time_in = nn.Sequential(nn.Linear(2 * times, width), nn.SiLU(), nn.Linear(width, width))
-        kinds = {"attributes": partial(AttributeCondition, classes), "embedding": partial(EmbeddingCondition, embedding)}
+        kinds: dict[str, Callable[[int, int], nn.Module]] = {
+            "attributes": partial(AttributeCondition, classes), "embedding": partial(EmbeddingCondition, embedding)}
         self.condition = kinds.get(config.condition, partial(ClassCondition, classes))(config.condition_tokens, width)
         self.condition_shape = {"attributes": (classes,), "embedding": tuple(embedding)}.get(config.condition, ())
+        """Of the condition of one sample; of a class empty."""
 
         def stack(count: int, conditional: bool) -> nn.ModuleList:
             return nn.ModuleList(DiffusionBlock(width, config.heads, config.ffn_ratio, config.dropout, conditional)
