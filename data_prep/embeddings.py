@@ -42,9 +42,13 @@ def is_image_or_embedding(name: str) -> bool:
 def pair(path: Path, found: Files, read: Read) -> Paired:
     """Images without an embedding where others have one are rejects. InputError when no embedding is of a shape that can
     be learned from."""
-    images, told = found.part(is_image), found.part(_is_embedding)
     # What is wrong with an embedding's file is said of its image.
-    images.rejects = [reject for reject in found.rejects if not _is_embedding(reject.source)]
+    found.rejects = [reject for reject in found.rejects if not _is_embedding(reject.source)]
+    told = found.part(_is_embedding)
+    if not told:
+        return Paired(found, found.digest, [])
+    images = found.part(is_image)
+    images.rejects = found.rejects
     where = pc.index_in(_stems(images), value_set=_stems(told))
     images.others = found.others + len(told) - len(where.drop_null().unique())
     if where.null_count == len(images):

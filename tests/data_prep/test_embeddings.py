@@ -13,6 +13,7 @@ from r2id.config import DataConfig
 from r2id.data.loader import eval_loader, image_loader
 from r2id.data.records import decode
 from r2id.data.shards import ShardSet
+from r2id.data.stream import stream_loader
 from r2id.data.verify import verify
 from r2id.errors import InputError
 from tests.data_prep.conftest import files_of, make, write_images
@@ -71,8 +72,11 @@ def test_they_come_with_the_batches(tmp_path):
     folder = make("folder", tmp_path / "set", tmp_path / "in", shard_mb=0.02).folder
     shards, data = ShardSet.open(folder, embeddings=True), DataConfig(shards=folder, size=(6, 5), flip=False)
     assert len(shards.split("train").files) > 1, "of several shards"
-    batches = [*eval_loader(shards, data, "test", 4), *next(image_loader(
-        shards, data, split="train", batch=8, micro_batch=4, seed=0, start_step=1, total_steps=2))]
+    steps = {"split": "train", "batch": 8, "micro_batch": 4, "seed": 0, "start_step": 1, "total_steps": 2}
+    streamed = ShardSet.open(folder, str(folder), embeddings=True)
+    batches = [*eval_loader(shards, data, "test", 4), *next(image_loader(shards, data, **steps)),
+               *next(stream_loader(streamed, data, **steps))]
+    assert len(batches) == 5
     for batch in batches:
         images = batch["image"] if batch["image"].dtype == torch.uint8 else (batch["image"] + 1) * 127.5
         for image, told in zip(images.float(), batch["embedding"].numpy(), strict=True):

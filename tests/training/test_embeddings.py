@@ -164,9 +164,11 @@ def test_exported(run, tmp_path):
         assert torch.equal(model(x, half, text), sampler.model(x, half, text)) and model.condition_shape == SHAPE
 
 
-def test_evaluated(run, told, command, tmp_path):
-    """Under no condition: there is no class to judge by."""
-    code, _, errors = command("evaluate", run, "--shards", told, "--out", tmp_path / "report", "--count", 4)
+@pytest.mark.parametrize("shards", ["told", "digits"])
+def test_evaluated(run, shards, request, command, tmp_path):
+    """Under no condition: there is no class to judge by, though the set may have classes."""
+    folder = request.getfixturevalue(shards)
+    code, _, errors = command("evaluate", run, "--shards", folder, "--out", tmp_path / "report", "--count", 4)
     assert code == 0, errors
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert set(metrics["r2id"]["t_scrape"]["loss"]) == {"no class"} and (tmp_path / "report/report.html").is_file()
