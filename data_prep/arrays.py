@@ -41,7 +41,8 @@ class ArrayReader:
         return Listing(items.table(), content.hexdigest(), self.newest, self.class_names,
                        found=[f"arrays of {height}x{width}"])
 
-    def records(self, items: Sequence[Item], _rejects: list[Reject], newest: int) -> Iterator[Record]:
+    def records(self, items: Sequence[Item], _rejects: list[Reject], newest: int,
+                _embedding_shape: Sequence[int]) -> Iterator[Record]:
         if self.newest > newest:
             raise WorkError("the source changed since the preparation began")
         for item in items:

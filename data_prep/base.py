@@ -98,12 +98,15 @@ class Listing:
     """What cannot become a sample, as far as that is known without reading it."""
     found: Sequence[str] = ()
     """What the source turned out to be, in words; some may be empty."""
+    embedding_shape: list[int] = field(default_factory=list)
+    """[D] or [T, D] of the texts' embeddings, where there are any."""
 
     def describe(self) -> str:
         counts = [f"{part['values']} {part['counts']}" for part in pc.value_counts(self.items["split"]).to_pylist()]
         parts = [*self.found, f"{len(self.items)} images ({', '.join(counts)})",
                  f"{len(self.class_names)} classes",
                  f"{len(self.attribute_names)} attributes" if self.attribute_names else "",
+                 f"embeddings of shape {self.embedding_shape}" if self.embedding_shape else "",
                  f"{len(self.rejects)} rejected so far ({self.rejects[0].source}: {self.rejects[0].reason})"
                  if self.rejects else ""]
         return ", ".join(part for part in parts if part)
@@ -116,10 +119,11 @@ class Reader(Protocol):
         """All images. Raises InputError when the source is missing, empty or of another kind."""
         ...
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
+    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
+                embedding_shape: Sequence[int]) -> Iterator[Record]:
         """These items' records, each completely decoded; what cannot be goes to ``rejects`` with the reason.
 
-        WorkError when the source was changed after it was listed; ``newest`` is from the listing.
+        WorkError when the source was changed after it was listed; ``newest`` and ``embedding_shape`` are from the listing.
         """
         ...
 

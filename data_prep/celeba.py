@@ -94,11 +94,12 @@ class CelebaReader(FileRecords):
             tables["attributes"].columns, rejects,
             [f"CelebA, {self.images} images in {self.source.path}, with {', '.join(sorted(tables))}", files.words()])
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
+    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
+                embedding_shape: Sequence[int]) -> Iterator[Record]:
         for table in self.tables.values():
             if time_of(table.path) > newest:
                 raise WorkError(f"{table.path}: changed since the preparation began")
-        return super().records(items, rejects, newest)
+        return super().records(items, rejects, newest, embedding_shape)
 
     def meta(self, name: str) -> dict[str, Any]:
         """Identity, landmarks (pairs of x, y) and, of images in the wild, the box (x, y, width, height), in pixels."""

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.base import Item
+from data_prep.embeddings import split_place
 from data_prep.sources import Source
+from r2id.data.embeddings import parse_npy, to_stored
 from r2id.data.records import Record, as_png, inspect
 from r2id.data.shards import Reject
 from r2id.errors import InputError
@@ -21,7 +24,7 @@ _BYTES_PER_PIXEL = 16
 
 
 def image_record(item: Item, data: bytes, max_pixels: int, meta: Mapping[str, Any],
-                 attributes: tuple[int, ...] | None = None) -> Record:
+                 attributes: tuple[int, ...] | None = None, embedding: np.ndarray | None = None) -> Record:
     """Decode completely. JPEG, PNG and WebP keep their bytes, whatever their names say; others become PNG.
 
     ValueError with the reason when the bytes are no readable image of at most so many pixels.
@@ -30,7 +33,15 @@ def image_record(item: Item, data: bytes, max_pixels: int, meta: Mapping[str, An
     if facts.ext is None:
         data = as_png(data)
     return Record(item.key, data, facts.ext or "png", facts.height, facts.width, facts.mode, item.label, dict(meta),
-                  attributes)
+                  attributes, embedding)
+
+
+def embedding_of(data: bytes, shape: Sequence[int]) -> np.ndarray:
+    """The content of a ``.npy`` file as it is stored. ValueError with the reason when it is no embedding of this shape."""
+    try:
+        return to_stored(parse_npy(data), shape)
+    except ValueError as error:
+        raise ValueError(f"its embedding: {error}") from None
 
 
 class FileRecords:
@@ -39,13 +50,17 @@ class FileRecords:
     def __init__(self, source: Source, max_pixels: int) -> None:
         self.source, self.max_pixels = source, max_pixels
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
+    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
+                embedding_shape: Sequence[int]) -> Iterator[Record]:
         for item in items:
-            name = self.source.name(item.place)
+            place, told = split_place(item.place)
+            name = self.source.name(place)
             try:
                 check_length(item.size, self.max_pixels)
-                data = self.source.read(item.place, item.size, newest)
-                yield image_record(item, data, self.max_pixels, {"source": name, **self.meta(name)}, self.attributes(name))
+                data = self.source.read(place, item.size, newest)
+                embedding = embedding_of(self.source.read(*told, newest), embedding_shape) if told else None
+                yield image_record(item, data, self.max_pixels, {"source": name, **self.meta(name)}, self.attributes(name),
+                                   embedding)
             except InputError:  # of the source, not of one image
                 raise
             except ValueError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data_prep.base import TEST_SHARE, Items, Listing, digest_of, number_classes, stratified_test
+from data_prep.embeddings import Paired, is_image_or_embedding, pair
 from data_prep.files import FileRecords, column_of, read_rows
-from data_prep.sources import IMAGE_SUFFIXES, Entry, Files, Folder, is_image
+from data_prep.sources import IMAGE_SUFFIXES, Entry, Files, Folder
 from data_prep.tars import open_source
 from r2id.data.shards import Reject
 from r2id.errors import InputError
@@ -22,7 +24,8 @@ Placed = tuple[str | None, str | None]
 
 class FolderReader(FileRecords):
     """Where every folder at the top is called train, val or test, those are the splits. Otherwise a tenth of each class,
-    or of all images when there are no classes, is set aside as the test split.
+    or of all images when there are no classes, is set aside as the test split. ``NAME.npy`` beside an image is the embedding
+    of its text.
     """
 
     def __init__(self, source: Path | None, unpacked: Path, max_pixels: int, labels: Path | None = None) -> None:
@@ -32,20 +35,26 @@ class FolderReader(FileRecords):
         self.path, self.labels = source, labels
 
     def listing(self) -> Listing:
-        files = self.source.files(is_image)
+        found = self.source.files(is_image_or_embedding)
+        paired = pair(self.path, found, lambda place, size: self.source.read(place, size, found.newest))
+        files = paired.images
         if not files:
             raise InputError(f"source {self.path}: holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        if self.labels:
-            return self._labelled(files, self.labels)
+        listing = self._labelled(paired, self.labels) if self.labels else self._placed(paired)
+        return replace(listing, embedding_shape=paired.shape)
+
+    def _placed(self, paired: Paired) -> Listing:
+        """With the classes and splits of the folders."""
+        files = paired.images
         placed = place(files, archive=not isinstance(self.source, Folder))
         self._check_layout(files, placed)
         kind = " by ".join(filter(None, [f"{self.source.kind} of images", " and ".join(
             what for what, known in zip(("split", "class"), placed[0], strict=True) if known)]))
-        return make_listing(files, placed, files.digest, files.newest, files.rejects, [kind, files.words()])
+        return make_listing(files, placed, paired.digest, files.newest, files.rejects, [kind, files.words()])
 
-    def _labelled(self, files: Files, labels: Path) -> Listing:
+    def _labelled(self, paired: Paired, labels: Path) -> Listing:
         """Of the images that the table names; the others, and names without images, are rejects."""
-        table = _labels(labels)
+        files, table = paired.images, _labels(labels)
         kept, placed, rejects = [], [], list(files.rejects)
         for entry in files:
             if entry.name in table:
@@ -58,7 +67,7 @@ class FolderReader(FileRecords):
                              f"relative to it, like {next(iter(files)).name!r}")
         rejects += [Reject(split or "", name, f"in {labels.name}, but there is no such image")
                     for name, (split, _) in table.items()]
-        digest = digest_of([(files.digest.encode(), 0), (labels.read_bytes(), 0)])
+        digest = digest_of([(paired.digest.encode(), 0), (labels.read_bytes(), 0)])
         return make_listing(kept, placed, digest, files.newest, rejects,
                             [f"{self.source.kind} of images with the classes of {labels.name}", files.words()])
 

@@ -238,7 +238,8 @@ class ParquetImagenet:
         names = names if len(names) > highest else [str(number) for number in range(highest + 1)]
         return Listing(table, digest_of(parts), newest, names, found=["ImageNet in Parquet files", *self._missing()])
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
+    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
+                _embedding_shape: Sequence[int]) -> Iterator[Record]:
         held: tuple[int, int] | None = None
         images: list[dict[str, Any] | None] = []
         for item in items:

@@ -6,6 +6,8 @@ It is kept in the set: ``plan.json`` and, one row group per shard, ``plan.parque
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 from data_prep.base import Item, Listing
 from data_prep.readers import DOWNLOADS, check_options, open_reader
 from r2id.config import PrepareConfig
+from r2id.data.embeddings import DTYPE
 from r2id.data.files import atomic_file, sha256_file, sweep, write_atomic
 from r2id.data.shards import FORMAT_VERSION, PLAN, Reject, ShardSet, shard_file
 from r2id.errors import InputError, WorkError
@@ -25,7 +28,7 @@ from r2id.progress import say
 
 _ITEMS = "plan.parquet"
 _SHARDS_WANTED, _SMALL_SHARD = 8, 16e6  # per split, so that several workers have something to do; bytes
-_BLOCK, _TAR_END = 512, 10240  # bytes
+_BLOCK, _TAR_END, _NPY_HEADER = 512, 10240, 128  # bytes
 _REJECTS_ALLOWED = 10  # whatever their share
 _KEPT = ("source_digest", "items_sha256", "class_names", "attribute_names", "files", "samples")  # of a plan, as they are
 
@@ -43,6 +46,7 @@ class Plan:
     """Of the shards, relative to the set."""
     samples: list[int]
     """Planned images of each."""
+    embedding_shape: list[int] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     """What was known to be unusable before anything was read."""
     newest: int = 0
@@ -95,7 +99,8 @@ def load_plan(config: PrepareConfig) -> Plan | None:
             raise InputError(f"out {config.out}: was made with {name} = {stored['settings'].get(name)!r}, not {value!r}: "
                              "choose another folder, or remove this one")
     try:
-        return Plan(config, **{name: stored[name] for name in _KEPT}, rejects=[Reject(*row) for row in stored["rejects"]])
+        return Plan(config, **{name: stored[name] for name in _KEPT}, embedding_shape=stored.get("embedding_shape", []),
+                    rejects=[Reject(*row) for row in stored["rejects"]])
     except (KeyError, TypeError):
         raise InputError(f"{path}: damaged: remove {config.out} and prepare again") from None
 
@@ -151,21 +156,23 @@ def _write(config: PrepareConfig, listing: Listing) -> Plan:
     rejects = listing.rejects
     if rejects:
         _check_budget(config, len(listing.items) + len(rejects), len(rejects), f"{rejects[0].source}: {rejects[0].reason}")
-    shards = plan_shards(listing.items, config.shard_mb, len(listing.attribute_names))
+    shards = plan_shards(listing.items, config.shard_mb, len(listing.attribute_names), listing.embedding_shape)
     with atomic_file(config.out / _ITEMS) as file, pq.ParquetWriter(file, listing.items.schema) as writer:
         for _, rows in shards:
             writer.write_table(listing.items.take(rows), row_group_size=max(len(rows), 1))
     plan = Plan(config, listing.digest, sha256_file(config.out / _ITEMS), listing.class_names, listing.attribute_names,
-                [file for file, _ in shards], [len(rows) for _, rows in shards], rejects)
+                [file for file, _ in shards], [len(rows) for _, rows in shards], listing.embedding_shape, rejects)
     paths = {name: path and str(path.resolve()) for name, path in (("source", config.source), ("labels", config.labels))}
     content = {"settings": _settings(config), **paths, "max_rejects": config.max_rejects,
                **{name: getattr(plan, name) for name in _KEPT},
+               **({"embedding_shape": plan.embedding_shape} if plan.embedding_shape else {}),
                "rejects": [[reject.split, reject.source, reject.reason] for reject in rejects]}
     write_atomic(config.out / PLAN, json.dumps(content, indent=1).encode())
     return plan
 
 
-def plan_shards(items: pa.Table, shard_mb: float, attributes: int = 0) -> list[tuple[str, np.ndarray]]:
+def plan_shards(items: pa.Table, shard_mb: float, attributes: int = 0,
+                embedding_shape: Sequence[int] = ()) -> list[tuple[str, np.ndarray]]:
     """(file, rows of the items) of every shard: splits apart, each in a fixed random order, so that one is a fair sample.
 
     A shard has at most ``shard_mb`` megabytes (10⁶ bytes), unless one image alone has more. Items of a block stay together
@@ -177,6 +184,9 @@ def plan_shards(items: pa.Table, shard_mb: float, attributes: int = 0) -> list[t
     # what JSON makes of one odd character or of an attribute, with which other annotations come.
     facts = 256 + 6 * pc.binary_length(items["place"]).to_numpy() + (256 + 6 * attributes if attributes else 0)
     footprints = 4 * _BLOCK + _padded(size) + _padded(facts)
+    if embedding_shape:
+        content = _NPY_HEADER + DTYPE.itemsize * math.prod(embedding_shape)
+        footprints += _BLOCK + -(-content // _BLOCK) * _BLOCK
     for split in items["split"].unique().to_pylist():
         members = np.flatnonzero(pc.equal(items["split"], split).to_numpy())
         order = members[_shuffle(items["block"].to_numpy()[members])]

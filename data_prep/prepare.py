@@ -84,7 +84,7 @@ def write_shard(plan: Plan, number: int) -> dict[str, Any]:
     if find_intact(plan.out, file) is None:
         reader = keep_reader(plan.config, plan.newest)
         refused: list[Reject] = []
-        records = reader.records(plan.items(number), refused, plan.newest)
+        records = reader.records(plan.items(number), refused, plan.newest, plan.embedding_shape)
         write_shard_files(plan.out, file, _ahead(records), refused)
     entry, rejects = read_commit(plan.out, file)
     return {"file": file, "samples": entry.samples, "bytes": entry.bytes, "rejects": len(rejects),
@@ -113,7 +113,8 @@ def finish(plan: Plan) -> Manifest:
                                 bytes=sum(entry.bytes for entry in shards), shards=shards)
               for split, shards in entries.items()}
     manifest = Manifest(format_version=FORMAT_VERSION, dataset=plan.config.dataset, source_digest=plan.source_digest,
-                        class_names=plan.class_names, attribute_names=plan.attribute_names, rejects=len(rejects),
+                        class_names=plan.class_names, attribute_names=plan.attribute_names,
+                        embedding_shape=plan.embedding_shape, rejects=len(rejects),
                         rejects_sha256=hashlib.sha256(table).hexdigest() if rejects else "", splits=splits).write(plan.out)
     _free(plan)
     return manifest

@@ -49,13 +49,14 @@ class Files:
         """Files that do not look like images by their names."""
         self.rejects: list[Reject] = []
         self._found = Columns(_SCHEMA)
-        self._table = _SCHEMA.empty_table()
+        self.table = _SCHEMA.empty_table()
+        """Columns name, size, place."""
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def __iter__(self) -> Iterator[Entry]:
-        return (Entry(os.fsdecode(name), size, place) for name, size, place in rows_of(self._table))
+        return (Entry(os.fsdecode(name), size, place) for name, size, place in rows_of(self.table))
 
     def add(self, name: str, size: int, place: bytes) -> None:
         self._found.append(os.fsencode(name), size, place)
@@ -71,7 +72,13 @@ class Files:
             self.rejects += [Reject("", os.fsdecode(name), "twice in the archive") for name in
                              names.filter(pa.array(again[:len(names)])).to_pylist()]
             table = table.filter(pa.array(~again))
-        self._table = pa.concat_tables([self._table, pa.table(table.columns, schema=_SCHEMA)])
+        self.table = pa.concat_tables([self.table, pa.table(table.columns, schema=_SCHEMA)])
+
+    def part(self, keep: Keep) -> Files:
+        """Those entries alone whose names are to be kept."""
+        part = Files(self.newest)
+        part.table = self.table.filter(pa.array([keep(entry.name) for entry in self], pa.bool_()))
+        return part
 
     @property
     def digest(self) -> str:

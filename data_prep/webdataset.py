@@ -9,10 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from webdataset.tariterators import base_plus_ext
 
 from data_prep.base import TEST_SHARE, Columns, Item, Items, Listing, digest_of, rows_of, stratified_test
-from data_prep.files import check_length, image_record
+from data_prep.embeddings import NO_EMBEDDING, common_shape
+from data_prep.files import check_length, embedding_of, image_record
 from data_prep.folder import SPLITS
 from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, time_of
 from data_prep.tars import Tar, plain_tar
@@ -21,15 +23,17 @@ from r2id.data.shards import MANIFEST, PLAN, Manifest, Reject, read_manifest
 from r2id.errors import InputError
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
-_KEPT = ("cls", "json", "txt")
-_SAMPLES = pa.schema([("tar", pa.int32()), ("label", pa.int32()), ("place", pa.binary()), ("size", pa.int64())])
+_KEPT = ("cls", "json", "txt", "npy")
+_SAMPLES = pa.schema([("tar", pa.int32()), ("label", pa.int32()), ("place", pa.binary()), ("size", pa.int64()),
+                      ("embedding", pa.int64())])  # the last is a length, none where there is no embedding
 
 Member = tuple[str, int, int]
 """(extension as it is written, offset in the tar, bytes)."""
 
 
 class WebdatasetReader:
-    """Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, the rest from ``.json``.
+    """Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, embeddings of texts from ``.npy``,
+    the rest from ``.json``.
 
     Splits are sub-folders called train, val or test, or words of the tars' names (``imagenet-train-000.tar``); where there
     are none, a tenth is set aside for testing. A place is [number of the tar, key, the image's member, the others].
@@ -67,20 +71,24 @@ class WebdatasetReader:
             raise InputError(f"source {self.source}: its tars hold no samples with an image")
         table = samples.table()
         digest = digest_of([*((digest.encode(), 0) for digest in digests), (repr(table["label"].to_pylist()).encode(), 0)])
+        table, shape = self._with_embeddings(table, rejects, newest)
         names, attributes = self._names(table)
         found = [f"a webdataset of {len(self.tars)} tars with {', '.join(sorted(extensions))}",
                  f"{others} other files left out" if others else ""]
-        return Listing(self._items(table), digest, newest, names, attributes, rejects, found)
+        return Listing(self._items(table), digest, newest, names, attributes, rejects, found, shape)
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int) -> Iterator[Record]:
+    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
+                embedding_shape: Sequence[int]) -> Iterator[Record]:
         for item in items:
             number, key, *members = json.loads(item.place)
             name = f"{key}.{members[0][0]}"
             try:
                 check_length(members[0][2], self.max_pixels)
                 data, *others = (self._read(number, key, member, newest) for member in members)
-                meta = _meta({member[0].lower(): content for member, content in zip(members[1:], others, strict=True)})
-                yield image_record(item, data, self.max_pixels, {"source": name, **meta}, self._attributes(meta))
+                found = {member[0].lower(): content for member, content in zip(members[1:], others, strict=True)}
+                meta = _meta(found)
+                embedding = embedding_of(found["npy"], embedding_shape) if embedding_shape else None
+                yield image_record(item, data, self.max_pixels, {"source": name, **meta}, self._attributes(meta), embedding)
             except InputError:  # of the source, not of one image
                 raise
             except ValueError as error:
@@ -100,8 +108,25 @@ class WebdatasetReader:
             label = int(content)
         image, others = members[(plain or images)[0]], [members[kind] for kind in ("json", "txt") if kind in members]
         size = image[2] + 6 * sum(other[2] for other in others)  # six is what JSON makes of one odd character
-        samples.append(number, label, json.dumps([number, key, image, *others]).encode(), size)
+        told = [members["npy"]] if "npy" in members else []
+        samples.append(number, label, json.dumps([number, key, image, *others, *told]).encode(), size,
+                       told[0][2] if told else None)
         return ""
+
+    def _with_embeddings(self, samples: pa.Table, rejects: list[Reject], newest: int) -> tuple[pa.Table, list[int]]:
+        """Where any sample has an embedding, those that have one, and the shape; the others are rejects."""
+        def read(place: bytes, _size: int) -> bytes:
+            number, key, *members = json.loads(place)
+            return self._read(number, key, members[-1], newest)
+
+        told = samples["embedding"].is_valid()
+        if not pc.any(told).as_py():
+            return samples, []
+        for place in samples.filter(pc.invert(told))["place"].to_pylist():
+            number, key, image, *_ = json.loads(place)
+            rejects.append(Reject(self.splits[number] or "", f"{key}.{image[0]}", NO_EMBEDDING))
+        kept = samples.filter(told)
+        return kept, common_shape(self.source, kept["embedding"], kept["place"], read)
 
     def _read(self, number: int, key: str, member: Member, newest: int) -> bytes:
         extension, offset, size = member
@@ -111,7 +136,7 @@ class WebdatasetReader:
         labels = samples["label"].to_pylist()
         test = stratified_test(labels, TEST_SHARE)
         items = Items()
-        for position, (number, label, place, size) in enumerate(rows_of(samples)):
+        for position, (number, label, place, size, _) in enumerate(rows_of(samples)):
             items.add(self.splits[number] or ("test" if test[position] else "train"), label, place, size)
         return items.table()
 

@@ -163,10 +163,11 @@ class R2idConfig(Section):
     halo: int = Field(default=4, ge=0)
     """What tokens of 'local' see around their tile, in tokens."""
     ffn_ratio: float = Field(default=4.0, gt=0)
-    condition: Literal["class", "attributes", "none"] = "class"
-    """What samples are drawn under: their class, the attributes of the set (CelebA's 40), or nothing."""
+    condition: Literal["class", "attributes", "embedding", "none"] = "class"
+    """What samples are drawn under: their class, the attributes of the set (CelebA's 40), the embedding of a text that came
+    with the image, or nothing."""
     condition_tokens: int = Field(default=2, ge=1)
-    """Tokens made of the condition, attended to by every decoder block."""
+    """Tokens made of the condition, attended to by every decoder block; embeddings of T tokens make T."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     fourier: IntPair = (-3, 7)
     """First and last power p of the coordinates' Fourier features."""

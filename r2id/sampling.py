@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from r2id import rng
 from r2id.config import DiffusionConfig, R2idConfig, R2idRun, SampleConfig
 from r2id.config_files import change
+from r2id.data.embeddings import read_embeddings
 from r2id.data.loader import eval_loader
 from r2id.diffusion import objective, schedule, solvers
 from r2id.diffusion.noise import noise_field
@@ -69,7 +70,7 @@ class Sampler:
         if codec.hash != meta.model["codec_hash"]:
             raise InputError(f"{codec.path}: not the RIAE checkpoint that {path} was trained with "
                              f"({meta.model['codec']}, identity {meta.model['codec_hash'][:12]})")
-        model = R2ID(R2idConfig.model_validate(meta.config["r2id"]), codec.latent_channels, meta.model["classes"])
+        model = R2ID.of(R2idConfig.model_validate(meta.config["r2id"]), meta.model)
         checkpoint.fit(model, checkpoint.load_tensors(path, "ema"), path)
         model.to(device).eval().requires_grad_(False)
         diffusion, exponent = DiffusionConfig.model_validate(meta.config["diffusion"]), applied_exponent(path)
@@ -107,9 +108,9 @@ class Sampler:
                guidance_interval: tuple[float, float] | None = None) -> Tensor:
         """Images of any size, one per condition and seed.
 
-        condition int64 [B] of classes (−1: none) or [B, A] of attributes (−1, 1, or 0 for any), seeds int64 [B], size
-        (H, W) in pixels, grid (h, w) of latents (by default grid_for(size)); what is None is the run's own setting →
-        float32 [B, C, H, W] in [−1, 1], on the CPU.
+        condition int64 [B] of classes (−1: none), [B, A] of attributes (−1, 1, or 0 for any), or [B, D] or [B, T, D] of
+        embeddings, seeds int64 [B], size (H, W) in pixels, grid (h, w) of latents (by default grid_for(size)); what is None
+        is the run's own setting → float32 [B, C, H, W] in [−1, 1], on the CPU.
 
         An image is the same bits whatever is drawn with it: all are computed in batches of one length, since matrix
         products of another length round differently.
@@ -181,9 +182,9 @@ class Sampler:
         return (found - data).square().flatten(1).mean(1)
 
     def _known(self, condition: Tensor) -> Tensor:
-        """A model that knows attributes is told none of them where it would be told a class."""
-        if condition.dim() == 1 and self.attributes:
-            return torch.zeros(len(condition), len(self.attributes), device=condition.device)
+        """A model that knows attributes or embeddings is told none where it would be told a class."""
+        if condition.dim() == 1 and self.model.condition_shape:
+            return torch.zeros(len(condition), *self.model.condition_shape, device=condition.device)
         return condition
 
     def _shift(self, grid: Size) -> float:
@@ -247,12 +248,23 @@ def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
     return chosen
 
 
+def choose_embeddings(file: Path, model: R2ID, count: int) -> Tensor:
+    """``count`` embeddings of a ``.npy`` file, one or several in turn: float16 [count, …]. InputError when the model was not
+    trained with embeddings, or with ones of another shape."""
+    if model.config.condition != "embedding":
+        raise InputError(f"embedding {file}: the model was not trained with embeddings")
+    found = torch.from_numpy(read_embeddings(file, model.condition_shape))
+    return found[torch.arange(count) % len(found)]
+
+
 def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence[int] = (),
-               attributes: Sequence[str] = (), count: int | None = None, seed: int = 0, grid: Size | None = None,
-               overwrite: bool = False, device: torch.device | str = "cpu", **settings: Any) -> dict[str, Any]:
+               attributes: Sequence[str] = (), embedding: Path | None = None, count: int | None = None, seed: int = 0,
+               grid: Size | None = None, overwrite: bool = False, device: torch.device | str = "cpu",
+               **settings: Any) -> dict[str, Any]:
     """Sample a checkpoint at every size and write one PNG grid for each; ``settings`` are those of Sampler.sample.
 
-    ``out`` is a PNG file (one size) or a folder. The same seeds and labels at every size: picture i is one composition.
+    ``embedding`` is a ``.npy`` file, see choose_embeddings; ``out`` a PNG file (one size) or a folder. The same seeds and
+    conditions at every size: picture i is one composition.
     """
     sampler = Sampler.load(path, device)
     sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
@@ -261,6 +273,8 @@ def draw_grids(path: Path, out: Path, sizes: Sequence[Size], *, labels: Sequence
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
     chosen = choose_labels(labels or sampler.defaults.labels, count or sampler.defaults.count, sampler.num_classes)
     condition = choose_attributes(attributes, sampler.attributes).expand(len(chosen), -1) if attributes else chosen
+    if embedding is not None:
+        condition = choose_embeddings(embedding, sampler.model, len(chosen))
     seeds = torch.arange(seed, seed + len(chosen))
     columns = min(len(chosen), sampler.num_classes or 10)
     for file, size in zip(files, sizes, strict=True):

@@ -18,7 +18,8 @@ app.add_typer(data_app, name="data")
 def prepare(
     dataset: Annotated[Literal["digits", "mnist", "celeba", "imagenet", "folder", "webdataset"], typer.Argument(
         help="digits: shipped, 8x8; mnist: IDX files; celeba; imagenet: tars, Kaggle, Parquet or folders; folder: any "
-             "folder, tar or zip of images; webdataset: existing tars.")],
+             "folder, tar or zip of images; webdataset: existing tars. NAME.npy beside an image of the last two is the "
+             "embedding of its text.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     source: Annotated[Path | None, typer.Option(help="The dataset's files. Without it, mnist is downloaded.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,

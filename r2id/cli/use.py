@@ -23,6 +23,8 @@ def sample(
     label: Annotated[list[int] | None, typer.Option(min=0, help="Class; may be repeated. Default: all in turn.")] = None,
     attribute: Annotated[list[str] | None, typer.Option(help="NAME that images have, or -NAME that they lack; may be "
                                                         "repeated.")] = None,
+    embedding: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="Embedding of the text that images are drawn "
+                                                   "under, of the shape trained with; or N of them, in turn.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Images per size.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is none.")] = None,
@@ -41,16 +43,17 @@ def sample(
 
     settings = {"steps": steps, "guidance": cfg, "guidance_interval": _interval(cfg_interval), "solver": solver, "eta": eta}
     if kind != "grid":
-        if attribute:
-            raise InputError(f"--attribute: goes with --format grid, not {kind}")
+        for name, given in (("attribute", attribute), ("embedding", embedding)):
+            if given:
+                raise InputError(f"--{name}: goes with --format grid, not {kind}")
         if overwrite:
             raise InputError(f"--overwrite: goes with --format grid; --format {kind} goes on with what is at --out")
         _draw_many(checkpoint, out, parse_sizes(size), kind=kind, labels=tuple(label or ()), count=count, seed=seed,
                    grid=parse_size(grid) if grid else None, settings=settings, device=find_device(device), as_json=as_json)
         return
     result = draw_grids(checkpoint, out, parse_sizes(size), labels=tuple(label or ()), attributes=tuple(attribute or ()),
-                        count=count, seed=seed, grid=parse_size(grid) if grid else None, overwrite=overwrite,
-                        device=find_device(device), **settings)
+                        embedding=embedding, count=count, seed=seed, grid=parse_size(grid) if grid else None,
+                        overwrite=overwrite, device=find_device(device), **settings)
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
 
 

@@ -35,8 +35,9 @@ def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, 
     """For every step from ``start_step`` to ``total_steps``: this rank's micro-batches of that step.
 
     Each is ``{"image": uint8 [b, C, H, W] (see to_float), "label": int64 [b] (−1: none), "index": int64 [b],
-    "epoch": int, "step": int, "keys": list[str]}``, and of sets that have them "attributes": int8 [b, A], −1 or 1. What a
-    step holds depends on the data, the seed and ``batch`` alone.
+    "epoch": int, "step": int, "keys": list[str]}``, and of sets that have them "attributes": int8 [b, A], −1 or 1, and of
+    sets opened with them "embedding": float16 [b, D] or [b, T, D]. What a step holds depends on the data, the seed and
+    ``batch`` alone.
     Raises InputError for an unknown split or a batch that does not divide by processes and micro-batch.
     """
     samples = shards.split(split)
@@ -201,8 +202,9 @@ class Batches(Dataset):
 
 def describe(samples: Split, indices: np.ndarray, epoch: int, step: int) -> MicroBatch:
     """All of a micro-batch but its pixels or latents."""
-    attributes = {} if samples.attributes is None else {"attributes": torch.from_numpy(samples.attributes[indices])}
-    return {"label": torch.from_numpy(samples.label[indices].astype(np.int64)), **attributes,
+    told = {name: torch.from_numpy(values[indices]) for name in ("attributes", "embedding")
+            if (values := getattr(samples, name)) is not None}
+    return {"label": torch.from_numpy(samples.label[indices].astype(np.int64)), **told,
             "index": torch.from_numpy(indices.astype(np.int64)), "epoch": epoch, "step": step,
             "keys": [samples.key(index) for index in indices]}
 

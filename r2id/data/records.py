@@ -40,6 +40,8 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
     attributes: tuple[int, ...] | None = None
     """One value for each of the set's attributes, −1 or 1."""
+    embedding: np.ndarray | None = None
+    """Of a text: float16 [D] or [T, D], of one shape throughout the set."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ A set is a folder::
     manifest.json                      what there is, with checksums; written last
     plan.json, plan.parquet            what was to go where
     rejects.csv                        source files that are no images, each with the reason; only when there are any
-    <split>/shard-000000.tar           members KEY.jpg|png|webp, KEY.cls where there is a class, KEY.json for the rest
+    <split>/shard-000000.tar           members KEY.jpg|png|webp, KEY.cls where there is a class, KEY.npy where there is a
+                                       text's embedding, KEY.json for the rest
     <split>/shard-000000.parquet       index of that tar, one row per sample, and its commit marker
 
 Any webdataset reader streams the tars. Here a sample is one positioned read, its place taken from the index.
@@ -17,6 +18,9 @@ every process, and are split instead: the index is a file per shard (4,000 shard
 (data.shuffle = "shards") needs those of 16 shards at a time, 4 million samples in 290 MB. Global are then only the
 permutation of the shards, the manifest's counts and the sizes of the buckets, which one pass over the indexes gives; the
 step to resume at names a group of shards and a place in it.
+
+Text embeddings are in the index too, float16, and where they are asked for they are all kept: N × their shape × 2 bytes in
+every process. So 1.28 million pooled ones of CLIP ([768]) take 2 GB, and as many sequences ([77, 768]) 151 GB.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from r2id.data.embeddings import DTYPE, npy_bytes
 from r2id.data.files import atomic_file, sha256_file, write_atomic
 from r2id.data.records import Record
 from r2id.data.remote import read_range
@@ -49,7 +54,8 @@ _OPEN_FILES = 256  # per split and process, well below the usual limit of 1024
 _SCHEMA = pa.schema([
     ("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("height", pa.int32()), ("width", pa.int32()),
     ("mode", pa.string()), ("label", pa.int32()), ("ext", pa.string()), ("sha256", pa.binary(32))])
-_ATTRIBUTES = pa.field("attributes", pa.list_(pa.int8()))  # the last column of sets that have them
+_ATTRIBUTES = pa.field("attributes", pa.list_(pa.int8()))  # these are the last columns of sets that have them
+_EMBEDDING = pa.field("embedding", pa.list_(pa.float16()))  # flat; Manifest.embedding_shape
 
 
 class _Strict(BaseModel):
@@ -86,6 +92,8 @@ class Manifest(_Strict):
     rejects: int
     splits: dict[str, SplitEntry]
     attribute_names: list[str] = []
+    embedding_shape: list[int] = []
+    """[D] or [T, D] of the texts' embeddings, where there are any."""
     rejects_sha256: str = ""
     checksum: str = ""
 
@@ -101,7 +109,7 @@ class Manifest(_Strict):
 
     def _absent(self) -> set[str]:
         """What a set need not have is then not in its manifest."""
-        return {name for name in ("attribute_names", "rejects_sha256") if not getattr(self, name)}
+        return {name for name in ("attribute_names", "embedding_shape", "rejects_sha256") if not getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -126,13 +134,15 @@ def write_shard_files(folder: Path, file: str, records: Iterable[Record], reject
     ``rejects`` is read when the records are used up: it may be filled while they are made.
     Raises ValueError for a key that webdataset could not tell from another, WorkError when the disk refuses.
     """
-    rows: dict[str, list[Any]] = {name: [] for name in (*_SCHEMA.names, _ATTRIBUTES.name)}
+    rows: dict[str, list[Any]] = {name: [] for name in (*_SCHEMA.names, _ATTRIBUTES.name, _EMBEDDING.name)}
     with atomic_file(folder / file) as raw:
         stream = _Hashed(raw)
         _write_tar(stream, records, rows)
     facts = {"format_version": FORMAT_VERSION, "file": file, "samples": len(rows["key"]), "bytes": stream.written,
              "sha256": stream.digest.hexdigest(), "rejects": [vars(reject) for reject in rejects]}
     schema = _SCHEMA if None in rows["attributes"] else _SCHEMA.append(_ATTRIBUTES)
+    if any(row is not None for row in rows["embedding"]):
+        schema = schema.append(_EMBEDDING)
     table = pa.Table.from_pydict(rows, schema.with_metadata({"r2id": json.dumps(facts)}))
     with atomic_file((folder / file).with_suffix(".parquet")) as raw:
         pq.write_table(table, raw, compression="zstd")
@@ -200,13 +210,15 @@ def _members(record: Record) -> dict[str, bytes]:
     members = {record.ext: record.image, "json": json.dumps(facts, sort_keys=True).encode()}
     if record.label is not None:
         members["cls"] = str(record.label).encode()
+    if record.embedding is not None:
+        members["npy"] = npy_bytes(record.embedding)
     return members
 
 
 def _add_row(rows: dict[str, list[Any]], record: Record, offset: int) -> None:
     row = (record.key, offset, len(record.image), record.height, record.width, record.mode,
            -1 if record.label is None else record.label, record.ext, hashlib.sha256(record.image).digest(),
-           record.attributes)
+           record.attributes, None if record.embedding is None else record.embedding.reshape(-1))
     for name, value in zip(rows, row, strict=True):
         rows[name].append(value)
 
@@ -253,7 +265,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 def read_index(folder: Path, entry: ShardEntry, columns: list[str] | None = None) -> pa.Table:
     """The rows of one shard: key, offset, size, height, width, mode, label (−1: none), ext, sha256 of the image, and
-    attributes (a list of −1 and 1) where the set has them."""
+    attributes (a list of −1 and 1) and embedding (a list of floats) where the set has them."""
     with (folder / entry.index_file).open("rb") as raw:
         return pq.read_table(raw, columns=columns).replace_schema_metadata()
 
@@ -279,6 +291,8 @@ class Split:
     label: np.ndarray
     attributes: np.ndarray | None = None
     """int8 [N, A], −1 or 1, of sets that have them (Manifest.attribute_names)."""
+    embedding: np.ndarray | None = None
+    """float16 [N, D] or [N, T, D], of sets that have them (Manifest.embedding_shape), where they are asked for."""
     _open: dict[int, BinaryIO] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -320,15 +334,16 @@ class Split:
 class ShardSet:
     """An open shard set."""
 
-    def __init__(self, folder: Path, manifest: Manifest, address: str | None = None) -> None:
-        self.folder, self.manifest, self.address = folder, manifest, address
+    def __init__(self, folder: Path, manifest: Manifest, address: str | None = None, embeddings: bool = False) -> None:
+        self.folder, self.manifest, self.address, self.embeddings = folder, manifest, address, embeddings
         self._splits: dict[str, Split] = {}
 
     @classmethod
-    def open(cls, folder: Path, address: str | None = None) -> ShardSet:
+    def open(cls, folder: Path, address: str | None = None, embeddings: bool = False) -> ShardSet:
         """InputError when the folder is no complete shard set, or shards are missing or of another length.
 
-        With an address (a folder or URL, see r2id.data.remote) the tars are there, and the folder holds the rest."""
+        With an address (a folder or URL, see r2id.data.remote) the tars are there, and the folder holds the rest. With
+        ``embeddings`` the splits have those of the texts, where the set does; else their memory is saved."""
         manifest = read_manifest(folder)
         if manifest.checksum != manifest.expected_checksum():
             raise InputError(f"{folder / MANIFEST}: edited or damaged: its checksum does not fit its content")
@@ -339,7 +354,7 @@ class ShardSet:
             if not address and path.stat().st_size != entry.bytes:
                 raise InputError(f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run the same "
                                  "r2id prepare again")
-        return cls(folder, manifest, address)
+        return cls(folder, manifest, address, embeddings)
 
     @property
     def digest(self) -> str:
@@ -377,11 +392,10 @@ class ShardSet:
         columns: dict[str, Any] = {column: np.empty(entry.samples, _SCHEMA.field(column).type.to_pandas_dtype())
                                           for column in ("offset", "size", "height", "width", "label")}
         number, keys, first = np.empty(entry.samples, np.int32), [], 0
-        named = len(self.manifest.attribute_names)
-        attributes = np.empty((entry.samples, named), np.int8) if named else None
+        lists = self._lists(entry.samples)
         for position, shard in enumerate(entry.shards):
             try:
-                table = read_index(self.folder, shard, ["key", *columns, *(["attributes"] if named else [])])
+                table = read_index(self.folder, shard, ["key", *columns, *(lists if shard.samples else ())])
             except (OSError, pa.ArrowException) as error:
                 raise InputError(f"{self.folder / shard.index_file}: unreadable: {str(error).splitlines()[0]}") from None
             end = first + shard.samples
@@ -389,13 +403,21 @@ class ShardSet:
                 raise InputError(f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more")
             for column, values in columns.items():
                 values[first:end] = table[column].to_numpy()
-            if attributes is not None:
-                attributes[first:end] = table["attributes"].combine_chunks().flatten().to_numpy().reshape(-1, named)
+            for column, values in lists.items() if shard.samples else ():  # an empty index need not have the column
+                flat = table[column].combine_chunks().flatten().to_numpy()
+                values[first:end] = flat.reshape(shard.samples, *values.shape[1:])
             number[first:end] = position
             keys.append(table["key"].combine_chunks())
             first = end
         return Split(name=name, files=[self.folder / shard.file for shard in entry.shards], entries=entry.shards,
-                     address=self.address, keys=pa.concat_arrays(keys), shard=number, attributes=attributes, **columns)
+                     address=self.address, keys=pa.concat_arrays(keys), shard=number,
+                     attributes=lists.get("attributes"), embedding=lists.get("embedding"), **columns)
+
+    def _lists(self, samples: int) -> dict[str, np.ndarray]:
+        """Of each column that holds lists, and that is wanted, the array that it is to fill."""
+        named, shape = len(self.manifest.attribute_names), self.manifest.embedding_shape
+        lists = {"attributes": np.empty((samples, named), np.int8)} if named else {}
+        return {**lists, "embedding": np.empty((samples, *shape), DTYPE)} if shape and self.embeddings else lists
 
 
 def duplicates(values: Iterable[str]) -> list[str]:

@@ -26,6 +26,8 @@ from r2id.data.shards import (
 from r2id.errors import InputError
 from r2id.progress import Progress
 
+_CHECKED = ["key", "offset", "size", "height", "width", "sha256"]  # columns of the index; the whole of it is hashed
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -80,7 +82,7 @@ def _check_split(folder: Path, name: str, split: SplitEntry, progress: Progress)
         damages = list(_check_index(folder, entry))
         yield from damages
         if not damages:
-            index = read_index(folder, entry)
+            index = read_index(folder, entry, _CHECKED)
             keys += index["key"].to_pylist()
             yield from _check_tar(folder, entry, index)
         progress.advance(entry.samples)

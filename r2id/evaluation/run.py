@@ -90,7 +90,8 @@ def _open(checkpoint: Path, shards: Path, extractor: Path | None, device: torch.
     codec = sampler.codec if sampler else Codec.load(checkpoint, device)
     subject = Subject(checkpoint, codec, sampler, opened, seed)
     opened.split(subject.riae_data.test_split)
-    if sampler and sampler.num_classes != opened.num_classes:
+    told = sampler.model.condition_shape if sampler else ()  # of what is no class, and samples are told none of
+    if sampler and not told and sampler.num_classes != opened.num_classes:
         raise InputError(f"{shards}: has {opened.num_classes} classes, and {checkpoint} was trained with "
                          f"{sampler.num_classes}")
     if extractor is None:

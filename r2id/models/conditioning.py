@@ -1,9 +1,12 @@
 """Condition tokens, learned together with the diffusion model.
 
-A condition is a class, int64 [B] (−1 is none), or attributes [B, A], each −1, 1 or 0 for unknown: none is all of them 0.
+A condition is a class, int64 [B] (−1 is none), or attributes [B, A], each −1, 1 or 0 for unknown: none is all of them 0; or
+the embedding of a text, of D values [B, D] or of D for each of T tokens [B, T, D]: none is all of them 0.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,25 @@ class AttributeCondition(nn.Module):
 
     def forward(self, attributes: Tensor) -> Tensor:
         return self.linear(attributes.to(self.linear.weight.dtype)).unflatten(-1, (self.tokens, -1))
+
+
+class EmbeddingCondition(nn.Module):
+    """An embedding as tokens: [B, D] → [B, tokens, width], or [B, T, D] → [B, T, width] by one linear layer for all T.
+
+    What is added to each token, learned, is alone the empty condition.
+    """
+
+    def __init__(self, shape: Sequence[int], tokens: int, width: int) -> None:
+        super().__init__()
+        self.pooled = len(shape) == 1
+        tokens = tokens if self.pooled else shape[0]
+        self.linear = nn.Linear(shape[-1], tokens * width if self.pooled else width, bias=False)
+        self.added = nn.Embedding(tokens, width)
+        nn.init.zeros_(self.added.weight)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        projected = self.linear(embedding.to(self.linear.weight.dtype))
+        return (projected.unflatten(-1, self.added.weight.shape) if self.pooled else projected) + self.added.weight
 
 
 def empty(condition: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ Shape letters: B batch · L channels of the diffused grid · h, w its size · N 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from r2id.config import R2idConfig
 from r2id.models import coords, pretrained
 from r2id.models.attention import RMSNorm
-from r2id.models.conditioning import AttributeCondition, ClassCondition
+from r2id.models.conditioning import AttributeCondition, ClassCondition, EmbeddingCondition
 from r2id.models.coords import Size
 from r2id.models.layers import DiffusionBlock, modulate, zero_linear
 from r2id.models.mixing import mixes
@@ -29,17 +32,20 @@ class R2ID(nn.Module):
     guidance costs less than two passes.
     """
 
-    def __init__(self, config: R2idConfig, channels: int, classes: int) -> None:
+    def __init__(self, config: R2idConfig, channels: int, classes: int, embedding: Sequence[int] = ()) -> None:
         """For grids of so many channels, under one of so many classes (0: none), or so many attributes if the config's
-        condition is those."""
+        condition is those; or under embeddings of a shape, [D] or [T, D]."""
         super().__init__()
         self.config, self.channels, self.classes = config, channels, classes
         width = config.width
         times = config.time_fourier[1] - config.time_fourier[0] + 1
         self.token_in = nn.Linear(channels + coords.fourier_dim(config.fourier), width)
         self.time_in = nn.Sequential(nn.Linear(2 * times, width), nn.SiLU(), nn.Linear(width, width))
-        kind = AttributeCondition if config.condition == "attributes" else ClassCondition
-        self.condition = kind(classes, config.condition_tokens, width)
+        kinds: dict[str, Callable[[int, int], nn.Module]] = {
+            "attributes": partial(AttributeCondition, classes), "embedding": partial(EmbeddingCondition, embedding)}
+        self.condition = kinds.get(config.condition, partial(ClassCondition, classes))(config.condition_tokens, width)
+        self.condition_shape = {"attributes": (classes,), "embedding": tuple(embedding)}.get(config.condition, ())
+        """Of the condition of one sample; of a class empty."""
 
         def stack(count: int, conditional: bool) -> nn.ModuleList:
             return nn.ModuleList(DiffusionBlock(width, config.heads, config.ffn_ratio, config.dropout, conditional)
@@ -52,13 +58,18 @@ class R2ID(nn.Module):
         self.out = zero_linear(width, channels)
 
     @classmethod
+    def of(cls, config: R2idConfig, facts: Mapping[str, Any]) -> R2ID:
+        """With the facts that a checkpoint records beside the config."""
+        return cls(config, facts["latent_channels"], facts["classes"], facts.get("embedding", ()))
+
+    @classmethod
     def from_pretrained(cls, path: str | Path) -> R2ID:
         """A trained model from a file that ``r2id checkpoint export`` wrote: float32, on the CPU, ready for inference.
 
         InputError when the file is none, is damaged or holds another model.
         """
         found = pretrained.read(Path(path), "r2id")
-        return found.fill(cls(found.section("r2id", R2idConfig), found.facts["latent_channels"], found.facts["classes"]))
+        return found.fill(cls.of(found.section("r2id", R2idConfig), found.facts))
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""
@@ -68,9 +79,9 @@ class R2ID(nn.Module):
                 clouds: Tensor | None = None) -> Tensor:
         """One prediction under one condition.
 
-        x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1); condition [B] classes or
-        [B, A] attributes; at [B or 1, N, 4] coordinates, by default the grid's own; clouds the key of cloud attention's
-        groups, by default one group → float32 [B, L, h, w].
+        x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1); condition [B] classes,
+        [B, A] attributes, or [B, D] or [B, T, D] embeddings; at [B or 1, N, 4] coordinates, by default the grid's own;
+        clouds the key of cloud attention's groups, by default one group → float32 [B, L, h, w].
         """
         return self.predict(x, alpha_bar, condition.unsqueeze(0), at, clouds).squeeze(0)
 

@@ -45,6 +45,8 @@ class Facts:
     """Classes, or attributes where those are the condition."""
     riae: RiaeConfig | None = None
     """The codec of an R2ID run; none is of pixels."""
+    embedding: tuple[int, ...] = ()
+    """Their shape where they are the condition."""
 
 
 def find_facts(config: RiaeRun | R2idRun, riae: Path | None = None, classes: int | None = None) -> Facts:
@@ -54,13 +56,25 @@ def find_facts(config: RiaeRun | R2idRun, riae: Path | None = None, classes: int
     image, copies = _largest_step(config, shards)
     if isinstance(config, RiaeRun):
         return Facts(image, copies)
+    kind = config.r2id.condition
+    if kind == "embedding":
+        shape = _embedding_shape(config, shards)
+        return Facts(image, copies, 0, _codec_config(config, riae), shape)
     if shards is None and classes is None:
         raise InputError(f"data.shards = '{config.data.shards}': no shards there yet; give their number of classes by "
                          "--classes")
     if classes is None and shards is not None:
-        attributes = config.r2id.condition == "attributes"
-        classes = len(shards.manifest.attribute_names) if attributes else shards.num_classes
-    return Facts(image, copies, classes if classes and config.r2id.condition != "none" else 0, _codec_config(config, riae))
+        classes = len(shards.manifest.attribute_names) if kind == "attributes" else shards.num_classes
+    return Facts(image, copies, classes if classes and kind != "none" else 0, _codec_config(config, riae))
+
+
+def _embedding_shape(config: R2idRun, shards: ShardSet | None) -> tuple[int, ...]:
+    if shards is None:
+        raise InputError(f"data.shards = '{config.data.shards}': no shards there yet, and they alone say of what shape "
+                         "embeddings are")
+    if not shards.manifest.embedding_shape:
+        raise InputError(f"r2id.condition = 'embedding': {config.data.shards} has none")
+    return tuple(shards.manifest.embedding_shape)
 
 
 def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[Size, int]:
@@ -117,7 +131,7 @@ class Work:
         if isinstance(config, RiaeRun):
             module = RiaeLoss(RIAE(config.riae, config.data.channels), config.seed)
         else:
-            model = R2ID(config.r2id, self._channels(), self.facts.classes)
+            model = R2ID(config.r2id, self._channels(), self.facts.classes, self.facts.embedding)
             module = R2idLoss(model, config.diffusion, 1.0, config.seed)
         if prepared:
             prepare_blocks(module.model.blocks(), config.train.model_copy(update={"compile": False}))
@@ -128,8 +142,9 @@ class Work:
         if isinstance(self.config, RiaeRun):
             return {"image": torch.zeros(samples, self.config.data.channels, *self.facts.image), "index": index}
         latent = torch.zeros(samples, self._channels(), *self.grid())
-        attributes = self.config.r2id.condition == "attributes"
-        condition = torch.zeros(samples, self.facts.classes, dtype=torch.int8) if attributes else index - 1
+        condition = {"attributes": torch.zeros(samples, self.facts.classes, dtype=torch.int8),
+                     "embedding": torch.zeros(samples, *self.facts.embedding, dtype=torch.float16),
+                     }.get(self.config.r2id.condition, index - 1)
         return {"latent": latent, "condition": condition, "index": index}
 
     def _channels(self) -> int:

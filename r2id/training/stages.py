@@ -51,7 +51,7 @@ class Stage:
         """A fresh model of this stage, for weights that are not the ones in training."""
         if isinstance(self.config, RiaeRun):
             return RIAE(self.config.riae, self.facts["channels"])
-        return R2ID(self.config.r2id, self.facts["latent_channels"], self.facts["classes"])
+        return R2ID.of(self.config.r2id, self.facts)
 
     def image_size(self, batch: Batch) -> Size:
         """Height and width of a batch's images; of the images that its latents stand for."""
@@ -64,7 +64,8 @@ class Stage:
     def cost(self, size: Size) -> Cost:
         """What training on one image of this size takes."""
         codec = None if self.codec is None else self.codec.riae
-        return image_cost(Work(self.config, Facts(size, 1, self.facts.get("classes", 0), codec)))
+        return image_cost(Work(self.config, Facts(size, 1, self.facts.get("classes", 0), codec,
+                                                  tuple(self.facts.get("embedding", ())))))
 
     def statistics(self, model: nn.Module, device: torch.device) -> dict[str, Tensor] | None:
         """RIAE: mean and standard deviation of its latents; R2ID has none."""
@@ -79,7 +80,8 @@ class Stage:
 
 def make_stage(config: RiaeRun | R2idRun, world: World, micro_batch: int) -> Stage:
     """Open the data and build model and loss. InputError when the data or the codec do not fit the config."""
-    shards = ShardSet.open(config.data.shards, config.data.stream)
+    told = isinstance(config, R2idRun) and config.r2id.condition == "embedding"
+    shards = ShardSet.open(config.data.shards, config.data.stream, embeddings=told)
     torch.manual_seed(config.seed)
     if isinstance(config, RiaeRun):
         return _riae_stage(config, shards, world, micro_batch)
@@ -137,25 +139,28 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
         raw = batch["latent"] if "latent" in batch else codec.encode(to_float(batch["image"]))
         return {"latent": codec.normalise(raw), "condition": _condition(config, batch), "index": batch["index"]}
 
-    model = R2ID(config.r2id, codec.latent_channels, facts["classes"])
-    return Stage(config, shards, R2idLoss(model, config.diffusion, base_side, config.seed), facts, load, to_inputs,
-                 codec)
+    loss = R2idLoss(R2ID.of(config.r2id, facts), config.diffusion, base_side, config.seed)
+    return Stage(config, shards, loss, facts, load, to_inputs, codec)
 
 
 def _known_conditions(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
-    """How many classes or attributes the model is to know, and the names of the attributes."""
-    kind, names = config.r2id.condition, shards.manifest.attribute_names
+    """How many classes or attributes the model is to know, and the names of the attributes or the shape of embeddings."""
+    kind, names, shape = config.r2id.condition, shards.manifest.attribute_names, shards.manifest.embedding_shape
     if kind == "attributes" and not names:
         raise InputError(f"r2id.condition = 'attributes': {shards.folder} has none")
     if kind == "attributes":
         return {"classes": len(names), "attributes": names}
+    if kind == "embedding" and not shape:
+        raise InputError(f"r2id.condition = 'embedding': {shards.folder} has none")
+    if kind == "embedding":
+        return {"classes": 0, "embedding": shape}
     return {"classes": shards.num_classes if kind == "class" else 0}
 
 
 def _condition(config: R2idRun, batch: Batch) -> Tensor:
     """What a batch's images are to be drawn under."""
-    if config.r2id.condition == "attributes":
-        return batch["attributes"]
+    if config.r2id.condition in ("attributes", "embedding"):
+        return batch[config.r2id.condition]
     return batch["label"] if config.r2id.condition == "class" else torch.full_like(batch["label"], -1)
 
 

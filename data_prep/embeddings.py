@@ -1,0 +1,97 @@
+"""Embeddings of texts that lie beside images: ``NAME.npy`` beside ``NAME.jpg``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.base import digest_of
+from data_prep.sources import Files, is_image
+from r2id.data.embeddings import parse_npy
+from r2id.data.shards import Reject
+from r2id.errors import InputError
+
+_TRIED = 10  # embeddings read to learn the shape of all
+NO_EMBEDDING = "no embedding beside it, and other images have one"
+
+Read = Callable[[bytes, int], bytes]
+"""(place, length) → the bytes there."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The images of a source, each found with its embedding where they have them."""
+
+    images: Files
+    """Places are then ``IMAGE\\0LENGTH\\0EMBEDDING``: no name has a NUL."""
+    digest: str
+    shape: list[int]
+    """[D] or [T, D]; of no embeddings empty."""
+
+
+def is_image_or_embedding(name: str) -> bool:
+    return is_image(name) or _is_embedding(name)
+
+
+def pair(path: Path, found: Files, read: Read) -> Paired:
+    """Images without an embedding where others have one are rejects. InputError when no embedding is of a shape that can
+    be learned from."""
+    # What is wrong with an embedding's file is said of its image.
+    found.rejects = [reject for reject in found.rejects if not _is_embedding(reject.source)]
+    told = found.part(_is_embedding)
+    if not told:
+        return Paired(found, found.digest, [])
+    images = found.part(is_image)
+    images.rejects = found.rejects
+    where = pc.index_in(_stems(images), value_set=_stems(told))
+    images.others = found.others + len(told) - len(where.drop_null().unique())
+    if where.null_count == len(images):
+        return Paired(images, images.digest, [])
+    without = images.table.filter(where.is_null())["name"].to_pylist()
+    images.rejects += [Reject("", os.fsdecode(name), NO_EMBEDDING) for name in without]
+    digest = digest_of([(images.digest.encode(), 0), (told.digest.encode(), 0)])
+    beside = told.table.take(where.drop_null())
+    kept = images.table.filter(where.is_valid())
+    places = pc.binary_join_element_wise(kept["place"], beside["size"].cast(pa.string()).cast(pa.binary()), beside["place"],
+                                         b"\0")
+    images.table = kept.set_column(kept.column_names.index("place"), "place", places)
+    return Paired(images, digest, common_shape(path, beside["size"], beside["place"], read))
+
+
+def common_shape(path: Path, sizes: pa.ChunkedArray, places: pa.ChunkedArray, read: Read) -> list[int]:
+    """The shape of the first readable embedding of the length that most have."""
+    common = pc.mode(sizes)[0]["mode"]
+    problem = ""
+    for place in islice(places.filter(pc.equal(sizes, common)).to_pylist(), _TRIED):
+        try:
+            shape = list(parse_npy(read(place, common.as_py())).shape)
+        except ValueError as error:
+            problem = problem or str(error)
+            continue
+        if len(shape) in (1, 2) and 0 not in shape:
+            return shape
+        problem = problem or f"of shape {shape}; must be [D] or [T, D]"
+    raise InputError(f"source {path}: the .npy files beside its images are no embeddings: {problem}")
+
+
+def split_place(place: bytes) -> tuple[bytes, tuple[bytes, int] | None]:
+    """A place of ``pair`` → (the image's, the embedding's and its length)."""
+    image, _, told = place.partition(b"\0")
+    size, _, embedding = told.partition(b"\0")
+    return image, (embedding, int(size)) if told else None
+
+
+def _is_embedding(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() == ".npy" and not path.name.startswith(".")
+
+
+def _stems(files: Files) -> pa.Array:
+    """Names without their suffixes."""
+    return pa.array([os.fsencode(entry.name.rpartition(".")[0]) for entry in files], pa.binary())
