@@ -135,6 +135,9 @@ class RiaeConfig(Section):
     jitter: float = Field(default=1.0, ge=0)
     """Strength of the coordinate jitter in training; 1 is a Gaussian of half a pixel, as published."""
     loss: Literal["l1", "mse", "charbonnier"] = "mse"
+    texture: float = Field(default=0.0, ge=0)
+    """Weight of a second term: the same error of the differences between each point and one a pixel away, in a direction
+    drawn anew, which is the derivative of the image function. Doubles what the decoder costs."""
 
     @model_validator(mode="after")
     def _scales_are_a_range(self) -> RiaeConfig:

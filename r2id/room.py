@@ -100,9 +100,10 @@ def _denoising(sampler: Sampler, grid: Size) -> int:
     model, channels, batch = sampler.model, sampler.codec.latent_channels, sampler.batch_length((1, 1), grid)
 
     def work() -> Callable[[], Any]:
-        fresh = R2ID(model.config, channels, model.classes).eval().requires_grad_(False)
-        known = len(sampler.attributes)
-        condition = torch.zeros(2, batch, known) if known else torch.full((2, batch), -1)
+        embedding = model.condition_shape if model.config.condition == "embedding" else ()
+        fresh = R2ID(model.config, channels, model.classes, embedding).eval().requires_grad_(False)
+        shape = model.condition_shape
+        condition = torch.zeros(2, batch, *shape) if shape else torch.full((2, batch), -1)
         return partial(fresh.predict, torch.zeros(batch, channels, *grid), torch.zeros(batch), condition)
 
     return _traced(sampler.codec, work)

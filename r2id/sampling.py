@@ -121,7 +121,7 @@ class Sampler:
     @torch.no_grad()
     def latents(self, condition: Tensor, seeds: Tensor, grid: Size, **asked: Any) -> Tensor:
         """What ``sample`` renders: conditions and seeds on a grid (h, w), settings as there → raw latents [B, L, h, w]."""
-        if asked.get("guidance") not in (None, 0, 1) and not self.model.classes:
+        if asked.get("guidance") not in (None, 0, 1) and not (self.model.classes or self.model.condition_shape):
             raise InputError(f"guidance {asked['guidance']}: the model was trained without conditions; must be 0 or 1")
         settings = change(self.defaults, {name: value for name, value in asked.items() if value is not None})
         condition, length = self._known(condition), _batch_length(_BATCH_TOKENS, grid)

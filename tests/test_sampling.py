@@ -9,6 +9,7 @@ from PIL import Image
 
 from r2id.diffusion import solvers
 from r2id.errors import InputError
+from r2id.models.r2id import R2ID
 from r2id.sampling import Sampler, choose_labels, draw_grids, output_files, reconstruct_file
 
 
@@ -83,6 +84,14 @@ def test_solvers_and_grids_by_name(sampler):
 def test_settings_that_do_not_go(sampler, settings, message):
     with pytest.raises(InputError, match=message):
         sampler.sample(torch.tensor([1]), torch.tensor([0]), (8, 8), **settings)
+
+
+def test_guidance_needs_a_condition(sampler):
+    unconditional = R2ID(sampler.model.config.model_copy(update={"condition": "none"}), sampler.codec.latent_channels, 0)
+    free = replace(sampler, model=unconditional.eval())
+    with pytest.raises(InputError, match=r"guidance 3\.0: the model was trained without conditions; must be 0 or 1"):
+        free.sample(torch.tensor([-1]), torch.tensor([0]), (8, 8), guidance=3.0)
+    assert free.sample(torch.tensor([-1]), torch.tensor([0]), (8, 8), guidance=1.0, steps=1).isfinite().all()
 
 
 def test_loss_at_falls_with_the_noise_on_known_data(sampler):

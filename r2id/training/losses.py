@@ -6,6 +6,9 @@ Shape letters: B batch · C colours · H, W image · L latent channels · h, w l
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -19,12 +22,29 @@ from r2id.models.conditioning import drop
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
+from r2id.models.tiles import Tiles
 
 # One stream of random numbers for each purpose.
 _SEEN, _SEEN_JITTER, _ASKED, _ASKED_JITTER, _LATENT_NOISE, _LATENT_CLOUD = range(6)
-_TIME, _NOISE, _DROP, _JITTER, _DECODE_SCALE, _CLOUDS, _ENCODE_SCALE = range(6, 13)
+_TIME, _NOISE, _DROP, _JITTER, _DECODE_SCALE, _CLOUDS, _ENCODE_SCALE, _DIRECTION = range(6, 14)
 
 Figures = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Points that the decoder is asked for, and what it sees."""
+
+    keys: Tensor
+    cells: Tensor
+    at: Tensor
+    """[B, P, 4]."""
+    colours: Tensor
+    """The true ones, [B, P, C]."""
+    size: Size
+    """Of the image that they are of."""
+    tiles: Tiles | None = None
+    weight: Tensor | None = None
 
 
 class RiaeLoss(nn.Module):
@@ -51,13 +71,24 @@ class RiaeLoss(nn.Module):
             noise = rng.normal(rng.fold(keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
         latent_keys = self.model.spread_latents(latents, cells, grid)
-        if self.model.local:
-            decoded, truth, weight = self._decode_tiles(latent_keys, cells, grid, asked, keys)
-        else:
-            decoded, truth, weight = *self._decode_cloud(latent_keys, cells, grid, asked, keys), None
-        return reconstruction_loss(decoded, truth, config.loss, weight), {
-            "mse": reconstruction_loss(decoded.detach(), truth, "mse", weight),
-            "latent_rms": latents.detach().square().mean().sqrt()}
+        ask = self._ask_tiles if self.model.local else self._ask_cloud
+        points = ask(latent_keys, cells, grid, asked, keys)
+        decoded = self._decode(points, points.at, grid)
+        loss = reconstruction_loss(decoded, points.colours, config.loss, points.weight)
+        if config.texture:
+            loss = loss + config.texture * self._texture_loss(points, decoded, grid, asked, keys)
+        return loss, {"mse": reconstruction_loss(decoded.detach(), points.colours, "mse", points.weight),
+                      "latent_rms": latents.detach().square().mean().sqrt()}
+
+    def _decode(self, points: _Points, at: Tensor, grid: Size) -> Tensor:
+        return self.model.decode_points(points.keys, points.cells, at, points.size, grid, points.tiles)
+
+    def _texture_loss(self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, keys: Tensor) -> Tensor:
+        """The error of the differences between points and others one pixel away from them."""
+        angle = (2 * math.pi) * rng.uniform(rng.fold(keys, _DIRECTION), points.at.shape[1])
+        beside = coords.displace(points.at, 2 * torch.stack([angle.cos(), angle.sin()], dim=-1), points.size, grid)
+        change = self._decode(points, beside, grid) - decoded
+        return reconstruction_loss(change, coords.sample_image(image, beside) - points.colours, self.model.config.loss, points.weight)
 
     def _encode(self, image: Tensor, count: int, cells: Tensor, grid: Size, keys: Tensor) -> Tensor:
         """From random pixels, as many as there are at most, or with ``local`` attention from all: latents [B, M, L]."""
@@ -71,21 +102,19 @@ class RiaeLoss(nn.Module):
         tiles = self.model.tiles(grid, size, grid, device=image.device)
         return self.model.encode_points(colours, at, size, cells, grid, tiles)
 
-    def _decode_cloud(self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor,
-                      keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Random points, decoded and true [B, P, C]."""
+    def _ask_cloud(self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor, keys: Tensor) -> _Points:
+        """Random points of the image."""
         size: Size = (image.shape[2], image.shape[3])
         pixels = size[0] * size[1]
         chosen = rng.subset(rng.fold(keys, _ASKED), pixels, min(self.model.config.decode_pixels, pixels))
         at, truth = self._points(image, grid, chosen, rng.fold(keys, _ASKED_JITTER))
         if self.model.config.decode_cloud < 1:
             latent_keys, cells = self._cloud(latent_keys, cells, keys)
-        return self.model.decode_points(latent_keys, cells, at, size, grid), truth
+        return _Points(latent_keys, cells, at, truth, size)
 
-    def _decode_tiles(self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor,
-                      keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Random tiles, decoded and true [B, P, C], and the weights [B, P, 1] with which their mean error is, on average,
-        the mean over the whole image; surplus points have none."""
+    def _ask_tiles(self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor, keys: Tensor) -> _Points:
+        """Random tiles of the image, with the weights [B, P, 1] with which their mean error is, on average, the mean over
+        the whole image; surplus points have none."""
         size: Size = (image.shape[2], image.shape[3])
         tiles = self.model.tiles(size, grid, grid, device=image.device)
         assert tiles is not None
@@ -94,7 +123,7 @@ class RiaeLoss(nn.Module):
         tiles = tiles.chosen(rng.subset(rng.fold(keys, _ASKED), total, count))
         at, truth = self._points(image, grid, tiles.queries.flatten(1), rng.fold(keys, _ASKED_JITTER))
         weight = tiles.asked.flatten(1).unsqueeze(-1) * (total * tiles.queries.shape[2] / pixels)
-        return self.model.decode_points(latent_keys, cells, at, size, grid, tiles), truth, weight
+        return _Points(latent_keys, cells, at, truth, size, tiles, weight)
 
     def _points(self, image: Tensor, shape: Size, chosen: Tensor, jitter_keys: Tensor) -> tuple[Tensor, Tensor]:
         """Points of each image near its chosen pixels, int64 [B, P] → [B, P, 4], and the colours there, [B, P, C].

@@ -119,3 +119,14 @@ def test_losses_at_known_errors():
     assert reconstruction_loss(decoded, truth, "l1") == 1.5
     assert reconstruction_loss(decoded, truth, "mse") == 2.5
     assert reconstruction_loss(decoded, truth, "charbonnier") == pytest.approx(1.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["cloud", "local"])
+def test_texture_is_the_error_of_the_slope(attention):
+    """An untrained decoder says 0 everywhere, so that the term is the square of the image's own slope."""
+    changes = {"attention": attention, "jitter": 0.0, "decode_pixels": 400}
+    image = (torch.arange(40.0) / 20 - 1).expand(1, 1, 40, 40).contiguous()  # 1/20 per pixel from left to right
+    with torch.no_grad():
+        plain, textured = (sum(RiaeLoss(RIAE(SMALL.model_copy(update={**changes, "texture": weight}), 1), seed=0)(
+            image, torch.tensor([0]), step)[0] for step in range(4)) / 4 for weight in (0.0, 3.0))
+    assert (textured - plain) / 3 == pytest.approx(0.05**2 / 2, rel=0.15)
