@@ -88,7 +88,8 @@ class RiaeLoss(nn.Module):
         angle = (2 * math.pi) * rng.uniform(rng.fold(keys, _DIRECTION), points.at.shape[1])
         beside = coords.displace(points.at, 2 * torch.stack([angle.cos(), angle.sin()], dim=-1), points.size, grid)
         change = self._decode(points, beside, grid) - decoded
-        return reconstruction_loss(change, coords.sample_image(image, beside) - points.colours, self.model.config.loss, points.weight)
+        true_change = coords.sample_image(image, beside) - points.colours
+        return reconstruction_loss(change, true_change, self.model.config.loss, points.weight)
 
     def _encode(self, image: Tensor, count: int, cells: Tensor, grid: Size, keys: Tensor) -> Tensor:
         """From random pixels, as many as there are at most, or with ``local`` attention from all: latents [B, M, L]."""
