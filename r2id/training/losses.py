@@ -28,6 +28,8 @@ from r2id.models.tiles import Tiles
 _SEEN, _SEEN_JITTER, _ASKED, _ASKED_JITTER, _LATENT_NOISE, _LATENT_CLOUD = range(6)
 _TIME, _NOISE, _DROP, _JITTER, _DECODE_SCALE, _CLOUDS, _ENCODE_SCALE, _DIRECTION = range(6, 14)
 
+_FACTORS = 8  # that a side may be scaled by
+
 Figures = dict[str, Tensor]
 
 
@@ -150,12 +152,16 @@ class RiaeLoss(nn.Module):
 
 
 def rescaled(image: Tensor, scales: tuple[float, float] | None, *key: int) -> Tensor:
-    """Images [B, C, H, W] at a random height and width within factors of their own, each evenly spread by its logarithm:
-    bicubic, averaged where they shrink."""
+    """Images [B, C, H, W] at a random height and width within factors of their own, evenly spread by their logarithm:
+    bicubic, averaged where they shrink.
+
+    Of a few factors, since kernels are prepared, and kept, for every shape: on a CPU a gigabyte of them for a thousand.
+    """
     if scales is None:
         return image
-    size = [max(1, round(side * scales[0] * (scales[1] / scales[0]) ** rng.number(*key, axis)))
-            for axis, side in enumerate(image.shape[2:])]
+    places = (int(_FACTORS * rng.number(*key, axis)) / (_FACTORS - 1) for axis in range(2))
+    size = [max(1, round(side * scales[0] * (scales[1] / scales[0]) ** place))
+            for side, place in zip(image.shape[2:], places, strict=True)]
     return F.interpolate(image, size, mode="bicubic", antialias=True)
 
 

@@ -10,7 +10,7 @@ from r2id.config import RiaeConfig
 from r2id.models import riae
 from r2id.models.riae import RIAE
 from r2id.training.footprint import trace_peak
-from r2id.training.losses import RiaeLoss, reconstruction_loss
+from r2id.training.losses import RiaeLoss, reconstruction_loss, rescaled
 
 SMALL = RiaeConfig(latent_channels=4, width=32, pixel_width=16, heads=2, encoder_blocks=1, decoder_blocks=1,
                    latent_blocks=1, encode_cloud=0.5, decode_cloud=0.5, decode_pixels=40)
@@ -130,3 +130,12 @@ def test_texture_is_the_error_of_the_slope(attention):
         plain, textured = (sum(RiaeLoss(RIAE(SMALL.model_copy(update={**changes, "texture": weight}), 1), seed=0)(
             image, torch.tensor([0]), step)[0] for step in range(4)) / 4 for weight in (0.0, 3.0))
     assert (textured - plain) / 3 == pytest.approx(0.05**2 / 2, rel=0.15)
+
+
+def test_scales_reach_from_end_to_end_and_both_sides_have_their_own():
+    image = torch.rand(1, 1, 20, 40)
+    sizes = {rescaled(image, (0.5, 2.0), 0, step).shape[2:] for step in range(400)}
+    assert {min(h for h, _ in sizes), max(h for h, _ in sizes)} == {10, 40}
+    assert {min(w for _, w in sizes), max(w for _, w in sizes)} == {20, 80} and len(sizes) == 64
+    assert rescaled(image, (0.5, 2.0), 0, 7).shape == rescaled(image, (0.5, 2.0), 0, 7).shape
+    assert torch.equal(rescaled(image, None, 0, 7), image)
