@@ -113,9 +113,10 @@ def evaluate(
     invariance: Annotated[bool, typer.Option("--invariance", help="Measure at fourteen sizes and aspect ratios too, against "
                                                                   "real images stretched to them.")] = False,
     invariance_count: Annotated[int, typer.Option(min=1, help="Samples per size of --invariance.")] = 500,
-    extractor: Annotated[Path | None, typer.Option(help="TorchScript file, uint8 images [N, 3, H, W] to features [N, D], "
-                                                        "such as Inception-v3 for the FID; its program is run, so use one "
-                                                        "that you trust. Default: the classifier trained here.")] = None,
+    extractor: Annotated[str | None, typer.Option(help="TorchScript file or its address, uint8 images [N, 3, H, W] to "
+                                                       "features [N, D], such as Inception-v3 for the FID; its program is "
+                                                       "run, so use one that you trust. Default: the classifier trained "
+                                                       "here.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

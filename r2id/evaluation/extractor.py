@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from r2id.data.files import sha256_file
-from r2id.errors import InputError
+from r2id.errors import InputError, WorkError
 from r2id.evaluation.images import resize
 from r2id.models.coords import Size
 
@@ -51,8 +51,10 @@ class FileExtractor:
     options: dict[str, bool]
 
     @classmethod
-    def load(cls, file: Path, size: Size, device: torch.device) -> FileExtractor:
-        """InputError when the file is no TorchScript program, or its output is not one row of numbers for each image."""
+    def load(cls, place: str | Path, size: Size, device: torch.device) -> FileExtractor:
+        """From a file or an address. InputError when it is no TorchScript program, or its output is not one row of numbers
+        for each image; WorkError when it cannot be downloaded."""
+        file = download(str(place)) if str(place).startswith(("http://", "https://")) else Path(place)
         if not file.is_file():
             raise InputError(f"--extractor {file}: no such file")
         try:
@@ -82,3 +84,16 @@ class FileExtractor:
     def _bytes(self, images: Tensor) -> Tensor:
         seen = resize(images.to(self.device), self.size)
         return ((seen + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+def download(url: str) -> Path:
+    """The file at an address, from where PyTorch keeps what it downloads (``TORCH_HOME``), downloaded when it is not there.
+    WorkError when it cannot be."""
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(file), progress=False)  # complete or not at all
+        except OSError as error:
+            raise WorkError(f"--extractor {url}: cannot be downloaded: {error}") from None
+    return file

@@ -47,15 +47,17 @@ Pictures = dict[str, bytes]
 
 
 def evaluate(checkpoint: Path, shards: Path, out: Path, *, sizes: Sequence[Size] = (), count: int = 1000, seed: int = 0,
-             invariance: int = 0, extractor: Path | None = None, device: torch.device | str = "cpu") -> Metrics:
+             invariance: int = 0, extractor: str | Path | None = None, device: torch.device | str = "cpu") -> Metrics:
     """Measure an RIAE or R2ID checkpoint on the test split of a shard set; an R2ID's RIAE is measured with it.
 
     Scores ``count`` samples of each of ``sizes`` (default: the size of the training images), with seeds from ``seed`` on;
     with ``invariance``, so many at each of r2id.evaluation.invariance.invariance_sizes too, and reconstructions at them.
-    ``extractor`` is a TorchScript file in whose features images are compared; none compares in those of the classifier.
+    ``extractor`` is a TorchScript file, or its address, in whose features images are compared; none compares in those of
+    the classifier.
     Writes ``metrics.json``, ``figures/*.png``, ``report.html`` and, to be used again, ``classifier.safetensors`` into the
     folder ``out``, replacing an older evaluation, and returns what metrics.json holds.
-    Raises InputError when checkpoint, shards, extractor or ``out`` are not what they should be, before anything is written.
+    Raises InputError when checkpoint, shards, extractor or ``out`` are not what they should be, before anything is written,
+    and WorkError when an extractor cannot be downloaded.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; must be a folder, new or of an earlier evaluation")
@@ -82,7 +84,7 @@ def evaluate(checkpoint: Path, shards: Path, out: Path, *, sizes: Sequence[Size]
     return metrics
 
 
-def _open(checkpoint: Path, shards: Path, extractor: Path | None, device: torch.device | str, seed: int) -> Subject:
+def _open(checkpoint: Path, shards: Path, extractor: str | Path | None, device: torch.device | str, seed: int) -> Subject:
     """All that can be wrong is found here."""
     meta = checkpoints.load_meta(checkpoint)
     opened = ShardSet.open(shards)

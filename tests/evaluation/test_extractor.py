@@ -1,12 +1,15 @@
 """The extractors: the classifier, and a TorchScript file."""
 
 import hashlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
 from torch import nn
 
-from r2id.errors import InputError
+from r2id.errors import InputError, WorkError
 from r2id.evaluation.extractor import Extractor, FileExtractor
 from tests.evaluation import extractors
 
@@ -41,6 +44,23 @@ def test_files_that_are_refused(tmp_path):
         with pytest.raises(InputError, match=message) as error:
             FileExtractor.load(file, (4, 4), CPU)
         assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_address_is_downloaded_once(tmp_path, monkeypatch):
+    """From a real server, which is then gone."""
+    (tmp_path / "served").mkdir()
+    extractors.write(extractors.Plain(), tmp_path / "served" / "plain.pt")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/plain.pt"
+        first = FileExtractor.load(address, (4, 4), CPU)
+        with pytest.raises(WorkError, match=r"none\.pt: cannot be downloaded"):
+            FileExtractor.load(address.replace("plain", "none"), (4, 4), CPU)
+        server.shutdown()
+    assert FileExtractor.load(address, (4, 4), CPU).hash == first.hash
+    assert [file.name for file in (tmp_path / "cache").rglob("*.pt*")] == ["plain.pt"]
 
 
 def test_the_classifier_is_one(judge, judge_file, shards, data):
