@@ -110,6 +110,10 @@ def evaluate(
     size: SizeList = None,
     count: Annotated[int, typer.Option(min=1, help="Samples per size.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="First seed of the samples.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps; default, here and below, the run's own.")] = None,
+    cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is none.")] = None,
+    cfg_interval: Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="Times between which it applies.")] = None,
+    solver: Annotated[Literal["ddim", "dpmpp_2m", "euler", "heun"] | None, typer.Option(help="Sampler.")] = None,
     invariance: Annotated[bool, typer.Option("--invariance", help="Measure at fourteen sizes and aspect ratios too, against "
                                                                   "real images stretched to them.")] = False,
     invariance_count: Annotated[int, typer.Option(min=1, help="Samples per size of --invariance.")] = 500,
@@ -125,7 +129,8 @@ def evaluate(
 
     result = run_evaluate(checkpoint, shards, out, sizes=parse_sizes(size), count=count, seed=seed,
                           invariance=invariance_count if invariance else 0, extractor=extractor,
-                          device=find_device(device))
+                          device=find_device(device), steps=steps, guidance=cfg, guidance_interval=_interval(cfg_interval),
+                          solver=solver)
     report(result, as_json, lambda r: [*r["headlines"], f"report: {out / 'report.html'}"])
 
 

@@ -65,7 +65,8 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
         chosen = sampler.defaults
         facts |= {"r2id": _origin(subject.checkpoint, shards),
                   "sampling": {"first_seed": subject.seed, "steps": chosen.steps, "guidance": chosen.guidance,
-                               "solver": chosen.solver, "shift_exponent": sampler.diffusion.shift_exponent}}
+                               "guidance_interval": list(chosen.guidance_interval), "solver": chosen.solver,
+                               "shift_exponent": sampler.diffusion.shift_exponent}}
     seen = {"judge of classes": subject.judge, "extractor": subject.extractor}
     facts |= {name: {"name": one.name, "hash": one.hash, "size": list(one.size)} for name, one in seen.items() if one}
     return facts | {

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from r2id.config_files import change
 from r2id.data.files import write_atomic
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
@@ -47,11 +48,13 @@ Pictures = dict[str, bytes]
 
 
 def evaluate(checkpoint: Path, shards: Path, out: Path, *, sizes: Sequence[Size] = (), count: int = 1000, seed: int = 0,
-             invariance: int = 0, extractor: str | Path | None = None, device: torch.device | str = "cpu") -> Metrics:
+             invariance: int = 0, extractor: str | Path | None = None, device: torch.device | str = "cpu",
+             **settings: Any) -> Metrics:
     """Measure an RIAE or R2ID checkpoint on the test split of a shard set; an R2ID's RIAE is measured with it.
 
     Scores ``count`` samples of each of ``sizes`` (default: the size of the training images), with seeds from ``seed`` on;
     with ``invariance``, so many at each of r2id.evaluation.invariance.invariance_sizes too, and reconstructions at them.
+    ``settings`` are those of SampleConfig that samples are drawn with instead of the run's own; None changes nothing.
     ``extractor`` is a TorchScript file, or its address, in whose features images are compared; none compares in those of
     the classifier.
     Writes ``metrics.json``, ``figures/*.png``, ``report.html`` and, to be used again, ``classifier.safetensors`` into the
@@ -62,6 +65,9 @@ def evaluate(checkpoint: Path, shards: Path, out: Path, *, sizes: Sequence[Size]
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; must be a folder, new or of an earlier evaluation")
     subject = _open(checkpoint, shards, extractor, device, seed)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if settings:
+        subject = _drawn_with(subject, settings)
     if subject.sampler:
         for size in sizes:
             check_samples(subject.sampler, size, None, _GRID_COUNT)
@@ -99,6 +105,12 @@ def _open(checkpoint: Path, shards: Path, extractor: str | Path | None, device: 
     if extractor is None:
         return subject
     return replace(subject, extractor=FileExtractor.load(extractor, codec.image, codec.device))
+
+
+def _drawn_with(subject: Subject, settings: Mapping[str, Any]) -> Subject:
+    if subject.sampler is None:
+        raise InputError(f"{', '.join(settings)}: of samples, and {subject.checkpoint} is of an RIAE, which draws none")
+    return replace(subject, sampler=replace(subject.sampler, defaults=change(subject.sampler.defaults, settings)))
 
 
 def _with_judge(subject: Subject, kept: Path) -> Subject:

@@ -69,7 +69,7 @@ def measured(r2id_run, digits, judge_file, judge, tmp_path_factory):
     out.mkdir()
     shutil.copy(judge_file, out / "classifier.safetensors")
     file = extractors.write(extractors.Quarters(), out.parent / "quarters.pt")
-    return out, evaluate(r2id_run, digits, out, count=10, seed=5, invariance=6, extractor=file)
+    return out, evaluate(r2id_run, digits, out, count=10, seed=5, invariance=6, extractor=file, steps=3, guidance=1.25)
 
 
 def test_invariance_is_measured_and_shown(measured):
@@ -90,6 +90,7 @@ def test_every_figure_says_where_it_is_from(measured, shards, judge):
     out, metrics = measured
     facts, extractor = metrics["provenance"]["figures"], metrics["provenance"]["extractor"]
     assert extractor["name"] == "quarters.pt" and extractor["size"] == [8, 8]
+    assert metrics["provenance"]["sampling"]["guidance"] == 1.25 and metrics["provenance"]["sampling"]["steps"] == 3
     html = (out / "report.html").read_text()
     for name, fact in facts.items():
         assert list(fact) == ["images", "seeds", "extractor", "resize", "reference"]
@@ -109,6 +110,8 @@ def test_an_riae_alone_in_the_eyes_of_a_file(riae_run, digits, tmp_path):
     assert metrics["riae"]["native"]["frechet"] > 0 and set(metrics["invariance"]) == {"riae"}
     with pytest.raises(InputError, match=r"--extractor .*: no such file"):
         evaluate(riae_run, digits, tmp_path / "other", extractor=tmp_path / "none.pt")
+    with pytest.raises(InputError, match=r"guidance: of samples, and .* is of an RIAE, which draws none"):
+        evaluate(riae_run, digits, tmp_path / "other", guidance=2.0)
     assert not (tmp_path / "other").exists()
 
 
