@@ -29,7 +29,6 @@ from r2id.evaluation.reference import MOST_REAL, Seen, compare, real_batches, se
 from r2id.evaluation.riae import distance, scaled
 from r2id.models.coords import Size
 from r2id.progress import Progress
-from r2id.sampling import Sampler
 from r2id.training.codec import Codec
 
 _SIDE = 28  # the sizes below are of MNIST
@@ -58,14 +57,14 @@ def halve(images: Tensor) -> Tensor:
     return F.avg_pool2d(images, 2)
 
 
-def measure_samples(sampler: Sampler, judge: Judge | None, extractor: Extractor, shards: ShardSet, data: DataConfig,
-                    count: int, seed: int) -> dict[str, Any]:
-    """For each size: ``count`` samples, as many real test images stretched to it, and one seed at it and at twice of it.
+def measure_samples(samples: Samples, judge: Judge | None, extractor: Extractor, shards: ShardSet,
+                    data: DataConfig) -> dict[str, Any]:
+    """For each size: the samples, as many real test images stretched to it, and one seed at it and at twice of it.
 
     The real images that both are compared with are every other one of the test split, those that are stretched are of the
     rest, so that the native size's row tells what two halves of the real data are from each other.
     """
-    native = sampler.codec.image
+    native = samples.sampler.codec.image
     indices = np.arange(len(shards.split(data.test_split)))
 
     def read(half: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,11 +72,11 @@ def measure_samples(sampler: Sampler, judge: Judge | None, extractor: Extractor,
 
     real = see(extractor, (images for images, _ in read(0, MOST_REAL)))
     rows: dict[str, Row] = {}
-    samples, pairs = Samples(sampler, count, seed), Samples(sampler, min(count, _PAIRED), seed)
+    pairs = samples.first(min(len(samples), _PAIRED))
     for size in invariance_sizes(native):
         rows[f"{size[0]}x{size[1]}"] = {
             **score_samples(samples, judge, extractor, real, size),
-            "stretched": score_stretched(judge, extractor, real, read(1, count), size),
+            "stretched": score_stretched(judge, extractor, real, read(1, len(samples)), size),
             "consistency": pair_samples(pairs, judge, size)}
     return {"reference_images": len(real), "sizes": rows}
 

@@ -115,28 +115,35 @@ class Samples:
     def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
         self.sampler = sampler
         self.labels, self.seeds = choose_labels((), count, sampler.num_classes), torch.arange(seed, seed + count)
-        self._latents: dict[Size, Tensor] = {}
+        self._latents: dict[Size, Tensor] = {}  # of the first seeds, as many as were asked for yet
 
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def first(self, count: int) -> Samples:
+        """The first of them, or more; what either computes, the other has."""
+        samples = Samples(self.sampler, count, int(self.seeds[0]))
+        samples._latents = self._latents
+        return samples
+
     def batches(self, size: Size, length: int | None = None) -> Iterator[Tensor]:
         """Images [N, C, H, W] of a size, ``length`` at a time or as many as are rendered together."""
-        grid = self.sampler.grid_for(size)
-        if grid not in self._latents:
-            self._latents[grid] = self._draw(grid)
+        latents = self._drawn(self.sampler.grid_for(size))
         with Progress(f"render {size[0]}x{size[1]}", len(self), unit="images") as progress:
-            for some in self._latents[grid].split(length or self.sampler.batch_length(size)):
+            for some in latents.split(length or self.sampler.batch_length(size)):
                 yield self.sampler.render(some, size)
                 progress.advance(len(some))
 
-    def _draw(self, grid: Size) -> Tensor:
-        parts = []
-        with Progress(f"sample {grid[0]}x{grid[1]} latents", len(self), unit="samples") as progress:
-            for labels, seeds in zip(self.labels.split(BATCH), self.seeds.split(BATCH), strict=True):
-                parts.append(self.sampler.latents(labels, seeds, grid))
-                progress.advance(len(seeds))
-        return torch.cat(parts)
+    def _drawn(self, grid: Size) -> Tensor:
+        parts = [self._latents[grid]] if grid in self._latents else []
+        known = sum(map(len, parts))
+        if known < len(self):
+            with Progress(f"sample {grid[0]}x{grid[1]} latents", len(self) - known, unit="samples") as progress:
+                for labels, seeds in zip(self.labels[known:].split(BATCH), self.seeds[known:].split(BATCH), strict=True):
+                    parts.append(self.sampler.latents(labels, seeds, grid))
+                    progress.advance(len(seeds))
+            self._latents[grid] = torch.cat(parts)
+        return self._latents[grid][:len(self)]
 
 
 def score_samples(samples: Samples, judge: Judge | None, extractor: Extractor, real: Seen, size: Size) -> dict[str, Any]:
@@ -171,7 +178,6 @@ def _judged(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
             "accuracy_per_class": class_accuracy(found, labels, classes), "lowest": lowest}
 
 
-def draw_samples(sampler: Sampler, sizes: Sequence[Size], count: int, seed: int) -> dict[Size, Tensor]:
-    """The same seeds and classes, in turn, at every size: size → images [count, C, H, W]."""
-    samples = Samples(sampler, count, seed)
+def draw_samples(samples: Samples, sizes: Sequence[Size]) -> dict[Size, Tensor]:
+    """Samples at every size: size → images [N, C, H, W]."""
     return {size: torch.cat(list(samples.batches(size))) for size in sizes}

@@ -77,12 +77,13 @@ def evaluate(checkpoint: Path, shards: Path, out: Path, *, sizes: Sequence[Size]
     if subject.codec.riae:  # pixels are no more than what is diffused
         metrics["riae"] = measure_riae(subject.codec, subject.shards, subject.riae_data, subject.extractor)
         pictures = _riae_pictures(subject)
-    if subject.sampler:
+    samples = Samples(subject.sampler, count, seed) if subject.sampler else None
+    if samples:
         wanted = list(dict.fromkeys(sizes)) or [subject.codec.image]
-        metrics |= _score(subject, subject.sampler, wanted, count)
-        pictures |= _show_samples(subject, subject.sampler, wanted, metrics["r2id"])
+        metrics |= _score(subject, samples, wanted)
+        pictures |= _show_samples(subject, samples, wanted, metrics["r2id"])
     if invariance:
-        metrics["invariance"] = _invariance(subject, invariance)
+        metrics["invariance"] = _invariance(subject, samples and samples.first(invariance))
         pictures |= _show_invariance(metrics["invariance"])
     metrics["provenance"] = describe(subject, metrics)
     metrics["headlines"] = _headlines(metrics)
@@ -128,15 +129,15 @@ def _riae_pictures(subject: Subject) -> Pictures:
             "latents": figures.latents(drawn.latents[:4])}
 
 
-def _score(subject: Subject, sampler: Sampler, sizes: Sequence[Size], count: int) -> Metrics:
+def _score(subject: Subject, samples: Samples, sizes: Sequence[Size]) -> Metrics:
     """Everything that is measured of R2ID. Without an extractor only the loss is measured."""
+    sampler = samples.sampler
     shards, data, judge, extractor = subject.shards, subject.data, subject.judge, subject.extractor
     found: Metrics = {"t_scrape": scrape_times(sampler, encode_tests(sampler, shards, data), seed=subject.seed),
                       "grid_scrape": scrape_grids(sampler, shards, data, seed=subject.seed), "sizes": {}}
     if extractor is None:
         return {"r2id": found}
-    real, found["real"] = compare_real(extractor, shards, data, sampler.codec.image, count)
-    samples = Samples(sampler, count, subject.seed)
+    real, found["real"] = compare_real(extractor, shards, data, sampler.codec.image, len(samples))
     for size in sizes:
         found["sizes"][f"{size[0]}x{size[1]}"] = score_samples(samples, judge, extractor, real, size)
     return {"r2id": found} if judge is None else {"r2id": found, "classifier": {
@@ -144,25 +145,24 @@ def _score(subject: Subject, sampler: Sampler, sizes: Sequence[Size], count: int
         "test_images": judge.test_images}}
 
 
-def _invariance(subject: Subject, count: int) -> Metrics:
+def _invariance(subject: Subject, samples: Samples | None) -> Metrics:
     """See r2id.evaluation.invariance."""
     found: Metrics = {}
     if subject.codec.riae:
         found["riae"] = measure_reconstructions(subject.codec, subject.shards, subject.riae_data, subject.extractor)
-    if subject.sampler and subject.extractor:
-        found["r2id"] = measure_samples(subject.sampler, subject.judge, subject.extractor, subject.shards,
-                                        subject.data, count, subject.seed)
+    if samples and subject.extractor:
+        found["r2id"] = measure_samples(samples, subject.judge, subject.extractor, subject.shards, subject.data)
     return found
 
 
-def _show_samples(subject: Subject, sampler: Sampler, sizes: Sequence[Size], found: Metrics) -> Pictures:
+def _show_samples(subject: Subject, samples: Samples, sizes: Sequence[Size], found: Metrics) -> Pictures:
     """A grid per size, one seed at many sizes, the samples of the lowest scores, real images to compare with, and what the
     loss is."""
-    drawn = draw_samples(sampler, sizes, _GRID_COUNT, subject.seed)
-    own = sampler.codec.image
+    drawn = draw_samples(samples.first(_GRID_COUNT), sizes)
+    sampler, own = samples.sampler, samples.sampler.codec.image
     others = [scaled(own, scale) for scale in ((0.5, 0.5), (1, 1), (2, 2), (4, 4), (1.5, 1), (1, 1.5))]
     ladder = sorted({*sizes, *others}, key=lambda size: (size[0] * own[1] != size[1] * own[0], size[0] * size[1], size))
-    rungs = draw_samples(sampler, ladder, _LADDER_ROWS, subject.seed)
+    rungs = draw_samples(samples.first(_LADDER_ROWS), ladder)
     columns = min(10, sampler.num_classes) if sampler.num_classes > 1 else 10
     data = subject.data.model_copy(update={"size": own})
     real, _ = load_images(subject.shards, data, data.test_split, _GRID_COUNT)

@@ -64,7 +64,7 @@ def test_consistency_of_samples_is_that_of_the_same_seeds(sampler, judge):
 
 def test_samples_stand_beside_stretched_real_images(sampler, judge, shards, data, monkeypatch):
     monkeypatch.setattr(invariance, "_SIZES", ((28, 28), (42, 28)))
-    found = measure_samples(sampler, judge, judge, shards, data, 30, 2)
+    found = measure_samples(Samples(sampler, 30, 2), judge, judge, shards, data)
     assert found["reference_images"] == 180 and list(found["sizes"]) == ["8x8", "12x8"]
     row = found["sizes"]["8x8"]
     assert row["samples"] == row["stretched"]["images"] == row["consistency"]["samples"] == 30

@@ -24,7 +24,7 @@ SIGNAL = 1 / (1 + math.exp(-1))  # α² at a logSNR of 1
 class Exact(nn.Module):
     """E[x₀ | x] of standard normal values, one per cell, or one per cell of a 4×4 grid, repeated."""
 
-    config, classes = R2idConfig(condition="none"), 0
+    config, classes, condition_shape = R2idConfig(condition="none"), 0, ()
 
     def __init__(self, repeated: bool) -> None:
         super().__init__()

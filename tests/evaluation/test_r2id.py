@@ -55,7 +55,7 @@ def test_scores_of_samples(sampler, judge, shards, data):
     assert scores["size"] == [12, 8] and scores["samples"] == 130
     assert scores["grid"] == list(sampler.grid_for((12, 8)))
     assert scores["accuracy"] == pytest.approx(sum(scores["accuracy_per_class"]) / 10)  # 13 of each class
-    images = draw_samples(sampler, [(12, 8)], 130, seed=3)[12, 8]
+    images = draw_samples(Samples(sampler, 130, 3), [(12, 8)])[12, 8]
     features, classes = judge.look(images)
     assert scores["accuracy"] == pytest.approx(float((classes == torch.arange(130) % 10).double().mean()), abs=0.02)
     assert scores["frechet"] == pytest.approx(frechet_distance(features, real.whole), rel=0.05)
@@ -77,6 +77,18 @@ def test_one_sample_has_no_distance(sampler, judge, shards, data):
 
 
 def test_the_same_seeds_at_every_size(sampler):
-    drawn = draw_samples(sampler, [(8, 8), (5, 16)], 3, seed=7)
+    drawn = draw_samples(Samples(sampler, 3, 7), [(8, 8), (5, 16)])
     assert {size: tuple(images.shape) for size, images in drawn.items()} == {(8, 8): (3, 1, 8, 8), (5, 16): (3, 1, 5, 16)}
     torch.testing.assert_close(drawn[8, 8], sampler.sample(torch.arange(3), torch.arange(7, 10), (8, 8)))
+
+
+def test_fewer_and_more_samples_are_the_same_ones(sampler, monkeypatch):
+    drawn = []
+    plain = Sampler.latents
+    monkeypatch.setattr(Sampler, "latents", lambda self, labels, seeds, grid, **asked: (
+        drawn.extend(seeds.tolist()), plain(self, labels, seeds, grid, **asked))[1])
+    samples = Samples(sampler, 12, 3)
+    twelve, five, twenty = (torch.cat(list(some.batches((8, 8)))) for some in (samples, samples.first(5), samples.first(20)))
+    assert drawn == list(range(3, 23)), "each once"
+    assert torch.equal(five, twelve[:5]) and torch.equal(twelve, twenty[:12]) and len(twenty) == 20
+    assert torch.equal(twenty, sampler.sample(torch.arange(20) % 10, torch.arange(3, 23), (8, 8)))
