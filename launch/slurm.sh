@@ -37,8 +37,7 @@ encode_arguments() {
     python - "$@" <<'PYTHON'
 import sys
 from pathlib import Path
-from r2id.config import R2idRun
-from r2id.config_files import load_config
+from r2id.config import R2idRun, load_config
 from r2id.errors import InputError
 
 try:

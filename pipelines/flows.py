@@ -16,8 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from pipelines.artifacts import TrainingArtifacts
 from pipelines.processes import gpu_count
 from pipelines.stages import StageCrashed, run_stage, stage_command
-from r2id.config import EvaluateConfig, SampleConfig
-from r2id.config_files import load_config
+from r2id.config import EvaluateConfig, SampleConfig, load_config
 from r2id.errors import InputError
 
 _RESTARTS = 3  # of a training stage that crashed after it had got further

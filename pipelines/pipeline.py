@@ -22,8 +22,7 @@ from pipelines.artifacts import how_to_open_mlflow
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
 from pipelines.orchestration import prefect_ready
 from pipelines.preparation import check_engine, prepare_flow
-from r2id.config import PipelineRun, StageConfig
-from r2id.config_files import load_config
+from r2id.config import PipelineRun, StageConfig, load_config
 from r2id.errors import InputError, Stopped
 from r2id.progress import duration, say
 

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from r2id import dist
-from r2id.config_files import change
+from r2id.config import change
 from r2id.data.files import TEMPORARY, sha256_file, sweep, write_atomic
 from r2id.data.records import Record
 from r2id.data.shards import FORMAT_VERSION as SHARDS_VERSION

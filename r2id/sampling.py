@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2id import rng
-from r2id.config import DiffusionConfig, R2idConfig, R2idRun, SampleConfig
-from r2id.config_files import change
+from r2id.config import DiffusionConfig, R2idConfig, R2idRun, SampleConfig, change
 from r2id.data.embeddings import read_embeddings
 from r2id.data.loader import eval_loader
 from r2id.diffusion import objective, schedule, solvers

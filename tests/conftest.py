@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2id.config_files import load_config
+from r2id.config import load_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(2)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from r2id.config import PipelineRun, RiaeRun
-from r2id.config_files import load_config, parse_config, to_toml
+from r2id.config import PipelineRun, RiaeRun, load_config, parse_config, to_toml
 from r2id.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))

@@ -10,8 +10,7 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from pipelines.pipeline import Pipeline
-from r2id.config import PipelineRun, PrepareConfig, R2idRun, RiaeRun
-from r2id.config_files import load_config
+from r2id.config import PipelineRun, PrepareConfig, R2idRun, RiaeRun, load_config
 from r2id.sampling import preview
 from r2id.training import checkpoint
 from r2id.training.encode import encode

@@ -13,19 +13,18 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 # A module belongs to the longest prefix that fits it. Every module of r2id has to be in here.
 LAYER = {
     "r2id": 0,  # the package itself, which is empty
-    "r2id.config": 0, "r2id.config_files": 0, "r2id.errors": 0, "r2id.rng": 0, "r2id.dist": 0, "r2id.progress": 0,
-    "r2id.launcher": 0,
+    "r2id.config": 0, "r2id.errors": 0, "r2id.rng": 0, "r2id.dist": 0, "r2id.progress": 0, "r2id.launcher": 0,
     "r2id.data": 1, "r2id.models": 1, "r2id.diffusion": 1,
     "r2id.training": 2, "r2id.pictures": 2,
-    "r2id.sampling": 3, "r2id.bulk": 3, "r2id.room": 3, "r2id.previews": 3, "r2id.evaluation": 3,
+    "r2id.sampling": 3, "r2id.bulk": 3, "r2id.room": 3, "r2id.evaluation": 3,
     "r2id.cli": 4,
 }
 # What the other two packages may import of the project; the command line alone may import them.
 ALLOWED = {
     "data_prep": ("data_prep", *(f"r2id.data.{name}" for name in ("embeddings", "files", "records", "shards", "verify",
                                                               "pictures")),
-                  "r2id.config", "r2id.config_files", "r2id.errors", "r2id.progress"),
-    "pipelines": ("pipelines", "data_prep", "r2id.config", "r2id.config_files", "r2id.errors", "r2id.progress"),
+                  "r2id.config", "r2id.errors", "r2id.progress"),
+    "pipelines": ("pipelines", "data_prep", "r2id.config", "r2id.errors", "r2id.progress"),
 }
 # Libraries that one place alone imports.
 ONLY = {"mlflow": ("r2id.training.tracking",), "deepspeed": ("r2id.training.zero",), "prefect": ("pipelines",)}

@@ -42,8 +42,7 @@ def train(
 ) -> None:
     """Train one stage; goes on by itself where the run directory holds a checkpoint."""
     from r2id import dist
-    from r2id.config import PipelineRun
-    from r2id.config_files import load_config
+    from r2id.config import PipelineRun, load_config
     from r2id.sampling import preview
     from r2id.training.loop import train as run_train
 
@@ -101,8 +100,7 @@ def run(
 ) -> None:
     """Run the whole pipeline as a Prefect flow: prepare, train, encode, train, sample, evaluate."""
     from pipelines.pipeline import run_pipeline
-    from r2id.config import PipelineRun
-    from r2id.config_files import load_config
+    from r2id.config import PipelineRun, load_config
 
     settings = load_config(config, overrides or ())
     if not isinstance(settings, PipelineRun):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from r2id.config_files import change
+from r2id.config import change
 from r2id.data.files import write_atomic
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from r2id import dist, rng
-from r2id.config import OptimConfig, R2idRun, RiaeRun
-from r2id.config_files import to_toml
+from r2id.config import OptimConfig, R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, NonFiniteError, Stopped
 from r2id.models.coords import Size

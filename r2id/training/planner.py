@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun
-from r2id.config_files import load_config
+from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun, load_config
 from r2id.data.loader import image_sizes
 from r2id.data.shards import MANIFEST, ShardSet
 from r2id.errors import InputError

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from r2id.config import R2idRun, RiaeRun
-from r2id.config_files import load_config
+from r2id.config import R2idRun, RiaeRun, load_config
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.evaluation.classifier import obtain_judge

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from measure import baseline, rate, resident
 
-from r2id.config import RiaeRun
-from r2id.config_files import load_config
+from r2id.config import RiaeRun, load_config
 from r2id.errors import InputError
 
 IMAGE, CHANNELS = 32, 1  # the original's MNIST

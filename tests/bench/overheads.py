@@ -27,8 +27,7 @@ import torch
 from measure import HERE, alternate, child
 
 from data_prep.prepare import prepare
-from r2id.config import PrepareConfig, TrainConfig
-from r2id.config_files import load_config
+from r2id.config import PrepareConfig, TrainConfig, load_config
 from r2id.training.ema import Ema
 from r2id.training.encode import encode
 from r2id.training.loop import train

@@ -23,7 +23,7 @@ import torch
 from measure import reset_peak, resident
 
 from r2id import dist
-from r2id.config_files import load_config
+from r2id.config import load_config
 from r2id.training.engine import make_engine
 from r2id.training.planner import Work, find_facts, memory
 from r2id.training.shares import accumulation, micro_batch_size

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from measure import baseline, reset_peak, resident
 
-from r2id.config import RiaeRun
-from r2id.config_files import load_config
+from r2id.config import RiaeRun, load_config
 from r2id.models.riae import RIAE
 
 CONFIG = """

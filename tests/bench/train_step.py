@@ -21,8 +21,7 @@ from measure import baseline, rate, resident
 
 from r2id import dist, rng
 from r2id.cli.options import parse_size
-from r2id.config import RiaeRun
-from r2id.config_files import load_config
+from r2id.config import RiaeRun, load_config
 from r2id.models import coords
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE

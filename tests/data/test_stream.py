@@ -8,8 +8,7 @@ import threading
 import pytest
 import torch
 
-from r2id.config import DataConfig
-from r2id.config_files import load_config
+from r2id.config import DataConfig, load_config
 from r2id.data.loader import eval_loader, to_float
 from r2id.data.shards import ShardSet
 from r2id.data.stream import fetch_index, stream_loader

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from r2id.config_files import load_config
+from r2id.config import load_config
 from r2id.errors import InputError
 from r2id.evaluation.run import evaluate
 from r2id.training.loop import train

@@ -18,8 +18,7 @@ from pipelines.flows import train_flow
 from pipelines.orchestration import prefect_ready
 from pipelines.pipeline import run_pipeline
 from pipelines.preparation import prepare_flow
-from r2id.config import PipelineRun, PrepareConfig
-from r2id.config_files import load_config
+from r2id.config import PipelineRun, PrepareConfig, load_config
 from r2id.errors import InputError
 
 RIAE = """

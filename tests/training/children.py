@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from r2id import dist
-from r2id.config_files import load_config
+from r2id.config import load_config
 from r2id.errors import WorkError
 from r2id.training import checkpoint, folder
 from r2id.training.checkpoint import Meta

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from r2id import dist
-from r2id.config import RiaeRun
-from r2id.config_files import load_config
+from r2id.config import RiaeRun, load_config
 from r2id.errors import NonFiniteError, Stopped
 from r2id.training import checkpoint
 from r2id.training.loop import train

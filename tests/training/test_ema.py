@@ -159,7 +159,7 @@ def test_reconstruction_of_a_wandering_weight_is_the_average_tracked_beside_it(s
     ("train.ema_profiles=[0.1,0.1]", "differ"), ("train.ema_profiles=[0.3]", "less than 0.28"),
     ("train.ema_profiles=[0]", "greater than 0"), ("train.ema_snapshot_every=5", "there are none")])
 def test_profiles_that_are_none(table: str, named: str) -> None:
-    from r2id.config_files import load_config
+    from r2id.config import load_config
     from tests.conftest import CONFIGS
 
     with pytest.raises(InputError, match=named):

@@ -10,8 +10,7 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from r2id import cli
-from r2id.config import DataConfig, PrepareConfig
-from r2id.config_files import load_config
+from r2id.config import DataConfig, PrepareConfig, load_config
 from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from r2id.config_files import load_config
+from r2id.config import load_config
 from r2id.errors import InputError
 from r2id.models import pretrained
 from r2id.models.r2id import R2ID

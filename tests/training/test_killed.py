@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2id.config_files import load_config
+from r2id.config import load_config
 from r2id.training import checkpoint
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE

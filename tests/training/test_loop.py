@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2id.config_files import load_config
+from r2id.config import load_config
 from r2id.errors import InputError
 from r2id.sampling import preview
 from r2id.training import checkpoint

@@ -12,8 +12,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from r2id import cli
-from r2id.config import PrepareConfig
-from r2id.config_files import load_config, to_toml
+from r2id.config import PrepareConfig, load_config, to_toml
 from r2id.training import checkpoint
 from r2id.training.loop import train
 from r2id.training.losses import R2idLoss

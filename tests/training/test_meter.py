@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2id.config import R2idRun, RiaeConfig
-from r2id.config_files import load_config
+from r2id.config import R2idRun, RiaeConfig, load_config
 from r2id.training.loop import train
 from r2id.training.meter import Meter
 from r2id.training.planner import Cost, Facts, Work, image_cost

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2id.config import TrainConfig
-from r2id.config_files import load_config
+from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
 from r2id.training import checkpoint
 from r2id.training.blocks import prepare_blocks
@@ -106,7 +105,7 @@ STALL = """
 import os, sys, time
 from pathlib import Path
 from r2id.config import TrainConfig
-from r2id.config_files import load_config
+from r2id.config import load_config
 from r2id.training import loop
 from r2id.training.losses import RiaeLoss
 forward = RiaeLoss.forward

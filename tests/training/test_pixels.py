@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from r2id.config import R2idRun
-from r2id.config_files import load_config
+from r2id.config import R2idRun, load_config
 from r2id.errors import InputError
 from r2id.evaluation.run import evaluate
 from r2id.models.pixels import STD, Pixels, resample

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from r2id.config import R2idRun, RiaeRun
-from r2id.config_files import load_config
+from r2id.config import R2idRun, RiaeRun, load_config
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.training.planner import Facts, Work, describe, largest_micro_batch, memory, plan

@@ -18,8 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from r2id.config import TrackingConfig
-from r2id.config_files import load_config
+from r2id.config import TrackingConfig, load_config
 from r2id.training import checkpoint
 from r2id.training.loop import train
 from r2id.training.tracking import PARENT_VARIABLE, NullTracker, Tracker, begin_pipeline, end_pipeline, flatten, git_tags

@@ -1,4 +1,4 @@
-"""TOML files and ``section.key=value`` overrides to the schemas of r2id.config, and back."""
+"""TOML files and ``section.key=value`` overrides to the schemas of this package, and back."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from r2id.config import PipelineRun, R2idRun, RiaeRun, Run, Section, StageConfig
+from r2id.config.pipeline import PipelineRun, StageConfig
+from r2id.config.section import Section
+from r2id.config.training import R2idRun, RiaeRun
 from r2id.errors import InputError
 
 SectionT = TypeVar("SectionT", bound=Section)
+Run = RiaeRun | R2idRun | PipelineRun
 _KINDS: dict[str, type[Run]] = {"riae": RiaeRun, "r2id": R2idRun, "pipeline": PipelineRun}
 
 

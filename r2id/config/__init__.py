@@ -1,0 +1,37 @@
+"""Settings of every run: frozen, strict schemas, TOML files and ``section.key=value`` overrides.
+
+A schema's field is the one owner of a setting's default and of its documentation; a TOML file under ``configs/`` holds
+only what its run changes.
+"""
+
+from r2id.config.diffusion import DiffusionConfig, SampleConfig
+from r2id.config.files import Run, change, load_config, parse_config, to_toml
+from r2id.config.models import R2idConfig, RiaeConfig
+from r2id.config.pipeline import EvaluateConfig, PipelineRun, PrepareConfig, StageConfig
+from r2id.config.section import Section, Size
+from r2id.config.training import DataConfig, EngineConfig, OptimConfig, R2idRun, RiaeRun, TrackingConfig, TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "DiffusionConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "OptimConfig",
+    "PipelineRun",
+    "PrepareConfig",
+    "R2idConfig",
+    "R2idRun",
+    "RiaeConfig",
+    "RiaeRun",
+    "Run",
+    "SampleConfig",
+    "Section",
+    "Size",
+    "StageConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "change",
+    "load_config",
+    "parse_config",
+    "to_toml",
+]

@@ -1,0 +1,35 @@
+"""A table of a config, and the types of its values. Sizes are always (height, width)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def as_path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and value else value
+
+
+def as_tuple(value: Any) -> Any:
+    return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+PathField = Annotated[Path, BeforeValidator(as_path)]
+Size = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(as_tuple)]
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(as_tuple)]
+Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
+IntPair = Annotated[tuple[int, int], BeforeValidator(as_tuple)]
+Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(as_tuple)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Fraction0 = Annotated[float, Field(ge=0, le=1)]
+Solver = Literal["ddim", "dpmpp_2m", "euler", "heun"]
+
+
+class Section(BaseModel):
+    """A table of a TOML file: frozen; unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
