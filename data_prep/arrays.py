@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.base import Item, Items, Listing
+from r2id.data.manifest import Reject
 from r2id.data.records import Record, encode_png
-from r2id.data.shards import Reject
 from r2id.errors import WorkError
 
 _PNG_OVERHEAD = 256  # bytes; more than headers and incompressible data can add

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from r2id.data.manifest import Reject
 from r2id.data.records import Record
-from r2id.data.shards import Reject
 
 TEST_SHARE = 0.1
 """Share of each class that becomes the test split where the source has none of its own."""

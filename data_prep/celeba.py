@@ -21,8 +21,8 @@ from data_prep.files import FileRecords, first_existing, read_rows
 from data_prep.sources import is_image, time_of
 from data_prep.tars import open_source
 from r2id.data.files import sha256_file
+from r2id.data.manifest import Reject
 from r2id.data.records import Record
-from r2id.data.shards import Reject
 from r2id.errors import InputError, WorkError
 
 _FOLDERS = ("", "Anno", "Eval", "Img")

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from data_prep.base import digest_of
 from data_prep.sources import Files, is_image
 from r2id.data.embeddings import parse_npy
-from r2id.data.shards import Reject
+from r2id.data.manifest import Reject
 from r2id.errors import InputError
 
 _TRIED = 10  # embeddings read to learn the shape of all

@@ -15,8 +15,8 @@ from data_prep.base import Item
 from data_prep.embeddings import split_place
 from data_prep.sources import Source
 from r2id.data.embeddings import parse_npy, to_stored
+from r2id.data.manifest import Reject
 from r2id.data.records import Record, as_png, inspect
-from r2id.data.shards import Reject
 from r2id.errors import InputError
 
 _BYTES_PER_PIXEL = 16

@@ -13,7 +13,7 @@ from data_prep.embeddings import Paired, is_image_or_embedding, pair
 from data_prep.files import FileRecords, column_of, read_rows
 from data_prep.sources import IMAGE_SUFFIXES, Entry, Files, Folder
 from data_prep.tars import open_source
-from r2id.data.shards import Reject
+from r2id.data.manifest import Reject
 from r2id.errors import InputError
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

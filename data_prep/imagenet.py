@@ -29,8 +29,8 @@ from data_prep.files import FileRecords, column_of, first_existing, image_record
 from data_prep.folder import SPLITS, Placed, make_listing
 from data_prep.sources import Folder, Several, is_image, time_of
 from data_prep.tars import Tar, plain_tar
+from r2id.data.manifest import Reject
 from r2id.data.records import Record
-from r2id.data.shards import Reject
 from r2id.errors import InputError, WorkError
 
 _TARS = {"train": ("ILSVRC2012_img_train.tar",), "val": ("ILSVRC2012_img_val.tar",),

@@ -22,7 +22,8 @@ from data_prep.readers import DOWNLOADS, check_options, open_reader
 from r2id.config import PrepareConfig
 from r2id.data.embeddings import DTYPE
 from r2id.data.files import atomic_file, sha256_file, sweep, write_atomic
-from r2id.data.shards import FORMAT_VERSION, PLAN, Reject, ShardSet, shard_file
+from r2id.data.manifest import FORMAT_VERSION, PLAN, Reject, shard_file
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.progress import say
 

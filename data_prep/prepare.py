@@ -25,18 +25,10 @@ from data_prep.readers import DOWNLOADS, keep_reader
 from data_prep.tars import free
 from r2id.config import PrepareConfig
 from r2id.data.files import write_atomic
+from r2id.data.index import find_intact, read_commit
+from r2id.data.manifest import FORMAT_VERSION, REJECTS, Manifest, Reject, ShardEntry, SplitEntry
 from r2id.data.records import Record
-from r2id.data.shards import (
-    FORMAT_VERSION,
-    REJECTS,
-    Manifest,
-    Reject,
-    ShardEntry,
-    SplitEntry,
-    find_intact,
-    read_commit,
-    write_shard_files,
-)
+from r2id.data.shard_writer import write_shard_files
 from r2id.errors import WorkError
 from r2id.progress import Progress, say
 

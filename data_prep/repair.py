@@ -8,7 +8,8 @@ from pathlib import Path
 from data_prep.plan import Plan, make_plan, read_plan
 from data_prep.prepare import finish, write_shard
 from r2id.config import PrepareConfig
-from r2id.data.shards import MANIFEST, REJECTS, find_intact, read_commit, read_manifest
+from r2id.data.index import find_intact, read_commit
+from r2id.data.manifest import MANIFEST, REJECTS, read_manifest
 from r2id.data.verify import Damage
 from r2id.errors import InputError, WorkError
 from r2id.progress import track

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.base import Columns, digest_of, rows_of
-from r2id.data.shards import Reject
+from r2id.data.manifest import Reject
 from r2id.errors import InputError, WorkError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}

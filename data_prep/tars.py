@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from data_prep.sources import Files, Folder, Keep, Source, Zip, time_of, unsafe_name
 from r2id.data.files import atomic_file
-from r2id.data.shards import Reject
+from r2id.data.manifest import Reject
 from r2id.errors import InputError, WorkError
 from r2id.progress import say
 

@@ -18,8 +18,8 @@ from data_prep.files import check_length, embedding_of, image_record
 from data_prep.folder import SPLITS
 from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, time_of
 from data_prep.tars import Tar, plain_tar
+from r2id.data.manifest import MANIFEST, PLAN, Manifest, Reject, read_manifest
 from r2id.data.records import Record
-from r2id.data.shards import MANIFEST, PLAN, Manifest, Reject, read_manifest
 from r2id.errors import InputError
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")

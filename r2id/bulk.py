@@ -31,9 +31,11 @@ from torch import Tensor
 from r2id import dist
 from r2id.config import change
 from r2id.data.files import TEMPORARY, sha256_file, sweep, write_atomic
+from r2id.data.index import find_intact, read_commit
+from r2id.data.manifest import FORMAT_VERSION as SHARDS_VERSION
+from r2id.data.manifest import Manifest, SplitEntry, shard_file
 from r2id.data.records import Record
-from r2id.data.shards import FORMAT_VERSION as SHARDS_VERSION
-from r2id.data.shards import Manifest, SplitEntry, find_intact, read_commit, shard_file, write_shard_files
+from r2id.data.shard_writer import write_shard_files
 from r2id.errors import InputError, WorkError
 from r2id.models.coords import Size
 from r2id.pictures import to_bytes

@@ -21,8 +21,8 @@ LAYER = {
 }
 # What the other two packages may import of the project; the command line alone may import them.
 ALLOWED = {
-    "data_prep": ("data_prep", *(f"r2id.data.{name}" for name in ("embeddings", "files", "records", "shards", "verify",
-                                                              "pictures")),
+    "data_prep": ("data_prep", *(f"r2id.data.{name}" for name in ("embeddings", "files", "index", "manifest", "pictures",
+                                                              "records", "shard_writer", "shards", "verify")),
                   "r2id.config", "r2id.errors", "r2id.progress"),
     "pipelines": ("pipelines", "data_prep", "r2id.config", "r2id.errors", "r2id.progress"),
 }

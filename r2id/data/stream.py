@@ -31,10 +31,11 @@ from r2id import rng
 from r2id.config import DataConfig
 from r2id.data.files import atomic_file, sha256_file, write_atomic
 from r2id.data.loader import ImageReader, MicroBatch, describe, load_items, split_buckets
+from r2id.data.manifest import MANIFEST, parse_manifest
 from r2id.data.plan import check_batch
 from r2id.data.records import Extension
 from r2id.data.remote import open_stream, read_file
-from r2id.data.shards import MANIFEST, ShardSet, Split, parse_manifest
+from r2id.data.shards import ShardSet, Split
 from r2id.errors import InputError, WorkError
 from r2id.progress import track
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from r2id.data.files import sha256_file
+from r2id.data.index import read_commit, read_index
+from r2id.data.manifest import MANIFEST, REJECTS, Manifest, ShardEntry, SplitEntry, read_manifest
 from r2id.data.records import inspect
-from r2id.data.shards import (
-    MANIFEST,
-    REJECTS,
-    Manifest,
-    ShardEntry,
-    SplitEntry,
-    duplicates,
-    read_commit,
-    read_index,
-    read_manifest,
-)
 from r2id.errors import InputError
 from r2id.progress import Progress
 
@@ -86,7 +78,7 @@ def _check_split(folder: Path, name: str, split: SplitEntry, progress: Progress)
             keys += index["key"].to_pylist()
             yield from _check_tar(folder, entry, index)
         progress.advance(entry.samples)
-    for key in duplicates(keys):
+    for key in [key for key, count in Counter(keys).items() if count > 1]:
         yield Damage(name, "key twice in one split", key)
 
 

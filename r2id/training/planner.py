@@ -15,7 +15,8 @@ from torch import nn
 
 from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun, load_config
 from r2id.data.loader import image_sizes
-from r2id.data.shards import MANIFEST, ShardSet
+from r2id.data.manifest import MANIFEST
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.models.coords import Size
 from r2id.models.pixels import CELL

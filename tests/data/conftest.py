@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from r2id.data.manifest import FORMAT_VERSION, Manifest, SplitEntry, shard_file
 from r2id.data.records import Record
-from r2id.data.shards import FORMAT_VERSION, Manifest, ShardSet, SplitEntry, shard_file, write_shard_files
+from r2id.data.shard_writer import write_shard_files
+from r2id.data.shards import ShardSet
 
 
 def make_image(number, height, width, mode="L", ext="png"):

@@ -5,8 +5,11 @@ import tarfile
 import pytest
 import webdataset
 
+from r2id.data.index import find_intact, read_commit
+from r2id.data.manifest import MANIFEST, PLAN
 from r2id.data.records import Record
-from r2id.data.shards import MANIFEST, PLAN, ShardSet, find_intact, read_commit, write_shard_files
+from r2id.data.shard_writer import write_shard_files
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from tests.data.conftest import MIXED, make_image, make_records, write_set
 

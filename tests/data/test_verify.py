@@ -3,7 +3,9 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from r2id.data.shards import MANIFEST, Manifest, SplitEntry, read_commit, write_shard_files
+from r2id.data.index import read_commit
+from r2id.data.manifest import MANIFEST, Manifest, SplitEntry
+from r2id.data.shard_writer import write_shard_files
 from r2id.data.verify import verify
 from r2id.errors import InputError
 from tests.data.conftest import make_records

@@ -11,7 +11,7 @@ import typer
 
 from data_prep.repair import repair
 from r2id.cli import data as cli
-from r2id.data.shards import Manifest
+from r2id.data.manifest import Manifest
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
 from tests.data_prep.conftest import files_of, make, write_images

@@ -104,8 +104,7 @@ def test_a_step_left_out_changes_nothing(digits, tmp_path, spoil):
 STALL = """
 import os, sys, time
 from pathlib import Path
-from r2id.config import TrainConfig
-from r2id.config import load_config
+from r2id.config import TrainConfig, load_config
 from r2id.training import loop
 from r2id.training.losses import RiaeLoss
 forward = RiaeLoss.forward

@@ -1,0 +1,120 @@
+"""What a shard set is: its files, and the manifest that says what there is.
+
+A set is a folder::
+
+    manifest.json                      what there is, with checksums; written last
+    plan.json, plan.parquet            what was to go where
+    rejects.csv                        source files that are no images, each with the reason; only when there are any
+    <split>/shard-000000.tar           members KEY.jpg|png|webp, KEY.cls where there is a class, KEY.npy where there is a
+                                       text's embedding, KEY.json for the rest
+    <split>/shard-000000.parquet       index of that tar, one row per sample, and its commit marker
+
+Any webdataset reader streams the tars. Here a sample is one positioned read, its place taken from the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from r2id.data.files import write_atomic
+from r2id.errors import InputError
+
+FORMAT_VERSION = 1
+MANIFEST, REJECTS, PLAN = "manifest.json", "rejects.csv", "plan.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ShardEntry(_Strict):
+    """One shard. ``file`` is relative to the set, ``bytes`` and ``sha256`` are the tar's."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_file(self) -> str:
+        return str(Path(self.file).with_suffix(".parquet"))
+
+
+class SplitEntry(_Strict):
+    samples: int
+    bytes: int
+    shards: list[ShardEntry]
+
+
+class Manifest(_Strict):
+    """``checksum`` is of all other fields, so that an edited manifest is noticed."""
+
+    format_version: int
+    dataset: str
+    source_digest: str
+    class_names: list[str]
+    rejects: int
+    splits: dict[str, SplitEntry]
+    attribute_names: list[str] = []
+    embedding_shape: list[int] = []
+    """[D] or [T, D] of the texts' embeddings, where there are any."""
+    rejects_sha256: str = ""
+    checksum: str = ""
+
+    def expected_checksum(self) -> str:
+        content = self.model_dump(exclude={"checksum", *self._absent()})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def write(self, folder: Path) -> Manifest:
+        """The commit of the whole set. Returns the manifest with its checksum."""
+        sealed = self.model_copy(update={"checksum": self.expected_checksum()})
+        write_atomic(folder / MANIFEST, (sealed.model_dump_json(indent=1, exclude=self._absent()) + "\n").encode())
+        return sealed
+
+    def _absent(self) -> set[str]:
+        """What a set need not have is then not in its manifest."""
+        return {name for name in ("attribute_names", "embedding_shape", "rejects_sha256") if not getattr(self, name)}
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A source file that cannot become a sample."""
+
+    split: str
+    source: str
+    reason: str
+
+
+def shard_file(split: str, number: int) -> str:
+    return f"{split}/shard-{number:06d}.tar"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """InputError when the folder is no shard set, an unfinished one, or one of another format version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / PLAN).is_file():
+            raise InputError(f"{folder}: an unfinished shard set: run the same r2id prepare again to complete it")
+        what = "not a shard set (no manifest.json): give a folder written by r2id prepare"
+        raise InputError(f"{folder}: {what if folder.is_dir() else 'no such folder'}")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """InputError, naming where the content is from, when it is no manifest, or one of another format version."""
+    try:
+        table = json.loads(content)
+        version = table.get("format_version") if isinstance(table, dict) else None
+        if version != FORMAT_VERSION:
+            raise InputError(f"{where}: format version {version!r}: this r2id reads version {FORMAT_VERSION}")
+        return Manifest.model_validate(table)
+    except (ValidationError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: damaged or edited: {str(error).splitlines()[0]}") from None

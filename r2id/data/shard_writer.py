@@ -1,0 +1,104 @@
+"""The one tar writer: records to a shard and its index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from r2id.data.embeddings import npy_bytes
+from r2id.data.files import atomic_file
+from r2id.data.index import ATTRIBUTES, EMBEDDING, SCHEMA, read_commit
+from r2id.data.manifest import FORMAT_VERSION, Reject, ShardEntry
+from r2id.data.records import Record
+
+_BLOCK = 512  # of a tar: a header is one block, contents are padded to whole ones
+
+
+def write_shard_files(folder: Path, file: str, records: Iterable[Record], rejects: list[Reject]) -> ShardEntry:
+    """Write a tar and, last, its index. Either is complete or absent, and the same records give the same bytes.
+
+    ``rejects`` is read when the records are used up: it may be filled while they are made.
+    Raises ValueError for a key that webdataset could not tell from another, WorkError when the disk refuses.
+    """
+    rows: dict[str, list[Any]] = {name: [] for name in (*SCHEMA.names, ATTRIBUTES.name, EMBEDDING.name)}
+    with atomic_file(folder / file) as raw:
+        stream = _Hashed(raw)
+        _write_tar(stream, records, rows)
+    facts = {"format_version": FORMAT_VERSION, "file": file, "samples": len(rows["key"]), "bytes": stream.written,
+             "sha256": stream.digest.hexdigest(), "rejects": [vars(reject) for reject in rejects]}
+    schema = SCHEMA if None in rows["attributes"] else SCHEMA.append(ATTRIBUTES)
+    if any(row is not None for row in rows["embedding"]):
+        schema = schema.append(EMBEDDING)
+    table = pa.Table.from_pydict(rows, schema.with_metadata({"r2id": json.dumps(facts)}))
+    with atomic_file((folder / file).with_suffix(".parquet")) as raw:
+        pq.write_table(table, raw, compression="zstd")
+    entry, _ = read_commit(folder, file)
+    return entry
+
+
+class _Hashed:
+    """Passes writes on and hashes them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.written = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.written += len(data)
+        return self.file.write(data)
+
+
+def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[Any]]) -> None:
+    from webdataset.writer import TarWriter  # imports torch, which nothing else in here needs
+
+    # An integer mtime avoids PAX headers; with it and without names of users the bytes depend on the records alone.
+    # Closed in any case, so that it does not try later; what an error leaves is never renamed to its final name.
+    with TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
+        seen: set[str] = set()
+        offset = 0
+        for record in records:
+            _check_key(record.key, seen)
+            members = _members(record)
+            writer.write({"__key__": record.key, **members})
+            for ext in sorted(members):  # the order in which TarWriter stores them
+                if ext == record.ext:
+                    _add_row(rows, record, offset + _BLOCK)
+                offset += _BLOCK + _padded(len(members[ext]))
+
+
+def _members(record: Record) -> dict[str, bytes]:
+    attributes = {} if record.attributes is None else {"attributes": list(record.attributes)}
+    facts = {**record.meta, **attributes, "height": record.height, "width": record.width, "mode": record.mode}
+    members = {record.ext: record.image, "json": json.dumps(facts, sort_keys=True).encode()}
+    if record.label is not None:
+        members["cls"] = str(record.label).encode()
+    if record.embedding is not None:
+        members["npy"] = npy_bytes(record.embedding)
+    return members
+
+
+def _add_row(rows: dict[str, list[Any]], record: Record, offset: int) -> None:
+    row = (record.key, offset, len(record.image), record.height, record.width, record.mode,
+           -1 if record.label is None else record.label, record.ext, hashlib.sha256(record.image).digest(),
+           record.attributes, None if record.embedding is None else record.embedding.reshape(-1))
+    for name, value in zip(rows, row, strict=True):
+        rows[name].append(value)
+
+
+def _check_key(key: str, seen: set[str]) -> None:
+    if not re.fullmatch(r"[\w-]{1,90}", key, re.ASCII):
+        raise ValueError(f"key {key!r}: must be 1 to 90 letters, digits, '_' and '-'")
+    if key in seen:
+        raise ValueError(f"key {key!r}: twice in one shard")
+    seen.add(key)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
