@@ -24,6 +24,7 @@ from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training import checkpoint
 from r2id.training.blocks import prepare_blocks
+from r2id.training.conditions import known_conditions
 from r2id.training.ema import decays
 from r2id.training.footprint import Sharing, Trace, count_flops, peak, trace_peak, trace_step
 from r2id.training.losses import R2idLoss, RiaeLoss
@@ -56,25 +57,21 @@ def find_facts(config: RiaeRun | R2idRun, riae: Path | None = None, classes: int
     image, copies = _largest_step(config, shards)
     if isinstance(config, RiaeRun):
         return Facts(image, copies)
-    kind = config.r2id.condition
-    if kind == "embedding":
-        shape = _embedding_shape(config, shards)
-        return Facts(image, copies, 0, _codec_config(config, riae), shape)
-    if shards is None and classes is None:
-        raise InputError(f"data.shards = '{config.data.shards}': no shards there yet; give their number of classes by "
-                         "--classes")
-    if classes is None and shards is not None:
-        classes = len(shards.manifest.attribute_names) if kind == "attributes" else shards.num_classes
-    return Facts(image, copies, classes if classes and kind != "none" else 0, _codec_config(config, riae))
+    known = _known_conditions(config, shards, classes)
+    return Facts(image, copies, known["classes"], _codec_config(config, riae), tuple(known.get("embedding", ())))
 
 
-def _embedding_shape(config: R2idRun, shards: ShardSet | None) -> tuple[int, ...]:
-    if shards is None:
-        raise InputError(f"data.shards = '{config.data.shards}': no shards there yet, and they alone say of what shape "
-                         "embeddings are")
-    if not shards.manifest.embedding_shape:
-        raise InputError(f"r2id.condition = 'embedding': {config.data.shards} has none")
-    return tuple(shards.manifest.embedding_shape)
+def _known_conditions(config: R2idRun, shards: ShardSet | None, classes: int | None) -> dict[str, Any]:
+    kind, missing = config.r2id.condition, f"data.shards = '{config.data.shards}': no shards there yet"
+    if kind == "embedding" and shards is None:
+        raise InputError(f"{missing}, and they alone say of what shape embeddings are")
+    if kind in ("class", "attributes") and classes is not None:
+        return {"classes": classes}
+    if shards is not None:
+        return known_conditions(config, shards)
+    if kind != "none":
+        raise InputError(f"{missing}; give their number of classes by --classes")
+    return {"classes": 0}
 
 
 def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[Size, int]:

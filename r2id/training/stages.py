@@ -23,6 +23,7 @@ from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training import checkpoint
 from r2id.training.codec import Codec, latent_statistics
+from r2id.training.conditions import conditions_of, known_conditions
 from r2id.training.losses import R2idLoss, RiaeLoss
 from r2id.training.planner import Cost, Facts, Work, image_cost
 
@@ -122,7 +123,7 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
     grids = [codec.grid_for(size) for size in sizes]
     areas, ratios = sorted(h * w for h, w in grids), sorted(h / w for h, w in grids)
     base_side = areas[len(areas) // 2] ** 0.5
-    facts = {"latent_channels": codec.latent_channels, **_known_conditions(config, shards), "digest": shards.digest,
+    facts = {"latent_channels": codec.latent_channels, **known_conditions(config, shards), "digest": shards.digest,
              "codec": os.path.relpath(codec.path, config.run) if config.codec else None, "codec_hash": codec.hash,
              "base_side": base_side, "areas": [areas[0], areas[-1]], "ratios": [ratios[0], ratios[-1]],
              **({} if config.codec else {"image": list(median)})}
@@ -137,31 +138,10 @@ def _r2id_stage(config: R2idRun, shards: ShardSet, world: World, micro_batch: in
 
     def to_inputs(batch: Batch) -> Batch:
         raw = batch["latent"] if "latent" in batch else codec.encode(to_float(batch["image"]))
-        return {"latent": codec.normalise(raw), "condition": _condition(config, batch), "index": batch["index"]}
+        return {"latent": codec.normalise(raw), "condition": conditions_of(config, batch), "index": batch["index"]}
 
     loss = R2idLoss(R2ID.of(config.r2id, facts), config.diffusion, base_side, config.seed)
     return Stage(config, shards, loss, facts, load, to_inputs, codec)
-
-
-def _known_conditions(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
-    """How many classes or attributes the model is to know, and the names of the attributes or the shape of embeddings."""
-    kind, names, shape = config.r2id.condition, shards.manifest.attribute_names, shards.manifest.embedding_shape
-    if kind == "attributes" and not names:
-        raise InputError(f"r2id.condition = 'attributes': {shards.folder} has none")
-    if kind == "attributes":
-        return {"classes": len(names), "attributes": names}
-    if kind == "embedding" and not shape:
-        raise InputError(f"r2id.condition = 'embedding': {shards.folder} has none")
-    if kind == "embedding":
-        return {"classes": 0, "embedding": shape}
-    return {"classes": shards.num_classes if kind == "class" else 0}
-
-
-def _condition(config: R2idRun, batch: Batch) -> Tensor:
-    """What a batch's images are to be drawn under."""
-    if config.r2id.condition in ("attributes", "embedding"):
-        return batch[config.r2id.condition]
-    return batch["label"] if config.r2id.condition == "class" else torch.full_like(batch["label"], -1)
 
 
 def load_codec(path: Path, meta: checkpoint.Meta, device: torch.device | str) -> Codec:
