@@ -8,6 +8,7 @@ Shape letters: C colours · H, W image · L latent channels · h, w latent grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 _SURELY = 1 << 28
 """Bytes that are never too many, so that nobody waits for the answer."""
 _SMALL, _LARGER = (256, 256), (384, 384)
-
 
 
 def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -> None:
@@ -100,9 +100,8 @@ def _denoising(sampler: Sampler, grid: Size) -> int:
     model, channels, batch = sampler.model, sampler.codec.latent_channels, sampler.batch_length((1, 1), grid)
 
     def work() -> Callable[[], Any]:
-        embedding = model.condition_shape if model.config.condition == "embedding" else ()
-        fresh = R2ID(model.config, channels, model.classes, embedding).eval().requires_grad_(False)
         shape = model.condition_shape
+        fresh = R2ID(model.config, channels, model.classes, shape).eval().requires_grad_(False)
         condition = torch.zeros(2, batch, *shape) if shape else torch.full((2, batch), -1)
         return partial(fresh.predict, torch.zeros(batch, channels, *grid), torch.zeros(batch), condition)
 
@@ -113,10 +112,12 @@ def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
     """Bytes of decoding a picture from a grid: those that do not depend on its size, and those per pixel."""
     def needed(size: Size) -> int:
         def work() -> Callable[[], Any]:
-            model = codec.model
-            fresh = RIAE(model.config, model.channels).eval().requires_grad_(False) if isinstance(model, RIAE) else model
-            latents = torch.zeros(1, codec.latent_channels, *grid)
-            return lambda: fresh.decode(latents, size).clamp(-1, 1)
+            model, latents = codec.model, torch.zeros(1, codec.latent_channels, *grid)
+            if not isinstance(model, RIAE):
+                return lambda: model.decode(latents, size).clamp(-1, 1)
+            fresh = RIAE(model.config, model.channels).eval().requires_grad_(False)
+            height, width = (max(side, math.ceil(codec.cell * cells)) for side, cells in zip(size, grid, strict=True))
+            return lambda: fresh.decode(latents, (height, width), (0, 0, *size)).clamp(-1, 1)  # one point a pixel
 
         return _traced(codec, work)
 

@@ -59,7 +59,7 @@ class RiaeConfig(Section):
     """Smallest and largest factor between an image's height, and likewise its width, and those at which the encoder sees it
     in training, drawn anew each step; none is 1."""
     decode_scales: Pair | None = None
-    """The same for the size at which the decoder is trained to render it."""
+    """The same for the size at which the decoder is trained to render it. What is rendered at a smaller one is averaged."""
     cell_size: bool = False
     """Tell encoder and decoder how large pixels are, in latent cells, beside where they are: a pixel is then what an area
     looks like from afar, not the colour of a point (cell decoding of LIIF, Chen et al. 2021). For training at scales."""

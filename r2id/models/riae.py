@@ -16,9 +16,11 @@ once is the surroundings of one tile; a grid of few cells over a large image tak
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -176,12 +178,29 @@ class RIAE(nn.Module):
             seen[:, rows, columns] = rearrange(found, "b (h w) d -> b h w d", h=rows.stop - rows.start)
         return self._to_latents(rearrange(seen, "b h w d -> b (h w) d"), cells, grid)
 
+    def points_per_pixel(self, grid: Size, size: Size) -> Size:
+        """How many points, down and across, a pixel of an image (H, W) is the mean of: as many as it takes for none to stand
+        for more of the picture than the largest pixels of the training did.
+
+        Half a latent cell is allowed for, since a grid says no better how large the images were.
+        """
+        smallest = self.config.decode_scales[0] if self.config.decode_scales else 1.0
+        down, across = (max(1, math.ceil((smallest * cells - 0.5) * self.config.cell / side))
+                        for cells, side in zip(grid, size, strict=True))
+        return down, across
+
     @torch.no_grad()
     def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
         """Raw latents [B, L, h, w] → image [B, C, H, W] of any size, nominally in [−1, 1] (not clipped), or the pixels of it
-        that lie in a window (y0, x0, y1, x1), [B, C, y1 − y0, x1 − x0]; InputError when that is not within the image."""
+        that lie in a window (y0, x0, y1, x1), [B, C, y1 − y0, x1 − x0]; InputError when that is not within the image.
+
+        Pixels larger than any that were trained are means of several points (points_per_pixel)."""
         grid: Size = (latents.shape[2], latents.shape[3])
         part = coords.part_of(size, window)
+        down, across = points = self.points_per_pixel(grid, size)
+        if points != (1, 1):
+            fine = (part[0].start * down, part[1].start * across, part[0].stop * down, part[1].stop * across)
+            return F.avg_pool2d(self.decode(latents, (size[0] * down, size[1] * across), fine), points)
         cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
         decode = self._decode_tiles if self.local else self._decode_chunks
         height, width = (side.stop - side.start for side in part)

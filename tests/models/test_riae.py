@@ -60,6 +60,20 @@ def test_decoding_in_chunks_changes_nothing(model, monkeypatch):
     torch.testing.assert_close(model.decode(latents, (20, 11)), whole, atol=1e-5, rtol=1e-4)
 
 
+def test_large_pixels_are_means_of_points(model):
+    """Of an image of about 24×28 pixels, none larger than the model was trained on."""
+    latents = torch.randn(2, 4, 6, 7)
+    assert [model.points_per_pixel((6, 7), size) for size in ((60, 70), (24, 28), (22, 26), (21, 26), (24, 13), (7, 4))] == [
+        (1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (4, 7)]
+    torch.testing.assert_close(model.decode(latents, (8, 28)), F.avg_pool2d(model.decode(latents, (24, 28)), (3, 1)))
+    torch.testing.assert_close(model.decode(latents, (8, 7), (1, 2, 7, 7)), model.decode(latents, (8, 7))[:, :, 1:7, 2:])
+
+
+def test_pixels_as_large_as_in_training_are_points():
+    model = RIAE(SMALL.model_copy(update={"decode_scales": (0.5, 2.0), "cell_size": True}), 1)
+    assert model.points_per_pixel((7, 7), (14, 11)) == (1, 2) and model.points_per_pixel((7, 7), (12, 12)) == (1, 1)
+
+
 def test_encoding_in_chunks_changes_nothing_but_the_memory(model, monkeypatch):
     images = torch.randn(5, 1, 12, 9)
     whole = model.encode(images)
