@@ -1,11 +1,11 @@
 """What the defaults are worth: one config trained with one thing changed at a time, for the same number of steps.
 
-    python tests/bench/ablations.py configs/digits/riae.toml --out FOLDER [--steps 400] [NAME ...] [-- section.key=value ...]
+    python tests/bench/ablations.py configs/digits/riae.toml --out FOLDER [--steps 400] [--set section.key=value] [NAME ...]
     python tests/bench/ablations.py configs/digits/r2id.toml --out FOLDER …
 
 Of an RIAE: squared error on test images at their own size and at twice of it against the bicubic truth. Of an R2ID: class
-accuracy and Fréchet distance in the eyes of a classifier of real images, at the training images' size and twice of it. What
-is finished is not trained again. The table comes out as Markdown.
+accuracy and Fréchet distance in the eyes of a classifier of real images, at the training images' size and twice of it, or at
+the sizes given by --size. What is finished is not trained again. The table comes out as Markdown.
 """
 
 import argparse
@@ -68,7 +68,14 @@ R2ID = {
     "axial": ['r2id.attention=["axial"]'], "linear": ['r2id.attention=["linear"]'],
     "cloud of 8 tokens": ['r2id.attention=["cloud"]', "r2id.cloud_tokens=8"],
     "local and full in turn": ['r2id.attention=["local","full"]', "r2id.tile=2", "r2id.halo=1"],
+    "no noise shift": ["diffusion.shift_exponent=0"], "noise shift 0.5": ["diffusion.shift_exponent=0.5"],
+    "noise shift 1": ["diffusion.shift_exponent=1"],
 }
+
+
+def size(text):
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 def arguments():
@@ -77,6 +84,7 @@ def arguments():
     parser.add_argument("names", nargs="*", help="some of the variants; default all")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--size", action="append", type=size, default=[], metavar="HxW", help="where an R2ID is measured")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     return parser.parse_args()
 
@@ -112,12 +120,13 @@ def measure(config, options):
         return [f"{value:.4f}" for value in torch.cat(errors).mean(0).tolist()]
     assert isinstance(config, R2idRun)
     sampler = Sampler.load(config.run)
+    native = sampler.codec.image
     data, found = config.data.model_copy(update={"latents": None}), []
     judge = obtain_judge(shards, data, options.out / "classifier.safetensors", torch.device("cpu"))
-    real, _ = compare_real(judge, shards, data, sampler.codec.image, SAMPLES)
+    real, _ = compare_real(judge, shards, data, native, SAMPLES)
     samples = Samples(sampler, SAMPLES, 0)
-    for factor in (1, 2):
-        row = score_samples(samples, judge, judge, real, tuple(factor * side for side in sampler.codec.image))
+    for at in options.size or [native, (2 * native[0], 2 * native[1])]:
+        row = score_samples(samples, judge, judge, real, at)
         found += [f"{row['accuracy']:.3f}", f"{row['frechet']:.3g}"]
     return found
 
@@ -126,8 +135,9 @@ def main():
     options = arguments()
     stage = load_config(options.config).stage
     variants = {"riae": RIAE, "r2id": R2ID}[stage]
+    places = [f"at {height}×{width}" for height, width in options.size] or ["", "at twice the size"]
     figures = {"riae": ["test MSE", "at twice the size"],
-               "r2id": ["accuracy", "Fréchet", "accuracy at twice the size", "Fréchet"]}[stage]
+               "r2id": [f"{figure} {place}".strip() for place in places for figure in ("accuracy", "Fréchet")]}[stage]
     rows = []
     for name in options.names or variants:
         _, seconds, found = trained(options, name, variants[name])
