@@ -86,7 +86,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--size", action="append", type=size, default=[], metavar="HxW", help="where an R2ID is measured")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def trained(options, name, changes):
