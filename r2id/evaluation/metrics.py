@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 _SSIM_SIDE, _SSIM_SIGMA, _SSIM_K = 11, 1.5, (0.01, 0.03)  # Wang et al. 2004, section III-B
 _SSIM_PIXELS = 1 << 20  # of images compared at once, for each of which some float64 values are in memory
@@ -63,24 +64,25 @@ def _blur(images: Tensor) -> Tensor:
 def frechet_distance(one: Tensor, other: Tensor) -> float:
     """Squared Fréchet distance of the Gaussians fitted to two sets of features [N, D] and [M, D] (N, M ≥ 2).
 
-    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁^½ Σ₂ Σ₁^½)^½) (Dowson & Landau 1982; of images: Heusel et al. 2017), in float64.
-    The product is symmetric and positive, so its root's trace is the sum of the roots of its eigenvalues: no matrix
-    root of a general matrix, which would be inaccurate when N or M is not larger than D.
+    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁ Σ₂)^½) (Dowson & Landau 1982; of images: Heusel et al. 2017) by torchmetrics, in float64.
     """
     if min(len(one), len(other)) < 2:
         raise ValueError(f"{len(one)} and {len(other)} features: a covariance takes at least 2")
-    one, other = one.double(), other.double()
-    root = _root(torch.cov(one.T).reshape(one.shape[1], -1))
-    second = torch.cov(other.T).reshape(other.shape[1], -1)
-    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
-    between = (one.mean(0) - other.mean(0)).square().sum()
-    return max(0.0, float(between + root.square().sum() + second.trace() - 2 * cross))
+    metric = FrechetInceptionDistance(_Given(one.shape[1]))
+    metric.update(one.double().cpu(), real=True)
+    metric.update(other.double().cpu(), real=False)
+    return max(0.0, float(metric.compute()))  # by rounding it may come out below
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """The symmetric root of a symmetric positive matrix [D, D]."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+class _Given(nn.Module):
+    """Features that are there already, in the place of a network."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.num_features = count
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
 
 
 def precision_and_recall(samples: Tensor, real: Tensor) -> tuple[float, float]:
