@@ -107,5 +107,6 @@ class R2idConfig(Section):
     """First and last power p of the coordinates' Fourier features."""
     time_fourier: IntPair = (-3, 6)
     """First and last power p of the Fourier features of ᾱ."""
-    jitter: float = Field(default=1.0, ge=0)
-    """Strength of the coordinate jitter in training; 1 is a Gaussian of half a latent cell, as published."""
+    jitter: float = Field(default=0.5, ge=0)
+    """Strength of the coordinate jitter in training; 1 is a Gaussian of half a latent cell, as published, which is too much
+    for a small grid."""
