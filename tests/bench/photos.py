@@ -3,9 +3,10 @@
     python tests/bench/photos.py SHARDS --out FOLDER [--seconds 180] [--rates 1e-3 2e-3 4e-3]
     python tests/bench/photos.py SHARDS --run RUN
 
-The first, into a new folder, trains both kinds on windows of 64×64 at each peak learning rate, for as many steps as fit into
-the time at the speed of the first ones, and prints PSNR on windows from the middle of held-out photos. The second takes a
-trained RIAE: PSNR on held-out photos brought to 128×128, on windows of 128×128 from their middle, and on whole photos.
+The first, into a new folder, trains both kinds on windows of 64×64 of photos brought to 128² pixels, at each peak learning
+rate, for as many steps as fit into the time at the speed of the first ones, and prints PSNR on windows from the middle of
+held-out ones. The second takes a trained RIAE: PSNR on held-out photos brought to 128×128, on windows of 128×128 from their
+middle, and on whole photos.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def arguments():
 def prepared(options, name, steps, changes):
     return load_config(CONFIG, [
         f"data.shards={options.shards}", f"run={options.out / name}", f"data.window=[{WINDOW},{WINDOW}]",
-        "data.max_pixels=65536", "riae.decode_pixels=512", "train.batch=16", f"train.steps={steps}",
+        "data.max_pixels=16384", "riae.decode_pixels=512", "train.batch=16", f"train.steps={steps}",
         f"optim.warmup={min(50, steps)}", "tracking.enabled=false",
         f"train.preview_every={steps}", f"train.save_every={steps}", "train.log_every=10000", *changes])
 
