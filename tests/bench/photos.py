@@ -5,17 +5,15 @@
 
 The first, into a new folder, trains both kinds on windows of 64×64 of photos brought to 128² pixels, at each peak learning
 rate, for as many steps as fit into the time at the speed of the first ones, and prints PSNR on windows from the middle of
-held-out ones and on the whole of them. The second takes a trained RIAE: PSNR on held-out photos brought to 128×128, on
-windows of 128×128 from their middle, and on whole photos.
+held-out ones and on whole ones of 256² pixels. The second takes a trained RIAE: PSNR on held-out photos brought to 128×128,
+on windows of 128×128 from their middle, and on whole photos.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-import torch
-
-from r2id.config import RiaeRun, load_config
+from r2id.config import DataConfig, load_config
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.evaluation.images import resize
@@ -26,6 +24,7 @@ from r2id.training.loop import train
 CONFIG = Path(__file__).parents[2] / "configs/photos/native-riae.toml"
 KINDS = {"local": ['riae.attention="local"'], "cloud": ['riae.attention="cloud"', "riae.encode_cloud=0.25"]}
 TRIED, WINDOW, LARGE = 12, 64, 128
+SMALL_PHOTO, PHOTO = 128**2, 256**2  # pixels
 
 
 def arguments():
@@ -44,7 +43,7 @@ def arguments():
 def prepared(options, name, steps, changes):
     return load_config(CONFIG, [
         f"data.shards={options.shards}", f"run={options.out / name}", f"data.window=[{WINDOW},{WINDOW}]",
-        "data.max_pixels=16384", "riae.decode_pixels=512", "train.batch=16", f"train.steps={steps}",
+        f"data.max_pixels={SMALL_PHOTO}", "riae.decode_pixels=512", "train.batch=16", f"train.steps={steps}",
         f"optim.warmup={min(50, steps)}", "tracking.enabled=false",
         f"train.preview_every={steps}", f"train.save_every={steps}", "train.log_every=10000", *changes])
 
@@ -55,9 +54,9 @@ def timed(config):
     return time.perf_counter() - began
 
 
-def photos(shards: Path, config: RiaeRun):
-    """Held-out ones, one by one, as large as they are."""
-    for batch in eval_loader(ShardSet.open(shards), config.data, split=config.data.test_split, batch=1):
+def photos(shards: Path, data: DataConfig, **changes):
+    """Held-out ones, one by one."""
+    for batch in eval_loader(ShardSet.open(shards), data.model_copy(update=changes), split=data.test_split, batch=1):
         yield batch["image"]
 
 
@@ -72,7 +71,7 @@ def quality(codec, image):
 
 
 def compare_kinds(options):
-    print(f"| attention | peak rate | steps | training | held-out windows of {WINDOW}×{WINDOW} | whole |\n|{'---|' * 6}")
+    print(f"| attention | peak rate | steps | training | held-out windows | whole photos |\n|{'---|' * 6}")
     for kind, changes in KINDS.items():
         # The first run of all prepares kernels; of the others each ends in the latents' statistics.
         _, few, more = (timed(prepared(options, f"{kind}-{name}", steps, changes))
@@ -82,16 +81,17 @@ def compare_kinds(options):
         for rate in options.rates:
             config = prepared(options, f"{kind}-{rate:g}", steps, [*changes, f"optim.lr={rate}"])
             seconds, codec = timed(config), Codec.load(config.run)
-            found = torch.tensor([[quality(codec, case) for case in (middle(image, WINDOW), image)]
-                                  for image in photos(options.shards, config)]).mean(0)
-            print(f"| {kind} | {rate:g} | {steps} | {seconds:.0f} s | {found[0]:.2f} dB | {found[1]:.2f} dB |", flush=True)
+            windows, whole = (sum(found) / len(found) for found in (
+                [quality(codec, middle(photo, WINDOW)) for photo in photos(options.shards, config.data)],
+                [quality(codec, photo) for photo in photos(options.shards, config.data, max_pixels=PHOTO)]))
+            print(f"| {kind} | {rate:g} | {steps} | {seconds:.0f} s | {windows:.2f} dB | {whole:.2f} dB |", flush=True)
 
 
 def whole_photos(options):
     codec, config = Codec.load(options.run), load_config(options.run / "config.toml")
     found = {f"brought to {LARGE}×{LARGE}": [], f"windows of {LARGE}×{LARGE}": [], "whole": []}
     sizes = []
-    for image in photos(options.shards, config):
+    for image in photos(options.shards, config.data):
         cases = resize(image, (LARGE, LARGE)), middle(image, LARGE), image
         for name, case in zip(found, cases, strict=True):
             found[name].append(quality(codec, case))
