@@ -76,9 +76,9 @@ fi
 [ -n "${SLURM_JOB_ID:-}" ] || [ -n "$dry_run" ] || wrong "no Slurm job here: sbatch launch/slurm.sh $*"
 
 export NNODES="${SLURM_JOB_NUM_NODES:-1}" MASTER_PORT="$((20000 + ${SLURM_JOB_ID:-0} % 10000))"
-MASTER_ADDR=FIRST_NODE
-[ -n "$dry_run" ] || MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MASTER_ADDR
+nodes=FIRST_NODE
+[ -n "$dry_run" ] || nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+export MASTER_ADDR="${nodes%%$'\n'*}"
 # Nodes end a moment after one another; one that still runs two minutes after the first is not going to.
 # shellcheck disable=SC2016  # the task has a node's number, this shell has not
 command=(srun --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=0 --wait=120 bash -c
