@@ -33,6 +33,7 @@ from r2id.models.tiles import Tiles, rectangles
 
 _ENCODE_CHUNK = 1 << 19  # pixels encoded at once outside training, one image at least: memory does not grow with the batch
 _DECODE_CHUNK = 8192  # points decoded at once outside training: memory does not grow with the output
+_BAND = 1 << 18  # points, of which pixels are the means, held at once, one row of pixels at least
 _TILES_CHUNK = 1 << 13  # pixels encoded or decoded at once with local attention: memory grows with neither
 
 
@@ -197,16 +198,27 @@ class RIAE(nn.Module):
         Pixels larger than any that were trained are means of several points (points_per_pixel)."""
         grid: Size = (latents.shape[2], latents.shape[3])
         part = coords.part_of(size, window)
-        down, across = points = self.points_per_pixel(grid, size)
-        if points != (1, 1):
-            fine = (part[0].start * down, part[1].start * across, part[0].stop * down, part[1].stop * across)
-            return F.avg_pool2d(self.decode(latents, (size[0] * down, size[1] * across), fine), points)
         cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
-        decode = self._decode_tiles if self.local else self._decode_chunks
-        height, width = (side.stop - side.start for side in part)
-        at_once = max(1, _TILES_CHUNK // (height * width)) if self.local else len(latents)
-        return torch.cat([decode(self.spread_latents(rearrange(some, "b l h w -> b (h w) l"), cells, grid), cells, grid,
-                                 size, part) for some in latents.split(at_once)])
+        points = math.prod(side.stop - side.start for side in part) * math.prod(self.points_per_pixel(grid, size))
+        at_once = max(1, _TILES_CHUNK // points) if self.local else len(latents)
+        parts = []
+        for some in latents.split(at_once):
+            keys = self.spread_latents(rearrange(some, "b l h w -> b (h w) l"), cells, grid)
+            parts.append(self._render(keys, cells, grid, size, part))
+        return torch.cat(parts)
+
+    def _render(self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
+        """Pixels of a part of an image; where they are means of points, of some rows at a time."""
+        draw = self._decode_tiles if self.local else self._decode_chunks
+        down, across = points = self.points_per_pixel(grid, size)
+        if points == (1, 1):
+            return draw(keys, cells, grid, size, part)
+        rows, columns = part
+        wide = slice(columns.start * across, columns.stop * across)
+        band = max(1, _BAND // (len(keys) * down * (wide.stop - wide.start)))
+        return torch.cat([F.avg_pool2d(draw(keys, cells, grid, (size[0] * down, size[1] * across),
+                                            (slice(y * down, min(y + band, rows.stop) * down), wide)), points)
+                          for y in range(rows.start, rows.stop, band)], dim=2)
 
     def _decode_chunks(self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
         at = coords.grid_coordinates(size, grid, keys.device, part).unsqueeze(0)

@@ -57,11 +57,12 @@ def find_facts(config: RiaeRun | R2idRun, riae: Path | None = None, classes: int
     image, copies = _largest_step(config, shards)
     if isinstance(config, RiaeRun):
         return Facts(image, copies)
-    known = _known_conditions(config, shards, classes)
+    known = _expected_conditions(config, shards, classes)
     return Facts(image, copies, known["classes"], _codec_config(config, riae), tuple(known.get("embedding", ())))
 
 
-def _known_conditions(config: R2idRun, shards: ShardSet | None, classes: int | None) -> dict[str, Any]:
+def _expected_conditions(config: R2idRun, shards: ShardSet | None, classes: int | None) -> dict[str, Any]:
+    """known_conditions of the shards, or of so many classes where those are given."""
     kind, missing = config.r2id.condition, f"data.shards = '{config.data.shards}': no shards there yet"
     if kind == "embedding" and shards is None:
         raise InputError(f"{missing}, and they alone say of what shape embeddings are")

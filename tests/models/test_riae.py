@@ -69,6 +69,25 @@ def test_large_pixels_are_means_of_points(model):
     torch.testing.assert_close(model.decode(latents, (8, 7), (1, 2, 7, 7)), model.decode(latents, (8, 7))[:, :, 1:7, 2:])
 
 
+@pytest.mark.parametrize("attention", ["cloud", "local"])
+def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
+    torch.manual_seed(0)
+    model = RIAE(SMALL.model_copy(update={"attention": attention}), 1).eval()
+    for parameter in model.to_colour.parameters():
+        torch.nn.init.normal_(parameter)
+    latents = torch.randn(2, 4, 16, 12)
+    whole = model.decode(latents, (8, 7), (1, 0, 8, 5))
+    monkeypatch.setattr(riae, "_BAND", 2 * 3 * 8 * 7 * 35)
+    torch.testing.assert_close(model.decode(latents, (8, 7), (1, 0, 8, 5)), whole, atol=1e-5, rtol=1e-4)
+
+    def needed(band):
+        monkeypatch.setattr(riae, "_BAND", band)
+        return trace_peak(lambda: partial(RIAE(SMALL.model_copy(update={"attention": attention}), 1).eval().decode,
+                                          torch.zeros(1, 4, 128, 128), (8, 8)))
+
+    assert needed(1 << 30) - needed(1) > 0.5 * 512 * 512 * 4, "not the whole picture at once"
+
+
 def test_pixels_as_large_as_in_training_are_points():
     model = RIAE(SMALL.model_copy(update={"decode_scales": (0.5, 2.0), "cell_size": True}), 1)
     assert model.points_per_pixel((7, 7), (14, 11)) == (1, 2) and model.points_per_pixel((7, 7), (12, 12)) == (1, 1)

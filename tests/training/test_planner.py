@@ -57,6 +57,14 @@ def test_a_plan_says_what_a_run_comes_to():
     assert json.loads(json.dumps(found)) == found and len(describe(found)) == 5
 
 
+def test_without_a_condition_nobody_asks_for_classes():
+    found = plan(DIGITS / "r2id.toml", ('r2id.condition="none"', "data.size=[8, 8]"), gpus=1, gigabytes=16, share=0.5,
+                 teraflops=100, riae=DIGITS / "riae.toml")
+    run = load_config(DIGITS / "r2id.toml", ('r2id.condition="none"',))
+    assert isinstance(run, R2idRun)
+    assert found["parameters"] == sum(p.numel() for p in R2ID(run.r2id, 4, 0).parameters())
+
+
 def test_the_largest_micro_batch_is_the_largest_that_fits():
     config, riae = load_config(DIGITS / "r2id.toml"), load_config(DIGITS / "riae.toml")
     assert isinstance(config, R2idRun) and isinstance(riae, RiaeRun)
