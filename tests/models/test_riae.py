@@ -1,5 +1,6 @@
 """RIAE: any size in, any size out, and what it must not depend on."""
 
+import math
 from functools import partial
 
 import pytest
@@ -80,12 +81,15 @@ def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
     monkeypatch.setattr(riae, "_BAND", 2 * 3 * 8 * 7 * 35)
     torch.testing.assert_close(model.decode(latents, (8, 7), (1, 0, 8, 5)), whole, atol=1e-5, rtol=1e-4)
 
+    plain = SMALL.model_copy(update={"attention": attention, "latent_blocks": 0, "decode_scales": (4.0, 4.0)})
+
     def needed(band):
         monkeypatch.setattr(riae, "_BAND", band)
-        return trace_peak(lambda: partial(RIAE(SMALL.model_copy(update={"attention": attention}), 1).eval().decode,
-                                          torch.zeros(1, 4, 128, 128), (8, 8)))
+        fresh = partial(RIAE, plain, 3)
+        return trace_peak(lambda: partial(fresh().requires_grad_(False).decode, torch.zeros(1, 4, 64, 64), (8, 8)))
 
-    assert needed(1 << 30) - needed(1) > 0.5 * 512 * 512 * 4, "not the whole picture at once"
+    points = 3 * 4 * math.prod(side * 8 for side in RIAE(plain, 3).points_per_pixel((64, 64), (8, 8)))
+    assert needed(1 << 30) - needed(1) > 0.5 * points, "not the whole picture at once"
 
 
 def test_pixels_as_large_as_in_training_are_points():
