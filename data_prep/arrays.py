@@ -38,11 +38,21 @@ class ArrayReader:
                 content.update(f"{array.shape}".encode())
                 content.update(np.ascontiguousarray(array).data)
         height, width = next(iter(self.splits.values()))[0].shape[1:]
-        return Listing(items.table(), content.hexdigest(), self.newest, self.class_names,
-                       found=[f"arrays of {height}x{width}"])
+        return Listing(
+            items.table(),
+            content.hexdigest(),
+            self.newest,
+            self.class_names,
+            found=[f"arrays of {height}x{width}"],
+        )
 
-    def records(self, items: Sequence[Item], _rejects: list[Reject], newest: int,
-                _embedding_shape: Sequence[int]) -> Iterator[Record]:
+    def records(
+        self,
+        items: Sequence[Item],
+        _rejects: list[Reject],
+        newest: int,
+        _embedding_shape: Sequence[int],
+    ) -> Iterator[Record]:
         if self.newest > newest:
             raise WorkError("the source changed since the preparation began")
         for item in items:

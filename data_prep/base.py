@@ -17,8 +17,16 @@ from r2id.data.records import Record
 TEST_SHARE = 0.1
 """Share of each class that becomes the test split where the source has none of its own."""
 
-SCHEMA = pa.schema([("key", pa.string()), ("split", pa.string()), ("label", pa.int32()), ("place", pa.binary()),
-                    ("size", pa.int64()), ("block", pa.int32())])
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("label", pa.int32()),
+        ("place", pa.binary()),
+        ("size", pa.int64()),
+        ("block", pa.int32()),
+    ]
+)
 """Columns of a list of items, one row for each; see Item."""
 
 _CHUNK = 1 << 14  # rows that are Python objects at a time
@@ -61,7 +69,9 @@ class Columns:
 
     def _flush(self) -> None:
         columns = list(zip(*self._rows, strict=True)) or [()] * len(self._schema)
-        self._chunks.append(pa.Table.from_pydict(dict(zip(self._schema.names, columns, strict=True)), self._schema))
+        self._chunks.append(
+            pa.Table.from_pydict(dict(zip(self._schema.names, columns, strict=True)), self._schema)
+        )
         self._rows = []
 
 
@@ -77,7 +87,9 @@ class Items(Columns):
     def __init__(self) -> None:
         super().__init__(SCHEMA)
 
-    def add(self, split: str, label: int | None, place: bytes, size: int, block: int = -1, key: str = "") -> None:
+    def add(
+        self, split: str, label: int | None, place: bytes, size: int, block: int = -1, key: str = ""
+    ) -> None:
         """``key`` must be unique in its split; none takes the item's number."""
         self.append(key or f"{split}-{len(self):08d}", split, label, place, size, block)
 
@@ -102,13 +114,20 @@ class Listing:
     """[D] or [T, D] of the texts' embeddings, where there are any."""
 
     def describe(self) -> str:
-        counts = [f"{part['values']} {part['counts']}" for part in pc.value_counts(self.items["split"]).to_pylist()]
-        parts = [*self.found, f"{len(self.items)} images ({', '.join(counts)})",
-                 f"{len(self.class_names)} classes",
-                 f"{len(self.attribute_names)} attributes" if self.attribute_names else "",
-                 f"embeddings of shape {self.embedding_shape}" if self.embedding_shape else "",
-                 f"{len(self.rejects)} rejected so far ({self.rejects[0].source}: {self.rejects[0].reason})"
-                 if self.rejects else ""]
+        counts = [
+            f"{part['values']} {part['counts']}"
+            for part in pc.value_counts(self.items["split"]).to_pylist()
+        ]
+        parts = [
+            *self.found,
+            f"{len(self.items)} images ({', '.join(counts)})",
+            f"{len(self.class_names)} classes",
+            f"{len(self.attribute_names)} attributes" if self.attribute_names else "",
+            f"embeddings of shape {self.embedding_shape}" if self.embedding_shape else "",
+            f"{len(self.rejects)} rejected so far ({self.rejects[0].source}: {self.rejects[0].reason})"
+            if self.rejects
+            else "",
+        ]
         return ", ".join(part for part in parts if part)
 
 
@@ -119,8 +138,13 @@ class Reader(Protocol):
         """All images. Raises InputError when the source is missing, empty or of another kind."""
         ...
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
-                embedding_shape: Sequence[int]) -> Iterator[Record]:
+    def records(
+        self,
+        items: Sequence[Item],
+        rejects: list[Reject],
+        newest: int,
+        embedding_shape: Sequence[int],
+    ) -> Iterator[Record]:
         """These items' records, each completely decoded; what cannot be goes to ``rejects`` with the reason.
 
         WorkError when the source was changed after it was listed; ``newest`` and ``embedding_shape`` are from the listing.
@@ -144,7 +168,7 @@ def stratified_test(labels: Iterable[int | None], share: float) -> np.ndarray:
     for label in np.unique(known):
         members = np.flatnonzero(known == label)
         order = np.argsort(generator.random(len(members)), kind="stable")
-        chosen[members[order[:round(share * len(members))]]] = True
+        chosen[members[order[: round(share * len(members))]]] = True
     return chosen
 
 

@@ -20,18 +20,28 @@ from data_prep.base import Item, Items, Listing, digest_of
 from data_prep.files import FileRecords, first_existing, read_rows
 from data_prep.sources import is_image, time_of
 from data_prep.tars import open_source
-from r2id.data.files import sha256_file
 from r2id.data.manifest import Reject
 from r2id.data.records import Record
 from r2id.errors import InputError, WorkError
+from r2id.files import sha256_file
 
 _FOLDERS = ("", "Anno", "Eval", "Img")
-_IMAGES = {"aligned": ("img_align_celeba/img_align_celeba", "img_align_celeba", "img_align_celeba.zip"),
-           "wild": ("img_celeba/img_celeba", "img_celeba", "img_celeba.zip")}
+_IMAGES = {
+    "aligned": ("img_align_celeba/img_align_celeba", "img_align_celeba", "img_align_celeba.zip"),
+    "wild": ("img_celeba/img_celeba", "img_celeba", "img_celeba.zip"),
+}
 _LANDMARKS = {"aligned": "list_landmarks_align_celeba", "wild": "list_landmarks_celeba"}
-_TABLES = {"attributes": "list_attr_celeba", "partition": "list_eval_partition", "identity": "identity_CelebA",
-           "box": "list_bbox_celeba"}
-_HEADED = ("attributes", "landmarks", "box")  # their text files begin with the number of rows and a line of names
+_TABLES = {
+    "attributes": "list_attr_celeba",
+    "partition": "list_eval_partition",
+    "identity": "identity_CelebA",
+    "box": "list_bbox_celeba",
+}
+_HEADED = (
+    "attributes",
+    "landmarks",
+    "box",
+)  # their text files begin with the number of rows and a line of names
 _COLUMNS = {"identity": 1, "partition": 1, "box": 4, "landmarks": 10}
 _ALLOWED = {"attributes": {-1, 1}, "partition": {0, 1, 2}}
 _SPLITS = ("train", "val", "test")
@@ -54,16 +64,24 @@ class Table:
 class CelebaReader(FileRecords):
     """``label`` is what the class of a sample is: "none", "identity", or the name of an attribute (no 0, yes 1)."""
 
-    def __init__(self, source: Path | None, unpacked: Path, max_pixels: int, images: Literal["aligned", "wild"] = "aligned",
-                 label: str = "none") -> None:
+    def __init__(
+        self,
+        source: Path | None,
+        unpacked: Path,
+        max_pixels: int,
+        images: Literal["aligned", "wild"] = "aligned",
+        label: str = "none",
+    ) -> None:
         if source is None:
             raise InputError("source: missing: dataset 'celeba' needs the folder of its files")
         if not source.is_dir():
             raise InputError(f"source {source}: no such folder")
         found = first_existing(source, _FOLDERS, _IMAGES[images])
         if found is None:
-            raise InputError(f"source {source}: has no {images} images: none of {', '.join(_IMAGES[images])}, also not in "
-                             f"{', '.join(filter(None, _FOLDERS))}")
+            raise InputError(
+                f"source {source}: has no {images} images: none of {', '.join(_IMAGES[images])}, also not in "
+                f"{', '.join(filter(None, _FOLDERS))}"
+            )
         super().__init__(open_source(found, unpacked), max_pixels)
         self.root, self.images, self.label = source, images, label
         self._tables: dict[str, Table] | None = None
@@ -71,31 +89,62 @@ class CelebaReader(FileRecords):
     def listing(self) -> Listing:
         tables = self.tables
         class_names, labels, labelled = self._classes(tables)
-        partition, needed = tables["partition"], (tables["attributes"], tables["partition"], labelled)
+        partition, needed = (
+            tables["partition"],
+            (tables["attributes"], tables["partition"], labelled),
+        )
         files = self.source.files(is_image)
         rejects, items, seen = list(files.rejects), Items(), set()
         for entry in files:
             name = PurePosixPath(entry.name).name
             missing = next((table.path.name for table in needed if name not in table.rows), None)
             if missing or name in seen:
-                rejects.append(Reject("", entry.name, f"not in {missing}" if missing else "another image of this name"))
+                rejects.append(
+                    Reject(
+                        "",
+                        entry.name,
+                        f"not in {missing}" if missing else "another image of this name",
+                    )
+                )
                 continue
             seen.add(name)
             label = None if labels is None else int(labels[labelled.rows[name]])
             items.add(_SPLITS[int(partition.of(name)[0])], label, entry.place, entry.size)
         if not seen:
-            raise InputError(f"source {self.source.path}: none of its {len(files)} images is in {partition.path}")
+            raise InputError(
+                f"source {self.source.path}: none of its {len(files)} images is in {partition.path}"
+            )
         reason = f"in {partition.path.name}, but there is no such image"
-        rejects += [Reject(_SPLITS[int(partition.of(name)[0])], name, reason) for name in partition.rows if name not in seen]
+        rejects += [
+            Reject(_SPLITS[int(partition.of(name)[0])], name, reason)
+            for name in partition.rows
+            if name not in seen
+        ]
         return Listing(
-            items.table(), digest_of([(files.digest.encode(), 0), *((sha256_file(table.path).encode(), 0)
-                                                                   for table in tables.values())]),
-            max(files.newest, *(time_of(table.path) for table in tables.values())), class_names,
-            tables["attributes"].columns, rejects,
-            [f"CelebA, {self.images} images in {self.source.path}, with {', '.join(sorted(tables))}", files.words()])
+            items.table(),
+            digest_of(
+                [
+                    (files.digest.encode(), 0),
+                    *((sha256_file(table.path).encode(), 0) for table in tables.values()),
+                ]
+            ),
+            max(files.newest, *(time_of(table.path) for table in tables.values())),
+            class_names,
+            tables["attributes"].columns,
+            rejects,
+            [
+                f"CelebA, {self.images} images in {self.source.path}, with {', '.join(sorted(tables))}",
+                files.words(),
+            ],
+        )
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
-                embedding_shape: Sequence[int]) -> Iterator[Record]:
+    def records(
+        self,
+        items: Sequence[Item],
+        rejects: list[Reject],
+        newest: int,
+        embedding_shape: Sequence[int],
+    ) -> Iterator[Record]:
         for table in self.tables.values():
             if time_of(table.path) > newest:
                 raise WorkError(f"{table.path}: changed since the preparation began")
@@ -145,7 +194,9 @@ class CelebaReader(FileRecords):
         if self.label not in attributes.columns:
             near = difflib.get_close_matches(self.label, attributes.columns, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"label {self.label!r}: {hint}must be none, identity or one of {', '.join(attributes.columns)}")
+            raise InputError(
+                f"label {self.label!r}: {hint}must be none, identity or one of {', '.join(attributes.columns)}"
+            )
         values = attributes.values[:, attributes.columns.index(self.label)]
         return [f"not {self.label}", self.label], values > 0, attributes
 
@@ -170,11 +221,17 @@ def _read(path: Path, kind: str) -> Table:
             numbers = [int(word) for word in words]
             values.extend(numbers)
         except (ValueError, OverflowError):
-            raise InputError(f"{path}: line {line}: not all of {' '.join(words)!r} are whole numbers") from None
+            raise InputError(
+                f"{path}: line {line}: not all of {' '.join(words)!r} are whole numbers"
+            ) from None
         if allowed and not allowed.issuperset(numbers):
-            column, value = next(pair for pair in zip(columns, numbers, strict=True) if pair[1] not in allowed)
-            raise InputError(f"{path}: line {line}: {column} = {value}: must be one of "
-                             f"{', '.join(map(str, sorted(allowed)))}")
+            column, value = next(
+                pair for pair in zip(columns, numbers, strict=True) if pair[1] not in allowed
+            )
+            raise InputError(
+                f"{path}: line {line}: {column} = {value}: must be one of "
+                f"{', '.join(map(str, sorted(allowed)))}"
+            )
         rows[sys.intern(name)] = len(rows)  # the tables have the same names
     if count is not None and count != len(rows):
         raise InputError(f"{path}: line 1 says {count} rows, but there are {len(rows)}")
@@ -187,7 +244,11 @@ def _text_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, words) of every line that is not blank."""
     try:
         with path.open(encoding="utf-8") as file:
-            yield from ((number, words) for number, line in enumerate(file, start=1) if (words := line.split()))
+            yield from (
+                (number, words)
+                for number, line in enumerate(file, start=1)
+                if (words := line.split())
+            )
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable text file: {error}") from None
 

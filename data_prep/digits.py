@@ -27,5 +27,7 @@ def open_digits(source: Path | None) -> ArrayReader:
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels.reshape(-1, 8, 8) * (255 / _BRIGHTEST)).astype(np.uint8)
     test = stratified_test(labels, _TEST_SHARE)
-    return ArrayReader({"train": (images[~test], labels[~test]), "test": (images[test], labels[test])},
-                       [str(digit) for digit in range(10)])
+    return ArrayReader(
+        {"train": (images[~test], labels[~test]), "test": (images[test], labels[test])},
+        [str(digit) for digit in range(10)],
+    )

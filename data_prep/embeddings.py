@@ -58,13 +58,16 @@ def pair(path: Path, found: Files, read: Read) -> Paired:
     digest = digest_of([(images.digest.encode(), 0), (told.digest.encode(), 0)])
     beside = told.table.take(where.drop_null())
     kept = images.table.filter(where.is_valid())
-    places = pc.binary_join_element_wise(kept["place"], beside["size"].cast(pa.string()).cast(pa.binary()), beside["place"],
-                                         b"\0")
+    places = pc.binary_join_element_wise(
+        kept["place"], beside["size"].cast(pa.string()).cast(pa.binary()), beside["place"], b"\0"
+    )
     images.table = kept.set_column(kept.column_names.index("place"), "place", places)
     return Paired(images, digest, common_shape(path, beside["size"], beside["place"], read))
 
 
-def common_shape(path: Path, sizes: pa.ChunkedArray, places: pa.ChunkedArray, read: Read) -> list[int]:
+def common_shape(
+    path: Path, sizes: pa.ChunkedArray, places: pa.ChunkedArray, read: Read
+) -> list[int]:
     """The shape of the first readable embedding of the length that most have."""
     common = pc.mode(sizes)[0]["mode"]
     problem = ""
@@ -77,7 +80,9 @@ def common_shape(path: Path, sizes: pa.ChunkedArray, places: pa.ChunkedArray, re
         if len(shape) in (1, 2) and 0 not in shape:
             return shape
         problem = problem or f"of shape {shape}; must be [D] or [T, D]"
-    raise InputError(f"source {path}: the .npy files beside its images are no embeddings: {problem}")
+    raise InputError(
+        f"source {path}: the .npy files beside its images are no embeddings: {problem}"
+    )
 
 
 def split_place(place: bytes) -> tuple[bytes, tuple[bytes, int] | None]:

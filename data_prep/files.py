@@ -23,8 +23,14 @@ _BYTES_PER_PIXEL = 16
 """More than any readable format needs for one, uncompressed; larger files are not read."""
 
 
-def image_record(item: Item, data: bytes, max_pixels: int, meta: Mapping[str, Any],
-                 attributes: tuple[int, ...] | None = None, embedding: np.ndarray | None = None) -> Record:
+def image_record(
+    item: Item,
+    data: bytes,
+    max_pixels: int,
+    meta: Mapping[str, Any],
+    attributes: tuple[int, ...] | None = None,
+    embedding: np.ndarray | None = None,
+) -> Record:
     """Decode completely. JPEG, PNG and WebP keep their bytes, whatever their names say; others become PNG.
 
     ValueError with the reason when the bytes are no readable image of at most so many pixels.
@@ -32,8 +38,18 @@ def image_record(item: Item, data: bytes, max_pixels: int, meta: Mapping[str, An
     facts = inspect(data, max_pixels)
     if facts.ext is None:
         data = as_png(data)
-    return Record(item.key, data, facts.ext or "png", facts.height, facts.width, facts.mode, item.label, dict(meta),
-                  attributes, embedding)
+    return Record(
+        item.key,
+        data,
+        facts.ext or "png",
+        facts.height,
+        facts.width,
+        facts.mode,
+        item.label,
+        dict(meta),
+        attributes,
+        embedding,
+    )
 
 
 def embedding_of(data: bytes, shape: Sequence[int]) -> np.ndarray:
@@ -50,17 +66,30 @@ class FileRecords:
     def __init__(self, source: Source, max_pixels: int) -> None:
         self.source, self.max_pixels = source, max_pixels
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
-                embedding_shape: Sequence[int]) -> Iterator[Record]:
+    def records(
+        self,
+        items: Sequence[Item],
+        rejects: list[Reject],
+        newest: int,
+        embedding_shape: Sequence[int],
+    ) -> Iterator[Record]:
         for item in items:
             place, told = split_place(item.place)
             name = self.source.name(place)
             try:
                 check_length(item.size, self.max_pixels)
                 data = self.source.read(place, item.size, newest)
-                embedding = embedding_of(self.source.read(*told, newest), embedding_shape) if told else None
-                yield image_record(item, data, self.max_pixels, {"source": name, **self.meta(name)}, self.attributes(name),
-                                   embedding)
+                embedding = (
+                    embedding_of(self.source.read(*told, newest), embedding_shape) if told else None
+                )
+                yield image_record(
+                    item,
+                    data,
+                    self.max_pixels,
+                    {"source": name, **self.meta(name)},
+                    self.attributes(name),
+                    embedding,
+                )
             except InputError:  # of the source, not of one image
                 raise
             except ValueError as error:
@@ -78,7 +107,9 @@ def check_length(size: int, max_pixels: int) -> None:
     """ValueError when a file is longer than any image of so many pixels."""
     limit = max_pixels * _BYTES_PER_PIXEL
     if size > limit:
-        raise ValueError(f"{size} bytes, more than an image of the pixels allowed can have ({limit})")
+        raise ValueError(
+            f"{size} bytes, more than an image of the pixels allowed can have ({limit})"
+        )
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -89,7 +120,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        raise InputError(f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -99,7 +132,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield 1, header
         for row in filter(None, reader):
             if len(row) != len(header):
-                raise InputError(f"{path}: line {reader.line_num}: {len(row)} columns, not {len(header)}")
+                raise InputError(
+                    f"{path}: line {reader.line_num}: {len(row)} columns, not {len(header)}"
+                )
             yield reader.line_num, row
 
 
@@ -118,8 +153,10 @@ def column_of(header: Sequence[str], names: Sequence[str], path: Path) -> int:
     lower = [column.strip().lower() for column in header]
     found = next((lower.index(name) for name in names if name in lower), None)
     if found is None:
-        raise InputError(f"{path}: no column {' or '.join(map(repr, names))}: it has "
-                         f"{', '.join(map(repr, header)) or 'none'}")
+        raise InputError(
+            f"{path}: no column {' or '.join(map(repr, names))}: it has "
+            f"{', '.join(map(repr, header)) or 'none'}"
+        )
     return found
 
 

@@ -16,7 +16,14 @@ from data_prep.tars import open_source
 from r2id.data.manifest import Reject
 from r2id.errors import InputError
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 
 Placed = tuple[str | None, str | None]
 """(split, class) of an image, as far as they are known."""
@@ -28,18 +35,26 @@ class FolderReader(FileRecords):
     of its text.
     """
 
-    def __init__(self, source: Path | None, unpacked: Path, max_pixels: int, labels: Path | None = None) -> None:
+    def __init__(
+        self, source: Path | None, unpacked: Path, max_pixels: int, labels: Path | None = None
+    ) -> None:
         if source is None:
-            raise InputError("source: missing: dataset 'folder' needs the folder or archive of the images")
+            raise InputError(
+                "source: missing: dataset 'folder' needs the folder or archive of the images"
+            )
         super().__init__(open_source(source, unpacked), max_pixels)
         self.path, self.labels = source, labels
 
     def listing(self) -> Listing:
         found = self.source.files(is_image_or_embedding)
-        paired = pair(self.path, found, lambda place, size: self.source.read(place, size, found.newest))
+        paired = pair(
+            self.path, found, lambda place, size: self.source.read(place, size, found.newest)
+        )
         files = paired.images
         if not files:
-            raise InputError(f"source {self.path}: holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise InputError(
+                f"source {self.path}: holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
         listing = self._labelled(paired, self.labels) if self.labels else self._placed(paired)
         return replace(listing, embedding_shape=paired.shape)
 
@@ -48,9 +63,22 @@ class FolderReader(FileRecords):
         files = paired.images
         placed = place(files, archive=not isinstance(self.source, Folder))
         self._check_layout(files, placed)
-        kind = " by ".join(filter(None, [f"{self.source.kind} of images", " and ".join(
-            what for what, known in zip(("split", "class"), placed[0], strict=True) if known)]))
-        return make_listing(files, placed, paired.digest, files.newest, files.rejects, [kind, files.words()])
+        kind = " by ".join(
+            filter(
+                None,
+                [
+                    f"{self.source.kind} of images",
+                    " and ".join(
+                        what
+                        for what, known in zip(("split", "class"), placed[0], strict=True)
+                        if known
+                    ),
+                ],
+            )
+        )
+        return make_listing(
+            files, placed, paired.digest, files.newest, files.rejects, [kind, files.words()]
+        )
 
     def _labelled(self, paired: Paired, labels: Path) -> Listing:
         """Of the images that the table names; the others, and names without images, are rejects."""
@@ -63,13 +91,23 @@ class FolderReader(FileRecords):
             else:
                 rejects.append(Reject("", entry.name, f"no label in {labels.name}"))
         if not kept:
-            raise InputError(f"labels {labels}: names none of the {len(files)} images of {self.path}: paths must be "
-                             f"relative to it, like {next(iter(files)).name!r}")
-        rejects += [Reject(split or "", name, f"in {labels.name}, but there is no such image")
-                    for name, (split, _) in table.items()]
+            raise InputError(
+                f"labels {labels}: names none of the {len(files)} images of {self.path}: paths must be "
+                f"relative to it, like {next(iter(files)).name!r}"
+            )
+        rejects += [
+            Reject(split or "", name, f"in {labels.name}, but there is no such image")
+            for name, (split, _) in table.items()
+        ]
         digest = digest_of([(paired.digest.encode(), 0), (labels.read_bytes(), 0)])
-        return make_listing(kept, placed, digest, files.newest, rejects,
-                            [f"{self.source.kind} of images with the classes of {labels.name}", files.words()])
+        return make_listing(
+            kept,
+            placed,
+            digest,
+            files.newest,
+            rejects,
+            [f"{self.source.kind} of images with the classes of {labels.name}", files.words()],
+        )
 
     def _check_layout(self, entries: Iterable[Entry], placed: Sequence[Placed]) -> None:
         """In each split either all images have a class or none."""
@@ -77,12 +115,21 @@ class FolderReader(FileRecords):
         for entry, (split, label) in zip(entries, placed, strict=True):
             other, classed = first.setdefault(split, (entry.name, label is not None))
             if classed != (label is not None):
-                raise InputError(f"source {self.path}: some images are in class folders and some are not: "
-                                 f"{other!r}, {entry.name!r}")
+                raise InputError(
+                    f"source {self.path}: some images are in class folders and some are not: "
+                    f"{other!r}, {entry.name!r}"
+                )
 
 
-def make_listing(entries: Iterable[Entry], placed: Sequence[Placed], digest: str, newest: int, rejects: list[Reject],
-                 found: Sequence[str], class_names: Sequence[str] = ()) -> Listing:
+def make_listing(
+    entries: Iterable[Entry],
+    placed: Sequence[Placed],
+    digest: str,
+    newest: int,
+    rejects: list[Reject],
+    found: Sequence[str],
+    class_names: Sequence[str] = (),
+) -> Listing:
     """Classes are those that occur, unless they are given; images without a split are parted into train and test."""
     names = list(class_names) or number_classes(name for _, name in placed if name is not None)
     odd = next((name for name in names if not _is_text(name)), None)
@@ -106,13 +153,20 @@ def place(files: Files, archive: bool = False) -> list[Placed]:
         parts = _parts(entry)
         tops.add(parts[0])
         shallowest = min(shallowest, len(parts))
-    start = int(archive and len(tops) == 1 and shallowest > 2 and next(iter(tops)).lower() not in SPLITS)
-    nested = all(len(parts) > start + 1 and parts[start].lower() in SPLITS for parts in map(_parts, files))
+    start = int(
+        archive and len(tops) == 1 and shallowest > 2 and next(iter(tops)).lower() not in SPLITS
+    )
+    nested = all(
+        len(parts) > start + 1 and parts[start].lower() in SPLITS for parts in map(_parts, files)
+    )
     shared: dict[Placed, Placed] = {}  # there are many images and few pairs
     placed = []
     for parts in map(_parts, files):
-        inner = parts[start + nested:]
-        pair = SPLITS[parts[start].lower()] if nested else None, inner[0] if len(inner) > 1 else None
+        inner = parts[start + nested :]
+        pair = (
+            SPLITS[parts[start].lower()] if nested else None,
+            inner[0] if len(inner) > 1 else None,
+        )
         placed.append(shared.setdefault(pair, pair))
     return placed
 
@@ -135,14 +189,18 @@ def _labels(path: Path) -> dict[str, Placed]:
     _, header = next(rows)
     name = column_of(header, ("path", "file", "filename", "file_name", "image", "image_id"), path)
     label = column_of(header, ("label", "class", "target"), path)
-    split = next((number for number, column in enumerate(header) if column.strip().lower() == "split"), None)
+    split = next(
+        (number for number, column in enumerate(header) if column.strip().lower() == "split"), None
+    )
     table: dict[str, Placed] = {}
     shared: dict[Placed, Placed] = {}
     for line, row in rows:
         key = os.path.normpath(row[name].strip())
         part = None if split is None else row[split].strip().lower()
         if part is not None and part not in SPLITS:
-            raise InputError(f"{path}: line {line}: split {part!r}: must be one of {', '.join(SPLITS)}")
+            raise InputError(
+                f"{path}: line {line}: split {part!r}: must be one of {', '.join(SPLITS)}"
+            )
         if not row[label].strip():
             raise InputError(f"{path}: line {line}: no label for {key!r}")
         if key in table:

@@ -33,8 +33,11 @@ from r2id.data.manifest import Reject
 from r2id.data.records import Record
 from r2id.errors import InputError, WorkError
 
-_TARS = {"train": ("ILSVRC2012_img_train.tar",), "val": ("ILSVRC2012_img_val.tar",),
-         "test": ("ILSVRC2012_img_test_v10102019.tar", "ILSVRC2012_img_test.tar")}
+_TARS = {
+    "train": ("ILSVRC2012_img_train.tar",),
+    "val": ("ILSVRC2012_img_val.tar",),
+    "test": ("ILSVRC2012_img_test_v10102019.tar", "ILSVRC2012_img_test.tar"),
+}
 _KIT = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
 _KIT_LARGEST = 10**8  # bytes of one of its files; the real ones have less than one per cent of that
 _SOLUTION, _MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
@@ -56,30 +59,44 @@ def open_imagenet(source: Path | None, unpacked: Path, max_pixels: int) -> Reade
     parquet = next((folder for folder in (source / "data", source) if _parquet_files(folder)), None)
     if parquet:
         return ParquetImagenet(parquet, max_pixels)
-    if any(_WNID.fullmatch(path.name) for folder in (source, *(source / name for name in SPLITS)) if folder.is_dir()
-           for path in folder.iterdir()):
+    if any(
+        _WNID.fullmatch(path.name)
+        for folder in (source, *(source / name for name in SPLITS))
+        if folder.is_dir()
+        for path in folder.iterdir()
+    ):
         return FolderImagenet(source, source, max_pixels)
-    raise InputError(f"source {source}: no ImageNet: neither {_TARS['train'][0]} or {_TARS['val'][0]}, nor "
-                     "ILSVRC/Data/CLS-LOC, nor data/train-*.parquet, nor folders named by WordNet ids such as n01440764")
+    raise InputError(
+        f"source {source}: no ImageNet: neither {_TARS['train'][0]} or {_TARS['val'][0]}, nor "
+        "ILSVRC/Data/CLS-LOC, nor data/train-*.parquet, nor folders named by WordNet ids such as n01440764"
+    )
 
 
 class TarImagenet(FileRecords):
     """As published."""
 
     def __init__(self, root: Path, unpacked: Path, max_pixels: int) -> None:
-        found = {split: next((root / name for name in names if (root / name).is_file()), None)
-                 for split, names in _TARS.items()}
+        found = {
+            split: next((root / name for name in names if (root / name).is_file()), None)
+            for split, names in _TARS.items()
+        }
         self.root = root
         self.tars = {split: plain_tar(path, unpacked) for split, path in found.items() if path}
-        super().__init__(Several({split: Tar(path, nested=split == "train") for split, path in self.tars.items()}),
-                         max_pixels)
+        super().__init__(
+            Several(
+                {split: Tar(path, nested=split == "train") for split, path in self.tars.items()}
+            ),
+            max_pixels,
+        )
 
     def listing(self) -> Listing:
         files = self.source.files(is_image)
         wnids, truth = self._kit() if "val" in self.tars else ([], [])
         images = sum(entry.name.startswith("val/") for entry in files)
         if images != len(truth):
-            raise InputError(f"{self.tars['val']}: {images} images, but the development kit has {len(truth)} labels")
+            raise InputError(
+                f"{self.tars['val']}: {images} images, but the development kit has {len(truth)} labels"
+            )
         labels = iter(truth)  # the kit has them in the order of the images' names
         known = set(wnids)
         shared: dict[Placed, Placed] = {}
@@ -90,29 +107,45 @@ class TarImagenet(FileRecords):
             if split == "train":
                 self._check_class(inner, entry.name, known)
             placed.append(shared.setdefault(pair, pair))
-        rejects = [Reject(reject.source.split("/")[0], reject.source, reject.reason) for reject in files.rejects]
-        found = [f"ImageNet as published ({', '.join(path.name for path in self.tars.values())})",
-                 *(f"no {split} images" for split in ("train", "val") if split not in self.tars), files.words()]
+        rejects = [
+            Reject(reject.source.split("/")[0], reject.source, reject.reason)
+            for reject in files.rejects
+        ]
+        found = [
+            f"ImageNet as published ({', '.join(path.name for path in self.tars.values())})",
+            *(f"no {split} images" for split in ("train", "val") if split not in self.tars),
+            files.words(),
+        ]
         return make_listing(files, placed, files.digest, files.newest, rejects, found, wnids)
 
     def _check_class(self, wnid: str, name: str, known: set[str]) -> None:
         if not _WNID.fullmatch(wnid):
-            raise InputError(f"{self.tars['train']}: {name.removeprefix('train/')!r} is not in a tar named by a WordNet id, "
-                             "such as n01440764.tar")
+            raise InputError(
+                f"{self.tars['train']}: {name.removeprefix('train/')!r} is not in a tar named by a WordNet id, "
+                "such as n01440764.tar"
+            )
         if known and wnid not in known:
-            raise InputError(f"{self.tars['train']}: class {wnid} is none of the {len(known)} of the development kit")
+            raise InputError(
+                f"{self.tars['train']}: class {wnid} is none of the {len(known)} of the development kit"
+            )
 
     def _kit(self) -> tuple[list[str], list[str]]:
         """(all WordNet ids, sorted; the WordNet id of each validation image, by the images' names in order)."""
         kit = first_existing(self.root, ("",), _KIT)
         if kit is None:
-            raise InputError(f"source {self.root}: has no {_KIT[0]}, which has the labels of the validation images")
-        meta, truth = (_kit_file(kit, name) for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"))
+            raise InputError(
+                f"source {self.root}: has no {_KIT[0]}, which has the labels of the validation images"
+            )
+        meta, truth = (
+            _kit_file(kit, name) for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+        )
         wnids = read_synsets(meta, kit)
         try:
             return sorted(wnids.values()), [wnids[int(line)] for line in truth.decode().split()]
         except (ValueError, KeyError) as error:
-            raise InputError(f"{kit}: ILSVRC2012_validation_ground_truth.txt: {error} is no id of meta.mat") from None
+            raise InputError(
+                f"{kit}: ILSVRC2012_validation_ground_truth.txt: {error} is no id of meta.mat"
+            ) from None
 
 
 def read_synsets(data: bytes, kit: Path) -> dict[int, str]:
@@ -122,7 +155,11 @@ def read_synsets(data: bytes, kit: Path) -> dict[int, str]:
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         columns = (synsets[name].tolist() for name in ("ILSVRC2012_ID", "WNID", "num_children"))
-        return {int(number): str(wnid) for number, wnid, children in zip(*columns, strict=True) if int(children) == 0}
+        return {
+            int(number): str(wnid)
+            for number, wnid, children in zip(*columns, strict=True)
+            if int(children) == 0
+        }
     except Exception as error:  # the library raises whatever the bytes lead it to
         raise InputError(f"{kit}: meta.mat: not readable: {error}") from None
 
@@ -133,14 +170,22 @@ def _kit_file(kit: Path, name: str) -> bytes:
         if kit.is_dir():
             return (kit / "data" / name).read_bytes()
         with tarfile.open(kit) as archive:
-            member = next(member for member in archive if PurePosixPath(member.name).name == name and member.isreg())
+            member = next(
+                member
+                for member in archive
+                if PurePosixPath(member.name).name == name and member.isreg()
+            )
             if member.size > _KIT_LARGEST:
-                raise InputError(f"{kit}: {name}: {member.size} bytes, more than the {_KIT_LARGEST} that it may have")
+                raise InputError(
+                    f"{kit}: {name}: {member.size} bytes, more than the {_KIT_LARGEST} that it may have"
+                )
             content = archive.extractfile(member)
             assert content is not None, "a regular member has content"
             return content.read()
     except (OSError, tarfile.TarError, EOFError, StopIteration) as error:
-        raise InputError(f"{kit}: {name}: cannot be read: {error or 'not in the archive'}") from None
+        raise InputError(
+            f"{kit}: {name}: cannot be read: {error or 'not in the archive'}"
+        ) from None
 
 
 class FolderImagenet(FileRecords):
@@ -163,14 +208,23 @@ class FolderImagenet(FileRecords):
             places.append(None if reason else shared.setdefault(pair, pair))
             unseen.pop(PurePosixPath(entry.name).stem, None)
         if (self.images / "val").is_dir():
-            rejects += [Reject("val", name, f"in {_SOLUTION}, but there is no such image") for name in unseen]
+            rejects += [
+                Reject("val", name, f"in {_SOLUTION}, but there is no such image")
+                for name in unseen
+            ]
         placed = [pair for pair in places if pair]
         if not placed:
             raise InputError(f"source {self.root}: holds no images in folders named by WordNet ids")
         splits = {split for split, _ in shared}
-        found = ["ImageNet, Kaggle's" if self.images != self.root else "ImageNet, in folders by class",
-                 *(f"no {split} images" for split in ("train", "val") if None not in splits and split not in splits),
-                 files.words()]
+        found = [
+            "ImageNet, Kaggle's" if self.images != self.root else "ImageNet, in folders by class",
+            *(
+                f"no {split} images"
+                for split in ("train", "val")
+                if None not in splits and split not in splits
+            ),
+            files.words(),
+        ]
         kept = (entry for entry, pair in zip(files, places, strict=True) if pair)
         return make_listing(kept, placed, files.digest, files.newest, rejects, found, wnids)
 
@@ -186,7 +240,11 @@ class FolderImagenet(FileRecords):
         if wnid is None and split != "test":
             flat = split == "val" and name.count("/") == 1
             return f"no label in {_SOLUTION}" if flat else "not in a folder named by a WordNet id"
-        return f"its class {wnid} is not in {_MAPPING}" if known and wnid is not None and wnid not in known else ""
+        return (
+            f"its class {wnid} is not in {_MAPPING}"
+            if known and wnid is not None and wnid not in known
+            else ""
+        )
 
     def _place(self, name: str, solution: dict[str, str]) -> Placed:
         parts = PurePosixPath(name).parts
@@ -198,15 +256,22 @@ class FolderImagenet(FileRecords):
 
     def _solution(self) -> dict[str, str]:
         """WordNet id by the name of a validation image."""
-        path = first_existing(self.root, ("", ".."), (_SOLUTION,))  # the archive has it beside ILSVRC/
+        path = first_existing(
+            self.root, ("", ".."), (_SOLUTION,)
+        )  # the archive has it beside ILSVRC/
         if path is None:
             val = self.images / "val"
             if val.is_dir() and any(is_image(child.name) for child in val.iterdir()):
-                raise InputError(f"source {self.root}: has no {_SOLUTION}, which has the labels of the images in {val}")
+                raise InputError(
+                    f"source {self.root}: has no {_SOLUTION}, which has the labels of the images in {val}"
+                )
             return {}
         rows = read_rows(path)
         _, header = next(rows)
-        name, answer = column_of(header, ("imageid",), path), column_of(header, ("predictionstring",), path)
+        name, answer = (
+            column_of(header, ("imageid",), path),
+            column_of(header, ("predictionstring",), path),
+        )
         return {row[name]: row[answer].split()[0] for _, row in rows if row[answer].split()}
 
 
@@ -228,18 +293,39 @@ class ParquetImagenet:
                 facts = file.metadata.row_group(group)
                 labels = _read_column(file, path, group, "label")
                 size = _mean_size(facts)
-                parts.append((f"{path.name} {group} {facts.total_byte_size}".encode(), facts.num_rows))
+                parts.append(
+                    (f"{path.name} {group} {facts.total_byte_size}".encode(), facts.num_rows)
+                )
                 for row, label in enumerate(labels):
                     known = label is not None and label >= 0
-                    items.add(split, label if known else None, b"%d:%d:%d" % (number, group, row), size, block)
+                    items.add(
+                        split,
+                        label if known else None,
+                        b"%d:%d:%d" % (number, group, row),
+                        size,
+                        block,
+                    )
                 block += 1
         table = items.table()
-        highest = max((label for label in table["label"].to_pylist() if label is not None), default=-1)
+        highest = max(
+            (label for label in table["label"].to_pylist() if label is not None), default=-1
+        )
         names = names if len(names) > highest else [str(number) for number in range(highest + 1)]
-        return Listing(table, digest_of(parts), newest, names, found=["ImageNet in Parquet files", *self._missing()])
+        return Listing(
+            table,
+            digest_of(parts),
+            newest,
+            names,
+            found=["ImageNet in Parquet files", *self._missing()],
+        )
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
-                _embedding_shape: Sequence[int]) -> Iterator[Record]:
+    def records(
+        self,
+        items: Sequence[Item],
+        rejects: list[Reject],
+        newest: int,
+        _embedding_shape: Sequence[int],
+    ) -> Iterator[Record]:
         held: tuple[int, int] | None = None
         images: list[dict[str, Any] | None] = []
         for item in items:
@@ -268,10 +354,16 @@ class ParquetImagenet:
 
     def _missing(self) -> list[str]:
         """In words: files that the names of the others promise, and splits."""
-        parts = Counter((found[1], int(found[2])) for path in self.files if (found := _PARQUET.fullmatch(path.name)))
+        parts = Counter(
+            (found[1], int(found[2]))
+            for path in self.files
+            if (found := _PARQUET.fullmatch(path.name))
+        )
         splits = {SPLITS[split] for split, _ in parts}
-        return [*(f"{count} of {total} {split} files" for (split, total), count in parts.items()),
-                *(f"no {split} images" for split in ("train", "val") if split not in splits)]
+        return [
+            *(f"{count} of {total} {split} files" for (split, total), count in parts.items()),
+            *(f"no {split} images" for split in ("train", "val") if split not in splits),
+        ]
 
 
 def _mean_size(group: pq.RowGroupMetaData) -> int:
@@ -280,14 +372,20 @@ def _mean_size(group: pq.RowGroupMetaData) -> int:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.parquet") if _PARQUET.fullmatch(path.name)) if folder.is_dir() else []
+    return (
+        sorted(path for path in folder.glob("*.parquet") if _PARQUET.fullmatch(path.name))
+        if folder.is_dir()
+        else []
+    )
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}"
+        ) from None
     missing = {"image", "label"} - set(file.schema_arrow.names)
     if missing:
         raise InputError(f"{path}: no column {' and '.join(map(repr, sorted(missing)))}")
@@ -298,13 +396,17 @@ def _read_column(file: pq.ParquetFile, path: Path, group: int, column: str) -> l
     try:
         return file.read_row_group(group, columns=[column])[column].to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: row group {group} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path}: row group {group} cannot be read: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _hub_names(file: pq.ParquetFile) -> list[str]:
     """Class names, where the Hub's library has left them in the schema."""
     try:
-        features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
+        features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"][
+            "features"
+        ]
         return list(features["label"]["names"])
     except (KeyError, ValueError, TypeError):
         return []

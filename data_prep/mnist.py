@@ -14,15 +14,19 @@ from typing import IO
 import numpy as np
 
 from data_prep.arrays import ArrayReader
-from r2id.data.files import sha256_file, write_atomic
 from r2id.errors import InputError, WorkError
+from r2id.files import sha256_file, write_atomic
 from r2id.progress import say
 
 _PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
-_NAME = re.compile(r"(emnist-[a-z]+-)?(?P<split>train|t10k|test)-(?P<what>images|labels)[-.](?P<kind>idx[13])-ubyte(\.gz)?")
+_NAME = re.compile(
+    r"(emnist-[a-z]+-)?(?P<split>train|t10k|test)-(?P<what>images|labels)[-.](?P<kind>idx[13])-ubyte(\.gz)?"
+)
 _UNSIGNED_BYTE = 8
-_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "https://storage.googleapis.com/cvdf-datasets/mnist/")
+_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
 _CHECKSUMS = {  # SHA-256 of the uncompressed files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -43,10 +47,14 @@ def open_mnist(source: Path | None, downloads: Path) -> ArrayReader:
     folder = download(downloads) if source is None else _find(source)
     splits, newest = {}, 0
     for split, prefixes in _PREFIXES.items():
-        images_file, labels_file = (_existing(folder, prefixes, part) for part in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+        images_file, labels_file = (
+            _existing(folder, prefixes, part) for part in ("images-idx3-ubyte", "labels-idx1-ubyte")
+        )
         images, labels = read_idx(images_file, dimensions=3), read_idx(labels_file, dimensions=1)
         if len(images) != len(labels):
-            raise InputError(f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file.name}")
+            raise InputError(
+                f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file.name}"
+            )
         if not images.size:
             raise InputError(f"{images_file}: holds no pixels: its sizes are {images.shape}")
         splits[split] = images, labels
@@ -65,8 +73,10 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(start)
             if head[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
-                raise InputError(f"{path}: not an IDX file of {dimensions}-dimensional bytes: it begins with "
-                                 f"{head[:4].hex(' ') or 'nothing'}, not 00 00 08 {dimensions:02x}")
+                raise InputError(
+                    f"{path}: not an IDX file of {dimensions}-dimensional bytes: it begins with "
+                    f"{head[:4].hex(' ') or 'nothing'}, not 00 00 08 {dimensions:02x}"
+                )
             if len(head) < start:
                 raise InputError(f"{path}: truncated or damaged: {len(head)} bytes, not its sizes")
             shape = np.frombuffer(head[4:], dtype=">u4").astype(np.int64)
@@ -75,8 +85,10 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: truncated or unreadable: {error}") from None
     if len(values) != expected:
-        raise InputError(f"{path}: truncated or damaged: {'more' if len(values) > expected else len(values) + start} bytes, "
-                         f"not {start + expected} bytes")
+        raise InputError(
+            f"{path}: truncated or damaged: {'more' if len(values) > expected else len(values) + start} bytes, "
+            f"not {start + expected} bytes"
+        )
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
@@ -106,13 +118,19 @@ def _fetch(name: str, checksum: str) -> bytes:
         try:
             with urllib.request.urlopen(mirror + name, timeout=_TIMEOUT) as response:
                 data = gzip.decompress(response.read())
-        except (OSError, EOFError, zlib.error) as error:  # an HTTP or connection error is an OSError
+        except (
+            OSError,
+            EOFError,
+            zlib.error,
+        ) as error:  # an HTTP or connection error is an OSError
             reasons.append(f"{mirror}: {error}")
             continue
         if hashlib.sha256(data).hexdigest() == checksum:
             return data
         reasons.append(f"{mirror}: wrong checksum")
-    raise WorkError(f"{name}: cannot be downloaded ({'; '.join(reasons)}): give the folder of the files as source")
+    raise WorkError(
+        f"{name}: cannot be downloaded ({'; '.join(reasons)}): give the folder of the files as source"
+    )
 
 
 def _find(source: Path) -> Path:
@@ -120,20 +138,32 @@ def _find(source: Path) -> Path:
         raise InputError(f"source {source}: no such folder")
     if any(_NAME.fullmatch(path.name) for path in source.iterdir()):
         return source
-    nested = [path for path in (source / "raw", *sorted(source.glob("*MNIST/raw"))) if path.is_dir()]
+    nested = [
+        path for path in (source / "raw", *sorted(source.glob("*MNIST/raw"))) if path.is_dir()
+    ]
     if len(nested) > 1:
-        raise InputError(f"source {source}: holds several datasets ({', '.join(path.parent.name for path in nested)}): "
-                         "give the folder of one")
+        raise InputError(
+            f"source {source}: holds several datasets ({', '.join(path.parent.name for path in nested)}): "
+            "give the folder of one"
+        )
     return nested[0] if nested else source
 
 
 def _existing(folder: Path, prefixes: tuple[str, ...], part: str) -> Path:
     """The one file of this split and content."""
-    found = sorted(path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_file()
-                   and match["split"] in prefixes and part == f"{match['what']}-{match['kind']}-ubyte")
+    found = sorted(
+        path
+        for path in folder.iterdir()
+        if (match := _NAME.fullmatch(path.name))
+        and path.is_file()
+        and match["split"] in prefixes
+        and part == f"{match['what']}-{match['kind']}-ubyte"
+    )
     if not found:
         raise InputError(f"source {folder}: has no {prefixes[0]}-{part}, with or without .gz")
     kinds = {path.name.removesuffix(".gz") for path in found}
     if len(kinds) > 1:
-        raise InputError(f"source {folder}: holds several datasets ({', '.join(sorted(kinds))}): give a folder of one")
+        raise InputError(
+            f"source {folder}: holds several datasets ({', '.join(sorted(kinds))}): give a folder of one"
+        )
     return found[0]

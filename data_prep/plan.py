@@ -21,17 +21,27 @@ from data_prep.base import Item, Listing
 from data_prep.readers import DOWNLOADS, check_options, open_reader
 from r2id.config import PrepareConfig
 from r2id.data.embeddings import DTYPE
-from r2id.data.files import atomic_file, sha256_file, sweep, write_atomic
 from r2id.data.manifest import FORMAT_VERSION, PLAN, Reject, shard_file
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
+from r2id.files import atomic_file, sha256_file, sweep, write_atomic
 from r2id.progress import say
 
 _ITEMS = "plan.parquet"
-_SHARDS_WANTED, _SMALL_SHARD = 8, 16e6  # per split, so that several workers have something to do; bytes
+_SHARDS_WANTED, _SMALL_SHARD = (
+    8,
+    16e6,
+)  # per split, so that several workers have something to do; bytes
 _BLOCK, _TAR_END, _NPY_HEADER = 512, 10240, 128  # bytes
 _REJECTS_ALLOWED = 10  # whatever their share
-_KEPT = ("source_digest", "items_sha256", "class_names", "attribute_names", "files", "samples")  # of a plan, as they are
+_KEPT = (
+    "source_digest",
+    "items_sha256",
+    "class_names",
+    "attribute_names",
+    "files",
+    "samples",
+)  # of a plan, as they are
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,10 @@ def make_plan(config: PrepareConfig) -> Plan:
     listing = open_reader(config).listing()
     say(f"{config.dataset}: {listing.describe()}")
     if kept and kept.source_digest != listing.digest:
-        raise InputError(f"out {out}: was made from another source than {config.source}: choose another folder, "
-                         "or remove this one")
+        raise InputError(
+            f"out {out}: was made from another source than {config.source}: choose another folder, "
+            "or remove this one"
+        )
     sweep(out)
     plan = kept or _write(config, listing)
     return replace(plan, newest=listing.newest)
@@ -97,11 +109,17 @@ def load_plan(config: PrepareConfig) -> Plan | None:
     stored = read_plan(config.out)
     for name, value in _settings(config).items():
         if stored["settings"].get(name) != value:
-            raise InputError(f"out {config.out}: was made with {name} = {stored['settings'].get(name)!r}, not {value!r}: "
-                             "choose another folder, or remove this one")
+            raise InputError(
+                f"out {config.out}: was made with {name} = {stored['settings'].get(name)!r}, not {value!r}: "
+                "choose another folder, or remove this one"
+            )
     try:
-        return Plan(config, **{name: stored[name] for name in _KEPT}, embedding_shape=stored.get("embedding_shape", []),
-                    rejects=[Reject(*row) for row in stored["rejects"]])
+        return Plan(
+            config,
+            **{name: stored[name] for name in _KEPT},
+            embedding_shape=stored.get("embedding_shape", []),
+            rejects=[Reject(*row) for row in stored["rejects"]],
+        )
     except (KeyError, TypeError):
         raise InputError(f"{path}: damaged: remove {config.out} and prepare again") from None
 
@@ -110,12 +128,16 @@ def read_plan(out: Path) -> dict[str, Any]:
     """plan.json as it is. InputError when it or the list of images is missing or damaged."""
     try:
         stored = json.loads((out / PLAN).read_bytes())
-        intact = sha256_file(out / _ITEMS) == stored["items_sha256"] and isinstance(stored["settings"], dict)
+        intact = sha256_file(out / _ITEMS) == stored["items_sha256"] and isinstance(
+            stored["settings"], dict
+        )
     except (OSError, ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise InputError(f"{out / PLAN}: missing or damaged, it or {_ITEMS}, or by another version of r2id: remove {out} "
-                         "and prepare again")
+        raise InputError(
+            f"{out / PLAN}: missing or damaged, it or {_ITEMS}, or by another version of r2id: remove {out} "
+            "and prepare again"
+        )
     return stored
 
 
@@ -131,10 +153,14 @@ def is_complete(out: Path) -> bool:
 def _check_budget(config: PrepareConfig, total: int, rejected: int, example: str) -> None:
     """InputError when nothing is left, WorkError when more cannot be used than may be left out."""
     if rejected == total:
-        raise InputError(f"source {config.source}: none of its {total} images can be used: {example}")
+        raise InputError(
+            f"source {config.source}: none of its {total} images can be used: {example}"
+        )
     if rejected > max(_REJECTS_ALLOWED, config.max_rejects * total):
-        raise WorkError(f"source {config.source}: {rejected} of {total} images cannot be used, more than may be left out "
-                        f"(max_rejects {config.max_rejects:g}): {example}")
+        raise WorkError(
+            f"source {config.source}: {rejected} of {total} images cannot be used, more than may be left out "
+            f"(max_rejects {config.max_rejects:g}): {example}"
+        )
 
 
 def _check_vacant(out: Path) -> None:
@@ -144,7 +170,9 @@ def _check_vacant(out: Path) -> None:
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     foreign = sorted(name for name in names if name != DOWNLOADS and not name.startswith("plan."))
     if foreign:
-        raise InputError(f"out {out}: exists and holds something else ({foreign[0]}): choose another folder")
+        raise InputError(
+            f"out {out}: exists and holds something else ({foreign[0]}): choose another folder"
+        )
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -156,24 +184,51 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 def _write(config: PrepareConfig, listing: Listing) -> Plan:
     rejects = listing.rejects
     if rejects:
-        _check_budget(config, len(listing.items) + len(rejects), len(rejects), f"{rejects[0].source}: {rejects[0].reason}")
-    shards = plan_shards(listing.items, config.shard_mb, len(listing.attribute_names), listing.embedding_shape)
-    with atomic_file(config.out / _ITEMS) as file, pq.ParquetWriter(file, listing.items.schema) as writer:
+        _check_budget(
+            config,
+            len(listing.items) + len(rejects),
+            len(rejects),
+            f"{rejects[0].source}: {rejects[0].reason}",
+        )
+    shards = plan_shards(
+        listing.items, config.shard_mb, len(listing.attribute_names), listing.embedding_shape
+    )
+    with (
+        atomic_file(config.out / _ITEMS) as file,
+        pq.ParquetWriter(file, listing.items.schema) as writer,
+    ):
         for _, rows in shards:
             writer.write_table(listing.items.take(rows), row_group_size=max(len(rows), 1))
-    plan = Plan(config, listing.digest, sha256_file(config.out / _ITEMS), listing.class_names, listing.attribute_names,
-                [file for file, _ in shards], [len(rows) for _, rows in shards], listing.embedding_shape, rejects)
-    paths = {name: path and str(path.resolve()) for name, path in (("source", config.source), ("labels", config.labels))}
-    content = {"settings": _settings(config), **paths, "max_rejects": config.max_rejects,
-               **{name: getattr(plan, name) for name in _KEPT},
-               **({"embedding_shape": plan.embedding_shape} if plan.embedding_shape else {}),
-               "rejects": [[reject.split, reject.source, reject.reason] for reject in rejects]}
+    plan = Plan(
+        config,
+        listing.digest,
+        sha256_file(config.out / _ITEMS),
+        listing.class_names,
+        listing.attribute_names,
+        [file for file, _ in shards],
+        [len(rows) for _, rows in shards],
+        listing.embedding_shape,
+        rejects,
+    )
+    paths = {
+        name: path and str(path.resolve())
+        for name, path in (("source", config.source), ("labels", config.labels))
+    }
+    content = {
+        "settings": _settings(config),
+        **paths,
+        "max_rejects": config.max_rejects,
+        **{name: getattr(plan, name) for name in _KEPT},
+        **({"embedding_shape": plan.embedding_shape} if plan.embedding_shape else {}),
+        "rejects": [[reject.split, reject.source, reject.reason] for reject in rejects],
+    }
     write_atomic(config.out / PLAN, json.dumps(content, indent=1).encode())
     return plan
 
 
-def plan_shards(items: pa.Table, shard_mb: float, attributes: int = 0,
-                embedding_shape: Sequence[int] = ()) -> list[tuple[str, np.ndarray]]:
+def plan_shards(
+    items: pa.Table, shard_mb: float, attributes: int = 0, embedding_shape: Sequence[int] = ()
+) -> list[tuple[str, np.ndarray]]:
     """(file, rows of the items) of every shard: splits apart, each in a fixed random order, so that one is a fair sample.
 
     A shard has at most ``shard_mb`` megabytes (10⁶ bytes), unless one image alone has more. Items of a block stay together
@@ -183,7 +238,11 @@ def plan_shards(items: pa.Table, shard_mb: float, attributes: int = 0,
     size = items["size"].to_numpy()
     # Upper bound of a sample's bytes in a tar: three headers, the image, the class, and the facts, of which six bytes are
     # what JSON makes of one odd character or of an attribute, with which other annotations come.
-    facts = 256 + 6 * pc.binary_length(items["place"]).to_numpy() + (256 + 6 * attributes if attributes else 0)
+    facts = (
+        256
+        + 6 * pc.binary_length(items["place"]).to_numpy()
+        + (256 + 6 * attributes if attributes else 0)
+    )
     footprints = 4 * _BLOCK + _padded(size) + _padded(facts)
     if embedding_shape:
         content = _NPY_HEADER + DTYPE.itemsize * math.prod(embedding_shape)
@@ -192,14 +251,19 @@ def plan_shards(items: pa.Table, shard_mb: float, attributes: int = 0,
         members = np.flatnonzero(pc.equal(items["split"], split).to_numpy())
         order = members[_shuffle(items["block"].to_numpy()[members])]
         sizes = footprints[order]
-        limit = min(shard_mb * 1e6 - _TAR_END, max(float(sizes.sum()) / _SHARDS_WANTED, _SMALL_SHARD))
+        limit = min(
+            shard_mb * 1e6 - _TAR_END, max(float(sizes.sum()) / _SHARDS_WANTED, _SMALL_SHARD)
+        )
         starts, filled = [], limit
         for position, footprint in enumerate(sizes.tolist()):
             if filled + footprint > limit:
                 starts.append(position)
                 filled = 0.0
             filled += footprint
-        shards += [(shard_file(split, number), rows) for number, rows in enumerate(np.split(order, starts[1:]))]
+        shards += [
+            (shard_file(split, number), rows)
+            for number, rows in enumerate(np.split(order, starts[1:]))
+        ]
     return shards
 
 

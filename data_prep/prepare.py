@@ -24,15 +24,24 @@ from data_prep.plan import Plan, is_complete, make_plan
 from data_prep.readers import DOWNLOADS, keep_reader
 from data_prep.tars import free
 from r2id.config import PrepareConfig
-from r2id.data.files import write_atomic
 from r2id.data.index import find_intact, read_commit
 from r2id.data.manifest import FORMAT_VERSION, REJECTS, Manifest, Reject, ShardEntry, SplitEntry
 from r2id.data.records import Record
 from r2id.data.shard_writer import write_shard_files
 from r2id.errors import WorkError
+from r2id.files import write_atomic
 from r2id.progress import Progress, say
 
-__all__ = ["Plan", "end_with_parent", "finish", "make_plan", "pending", "prepare", "write_shard", "write_shards"]
+__all__ = [
+    "Plan",
+    "end_with_parent",
+    "finish",
+    "make_plan",
+    "pending",
+    "prepare",
+    "write_shard",
+    "write_shards",
+]
 
 _AHEAD = 8  # records
 
@@ -79,8 +88,13 @@ def write_shard(plan: Plan, number: int) -> dict[str, Any]:
         records = reader.records(plan.items(number), refused, plan.newest, plan.embedding_shape)
         write_shard_files(plan.out, file, _ahead(records), refused)
     entry, rejects = read_commit(plan.out, file)
-    return {"file": file, "samples": entry.samples, "bytes": entry.bytes, "rejects": len(rejects),
-            "example": _words(rejects)}
+    return {
+        "file": file,
+        "samples": entry.samples,
+        "bytes": entry.bytes,
+        "rejects": len(rejects),
+        "example": _words(rejects),
+    }
 
 
 def finish(plan: Plan) -> Manifest:
@@ -101,13 +115,25 @@ def finish(plan: Plan) -> Manifest:
         say(f"{plan.out / REJECTS}: {len(rejects)} images rejected, with the reasons")
     else:
         (plan.out / REJECTS).unlink(missing_ok=True)
-    splits = {split: SplitEntry(samples=sum(entry.samples for entry in shards),
-                                bytes=sum(entry.bytes for entry in shards), shards=shards)
-              for split, shards in entries.items()}
-    manifest = Manifest(format_version=FORMAT_VERSION, dataset=plan.config.dataset, source_digest=plan.source_digest,
-                        class_names=plan.class_names, attribute_names=plan.attribute_names,
-                        embedding_shape=plan.embedding_shape, rejects=len(rejects),
-                        rejects_sha256=hashlib.sha256(table).hexdigest() if rejects else "", splits=splits).write(plan.out)
+    splits = {
+        split: SplitEntry(
+            samples=sum(entry.samples for entry in shards),
+            bytes=sum(entry.bytes for entry in shards),
+            shards=shards,
+        )
+        for split, shards in entries.items()
+    }
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        dataset=plan.config.dataset,
+        source_digest=plan.source_digest,
+        class_names=plan.class_names,
+        attribute_names=plan.attribute_names,
+        embedding_shape=plan.embedding_shape,
+        rejects=len(rejects),
+        rejects_sha256=hashlib.sha256(table).hexdigest() if rejects else "",
+        splits=splits,
+    ).write(plan.out)
     _free(plan)
     return manifest
 
@@ -119,12 +145,16 @@ def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]
         yield from (write_shard(plan, number) for number in numbers)
         return
     # Processes are started afresh: a copy of one that runs threads may hold a lock for ever.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), end_with_parent
+    ) as pool:
         futures = [pool.submit(write_shard, plan, number) for number in numbers]
         try:
             yield from (future.result() for future in as_completed(futures))
         except BrokenProcessPool:
-            raise WorkError("a worker process was killed, perhaps for want of memory: the same command goes on") from None
+            raise WorkError(
+                "a worker process was killed, perhaps for want of memory: the same command goes on"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

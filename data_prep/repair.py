@@ -27,7 +27,9 @@ def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) 
     broken = [file for file in plan.files if _is_broken(folder, file, blamed)]
     right = _stated(folder, blamed)
     belong = {name for file in plan.files for name in (file, _index_of(file))}
-    present = {path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*") if path.is_file()}
+    present = {
+        path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*") if path.is_file()
+    }
     extra = sorted(present - belong)
     _remove(folder, extra)
     for file in track(broken, "repair", unit="shards"):
@@ -36,11 +38,16 @@ def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) 
         rebuilt = read_commit(folder, file)[0].sha256
         if rebuilt != right.get(file, rebuilt):
             _remove(folder, [file, _index_of(file)])
-            raise WorkError(f"{folder / file}: cannot be rebuilt: source {plan.config.source} no longer has the images it "
-                            "was made of, though their names and lengths are the same")
+            raise WorkError(
+                f"{folder / file}: cannot be rebuilt: source {plan.config.source} no longer has the images it "
+                "was made of, though their names and lengths are the same"
+            )
     finish(plan)
-    return {**dict.fromkeys(broken, "rebuilt"), **dict.fromkeys(extra, "removed"),
-            **dict.fromkeys(sorted(blamed & {MANIFEST, REJECTS}), "rewritten")}
+    return {
+        **dict.fromkeys(broken, "rebuilt"),
+        **dict.fromkeys(extra, "removed"),
+        **dict.fromkeys(sorted(blamed & {MANIFEST, REJECTS}), "rewritten"),
+    }
 
 
 def _is_broken(folder: Path, file: str, blamed: set[str]) -> bool:
@@ -57,17 +64,28 @@ def _stated(folder: Path, blamed: set[str]) -> dict[str, str]:
     if MANIFEST in blamed:
         return {}
     splits = read_manifest(folder).splits
-    return {entry.file: entry.sha256 for name, split in splits.items() if name not in blamed for entry in split.shards}
+    return {
+        entry.file: entry.sha256
+        for name, split in splits.items()
+        if name not in blamed
+        for entry in split.shards
+    }
 
 
 def _plan_of(folder: Path, source: Path | None) -> Plan:
     stored = read_plan(folder)
-    settings = {name: value for name, value in stored["settings"].items() if name != "format_version"}
+    settings = {
+        name: value for name, value in stored["settings"].items() if name != "format_version"
+    }
     where = source or (Path(stored["source"]) if stored["source"] else None)
     if where is not None and not where.exists():
         raise InputError(f"source {where}: no longer there: say with --source where it is now")
     labels = Path(stored["labels"]) if stored["labels"] else None
-    return make_plan(PrepareConfig(**settings, labels=labels, source=where, out=folder, max_rejects=stored["max_rejects"]))
+    return make_plan(
+        PrepareConfig(
+            **settings, labels=labels, source=where, out=folder, max_rejects=stored["max_rejects"]
+        )
+    )
 
 
 def _index_of(file: str) -> str:

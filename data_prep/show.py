@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from r2id.data.pictures import draw_samples, draw_sizes
+from r2id.data.plots import draw_samples, draw_sizes
 from r2id.data.shards import ShardSet
 
 
@@ -26,9 +26,22 @@ def overview(out: Path, rejects: dict[str, int]) -> Overview:
     """``rejects`` says how many images each shard's file lost."""
     shards = ShardSet.open(out)
     entries = [entry for split in shards.manifest.splits.values() for entry in split.shards]
-    table = [{"shard": entry.file, "images": entry.samples, "MB": round(entry.bytes / 1e6, 2),
-              "rejected": rejects.get(entry.file, 0)} for entry in entries]
+    table = [
+        {
+            "shard": entry.file,
+            "images": entry.samples,
+            "MB": round(entry.bytes / 1e6, 2),
+            "rejected": rejects.get(entry.file, 0),
+        }
+        for entry in entries
+    ]
     splits = [shards.split(name) for name, entry in shards.manifest.splits.items() if entry.samples]
-    heights, widths = (np.concatenate([getattr(split, side) for split in splits]) for side in ("height", "width"))
-    return Overview(f"{out}: {', '.join(f'{len(split)} {split.name}' for split in splits)} images", table,
-                    draw_samples(shards), draw_sizes(heights, widths))
+    heights, widths = (
+        np.concatenate([getattr(split, side) for split in splits]) for side in ("height", "width")
+    )
+    return Overview(
+        f"{out}: {', '.join(f'{len(split)} {split.name}' for split in splits)} images",
+        table,
+        draw_samples(shards),
+        draw_sizes(heights, widths),
+    )

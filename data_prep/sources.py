@@ -67,10 +67,15 @@ class Files:
         self._found = Columns(_SCHEMA)
         table = table.take(pc.sort_indices(table, [("name", "ascending")]))
         names = table["name"].combine_chunks()
-        again = np.append(False, pc.equal(names[1:], names[:max(len(names) - 1, 0)]).to_numpy(zero_copy_only=False))
+        again = np.append(
+            False,
+            pc.equal(names[1:], names[: max(len(names) - 1, 0)]).to_numpy(zero_copy_only=False),
+        )
         if again.any():
-            self.rejects += [Reject("", os.fsdecode(name), "twice in the archive") for name in
-                             names.filter(pa.array(again[:len(names)])).to_pylist()]
+            self.rejects += [
+                Reject("", os.fsdecode(name), "twice in the archive")
+                for name in names.filter(pa.array(again[: len(names)])).to_pylist()
+            ]
             table = table.filter(pa.array(~again))
         self.table = pa.concat_tables([self.table, pa.table(table.columns, schema=_SCHEMA)])
 
@@ -147,7 +152,9 @@ class Folder:
         except OSError as error:
             raise ValueError(f"cannot be read: {error.strerror}") from None
 
-    def _walk(self, folder: Path, prefix: str, files: Files, keep: Keep, seen: set[tuple[int, int]]) -> None:
+    def _walk(
+        self, folder: Path, prefix: str, files: Files, keep: Keep, seen: set[tuple[int, int]]
+    ) -> None:
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
@@ -165,7 +172,9 @@ class Folder:
                 else:
                     files.others += 1
         except OSError as error:
-            raise InputError(f"{error.filename or folder}: cannot be listed: {error.strerror}") from None
+            raise InputError(
+                f"{error.filename or folder}: cannot be listed: {error.strerror}"
+            ) from None
 
     @staticmethod
     def _add(child: os.DirEntry[str], name: str, files: Files) -> None:
@@ -174,7 +183,9 @@ class Folder:
             files.newest = max(files.newest, facts.st_mtime_ns)
             files.add(name, facts.st_size, os.fsencode(name))
         else:
-            files.rejects.append(Reject("", name, "a link to nothing" if child.is_symlink() else "no regular file"))
+            files.rejects.append(
+                Reject("", name, "a link to nothing" if child.is_symlink() else "no regular file")
+            )
 
 
 class Zip:
@@ -197,7 +208,9 @@ class Zip:
                 files.others += 1
                 continue
             link = stat.S_IFMT(member.external_attr >> 16) == stat.S_IFLNK
-            reason = unsafe_name(name) or ("a link" if link else "encrypted" if member.flag_bits & 1 else "")
+            reason = unsafe_name(name) or (
+                "a link" if link else "encrypted" if member.flag_bits & 1 else ""
+            )
             if reason:
                 files.rejects.append(Reject("", name, reason))
             else:
@@ -214,7 +227,9 @@ class Zip:
         archive = self._opened()
         member = self._members.get(int(place.partition(b":")[0]))
         if member is None or member.filename != self.name(place) or member.file_size != size:
-            raise WorkError(f"{self.path}: changed since the preparation began ({self.name(place)})")
+            raise WorkError(
+                f"{self.path}: changed since the preparation began ({self.name(place)})"
+            )
         try:
             with archive.open(member) as file:
                 data = file.read(size + 1)
@@ -228,7 +243,9 @@ class Zip:
         try:
             if self._archive is None:
                 self._archive = zipfile.ZipFile(self.path)
-                self._members = {member.header_offset: member for member in self._archive.infolist()}
+                self._members = {
+                    member.header_offset: member for member in self._archive.infolist()
+                }
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(f"{self.path}: truncated or damaged: {error}") from None
         return self._archive
@@ -247,9 +264,16 @@ class Several:
         for part, source in self.parts.items():
             found = source.files(keep)
             for entry in found:
-                files.add(f"{part}/{entry.name}", entry.size, os.fsencode(part) + b"/" + entry.place)
-            files.rejects += [Reject("", f"{part}/{reject.source}", reject.reason) for reject in found.rejects]
-            files.newest, files.others = max(files.newest, found.newest), files.others + found.others
+                files.add(
+                    f"{part}/{entry.name}", entry.size, os.fsencode(part) + b"/" + entry.place
+                )
+            files.rejects += [
+                Reject("", f"{part}/{reject.source}", reject.reason) for reject in found.rejects
+            ]
+            files.newest, files.others = (
+                max(files.newest, found.newest),
+                files.others + found.others,
+            )
             files.sort()
         return files
 

@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.sources import Files, Folder, Keep, Source, Zip, time_of, unsafe_name
-from r2id.data.files import atomic_file
 from r2id.data.manifest import Reject
 from r2id.errors import InputError, WorkError
+from r2id.files import atomic_file
 from r2id.progress import say
 
 _BLOCK = 512
 _CHUNK = 1 << 20
-_EXPANSION, _EXPANSION_FREE = 200, 1 << 30  # archives of images shrink to a half or so; bytes that any may have
+_EXPANSION, _EXPANSION_FREE = (
+    200,
+    1 << 30,
+)  # archives of images shrink to a half or so; bytes that any may have
 _COMPRESSED: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile}  # type: ignore
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}  # type: ignore
 
 
 def open_source(path: Path, unpacked: Path) -> Source:
@@ -70,13 +76,19 @@ class Tar:
             self._file = _opened(self.path)
         start, name = int(place.partition(b":")[0]), self.name(place)
         try:
-            with tarfile.open(fileobj=_Part(self._file, start, os.fstat(self._file.fileno()).st_size - start),
-                              mode="r:") as archive:  # type: ignore[call-overload]
+            with tarfile.open(
+                fileobj=_Part(self._file, start, os.fstat(self._file.fileno()).st_size - start),
+                mode="r:",
+            ) as archive:  # type: ignore[call-overload]
                 member = archive.next()
         except (tarfile.TarError, EOFError, ValueError):
             member = None
         data = os.pread(self._file.fileno(), size, start + member.offset_data) if member else b""
-        same = member and f"/{name}".endswith(f"/{member.name.removeprefix('./')}") and member.size == size == len(data)
+        same = (
+            member
+            and f"/{name}".endswith(f"/{member.name.removeprefix('./')}")
+            and member.size == size == len(data)
+        )
         if changed or not same:
             raise WorkError(f"{self.path}: changed since the preparation began ({name})")
         return data
@@ -87,10 +99,14 @@ def plain_tar(path: Path, unpacked: Path) -> Path:
     with _opened(path) as file:
         start = file.read(8)
         file.seek(0)
-        opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
+        opener = next(
+            (opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None
+        )
         if opener is None:
             return path
-        facts = os.fstat(file.fileno())  # in the name, so that a copy of what was changed since is none
+        facts = os.fstat(
+            file.fileno()
+        )  # in the name, so that a copy of what was changed since is none
         identity = f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}"
         plain = unpacked / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}.tar"
         if not plain.is_file():
@@ -124,12 +140,16 @@ def _copy(content: BinaryIO, copy: BinaryIO, path: Path, limit: int) -> None:
             return
         copied += len(data)
         if copied > limit:
-            raise InputError(f"{path}: expands to more than {limit} bytes, {_EXPANSION} times its size: no archive of "
-                             "images does: if this one is sound, decompress it and give the tar")
+            raise InputError(
+                f"{path}: expands to more than {limit} bytes, {_EXPANSION} times its size: no archive of "
+                "images does: if this one is sound, decompress it and give the tar"
+            )
         copy.write(data)
 
 
-def _members(file: BinaryIO, path: Path, nested: bool) -> Iterator[tuple[tarfile.TarInfo, int, str]]:
+def _members(
+    file: BinaryIO, path: Path, nested: bool
+) -> Iterator[tuple[tarfile.TarInfo, int, str]]:
     """(member, offset of its first header in the file, name). InputError where the archive does not end as it should."""
     for member in _walk(file, path, 0, os.fstat(file.fileno()).st_size):
         name = member.name.removeprefix("./")
@@ -138,7 +158,11 @@ def _members(file: BinaryIO, path: Path, nested: bool) -> Iterator[tuple[tarfile
         elif member.isreg():
             outer = name.removesuffix(".tar")
             for inner in _walk(file, path / name, member.offset_data, member.size):
-                yield inner, member.offset_data + inner.offset, f"{outer}/{inner.name.removeprefix('./')}"
+                yield (
+                    inner,
+                    member.offset_data + inner.offset,
+                    f"{outer}/{inner.name.removeprefix('./')}",
+                )
 
 
 def _walk(file: BinaryIO, path: Path, start: int, size: int) -> Iterator[tarfile.TarInfo]:
@@ -152,7 +176,9 @@ def _walk(file: BinaryIO, path: Path, start: int, size: int) -> Iterator[tarfile
                     yield member
             part.seek(archive.offset)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: no tar archive, or a truncated or damaged one: {error}") from None
+        raise InputError(
+            f"{path}: no tar archive, or a truncated or damaged one: {error}"
+        ) from None
     # The library takes a damaged header, or a cut between two members, for the end.
     if part.read(_BLOCK) not in (bytes(_BLOCK), b"") or archive.offset + _BLOCK > size:
         raise InputError(f"{path}: truncated or damaged at byte {archive.offset}")
@@ -166,7 +192,9 @@ class _Part:
 
     def read(self, count: int = -1) -> bytes:
         left = max(0, self.size - self.position)
-        data = os.pread(self.file.fileno(), left if count < 0 else min(count, left), self.start + self.position)
+        data = os.pread(
+            self.file.fileno(), left if count < 0 else min(count, left), self.start + self.position
+        )
         self.position += len(data)
         return data
 

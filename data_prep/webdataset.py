@@ -12,7 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from webdataset.tariterators import base_plus_ext
 
-from data_prep.base import TEST_SHARE, Columns, Item, Items, Listing, digest_of, rows_of, stratified_test
+from data_prep.base import (
+    TEST_SHARE,
+    Columns,
+    Item,
+    Items,
+    Listing,
+    digest_of,
+    rows_of,
+    stratified_test,
+)
 from data_prep.embeddings import NO_EMBEDDING, common_shape
 from data_prep.files import check_length, embedding_of, image_record
 from data_prep.folder import SPLITS
@@ -24,8 +33,15 @@ from r2id.errors import InputError
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _KEPT = ("cls", "json", "txt", "npy")
-_SAMPLES = pa.schema([("tar", pa.int32()), ("label", pa.int32()), ("place", pa.binary()), ("size", pa.int64()),
-                      ("embedding", pa.int64())])  # the last is a length, none where there is no embedding
+_SAMPLES = pa.schema(
+    [
+        ("tar", pa.int32()),
+        ("label", pa.int32()),
+        ("place", pa.binary()),
+        ("size", pa.int64()),
+        ("embedding", pa.int64()),
+    ]
+)  # the last is a length, none where there is no embedding
 
 Member = tuple[str, int, int]
 """(extension as it is written, offset in the tar, bytes)."""
@@ -41,14 +57,19 @@ class WebdatasetReader:
 
     def __init__(self, source: Path | None, unpacked: Path, max_pixels: int) -> None:
         if source is None:
-            raise InputError("source: missing: dataset 'webdataset' needs a tar or a folder of tars")
+            raise InputError(
+                "source: missing: dataset 'webdataset' needs a tar or a folder of tars"
+            )
         if not source.exists():
             raise InputError(f"source {source}: no such file or folder")
         found = [source] if source.is_file() else _find_tars(source)
         if not found:
             raise InputError(f"source {source}: holds no tars ({', '.join(_TARS)})")
         self.source, self.max_pixels, self.own = source, max_pixels, _own_manifest(source)
-        self.splits = [_split_of(path.relative_to(source) if source.is_dir() else Path(path.name)) for path in found]
+        self.splits = [
+            _split_of(path.relative_to(source) if source.is_dir() else Path(path.name))
+            for path in found
+        ]
         self.tars = [Tar(plain_tar(path, unpacked)) for path in found]
 
     def listing(self) -> Listing:
@@ -60,7 +81,10 @@ class WebdatasetReader:
             files = tar.files(_is_member)
             digests.append(files.digest)
             others += files.others
-            rejects += [Reject(self.splits[number] or "", reject.source, reject.reason) for reject in files.rejects]
+            rejects += [
+                Reject(self.splits[number] or "", reject.source, reject.reason)
+                for reject in files.rejects
+            ]
             for key, members in _group(files):
                 reason = self._add(samples, number, key, members, newest)
                 if reason:
@@ -70,51 +94,96 @@ class WebdatasetReader:
         if not len(samples):
             raise InputError(f"source {self.source}: its tars hold no samples with an image")
         table = samples.table()
-        digest = digest_of([*((digest.encode(), 0) for digest in digests), (repr(table["label"].to_pylist()).encode(), 0)])
+        digest = digest_of(
+            [
+                *((digest.encode(), 0) for digest in digests),
+                (repr(table["label"].to_pylist()).encode(), 0),
+            ]
+        )
         table, shape = self._with_embeddings(table, rejects, newest)
         names, attributes = self._names(table)
-        found = [f"a webdataset of {len(self.tars)} tars with {', '.join(sorted(extensions))}",
-                 f"{others} other files left out" if others else ""]
+        found = [
+            f"a webdataset of {len(self.tars)} tars with {', '.join(sorted(extensions))}",
+            f"{others} other files left out" if others else "",
+        ]
         return Listing(self._items(table), digest, newest, names, attributes, rejects, found, shape)
 
-    def records(self, items: Sequence[Item], rejects: list[Reject], newest: int,
-                embedding_shape: Sequence[int]) -> Iterator[Record]:
+    def records(
+        self,
+        items: Sequence[Item],
+        rejects: list[Reject],
+        newest: int,
+        embedding_shape: Sequence[int],
+    ) -> Iterator[Record]:
         for item in items:
             number, key, *members = json.loads(item.place)
             name = f"{key}.{members[0][0]}"
             try:
                 check_length(members[0][2], self.max_pixels)
                 data, *others = (self._read(number, key, member, newest) for member in members)
-                found = {member[0].lower(): content for member, content in zip(members[1:], others, strict=True)}
+                found = {
+                    member[0].lower(): content
+                    for member, content in zip(members[1:], others, strict=True)
+                }
                 meta = _meta(found)
                 embedding = embedding_of(found["npy"], embedding_shape) if embedding_shape else None
-                yield image_record(item, data, self.max_pixels, {"source": name, **meta}, self._attributes(meta), embedding)
+                yield image_record(
+                    item,
+                    data,
+                    self.max_pixels,
+                    {"source": name, **meta},
+                    self._attributes(meta),
+                    embedding,
+                )
             except InputError:  # of the source, not of one image
                 raise
             except ValueError as error:
                 rejects.append(Reject(item.split, name, str(error)))
 
-    def _add(self, samples: Columns, number: int, key: str, members: dict[str, Member], newest: int) -> str:
+    def _add(
+        self, samples: Columns, number: int, key: str, members: dict[str, Member], newest: int
+    ) -> str:
         """Add a sample, or say why not."""
         images = [extension for extension in members if extension not in _KEPT]
-        plain = [extension for extension in images if "." not in extension]  # beside masks, such as KEY.seg.png
+        plain = [
+            extension for extension in images if "." not in extension
+        ]  # beside masks, such as KEY.seg.png
         if len(plain or images) != 1:
-            return f"a sample with {len(images)} images ({', '.join(images)})" if images else "a sample with no image"
+            return (
+                f"a sample with {len(images)} images ({', '.join(images)})"
+                if images
+                else "a sample with no image"
+            )
         label = None
         if "cls" in members:
             content = self._read(number, key, members["cls"], newest)
             if not re.fullmatch(rb"\s*\d{1,9}\s*", content):
-                raise InputError(f"{self.tars[number].path}: {key}.cls: {content[:20]!r}: must be a class number, 0 or more")
+                raise InputError(
+                    f"{self.tars[number].path}: {key}.cls: {content[:20]!r}: must be a class number, 0 or more"
+                )
             label = int(content)
-        image, others = members[(plain or images)[0]], [members[kind] for kind in ("json", "txt") if kind in members]
-        size = image[2] + 6 * sum(other[2] for other in others)  # six is what JSON makes of one odd character
+        image, others = (
+            members[(plain or images)[0]],
+            [members[kind] for kind in ("json", "txt") if kind in members],
+        )
+        size = image[2] + 6 * sum(
+            other[2] for other in others
+        )  # six is what JSON makes of one odd character
         told = [members["npy"]] if "npy" in members else []
-        samples.append(number, label, json.dumps([number, key, image, *others, *told]).encode(), size,
-                       told[0][2] if told else None)
+        samples.append(
+            number,
+            label,
+            json.dumps([number, key, image, *others, *told]).encode(),
+            size,
+            told[0][2] if told else None,
+        )
         return ""
 
-    def _with_embeddings(self, samples: pa.Table, rejects: list[Reject], newest: int) -> tuple[pa.Table, list[int]]:
+    def _with_embeddings(
+        self, samples: pa.Table, rejects: list[Reject], newest: int
+    ) -> tuple[pa.Table, list[int]]:
         """Where any sample has an embedding, those that have one, and the shape; the others are rejects."""
+
         def read(place: bytes, _size: int) -> bytes:
             number, key, *members = json.loads(place)
             return self._read(number, key, members[-1], newest)
@@ -130,35 +199,49 @@ class WebdatasetReader:
 
     def _read(self, number: int, key: str, member: Member, newest: int) -> bytes:
         extension, offset, size = member
-        return self.tars[number].read(b"%d:" % offset + f"{key}.{extension}".encode(errors="surrogateescape"), size, newest)
+        return self.tars[number].read(
+            b"%d:" % offset + f"{key}.{extension}".encode(errors="surrogateescape"), size, newest
+        )
 
     def _items(self, samples: pa.Table) -> pa.Table:
         labels = samples["label"].to_pylist()
         test = stratified_test(labels, TEST_SHARE)
         items = Items()
         for position, (number, label, place, size, _) in enumerate(rows_of(samples)):
-            items.add(self.splits[number] or ("test" if test[position] else "train"), label, place, size)
+            items.add(
+                self.splits[number] or ("test" if test[position] else "train"), label, place, size
+            )
         return items.table()
 
     def _names(self, samples: pa.Table) -> tuple[list[str], list[str]]:
         """Of classes and attributes: those of one of our own sets, or numbers and none."""
-        count = 1 + max((label for label in samples["label"].to_pylist() if label is not None), default=-1)
+        count = 1 + max(
+            (label for label in samples["label"].to_pylist() if label is not None), default=-1
+        )
         names = self.own.class_names if self.own else []
-        return (names if len(names) >= count else [str(number) for number in range(count)],
-                self.own.attribute_names if self.own else [])
+        return (
+            names if len(names) >= count else [str(number) for number in range(count)],
+            self.own.attribute_names if self.own else [],
+        )
 
     def _attributes(self, meta: dict[str, Any]) -> tuple[int, ...] | None:
         if not (self.own and self.own.attribute_names):
             return None
         values = meta.get("attributes")
         count = len(self.own.attribute_names)
-        if not isinstance(values, list) or len(values) != count or any(value not in (-1, 1) for value in values):
+        if (
+            not isinstance(values, list)
+            or len(values) != count
+            or any(value not in (-1, 1) for value in values)
+        ):
             raise ValueError(f"its JSON has no {count} attributes of -1 or 1")
         return tuple(values)
 
 
 def _find_tars(folder: Path) -> list[Path]:
-    files = Folder(folder).files(lambda name: name.endswith(_TARS) and not PurePosixPath(name).name.startswith("."))
+    files = Folder(folder).files(
+        lambda name: name.endswith(_TARS) and not PurePosixPath(name).name.startswith(".")
+    )
     if files.rejects:
         raise InputError(f"{folder / files.rejects[0].source}: {files.rejects[0].reason}")
     return [folder / entry.name for entry in files]
@@ -186,13 +269,19 @@ def _group(files: Iterable[Entry]) -> Iterator[tuple[str, dict[str, Member]]]:
     samples: dict[str, dict[str, Member]] = {}
     for entry in files:
         key, extension = base_plus_ext(entry.name)
-        samples.setdefault(key, {})[extension.lower()] = extension, int(entry.place.partition(b":")[0]), entry.size
+        samples.setdefault(key, {})[extension.lower()] = (
+            extension,
+            int(entry.place.partition(b":")[0]),
+            entry.size,
+        )
     yield from samples.items()
 
 
 def _is_member(name: str) -> bool:
     key, extension = base_plus_ext(name)
-    return key is not None and (extension.lower() in _KEPT or f".{extension.lower().split('.')[-1]}" in IMAGE_SUFFIXES)
+    return key is not None and (
+        extension.lower() in _KEPT or f".{extension.lower().split('.')[-1]}" in IMAGE_SUFFIXES
+    )
 
 
 def _split_of(path: Path) -> str | None:

@@ -23,5 +23,5 @@ fi
 for name in NNODES NODE_RANK MASTER_ADDR; do
     [ -n "${!name:-}" ] || wrong "$name is not set: NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 multinode.sh train CONFIG"
 done
-run_last python -m r2id.launcher --nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" \
+run_last python -m r2id.torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" \
     --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$processes" -m r2id.cli "$@"

@@ -38,7 +38,7 @@ wrong() {
 # How many processes this machine gets, NPROC or one per GPU or one, and the cores of each where there are many.
 choose_processes() {
     local gpus cores
-    gpus="$("$python" "$root/pipelines/processes.py")"
+    gpus="$("$python" "$root/pipelines/gpu_count.py")"
     processes="${NPROC:-$((gpus > 1 ? gpus : 1))}"
     [ "$gpus" -gt 0 ] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     if [ "$processes" -gt 1 ]; then

@@ -8,4 +8,4 @@ choose_processes
 if [ "$processes" -eq 1 ]; then
     run_last python -m r2id.cli train "$@"
 fi
-run_last python -m r2id.launcher --standalone --nproc-per-node "$processes" -m r2id.cli train "$@"
+run_last python -m r2id.torchrun --standalone --nproc-per-node "$processes" -m r2id.cli train "$@"

@@ -64,7 +64,9 @@ class TrainingArtifacts:
     """Two artifacts of a training, kept up to date within this block: how far it is, and a page with its command, MLflow
     run, checkpoint and figures. The training runs with ``environment``, and what it returns is to be set as ``result``."""
 
-    def __init__(self, run: RiaeRun | R2idRun, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: RiaeRun | R2idRun, command: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
         self.run, self.title = run, f"train {run.stage}"
         self.command = printable(command, environment)
         self.folder = tempfile.TemporaryDirectory()
@@ -77,15 +79,26 @@ class TrainingArtifacts:
 
     def __enter__(self) -> TrainingArtifacts:
         key, description = f"train-{self.run.stage}", str(self.run.run)
-        self.progress = LiveArtifact("progress", lambda: create_progress_artifact(
-            0.0, key=f"{key}-progress", description=description))
-        self.page = LiveArtifact("page", lambda: create_markdown_artifact(
-            self.markdown(), key=key, description=description))
+        self.progress = LiveArtifact(
+            "progress",
+            lambda: create_progress_artifact(0.0, key=f"{key}-progress", description=description),
+        )
+        self.page = LiveArtifact(
+            "page",
+            lambda: create_markdown_artifact(self.markdown(), key=key, description=description),
+        )
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.state = "done" if error is None else "stopped" if isinstance(error, Stopped) else "crashed"
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.state = (
+            "done" if error is None else "stopped" if isinstance(error, Stopped) else "crashed"
+        )
         if error is not None:
             self.state += f": {str(error) or type(error).__name__}"
         self.ended.set()
@@ -96,14 +109,36 @@ class TrainingArtifacts:
 
     def markdown(self) -> str:
         newest = self._checkpoint()
-        rows = {"State": self.state, "Starts": self.starts,
-                "Progress": self._status(),
-                "Checkpoint": f"`{newest}`" if newest else "none yet",
-                "MLflow": mlflow_run(_read(self.run.run / "mlflow-run-id")) if self.run.tracking.enabled else "switched off",
-                **{name.replace("_", " "): f"{value:.6g}" for name, value in self.result.items()
-                   if isinstance(value, float)}}
-        table = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()]
-        return "\n".join([f"### {self.title}", "", "```sh", self.command, "```", "", "| | |", "|---|---|", *table])
+        rows = {
+            "State": self.state,
+            "Starts": self.starts,
+            "Progress": self._status(),
+            "Checkpoint": f"`{newest}`" if newest else "none yet",
+            "MLflow": mlflow_run(_read(self.run.run / "mlflow-run-id"))
+            if self.run.tracking.enabled
+            else "switched off",
+            **{
+                name.replace("_", " "): f"{value:.6g}"
+                for name, value in self.result.items()
+                if isinstance(value, float)
+            },
+        }
+        table = [
+            f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()
+        ]
+        return "\n".join(
+            [
+                f"### {self.title}",
+                "",
+                "```sh",
+                self.command,
+                "```",
+                "",
+                "| | |",
+                "|---|---|",
+                *table,
+            ]
+        )
 
     def _status(self) -> str:
         done, words = self._done()

@@ -14,8 +14,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from pipelines.artifacts import TrainingArtifacts
-from pipelines.processes import gpu_count
-from pipelines.stages import StageCrashed, run_stage, stage_command
+from pipelines.gpu_count import gpu_count
+from pipelines.subprocesses import StageCrashed, run_stage, stage_command
 from r2id.config import EvaluateConfig, SampleConfig, load_config
 from r2id.errors import InputError
 
@@ -23,7 +23,9 @@ _RESTARTS = 3  # of a training stage that crashed after it had got further
 
 
 @task(name="stage", task_run_name="{arguments[0]}", cache_policy=NO_CACHE)
-def run_stage_task(arguments: Sequence[str], environment: dict[str, str], processes: int = 1) -> dict[str, Any]:
+def run_stage_task(
+    arguments: Sequence[str], environment: dict[str, str], processes: int = 1
+) -> dict[str, Any]:
     return run_stage(arguments, processes=processes, environment=environment)
 
 
@@ -33,12 +35,22 @@ def _got_further(_task: object, _run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, StageCrashed) and error.got_further
 
 
-@task(name="train", task_run_name="train {config}", cache_policy=NO_CACHE, retries=_RESTARTS, retry_delay_seconds=2,
-      retry_condition_fn=_got_further)
-def train_task(config: Path, overrides: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+@task(
+    name="train",
+    task_run_name="train {config}",
+    cache_policy=NO_CACHE,
+    retries=_RESTARTS,
+    retry_delay_seconds=2,
+    retry_condition_fn=_got_further,
+)
+def train_task(
+    config: Path, overrides: Sequence[str], environment: dict[str, str]
+) -> dict[str, Any]:
     run = load_config(config, overrides)
     if run.stage == "pipeline":
-        raise InputError(f"{config}: stage 'pipeline': train takes the config of one stage, 'riae' or 'r2id'")
+        raise InputError(
+            f"{config}: stage 'pipeline': train takes the config of one stage, 'riae' or 'r2id'"
+        )
     pointer = run.run / "checkpoints" / "latest"
     before = pointer.read_text() if pointer.exists() else None
     arguments, processes = ["train", str(config), *overrides], max(gpu_count(), 1)
@@ -52,8 +64,9 @@ def train_task(config: Path, overrides: Sequence[str], environment: dict[str, st
 
 
 @flow(name="train", flow_run_name="train {config}", validate_parameters=False)
-def train_flow(config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None,
-               ) -> dict[str, Any]:
+def train_flow(
+    config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """One training stage, on every GPU of this machine; started again when it crashes after it got further.
 
     Shows progress, command, MLflow run, checkpoint and figures as artifacts, while it goes on.
@@ -62,29 +75,65 @@ def train_flow(config: Path, overrides: Sequence[str] = (), environment: dict[st
 
 
 @flow(name="encode", validate_parameters=False)
-def encode_flow(riae: Path, shards: Path, out: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
+def encode_flow(
+    riae: Path, shards: Path, out: Path, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Latents of a whole dataset, on every GPU of this machine."""
-    return run_stage_task(["encode", "--riae", str(riae), "--shards", str(shards), "--out", str(out)],
-                          environment or {}, max(gpu_count(), 1))
+    return run_stage_task(
+        ["encode", "--riae", str(riae), "--shards", str(shards), "--out", str(out)],
+        environment or {},
+        max(gpu_count(), 1),
+    )
 
 
 @flow(name="sample", validate_parameters=False)
-def sample_flow(checkpoint: Path, out: Path, config: SampleConfig, environment: dict[str, str] | None = None,
-                ) -> dict[str, Any]:
+def sample_flow(
+    checkpoint: Path, out: Path, config: SampleConfig, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """One grid of samples per size. Replaces what is at ``out``."""
-    options = ["--out", str(out), "--overwrite", "--count", str(config.count), "--steps", str(config.steps),
-               "--cfg", str(config.guidance), "--solver", config.solver, "--seed", str(config.seed)]
+    options = [
+        "--out",
+        str(out),
+        "--overwrite",
+        "--count",
+        str(config.count),
+        "--steps",
+        str(config.steps),
+        "--cfg",
+        str(config.guidance),
+        "--solver",
+        config.solver,
+        "--seed",
+        str(config.seed),
+    ]
     for label in config.labels:
         options += ["--label", str(label)]
     return run_stage_task(["sample", str(checkpoint), *options, *_sizes(config)], environment or {})
 
 
 @flow(name="evaluate", validate_parameters=False)
-def evaluate_flow(checkpoint: Path, shards: Path, out: Path, config: EvaluateConfig,
-                  environment: dict[str, str] | None = None) -> dict[str, Any]:
+def evaluate_flow(
+    checkpoint: Path,
+    shards: Path,
+    out: Path,
+    config: EvaluateConfig,
+    environment: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Metrics, figures and report of a checkpoint."""
-    return run_stage_task(["evaluate", str(checkpoint), "--shards", str(shards), "--out", str(out),
-                           "--count", str(config.count), *_sizes(config)], environment or {})
+    return run_stage_task(
+        [
+            "evaluate",
+            str(checkpoint),
+            "--shards",
+            str(shards),
+            "--out",
+            str(out),
+            "--count",
+            str(config.count),
+            *_sizes(config),
+        ],
+        environment or {},
+    )
 
 
 def _sizes(config: SampleConfig | EvaluateConfig) -> list[str]:

@@ -14,12 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-from pipelines.stages import end_with_us
+from pipelines.subprocesses import end_with_us
 from r2id.errors import Stopped, WorkError
 from r2id.progress import say
 
 _RESTARTS = 5  # of a server
-_START_SECONDS = 600.0  # some seconds, minutes on an overloaded machine; a server that died is noticed at once
+_START_SECONDS = (
+    600.0  # some seconds, minutes on an overloaded machine; a server that died is noticed at once
+)
 
 
 @contextlib.contextmanager
@@ -92,7 +94,9 @@ def _messages_end() -> Iterator[None]:
         yield
     finally:
         if not server_answers():
-            from prefect._internal.concurrency.services import _active_services  # there is no public way
+            from prefect._internal.concurrency.services import (
+                _active_services,  # there is no public way
+            )
 
             say("prefect: its server does not answer: what it has not been told is lost")
             for service in list(_active_services):
@@ -117,14 +121,32 @@ class _Server:
         deadline = time.monotonic() + _START_SECONDS
         while not _answers(f"{self.address}/health"):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise WorkError(f"Prefect's server does not start (exit code {self.process.poll()})")
+                raise WorkError(
+                    f"Prefect's server does not start (exit code {self.process.poll()})"
+                )
             time.sleep(0.1)
         threading.Thread(target=self._keep, daemon=True, name="prefect-server").start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", self.port, "--no-ui",
-                   "--no-scheduler", "--no-late-runs", "--log-level", "ERROR"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            self.port,
+            "--no-ui",
+            "--no-scheduler",
+            "--no-late-runs",
+            "--log-level",
+            "ERROR",
+        ]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         end_with_us(process.pid)  # its only end: after this process has delivered its last messages
         return process
 

@@ -32,22 +32,35 @@ class Pipeline:
 
     def __init__(self, config: PipelineRun, base: Path) -> None:
         self.config, self.base, self.out = config, base, config.out
-        self.riae, self.r2id, self.latents = self.out / "riae", self.out / "r2id", self.out / "latents"
+        self.riae, self.r2id, self.latents = (
+            self.out / "riae",
+            self.out / "r2id",
+            self.out / "latents",
+        )
         self.samples, self.report = self.out / "samples", self.out / "report"
         self.record_file = self.out / "pipeline.json"
         self.executed: list[dict[str, Any]] = []
         self.environment: dict[str, str] = {}
         # Both are read now, so that a misspelt option is told before hours of work and not after.
         self.riae_stage = self._stage("riae", config.riae, {"run": self.riae})
-        self.r2id_stage = self._stage("r2id", config.r2id, {"run": self.r2id, "codec": self.riae,
-                                                            "data.latents": self.latents})
+        self.r2id_stage = self._stage(
+            "r2id",
+            config.r2id,
+            {"run": self.r2id, "codec": self.riae, "data.latents": self.latents},
+        )
         self.record = self._read_record()
 
-    def _stage(self, kind: str, stage: StageConfig, paths: Mapping[str, Path]) -> tuple[Path, tuple[str, ...]]:
+    def _stage(
+        self, kind: str, stage: StageConfig, paths: Mapping[str, Path]
+    ) -> tuple[Path, tuple[str, ...]]:
         """A stage's config file and its overrides; the pipeline's own come last and win."""
         file = self.base / stage.config
-        values = {**{key: str(path) for key, path in paths.items()}, "data.shards": str(self.config.prepare.out),
-                  "tracking.experiment": self.config.tracking.experiment, "tracking.enabled": self.config.tracking.enabled}
+        values = {
+            **{key: str(path) for key, path in paths.items()},
+            "data.shards": str(self.config.prepare.out),
+            "tracking.experiment": self.config.tracking.experiment,
+            "tracking.enabled": self.config.tracking.enabled,
+        }
         overrides = (*stage.set, *(f"{key}={json.dumps(value)}" for key, value in values.items()))
         found = load_config(file, overrides).stage
         if found != kind:
@@ -60,7 +73,9 @@ class Pipeline:
         try:
             return json.loads(self.record_file.read_text())
         except json.JSONDecodeError as error:
-            raise InputError(f"{self.record_file}: damaged ({error}); remove it to begin a new record") from None
+            raise InputError(
+                f"{self.record_file}: damaged ({error}); remove it to begin a new record"
+            ) from None
 
     def write_record(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -76,11 +91,15 @@ class Pipeline:
         say(f"── {name}: done in {duration(time.monotonic() - began)}")
         return result
 
-    def once(self, name: str, settings: Mapping[str, Any], artifacts: list[Path], work: Callable[[], Any]) -> Any:
+    def once(
+        self, name: str, settings: Mapping[str, Any], artifacts: list[Path], work: Callable[[], Any]
+    ) -> Any:
         """Do a stage unless its result was made with these settings from the present checkpoint and is in place."""
         checkpoint = self.r2id / "checkpoints"
         latest = checkpoint / (checkpoint / "latest").read_text().strip() / "checkpoint.json"
-        key = hashlib.sha256(latest.read_bytes() + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(
+            latest.read_bytes() + json.dumps(settings, sort_keys=True).encode()
+        ).hexdigest()
         known = self.record["stages"].get(name)
         if known and known["key"] == key and all(path.exists() for path in artifacts):
             say(f"── {name}: up to date")
@@ -88,28 +107,53 @@ class Pipeline:
         result = self.stage(name, work)
         self.record["stages"][name] = {"key": key, "result": result}
         self.write_record()
-        self.note(name, settings, artifacts, _read_json(self.report / "metrics.json") if name == "evaluate" else {})
+        self.note(
+            name,
+            settings,
+            artifacts,
+            _read_json(self.report / "metrics.json") if name == "evaluate" else {},
+        )
         return result
 
-    def note(self, name: str, params: Mapping[str, Any], artifacts: Sequence[Path] = (),
-             metrics: Mapping[str, Any] | None = None) -> None:
+    def note(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        artifacts: Sequence[Path] = (),
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
         """Remember a stage that does not track itself, for a child run at the end."""
-        self.executed.append({"name": name, "params": params, "artifacts": [str(path) for path in artifacts],
-                              "metrics": metrics or {}})
+        self.executed.append(
+            {
+                "name": name,
+                "params": params,
+                "artifacts": [str(path) for path in artifacts],
+                "metrics": metrics or {},
+            }
+        )
 
     def begin_tracking(self) -> None:
         """Open the MLflow run that the stages are children of; without one they are tracked on their own."""
         tracking = self.config.tracking
         if tracking.enabled:
-            run = _tracking("begin", {"experiment": tracking.experiment, "name": tracking.name or self.config.name,
-                                      "run": self.record["mlflow_run"], "params": self.config.model_dump(mode="json")})
+            run = _tracking(
+                "begin",
+                {
+                    "experiment": tracking.experiment,
+                    "name": tracking.name or self.config.name,
+                    "run": self.record["mlflow_run"],
+                    "params": self.config.model_dump(mode="json"),
+                },
+            )
             if run:
                 self.environment["R2ID_PARENT_RUN"] = self.record["mlflow_run"] = run
                 self.write_record()
 
     def end_tracking(self, status: str) -> None:
         if self.environment:
-            _tracking("end", {"run": self.record["mlflow_run"], "status": status, "stages": self.executed})
+            _tracking(
+                "end", {"run": self.record["mlflow_run"], "status": status, "stages": self.executed}
+            )
 
 
 def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
@@ -147,29 +191,53 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
         pipeline.note("prepare", config.prepare.model_dump(mode="json"))
     pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
     pipeline.stage("train riae", lambda: train_flow(*pipeline.riae_stage, environment))
-    encoded = pipeline.stage("encode", lambda: encode_flow(pipeline.riae, shards, pipeline.latents, environment))
+    encoded = pipeline.stage(
+        "encode", lambda: encode_flow(pipeline.riae, shards, pipeline.latents, environment)
+    )
     if encoded["reused"] < encoded["images"]:
         pipeline.note("encode", encoded)
     pipeline.stage("train r2id", lambda: train_flow(*pipeline.r2id_stage, environment))
     samples = pipeline.once(
-        "sample", config.sample.model_dump(mode="json"), [pipeline.samples],
-        lambda: sample_flow(pipeline.r2id, pipeline.samples, config.sample, environment))
+        "sample",
+        config.sample.model_dump(mode="json"),
+        [pipeline.samples],
+        lambda: sample_flow(pipeline.r2id, pipeline.samples, config.sample, environment),
+    )
     evaluation = pipeline.once(
-        "evaluate", config.evaluate.model_dump(mode="json"), [pipeline.report],
-        lambda: evaluate_flow(pipeline.r2id, shards, pipeline.report, config.evaluate, environment))
+        "evaluate",
+        config.evaluate.model_dump(mode="json"),
+        [pipeline.report],
+        lambda: evaluate_flow(pipeline.r2id, shards, pipeline.report, config.evaluate, environment),
+    )
     summary = _summary(pipeline, samples, evaluation)
-    create_markdown_artifact(key="r2id", markdown="\n".join(f"* {line}" for line in summary["lines"]),
-                             description=f"Where {config.name} landed, and its headline figures")
+    create_markdown_artifact(
+        key="r2id",
+        markdown="\n".join(f"* {line}" for line in summary["lines"]),
+        description=f"Where {config.name} landed, and its headline figures",
+    )
     return summary
 
 
-def _summary(pipeline: Pipeline, samples: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    summary = {"name": pipeline.config.name, "out": str(pipeline.out), "shards": str(pipeline.config.prepare.out),
-               "riae": str(pipeline.riae), "r2id": str(pipeline.r2id), "pictures": [str(f) for f in samples["files"]],
-               "report": str(pipeline.report / "report.html"), "metrics": str(pipeline.report / "metrics.json"),
-               "headlines": list(evaluation["headlines"]), "mlflow": how_to_open_mlflow()}
-    lines = [*summary["headlines"], *(f"picture: {path}" for path in summary["pictures"]),
-             f"report: {summary['report']}"]
+def _summary(
+    pipeline: Pipeline, samples: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> dict[str, Any]:
+    summary = {
+        "name": pipeline.config.name,
+        "out": str(pipeline.out),
+        "shards": str(pipeline.config.prepare.out),
+        "riae": str(pipeline.riae),
+        "r2id": str(pipeline.r2id),
+        "pictures": [str(f) for f in samples["files"]],
+        "report": str(pipeline.report / "report.html"),
+        "metrics": str(pipeline.report / "metrics.json"),
+        "headlines": list(evaluation["headlines"]),
+        "mlflow": how_to_open_mlflow(),
+    }
+    lines = [
+        *summary["headlines"],
+        *(f"picture: {path}" for path in summary["pictures"]),
+        f"report: {summary['report']}",
+    ]
     if pipeline.config.tracking.enabled:
         lines.append(f"to open MLflow: {summary['mlflow']}")
     return {**summary, "lines": lines}
@@ -180,8 +248,13 @@ def _tracking(verb: str, order: Mapping[str, Any]) -> str | None:
 
     None when MLflow cannot be reached: the work goes on without it.
     """
-    process = subprocess.run([sys.executable, "-m", "r2id.training.tracking", verb], input=json.dumps(order),
-                             stdout=subprocess.PIPE, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, "-m", "r2id.training.tracking", verb],
+        input=json.dumps(order),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     return process.stdout.strip() if process.returncode == 0 else None
 
 

@@ -17,7 +17,11 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
@@ -47,8 +51,12 @@ def prepare_flow(config: PrepareConfig) -> Path:
 
     def write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         done, total = 0, sum(plan.samples)
-        shown = LiveArtifact("progress", lambda: create_progress_artifact(
-            0.0, key="prepare-progress", description=f"{config.dataset} → {config.out}"))
+        shown = LiveArtifact(
+            "progress",
+            lambda: create_progress_artifact(
+                0.0, key="prepare-progress", description=f"{config.dataset} → {config.out}"
+            ),
+        )
         for result in _with_or_without_prefect(plan, numbers):
             results.append(result)
             done += result["samples"] + result["rejects"]
@@ -82,14 +90,20 @@ def check_engine(config: PrepareConfig) -> None:
     try:
         importlib.import_module(f"prefect_{config.engine}")
     except ImportError:
-        raise InputError(f"engine {config.engine!r}: not installed: pip install r2id[{config.engine}]") from None
+        raise InputError(
+            f"engine {config.engine!r}: not installed: pip install r2id[{config.engine}]"
+        ) from None
     if config.address is None or config.address == "auto":
         return
     parts = urlsplit(config.address if "://" in config.address else f"tcp://{config.address}")
     try:
-        socket.create_connection((parts.hostname or "", parts.port or 0), _SECONDS_TO_ANSWER).close()
+        socket.create_connection(
+            (parts.hostname or "", parts.port or 0), _SECONDS_TO_ANSWER
+        ).close()
     except (OSError, ValueError) as error:
-        raise InputError(f"address {config.address!r}: no {config.engine} cluster answers there: {error}") from None
+        raise InputError(
+            f"address {config.address!r}: no {config.engine} cluster answers there: {error}"
+        ) from None
 
 
 def _with_or_without_prefect(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -102,7 +116,9 @@ def _with_or_without_prefect(plan: Plan, numbers: Sequence[int]) -> Iterator[dic
         raise
     except Exception as error:
         if not is_prefects(error):
-            raise WorkError(f"{plan.config.engine}: {words(error)}: the same command goes on") from error
+            raise WorkError(
+                f"{plan.config.engine}: {words(error)}: the same command goes on"
+            ) from error
         say(f"prefect: {words(error)}; going on without it")
         yield from write_shards(plan, [number for number in numbers if number not in done])
 
@@ -114,7 +130,9 @@ def _by_tasks(plan: Plan, numbers: Sequence[int]) -> Iterator[tuple[int, dict[st
         return
     with _runner(plan.config, workers) as runner:
         futures: dict[PrefectFuture[Any], int] = {
-            runner.submit(shard_task, {"plan": plan, "number": number}): number for number in numbers}
+            runner.submit(shard_task, {"plan": plan, "number": number}): number
+            for number in numbers
+        }
         for future in as_completed(list(futures)):
             yield futures[future], future.result()
 
@@ -122,15 +140,30 @@ def _by_tasks(plan: Plan, numbers: Sequence[int]) -> Iterator[tuple[int, dict[st
 def _runner(config: PrepareConfig, workers: int) -> TaskRunner[Any]:
     if config.engine == "dask":
         from prefect_dask import DaskTaskRunner
+
         if config.address:
-            return DaskTaskRunner(address=config.address, client_kwargs={"timeout": _SECONDS_TO_ANSWER})
-        return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
+            return DaskTaskRunner(
+                address=config.address, client_kwargs={"timeout": _SECONDS_TO_ANSWER}
+            )
+        return DaskTaskRunner(
+            cluster_kwargs={
+                "n_workers": workers,
+                "threads_per_worker": 1,
+                "dashboard_address": None,
+            }
+        )
     if config.engine == "ray":
         from prefect_ray import RayTaskRunner
+
         # Given as an option of ray.init: without one, Ray would take whatever cluster it finds on this machine.
-        options = {"address": config.address} if config.address else {
-            "address": "local", "num_cpus": workers, "include_dashboard": False}
-        return RayTaskRunner(init_kwargs={**options, "log_to_driver": False, "logging_level": "ERROR"})
+        options = (
+            {"address": config.address}
+            if config.address
+            else {"address": "local", "num_cpus": workers, "include_dashboard": False}
+        )
+        return RayTaskRunner(
+            init_kwargs={**options, "log_to_driver": False, "logging_level": "ERROR"}
+        )
     return ProcessPoolTaskRunner(max_workers=workers, initializer=end_with_parent)
 
 
@@ -143,7 +176,9 @@ def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:
     try:
         create_table_artifact(shown.table, key="prepare-shards", description=shown.words)
         for name, picture in (("samples", shown.samples), ("sizes", shown.sizes)):
-            create_markdown_artifact(f"![{name}]({_data_uri(picture)})", key=f"prepare-{name}", description=shown.words)
+            create_markdown_artifact(
+                f"![{name}]({_data_uri(picture)})", key=f"prepare-{name}", description=shown.words
+            )
     except Exception as error:
         say(f"prefect: no artifacts: {words(error)}")
 

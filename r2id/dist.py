@@ -35,13 +35,17 @@ def init() -> World:
 
     NCCL on CUDA, gloo on CPU. Raises InputError when there are more processes on a host than GPUs.
     """
-    number, size, local = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    number, size, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise InputError(f"LOCAL_RANK = {local}: this host has {torch.cuda.device_count()} GPUs; "
-                             "start at most one process per GPU")
+            raise InputError(
+                f"LOCAL_RANK = {local}: this host has {torch.cuda.device_count()} GPUs; "
+                "start at most one process per GPU"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if size > 1:

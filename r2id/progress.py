@@ -45,8 +45,16 @@ class Progress:
     ``shown=False`` counts in silence, for every rank but the first.
     """
 
-    def __init__(self, title: str, total: int | None = None, *, start: int = 0, unit: str = "steps",
-                 per_item: int = 1, shown: bool = True) -> None:
+    def __init__(
+        self,
+        title: str,
+        total: int | None = None,
+        *,
+        start: int = 0,
+        unit: str = "steps",
+        per_item: int = 1,
+        shown: bool = True,
+    ) -> None:
         self.title, self.total, self.unit, self.per_item = title, total, unit, per_item
         self.start = self.done = start
         self.note = ""
@@ -62,8 +70,12 @@ class Progress:
             display.open()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for display in self._displays:
             display.close(complete=kind is None)
 
@@ -124,12 +136,20 @@ class _Bar:
         from rich.progress import Progress as RichProgress
 
         self.progress = progress
-        self.rich = RichProgress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                 TimeElapsedColumn(), TextColumn("{task.fields[status]}"), console=Console(stderr=True))
+        self.rich = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=Console(stderr=True),
+        )
 
     def open(self) -> None:
         progress = self.progress
-        self.task = self.rich.add_task(progress.title, total=progress.total, completed=progress.done, status="")
+        self.task = self.rich.add_task(
+            progress.title, total=progress.total, completed=progress.done, status=""
+        )
         self.rich.start()
 
     def update(self) -> None:
@@ -162,12 +182,22 @@ class _File:
         progress = self.progress
         partial = self.path.with_name(f"{self.path.name}.partial")
         with contextlib.suppress(OSError):  # nobody's work waits for being shown
-            partial.write_text(json.dumps({"title": progress.title, "done": progress.done, "total": progress.total,
-                                           "status": progress.status()}))
+            partial.write_text(
+                json.dumps(
+                    {
+                        "title": progress.title,
+                        "done": progress.done,
+                        "total": progress.total,
+                        "status": progress.status(),
+                    }
+                )
+            )
             partial.replace(self.path)
 
 
-def track(items: Iterable[Item], title: str, total: int | None = None, *, unit: str = "items") -> Iterator[Item]:
+def track(
+    items: Iterable[Item], title: str, total: int | None = None, *, unit: str = "items"
+) -> Iterator[Item]:
     """The same items, counted as they are used up."""
     if total is None and isinstance(items, Sized):
         total = len(items)

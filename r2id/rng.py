@@ -35,7 +35,11 @@ def fold(*parts: int | Tensor) -> Tensor:
     device = next((part.device for part in parts if isinstance(part, Tensor)), torch.device("cpu"))
     key = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
-        number = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.int64, device=device)
+        number = (
+            part
+            if isinstance(part, Tensor)
+            else torch.tensor(part, dtype=torch.int64, device=device)
+        )
         key = _mix(_mix(key + _GAMMA) ^ (number + 1) * _GAMMA)
     return key
 
@@ -72,4 +76,6 @@ def normal(keys: Tensor, *shape: int) -> Tensor:
 def subset(keys: Tensor, total: int, count: int) -> Tensor:
     """Distinct indices in random order: keys [B] → int64 [B, count] of range(total)."""
     order = bits(keys, total)
-    return torch.topk(order, count, dim=-1).indices if count < total else torch.argsort(order, dim=-1)
+    return (
+        torch.topk(order, count, dim=-1).indices if count < total else torch.argsort(order, dim=-1)
+    )

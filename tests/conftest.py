@@ -13,10 +13,30 @@ torch.set_num_threads(2)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-TINY_RIAE = ["riae.width=32", "riae.pixel_width=32", "riae.heads=2", "riae.encoder_blocks=1", "riae.decoder_blocks=1",
-             "train.steps=60", "train.batch=32", "optim.warmup=10", "train.log_every=20", "tracking.enabled=false"]
-TINY_R2ID = ["r2id.width=32", "r2id.heads=2", "r2id.encoder_blocks=1", "r2id.decoder_blocks=1", "train.steps=40",
-             "train.batch=32", "optim.warmup=10", "train.log_every=20", "sample.steps=4", "tracking.enabled=false"]
+TINY_RIAE = [
+    "riae.width=32",
+    "riae.pixel_width=32",
+    "riae.heads=2",
+    "riae.encoder_blocks=1",
+    "riae.decoder_blocks=1",
+    "train.steps=60",
+    "train.batch=32",
+    "optim.warmup=10",
+    "train.log_every=20",
+    "tracking.enabled=false",
+]
+TINY_R2ID = [
+    "r2id.width=32",
+    "r2id.heads=2",
+    "r2id.encoder_blocks=1",
+    "r2id.decoder_blocks=1",
+    "train.steps=40",
+    "train.batch=32",
+    "optim.warmup=10",
+    "train.log_every=20",
+    "sample.steps=4",
+    "tracking.enabled=false",
+]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +56,11 @@ def riae_run(digits, tmp_path_factory) -> Path:
     from r2id.training.loop import train
 
     run = tmp_path_factory.mktemp("riae") / "run"
-    train(load_config(CONFIGS / "digits" / "riae.toml", [*TINY_RIAE, f"run={run}", f"data.shards={digits}"]))
+    train(
+        load_config(
+            CONFIGS / "digits" / "riae.toml", [*TINY_RIAE, f"run={run}", f"data.shards={digits}"]
+        )
+    )
     return run
 
 
@@ -56,8 +80,18 @@ def r2id_run(digits, riae_run, latents, tmp_path_factory) -> Path:
     from r2id.training.loop import train
 
     run = tmp_path_factory.mktemp("r2id") / "run"
-    train(load_config(CONFIGS / "digits" / "r2id.toml", [*TINY_R2ID, f"run={run}", f"data.shards={digits}",
-                                                         f"codec={riae_run}", f"data.latents={latents}"]))
+    train(
+        load_config(
+            CONFIGS / "digits" / "r2id.toml",
+            [
+                *TINY_R2ID,
+                f"run={run}",
+                f"data.shards={digits}",
+                f"codec={riae_run}",
+                f"data.latents={latents}",
+            ],
+        )
+    )
     return run
 
 

@@ -10,29 +10,59 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from pipelines.pipeline import Pipeline
+from r2id.checkpoints import checkpoint
 from r2id.config import PipelineRun, PrepareConfig, R2idRun, RiaeRun, load_config
-from r2id.sampling import preview
-from r2id.training import checkpoint
+from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import RUNTIME, Facts, Work, elements, memory
-from r2id.training.shares import accumulation, micro_batch_size
+from r2id.training.previews import preview
 from tests.conftest import CONFIGS
 
-STAGES = sorted(path for folder in ("celeba", "imagenet") for path in (CONFIGS / folder).glob("r*.toml"))
+STAGES = sorted(
+    path for folder in ("celeba", "imagenet") for path in (CONFIGS / folder).glob("r*.toml")
+)
 R2ID_STAGES = [path for path in STAGES if path.stem.startswith("r2id")]
 PIPELINES = sorted(CONFIGS.rglob("*pipeline*.toml"))
 
 GIGABYTES = {"celeba": 16, "imagenet": 80}  # of one GPU
 CLASSES = {"celeba": 2, "imagenet": 1000}
-LARGEST = {"celeba/riae": (218, 178), "imagenet/riae-256": (256, 256), "imagenet/riae-512": (512, 512)}
-DIT = {"b": 130e6, "l": 458e6, "xl": 675e6}  # parameters of DiT-B, L and XL (Peebles & Xie 2023, table 1 and appendix)
+LARGEST = {
+    "celeba/riae": (218, 178),
+    "imagenet/riae-256": (256, 256),
+    "imagenet/riae-512": (512, 512),
+}
+DIT = {
+    "b": 130e6,
+    "l": 458e6,
+    "xl": 675e6,
+}  # parameters of DiT-B, L and XL (Peebles & Xie 2023, table 1 and appendix)
 
-TINY = ["train.steps=3", "train.batch=8", "train.micro_batch=4", "data.workers=1", "tracking.enabled=false"]
-NARROW = {"riae": ["riae.width=32", "riae.pixel_width=16", "riae.heads=2", "riae.encoder_blocks=1",
-                   "riae.decoder_blocks=1", "riae.latent_blocks=1"],
-          "r2id": ["r2id.width=32", "r2id.heads=2", "r2id.encoder_blocks=1", "r2id.decoder_blocks=1", "sample.steps=2",
-                   "sample.labels=[0, 1]"]}
+TINY = [
+    "train.steps=3",
+    "train.batch=8",
+    "train.micro_batch=4",
+    "data.workers=1",
+    "tracking.enabled=false",
+]
+NARROW = {
+    "riae": [
+        "riae.width=32",
+        "riae.pixel_width=16",
+        "riae.heads=2",
+        "riae.encoder_blocks=1",
+        "riae.decoder_blocks=1",
+        "riae.latent_blocks=1",
+    ],
+    "r2id": [
+        "r2id.width=32",
+        "r2id.heads=2",
+        "r2id.encoder_blocks=1",
+        "r2id.decoder_blocks=1",
+        "sample.steps=2",
+        "sample.labels=[0, 1]",
+    ],
+}
 SIZES = {"celeba": [(218, 178)], "imagenet": [(96, 128), (128, 96), (112, 112), (375, 500)]}
 
 
@@ -48,7 +78,9 @@ def riae_of(path: Path) -> Path:
 def work_of(path: Path) -> Work:
     config, riae = load_config(path), load_config(riae_of(path))
     assert isinstance(config, RiaeRun | R2idRun) and isinstance(riae, RiaeRun)
-    return Work(config, Facts(LARGEST[name_of(riae_of(path))], 1, CLASSES[path.parent.name], riae.riae))
+    return Work(
+        config, Facts(LARGEST[name_of(riae_of(path))], 1, CLASSES[path.parent.name], riae.riae)
+    )
 
 
 @pytest.mark.parametrize("path", STAGES, ids=name_of)
@@ -62,7 +94,9 @@ def test_a_step_fits_on_1_8_and_64_gpus(path):
     assert found == sorted(found, reverse=True), "more GPUs take more memory each"
 
 
-@pytest.mark.parametrize("path", [path for path in R2ID_STAGES if path.parent.name == "imagenet"], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in R2ID_STAGES if path.parent.name == "imagenet"], ids=name_of
+)
 def test_r2id_is_as_large_as_dit(path):
     with torch.device("meta"):
         found = elements(work_of(path).module())
@@ -73,11 +107,18 @@ def test_r2id_is_as_large_as_dit(path):
 def test_r2id_takes_the_images_and_latents_that_its_riae_left(path):
     r2id, riae = load_config(path), load_config(riae_of(path))
     pipeline = load_config(path.with_name(riae_of(path).name.replace("riae", "pipeline")))
-    assert isinstance(r2id, R2idRun) and isinstance(riae, RiaeRun) and isinstance(pipeline, PipelineRun)
+    assert (
+        isinstance(r2id, R2idRun)
+        and isinstance(riae, RiaeRun)
+        and isinstance(pipeline, PipelineRun)
+    )
     for name in ("shards", "channels", "size", "max_pixels", "test_split"):
         assert getattr(r2id.data, name) == getattr(riae.data, name)
     assert r2id.data.shards == pipeline.prepare.out
-    assert r2id.codec == riae.run == pipeline.out / "riae" and r2id.data.latents == pipeline.out / "latents"
+    assert (
+        r2id.codec == riae.run == pipeline.out / "riae"
+        and r2id.data.latents == pipeline.out / "latents"
+    )
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=name_of)
@@ -85,7 +126,10 @@ def test_a_pipeline_finds_its_stages(path):
     config = load_config(path)
     assert isinstance(config, PipelineRun)
     pipeline = Pipeline(config, path.parent)
-    assert [load_config(*stage).stage for stage in (pipeline.riae_stage, pipeline.r2id_stage)] == ["riae", "r2id"]
+    assert [load_config(*stage).stage for stage in (pipeline.riae_stage, pipeline.r2id_stage)] == [
+        "riae",
+        "r2id",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +143,18 @@ def photos(tmp_path_factory):
         draw = np.random.default_rng(0)
         for number in range(48):
             label = number % 2
-            split, size = ("train", "val", "test")[max(0, number // 8 - 3)], sizes[number // 2 % len(sizes)]
+            split, size = (
+                ("train", "val", "test")[max(0, number // 8 - 3)],
+                sizes[number // 2 % len(sizes)],
+            )
             photo = load_sample_images().images[label]
             top, left = (int(draw.integers(photo.shape[axis] - size[axis] + 1)) for axis in (0, 1))
             file = folder / "in" / split / "ab"[label] / f"{number}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(photo[top:top + size[0], left:left + size[1]]).save(file)
-        found[dataset] = prepare(PrepareConfig(dataset="folder", source=folder / "in", out=folder / "shards"))
+            Image.fromarray(photo[top : top + size[0], left : left + size[1]]).save(file)
+        found[dataset] = prepare(
+            PrepareConfig(dataset="folder", source=folder / "in", out=folder / "shards")
+        )
     return found
 
 
@@ -117,7 +166,9 @@ def codecs(photos, tmp_path_factory, one_thread):
     def codec(path: Path) -> tuple[Path, Path]:
         if path not in known:
             folder, shards = tmp_path_factory.mktemp(path.stem), photos[path.parent.name]
-            config = load_config(path, [*TINY, *NARROW["riae"], f"run={folder}/riae", f"data.shards={shards}"])
+            config = load_config(
+                path, [*TINY, *NARROW["riae"], f"run={folder}/riae", f"data.shards={shards}"]
+            )
             assert train(config, preview)["step"] == 3
             encode(folder / "riae", shards, folder / "latents")
             known[path] = folder / "riae", folder / "latents"
@@ -132,13 +183,24 @@ def test_it_starts(path, photos, codecs, tmp_path):
     run, latents = codecs(riae_of(path))
     if path in R2ID_STAGES:
         shards, codec, run = photos[path.parent.name], run, tmp_path / "run"
-        config = load_config(path, [*TINY, *NARROW["r2id"], f"run={run}", f"codec={codec}", f"data.shards={shards}",
-                                    f"data.latents={latents}"])
+        config = load_config(
+            path,
+            [
+                *TINY,
+                *NARROW["r2id"],
+                f"run={run}",
+                f"codec={codec}",
+                f"data.shards={shards}",
+                f"data.latents={latents}",
+            ],
+        )
         result = train(config, preview)
         assert result["step"] == 3 and math.isfinite(result["loss"])
     meta = checkpoint.load_meta(run)
     assert meta.step == 3 and meta.samples == 24
     for kind in ("ema", "ema-0.1"):
-        assert all(tensor.isfinite().all() for tensor in checkpoint.load_tensors(run, kind).values())
+        assert all(
+            tensor.isfinite().all() for tensor in checkpoint.load_tensors(run, kind).values()
+        )
     with Image.open(run / "samples" / "step-00000003.png") as picture:
         assert picture.mode == "RGB"

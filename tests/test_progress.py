@@ -16,7 +16,9 @@ def every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
 
 
-def test_lines_tell_count_rate_time_left_and_note(every_time: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_tell_count_rate_time_left_and_note(
+    every_time: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Progress("train riae", 20, start=10, unit="images", per_item=64) as bar:
         bar.advance(5, note="loss 0.5")
     out, err = capsys.readouterr()
@@ -34,7 +36,9 @@ def test_lines_come_every_few_seconds_only(capsys: pytest.CaptureFixture[str]) -
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_failure_reads_stopped_and_a_hidden_one_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_reads_stopped_and_a_hidden_one_says_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(KeyError), Progress("work", 3):
         raise KeyError
     assert "stopped" in capsys.readouterr().err
@@ -47,8 +51,12 @@ def test_a_failure_reads_stopped_and_a_hidden_one_says_nothing(capsys: pytest.Ca
 def test_a_terminal_gets_a_bar() -> None:
     reader, writer = pty.openpty()
     code = "from r2id.progress import track\nfor _ in track(range(3), 'reading'): pass"
-    subprocess.run([sys.executable, "-c", code], stderr=writer, check=True,
-                   env={**os.environ, "TERM": "xterm", "COLUMNS": "100"})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        stderr=writer,
+        check=True,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )
     os.close(writer)
     shown = os.read(reader, 65536).decode()
     os.close(reader)

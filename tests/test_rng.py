@@ -20,7 +20,9 @@ def test_normal_has_normal_moments_and_quantiles():
     assert drawn.mean().abs() < 0.01 and abs(drawn.std() - 1) < 0.01
     assert abs(drawn.pow(3).mean()) < 0.03 and abs(drawn.pow(4).mean() - 3) < 0.1
     quantiles = torch.quantile(drawn.flatten(), torch.tensor([0.025, 0.16, 0.5, 0.84, 0.975]))
-    torch.testing.assert_close(quantiles, torch.tensor([-1.96, -0.994, 0, 0.994, 1.96]), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        quantiles, torch.tensor([-1.96, -0.994, 0, 0.994, 1.96]), atol=0.03, rtol=0
+    )
 
 
 def test_neighbouring_keys_and_values_are_independent():
@@ -31,7 +33,10 @@ def test_neighbouring_keys_and_values_are_independent():
 
 
 def test_order_and_sign_of_key_parts_matter():
-    folded = [int(rng.fold(*parts)) for parts in [(1, 2), (2, 1), (1,), (1, 0), (0, 1), (-1, 2), (1, -2), (0,)]]
+    folded = [
+        int(rng.fold(*parts))
+        for parts in [(1, 2), (2, 1), (1,), (1, 0), (0, 1), (-1, 2), (1, -2), (0,)]
+    ]
     assert len(set(folded)) == len(folded)
 
 
@@ -42,15 +47,22 @@ def test_a_draw_depends_on_its_key_alone():
 
 def test_the_stream_never_changes():
     """Checkpoints and published seeds rely on these very numbers."""
-    assert rng.bits(torch.zeros((), dtype=torch.int64), 2).tolist() == [-2152535657050944081, 7960286522194355700]
+    assert rng.bits(torch.zeros((), dtype=torch.int64), 2).tolist() == [
+        -2152535657050944081,
+        7960286522194355700,
+    ]
     # The published first outputs of SplitMix64 from state 0: e220a8397b1dcdaf, 6e789e6aa1b965f4.
     assert [value % 2**64 for value in (-2152535657050944081, 7960286522194355700)] == [
-        0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 10, 50])
 def test_subsets_are_distinct_and_fair(count):
     chosen = rng.subset(KEYS[:4000], 50, count)
-    assert chosen.shape == (4000, count) and all(len(set(row.tolist())) == count for row in chosen[:100])
+    assert chosen.shape == (4000, count) and all(
+        len(set(row.tolist())) == count for row in chosen[:100]
+    )
     frequency = torch.bincount(chosen.flatten(), minlength=50) / 4000
     assert (frequency - count / 50).abs().max() < 0.04

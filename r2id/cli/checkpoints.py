@@ -10,15 +10,19 @@ import typer
 from r2id.cli.options import Json, app, report
 from r2id.errors import InputError
 
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, check them, and export their weights.")
+checkpoint_app = typer.Typer(
+    no_args_is_help=True, help="Look at checkpoints, check them, and export their weights."
+)
 app.add_typer(checkpoint_app, name="checkpoint")
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint or run directory (its newest).")]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="Checkpoint or run directory (its newest).")
+]
 
 
 @checkpoint_app.command("show")
 def checkpoint_show(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """What it is: stage, step, samples, parameters, averages, model, codec, sizes."""
-    from r2id.training.export import describe
+    from r2id.checkpoints.export import describe
 
     report(describe(checkpoint), as_json, _checkpoint_lines)
 
@@ -35,17 +39,21 @@ def _checkpoint_lines(figures: dict[str, Any]) -> list[str]:
         "facts       " + ", ".join(f"{name} {value}" for name, value in figures["facts"].items()),
         *([f"codec       {figures['codec']}"] if figures["codec"] else []),
         f"megabytes   {figures['total_bytes'] / 1e6:.1f}: {sizes}; files of {figures['written_by']} ranks",
-        f"identity    {figures['identity']}"]
+        f"identity    {figures['identity']}",
+    ]
 
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Rehash all files; exit 1 and a list when anything is damaged."""
-    from r2id.training.checkpoint import damages, resolve
+    from r2id.checkpoints.checkpoint import damages, resolve
 
     folder, found = resolve(checkpoint), damages(checkpoint)
-    report({"checkpoint": folder, "intact": not found, "damages": found}, as_json,
-            lambda r: r["damages"] or [f"{folder}: intact"])
+    report(
+        {"checkpoint": folder, "intact": not found, "damages": found},
+        as_json,
+        lambda r: r["damages"] or [f"{folder}: intact"],
+    )
     if found:
         raise typer.Exit(1)
 
@@ -53,22 +61,46 @@ def checkpoint_verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
 @checkpoint_app.command("export")
 def checkpoint_export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="File to write; must not exist.")],
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
-    ema: Annotated[str, typer.Option(metavar="default|SIGMA", help="Which average of the weights: the one that sampling "
-                                     "uses, or one of this width, made of the run's snapshots.")] = "default",
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.safetensors", help="File to write; must not exist.")
+    ],
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")
+    ] = "float32",
+    ema: Annotated[
+        str,
+        typer.Option(
+            metavar="default|SIGMA",
+            help="Which average of the weights: the one that sampling "
+            "uses, or one of this width, made of the run's snapshots.",
+        ),
+    ] = "default",
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """One safetensors file of averaged weights with config and facts, for RIAE.from_pretrained and R2ID.from_pretrained."""
-    from r2id.training.export import export
+    from r2id.checkpoints.export import export
 
     try:
         sigma = None if ema == "default" else float(ema)
     except ValueError:
-        raise InputError(f"--ema {ema!r}: must be default, or a width above 0 and below 0.28") from None
+        raise InputError(
+            f"--ema {ema!r}: must be default, or a width above 0 and below 0.28"
+        ) from None
     result = export(checkpoint, out, dtype=dtype, sigma=sigma, overwrite=overwrite)
-    report(result, as_json, lambda r: [
-        f"{r['file']}: {r['stage']} of step {r['step']}, {r['dtype']}, {r['bytes'] / 1e6:.1f} MB"] + ([
-            f"average of width {r['average']} from {r['snapshots']} snapshots; its profile is off by {r['misfit']:.1%}"]
-            if sigma else []))
+    report(
+        result,
+        as_json,
+        lambda r: (
+            [
+                f"{r['file']}: {r['stage']} of step {r['step']}, {r['dtype']}, {r['bytes'] / 1e6:.1f} MB"
+            ]
+            + (
+                [
+                    f"average of width {r['average']} from {r['snapshots']} snapshots; its profile is off by {r['misfit']:.1%}"
+                ]
+                if sigma
+                else []
+            )
+        ),
+    )

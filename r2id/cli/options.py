@@ -11,14 +11,25 @@ import typer
 
 from r2id.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="Resolution-invariant image generation. Sizes are always height x width.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Resolution-invariant image generation. Sizes are always height x width.",
+)
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
-                                                       help="Overrides, as section.key=value.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-SizeList = Annotated[list[str] | None, typer.Option("--size", metavar="HxW",
-                                                    help="Image height x width in pixels; may be repeated.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as section.key=value."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
+]
+SizeList = Annotated[
+    list[str] | None,
+    typer.Option("--size", metavar="HxW", help="Image height x width in pixels; may be repeated."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is a GPU.")]
 
 
@@ -26,7 +37,9 @@ def parse_size(text: str) -> tuple[int, int]:
     """'56x42' → (56, 42); InputError for anything else."""
     match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
     if not match or not (int(match[1]) and int(match[2])):
-        raise InputError(f"size {text!r}: must be HEIGHTxWIDTH in whole pixels of at least 1, such as 56x42")
+        raise InputError(
+            f"size {text!r}: must be HEIGHTxWIDTH in whole pixels of at least 1, such as 56x42"
+        )
     return int(match[1]), int(match[2])
 
 
@@ -40,7 +53,9 @@ def parse_window(text: str | None) -> tuple[int, int, int, int] | None:
         return None
     match = re.fullmatch(r"([0-9]+),([0-9]+),([0-9]+),([0-9]+)", text.replace(" ", ""))
     if not match:
-        raise InputError(f"window {text!r}: must be y0,x0,y1,x1 in whole pixels of the picture of --size, such as 0,8,32,40")
+        raise InputError(
+            f"window {text!r}: must be y0,x0,y1,x1 in whole pixels of the picture of --size, such as 0,8,32,40"
+        )
     return int(match[1]), int(match[2]), int(match[3]), int(match[4])
 
 
@@ -52,9 +67,13 @@ def find_device(name: str):
     try:
         return torch.empty((), device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r}: not usable here: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"device {name!r}: not usable here: {str(error).splitlines()[0]}"
+        ) from None
 
 
-def report(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
+def report(
+    result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]
+) -> None:
     """One JSON object, or the lines that a person reads."""
     print(json.dumps(result, default=str) if as_json else "\n".join(lines(result)))

@@ -16,20 +16,42 @@ def plan(
     config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole job.")] = 1,
-    memory: Annotated[float, typer.Option(min=1, help="Memory of one GPU in GB (10⁹ bytes).")] = 80.0,
-    share: Annotated[float, typer.Option(min=0.01, max=1, help="Share of --peak that training reaches.")] = 0.4,
-    peak: Annotated[float, typer.Option(min=0.001, help="Peak of one GPU in TFLOP/s, such as 312 (A100) or 989 (H100) "
-                                                        "in bfloat16.")] = 312.0,
-    riae: Annotated[Path | None, typer.Option(help="Config of the RIAE, for R2ID while no checkpoint of it exists.")] = None,
-    classes: Annotated[int | None, typer.Option(min=0, help="Classes, for R2ID while no shards exist.")] = None,
+    memory: Annotated[
+        float, typer.Option(min=1, help="Memory of one GPU in GB (10⁹ bytes).")
+    ] = 80.0,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of --peak that training reaches.")
+    ] = 0.4,
+    peak: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            help="Peak of one GPU in TFLOP/s, such as 312 (A100) or 989 (H100) in bfloat16.",
+        ),
+    ] = 312.0,
+    riae: Annotated[
+        Path | None,
+        typer.Option(help="Config of the RIAE, for R2ID while no checkpoint of it exists."),
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=0, help="Classes, for R2ID while no shards exist.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What training would need, before it starts: parameters, memory by part, FLOPs, the largest micro-batch, days."""
     from r2id.training.planner import describe
     from r2id.training.planner import plan as run_plan
 
-    result = run_plan(config, tuple(overrides or ()), gpus=gpus, gigabytes=memory, share=share, teraflops=peak, riae=riae,
-                      classes=classes)
+    result = run_plan(
+        config,
+        tuple(overrides or ()),
+        gpus=gpus,
+        gigabytes=memory,
+        share=share,
+        teraflops=peak,
+        riae=riae,
+        classes=classes,
+    )
     report(result, as_json, describe)
 
 
@@ -37,18 +59,22 @@ def plan(
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
     overrides: Overrides = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Write a trace of ten steps to RUN/profile.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace of ten steps to RUN/profile.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train one stage; goes on by itself where the run directory holds a checkpoint."""
     from r2id import dist
     from r2id.config import PipelineRun, load_config
-    from r2id.sampling import preview
     from r2id.training.loop import train as run_train
+    from r2id.training.previews import preview
 
     settings = load_config(config, overrides or ())
     if isinstance(settings, PipelineRun):
-        raise InputError(f"{config}: stage 'pipeline' is for r2id run; r2id train takes 'riae' or 'r2id'")
+        raise InputError(
+            f"{config}: stage 'pipeline' is for r2id run; r2id train takes 'riae' or 'r2id'"
+        )
     try:
         result, main_process = run_train(settings, preview, profile), dist.is_main()
     finally:
@@ -61,10 +87,12 @@ def _train_lines(figures: dict[str, Any]) -> list[str]:
     done = f"{figures['checkpoint']}: step {figures['step']}"
     if "loss" not in figures:
         return [f"{done}, already finished"]
-    return [f"{done}, loss {figures['loss']:.4f}, {figures['images_per_second']:.1f} images/s, "
-            f"{figures['tokens_per_second']:.0f} tokens/s, {figures['tflops_per_process']:.3g} TFLOP/s per process "
-            f"({figures['mfu']:.1%} of matrix products), data wait {figures['data_wait']:.1%}, "
-            f"{figures['memory_gib']:.2f} GiB"]
+    return [
+        f"{done}, loss {figures['loss']:.4f}, {figures['images_per_second']:.1f} images/s, "
+        f"{figures['tokens_per_second']:.0f} tokens/s, {figures['tflops_per_process']:.3g} TFLOP/s per process "
+        f"({figures['mfu']:.1%} of matrix products), data wait {figures['data_wait']:.1%}, "
+        f"{figures['memory_gib']:.2f} GiB"
+    ]
 
 
 @app.command()
@@ -73,8 +101,12 @@ def encode(
     shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for the latent cache.")],
     batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 256,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes; 0 decodes in the encoding process.")] = 0,
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Number format on disk.")] = "float32",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Loader processes; 0 decodes in the encoding process.")
+    ] = 0,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Number format on disk.")
+    ] = "float32",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -83,13 +115,21 @@ def encode(
     from r2id.training.encode import encode as run_encode
 
     try:
-        result = run_encode(riae, shards, out, batch=batch, workers=workers, dtype=dtype, device=find_device(device))
+        result = run_encode(
+            riae, shards, out, batch=batch, workers=workers, dtype=dtype, device=find_device(device)
+        )
         main_process = dist.is_main()
     finally:
         dist.shutdown()
     if main_process:
-        report(result, as_json, lambda r: [f"{r['out']}: {r['images']} images encoded"
-                                            + (f", {r['reused']} found in place" if r["reused"] else "")])
+        report(
+            result,
+            as_json,
+            lambda r: [
+                f"{r['out']}: {r['images']} images encoded"
+                + (f", {r['reused']} found in place" if r["reused"] else "")
+            ],
+        )
 
 
 @app.command()
@@ -104,6 +144,8 @@ def run(
 
     settings = load_config(config, overrides or ())
     if not isinstance(settings, PipelineRun):
-        raise InputError(f"{config}: stage {settings.stage!r} is for r2id train; r2id run takes 'pipeline'")
+        raise InputError(
+            f"{config}: stage {settings.stage!r} is for r2id train; r2id run takes 'pipeline'"
+        )
     result = run_pipeline(settings, config.parent)
     report(result, as_json, lambda r: r["lines"])

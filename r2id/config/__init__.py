@@ -9,7 +9,15 @@ from r2id.config.files import Run, change, load_config, parse_config, to_toml
 from r2id.config.models import R2idConfig, RiaeConfig
 from r2id.config.pipeline import EvaluateConfig, PipelineRun, PrepareConfig, StageConfig
 from r2id.config.section import Section, Size
-from r2id.config.training import DataConfig, EngineConfig, OptimConfig, R2idRun, RiaeRun, TrackingConfig, TrainConfig
+from r2id.config.training import (
+    DataConfig,
+    EngineConfig,
+    OptimConfig,
+    R2idRun,
+    RiaeRun,
+    TrackingConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "DataConfig",

@@ -25,8 +25,10 @@ class DiffusionConfig(Section):
     @model_validator(mode="after")
     def _flow_goes_with_flow(self) -> DiffusionConfig:
         if (self.objective == "flow") != (self.schedule == "flow"):
-            raise ValueError(f"objective {self.objective!r} does not go with schedule {self.schedule!r}: "
-                             "'flow' needs 'flow', the others need 'cosine' or 'linear_beta'")
+            raise ValueError(
+                f"objective {self.objective!r} does not go with schedule {self.schedule!r}: "
+                "'flow' needs 'flow', the others need 'cosine' or 'linear_beta'"
+            )
         return self
 
 
@@ -40,7 +42,10 @@ class SampleConfig(Section):
     steps: int = Field(default=30, ge=1)
     guidance: float = Field(default=2.0, ge=0)
     """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""
-    guidance_interval: Annotated[tuple[Fraction0, Fraction0], BeforeValidator(as_tuple)] = (0.0, 1.0)
+    guidance_interval: Annotated[tuple[Fraction0, Fraction0], BeforeValidator(as_tuple)] = (
+        0.0,
+        1.0,
+    )
     """Times from and to which guidance applies, 0 is data and 1 noise (Kynkäänniemi et al. 2024); the rest of the way is
     conditional."""
     solver: Solver = "ddim"

@@ -30,16 +30,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
         table = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
-    except (IsADirectoryError, UnicodeDecodeError, PermissionError, tomllib.TOMLDecodeError) as error:
+    except (
+        IsADirectoryError,
+        UnicodeDecodeError,
+        PermissionError,
+        tomllib.TOMLDecodeError,
+    ) as error:
         raise InputError(f"{path}: not a readable TOML file: {error}") from None
     return parse_config(table, overrides, where=str(path))
 
 
-def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Run:
+def parse_config(
+    table: dict[str, Any], overrides: Sequence[str] = (), where: str = "config"
+) -> Run:
     """Validate a table that was read from a file; see load_config."""
     kind = table.get("stage")
     if kind not in _KINDS:
-        raise InputError(f"{where}: stage = {kind!r}: must be one of {', '.join(map(repr, _KINDS))}")
+        raise InputError(
+            f"{where}: stage = {kind!r}: must be one of {', '.join(map(repr, _KINDS))}"
+        )
     for override in overrides:
         _apply(table, override, pipeline=kind == "pipeline")
     try:
@@ -112,7 +121,9 @@ def to_toml(config: BaseModel) -> str:
 
 
 def _table(table: dict[str, Any], prefix: str = "") -> str:
-    lines = [f"{key} = {_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    lines = [
+        f"{key} = {_value(value)}" for key, value in table.items() if not isinstance(value, dict)
+    ]
     for key, value in table.items():
         if isinstance(value, dict) and value:
             lines += ["", f"[{prefix}{key}]", _table(value, f"{prefix}{key}.").strip("\n")]

@@ -86,8 +86,11 @@ class R2idConfig(Section):
     """Self-attention blocks, run once per step whatever the number of conditions."""
     decoder_blocks: int = Field(default=8, ge=1)
     """Self-attention and cross-attention blocks, run once per condition."""
-    attention: Annotated[tuple[Literal["full", "cloud", "axial", "linear", "local"], ...], BeforeValidator(as_tuple),
-                         Field(min_length=1)] = ("full",)
+    attention: Annotated[
+        tuple[Literal["full", "cloud", "axial", "linear", "local"], ...],
+        BeforeValidator(as_tuple),
+        Field(min_length=1),
+    ] = ("full",)
     """Self-attention of the blocks in turn, encoder first, and over again: to all tokens, within random groups (in training;
     else to all), along rows and columns, linear, or within tiles of the grid and a halo."""
     cloud_tokens: int = Field(default=256, ge=1)

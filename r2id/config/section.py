@@ -17,7 +17,9 @@ def as_tuple(value: Any) -> Any:
 
 
 PathField = Annotated[Path, BeforeValidator(as_path)]
-Size = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(as_tuple)]
+Size = Annotated[
+    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(as_tuple)
+]
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(as_tuple)]
 Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
 IntPair = Annotated[tuple[int, int], BeforeValidator(as_tuple)]
@@ -32,4 +34,6 @@ Solver = Literal["ddim", "dpmpp_2m", "euler", "heun"]
 class Section(BaseModel):
     """A table of a TOML file: frozen; unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )

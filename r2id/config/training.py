@@ -43,10 +43,14 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _parts_of_images(self) -> DataConfig:
         if self.window and self.size:
-            raise ValueError("window and size exclude each other: windows are cut from images of their own sizes")
+            raise ValueError(
+                "window and size exclude each other: windows are cut from images of their own sizes"
+            )
         for name in ("window", "flip", "stream"):
             if self.latents and getattr(self, name):
-                raise ValueError(f"{name} does not go with latents, which are of whole images as they are")
+                raise ValueError(
+                    f"{name} does not go with latents, which are of whole images as they are"
+                )
         return self
 
 
@@ -107,7 +111,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _profiles_differ(self) -> TrainConfig:
         if len(set(self.ema_profiles)) < len(self.ema_profiles):
-            raise ValueError(f"ema_profiles = {list(self.ema_profiles)}: must differ from one another")
+            raise ValueError(
+                f"ema_profiles = {list(self.ema_profiles)}: must differ from one another"
+            )
         if self.ema_snapshot_every and not self.ema_profiles:
             raise ValueError("ema_snapshot_every: is of ema_profiles, and there are none")
         return self
@@ -126,7 +132,9 @@ class EngineConfig(Section):
     def _offload_what_is_sharded(self) -> EngineConfig:
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < least:
-            raise ValueError(f"offload {self.offload!r}: needs zero_stage {least} or more, not {self.zero_stage}")
+            raise ValueError(
+                f"offload {self.offload!r}: needs zero_stage {least} or more, not {self.zero_stage}"
+            )
         return self
 
 
@@ -150,9 +158,13 @@ class _StageRun(Section):
 
     @model_validator(mode="after")
     def _shared_masters(self) -> _StageRun:
-        if self.train.precision == "bfloat16_weights" and (self.engine.kind == "local" or self.engine.zero_stage < 2):
-            raise ValueError(f"train.precision 'bfloat16_weights': needs engine.zero_stage 2 or 3, not engine.kind "
-                             f"{self.engine.kind!r} with zero_stage {self.engine.zero_stage}")
+        if self.train.precision == "bfloat16_weights" and (
+            self.engine.kind == "local" or self.engine.zero_stage < 2
+        ):
+            raise ValueError(
+                f"train.precision 'bfloat16_weights': needs engine.zero_stage 2 or 3, not engine.kind "
+                f"{self.engine.kind!r} with zero_stage {self.engine.zero_stage}"
+            )
         return self
 
 
@@ -176,5 +188,7 @@ class R2idRun(_StageRun):
     @model_validator(mode="after")
     def _latents_of_a_codec(self) -> R2idRun:
         if self.codec is None and self.data.latents is not None:
-            raise ValueError(f"data.latents '{self.data.latents}': goes with a codec, and there is none")
+            raise ValueError(
+                f"data.latents '{self.data.latents}': goes with a codec, and there is none"
+            )
         return self

@@ -17,7 +17,10 @@ from r2id.errors import InputError
 DTYPE = np.dtype("<f2")
 """What embeddings are stored as, whatever they came as."""
 
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def parse_npy(data: bytes) -> np.ndarray:
@@ -32,8 +35,12 @@ def parse_npy(data: bytes) -> np.ndarray:
     if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
         raise ValueError(f"values of type {dtype}; must be float16, float32 or float64")
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"{len(data) - file.tell()} bytes of values, not those of shape {list(shape)}")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
+        raise ValueError(
+            f"{len(data) - file.tell()} bytes of values, not those of shape {list(shape)}"
+        )
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(
+        shape, order="F" if by_columns else "C"
+    )
 
 
 def to_stored(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:

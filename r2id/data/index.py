@@ -8,13 +8,25 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r2id.data.files import sha256_file
 from r2id.data.manifest import Reject, ShardEntry
+from r2id.files import sha256_file
 
-SCHEMA = pa.schema([
-    ("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("height", pa.int32()), ("width", pa.int32()),
-    ("mode", pa.string()), ("label", pa.int32()), ("ext", pa.string()), ("sha256", pa.binary(32))])
-ATTRIBUTES = pa.field("attributes", pa.list_(pa.int8()))  # these are the last columns of sets that have them
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("mode", pa.string()),
+        ("label", pa.int32()),
+        ("ext", pa.string()),
+        ("sha256", pa.binary(32)),
+    ]
+)
+ATTRIBUTES = pa.field(
+    "attributes", pa.list_(pa.int8())
+)  # these are the last columns of sets that have them
 EMBEDDING = pa.field("embedding", pa.list_(pa.float16()))  # flat; Manifest.embedding_shape
 
 
@@ -24,8 +36,13 @@ def read_commit(folder: Path, file: str) -> tuple[ShardEntry, list[Reject]]:
     try:
         with path.open("rb") as raw:
             facts = json.loads(pq.read_schema(raw).metadata[b"r2id"])
-        entry = ShardEntry(file=file, samples=facts["samples"], bytes=facts["bytes"], sha256=facts["sha256"],
-                           index_sha256=sha256_file(path))
+        entry = ShardEntry(
+            file=file,
+            samples=facts["samples"],
+            bytes=facts["bytes"],
+            sha256=facts["sha256"],
+            index_sha256=sha256_file(path),
+        )
         return entry, [Reject(**reject) for reject in facts["rejects"]]
     except FileNotFoundError:
         raise

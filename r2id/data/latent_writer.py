@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from r2id.config import DataConfig
-from r2id.data.files import TEMPORARY, sha256_file, sweep, write_atomic
 from r2id.data.latents import MANIFEST, Dtype, Identity, LatentFile, LatentManifest, difference
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
+from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic
 
 
 class LatentWriter:
@@ -24,13 +24,31 @@ class LatentWriter:
     no: ``write``; at the end one process calls ``finish``.
     """
 
-    def __init__(self, folder: Path, shards: ShardSet, data: DataConfig, *, codec_hash: str, codec_path: Path,
-                 latent_channels: int, dtype: Dtype = "float32") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shards: ShardSet,
+        data: DataConfig,
+        *,
+        codec_hash: str,
+        codec_path: Path,
+        latent_channels: int,
+        dtype: Dtype = "float32",
+    ) -> None:
         self.folder, self.codec_path = folder, codec_path
-        self.identity = Identity(codec_hash=codec_hash, digest=shards.digest, latent_channels=latent_channels,
-                                 channels=data.channels, size=data.size, max_pixels=data.max_pixels, dtype=dtype)
-        self.files = {name: [str(Path(entry.file).with_suffix(".safetensors")) for entry in split.shards]
-                      for name, split in shards.manifest.splits.items()}
+        self.identity = Identity(
+            codec_hash=codec_hash,
+            digest=shards.digest,
+            latent_channels=latent_channels,
+            channels=data.channels,
+            size=data.size,
+            max_pixels=data.max_pixels,
+            dtype=dtype,
+        )
+        self.files = {
+            name: [str(Path(entry.file).with_suffix(".safetensors")) for entry in split.shards]
+            for name, split in shards.manifest.splits.items()
+        }
         self._splits = shards
 
     def prepare(self) -> None:
@@ -40,15 +58,23 @@ class LatentWriter:
             raise InputError(f"out {self.folder}: exists and is no folder")
         names = {file for files in self.files.values() for file in files}
         own = {MANIFEST, *names, *(_marker(file) for file in names)}
-        present = sorted(path for path in self.folder.rglob("*") if path.is_file()) if self.folder.exists() else []
+        present = (
+            sorted(path for path in self.folder.rglob("*") if path.is_file())
+            if self.folder.exists()
+            else []
+        )
         for path in present:
             if path.relative_to(self.folder).as_posix() not in own and path.suffix != TEMPORARY:
-                raise InputError(f"out {self.folder}: exists and holds something else ({path.name}): choose another "
-                                 "folder")
+                raise InputError(
+                    f"out {self.folder}: exists and holds something else ({path.name}): choose another "
+                    "folder"
+                )
             found = _read_marker(path) if path.suffix == ".json" else None
             if found is not None and found.identity != self.identity:
-                raise InputError(f"out {self.folder}: {difference(found.identity, self.identity)}: choose another folder, "
-                                 "or remove this one")
+                raise InputError(
+                    f"out {self.folder}: {difference(found.identity, self.identity)}: choose another folder, "
+                    "or remove this one"
+                )
         sweep(self.folder)
 
     def done(self, split: str, number: int) -> bool:
@@ -61,16 +87,27 @@ class LatentWriter:
         assert len(latents) == expected, f"{len(latents)} latents for {expected} samples"
         file, dtype = self.files[split][number], getattr(torch, self.identity.dtype)
         parts = [latent.detach().to(dtype).cpu() for latent in latents]
-        tensors = {"latents": torch.cat([part.reshape(-1) for part in parts]) if parts else torch.zeros(0, dtype=dtype),
-                   "heights": torch.tensor([part.shape[1] for part in parts], dtype=torch.int64),
-                   "widths": torch.tensor([part.shape[2] for part in parts], dtype=torch.int64)}
+        tensors = {
+            "latents": torch.cat([part.reshape(-1) for part in parts])
+            if parts
+            else torch.zeros(0, dtype=dtype),
+            "heights": torch.tensor([part.shape[1] for part in parts], dtype=torch.int64),
+            "widths": torch.tensor([part.shape[2] for part in parts], dtype=torch.int64),
+        }
         if not torch.isfinite(tensors["latents"]).all():
-            raise WorkError(f"{file}: latents that are not finite in {self.identity.dtype}: the RIAE at {self.codec_path} "
-                            "is not usable, or needs a wider number format")
+            raise WorkError(
+                f"{file}: latents that are not finite in {self.identity.dtype}: the RIAE at {self.codec_path} "
+                "is not usable, or needs a wider number format"
+            )
         data = save(tensors)
         write_atomic(self.folder / file, data)
-        entry = LatentFile(identity=self.identity, file=file, samples=expected, bytes=len(data),
-                           sha256=hashlib.sha256(data).hexdigest())
+        entry = LatentFile(
+            identity=self.identity,
+            file=file,
+            samples=expected,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
         write_atomic(self.folder / _marker(file), (entry.model_dump_json(indent=1) + "\n").encode())
 
     def finish(self) -> None:

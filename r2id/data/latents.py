@@ -26,18 +26,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from r2id.config import DataConfig
-from r2id.data.files import sha256_file
 from r2id.data.loader import MicroBatch, Schedule, Steps, load_items
 from r2id.data.shards import ShardSet
 from r2id.data.verify import Damage
 from r2id.errors import InputError
+from r2id.files import sha256_file
 from r2id.progress import track
 
 FORMAT_VERSION = 2
 MANIFEST = "latents.json"
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-_STORED: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<i2")}
+_STORED: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<i2"),
+}
 """NumPy lacks bfloat16; torch takes the bits."""
 
 
@@ -96,11 +100,13 @@ class LatentSplit:
     shard: np.ndarray
     identity: Identity
 
-    def __call__(self, indices: np.ndarray, _height: int, _width: int, _key: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, indices: np.ndarray, _height: int, _width: int, _key: torch.Tensor
+    ) -> torch.Tensor:
         """float32 [b, L, h, w] of samples whose images are of one size, and whose grids therefore are too."""
         grid = int(self.height[indices[0]]), int(self.width[indices[0]])
         count = self.identity.latent_channels * grid[0] * grid[1]
-        parts = [self.flat[self.shard[i]][self.start[i]:self.start[i] + count] for i in indices]
+        parts = [self.flat[self.shard[i]][self.start[i] : self.start[i] + count] for i in indices]
         latents = torch.from_numpy(np.stack(parts))
         latents = latents.view(torch.bfloat16) if self.identity.dtype == "bfloat16" else latents
         return latents.float().reshape(len(indices), self.identity.latent_channels, *grid)
@@ -117,20 +123,30 @@ class LatentCache:
     def open(cls, folder: Path, expect_codec_hash: str, expect_digest: str) -> LatentCache:
         """InputError when the folder is no complete cache, or one of another RIAE or of other data."""
         manifest = read_latents(folder)
-        expected = manifest.identity.model_copy(update={
-            "format_version": FORMAT_VERSION, "codec_hash": expect_codec_hash, "digest": expect_digest})
+        expected = manifest.identity.model_copy(
+            update={
+                "format_version": FORMAT_VERSION,
+                "codec_hash": expect_codec_hash,
+                "digest": expect_digest,
+            }
+        )
         if manifest.identity != expected:
-            raise InputError(f"{folder}: {difference(manifest.identity, expected)}: run r2id encode again, into "
-                             "another folder")
+            raise InputError(
+                f"{folder}: {difference(manifest.identity, expected)}: run r2id encode again, into "
+                "another folder"
+            )
         return cls(folder, manifest)
 
     def check(self, data: DataConfig) -> None:
         """InputError when the images were prepared in another way than this config asks for."""
-        expected = self.manifest.identity.model_copy(update={
-            "channels": data.channels, "size": data.size, "max_pixels": data.max_pixels})
+        expected = self.manifest.identity.model_copy(
+            update={"channels": data.channels, "size": data.size, "max_pixels": data.max_pixels}
+        )
         if self.manifest.identity != expected:
-            raise InputError(f"{self.folder}: {difference(self.manifest.identity, expected)}: run r2id encode again, "
-                             "into another folder")
+            raise InputError(
+                f"{self.folder}: {difference(self.manifest.identity, expected)}: run r2id encode again, "
+                "into another folder"
+            )
 
     def split(self, name: str, shard: np.ndarray) -> LatentSplit:
         """``shard`` [N] is the image index's column of that name. InputError when a file is missing or damaged."""
@@ -140,26 +156,39 @@ class LatentCache:
             values, height, width = _load(self.folder, entry)
             ends = np.cumsum(latent_channels * height * width)
             if len(height) != count or (ends[-1] if count else 0) != len(values):
-                raise InputError(f"{self.folder / entry.file}: does not fit the shard set: run r2id encode again")
+                raise InputError(
+                    f"{self.folder / entry.file}: does not fit the shard set: run r2id encode again"
+                )
             flat.append(values)
             heights.append(height)
             widths.append(width)
             starts.append(ends - latent_channels * height * width)
-        return LatentSplit(flat, np.concatenate(starts), np.concatenate(heights), np.concatenate(widths), shard,
-                           self.manifest.identity)
+        return LatentSplit(
+            flat,
+            np.concatenate(starts),
+            np.concatenate(heights),
+            np.concatenate(widths),
+            shard,
+            self.manifest.identity,
+        )
 
 
 def read_latents(folder: Path) -> LatentManifest:
     """InputError when the folder is no complete cache, or its manifest is damaged."""
     path = folder / MANIFEST
     if not path.is_file():
-        state = "unfinished: run the same r2id encode again" if list(folder.glob("*/*.safetensors")) else (
-            "not a latent cache (no latents.json): give a folder written by r2id encode")
+        state = (
+            "unfinished: run the same r2id encode again"
+            if list(folder.glob("*/*.safetensors"))
+            else ("not a latent cache (no latents.json): give a folder written by r2id encode")
+        )
         raise InputError(f"{folder}: {state if folder.is_dir() else 'no such folder'}")
     try:
         manifest = LatentManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise InputError(f"{path}: damaged, edited or of another version: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path}: damaged, edited or of another version: {str(error).splitlines()[0]}"
+        ) from None
     if manifest.checksum != manifest.expected_checksum():
         raise InputError(f"{path}: edited or damaged: its checksum does not fit its content")
     return manifest
@@ -175,21 +204,37 @@ def verify_latents(folder: Path) -> list[Damage]:
         return [Damage(MANIFEST, str(error).removeprefix(f"{folder / MANIFEST}: "))]
     entries = [entry for files in manifest.files.values() for entry in files]
     present = {path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*.safetensors")}
-    damages = [Damage(extra, "not in the manifest") for extra in sorted(present - {entry.file for entry in entries})]
+    damages = [
+        Damage(extra, "not in the manifest")
+        for extra in sorted(present - {entry.file for entry in entries})
+    ]
     for entry in track(entries, "verify", unit="files"):
         path = folder / entry.file
         if not path.is_file():
             damages.append(Damage(entry.file, "missing"))
         elif path.stat().st_size != entry.bytes:
-            damages.append(Damage(entry.file, f"{path.stat().st_size} bytes instead of {entry.bytes}"))
+            damages.append(
+                Damage(entry.file, f"{path.stat().st_size} bytes instead of {entry.bytes}")
+            )
         elif sha256_file(path) != entry.sha256:
             damages.append(Damage(entry.file, "changed: its hash is not the manifest's"))
     return damages
 
 
-def latent_loader(cache: LatentCache, shards: ShardSet, data: DataConfig, *, split: str, batch: int, micro_batch: int,
-                  seed: int, start_step: int, total_steps: int, rank: int = 0, world_size: int = 1,
-                  ) -> Iterator[list[MicroBatch]]:
+def latent_loader(
+    cache: LatentCache,
+    shards: ShardSet,
+    data: DataConfig,
+    *,
+    split: str,
+    batch: int,
+    micro_batch: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[MicroBatch]]:
     """As image_loader, the same samples in the same order, with ``"latent": float32 [b, L, h, w]``, raw, for "image"."""
     cache.check(data)
     samples = shards.split(split)
@@ -200,7 +245,10 @@ def latent_loader(cache: LatentCache, shards: ShardSet, data: DataConfig, *, spl
 
 def difference(found: Identity, expected: Identity) -> str:
     """The first way in which a cache is not the expected one, in words."""
-    words = {"codec_hash": "holds latents of another RIAE", "digest": "holds latents of another shard set"}
+    words = {
+        "codec_hash": "holds latents of another RIAE",
+        "digest": "holds latents of another shard set",
+    }
     for name, value in expected.model_dump().items():
         was = getattr(found, name)
         if was != value:
@@ -217,7 +265,9 @@ def _load(folder: Path, entry: LatentFile) -> tuple[np.ndarray, np.ndarray, np.n
     path = folder / entry.file
     try:
         if path.stat().st_size != entry.bytes:
-            raise InputError(f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run r2id encode again")
+            raise InputError(
+                f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run r2id encode again"
+            )
         with safe_open(path, "np") as tensors:
             heights, widths = tensors.get_tensor("heights"), tensors.get_tensor("widths")
         return _map_tensor(path, "latents"), heights, widths

@@ -30,8 +30,19 @@ _KEPT_BYTES = 256 << 20
 MicroBatch = dict[str, Any]
 
 
-def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, micro_batch: int, seed: int,
-                 start_step: int, total_steps: int, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:
+def image_loader(
+    shards: ShardSet,
+    data: DataConfig,
+    *,
+    split: str,
+    batch: int,
+    micro_batch: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[MicroBatch]]:
     """For every step from ``start_step`` to ``total_steps``: this rank's micro-batches of that step.
 
     Each is ``{"image": uint8 [b, C, H, W] (see to_float), "label": int64 [b] (−1: none), "index": int64 [b],
@@ -46,8 +57,14 @@ def image_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, 
     return load_items(steps, range(start_step, total_steps), data.workers)
 
 
-def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limit: int | None = None,
-                indices: Sequence[int] | np.ndarray | None = None) -> Iterator[MicroBatch]:
+def eval_loader(
+    shards: ShardSet,
+    data: DataConfig,
+    split: str,
+    batch: int,
+    limit: int | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
+) -> Iterator[MicroBatch]:
     """Every image of a split once, as image_loader's micro-batches (epoch and step 0), but float32 in [−1, 1].
 
     In the order of the index, except that images of one size come together; a size's last batch may be smaller.
@@ -60,7 +77,9 @@ def eval_loader(shards: ShardSet, data: DataConfig, split: str, batch: int, limi
     chosen = np.arange(len(samples)) if indices is None else np.asarray(indices, dtype=np.int64)
     if limit is not None and limit < len(chosen):
         chosen = chosen[np.arange(limit) * len(chosen) // limit]
-    batches = Batches(_by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data))
+    batches = Batches(
+        _by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data)
+    )
     loaded = load_items(batches, range(len(batches.batches)), data.workers)
     return ({**part, "image": to_float(part["image"])} for part in loaded)
 
@@ -73,8 +92,10 @@ def to_float(images: Tensor) -> Tensor:
 def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[int, int]]:
     """The size (height, width) of every image of a split as the model sees it, from the smallest area to the largest."""
     buckets = split_buckets(shards.split(split), data)
-    counted = sorted(zip(buckets.sizes, buckets.members, strict=True),
-                     key=lambda pair: (pair[0][0] * pair[0][1], pair[0]))
+    counted = sorted(
+        zip(buckets.sizes, buckets.members, strict=True),
+        key=lambda pair: (pair[0][0] * pair[0][1], pair[0]),
+    )
     return [size for size, members in counted for _ in members]
 
 
@@ -84,30 +105,44 @@ def split_buckets(samples: Split, data: DataConfig) -> Buckets:
 
 
 @lru_cache(maxsize=4)
-def _split_buckets(samples: Split, size: tuple[int, int] | None, max_pixels: int, window: tuple[int, int] | None,
-                   ) -> Buckets:
+def _split_buckets(
+    samples: Split, size: tuple[int, int] | None, max_pixels: int, window: tuple[int, int] | None
+) -> Buckets:
     return make_buckets(samples.height, samples.width, size, max_pixels, window)
 
 
 class ImageReader:
     """Samples → image tensors. A split that is small as decoded pixels is decoded once and kept."""
 
-    def __init__(self, samples: Split, buckets: Buckets, data: DataConfig,
-                 fetch: Callable[[int], bytes] | None = None) -> None:
+    def __init__(
+        self,
+        samples: Split,
+        buckets: Buckets,
+        data: DataConfig,
+        fetch: Callable[[int], bytes] | None = None,
+    ) -> None:
         """``fetch`` gives a sample's stored bytes; none reads them from the shards."""
         self.samples, self.data, self.fetch = samples, data, fetch or samples.read
         pixels = int((buckets.height.astype(np.int64) * buckets.width).sum())
         small = pixels * data.channels <= _KEPT_BYTES and not data.window
         self._kept: dict[int, np.ndarray] | None = {} if small else None
 
-    def __call__(self, indices: np.ndarray, height: int, width: int, key: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, indices: np.ndarray, height: int, width: int, key: Tensor | None = None
+    ) -> Tensor:
         """uint8 [b, C, H, W]. Windows and mirroring are drawn from ``key`` and the index; none takes the
         middle, as it is."""
         draws = np.full((len(indices), 3), 0.5)
         if key is not None and (self.data.window or self.data.flip):
-            draws = rng.uniform(rng.fold(key, torch.from_numpy(indices.astype(np.int64))), 3).numpy()
-        pixels = np.stack([self._pixels(int(index), height, width, draw)
-                           for index, draw in zip(indices, draws, strict=True)])
+            draws = rng.uniform(
+                rng.fold(key, torch.from_numpy(indices.astype(np.int64))), 3
+            ).numpy()
+        pixels = np.stack(
+            [
+                self._pixels(int(index), height, width, draw)
+                for index, draw in zip(indices, draws, strict=True)
+            ]
+        )
         return torch.from_numpy(pixels).movedim(-1, 1).contiguous()
 
     def _pixels(self, index: int, height: int, width: int, draw: np.ndarray) -> np.ndarray:
@@ -124,12 +159,19 @@ class ImageReader:
         scale, place = None, (0.5, 0.5)
         if self.data.window:
             area = int(self.samples.height[index]) * int(self.samples.width[index])
-            scale, place = min(1.0, math.sqrt(self.data.max_pixels / area)), (float(draw[0]), float(draw[1]))
+            scale, place = (
+                min(1.0, math.sqrt(self.data.max_pixels / area)),
+                (float(draw[0]), float(draw[1])),
+            )
         try:
-            return decode_view(self.fetch(index), self.data.channels, View(height, width, scale, place))
+            return decode_view(
+                self.fetch(index), self.data.channels, View(height, width, scale, place)
+            )
         except ValueError as error:
-            raise WorkError(f"{self.samples.files[self.samples.shard[index]]}: sample {self.samples.key(index)}: "
-                            f"{error}: r2id verify tells more") from None
+            raise WorkError(
+                f"{self.samples.files[self.samples.shard[index]]}: sample {self.samples.key(index)}: "
+                f"{error}: r2id verify tells more"
+            ) from None
 
 
 @dataclass
@@ -148,12 +190,30 @@ class Schedule:
     """Of each sample, where the order is to go through a few shards at a time."""
 
     @classmethod
-    def of(cls, samples: Split, data: DataConfig, digest: str, seed: int, batch: int, micro_batch: int, rank: int,
-           world_size: int) -> Schedule:
+    def of(
+        cls,
+        samples: Split,
+        data: DataConfig,
+        digest: str,
+        seed: int,
+        batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+    ) -> Schedule:
         """InputError for a batch that does not divide by processes and micro-batch."""
         check_batch(batch, world_size, micro_batch)
-        return cls(split_buckets(samples, data), digest, seed, batch, micro_batch, rank, world_size, data.batch_pixels,
-                   samples.shard if data.shuffle == "shards" else None)
+        return cls(
+            split_buckets(samples, data),
+            digest,
+            seed,
+            batch,
+            micro_batch,
+            rank,
+            world_size,
+            data.batch_pixels,
+            samples.shard if data.shuffle == "shards" else None,
+        )
 
     def __post_init__(self) -> None:
         self.batches_per_epoch = self.buckets.batches(self.batch, self.batch_pixels)
@@ -163,8 +223,18 @@ class Schedule:
         """(epoch, micro-batches)."""
         epoch, position = divmod(step, self.batches_per_epoch)
         if self._planned[0] != epoch:
-            self._planned = epoch, plan_epoch(self.buckets, digest=self.digest, seed=self.seed, epoch=epoch,
-                                              batch=self.batch, batch_pixels=self.batch_pixels, shard=self.shard)
+            self._planned = (
+                epoch,
+                plan_epoch(
+                    self.buckets,
+                    digest=self.digest,
+                    seed=self.seed,
+                    epoch=epoch,
+                    batch=self.batch,
+                    batch_pixels=self.batch_pixels,
+                    shard=self.shard,
+                ),
+            )
         whole = self._planned[1][position]
         micro_batch = self.micro_batch * (len(whole.indices) // self.batch)
         shares = rank_share(whole.indices, self.rank, self.world_size, micro_batch)
@@ -183,8 +253,13 @@ class Steps(Dataset):
     def __getitem__(self, step: int) -> list[MicroBatch]:
         epoch, parts = self.schedule.at(step)
         key = rng.fold(self.schedule.seed, epoch)
-        return [{self.name: self.read(part.indices, part.height, part.width, key),
-                 **describe(self.samples, part.indices, epoch, step)} for part in parts]
+        return [
+            {
+                self.name: self.read(part.indices, part.height, part.width, key),
+                **describe(self.samples, part.indices, epoch, step),
+            }
+            for part in parts
+        ]
 
 
 @dataclass
@@ -197,27 +272,45 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> MicroBatch:
         part = self.batches[number]
-        return {"image": self.read(part.indices, part.height, part.width), **describe(self.samples, part.indices, 0, 0)}
+        return {
+            "image": self.read(part.indices, part.height, part.width),
+            **describe(self.samples, part.indices, 0, 0),
+        }
 
 
 def describe(samples: Split, indices: np.ndarray, epoch: int, step: int) -> MicroBatch:
     """All of a micro-batch but its pixels or latents."""
-    told = {name: torch.from_numpy(values[indices]) for name in ("attributes", "embedding")
-            if (values := getattr(samples, name)) is not None}
-    return {"label": torch.from_numpy(samples.label[indices].astype(np.int64)), **told,
-            "index": torch.from_numpy(indices.astype(np.int64)), "epoch": epoch, "step": step,
-            "keys": [samples.key(index) for index in indices]}
+    told = {
+        name: torch.from_numpy(values[indices])
+        for name in ("attributes", "embedding")
+        if (values := getattr(samples, name)) is not None
+    }
+    return {
+        "label": torch.from_numpy(samples.label[indices].astype(np.int64)),
+        **told,
+        "index": torch.from_numpy(indices.astype(np.int64)),
+        "epoch": epoch,
+        "step": step,
+        "keys": [samples.key(index) for index in indices],
+    }
 
 
 def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterator[Any]:
     """The dataset's items of these numbers, in order, made ahead by ``workers`` processes (0: none)."""
-    loader = DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers,
-                        pin_memory=torch.cuda.is_available())
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
     try:
         yield from loader
     except WorkError as error:
         # A worker's error comes with its traceback as its message; the last line is the message that it had.
-        raise WorkError(str(error).strip().splitlines()[-1].removeprefix("r2id.errors.WorkError: ")) from None
+        raise WorkError(
+            str(error).strip().splitlines()[-1].removeprefix("r2id.errors.WorkError: ")
+        ) from None
 
 
 def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:
@@ -225,5 +318,8 @@ def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:
     batches = []
     for height, width in buckets.sizes:
         members = chosen[(heights == height) & (widths == width)]
-        batches += [Batch(members[start:start + batch], height, width) for start in range(0, len(members), batch)]
+        batches += [
+            Batch(members[start : start + batch], height, width)
+            for start in range(0, len(members), batch)
+        ]
     return batches

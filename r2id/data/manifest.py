@@ -21,8 +21,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from r2id.data.files import write_atomic
 from r2id.errors import InputError
+from r2id.files import write_atomic
 
 FORMAT_VERSION = 1
 MANIFEST, REJECTS, PLAN = "manifest.json", "rejects.csv", "plan.json"
@@ -74,12 +74,19 @@ class Manifest(_Strict):
     def write(self, folder: Path) -> Manifest:
         """The commit of the whole set. Returns the manifest with its checksum."""
         sealed = self.model_copy(update={"checksum": self.expected_checksum()})
-        write_atomic(folder / MANIFEST, (sealed.model_dump_json(indent=1, exclude=self._absent()) + "\n").encode())
+        write_atomic(
+            folder / MANIFEST,
+            (sealed.model_dump_json(indent=1, exclude=self._absent()) + "\n").encode(),
+        )
         return sealed
 
     def _absent(self) -> set[str]:
         """What a set need not have is then not in its manifest."""
-        return {name for name in ("attribute_names", "embedding_shape", "rejects_sha256") if not getattr(self, name)}
+        return {
+            name
+            for name in ("attribute_names", "embedding_shape", "rejects_sha256")
+            if not getattr(self, name)
+        }
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         if (folder / PLAN).is_file():
-            raise InputError(f"{folder}: an unfinished shard set: run the same r2id prepare again to complete it")
+            raise InputError(
+                f"{folder}: an unfinished shard set: run the same r2id prepare again to complete it"
+            )
         what = "not a shard set (no manifest.json): give a folder written by r2id prepare"
         raise InputError(f"{folder}: {what if folder.is_dir() else 'no such folder'}")
     return parse_manifest(path.read_bytes(), str(path))
@@ -112,7 +121,9 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         table = json.loads(content)
         version = table.get("format_version") if isinstance(table, dict) else None
         if version != FORMAT_VERSION:
-            raise InputError(f"{where}: format version {version!r}: this r2id reads version {FORMAT_VERSION}")
+            raise InputError(
+                f"{where}: format version {version!r}: this r2id reads version {FORMAT_VERSION}"
+            )
         return Manifest.model_validate(table)
     except (ValidationError, ValueError) as error:
         if isinstance(error, InputError):

@@ -19,10 +19,17 @@ from PIL import Image, ImageOps
 
 Extension = Literal["jpg", "png", "webp"]
 
-_EXTENSIONS: dict[str | None, Extension] = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_EXTENSIONS: dict[str | None, Extension] = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+}
 _ORIENTATION = 0x0112
 _MOST_PIXELS = 400_000_000  # of an image that nobody has set a limit for: 1.2 GB when decoded
-Image.MAX_IMAGE_PIXELS = None  # a limit of Pillow's own, which could only be lower than the one that is asked for
+Image.MAX_IMAGE_PIXELS = (
+    None  # a limit of Pillow's own, which could only be lower than the one that is asked for
+)
 _GAP = 2  # pixels per pixel needed, each way, that a JPEG decoded at a fraction still has
 
 
@@ -97,7 +104,9 @@ def decode_view(data: bytes, channels: int, view: View) -> np.ndarray:
         scale = view.scale or max(view.height / height, view.width / width)
         extent: tuple[float, float] = (width, height)
         if turned == 1 and image.format == "JPEG":
-            reduced = image.draft(None, (math.ceil(_GAP * width * scale), math.ceil(_GAP * height * scale)))
+            reduced = image.draft(
+                None, (math.ceil(_GAP * width * scale), math.ceil(_GAP * height * scale))
+            )
             extent = reduced[1][2:] if reduced else extent
         image.load()
         upright = _convert(_turn_upright(image), channels)
@@ -119,7 +128,9 @@ def _cut(image: Image.Image, extent: tuple[float, float], view: View, shrink: fl
 
 def to_array(image: Image.Image) -> np.ndarray:
     """A Pillow image of mode L or RGB → uint8 [H, W, C]."""
-    array = np.array(image)  # a copy: Pillow's own memory cannot be written to, which torch warns of
+    array = np.array(
+        image
+    )  # a copy: Pillow's own memory cannot be written to, which torch warns of
     return array[:, :, None] if array.ndim == 2 else array
 
 
@@ -159,8 +170,17 @@ def _reasons() -> Iterator[None]:
             yield
     except Image.UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
-    except (OSError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
-            struct.error) as error:
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        struct.error,
+    ) as error:
         raise ValueError(f"not a readable image: {error}") from None
 
 
@@ -171,7 +191,9 @@ def _open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
         raise ValueError(f"an image of {image.height}x{image.width} pixels has none")
     limit = max_pixels or _MOST_PIXELS
     if image.height * image.width > limit:
-        raise ValueError(f"an image of {image.height}x{image.width} pixels, more than the {limit} allowed")
+        raise ValueError(
+            f"an image of {image.height}x{image.width} pixels, more than the {limit} allowed"
+        )
     return image
 
 

@@ -28,7 +28,7 @@ def read_range(address: str, file: str, start: int, size: int) -> bytes:
     with _reading(address, file) as (system, path):
         data = system.cat_file(path, start=start, end=start + size)
     # A server that knows no ranges answers with the whole file.
-    return data if len(data) <= size else data[start:start + size]
+    return data if len(data) <= size else data[start : start + size]
 
 
 @contextmanager

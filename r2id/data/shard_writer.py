@@ -13,26 +13,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r2id.data.embeddings import npy_bytes
-from r2id.data.files import atomic_file
 from r2id.data.index import ATTRIBUTES, EMBEDDING, SCHEMA, read_commit
 from r2id.data.manifest import FORMAT_VERSION, Reject, ShardEntry
 from r2id.data.records import Record
+from r2id.files import atomic_file
 
 _BLOCK = 512  # of a tar: a header is one block, contents are padded to whole ones
 
 
-def write_shard_files(folder: Path, file: str, records: Iterable[Record], rejects: list[Reject]) -> ShardEntry:
+def write_shard_files(
+    folder: Path, file: str, records: Iterable[Record], rejects: list[Reject]
+) -> ShardEntry:
     """Write a tar and, last, its index. Either is complete or absent, and the same records give the same bytes.
 
     ``rejects`` is read when the records are used up: it may be filled while they are made.
     Raises ValueError for a key that webdataset could not tell from another, WorkError when the disk refuses.
     """
-    rows: dict[str, list[Any]] = {name: [] for name in (*SCHEMA.names, ATTRIBUTES.name, EMBEDDING.name)}
+    rows: dict[str, list[Any]] = {
+        name: [] for name in (*SCHEMA.names, ATTRIBUTES.name, EMBEDDING.name)
+    }
     with atomic_file(folder / file) as raw:
         stream = _Hashed(raw)
         _write_tar(stream, records, rows)
-    facts = {"format_version": FORMAT_VERSION, "file": file, "samples": len(rows["key"]), "bytes": stream.written,
-             "sha256": stream.digest.hexdigest(), "rejects": [vars(reject) for reject in rejects]}
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "file": file,
+        "samples": len(rows["key"]),
+        "bytes": stream.written,
+        "sha256": stream.digest.hexdigest(),
+        "rejects": [vars(reject) for reject in rejects],
+    }
     schema = SCHEMA if None in rows["attributes"] else SCHEMA.append(ATTRIBUTES)
     if any(row is not None for row in rows["embedding"]):
         schema = schema.append(EMBEDDING)
@@ -75,7 +85,13 @@ def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[
 
 def _members(record: Record) -> dict[str, bytes]:
     attributes = {} if record.attributes is None else {"attributes": list(record.attributes)}
-    facts = {**record.meta, **attributes, "height": record.height, "width": record.width, "mode": record.mode}
+    facts = {
+        **record.meta,
+        **attributes,
+        "height": record.height,
+        "width": record.width,
+        "mode": record.mode,
+    }
     members = {record.ext: record.image, "json": json.dumps(facts, sort_keys=True).encode()}
     if record.label is not None:
         members["cls"] = str(record.label).encode()
@@ -85,9 +101,19 @@ def _members(record: Record) -> dict[str, bytes]:
 
 
 def _add_row(rows: dict[str, list[Any]], record: Record, offset: int) -> None:
-    row = (record.key, offset, len(record.image), record.height, record.width, record.mode,
-           -1 if record.label is None else record.label, record.ext, hashlib.sha256(record.image).digest(),
-           record.attributes, None if record.embedding is None else record.embedding.reshape(-1))
+    row = (
+        record.key,
+        offset,
+        len(record.image),
+        record.height,
+        record.width,
+        record.mode,
+        -1 if record.label is None else record.label,
+        record.ext,
+        hashlib.sha256(record.image).digest(),
+        record.attributes,
+        None if record.embedding is None else record.embedding.reshape(-1),
+    )
     for name, value in zip(rows, row, strict=True):
         rows[name].append(value)
 

@@ -74,13 +74,19 @@ class Split:
 
     def read(self, index: int) -> bytes:
         """The stored bytes of one image. WorkError when the shard has been cut short or taken away."""
-        number, offset, size = int(self.shard[index]), int(self.offset[index]), int(self.size[index])
+        number, offset, size = (
+            int(self.shard[index]),
+            int(self.offset[index]),
+            int(self.size[index]),
+        )
         if self.address is None:
             data = os.pread(self._file(number).fileno(), size, offset)
         else:
             data = read_range(self.address, self.entries[number].file, offset, size)
         if len(data) != size:
-            raise WorkError(f"{self.files[number]}: cut short at sample {self.key(index)}: r2id verify tells more")
+            raise WorkError(
+                f"{self.files[number]}: cut short at sample {self.key(index)}: r2id verify tells more"
+            )
         return data
 
     def _file(self, number: int) -> BinaryIO:
@@ -90,15 +96,24 @@ class Split:
             try:
                 self._open[number] = self.files[number].open("rb", buffering=0)
             except OSError as error:
-                raise WorkError(f"{self.files[number]}: cannot be read: {error.strerror}") from error
+                raise WorkError(
+                    f"{self.files[number]}: cannot be read: {error.strerror}"
+                ) from error
         return self._open[number]
 
 
 class ShardSet:
     """An open shard set."""
 
-    def __init__(self, folder: Path, manifest: Manifest, address: str | None = None, embeddings: bool = False) -> None:
-        self.folder, self.manifest, self.address, self.embeddings = folder, manifest, address, embeddings
+    def __init__(
+        self, folder: Path, manifest: Manifest, address: str | None = None, embeddings: bool = False
+    ) -> None:
+        self.folder, self.manifest, self.address, self.embeddings = (
+            folder,
+            manifest,
+            address,
+            embeddings,
+        )
         self._splits: dict[str, Split] = {}
 
     @classmethod
@@ -109,14 +124,20 @@ class ShardSet:
         ``embeddings`` the splits have those of the texts, where the set does; else their memory is saved."""
         manifest = read_manifest(folder)
         if manifest.checksum != manifest.expected_checksum():
-            raise InputError(f"{folder / MANIFEST}: edited or damaged: its checksum does not fit its content")
+            raise InputError(
+                f"{folder / MANIFEST}: edited or damaged: its checksum does not fit its content"
+            )
         for entry in (entry for split in manifest.splits.values() for entry in split.shards):
             path = folder / entry.file
             if not (folder / entry.index_file).is_file() or not (address or path.is_file()):
-                raise InputError(f"{path}: missing, it or its index: run the same r2id prepare again")
+                raise InputError(
+                    f"{path}: missing, it or its index: run the same r2id prepare again"
+                )
             if not address and path.stat().st_size != entry.bytes:
-                raise InputError(f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run the same "
-                                 "r2id prepare again")
+                raise InputError(
+                    f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run the same "
+                    "r2id prepare again"
+                )
         return cls(folder, manifest, address, embeddings)
 
     @property
@@ -135,49 +156,77 @@ class ShardSet:
     def summary(self) -> dict[str, Any]:
         """Counts, for people: samples per split, shards, bytes, classes, rejects."""
         splits = self.manifest.splits
-        return {"dataset": self.manifest.dataset, "digest": self.digest,
-                "samples": {name: split.samples for name, split in splits.items()},
-                "shards": sum(len(split.shards) for split in splits.values()),
-                "bytes": sum(split.bytes for split in splits.values()),
-                "classes": self.num_classes, "rejects": self.manifest.rejects}
+        return {
+            "dataset": self.manifest.dataset,
+            "digest": self.digest,
+            "samples": {name: split.samples for name, split in splits.items()},
+            "shards": sum(len(split.shards) for split in splits.values()),
+            "bytes": sum(split.bytes for split in splits.values()),
+            "classes": self.num_classes,
+            "rejects": self.manifest.rejects,
+        }
 
     def split(self, name: str) -> Split:
         """InputError when the set has no such split, or none of its samples."""
         entry = self.manifest.splits.get(name)
         if entry is None or not entry.samples:
-            raise InputError(f"{self.folder}: no split {name!r}: it has {', '.join(self.manifest.splits)}")
+            raise InputError(
+                f"{self.folder}: no split {name!r}: it has {', '.join(self.manifest.splits)}"
+            )
         if name not in self._splits:
             self._splits[name] = self._load(name, entry)
         return self._splits[name]
 
     def _load(self, name: str, entry: SplitEntry) -> Split:
         """Filled shard by shard into arrays of their final size: all tables at once would take twice the memory."""
-        columns: dict[str, Any] = {column: np.empty(entry.samples, SCHEMA.field(column).type.to_pandas_dtype())
-                                          for column in ("offset", "size", "height", "width", "label")}
+        columns: dict[str, Any] = {
+            column: np.empty(entry.samples, SCHEMA.field(column).type.to_pandas_dtype())
+            for column in ("offset", "size", "height", "width", "label")
+        }
         number, keys, first = np.empty(entry.samples, np.int32), [], 0
         lists = self._lists(entry.samples)
         for position, shard in enumerate(entry.shards):
             try:
-                table = read_index(self.folder, shard, ["key", *columns, *(lists if shard.samples else ())])
+                table = read_index(
+                    self.folder, shard, ["key", *columns, *(lists if shard.samples else ())]
+                )
             except (OSError, pa.ArrowException) as error:
-                raise InputError(f"{self.folder / shard.index_file}: unreadable: {str(error).splitlines()[0]}") from None
+                raise InputError(
+                    f"{self.folder / shard.index_file}: unreadable: {str(error).splitlines()[0]}"
+                ) from None
             end = first + shard.samples
             if len(table) != shard.samples or end > entry.samples:
-                raise InputError(f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more")
+                raise InputError(
+                    f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more"
+                )
             for column, values in columns.items():
                 values[first:end] = table[column].to_numpy()
-            for column, values in lists.items() if shard.samples else ():  # an empty index need not have the column
+            for column, values in (
+                lists.items() if shard.samples else ()
+            ):  # an empty index need not have the column
                 flat = table[column].combine_chunks().flatten().to_numpy()
                 values[first:end] = flat.reshape(shard.samples, *values.shape[1:])
             number[first:end] = position
             keys.append(table["key"].combine_chunks())
             first = end
-        return Split(name=name, files=[self.folder / shard.file for shard in entry.shards], entries=entry.shards,
-                     address=self.address, keys=pa.concat_arrays(keys), shard=number,
-                     attributes=lists.get("attributes"), embedding=lists.get("embedding"), **columns)
+        return Split(
+            name=name,
+            files=[self.folder / shard.file for shard in entry.shards],
+            entries=entry.shards,
+            address=self.address,
+            keys=pa.concat_arrays(keys),
+            shard=number,
+            attributes=lists.get("attributes"),
+            embedding=lists.get("embedding"),
+            **columns,
+        )
 
     def _lists(self, samples: int) -> dict[str, np.ndarray]:
         """Of each column that holds lists, and that is wanted, the array that it is to fill."""
         named, shape = len(self.manifest.attribute_names), self.manifest.embedding_shape
         lists = {"attributes": np.empty((samples, named), np.int8)} if named else {}
-        return {**lists, "embedding": np.empty((samples, *shape), DTYPE)} if shape and self.embeddings else lists
+        return (
+            {**lists, "embedding": np.empty((samples, *shape), DTYPE)}
+            if shape and self.embeddings
+            else lists
+        )

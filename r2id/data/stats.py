@@ -18,11 +18,19 @@ def split_stats(shards: ShardSet, data: DataConfig, name: str, batch: int) -> di
     samples = shards.split(name)
     buckets = split_buckets(samples, data)
     lost = crop_loss(samples, buckets)
-    return {"samples": len(samples), "shards": len(samples.entries), "bytes": int(samples.size.sum()),
-            "height": _spread(samples.height), "width": _spread(samples.width),
-            "ratio": _spread(samples.width / samples.height), "classes": _classes(samples, shards.class_names),
-            "buckets": _buckets(buckets, lost, batch, data.batch_pixels), "lost": float(lost.mean()),
-            "steps": buckets.batches(batch, data.batch_pixels), "repeats": buckets.repeats(batch, data.batch_pixels)}
+    return {
+        "samples": len(samples),
+        "shards": len(samples.entries),
+        "bytes": int(samples.size.sum()),
+        "height": _spread(samples.height),
+        "width": _spread(samples.width),
+        "ratio": _spread(samples.width / samples.height),
+        "classes": _classes(samples, shards.class_names),
+        "buckets": _buckets(buckets, lost, batch, data.batch_pixels),
+        "lost": float(lost.mean()),
+        "steps": buckets.batches(batch, data.batch_pixels),
+        "repeats": buckets.repeats(batch, data.batch_pixels),
+    }
 
 
 def crop_loss(samples: Split, buckets: Buckets) -> np.ndarray:
@@ -42,36 +50,65 @@ def _classes(samples: Split, names: Sequence[str]) -> dict[str, Any]:
     counts = np.bincount(samples.label[samples.label >= 0], minlength=len(names))
     found: dict[str, Any] = {"count": len(names), "unlabelled": int((samples.label < 0).sum())}
     if len(counts):
-        found |= {"samples": _spread(counts), "rarest": names[int(counts.argmin())], "largest": names[int(counts.argmax())]}
+        found |= {
+            "samples": _spread(counts),
+            "rarest": names[int(counts.argmin())],
+            "largest": names[int(counts.argmax())],
+        }
     return found
 
 
-def _buckets(buckets: Buckets, lost: np.ndarray, batch: int, batch_pixels: int | None) -> list[dict[str, Any]]:
+def _buckets(
+    buckets: Buckets, lost: np.ndarray, batch: int, batch_pixels: int | None
+) -> list[dict[str, Any]]:
     """From the most frequent size to the rarest."""
     sizes = buckets.batch_sizes(batch, batch_pixels)
-    rows = [{"height": height, "width": width, "samples": len(members), "lost": float(lost[members].mean()),
-             "batch": size, "repeats": -len(members) % size}
-            for (height, width), members, size in zip(buckets.sizes, buckets.members, sizes, strict=True)]
+    rows = [
+        {
+            "height": height,
+            "width": width,
+            "samples": len(members),
+            "lost": float(lost[members].mean()),
+            "batch": size,
+            "repeats": -len(members) % size,
+        }
+        for (height, width), members, size in zip(
+            buckets.sizes, buckets.members, sizes, strict=True
+        )
+    ]
     return sorted(rows, key=lambda row: -row["samples"])
 
 
 def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str]:
     """The figures of one split as lines for a person; of the buckets, so many."""
     classes, buckets = stats["classes"], stats["buckets"]
-    lines = [f"{name}: {stats['samples']} images in {stats['shards']} shards, {stats['bytes'] / 1e6:.1f} MB"]
-    lines += [f"  {key:<8}{_words(stats[key], '.2f' if key == 'ratio' else '.0f')}" for key in ("height", "width", "ratio")]
+    lines = [
+        f"{name}: {stats['samples']} images in {stats['shards']} shards, {stats['bytes'] / 1e6:.1f} MB"
+    ]
+    lines += [
+        f"  {key:<8}{_words(stats[key], '.2f' if key == 'ratio' else '.0f')}"
+        for key in ("height", "width", "ratio")
+    ]
     if classes["count"]:
         even = classes["samples"]["min"] == classes["samples"]["max"]
         words = "" if even else f" (rarest {classes['rarest']!r}, largest {classes['largest']!r})"
-        lines.append(f"  classes {classes['count']}, of {_words(classes['samples'], '.0f')} images{words}, "
-                     f"{classes['unlabelled']} images without")
-    lines.append(f"  epoch   {stats['steps']} steps in {len(buckets)} buckets, {stats['repeats']} images twice to fill "
-                 f"the last steps; {stats['lost']:.1%} of the area cut off")
-    lines.append(f"    {'bucket':>11} {'images':>9} {'share':>7} {'cut off':>8} {'batch':>6} {'twice':>6}")
+        lines.append(
+            f"  classes {classes['count']}, of {_words(classes['samples'], '.0f')} images{words}, "
+            f"{classes['unlabelled']} images without"
+        )
+    lines.append(
+        f"  epoch   {stats['steps']} steps in {len(buckets)} buckets, {stats['repeats']} images twice to fill "
+        f"the last steps; {stats['lost']:.1%} of the area cut off"
+    )
+    lines.append(
+        f"    {'bucket':>11} {'images':>9} {'share':>7} {'cut off':>8} {'batch':>6} {'twice':>6}"
+    )
     for row in buckets[:most]:
         size = f"{row['height']}x{row['width']}"
-        lines.append(f"    {size:>11} {row['samples']:>9} {row['samples'] / stats['samples']:>7.1%} {row['lost']:>8.1%} "
-                     f"{row['batch']:>6} {row['repeats']:>6}")
+        lines.append(
+            f"    {size:>11} {row['samples']:>9} {row['samples'] / stats['samples']:>7.1%} {row['lost']:>8.1%} "
+            f"{row['batch']:>6} {row['repeats']:>6}"
+        )
     if len(buckets) > most:
         rest = sum(row["samples"] for row in buckets[most:])
         lines.append(f"    {len(buckets) - most} more buckets with {rest} images")

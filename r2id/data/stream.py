@@ -29,7 +29,6 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from r2id import rng
 from r2id.config import DataConfig
-from r2id.data.files import atomic_file, sha256_file, write_atomic
 from r2id.data.loader import ImageReader, MicroBatch, describe, load_items, split_buckets
 from r2id.data.manifest import MANIFEST, parse_manifest
 from r2id.data.plan import check_batch
@@ -37,14 +36,26 @@ from r2id.data.records import Extension
 from r2id.data.remote import open_stream, read_file
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import InputError, WorkError
+from r2id.files import atomic_file, sha256_file, write_atomic
 from r2id.progress import track
 
 _BUFFER = 500  # samples, undecoded
 _IMAGES = get_args(Extension)
 
 
-def stream_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int, micro_batch: int, seed: int,
-                  start_step: int, total_steps: int, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:
+def stream_loader(
+    shards: ShardSet,
+    data: DataConfig,
+    *,
+    split: str,
+    batch: int,
+    micro_batch: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[MicroBatch]]:
     """As r2id.data.loader.image_loader, with this module's promises. ``shards`` was opened with the address.
 
     Raises InputError for a batch that does not divide, or when there are fewer shards than loader processes.
@@ -53,8 +64,10 @@ def stream_loader(shards: ShardSet, data: DataConfig, *, split: str, batch: int,
     samples = shards.split(split)
     readers = world_size * max(1, data.workers)
     if len(samples.entries) < readers:
-        raise InputError(f"data.stream: split {split!r} has {len(samples.entries)} shards for {readers} loader processes: "
-                         "use fewer data.workers, or prepare with a smaller shard_mb")
+        raise InputError(
+            f"data.stream: split {split!r} has {len(samples.entries)} shards for {readers} loader processes: "
+            "use fewer data.workers, or prepare with a smaller shard_mb"
+        )
     stream = Stream(samples, data, batch, micro_batch, (seed, start_step), rank, world_size)
     return _number(load_items(stream, None, data.workers), range(start_step, total_steps))
 
@@ -76,7 +89,9 @@ def fetch_index(address: str, out: Path) -> ShardSet:
         with atomic_file(path) as file:
             file.write(read_file(address, entry.index_file))
         if sha256_file(path) != entry.index_sha256:
-            raise WorkError(f"{address}/{entry.index_file}: damaged: its hash is not the manifest's")
+            raise WorkError(
+                f"{address}/{entry.index_file}: damaged: its hash is not the manifest's"
+            )
     write_atomic(out / MANIFEST, content)
     return ShardSet.open(out, address)
 
@@ -84,14 +99,30 @@ def fetch_index(address: str, out: Path) -> ShardSet:
 class Stream(IterableDataset):
     """This rank's steps without end, from this loader process's share of the shards."""
 
-    def __init__(self, samples: Split, data: DataConfig, batch: int, micro_batch: int, keys: tuple[int, int], rank: int,
-                 world_size: int) -> None:
+    def __init__(
+        self,
+        samples: Split,
+        data: DataConfig,
+        batch: int,
+        micro_batch: int,
+        keys: tuple[int, int],
+        rank: int,
+        world_size: int,
+    ) -> None:
         assert samples.address, "the tars are streamed from an address"
-        self.samples, self.data, self.keys, self.rank, self.world_size = samples, data, keys, rank, world_size
+        self.samples, self.data, self.keys, self.rank, self.world_size = (
+            samples,
+            data,
+            keys,
+            rank,
+            world_size,
+        )
         self.micro_batches = batch // (world_size * micro_batch)
         self.buckets = split_buckets(samples, data)
         sizes = self.buckets.batch_sizes(batch, data.batch_pixels)
-        self.share = {size: count // world_size for size, count in zip(self.buckets.sizes, sizes, strict=True)}
+        self.share = {
+            size: count // world_size for size, count in zip(self.buckets.sizes, sizes, strict=True)
+        }
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         fetched: dict[int, bytes] = {}
@@ -104,7 +135,10 @@ class Stream(IterableDataset):
             if len(waiting[size]) == self.share[size]:
                 parts = np.array(waiting[size], dtype=np.int64).reshape(self.micro_batches, -1)
                 key = rng.fold(*self.keys, epoch)
-                yield [{"image": read(part, *size, key), **describe(self.samples, part, epoch, 0)} for part in parts]
+                yield [
+                    {"image": read(part, *size, key), **describe(self.samples, part, epoch, 0)}
+                    for part in parts
+                ]
                 for index in waiting[size]:
                     fetched.pop(index, None)
                 waiting[size] = []
@@ -116,9 +150,13 @@ class Stream(IterableDataset):
         mine = self.rank * readers + reader
         epoch = 0
         while True:
-            order = rng.subset(rng.fold(*self.keys, epoch), len(self.samples.entries), len(self.samples.entries))
-            shards = order[mine::self.world_size * readers].tolist()
-            shuffled = wds.filters.shuffle(_BUFFER, initial=_BUFFER // 2, rng=random.Random(f"{self.keys} {epoch} {mine}"))
+            order = rng.subset(
+                rng.fold(*self.keys, epoch), len(self.samples.entries), len(self.samples.entries)
+            )
+            shards = order[mine :: self.world_size * readers].tolist()
+            shuffled = wds.filters.shuffle(
+                _BUFFER, initial=_BUFFER // 2, rng=random.Random(f"{self.keys} {epoch} {mine}")
+            )
             yield from ((epoch, index, image) for index, image in shuffled(self._read(shards)))
             epoch += 1
 
@@ -130,9 +168,15 @@ class Stream(IterableDataset):
             found = 0
             try:
                 with open_stream(str(address), file) as stream:
-                    for sample in group_by_keys(tar_file_expander([{"url": file, "stream": stream}])):
-                        if found == len(members) or sample["__key__"] != self.samples.key(members[found]):
-                            raise WorkError(f"{address}/{file}: holds other samples than its index says")
+                    for sample in group_by_keys(
+                        tar_file_expander([{"url": file, "stream": stream}])
+                    ):
+                        if found == len(members) or sample["__key__"] != self.samples.key(
+                            members[found]
+                        ):
+                            raise WorkError(
+                                f"{address}/{file}: holds other samples than its index says"
+                            )
                         image = next((sample[ext] for ext in _IMAGES if ext in sample), None)
                         if image is None:
                             break  # the tar ends inside a sample
@@ -141,7 +185,9 @@ class Stream(IterableDataset):
             except WorkError:
                 raise
             except Exception as error:  # of tarfile, webdataset and every store
-                raise WorkError(f"{address}/{file}: cannot be read: {' '.join(str(error).split())}") from error
+                raise WorkError(
+                    f"{address}/{file}: cannot be read: {' '.join(str(error).split())}"
+                ) from error
             if found != len(members):
                 raise WorkError(f"{address}/{file}: cut short: {found} of {len(members)} samples")
 

@@ -11,14 +11,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from r2id.data.files import sha256_file
 from r2id.data.index import read_commit, read_index
 from r2id.data.manifest import MANIFEST, REJECTS, Manifest, ShardEntry, SplitEntry, read_manifest
 from r2id.data.records import inspect
 from r2id.errors import InputError
+from r2id.files import sha256_file
 from r2id.progress import Progress
 
-_CHECKED = ["key", "offset", "size", "height", "width", "sha256"]  # columns of the index; the whole of it is hashed
+_CHECKED = [
+    "key",
+    "offset",
+    "size",
+    "height",
+    "width",
+    "sha256",
+]  # columns of the index; the whole of it is hashed
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,9 @@ def verify(folder: Path) -> list[Damage]:
             raise
         return [Damage(MANIFEST, str(error).removeprefix(f"{folder / MANIFEST}: "))]
     damages = list(_check_manifest(folder, manifest))
-    with Progress("verify", sum(split.samples for split in manifest.splits.values()), unit="images") as progress:
+    with Progress(
+        "verify", sum(split.samples for split in manifest.splits.values()), unit="images"
+    ) as progress:
         for name, split in manifest.splits.items():
             damages += _check_split(folder, name, split, progress)
     return damages
@@ -54,9 +63,15 @@ def verify(folder: Path) -> list[Damage]:
 def _check_manifest(folder: Path, manifest: Manifest) -> Iterator[Damage]:
     if manifest.checksum != manifest.expected_checksum():
         yield Damage(MANIFEST, "edited or damaged: its checksum does not fit its content")
-    listed = {file for split in manifest.splits.values() for entry in split.shards
-              for file in (entry.file, entry.index_file)}
-    present = {path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*") if path.is_file()}
+    listed = {
+        file
+        for split in manifest.splits.values()
+        for entry in split.shards
+        for file in (entry.file, entry.index_file)
+    }
+    present = {
+        path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*") if path.is_file()
+    }
     for extra in sorted(present - listed):
         yield Damage(extra, "not in the manifest")
     table = folder / REJECTS
@@ -66,9 +81,14 @@ def _check_manifest(folder: Path, manifest: Manifest) -> Iterator[Damage]:
         yield Damage(REJECTS, "changed: its hash is not the manifest's")
 
 
-def _check_split(folder: Path, name: str, split: SplitEntry, progress: Progress) -> Iterator[Damage]:
+def _check_split(
+    folder: Path, name: str, split: SplitEntry, progress: Progress
+) -> Iterator[Damage]:
     if split.samples != sum(entry.samples for entry in split.shards):
-        yield Damage(MANIFEST, f"split {name!r} has {split.samples} samples, and another number in its shards")
+        yield Damage(
+            MANIFEST,
+            f"split {name!r} has {split.samples} samples, and another number in its shards",
+        )
     keys: list[str] = []
     for entry in split.shards:
         damages = list(_check_index(folder, entry))
@@ -106,7 +126,7 @@ def _check_tar(folder: Path, entry: ShardEntry, index: pa.Table) -> Iterator[Dam
         yield Damage(entry.file, "changed: its hash is not the manifest's")
     content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
     for row in index.to_pylist():
-        what = _check_sample(content[row["offset"]:row["offset"] + row["size"]].tobytes(), row)
+        what = _check_sample(content[row["offset"] : row["offset"] + row["size"]].tobytes(), row)
         if what:
             yield Damage(entry.file, what, row["key"])
 
@@ -121,5 +141,7 @@ def _check_sample(data: bytes, row: dict) -> str | None:
     except ValueError as error:
         return str(error)
     if (facts.height, facts.width) != (row["height"], row["width"]):
-        return f"is {facts.height}x{facts.width}, not {row['height']}x{row['width']} as the index says"
+        return (
+            f"is {facts.height}x{facts.width}, not {row['height']}x{row['width']} as the index says"
+        )
     return None

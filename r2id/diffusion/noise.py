@@ -16,7 +16,9 @@ from torch import Tensor
 
 from r2id import rng
 
-_FINEST_SIDE = 128  # cells per side of the finest level, at least, so that all small grids share one field
+_FINEST_SIDE = (
+    128  # cells per side of the finest level, at least, so that all small grids share one field
+)
 _FINEST_PER_CELL = 4  # finest cells per side of a grid's cell, at least
 
 
@@ -37,18 +39,30 @@ def _refine(field: Tensor, keys: Tensor) -> Tensor:
     channels, side = field.shape[1:3]
     details = rng.normal(keys, channels, side, side, 3)
     across, down, both = details.unbind(-1)
-    quarters = torch.stack([field + across + down + both, field - across + down - both,
-                            field + across - down - both, field - across - down + both])
+    quarters = torch.stack(
+        [
+            field + across + down + both,
+            field - across + down - both,
+            field + across - down - both,
+            field - across - down + both,
+        ]
+    )
     return rearrange(quarters, "(i j) b l h w -> b l (h i) (w j)", i=2) / 2
 
 
 def _cells(field: Tensor, count: int, dim: int) -> Tensor:
     """Sum runs of the field's finest cells into ``count`` cells along one axis, rescaled to variance 1."""
     side = field.shape[dim]
-    edges = torch.round(torch.arange(count + 1, dtype=torch.float64) * side / count).long().to(field.device)
+    edges = (
+        torch.round(torch.arange(count + 1, dtype=torch.float64) * side / count)
+        .long()
+        .to(field.device)
+    )
     owner = torch.bucketize(torch.arange(side, device=field.device), edges[1:], right=True)
     shape = [*field.shape]
     shape[dim] = count
-    summed = torch.zeros(shape, dtype=field.dtype, device=field.device).index_add_(dim, owner, field)
+    summed = torch.zeros(shape, dtype=field.dtype, device=field.device).index_add_(
+        dim, owner, field
+    )
     lengths = (edges[1:] - edges[:-1]).to(field.dtype)
     return summed / lengths.sqrt().view([-1 if axis == dim else 1 for axis in range(field.dim())])

@@ -14,15 +14,18 @@ Objective = Literal["epsilon", "x0", "v", "flow"]
 Weighting = Literal["uniform", "min_snr", "soft_min_snr"]
 
 
-def target(objective: Objective, data: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def target(
+    objective: Objective, data: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
     """ε or x₀ (Ho et al. 2020), v = α·ε − σ·x₀ (Salimans & Ho 2022) or the velocity ε − x₀ (Lipman et al. 2023)."""
     if objective in ("epsilon", "x0"):
         return noise if objective == "epsilon" else data
     return alpha * noise - sigma * data if objective == "v" else noise - data
 
 
-def to_data_and_noise(objective: Objective, x: Tensor, prediction: Tensor, alpha: Tensor,
-                      sigma: Tensor) -> tuple[Tensor, Tensor]:
+def to_data_and_noise(
+    objective: Objective, x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
     """(x₀, ε) implied by a prediction at x = α·x₀ + σ·ε; the inverse of target."""
     if objective == "epsilon":
         return (x - sigma * prediction) / alpha, prediction
@@ -33,7 +36,9 @@ def to_data_and_noise(objective: Objective, x: Tensor, prediction: Tensor, alpha
     return x - sigma * prediction, x + alpha * prediction
 
 
-def weight(objective: Objective, weighting: Weighting, log_snr: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
+def weight(
+    objective: Objective, weighting: Weighting, log_snr: Tensor, sigma: Tensor, gamma: float = 5.0
+) -> Tensor:
     """Factor of the squared error of a prediction, the shape of log_snr.
 
     uniform: 1. min_snr: min(SNR, γ) on the error of x₀ (Hang et al. 2023); soft_min_snr: SNR·γ/(SNR + γ) (Crowson et al.

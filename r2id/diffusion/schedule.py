@@ -16,7 +16,10 @@ Kind = Literal["cosine", "linear_beta", "flow"]
 # Beyond these, a sample is data or noise for all purposes; within them nothing is divided by zero.
 LOG_SNR_MIN, LOG_SNR_MAX = -10.0, 10.0
 
-_BETA_MIN, _BETA_MAX = 0.1, 20.0  # Song et al. 2021, "Score-based generative modeling through SDEs", appendix C
+_BETA_MIN, _BETA_MAX = (
+    0.1,
+    20.0,
+)  # Song et al. 2021, "Score-based generative modeling through SDEs", appendix C
 
 
 def log_snr(t: Tensor, kind: Kind, shift: float = 0.0) -> Tensor:

@@ -23,8 +23,14 @@ def time_steps(steps: int, kind: Kind, shift: float) -> Tensor:
     return log_snr(torch.arange(steps, 0, -1) / steps, kind, shift)
 
 
-def ddim(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind, eta: float = 0.0,
-         fresh: Fresh | None = None) -> Tensor:
+def ddim(
+    denoise: Denoise,
+    noise: Tensor,
+    log_snrs: Tensor,
+    kind: Kind,
+    eta: float = 0.0,
+    fresh: Fresh | None = None,
+) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12): deterministic with η = 0, ancestral sampling (DDPM) with η = 1.
 
     ``fresh(i)`` is the noise that step i adds, of standard deviation η·σ'·√(1 − SNR/SNR'), which is eq. 16 for any schedule.
@@ -51,7 +57,9 @@ def heun(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tenso
     return _along_the_path(denoise, noise, log_snrs, kind, correct=True)
 
 
-def _along_the_path(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind, correct: bool) -> Tensor:
+def _along_the_path(
+    denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind, correct: bool
+) -> Tensor:
     def place(log_snr: Tensor) -> Tensor:
         alpha, sigma = alpha_sigma(log_snr, kind)
         return sigma if kind == "flow" else torch.atan2(sigma, alpha)
@@ -87,4 +95,8 @@ def dpmpp_2m(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> T
 
 
 SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor, Kind], Tensor]] = {
-    "ddim": ddim, "dpmpp_2m": dpmpp_2m, "euler": euler, "heun": heun}
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "euler": euler,
+    "heun": heun,
+}

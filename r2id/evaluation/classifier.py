@@ -22,10 +22,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from r2id.config import DataConfig
-from r2id.data.files import write_atomic
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import InputError
 from r2id.evaluation.images import load_images, resize, to_floats
+from r2id.files import write_atomic
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
 
@@ -64,7 +64,11 @@ class Classifier(nn.Module):
 
 
 def _convolution(channels: int, width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True))
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(True),
+    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ class Judge:
     def features(self, images: Tensor) -> Tensor:
         """See r2id.evaluation.extractor.Extractor."""
         device = self.model.head.weight.device
-        seen = resize(to_floats(images) if images.dtype == torch.uint8 else images, self.size).to(device)
+        seen = resize(to_floats(images) if images.dtype == torch.uint8 else images, self.size).to(
+            device
+        )
         with torch.autocast(device.type, torch.bfloat16):
             return self.model.features(seen).cpu()
 
@@ -128,23 +134,31 @@ def frequent_size(split: Split) -> Size:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def train_classifier(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Classifier:
+def train_classifier(
+    images: Tensor, labels: Tensor, classes: int, device: torch.device
+) -> Classifier:
     """From uint8 images [N, C, H, W] and labels [N] in range(classes); the same input gives the same classifier."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = Classifier(images.shape[1], classes, (images.shape[2], images.shape[3]))
     model.to(device)
     steps = min(max(_FEWEST_STEPS, _EPOCHS * len(images) // _BATCH), _MOST_STEPS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=_WARM_UP)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _LEARNING_RATE, total_steps=steps, pct_start=_WARM_UP
+    )
     generator = torch.Generator().manual_seed(_SEED)
     epochs = -(-steps * _BATCH // len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
     with Progress("train classifier", steps, unit="images", per_item=_BATCH) as progress:
-        for chosen in order[:steps * _BATCH].split(_BATCH):
+        for chosen in order[: steps * _BATCH].split(_BATCH):
             seen = augment(to_floats(images[chosen]), generator).to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                loss = F.cross_entropy(model(seen), labels[chosen].to(device), label_smoothing=_SMOOTHING)
+                loss = F.cross_entropy(
+                    model(seen), labels[chosen].to(device), label_smoothing=_SMOOTHING
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -158,8 +172,13 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     turn, *scales, right, down = (2 * torch.rand(5, len(images), generator=generator) - 1).unbind()
     cos, sin = (_ROTATION * turn).cos(), (_ROTATION * turn).sin()
     wide, high = (torch.exp(_SCALE * scale) for scale in scales)
-    matrix = torch.stack([torch.stack([cos * wide, -sin * high, _SHIFT * right], 1),
-                          torch.stack([sin * wide, cos * high, _SHIFT * down], 1)], 1)
+    matrix = torch.stack(
+        [
+            torch.stack([cos * wide, -sin * high, _SHIFT * right], 1),
+            torch.stack([sin * wide, cos * high, _SHIFT * down], 1),
+        ],
+        1,
+    )
     where = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images, where, padding_mode="border", align_corners=False)
 
@@ -168,10 +187,18 @@ def _train_and_test(shards: ShardSet, data: DataConfig, device: torch.device) ->
     images, labels = _labelled(*load_images(shards, data, data.train_split, _MOST_IMAGES))
     tests, truth = _labelled(*load_images(shards, data, data.test_split, _MOST_IMAGES))
     if len(labels.unique()) < 2 or not len(tests):
-        raise InputError(f"{shards.folder}: a classifier takes two classes in split {data.train_split!r} and labelled "
-                         f"images in split {data.test_split!r}")
+        raise InputError(
+            f"{shards.folder}: a classifier takes two classes in split {data.train_split!r} and labelled "
+            f"images in split {data.test_split!r}"
+        )
     assert data.size is not None
-    judge = Judge(train_classifier(images, labels, shards.num_classes, device), data.size, len(images), len(tests), 0.0)
+    judge = Judge(
+        train_classifier(images, labels, shards.num_classes, device),
+        data.size,
+        len(images),
+        len(tests),
+        0.0,
+    )
     return replace(judge, test_accuracy=float((judge.look(tests)[1] == truth).double().mean()))
 
 
@@ -186,8 +213,12 @@ def _identity(shards: ShardSet, data: DataConfig) -> str:
 
 
 def _write(file: Path, identity: str, judge: Judge) -> None:
-    facts = {"identity": identity, "train_images": judge.train_images, "test_images": judge.test_images,
-             "test_accuracy": judge.test_accuracy}
+    facts = {
+        "identity": identity,
+        "train_images": judge.train_images,
+        "test_images": judge.test_images,
+        "test_accuracy": judge.test_accuracy,
+    }
     write_atomic(file, save(_tensors(judge.model), {"r2id": json.dumps(facts)}))
 
 
@@ -210,5 +241,7 @@ def _read(file: Path, identity: str, channels: int, classes: int, size: Size) ->
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         say(f"{file}: damaged; training the classifier again")
         return None
-    say(f"{file}: classifier found in place, {judge.test_accuracy:.4f} on {judge.test_images} real test images")
+    say(
+        f"{file}: classifier found in place, {judge.test_accuracy:.4f} on {judge.test_images} real test images"
+    )
     return judge

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from r2id.data.files import sha256_file
 from r2id.errors import InputError, WorkError
 from r2id.evaluation.images import resize
+from r2id.files import sha256_file
 from r2id.models.coords import Size
 
 _BATCH = 100
@@ -54,15 +54,23 @@ class FileExtractor:
     def load(cls, place: str | Path, size: Size, device: torch.device) -> FileExtractor:
         """From a file or an address. InputError when it is no TorchScript program, or its output is not one row of numbers
         for each image; WorkError when it cannot be downloaded."""
-        file = download(str(place)) if str(place).startswith(("http://", "https://")) else Path(place)
+        file = (
+            download(str(place)) if str(place).startswith(("http://", "https://")) else Path(place)
+        )
         if not file.is_file():
             raise InputError(f"--extractor {file}: no such file")
         try:
             program = torch.jit.load(str(file), map_location=device).eval()
         except RuntimeError as error:
-            raise InputError(f"--extractor {file}: not a TorchScript file: {str(error).strip().splitlines()[0]}") from None
-        wanted = {"return_features"} & {argument.name for argument in program.forward.schema.arguments}
-        extractor = cls(file.name, sha256_file(file), size, program, device, dict.fromkeys(wanted, True))
+            raise InputError(
+                f"--extractor {file}: not a TorchScript file: {str(error).strip().splitlines()[0]}"
+            ) from None
+        wanted = {"return_features"} & {
+            argument.name for argument in program.forward.schema.arguments
+        }
+        extractor = cls(
+            file.name, sha256_file(file), size, program, device, dict.fromkeys(wanted, True)
+        )
         extractor.check(file)
         return extractor
 
@@ -71,15 +79,24 @@ class FileExtractor:
         try:
             made = self.features(torch.zeros(2, 1, *self.size))
         except RuntimeError as error:
-            raise InputError(f"--extractor {file}: takes no uint8 images [N, 3, {self.size[0]}, {self.size[1]}]: "
-                             f"{str(error).strip().splitlines()[-1]}") from None
+            raise InputError(
+                f"--extractor {file}: takes no uint8 images [N, 3, {self.size[0]}, {self.size[1]}]: "
+                f"{str(error).strip().splitlines()[-1]}"
+            ) from None
         if made.dim() != 2 or len(made) != 2 or not made.isfinite().all():
-            raise InputError(f"--extractor {file}: makes {list(made.shape)} of 2 images; must be finite numbers [2, D]")
+            raise InputError(
+                f"--extractor {file}: makes {list(made.shape)} of 2 images; must be finite numbers [2, D]"
+            )
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """See Extractor."""
-        return torch.cat([self.program(self._bytes(some), **self.options).float().cpu() for some in images.split(_BATCH)])
+        return torch.cat(
+            [
+                self.program(self._bytes(some), **self.options).float().cpu()
+                for some in images.split(_BATCH)
+            ]
+        )
 
     def _bytes(self, images: Tensor) -> Tensor:
         seen = resize(images.to(self.device), self.size)

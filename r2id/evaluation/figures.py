@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from r2id.pictures import tile, to_bytes
+from r2id.images import tile, to_bytes
 
 _GRID_SIDE = 960  # pixels of a grid's longer side, about
 _CELL = 0.95  # inches of a table's column, about
@@ -33,17 +33,29 @@ def grid(images: Tensor, columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def table(cells: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str] = ()) -> bytes:
+def table(
+    cells: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str] = ()
+) -> bytes:
     """A table of images [C, H, W] in [−1, 1] with words for rows and columns: all of one height, each at its aspect
     ratio, so that one picture at many sizes compares at a glance."""
     ratios = [max(row[k].shape[2] / row[k].shape[1] for row in cells) for k in range(len(cells[0]))]
     figure = Figure((_CELL * sum(ratios) + 1.0, _CELL * len(cells) + 0.3), layout="constrained")
-    words, axes = np.split(figure.subplots(len(cells), 1 + len(ratios), squeeze=False, width_ratios=[0.8, *ratios]), [1], 1)
+    words, axes = np.split(
+        figure.subplots(len(cells), 1 + len(ratios), squeeze=False, width_ratios=[0.8, *ratios]),
+        [1],
+        1,
+    )
     for row, name, word, places in zip(cells, rows, words[:, 0], axes, strict=True):
         word.set_axis_off()
         word.text(1, 0.5, name, ha="right", va="center", transform=word.transAxes)
         for image, place in zip(row, places, strict=True):
-            place.imshow(to_bytes(image).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            place.imshow(
+                to_bytes(image).squeeze(-1).numpy(),
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
+            )
             place.set(xticks=[], yticks=[])
             place.spines[:].set_visible(False)
     for place, name in zip(axes[0], columns, strict=False):
@@ -59,7 +71,9 @@ def latents(cells: Sequence[Tensor], most: int = 8) -> bytes:
     bound = float(torch.cat([cell[:count].flatten() for cell in cells]).abs().max())
     for cell, places in zip(cells, axes, strict=True):
         for channel, place in zip(cell, places, strict=False):
-            shown = place.imshow(channel.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
+            shown = place.imshow(
+                channel.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest"
+            )
             place.set(xticks=[], yticks=[])
     for number, place in enumerate(axes[0]):
         place.set_title(f"channel {number}", fontsize=10)
@@ -73,7 +87,11 @@ def time_curves(scrape: Mapping[str, Any]) -> bytes:
     axes = figure.subplots()
     for (name, losses), colour in zip(scrape["loss"].items(), _COLOURS, strict=False):
         axes.plot(scrape["time"], losses, "o-", label=f"told {name}", color=colour, markersize=4)
-    axes.set(xlabel="time t (0 is data, 1 is noise)", ylabel="squared error of the prediction", xlim=(0, 1))
+    axes.set(
+        xlabel="time t (0 is data, 1 is noise)",
+        ylabel="squared error of the prediction",
+        xlim=(0, 1),
+    )
     axes.set_ylim(bottom=0)
     _tidy(axes)
     return _png(figure)
@@ -84,8 +102,18 @@ def grid_curves(scrape: Mapping[str, Any]) -> bytes:
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for (name, curve), colour in zip(scrape["grids"].items(), _COLOURS, strict=False):
-        axes.plot(curve["log_snr"], curve["loss"], "o-", label=f"{name.replace('x', '×')} cells", color=colour, markersize=4)
-    axes.set(xlabel="logSNR (data on the right, noise on the left)", ylabel="squared error of the prediction")
+        axes.plot(
+            curve["log_snr"],
+            curve["loss"],
+            "o-",
+            label=f"{name.replace('x', '×')} cells",
+            color=colour,
+            markersize=4,
+        )
+    axes.set(
+        xlabel="logSNR (data on the right, noise on the left)",
+        ylabel="squared error of the prediction",
+    )
     _tidy(axes)
     return _png(figure)
 
@@ -98,9 +126,17 @@ def shift_curves(found: Mapping[str, Any]) -> bytes:
     for number, (name, curve) in enumerate(found["grids"].items()):
         words = f"{name.replace('x', '×')} cells{'' if curve['trained'] else ', not trained'}"
         for axes, shift in zip(places, (0.0, curve["shift"]), strict=True):
-            axes.plot(log_snr + shift, curve["error"], "o-" if curve["trained"] else "o--", label=words,
-                      color=f"C{number}", markersize=3)
-    for axes, title in zip(places, ("as measured", f"shifted by 2k·log(n/n_base), k = {found['k']:.3f}"), strict=True):
+            axes.plot(
+                log_snr + shift,
+                curve["error"],
+                "o-" if curve["trained"] else "o--",
+                label=words,
+                color=f"C{number}",
+                markersize=3,
+            )
+    for axes, title in zip(
+        places, ("as measured", f"shifted by 2k·log(n/n_base), k = {found['k']:.3f}"), strict=True
+    ):
         axes.set(xlabel="logSNR (data on the right, noise on the left)", title=title)
         _tidy(axes)
     places[0].set(ylabel="squared error of x₀, its square 1")
@@ -126,10 +162,16 @@ def captioned(images: Sequence[Tensor], captions: Sequence[str], columns: int = 
     figure = Figure((_CELL * columns + 0.2, (_CELL * ratio + 0.4) * rows), layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, image, caption in zip(places, images, captions, strict=False):
-        place.imshow(to_bytes(image).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        place.imshow(
+            to_bytes(image).squeeze(-1).numpy(),
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            interpolation="nearest",
+        )
         place.set_xlabel(caption, fontsize=8)
         place.set(xticks=[], yticks=[])
-    for place in places[len(images):]:
+    for place in places[len(images) :]:
         place.set_axis_off()
     return _png(figure)
 

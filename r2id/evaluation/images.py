@@ -24,14 +24,20 @@ def resize(images: Tensor, size: Size) -> Tensor:
     """
     if tuple(images.shape[2:]) == size:
         return images
-    return F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    return F.interpolate(
+        images.float(), size, mode="bicubic", antialias=True, align_corners=False
+    ).clamp(-1, 1)
 
 
-def load_images(shards: ShardSet, data: DataConfig, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def load_images(
+    shards: ShardSet, data: DataConfig, split: str, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Images [N, C, *data.size] as uint8 and labels int64 [N] (−1: none), all of a split or ``limit`` evenly spaced."""
     assert data.size is not None
     batches = list(eval_loader(shards, data, split=split, batch=500, limit=limit))
-    images = torch.cat([((batch["image"] + 1) * 127.5).round().to(torch.uint8) for batch in batches])
+    images = torch.cat(
+        [((batch["image"] + 1) * 127.5).round().to(torch.uint8) for batch in batches]
+    )
     return images, torch.cat([batch["label"] for batch in batches])
 
 

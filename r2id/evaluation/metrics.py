@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 _SSIM_SIDE, _SSIM_SIGMA, _SSIM_K = 11, 1.5, (0.01, 0.03)  # Wang et al. 2004, section III-B
-_SSIM_PIXELS = 1 << 20  # of images compared at once, for each of which some float64 values are in memory
+_SSIM_PIXELS = (
+    1 << 20
+)  # of images compared at once, for each of which some float64 values are in memory
 _NEIGHBOUR = 3  # k of Kynkäänniemi et al. 2019
 _ROWS = 1000  # features whose distances to all others are in memory at once
 _SMALLEST_MSE = 1e-10  # below it two images in [−1, 1] are the same for all purposes; it bounds the PSNR at 106 dB
@@ -34,7 +36,9 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     and colours, of values from 0 up. A side of fewer than 11 pixels takes the largest odd window that fits it.
     """
     step = max(1, _SSIM_PIXELS // images[0, 0].numel())
-    return torch.cat([_ssim(*some) for some in zip(images.split(step), truth.split(step), strict=True)])
+    return torch.cat(
+        [_ssim(*some) for some in zip(images.split(step), truth.split(step), strict=True)]
+    )
 
 
 def _ssim(images: Tensor, truth: Tensor) -> Tensor:
@@ -43,8 +47,11 @@ def _ssim(images: Tensor, truth: Tensor) -> Tensor:
     var_x, var_y = _blur(x * x) - mean_x.square(), _blur(y * y) - mean_y.square()
     covariance = _blur(x * y) - mean_x * mean_y
     c1, c2 = ((2 * k) ** 2 for k in _SSIM_K)  # of values that range over 2
-    likeness = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-                / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2)))
+    likeness = (
+        (2 * mean_x * mean_y + c1)
+        * (2 * covariance + c2)
+        / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))
+    )
     return likeness.flatten(1).mean(1)
 
 
@@ -94,15 +101,26 @@ def precision_and_recall(samples: Tensor, real: Tensor) -> tuple[float, float]:
     depend on the numbers, so that sets of one size alone compare.
     """
     if min(len(samples), len(real)) <= _NEIGHBOUR:
-        raise ValueError(f"{len(samples)} and {len(real)} features: a manifold takes at least {_NEIGHBOUR + 1}")
+        raise ValueError(
+            f"{len(samples)} and {len(real)} features: a manifold takes at least {_NEIGHBOUR + 1}"
+        )
     return _covered(samples, real), _covered(real, samples)
 
 
 def _covered(points: Tensor, centres: Tensor) -> float:
     """Share of points within the manifold of the centres."""
     # The nearest to a centre is itself, or one in the same place.
-    radii = torch.cat([_distances(some, centres).kthvalue(_NEIGHBOUR + 1, dim=1).values for some in centres.split(_ROWS)])
-    return float(torch.cat([(_distances(some, centres) <= radii).any(1) for some in points.split(_ROWS)]).double().mean())
+    radii = torch.cat(
+        [
+            _distances(some, centres).kthvalue(_NEIGHBOUR + 1, dim=1).values
+            for some in centres.split(_ROWS)
+        ]
+    )
+    return float(
+        torch.cat([(_distances(some, centres) <= radii).any(1) for some in points.split(_ROWS)])
+        .double()
+        .mean()
+    )
 
 
 def _distances(one: Tensor, other: Tensor) -> Tensor:
@@ -113,4 +131,6 @@ def _distances(one: Tensor, other: Tensor) -> Tensor:
 def class_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> list[float | None]:
     """Share of each class's images that are judged to be of it; None for a class without images."""
     right = (predicted == labels).double()
-    return [float(right[labels == k].mean()) if (labels == k).any() else None for k in range(classes)]
+    return [
+        float(right[labels == k].mean()) if (labels == k).any() else None for k in range(classes)
+    ]

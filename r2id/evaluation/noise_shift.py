@@ -24,25 +24,28 @@ import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 
+from r2id.checkpoints import checkpoint as checkpoints
 from r2id.config import DataConfig
-from r2id.data.files import write_atomic
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.evaluation import figures
 from r2id.evaluation.r2id import Latents, encode_resized
 from r2id.evaluation.riae import scaled
+from r2id.files import write_atomic
 from r2id.models.coords import Size
 from r2id.progress import Progress
-from r2id.sampling import Sampler
-from r2id.training import checkpoint as checkpoints
-from r2id.training import noise_shift
+from r2id.sampling import noise_shift
+from r2id.sampling.sampler import Sampler
 
 FORMAT_VERSION = 1
 LOG_SNRS = tuple(0.5 * step for step in range(-12, 13))
 FACTORS = (0.75, 1.0, 1.25, 1.5)
 """Sides of the images that are encoded, in those of the training images; the grids trained at the extremes come too."""
 
-_FARTHEST, _FINENESS = 4.0, 0.01  # displacements tried, in logSNR: to either side, and their spacing
+_FARTHEST, _FINENESS = (
+    4.0,
+    0.01,
+)  # displacements tried, in logSNR: to either side, and their spacing
 
 Curves = Mapping[Size, Sequence[float]]
 
@@ -63,19 +66,29 @@ class Fit:
         return self.k * _log_ratio(grid, base)
 
 
-def measure_noise_shift(checkpoint: Path, shards: Path, out: Path | None = None, *, images: int = 256, seed: int = 0,
-                        apply: bool = False, device: torch.device | str = "cpu") -> dict[str, Any]:
+def measure_noise_shift(
+    checkpoint: Path,
+    shards: Path,
+    out: Path | None = None,
+    *,
+    images: int = 256,
+    seed: int = 0,
+    apply: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
     """Measure k of an R2ID checkpoint with some test images of a shard set.
 
     Writes noise-shift.json and noise-shift.png into ``out`` (by default ``report`` in the run directory), and with ``apply``
-    lets the checkpoint's samples be drawn with k from now on; see r2id.training.noise_shift. Returns what the file holds.
+    lets the checkpoint's samples be drawn with k from now on; see r2id.sampling.noise_shift. Returns what the file holds.
     InputError when checkpoint, shards or ``out`` are not what they should be; WorkError when the curves fit nowhere.
     """
     out = out or noise_shift.applied_file(checkpoint).parent / "report"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; must be a folder")
     if apply and out.resolve() == noise_shift.applied_file(checkpoint).parent.resolve():
-        raise InputError(f"--out {out}: is the run directory, where --apply writes; choose another folder")
+        raise InputError(
+            f"--out {out}: is the run directory, where --apply writes; choose another folder"
+        )
     opened, sampler = ShardSet.open(shards), Sampler.load(checkpoint, device)
     recorded = DataConfig.model_validate(checkpoints.load_meta(checkpoint).config["data"])
     data = recorded.model_copy(update={"shards": opened.folder, "latents": None})
@@ -88,8 +101,14 @@ def measure_noise_shift(checkpoint: Path, shards: Path, out: Path | None = None,
             curves[grid] = measure_curve(sampler, latents, seed, progress)
     base = sampler.codec.grid_for(sampler.codec.image)
     fit = fit_exponent(curves, base)
-    found = {**_describe(sampler, fit, curves, base, sizes), "images": sum(len(label) for _, label in latents),
-             "seed": seed, "split": data.test_split, "data": opened.digest, "checkpoint": checkpoints.identity(checkpoint)}
+    found = {
+        **_describe(sampler, fit, curves, base, sizes),
+        "images": sum(len(label) for _, label in latents),
+        "seed": seed,
+        "split": data.test_split,
+        "data": opened.digest,
+        "checkpoint": checkpoints.identity(checkpoint),
+    }
     write_atomic(out / noise_shift.NAME, (json.dumps(found, indent=1) + "\n").encode())
     write_atomic(out / "noise-shift.png", figures.shift_curves(found))
     if apply:
@@ -109,15 +128,22 @@ def choose_sizes(sampler: Sampler) -> dict[Size, Size]:
         size = scaled(own, (factor, factor))
         sizes.setdefault(sampler.codec.grid_for(size), size)
     if len({math.prod(grid) for grid in sizes}) < 2:
-        raise InputError(f"{sampler.codec.path}: has one latent grid, {next(iter(sizes))}, for all sizes around {own}; a "
-                         "shift takes two")
+        raise InputError(
+            f"{sampler.codec.path}: has one latent grid, {next(iter(sizes))}, for all sizes around {own}; a "
+            "shift takes two"
+        )
     return dict(sorted(sizes.items(), key=lambda item: math.prod(item[0])))
 
 
-def measure_curve(sampler: Sampler, latents: Latents, seed: int = 0, progress: Progress | None = None) -> list[float]:
+def measure_curve(
+    sampler: Sampler, latents: Latents, seed: int = 0, progress: Progress | None = None
+) -> list[float]:
     """Squared error of x₀ over its mean square, of latents told their class where the model knows classes, at LOG_SNRS."""
     errors = []
-    power = sum(float(sampler.codec.normalise(latent).square().flatten(1).mean(1).sum()) for latent, _ in latents)
+    power = sum(
+        float(sampler.codec.normalise(latent).square().flatten(1).mean(1).sum())
+        for latent, _ in latents
+    )
     for log_snr in LOG_SNRS:
         total = 0.0
         for number, (latent, label) in enumerate(latents):
@@ -138,8 +164,10 @@ def fit_exponent(curves: Curves, base: Size) -> Fit:
     for grid, curve in curves.items():
         displacements[grid], mismatches[grid] = displace(curves[base], curve)
         if abs(displacements[grid]) > _FARTHEST - _FINENESS:
-            raise WorkError(f"grid {grid[0]}x{grid[1]}: its curve of error against logSNR is not the base grid's at any "
-                            f"displacement up to {_FARTHEST}; the model has not learnt to denoise it")
+            raise WorkError(
+                f"grid {grid[0]}x{grid[1]}: its curve of error against logSNR is not the base grid's at any "
+                f"displacement up to {_FARTHEST}; the model has not learnt to denoise it"
+            )
     ratios = np.array([_log_ratio(grid, base) for grid in curves])
     moved = np.array(list(displacements.values()))
     k = float(ratios @ moved / (ratios @ ratios))
@@ -175,14 +203,30 @@ def _log_ratio(grid: Size, base: Size) -> float:
     return math.log(math.prod(grid) / math.prod(base))
 
 
-def _describe(sampler: Sampler, fit: Fit, curves: Curves, base: Size, sizes: Mapping[Size, Size]) -> dict[str, Any]:
+def _describe(
+    sampler: Sampler, fit: Fit, curves: Curves, base: Size, sizes: Mapping[Size, Size]
+) -> dict[str, Any]:
     """What noise-shift.json says of the measurement."""
     low, high = sampler.areas
-    return {"format_version": FORMAT_VERSION, "k": fit.k, "residual": fit.residual,
-            "used_before": sampler.diffusion.shift_exponent, "error": "squared error of x0 over the mean square of x0",
-            "base": f"{base[0]}x{base[1]}", "log_snr": list(LOG_SNRS), "grids": {f"{grid[0]}x{grid[1]}": {
-                "size": list(sizes[grid]), "trained": low <= math.prod(grid) <= high, "error": list(curve),
-                "displacement": fit.displacements[grid], "shift": fit.shift(grid, base),
+    return {
+        "format_version": FORMAT_VERSION,
+        "k": fit.k,
+        "residual": fit.residual,
+        "used_before": sampler.diffusion.shift_exponent,
+        "error": "squared error of x0 over the mean square of x0",
+        "base": f"{base[0]}x{base[1]}",
+        "log_snr": list(LOG_SNRS),
+        "grids": {
+            f"{grid[0]}x{grid[1]}": {
+                "size": list(sizes[grid]),
+                "trained": low <= math.prod(grid) <= high,
+                "error": list(curve),
+                "displacement": fit.displacements[grid],
+                "shift": fit.shift(grid, base),
                 "mismatch_unshifted": mismatch(curves[base], curve, 0.0),
                 "mismatch_shifted": mismatch(curves[base], curve, fit.shift(grid, base)),
-                "mismatch_best": fit.mismatches[grid]} for grid, curve in curves.items()}}
+                "mismatch_best": fit.mismatches[grid],
+            }
+            for grid, curve in curves.items()
+        },
+    }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import r2id
+from r2id.checkpoints import checkpoint as checkpoints
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.evaluation.classifier import Judge
@@ -17,9 +18,8 @@ from r2id.evaluation.extractor import Extractor
 from r2id.evaluation.images import RESIZE_RULE
 from r2id.evaluation.invariance import SIZE_RULE
 from r2id.evaluation.reference import WINDOW_RULE
-from r2id.sampling import Sampler
-from r2id.training import checkpoint as checkpoints
-from r2id.training.codec import Codec
+from r2id.models.codec import Codec
+from r2id.sampling.sampler import Sampler
 
 Facts = dict[str, Any]
 
@@ -58,27 +58,54 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
     shards, sampler = subject.shards, subject.sampler
     splits = shards.manifest.splits
     facts: Facts = {
-        "data": {"dataset": shards.manifest.dataset, "digest": shards.digest, "class_names": shards.class_names,
-                 **{f"{name}_images": split.samples for name, split in splits.items()}},
-        **({"riae": _origin(subject.codec.path, shards)} if subject.codec.riae else {})}
+        "data": {
+            "dataset": shards.manifest.dataset,
+            "digest": shards.digest,
+            "class_names": shards.class_names,
+            **{f"{name}_images": split.samples for name, split in splits.items()},
+        },
+        **({"riae": _origin(subject.codec.path, shards)} if subject.codec.riae else {}),
+    }
     if sampler:
         chosen = sampler.defaults
-        facts |= {"r2id": _origin(subject.checkpoint, shards),
-                  "sampling": {"first_seed": subject.seed, "steps": chosen.steps, "guidance": chosen.guidance,
-                               "guidance_interval": list(chosen.guidance_interval), "solver": chosen.solver,
-                               "shift_exponent": sampler.diffusion.shift_exponent}}
+        facts |= {
+            "r2id": _origin(subject.checkpoint, shards),
+            "sampling": {
+                "first_seed": subject.seed,
+                "steps": chosen.steps,
+                "guidance": chosen.guidance,
+                "guidance_interval": list(chosen.guidance_interval),
+                "solver": chosen.solver,
+                "shift_exponent": sampler.diffusion.shift_exponent,
+            },
+        }
     seen = {"judge of classes": subject.judge, "extractor": subject.extractor}
-    facts |= {name: {"name": one.name, "hash": one.hash, "size": list(one.size)} for name, one in seen.items() if one}
+    facts |= {
+        name: {"name": one.name, "hash": one.hash, "size": list(one.size)}
+        for name, one in seen.items()
+        if one
+    }
     return facts | {
         "rules": {"resize": RESIZE_RULE, "windows": WINDOW_RULE, "invariance_sizes": SIZE_RULE},
-        "software": {"r2id": r2id.__version__, "torch": torch.__version__, "device": subject.codec.device.type},
-        "figures": dict(_figures(subject, metrics))}
+        "software": {
+            "r2id": r2id.__version__,
+            "torch": torch.__version__,
+            "device": subject.codec.device.type,
+        },
+        "figures": dict(_figures(subject, metrics)),
+    }
 
 
 def _origin(path: Path, shards: ShardSet) -> Facts:
     meta = checkpoints.load_meta(path)
-    return {"checkpoint": str(checkpoints.resolve(path)), "identity": checkpoints.identity(path), "steps": meta.step,
-            "images_seen": meta.samples, "seed": meta.seed, "trained_on_this_data": meta.model["digest"] == shards.digest}
+    return {
+        "checkpoint": str(checkpoints.resolve(path)),
+        "identity": checkpoints.identity(path),
+        "steps": meta.step,
+        "images_seen": meta.samples,
+        "seed": meta.seed,
+        "trained_on_this_data": meta.model["digest"] == shards.digest,
+    }
 
 
 def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Facts]]:
@@ -88,40 +115,79 @@ def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str
     eyes = _eyes(subject.extractor)
     if "riae" in metrics:
         native, half = (metrics["riae"][name]["images"] for name in ("native", "half"))
-        yield "RIAE: MSE, PSNR, SSIM", _fact(f"{native} test images; {half} at other sizes", "", "", data)
+        yield (
+            "RIAE: MSE, PSNR, SSIM",
+            _fact(f"{native} test images; {half} at other sizes", "", "", data),
+        )
         if subject.extractor:
             yield "RIAE: Fréchet distance", _fact(f"{native} test images", "", eyes, data)
     if "r2id" in metrics:
         scrape = metrics["r2id"]["t_scrape"]
-        yield "loss against time and logSNR", _fact(f"{scrape['images']} test images", f"noise {subject.seed} on", "", data)
+        yield (
+            "loss against time and logSNR",
+            _fact(f"{scrape['images']} test images", f"noise {subject.seed} on", "", data),
+        )
         if "real" in metrics["r2id"]:
-            yield from _of_samples("samples", subject, metrics["r2id"]["sizes"],
-                                   f"{metrics['r2id']['real']['test_images']} images of {data}")
+            yield from _of_samples(
+                "samples",
+                subject,
+                metrics["r2id"]["sizes"],
+                f"{metrics['r2id']['real']['test_images']} images of {data}",
+            )
     if "invariance" in metrics:
         found = metrics["invariance"]
         if "riae" in found:
             images = found["riae"]["half_to_double"]["images"]
-            yield "invariance: reconstructions", _fact(f"{images} test images per size", "", eyes, data)
+            yield (
+                "invariance: reconstructions",
+                _fact(f"{images} test images per size", "", eyes, data),
+            )
         if "r2id" in found:
             reference = f"{found['r2id']['reference_images']} images (every other one) of {data}"
-            yield from _of_samples("invariance: samples", subject, found["r2id"]["sizes"], reference)
+            yield from _of_samples(
+                "invariance: samples", subject, found["r2id"]["sizes"], reference
+            )
             row = next(iter(found["r2id"]["sizes"].values()))
-            yield "invariance: real images stretched", _fact(f"{row['stretched']['images']} per size", "", eyes, reference)
+            yield (
+                "invariance: real images stretched",
+                _fact(f"{row['stretched']['images']} per size", "", eyes, reference),
+            )
             pairs = row["consistency"]["samples"]
-            yield "invariance: consistency of samples", _fact(f"{pairs} per size", _seeds(subject.seed, pairs),
-                                                              _eyes(subject.judge), "the same seeds at twice the size")
+            yield (
+                "invariance: consistency of samples",
+                _fact(
+                    f"{pairs} per size",
+                    _seeds(subject.seed, pairs),
+                    _eyes(subject.judge),
+                    "the same seeds at twice the size",
+                ),
+            )
 
 
-def _of_samples(name: str, subject: Subject, rows: Mapping[str, Any], reference: str) -> Iterator[tuple[str, Facts]]:
+def _of_samples(
+    name: str, subject: Subject, rows: Mapping[str, Any], reference: str
+) -> Iterator[tuple[str, Facts]]:
     count = next(iter(rows.values()))["samples"]
     images, seeds = f"{count} samples per size", _seeds(subject.seed, count)
     if subject.judge:
-        yield f"{name}: class accuracy, failures", _fact(images, seeds, _eyes(subject.judge), "the classes asked for")
-    yield f"{name}: Fréchet distances, precision, recall", _fact(images, seeds, _eyes(subject.extractor), reference)
+        yield (
+            f"{name}: class accuracy, failures",
+            _fact(images, seeds, _eyes(subject.judge), "the classes asked for"),
+        )
+    yield (
+        f"{name}: Fréchet distances, precision, recall",
+        _fact(images, seeds, _eyes(subject.extractor), reference),
+    )
 
 
 def _fact(images: str, seeds: str, extractor: str, reference: str) -> Facts:
-    return {"images": images, "seeds": seeds, "extractor": extractor, "resize": RESIZE_RULE, "reference": reference}
+    return {
+        "images": images,
+        "seeds": seeds,
+        "extractor": extractor,
+        "resize": RESIZE_RULE,
+        "reference": reference,
+    }
 
 
 def _eyes(extractor: Extractor | None) -> str:

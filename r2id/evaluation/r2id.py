@@ -23,7 +23,8 @@ from r2id.evaluation.reference import BATCH, MOST_REAL, Seen, compare, real_batc
 from r2id.evaluation.riae import scaled
 from r2id.models.coords import Size
 from r2id.progress import Progress
-from r2id.sampling import Sampler, choose_labels
+from r2id.sampling.conditions import choose_labels
+from r2id.sampling.sampler import Sampler
 
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
 """Times of the scrape, from nearly data to nearly noise."""
@@ -39,27 +40,45 @@ Latents = Sequence[tuple[Tensor, Tensor]]
 
 def encode_tests(sampler: Sampler, shards: ShardSet, data: DataConfig) -> Latents:
     """Latents of a few test images, with their labels, on the codec's device."""
-    return [(sampler.codec.encode(batch["image"]), batch["label"].to(sampler.codec.device))
-            for batch in eval_loader(shards, data, split=data.test_split, batch=BATCH, limit=_SCRAPED)]
+    return [
+        (sampler.codec.encode(batch["image"]), batch["label"].to(sampler.codec.device))
+        for batch in eval_loader(shards, data, split=data.test_split, batch=BATCH, limit=_SCRAPED)
+    ]
 
 
-def encode_resized(sampler: Sampler, shards: ShardSet, data: DataConfig, size: Size, limit: int) -> Latents:
+def encode_resized(
+    sampler: Sampler, shards: ShardSet, data: DataConfig, size: Size, limit: int
+) -> Latents:
     """Latents, on the codec's own grid, of a few test images brought to a size, with their labels, on its device."""
     grid = sampler.codec.grid_for(size)
-    return [(sampler.codec.encode(resize(images, size), grid), labels.to(sampler.codec.device)) for images, labels in
-            real_batches(shards, data, data.test_split, sampler.codec.image, limit)]
+    return [
+        (sampler.codec.encode(resize(images, size), grid), labels.to(sampler.codec.device))
+        for images, labels in real_batches(
+            shards, data, data.test_split, sampler.codec.image, limit
+        )
+    ]
 
 
-def scrape_times(sampler: Sampler, latents: Latents, times: Sequence[float] = TIMES, seed: int = 0,
-                 told: Sequence[str] = TOLD) -> dict[str, Any]:
+def scrape_times(
+    sampler: Sampler,
+    latents: Latents,
+    times: Sequence[float] = TIMES,
+    seed: int = 0,
+    told: Sequence[str] = TOLD,
+) -> dict[str, Any]:
     """Mean loss of denoising test latents at each time ("t-scrape"), told their class, no class, or another class.
 
     The same noise for all, so that the curves differ by what they were told alone. Where they part, the class matters.
     A model without classes can be told no class only.
     """
-    changes: dict[str, Callable[[Tensor], Tensor]] = {"no class": lambda label: torch.full_like(label, -1)}
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "no class": lambda label: torch.full_like(label, -1)
+    }
     if sampler.num_classes > 1:
-        changes |= {"its class": lambda label: label, "another class": lambda label: (label + 1) % sampler.num_classes}
+        changes |= {
+            "its class": lambda label: label,
+            "another class": lambda label: (label + 1) % sampler.num_classes,
+        }
     changes = {name: changes[name] for name in told if name in changes}
     images = sum(len(label) for _, label in latents)
     losses: dict[str, list[float]] = {}
@@ -67,15 +86,22 @@ def scrape_times(sampler: Sampler, latents: Latents, times: Sequence[float] = TI
         for name, change in changes.items():
             losses[name] = []
             for time in times:
-                total = sum(float(sampler.loss_at(latent, change(label), time, seed + number).sum())
-                            for number, (latent, label) in enumerate(latents))
+                total = sum(
+                    float(sampler.loss_at(latent, change(label), time, seed + number).sum())
+                    for number, (latent, label) in enumerate(latents)
+                )
                 losses[name].append(total / images)
                 progress.advance(images)
     return {"images": images, "time": list(times), "loss": losses}
 
 
-def scrape_grids(sampler: Sampler, shards: ShardSet, data: DataConfig, times: Sequence[float] = TIMES,
-                 seed: int = 0) -> dict[str, Any]:
+def scrape_grids(
+    sampler: Sampler,
+    shards: ShardSet,
+    data: DataConfig,
+    times: Sequence[float] = TIMES,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Mean loss of denoising test latents of three latent grids, told their class, against logSNR.
 
     The grids are the codec's own of the images at half, at their own and at double size. Where the curves coincide, one
@@ -88,24 +114,44 @@ def scrape_grids(sampler: Sampler, shards: ShardSet, data: DataConfig, times: Se
         name = f"{grid[0]}x{grid[1]}"
         if name in curves:
             continue
-        told = scrape_times(sampler, encode_resized(sampler, shards, data, size, _SCRAPED), times, seed,
-                            told=("its class" if sampler.num_classes > 1 else "no class",))
-        shift = schedule.size_shift((grid[0] * grid[1]) ** 0.5, sampler.base_side, sampler.diffusion.shift_exponent)
-        curves[name] = {"images": told["images"], "size": list(size), "loss": next(iter(told["loss"].values())),
-                        "log_snr": schedule.log_snr(torch.tensor(times), sampler.diffusion.schedule, shift).tolist()}
+        told = scrape_times(
+            sampler,
+            encode_resized(sampler, shards, data, size, _SCRAPED),
+            times,
+            seed,
+            told=("its class" if sampler.num_classes > 1 else "no class",),
+        )
+        shift = schedule.size_shift(
+            (grid[0] * grid[1]) ** 0.5, sampler.base_side, sampler.diffusion.shift_exponent
+        )
+        curves[name] = {
+            "images": told["images"],
+            "size": list(size),
+            "loss": next(iter(told["loss"].values())),
+            "log_snr": schedule.log_snr(
+                torch.tensor(times), sampler.diffusion.schedule, shift
+            ).tolist(),
+        }
     return {"time": list(times), "told": next(iter(told["loss"])), "grids": curves}
 
 
-def compare_real(extractor: Extractor, shards: ShardSet, data: DataConfig, size: Size, count: int,
-                 ) -> tuple[Seen, dict[str, Any]]:
+def compare_real(
+    extractor: Extractor, shards: ShardSet, data: DataConfig, size: Size, count: int
+) -> tuple[Seen, dict[str, Any]]:
     """Real test images at a size, and what to expect of perfect samples: how far ``count`` real training images (fewer
     where there are no more) are from them."""
+
     def read(split: str, limit: int) -> Seen:
-        return see(extractor, (images for images, _ in real_batches(shards, data, split, size, limit)))
+        return see(
+            extractor, (images for images, _ in real_batches(shards, data, split, size, limit))
+        )
 
     real, training = read(data.test_split, MOST_REAL), read(data.train_split, count)
-    return real, {"test_images": len(real), "training_images": len(training), **{
-        f"{name}_of_training_images": value for name, value in compare(training, real).items()}}
+    return real, {
+        "test_images": len(real),
+        "training_images": len(training),
+        **{f"{name}_of_training_images": value for name, value in compare(training, real).items()},
+    }
 
 
 class Samples:
@@ -114,7 +160,10 @@ class Samples:
 
     def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
         self.sampler = sampler
-        self.labels, self.seeds = choose_labels((), count, sampler.num_classes), torch.arange(seed, seed + count)
+        self.labels, self.seeds = (
+            choose_labels((), count, sampler.num_classes),
+            torch.arange(seed, seed + count),
+        )
         self._latents: dict[Size, Tensor] = {}  # of the first seeds, as many as were asked for yet
 
     def __len__(self) -> int:
@@ -138,15 +187,21 @@ class Samples:
         parts = [self._latents[grid]] if grid in self._latents else []
         known = sum(map(len, parts))
         if known < len(self):
-            with Progress(f"sample {grid[0]}x{grid[1]} latents", len(self) - known, unit="samples") as progress:
-                for labels, seeds in zip(self.labels[known:].split(BATCH), self.seeds[known:].split(BATCH), strict=True):
+            with Progress(
+                f"sample {grid[0]}x{grid[1]} latents", len(self) - known, unit="samples"
+            ) as progress:
+                for labels, seeds in zip(
+                    self.labels[known:].split(BATCH), self.seeds[known:].split(BATCH), strict=True
+                ):
                     parts.append(self.sampler.latents(labels, seeds, grid))
                     progress.advance(len(seeds))
             self._latents[grid] = torch.cat(parts)
-        return self._latents[grid][:len(self)]
+        return self._latents[grid][: len(self)]
 
 
-def score_samples(samples: Samples, judge: Judge | None, extractor: Extractor, real: Seen, size: Size) -> dict[str, Any]:
+def score_samples(
+    samples: Samples, judge: Judge | None, extractor: Extractor, real: Seen, size: Size
+) -> dict[str, Any]:
     """Judge samples of a size.
 
     Accuracy (the share judged to be of the class asked for), the same per class, the samples of the lowest probability of
@@ -161,9 +216,14 @@ def score_samples(samples: Samples, judge: Judge | None, extractor: Extractor, r
             yield images
 
     seen, sampler = see(extractor, judged()), samples.sampler
-    return {"size": list(size), "grid": list(sampler.grid_for(size)), "samples": len(samples),
-            "first_seed": int(samples.seeds[0]), **_judged(torch.cat(probabilities) if judge else None, samples),
-            **compare(seen, real)}
+    return {
+        "size": list(size),
+        "grid": list(sampler.grid_for(size)),
+        "samples": len(samples),
+        "first_seed": int(samples.seeds[0]),
+        **_judged(torch.cat(probabilities) if judge else None, samples),
+        **compare(seen, real),
+    }
 
 
 def _judged(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
@@ -172,10 +232,20 @@ def _judged(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
         return {"accuracy": None, "accuracy_per_class": None, "lowest": []}
     found = probabilities.argmax(1)
     score = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
-    lowest = [{"seed": int(seeds[i]), "label": int(labels[i]), "judged": int(found[i]), "score": float(score[i])}
-              for i in score.argsort(stable=True)[:_LOWEST]]
-    return {"accuracy": float((found == labels).double().mean()),
-            "accuracy_per_class": class_accuracy(found, labels, classes), "lowest": lowest}
+    lowest = [
+        {
+            "seed": int(seeds[i]),
+            "label": int(labels[i]),
+            "judged": int(found[i]),
+            "score": float(score[i]),
+        }
+        for i in score.argsort(stable=True)[:_LOWEST]
+    ]
+    return {
+        "accuracy": float((found == labels).double().mean()),
+        "accuracy_per_class": class_accuracy(found, labels, classes),
+        "lowest": lowest,
+    }
 
 
 def draw_samples(samples: Samples, sizes: Sequence[Size]) -> dict[Size, Tensor]:

@@ -23,7 +23,9 @@ from r2id.models.coords import Size
 BATCH = 100
 MOST_REAL = 10_000  # images that samples are compared with
 
-WINDOW_RULE = "one window of half the height and half the width per image, at a place drawn by its number"
+WINDOW_RULE = (
+    "one window of half the height and half the width per image, at a place drawn by its number"
+)
 
 Figures = dict[str, float | None]
 
@@ -76,16 +78,25 @@ def compare(found: Seen, real: Seen) -> Figures:
     figures: Figures = {"frechet": None, "patch_frechet": None, "precision": None, "recall": None}
     count = min(len(found), len(real))
     if count > 1:
-        figures |= {"frechet": frechet_distance(found.whole, real.whole),
-                    "patch_frechet": frechet_distance(found.windows, real.windows)}
+        figures |= {
+            "frechet": frechet_distance(found.whole, real.whole),
+            "patch_frechet": frechet_distance(found.windows, real.windows),
+        }
     if count > 3:
-        figures["precision"], figures["recall"] = precision_and_recall(_evenly(found.whole, count),
-                                                                       _evenly(real.whole, count))
+        figures["precision"], figures["recall"] = precision_and_recall(
+            _evenly(found.whole, count), _evenly(real.whole, count)
+        )
     return figures
 
 
-def real_batches(shards: ShardSet, data: DataConfig, split: str, size: Size, limit: int | None = None,
-                 indices: Sequence[int] | np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def real_batches(
+    shards: ShardSet,
+    data: DataConfig,
+    split: str,
+    size: Size,
+    limit: int | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Images [N, C, *size] in [−1, 1] and labels int64 [N] of a split, or of those ``indices``; ``limit`` of them evenly
     spaced."""
     data = data.model_copy(update={"size": size, "latents": None})

@@ -28,19 +28,24 @@ img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
 
 _CAPTIONS = {
     "reconstructions": "Test images (top) and what RIAE makes of them from the latents of their own size, at that size "
-                       "and at others.",
+    "and at others.",
     "latents": "Latents of the same images, as they come out of the encoder.",
     "ladder": "One seed and one class per row, at every size of the columns.",
     "t_scrape": "Loss against time on test images. The distance between the curves is what the class is worth.",
     "real": "For comparison, real test images.",
     "grid_scrape": "Loss against logSNR on test latents of three grids. Where the curves coincide, one amount of noise is "
-                   "one problem on every grid.",
+    "one problem on every grid.",
     "invariance_accuracy": "Class accuracy by size.",
     "invariance_frechet": "Fréchet distance to real test images by size.",
     "invariance_patch_frechet": "Fréchet distance of windows to windows of real test images by size.",
 }
 
-COMPARED = {"frechet": "Fréchet", "patch_frechet": "Fréchet of windows", "precision": "precision", "recall": "recall"}
+COMPARED = {
+    "frechet": "Fréchet",
+    "patch_frechet": "Fréchet of windows",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
 def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -54,9 +59,11 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         parts += _riae(metrics["riae"], pictures)
     parts += _provenance(metrics["provenance"])
     title = escape(f"r2id: {metrics['provenance']['data']['dataset']}")
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-            "<body>\n" + "\n".join(parts) + "\n</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
+        "<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
 
 
 def size_name(size: Sequence[int]) -> str:
@@ -66,16 +73,37 @@ def size_name(size: Sequence[int]) -> str:
 
 def _head(metrics: Mapping[str, Any]) -> str:
     data = metrics["provenance"]["data"]
-    cards = [(f"PSNR of RIAE at {size_name(found['native']['size'])}", f"{found['native']['psnr']:.1f} dB")
-             for name, found in metrics.items() if name == "riae"]
+    cards = [
+        (
+            f"PSNR of RIAE at {size_name(found['native']['size'])}",
+            f"{found['native']['psnr']:.1f} dB",
+        )
+        for name, found in metrics.items()
+        if name == "riae"
+    ]
     if "r2id" in metrics:
-        cards = [*((f"class accuracy of samples at {size_name(row['size'])}", share(row["accuracy"]))
-                   for row in metrics["r2id"]["sizes"].values() if row["accuracy"] is not None), *cards]
+        cards = [
+            *(
+                (f"class accuracy of samples at {size_name(row['size'])}", share(row["accuracy"]))
+                for row in metrics["r2id"]["sizes"].values()
+                if row["accuracy"] is not None
+            ),
+            *cards,
+        ]
     if "classifier" in metrics:
-        cards.append(("the same classifier on real test images", share(metrics["classifier"]["test_accuracy"])))
-    shown = "".join(f'<div class="card"><b>{value}</b>{escape(name)}</div>' for name, value in cards)
-    return (f"<h1>{escape(data['dataset'])}: evaluation</h1>"
-            f'<p class="sub">Sizes are height × width in pixels.</p><div class="cards">{shown}</div>')
+        cards.append(
+            (
+                "the same classifier on real test images",
+                share(metrics["classifier"]["test_accuracy"]),
+            )
+        )
+    shown = "".join(
+        f'<div class="card"><b>{value}</b>{escape(name)}</div>' for name, value in cards
+    )
+    return (
+        f"<h1>{escape(data['dataset'])}: evaluation</h1>"
+        f'<p class="sub">Sizes are height × width in pixels.</p><div class="cards">{shown}</div>'
+    )
 
 
 def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
@@ -84,20 +112,36 @@ def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable
     if found["sizes"]:
         yield _samples_table(metrics)
     yield figure("ladder", pictures)
-    grids = [figure(name, pictures, f"Samples at {name.removeprefix('samples_').replace('x', '×')}.")
-             for name in pictures if name.startswith("samples_")]
+    grids = [
+        figure(name, pictures, f"Samples at {name.removeprefix('samples_').replace('x', '×')}.")
+        for name in pictures
+        if name.startswith("samples_")
+    ]
     yield f'<div class="grids">{"".join(grids)}{figure("real", pictures)}</div>'
     if "classifier" in metrics:
-        yield _class_table(list(found["sizes"].values()), metrics["provenance"]["data"]["class_names"])
+        yield _class_table(
+            list(found["sizes"].values()), metrics["provenance"]["data"]["class_names"]
+        )
         yield "<h3>Failures</h3>"
-        yield from (figure(name, pictures, f"Samples at {name.removeprefix('failures_').replace('x', '×')} with the lowest "
-                           "probability of the class asked for: that class, its probability, the class they are taken for.")
-                    for name in pictures if name.startswith("failures_"))
+        yield from (
+            figure(
+                name,
+                pictures,
+                f"Samples at {name.removeprefix('failures_').replace('x', '×')} with the lowest "
+                "probability of the class asked for: that class, its probability, the class they are taken for.",
+            )
+            for name in pictures
+            if name.startswith("failures_")
+        )
     yield f"<h3>Loss against time</h3>{figure('t_scrape', pictures)}"
     scrape = found["t_scrape"]
-    yield table(["t", *(f"told {name}" for name in scrape["loss"])],
-                 [[f"{time:g}", *(f"{losses[k]:.4f}" for losses in scrape["loss"].values())]
-                  for k, time in enumerate(scrape["time"])])
+    yield table(
+        ["t", *(f"told {name}" for name in scrape["loss"])],
+        [
+            [f"{time:g}", *(f"{losses[k]:.4f}" for losses in scrape["loss"].values())]
+            for k, time in enumerate(scrape["time"])
+        ],
+    )
     yield f'<p class="sub">{scrape["images"]:,} test images, the same noise for all curves.</p>'
     yield figure("grid_scrape", pictures)
 
@@ -105,31 +149,53 @@ def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable
 def _samples_table(metrics: Mapping[str, Any]) -> str:
     real, provenance = metrics["r2id"]["real"], metrics["provenance"]
     sampling, extractor = provenance["sampling"], provenance["extractor"]
-    rows = [[size_name(row["size"]), size_name(row["grid"]), f"{row['samples']:,}", share(row["accuracy"]),
-             *(number(row[name]) for name in COMPARED)] for row in metrics["r2id"]["sizes"].values()]
-    rows.append(["real training images", "", f"{real['training_images']:,}", "",
-                 *(number(real[f"{name}_of_training_images"]) for name in COMPARED)])
+    rows = [
+        [
+            size_name(row["size"]),
+            size_name(row["grid"]),
+            f"{row['samples']:,}",
+            share(row["accuracy"]),
+            *(number(row[name]) for name in COMPARED),
+        ]
+        for row in metrics["r2id"]["sizes"].values()
+    ]
+    rows.append(
+        [
+            "real training images",
+            "",
+            f"{real['training_images']:,}",
+            "",
+            *(number(real[f"{name}_of_training_images"]) for name in COMPARED),
+        ]
+    )
     return table(["size", "latent grid", "images", "class accuracy", *COMPARED.values()], rows) + (
         f'<p class="sub">{_judged_by(metrics)} Fréchet distances, precision and recall (k = 3) are to '
-        f'{real["test_images"]:,} real test images in the features of {escape(extractor["name"])}, which sees everything at '
-        f'{size_name(extractor["size"])}; those of real training images are what perfect samples would have. Windows are of '
-        f'half the height and width. {sampling["steps"]} steps of {sampling["solver"]}, guidance '
-        f'{sampling["guidance"]:g}.</p>')
+        f"{real['test_images']:,} real test images in the features of {escape(extractor['name'])}, which sees everything at "
+        f"{size_name(extractor['size'])}; those of real training images are what perfect samples would have. Windows are of "
+        f"half the height and width. {sampling['steps']} steps of {sampling['solver']}, guidance "
+        f"{sampling['guidance']:g}.</p>"
+    )
 
 
 def _judged_by(metrics: Mapping[str, Any]) -> str:
     if "classifier" not in metrics:
         return ""
     judge = metrics["classifier"]
-    return (f"Classes are judged by a classifier that saw real images alone: {judge['train_images']:,} of the training "
-            f"split; it has {share(judge['test_accuracy'])} on {judge['test_images']:,} test images. Samples are brought to "
-            f"its size, {size_name(judge['size'])}.")
+    return (
+        f"Classes are judged by a classifier that saw real images alone: {judge['train_images']:,} of the training "
+        f"split; it has {share(judge['test_accuracy'])} on {judge['test_images']:,} test images. Samples are brought to "
+        f"its size, {size_name(judge['size'])}."
+    )
 
 
 def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     return "<h3>Class accuracy by class</h3>" + table(
         ["class", *(size_name(row["size"]) for row in rows)],
-        [[name, *(share(row["accuracy_per_class"][k]) for row in rows)] for k, name in enumerate(names)])
+        [
+            [name, *(share(row["accuracy_per_class"][k]) for row in rows)]
+            for k, name in enumerate(names)
+        ],
+    )
 
 
 def _invariance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
@@ -138,12 +204,38 @@ def _invariance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> It
     if "r2id" in found:
         rows = found["r2id"]["sizes"].values()
         yield table(
-            ["size", "latent grid", "accuracy", "of real", *(word for name in ("Fréchet", "of windows") for word in (
-                name, "of real")), "precision", "recall", "consistency", "same class"],
-            [[size_name(row["size"]), size_name(row["grid"]),
-              *(words(side[name]) for name, words in (("accuracy", share), ("frechet", number), ("patch_frechet", number))
-                for side in (row, row["stretched"])), number(row["precision"]), number(row["recall"]),
-              f"{row['consistency']['psnr']:.2f} dB", share(row["consistency"]["same_class"])] for row in rows])
+            [
+                "size",
+                "latent grid",
+                "accuracy",
+                "of real",
+                *(word for name in ("Fréchet", "of windows") for word in (name, "of real")),
+                "precision",
+                "recall",
+                "consistency",
+                "same class",
+            ],
+            [
+                [
+                    size_name(row["size"]),
+                    size_name(row["grid"]),
+                    *(
+                        words(side[name])
+                        for name, words in (
+                            ("accuracy", share),
+                            ("frechet", number),
+                            ("patch_frechet", number),
+                        )
+                        for side in (row, row["stretched"])
+                    ),
+                    number(row["precision"]),
+                    number(row["recall"]),
+                    f"{row['consistency']['psnr']:.2f} dB",
+                    share(row["consistency"]["same_class"]),
+                ]
+                for row in rows
+            ],
+        )
         yield _invariance_words(found["r2id"])
         yield from (figure(name, pictures) for name in pictures if name.startswith("invariance_"))
     if "riae" in found:
@@ -153,34 +245,69 @@ def _invariance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> It
 def _reconstructions(found: Mapping[str, Any]) -> Iterable[str]:
     yield "<h3>Reconstructions</h3>" + table(
         ["size", "images", "MSE", "PSNR", "SSIM", "Fréchet", "consistency"],
-        [[size_name(row["size"]), f"{row['images']:,}", *_reconstruction(row, ""), number(row["frechet"]),
-          f"{row['consistency']:.2f} dB"] for row in found["sizes"].values()])
+        [
+            [
+                size_name(row["size"]),
+                f"{row['images']:,}",
+                *_reconstruction(row, ""),
+                number(row["frechet"]),
+                f"{row['consistency']:.2f} dB",
+            ]
+            for row in found["sizes"].values()
+        ],
+    )
     half = found["half_to_double"]
-    yield ('<p class="sub">Encoded at the native size and decoded at each; the truth is the image resized by a bicubic '
-           "filter. Consistency: what is decoded at twice the size, averaged down, against what is decoded at the size. "
-           f"Encoded at half and decoded at double, the squared error is {half['mse']:.4f}, {half['relative']:.2f} times "
-           f"that at the native size, {half['native_mse']:.4f}.</p>")
+    yield (
+        '<p class="sub">Encoded at the native size and decoded at each; the truth is the image resized by a bicubic '
+        "filter. Consistency: what is decoded at twice the size, averaged down, against what is decoded at the size. "
+        f"Encoded at half and decoded at double, the squared error is {half['mse']:.4f}, {half['relative']:.2f} times "
+        f"that at the native size, {half['native_mse']:.4f}.</p>"
+    )
 
 
 def _invariance_words(found: Mapping[str, Any]) -> str:
     row = next(iter(found["sizes"].values()))
-    return (f'<p class="sub">{row["samples"]:,} samples per size. Of real: {row["stretched"]["images"]:,} real test images '
-            "stretched to the size, judged in the same way; every picture, of whatever aspect ratio, is stretched back to "
-            f"the size that the judge sees. Both are compared with {found['reference_images']:,} other real test images. "
-            f"Consistency: PSNR of the same {row['consistency']['samples']:,} seeds at twice the size, averaged down, "
-            "against those at the size, and the share that is judged to be of the same class at both.</p>")
+    return (
+        f'<p class="sub">{row["samples"]:,} samples per size. Of real: {row["stretched"]["images"]:,} real test images '
+        "stretched to the size, judged in the same way; every picture, of whatever aspect ratio, is stretched back to "
+        f"the size that the judge sees. Both are compared with {found['reference_images']:,} other real test images. "
+        f"Consistency: PSNR of the same {row['consistency']['samples']:,} seeds at twice the size, averaged down, "
+        "against those at the size, and the share that is judged to be of the same class at both.</p>"
+    )
 
 
 def _riae(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
     yield "<h2>RIAE: images to latents and back</h2>"
     yield table(
-        ["size", "", "images", "MSE from own size", "PSNR", "SSIM", "Fréchet", "MSE from this size", "PSNR", "SSIM"],
-        [[name, size_name(row["size"]), f"{row['images']:,}", *_reconstruction(row, ""), number(row["frechet"]),
-          *(_reconstruction(row, "_encoded") if "mse_encoded" in row else ["", "", ""])]
-         for name, row in found.items()])
-    yield ('<p class="sub">On [−1, 1], means over test images. From own size: latents of the image as it is, '
-           "decoded at this size. From this size: latents of the image resized to this size, on as many cells. The truth is "
-           "the image resized by a bicubic filter; Fréchet distances are to the images as they are.</p>")
+        [
+            "size",
+            "",
+            "images",
+            "MSE from own size",
+            "PSNR",
+            "SSIM",
+            "Fréchet",
+            "MSE from this size",
+            "PSNR",
+            "SSIM",
+        ],
+        [
+            [
+                name,
+                size_name(row["size"]),
+                f"{row['images']:,}",
+                *_reconstruction(row, ""),
+                number(row["frechet"]),
+                *(_reconstruction(row, "_encoded") if "mse_encoded" in row else ["", "", ""]),
+            ]
+            for name, row in found.items()
+        ],
+    )
+    yield (
+        '<p class="sub">On [−1, 1], means over test images. From own size: latents of the image as it is, '
+        "decoded at this size. From this size: latents of the image resized to this size, on as many cells. The truth is "
+        "the image resized by a bicubic filter; Fréchet distances are to the images as they are.</p>"
+    )
     yield figure("reconstructions", pictures)
     yield figure("latents", pictures)
 
@@ -195,8 +322,12 @@ def _provenance(facts: Mapping[str, Any]) -> Iterable[str]:
     names = list(next(iter(figures.values())))
     each = table(["figure", *names], [[name, *row.values()] for name, row in figures.items()])
     yield f'<div class="facts">{each}</div>'
-    rows = [[f"{part}: {name.replace('_', ' ')}", _words(value)]
-            for part, values in facts.items() if part != "figures" for name, value in values.items()]
+    rows = [
+        [f"{part}: {name.replace('_', ' ')}", _words(value)]
+        for part, values in facts.items()
+        if part != "figures"
+        for name, value in values.items()
+    ]
     yield f'<div class="facts">{table([], rows)}</div>'
 
 
@@ -206,13 +337,17 @@ def figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
     caption = escape(caption or _CAPTIONS[name])
     data = base64.b64encode(pictures[name]).decode()
     style = ' class="pixels"' if name == "real" or name.startswith("samples_") else ""
-    return (f'<figure id="{escape(name)}"><img{style} src="data:image/png;base64,{data}" alt="{caption}">'
-            f"<figcaption>{caption}</figcaption></figure>")
+    return (
+        f'<figure id="{escape(name)}"><img{style} src="data:image/png;base64,{data}" alt="{caption}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

@@ -18,11 +18,17 @@ from r2id.data.shards import ShardSet
 from r2id.evaluation.extractor import Extractor
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import frechet_distance, mse, psnr, ssim
+from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.progress import Progress
-from r2id.training.codec import Codec
 
-SCALES = {"native": (1.0, 1.0), "half": (0.5, 0.5), "double": (2.0, 2.0), "taller": (1.5, 1.0), "wider": (1.0, 1.5)}
+SCALES = {
+    "native": (1.0, 1.0),
+    "half": (0.5, 0.5),
+    "double": (2.0, 2.0),
+    "taller": (1.5, 1.0),
+    "wider": (1.0, 1.5),
+}
 """Factors of height and width, relative to each image's own size."""
 
 _MOST_NATIVE, _MOST_RESIZED = 10_000, 1000  # test images, evenly spaced
@@ -46,8 +52,9 @@ def scaled(size: Size, scale: tuple[float, float]) -> Size:
     return max(1, round(size[0] * scale[0])), max(1, round(size[1] * scale[1]))
 
 
-def measure_riae(codec: Codec, shards: ShardSet, data: DataConfig,
-                 extractor: Extractor | None = None) -> dict[str, dict[str, Any]]:
+def measure_riae(
+    codec: Codec, shards: ShardSet, data: DataConfig, extractor: Extractor | None = None
+) -> dict[str, dict[str, Any]]:
     """For each scale of SCALES, over the test split: number of images, their most frequent size at it, and mean squared
     error on [−1, 1], PSNR in dB and SSIM, all means over images.
 
@@ -56,17 +63,31 @@ def measure_riae(codec: Codec, shards: ShardSet, data: DataConfig,
     distance of what is decoded to the images as they are, in an extractor's features (rFID), None without one.
     """
     total = len(shards.split(data.test_split))
-    with Progress("measure RIAE", min(total, _MOST_NATIVE) + min(total, _MOST_RESIZED), unit="images") as progress:
+    with Progress(
+        "measure RIAE", min(total, _MOST_NATIVE) + min(total, _MOST_RESIZED), unit="images"
+    ) as progress:
+
         def measure(names: list[str], limit: int) -> dict[str, dict[str, Any]]:
             return _measure(codec, shards, data, names, limit, progress, extractor)
 
-        return measure(["native"], _MOST_NATIVE) | measure([name for name in SCALES if name != "native"], _MOST_RESIZED)
+        return measure(["native"], _MOST_NATIVE) | measure(
+            [name for name in SCALES if name != "native"], _MOST_RESIZED
+        )
 
 
-def _measure(codec: Codec, shards: ShardSet, data: DataConfig, names: list[str], limit: int,
-             progress: Progress, extractor: Extractor | None) -> dict[str, dict[str, Any]]:
+def _measure(
+    codec: Codec,
+    shards: ShardSet,
+    data: DataConfig,
+    names: list[str],
+    limit: int,
+    progress: Progress,
+    extractor: Extractor | None,
+) -> dict[str, dict[str, Any]]:
     seen: dict[str, list[Tensor]] = defaultdict(list)
-    errors: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # [N, 2]: squared error and SSIM
+    errors: dict[tuple[str, str], list[Tensor]] = defaultdict(
+        list
+    )  # [N, 2]: squared error and SSIM
     sizes: dict[str, Counter[Size]] = defaultdict(Counter)
     for batch in eval_loader(shards, data, split=data.test_split, batch=_BATCH, limit=limit):
         images = batch["image"].to(codec.device)
@@ -79,14 +100,28 @@ def _measure(codec: Codec, shards: ShardSet, data: DataConfig, names: list[str],
             seen[name] += [extractor.features(decoded)] if extractor else []
             errors[name, ""].append(_compare(decoded, truth))
             if name != "native":
-                again = codec.decode(codec.encode(truth, (latents.shape[2], latents.shape[3])), size)
+                again = codec.decode(
+                    codec.encode(truth, (latents.shape[2], latents.shape[3])), size
+                )
                 errors[name, "_encoded"].append(_compare(again, truth))
             sizes[name][size] += len(images)
         progress.advance(len(images))
-    return {name: {"size": list(sizes[name].most_common(1)[0][0]), "images": sizes[name].total(),
-                   "frechet": distance(seen[name], seen[""]), **{
-        f"{figure}{kind}": float(value) for (at, kind), parts in errors.items() if at == name
-        for figure, value in zip(("mse", "psnr", "ssim"), _means(torch.cat(parts)), strict=True)}} for name in names}
+    return {
+        name: {
+            "size": list(sizes[name].most_common(1)[0][0]),
+            "images": sizes[name].total(),
+            "frechet": distance(seen[name], seen[""]),
+            **{
+                f"{figure}{kind}": float(value)
+                for (at, kind), parts in errors.items()
+                if at == name
+                for figure, value in zip(
+                    ("mse", "psnr", "ssim"), _means(torch.cat(parts)), strict=True
+                )
+            },
+        }
+        for name in names
+    }
 
 
 def distance(some: list[Tensor], others: list[Tensor]) -> float | None:

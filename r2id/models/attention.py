@@ -19,7 +19,9 @@ from torch.autograd.function import once_differentiable
 from r2id.models.tiles import Tiles
 
 _LOCAL_DIMS = 6  # dimensions of a head given to the window
-_SMALL_SCORES: float = 1 << 24  # scores that a CPU computes faster by plain products than by the fused kernel
+_SMALL_SCORES: float = (
+    1 << 24
+)  # scores that a CPU computes faster by plain products than by the fused kernel
 
 
 class RMSNorm(nn.RMSNorm):
@@ -57,7 +59,11 @@ class _RmsNorm(torch.autograd.Function):
             of_weight = (gradient * normed).flatten(0, -2).sum(0)
             gradient = gradient * weight
         along = (gradient * normed).mean(-1, keepdim=True)
-        return torch.addcmul(gradient, normed, along, value=-1).mul_(scale).to(kept.dtype), of_weight, None
+        return (
+            torch.addcmul(gradient, normed, along, value=-1).mul_(scale).to(kept.dtype),
+            of_weight,
+            None,
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -99,8 +105,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, local: bool = False) -> None:
         super().__init__()
         if width % heads or width // heads <= (_LOCAL_DIMS if local else 0):
-            raise ValueError(f"width {width} does not divide into {heads} heads"
-                             + (f" of more than {_LOCAL_DIMS}" if local else ""))
+            raise ValueError(
+                f"width {width} does not divide into {heads} heads"
+                + (f" of more than {_LOCAL_DIMS}" if local else "")
+            )
         self.heads, self.head_dim = heads, width // heads
         content = width - _LOCAL_DIMS * heads if local else width
         self.query = nn.Linear(width, content, bias=False)
@@ -112,12 +120,21 @@ class Attention(nn.Module):
         # From windows of about one cell to nearly the whole image, so that heads start out different.
         self.log_reach = nn.Parameter(torch.linspace(0.0, 5.0, heads)) if local else None
 
-    def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None,
-                tiles: Tiles | None = None, mix: Callable[[Tensor, Tensor, Tensor], Tensor] = attend) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        at: Tensor | None = None,
+        context_at: Tensor | None = None,
+        tiles: Tiles | None = None,
+        mix: Callable[[Tensor, Tensor, Tensor], Tensor] = attend,
+    ) -> Tensor:
         """``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2]: places in cells, for a local layer. With ``tiles``,
         queries are in tile order and see the keys of their tile alone; else ``mix`` says who sees whom."""
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads)
-                   for part in (self.query(x), self.key(context), self.value(context)))
+        q, k, v = (
+            rearrange(part, "b n (h d) -> b h n d", h=self.heads)
+            for part in (self.query(x), self.key(context), self.value(context))
+        )
         q, k = self.query_norm(q), self.key_norm(k)
         if tiles is not None:
             q, k, v = tiles.split_queries(q), tiles.gather_keys(k), tiles.gather_keys(v)
@@ -127,19 +144,31 @@ class Attention(nn.Module):
             if at is None or context_at is None:
                 raise ValueError("a local attention layer needs the places of its queries and keys")
             q, k, v = self._with_window(q, k, v, at, context_at)
-        attended = mix(q, k, v) if tiles is None else tiles.joined(attend(q, k, v, tiles.mask(len(x))))
+        attended = (
+            mix(q, k, v) if tiles is None else tiles.joined(attend(q, k, v, tiles.mask(len(x))))
+        )
         return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
 
-    def _with_window(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, context_at: Tensor) -> tuple[Tensor, ...]:
+    def _with_window(
+        self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, context_at: Tensor
+    ) -> tuple[Tensor, ...]:
         assert self.log_reach is not None
-        sharpness = torch.exp(-self.log_reach).view(1, -1, 1, 1) * math.sqrt(self.head_dim)  # undoes SDPA's 1/√d
+        sharpness = torch.exp(-self.log_reach).view(1, -1, 1, 1) * math.sqrt(
+            self.head_dim
+        )  # undoes SDPA's 1/√d
         at, context_at = at.unsqueeze(1), context_at.unsqueeze(1)
         ones, context_ones = torch.ones_like(at), torch.ones_like(context_at)
         own = _in_two(sharpness * at.square().sum(-1, keepdim=True), q.dtype)
         q_window = torch.cat([sharpness * torch.cat([2.0 * at, -ones], dim=-1), -own], dim=-1)
-        k_window = torch.cat([context_at, _in_two(context_at.square().sum(-1, keepdim=True), q.dtype), context_ones],
-                             dim=-1)
-        return torch.cat([q, _spread(q_window, q)], dim=-1), torch.cat([k, _spread(k_window, k)], dim=-1), v
+        k_window = torch.cat(
+            [context_at, _in_two(context_at.square().sum(-1, keepdim=True), q.dtype), context_ones],
+            dim=-1,
+        )
+        return (
+            torch.cat([q, _spread(q_window, q)], dim=-1),
+            torch.cat([k, _spread(k_window, k)], dim=-1),
+            v,
+        )
 
 
 def _in_two(x: Tensor, dtype: torch.dtype) -> Tensor:

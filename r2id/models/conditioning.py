@@ -18,7 +18,9 @@ class ClassCondition(nn.Module):
     def __init__(self, classes: int, tokens: int, width: int) -> None:
         super().__init__()
         self.classes, self.tokens = classes, tokens
-        self.embedding = nn.Embedding(classes + 1, tokens * width)  # the last row is the empty condition
+        self.embedding = nn.Embedding(
+            classes + 1, tokens * width
+        )  # the last row is the empty condition
 
     def forward(self, labels: Tensor) -> Tensor:
         rows = torch.where(labels < 0, self.classes, labels)
@@ -53,7 +55,9 @@ class EmbeddingCondition(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         projected = self.linear(embedding.to(self.linear.weight.dtype))
-        return (projected.unflatten(-1, self.added.weight.shape) if self.pooled else projected) + self.added.weight
+        return (
+            projected.unflatten(-1, self.added.weight.shape) if self.pooled else projected
+        ) + self.added.weight
 
 
 def empty(condition: Tensor) -> Tensor:

@@ -32,24 +32,31 @@ def part_of(size: Size, window: Window | None) -> Part:
         return slice(0, size[0]), slice(0, size[1])
     y0, x0, y1, x1 = window
     if not (0 <= y0 < y1 <= size[0] and 0 <= x0 < x1 <= size[1]):
-        raise InputError(f"window {y0},{x0},{y1},{x1}: must be y0,x0,y1,x1 with 0 ≤ y0 < y1 ≤ {size[0]} and "
-                         f"0 ≤ x0 < x1 ≤ {size[1]}, in pixels of a picture of {size[0]}x{size[1]}")
+        raise InputError(
+            f"window {y0},{x0},{y1},{x1}: must be y0,x0,y1,x1 with 0 ≤ y0 < y1 ≤ {size[0]} and "
+            f"0 ≤ x0 < x1 ≤ {size[1]}, in pixels of a picture of {size[0]}x{size[1]}"
+        )
     return slice(y0, y1), slice(x0, x1)
 
 
 def centres(count: int, device: torch.device | None = None, part: slice = slice(None)) -> Tensor:
     """Pixel centres along one axis, or along a part of it: (j + ½)/count − ½, float32 [count]."""
-    return (torch.arange(*part.indices(count), dtype=torch.float32, device=device) + 0.5) / count - 0.5
+    return (
+        torch.arange(*part.indices(count), dtype=torch.float32, device=device) + 0.5
+    ) / count - 0.5
 
 
-def grid_coordinates(grid: Size, shape: Size | None = None, device: torch.device | None = None,
-                     part: Part = WHOLE) -> Tensor:
+def grid_coordinates(
+    grid: Size, shape: Size | None = None, device: torch.device | None = None, part: Part = WHOLE
+) -> Tensor:
     """Coordinates (ax, ay, rx, ry) of the centres of a grid's cells, or of a part of them, row by row: float32 [H·W, 4].
 
     ``shape`` is a (height, width) whose ratio the relative coordinates take; by default the grid's own.
     """
     height, width = grid
-    ay, ax = torch.meshgrid(centres(height, device, part[0]), centres(width, device, part[1]), indexing="ij")
+    ay, ax = torch.meshgrid(
+        centres(height, device, part[0]), centres(width, device, part[1]), indexing="ij"
+    )
     absolute = torch.stack([ax.flatten(), ay.flatten()], dim=-1)
     return torch.cat([absolute, absolute * relative_scale(shape or grid, device)], dim=-1)
 
@@ -67,7 +74,9 @@ def displace(coordinates: Tensor, noise: Tensor, grid: Size, shape: Size | None 
     """
     height, width = grid
     step = noise * torch.tensor([0.5 / width, 0.5 / height], device=noise.device)
-    return coordinates + torch.cat([step, step * relative_scale(shape or grid, noise.device)], dim=-1)
+    return coordinates + torch.cat(
+        [step, step * relative_scale(shape or grid, noise.device)], dim=-1
+    )
 
 
 def fourier_dim(powers: Size) -> int:
@@ -82,10 +91,14 @@ def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
     significant bits and cannot tell 1,024 positions apart.
     """
     with torch.autocast(coordinates.device.type, enabled=False):
-        exponents = torch.arange(powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device)
+        exponents = torch.arange(
+            powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device
+        )
         angles = coordinates.float().unsqueeze(-1) * (math.pi * torch.exp2(exponents))
         absolute, relative = (
-            F.layer_norm(torch.cat([part.sin(), part.cos()], dim=-1).flatten(-2), (fourier_dim(powers) // 2,))
+            F.layer_norm(
+                torch.cat([part.sin(), part.cos()], dim=-1).flatten(-2), (fourier_dim(powers) // 2,)
+            )
             for part in (angles[..., :2, :], angles[..., 2:, :])
         )
         return torch.cat([absolute, relative], dim=-1)
@@ -104,8 +117,12 @@ def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
     """
     height, width = grid
     extent = torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)
-    exponents = torch.arange(powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device)
-    angles = ((coordinates[..., :2] + 0.5) * extent).unsqueeze(-1) * (math.pi * torch.exp2(exponents))
+    exponents = torch.arange(
+        powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device
+    )
+    angles = ((coordinates[..., :2] + 0.5) * extent).unsqueeze(-1) * (
+        math.pi * torch.exp2(exponents)
+    )
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
@@ -115,9 +132,13 @@ def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
     [..., 4] → float32 [..., PHASE_DIM].
     """
     height, width = grid
-    cells = coordinates[..., :2] * torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)
+    cells = coordinates[..., :2] * torch.tensor(
+        [width, height], dtype=torch.float32, device=coordinates.device
+    )
     # A cell's edge, not the image's centre, is phase 0: grids of odd and even size agree.
-    cells = cells + torch.tensor([width / 2, height / 2], dtype=torch.float32, device=coordinates.device)
+    cells = cells + torch.tensor(
+        [width / 2, height / 2], dtype=torch.float32, device=coordinates.device
+    )
     angles = torch.cat([2 * math.pi * cells, 4 * math.pi * cells], dim=-1)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -128,6 +149,11 @@ def sample_image(image: Tensor, coordinates: Tensor) -> Tensor:
     At a pixel's centre this is the pixel's own colour; outside, the border's.
     """
     at = (2.0 * coordinates[..., :2]).unsqueeze(1)
-    colours = F.grid_sample(image, at.expand(image.shape[0], -1, -1, -1), mode="bicubic", padding_mode="border",
-                            align_corners=False)
+    colours = F.grid_sample(
+        image,
+        at.expand(image.shape[0], -1, -1, -1),
+        mode="bicubic",
+        padding_mode="border",
+        align_corners=False,
+    )
     return colours.squeeze(2).transpose(1, 2)

@@ -57,14 +57,22 @@ class Dropout(nn.Dropout):
 class CrossBlock(nn.Module):
     """Queries attend to a context, then a feed-forward layer; pre-norm residuals."""
 
-    def __init__(self, width: int, context_width: int, heads: int, ffn_ratio: float, local: bool) -> None:
+    def __init__(
+        self, width: int, context_width: int, heads: int, ffn_ratio: float, local: bool
+    ) -> None:
         super().__init__()
         self.norm, self.context_norm = RMSNorm(width), RMSNorm(context_width)
         self.attention = Attention(width, context_width, heads, local)
         self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
 
-    def forward(self, x: Tensor, context: Tensor, at: Tensor | None = None, context_at: Tensor | None = None,
-                tiles: Tiles | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        at: Tensor | None = None,
+        context_at: Tensor | None = None,
+        tiles: Tiles | None = None,
+    ) -> Tensor:
         x = x + self.attention(self.norm(x), self.context_norm(context), at, context_at, tiles)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -84,7 +92,9 @@ class SelfBlock(nn.Module):
             x = x + self.attention(normed, normed, at, at)
         else:
             places = None if at is None else tiles.in_order(at[0])
-            x = x + tiles.restored(self.attention(normed[:, tiles.queries[0].flatten()], normed, places, at, tiles))
+            x = x + tiles.restored(
+                self.attention(normed[:, tiles.queries[0].flatten()], normed, places, at, tiles)
+            )
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -118,18 +128,31 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiffusionBlock(nn.Module):
     """Self-attention, cross-attention to condition tokens where ``conditional``, and feed-forward, modulated by time."""
 
-    def __init__(self, width: int, heads: int, ffn_ratio: float, dropout: float, conditional: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, ffn_ratio: float, dropout: float, conditional: bool
+    ) -> None:
         super().__init__()
         self.conditional = conditional
         self.modulation = Modulation(width, branches=3 if conditional else 2)
-        self.norm, self.attention = RMSNorm(width, elementwise_affine=False), Attention(width, width, heads)
+        self.norm, self.attention = (
+            RMSNorm(width, elementwise_affine=False),
+            Attention(width, width, heads),
+        )
         if conditional:
-            self.cross_norm, self.context_norm = RMSNorm(width, elementwise_affine=False), RMSNorm(width)
+            self.cross_norm, self.context_norm = (
+                RMSNorm(width, elementwise_affine=False),
+                RMSNorm(width),
+            )
             self.cross = Attention(width, width, heads)
-        self.ffn_norm, self.ffn = RMSNorm(width, elementwise_affine=False), FeedForward(width, ffn_ratio)
+        self.ffn_norm, self.ffn = (
+            RMSNorm(width, elementwise_affine=False),
+            FeedForward(width, ffn_ratio),
+        )
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None, mix: Mix = attend) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor | None = None, mix: Mix = attend
+    ) -> Tensor:
         """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]; ``mix`` is how tokens attend to each other."""
         (shift, scale, gate), *cross, (ffn_shift, ffn_scale, ffn_gate) = self.modulation(time)
         normed = modulate(self.norm(x), shift, scale)

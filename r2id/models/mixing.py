@@ -23,12 +23,16 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [B, H, N, d] → [B, H, N, d]."""
 
 
-def mixes(config: R2idConfig, grid: Size, blocks: int, device: torch.device, clouds: Tensor | None = None) -> list[Mix]:
+def mixes(
+    config: R2idConfig, grid: Size, blocks: int, device: torch.device, clouds: Tensor | None = None
+) -> list[Mix]:
     """How each block's tokens attend, by ``config.attention``; ``clouds`` is the key of the random groups, and without it
     tokens see all others in their stead."""
     near: Mix = attend
     if "local" in config.attention:
-        near = partial(local, tiles=Tiles.between(grid, grid, grid, config.tile, config.halo, device=device))
+        near = partial(
+            local, tiles=Tiles.between(grid, grid, grid, config.tile, config.halo, device=device)
+        )
     tokens = grid[0] * grid[1]
     groups = max(1, round(tokens / config.cloud_tokens))
 
@@ -41,7 +45,9 @@ def mixes(config: R2idConfig, grid: Size, blocks: int, device: torch.device, clo
         if kind == "local":
             return near
         if kind == "cloud" and clouds is not None and groups > 1:
-            return partial(cloud, order=rng.subset(rng.fold(clouds, number), tokens, tokens), groups=groups)
+            return partial(
+                cloud, order=rng.subset(rng.fold(clouds, number), tokens, tokens), groups=groups
+            )
         return attend
 
     return [mix(number) for number in range(blocks)]
@@ -56,8 +62,13 @@ def axial(q: Tensor, k: Tensor, v: Tensor, grid: Size) -> Tensor:
         apart = (rearrange(part, f"b n (i j) d -> {lines}", i=rows) for part in parts)
         return rearrange(attend(*apart), f"{lines} -> b n (i j) d", i=rows, b=len(q))
 
-    return torch.cat([along([part[:, :half] for part in (q, k, v)], "(b i) n j d"),
-                      along([part[:, half:] for part in (q, k, v)], "(b j) n i d")], dim=1)
+    return torch.cat(
+        [
+            along([part[:, :half] for part in (q, k, v)], "(b i) n j d"),
+            along([part[:, half:] for part in (q, k, v)], "(b j) n i d"),
+        ],
+        dim=1,
+    )
 
 
 def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,7 +77,9 @@ def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = (F.elu(part.float()) + 1 for part in (q, k))
         total = torch.einsum("bhnd,bhne->bhde", keys, v.float())
-        return (torch.einsum("bhnd,bhde->bhne", queries, total) / (queries @ keys.sum(2).unsqueeze(-1))).to(v.dtype)
+        return (
+            torch.einsum("bhnd,bhde->bhne", queries, total) / (queries @ keys.sum(2).unsqueeze(-1))
+        ).to(v.dtype)
 
 
 def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor:
@@ -74,8 +87,10 @@ def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor
     the first, which it lets be seen, but whose result is their own group's."""
     tokens = len(order)
     size = -(-tokens // groups)
-    filled = torch.cat([order, order[:groups * size - tokens]])
-    apart = (rearrange(part[:, :, filled], "b n (g s) d -> (b g) n s d", g=groups) for part in (q, k, v))
+    filled = torch.cat([order, order[: groups * size - tokens]])
+    apart = (
+        rearrange(part[:, :, filled], "b n (g s) d -> (b g) n s d", g=groups) for part in (q, k, v)
+    )
     mixed = rearrange(attend(*apart), "(b g) n s d -> b n (g s) d", g=groups)
     return mixed[:, :, torch.argsort(order)]
 
@@ -83,5 +98,7 @@ def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor
 def local(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
     """Tokens see those of their tile and of a halo around it: cost linear in N."""
     queries = tiles.split_queries(q[:, :, tiles.queries.flatten()])
-    mixed = tiles.joined(attend(queries, tiles.gather_keys(k), tiles.gather_keys(v), tiles.mask(len(q))))
+    mixed = tiles.joined(
+        attend(queries, tiles.gather_keys(k), tiles.gather_keys(v), tiles.mask(len(q)))
+    )
     return mixed[:, :, tiles.slots]

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from r2id.checkpoints import pretrained
 from r2id.config import R2idConfig
-from r2id.models import coords, pretrained
+from r2id.models import coords
 from r2id.models.attention import RMSNorm
 from r2id.models.conditioning import AttributeCondition, ClassCondition, EmbeddingCondition
 from r2id.models.coords import Size
@@ -32,7 +33,9 @@ class R2ID(nn.Module):
     guidance costs less than two passes.
     """
 
-    def __init__(self, config: R2idConfig, channels: int, classes: int, embedding: Sequence[int] = ()) -> None:
+    def __init__(
+        self, config: R2idConfig, channels: int, classes: int, embedding: Sequence[int] = ()
+    ) -> None:
         """For grids of so many channels, under one of so many classes (0: none), or so many attributes if the config's
         condition is those; or under embeddings of a shape, [D] or [T, D]."""
         super().__init__()
@@ -40,16 +43,26 @@ class R2ID(nn.Module):
         width = config.width
         times = config.time_fourier[1] - config.time_fourier[0] + 1
         self.token_in = nn.Linear(channels + coords.fourier_dim(config.fourier), width)
-        self.time_in = nn.Sequential(nn.Linear(2 * times, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_in = nn.Sequential(
+            nn.Linear(2 * times, width), nn.SiLU(), nn.Linear(width, width)
+        )
         kinds: dict[str, Callable[[int, int], nn.Module]] = {
-            "attributes": partial(AttributeCondition, classes), "embedding": partial(EmbeddingCondition, embedding)}
-        self.condition = kinds.get(config.condition, partial(ClassCondition, classes))(config.condition_tokens, width)
-        self.condition_shape = {"attributes": (classes,), "embedding": tuple(embedding)}.get(config.condition, ())
+            "attributes": partial(AttributeCondition, classes),
+            "embedding": partial(EmbeddingCondition, embedding),
+        }
+        self.condition = kinds.get(config.condition, partial(ClassCondition, classes))(
+            config.condition_tokens, width
+        )
+        self.condition_shape = {"attributes": (classes,), "embedding": tuple(embedding)}.get(
+            config.condition, ()
+        )
         """Of the condition of one sample; of a class empty."""
 
         def stack(count: int, conditional: bool) -> nn.ModuleList:
-            return nn.ModuleList(DiffusionBlock(width, config.heads, config.ffn_ratio, config.dropout, conditional)
-                                 for _ in range(count))
+            return nn.ModuleList(
+                DiffusionBlock(width, config.heads, config.ffn_ratio, config.dropout, conditional)
+                for _ in range(count)
+            )
 
         self.encoder = stack(config.encoder_blocks, conditional=False)
         self.decoder = stack(config.decoder_blocks, conditional=True)
@@ -75,8 +88,14 @@ class R2ID(nn.Module):
         """The modules whose activations may be recomputed."""
         return [*self.encoder, *self.decoder]
 
-    def forward(self, x: Tensor, alpha_bar: Tensor, condition: Tensor, at: Tensor | None = None,
-                clouds: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        alpha_bar: Tensor,
+        condition: Tensor,
+        at: Tensor | None = None,
+        clouds: Tensor | None = None,
+    ) -> Tensor:
         """One prediction under one condition.
 
         x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1); condition [B] classes,
@@ -85,8 +104,14 @@ class R2ID(nn.Module):
         """
         return self.predict(x, alpha_bar, condition.unsqueeze(0), at, clouds).squeeze(0)
 
-    def predict(self, x: Tensor, alpha_bar: Tensor, conditions: Tensor, at: Tensor | None = None,
-                clouds: Tensor | None = None) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        alpha_bar: Tensor,
+        conditions: Tensor,
+        at: Tensor | None = None,
+        clouds: Tensor | None = None,
+    ) -> Tensor:
         """Predictions of one noised grid under K conditions: [K, B, …] → float32 [K, B, L, h, w]."""
         grid: Size = (x.shape[2], x.shape[3])
         at = coords.grid_coordinates(grid, device=x.device).unsqueeze(0) if at is None else at

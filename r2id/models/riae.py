@@ -24,17 +24,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from r2id.checkpoints import pretrained
 from r2id.config import RiaeConfig
-from r2id.models import coords, pretrained
+from r2id.models import coords
 from r2id.models.attention import RMSNorm
 from r2id.models.coords import WHOLE, Part, Size, Window
 from r2id.models.layers import CrossBlock, SelfBlock, zero_linear
 from r2id.models.tiles import Tiles, rectangles
 
-_ENCODE_CHUNK = 1 << 19  # pixels encoded at once outside training, one image at least: memory does not grow with the batch
-_DECODE_CHUNK = 8192  # points decoded at once outside training: memory does not grow with the output
+_ENCODE_CHUNK = (
+    1 << 19
+)  # pixels encoded at once outside training, one image at least: memory does not grow with the batch
+_DECODE_CHUNK = (
+    8192  # points decoded at once outside training: memory does not grow with the output
+)
 _BAND = 1 << 18  # points, of which pixels are the means, held at once, one row of pixels at least
-_TILES_CHUNK = 1 << 13  # pixels encoded or decoded at once with local attention: memory grows with neither
+_TILES_CHUNK = (
+    1 << 13
+)  # pixels encoded or decoded at once with local attention: memory grows with neither
 
 
 class RIAE(nn.Module):
@@ -42,37 +49,59 @@ class RIAE(nn.Module):
         super().__init__()
         self.config, self.channels = config, channels
         self.local = config.attention == "local"
-        features = coords.cell_dim(config.cell_fourier) if self.local else coords.fourier_dim(config.fourier)
+        features = (
+            coords.cell_dim(config.cell_fourier)
+            if self.local
+            else coords.fourier_dim(config.fourier)
+        )
         place = features + (0 if self.local else coords.PHASE_DIM) + 2 * config.cell_size
         pixel_heads = max(1, config.heads * config.pixel_width // config.width)
 
         def latent_stack() -> nn.ModuleList:
-            return nn.ModuleList(SelfBlock(config.width, config.heads, config.ffn_ratio, config.locality)
-                                 for _ in range(config.latent_blocks))
+            return nn.ModuleList(
+                SelfBlock(config.width, config.heads, config.ffn_ratio, config.locality)
+                for _ in range(config.latent_blocks)
+            )
 
-        self.pixel_in = nn.Sequential(nn.Linear(channels + place, config.pixel_width), nn.SiLU(),
-                                      nn.Linear(config.pixel_width, config.pixel_width))
+        self.pixel_in = nn.Sequential(
+            nn.Linear(channels + place, config.pixel_width),
+            nn.SiLU(),
+            nn.Linear(config.pixel_width, config.pixel_width),
+        )
         self.cell_in = nn.Linear(features, config.width)
         self.encoder = nn.ModuleList(
-            CrossBlock(config.width, config.pixel_width, config.heads, config.ffn_ratio, config.locality)
-            for _ in range(config.encoder_blocks))
+            CrossBlock(
+                config.width, config.pixel_width, config.heads, config.ffn_ratio, config.locality
+            )
+            for _ in range(config.encoder_blocks)
+        )
         self.encoder_latent = latent_stack()
-        self.to_latent = nn.Sequential(RMSNorm(config.width), nn.Linear(config.width, config.latent_channels))
+        self.to_latent = nn.Sequential(
+            RMSNorm(config.width), nn.Linear(config.width, config.latent_channels)
+        )
 
         self.latent_in = nn.Linear(config.latent_channels + features, config.width)
         self.decoder_latent = latent_stack()
-        self.point_in = nn.Sequential(nn.Linear(place, config.pixel_width), nn.SiLU(),
-                                      nn.Linear(config.pixel_width, config.pixel_width))
+        self.point_in = nn.Sequential(
+            nn.Linear(place, config.pixel_width),
+            nn.SiLU(),
+            nn.Linear(config.pixel_width, config.pixel_width),
+        )
         self.decoder = nn.ModuleList(
-            CrossBlock(config.pixel_width, config.width, pixel_heads, config.ffn_ratio, config.locality)
-            for _ in range(config.decoder_blocks))
-        self.to_colour = nn.Sequential(RMSNorm(config.pixel_width), zero_linear(config.pixel_width, channels))
+            CrossBlock(
+                config.pixel_width, config.width, pixel_heads, config.ffn_ratio, config.locality
+            )
+            for _ in range(config.decoder_blocks)
+        )
+        self.to_colour = nn.Sequential(
+            RMSNorm(config.pixel_width), zero_linear(config.pixel_width, channels)
+        )
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> RIAE:
         """A trained model from a file that ``r2id checkpoint export`` wrote: float32, on the CPU, ready for inference.
 
-        InputError when the file is none, is damaged or holds another model. r2id.models.pretrained.read also gives what
+        InputError when the file is none, is damaged or holds another model. r2id.checkpoints.pretrained.read also gives what
         else the file says, the latents' statistics among it.
         """
         found = pretrained.read(Path(path), "riae")
@@ -87,26 +116,54 @@ class RIAE(nn.Module):
         height, width = (max(1, round(side / self.config.cell)) for side in image)
         return height, width
 
-    def tiles(self, queries: Size, keys: Size, grid: Size, part: Part = WHOLE,
-              device: torch.device | None = None) -> Tiles | None:
+    def tiles(
+        self,
+        queries: Size,
+        keys: Size,
+        grid: Size,
+        part: Part = WHOLE,
+        device: torch.device | None = None,
+    ) -> Tiles | None:
         """Which of a grid of keys each query of another grid, or of a part of it, sees; none with ``cloud`` attention."""
         config = self.config
-        return Tiles.between(queries, keys, grid, config.tile, config.halo, part, device) if self.local else None
+        return (
+            Tiles.between(queries, keys, grid, config.tile, config.halo, part, device)
+            if self.local
+            else None
+        )
 
-    def encode_points(self, colours: Tensor, at: Tensor, size: Size, cells: Tensor, grid: Size,
-                      tiles: Tiles | None = None) -> Tensor:
+    def encode_points(
+        self,
+        colours: Tensor,
+        at: Tensor,
+        size: Size,
+        cells: Tensor,
+        grid: Size,
+        tiles: Tiles | None = None,
+    ) -> Tensor:
         """Colours [B, N, C] at [B or 1, N, 4] of an image (H, W), seen from latent cells [1, M, 4] of a grid (h, w) →
         latents [B, M, L].
 
         With ``local`` attention, cells and points are whole grids, and ``tiles`` those of the cells.
         """
-        return self._to_latents(self._query_pixels(colours, at, size, cells, grid, tiles), cells, grid)
+        return self._to_latents(
+            self._query_pixels(colours, at, size, cells, grid, tiles), cells, grid
+        )
 
-    def _query_pixels(self, colours: Tensor, at: Tensor, size: Size, cells: Tensor, grid: Size,
-                      tiles: Tiles | None) -> Tensor:
+    def _query_pixels(
+        self,
+        colours: Tensor,
+        at: Tensor,
+        size: Size,
+        cells: Tensor,
+        grid: Size,
+        tiles: Tiles | None,
+    ) -> Tensor:
         """What the cells [1, M, 4] see: [B, M, D]."""
         batch = colours.shape[0]
-        pixels = self.pixel_in(torch.cat([colours, self._place(at, size, grid).expand(batch, -1, -1)], dim=-1))
+        pixels = self.pixel_in(
+            torch.cat([colours, self._place(at, size, grid).expand(batch, -1, -1)], dim=-1)
+        )
         if tiles is not None:
             cells = tiles.in_order(cells[0])
         x = self.cell_in(self._features(cells, grid)).expand(batch, -1, -1)
@@ -124,7 +181,9 @@ class RIAE(nn.Module):
     def spread_latents(self, latents: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """Latents [B, M, L] at cells [1, M, 4] → the decoder's keys [B, M, D]; once per image, however many points."""
         place = self._features(cells, grid).expand(latents.shape[0], -1, -1)
-        return self._through(self.decoder_latent, self.latent_in(torch.cat([latents, place], dim=-1)), cells, grid)
+        return self._through(
+            self.decoder_latent, self.latent_in(torch.cat([latents, place], dim=-1)), cells, grid
+        )
 
     def _through(self, blocks: nn.ModuleList, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """[B, M, D] at all cells [1, M, 4], through blocks of the latent grid."""
@@ -134,8 +193,15 @@ class RIAE(nn.Module):
             x = block(x, _in_cells(cells, grid), tiles)
         return x
 
-    def decode_points(self, keys: Tensor, cells: Tensor, at: Tensor, size: Size, grid: Size,
-                      tiles: Tiles | None = None) -> Tensor:
+    def decode_points(
+        self,
+        keys: Tensor,
+        cells: Tensor,
+        at: Tensor,
+        size: Size,
+        grid: Size,
+        tiles: Tiles | None = None,
+    ) -> Tensor:
         """Keys [B, M, D] of spread_latents at cells [B or 1, M, 4], asked at points [B or 1, P, 4] of an image (H, W) →
         colours [B, P, C].
 
@@ -173,10 +239,15 @@ class RIAE(nn.Module):
             assert tiles is not None
             y, x = tiles.part
             at = coords.grid_coordinates(size, grid, image.device, tiles.part).unsqueeze(0)
-            some = coords.grid_coordinates(grid, device=image.device, part=(rows, columns)).unsqueeze(0)
-            found = self._query_pixels(rearrange(image[:, :, y, x], "b c h w -> b (h w) c"), at, size, some, grid,
-                                       tiles)
-            seen[:, rows, columns] = rearrange(found, "b (h w) d -> b h w d", h=rows.stop - rows.start)
+            some = coords.grid_coordinates(
+                grid, device=image.device, part=(rows, columns)
+            ).unsqueeze(0)
+            found = self._query_pixels(
+                rearrange(image[:, :, y, x], "b c h w -> b (h w) c"), at, size, some, grid, tiles
+            )
+            seen[:, rows, columns] = rearrange(
+                found, "b (h w) d -> b h w d", h=rows.stop - rows.start
+            )
         return self._to_latents(rearrange(seen, "b h w d -> b (h w) d"), cells, grid)
 
     def points_per_pixel(self, grid: Size, size: Size) -> Size:
@@ -186,8 +257,10 @@ class RIAE(nn.Module):
         Half a latent cell is allowed for, since a grid says no better how large the images were.
         """
         smallest = self.config.decode_scales[0] if self.config.decode_scales else 1.0
-        down, across = (max(1, math.ceil((smallest * cells - 0.5) * self.config.cell / side))
-                        for cells, side in zip(grid, size, strict=True))
+        down, across = (
+            max(1, math.ceil((smallest * cells - 0.5) * self.config.cell / side))
+            for cells, side in zip(grid, size, strict=True)
+        )
         return down, across
 
     @torch.no_grad()
@@ -199,7 +272,9 @@ class RIAE(nn.Module):
         grid: Size = (latents.shape[2], latents.shape[3])
         part = coords.part_of(size, window)
         cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
-        points = math.prod(side.stop - side.start for side in part) * math.prod(self.points_per_pixel(grid, size))
+        points = math.prod(side.stop - side.start for side in part) * math.prod(
+            self.points_per_pixel(grid, size)
+        )
         at_once = max(1, _TILES_CHUNK // points) if self.local else len(latents)
         parts = []
         for some in latents.split(at_once):
@@ -216,28 +291,64 @@ class RIAE(nn.Module):
         rows, columns = part
         wide = slice(columns.start * across, columns.stop * across)
         band = max(1, _BAND // (len(keys) * down * (wide.stop - wide.start)))
-        return torch.cat([F.avg_pool2d(draw(keys, cells, grid, (size[0] * down, size[1] * across),
-                                            (slice(y * down, min(y + band, rows.stop) * down), wide)), points)
-                          for y in range(rows.start, rows.stop, band)], dim=2)
+        return torch.cat(
+            [
+                F.avg_pool2d(
+                    draw(
+                        keys,
+                        cells,
+                        grid,
+                        (size[0] * down, size[1] * across),
+                        (slice(y * down, min(y + band, rows.stop) * down), wide),
+                    ),
+                    points,
+                )
+                for y in range(rows.start, rows.stop, band)
+            ],
+            dim=2,
+        )
 
-    def _decode_chunks(self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
+    def _decode_chunks(
+        self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
+    ) -> Tensor:
         at = coords.grid_coordinates(size, grid, keys.device, part).unsqueeze(0)
-        colours = torch.cat([self.decode_points(keys, cells, some, size, grid)
-                             for some in at.split(max(1, _DECODE_CHUNK // len(keys)), dim=1)], dim=1)
+        colours = torch.cat(
+            [
+                self.decode_points(keys, cells, some, size, grid)
+                for some in at.split(max(1, _DECODE_CHUNK // len(keys)), dim=1)
+            ],
+            dim=1,
+        )
         return rearrange(colours, "b (h w) c -> b c h w", h=part[0].stop - part[0].start)
 
-    def _decode_tiles(self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
-        image = keys.new_empty(len(keys), self.channels, *(side.stop - side.start for side in part), dtype=torch.float32)
-        grid_keys, grid_cells = (rearrange(x, "b (h w) d -> b h w d", h=grid[0]) for x in (keys, cells))
-        for rows, columns in rectangles(size, grid, self.config.tile, max(1, _TILES_CHUNK // len(keys)), part):
+    def _decode_tiles(
+        self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
+    ) -> Tensor:
+        image = keys.new_empty(
+            len(keys),
+            self.channels,
+            *(side.stop - side.start for side in part),
+            dtype=torch.float32,
+        )
+        grid_keys, grid_cells = (
+            rearrange(x, "b (h w) d -> b h w d", h=grid[0]) for x in (keys, cells)
+        )
+        for rows, columns in rectangles(
+            size, grid, self.config.tile, max(1, _TILES_CHUNK // len(keys)), part
+        ):
             tiles = self.tiles(size, grid, grid, (rows, columns), keys.device)
             assert tiles is not None
-            near, near_cells = (x[:, tiles.part[0], tiles.part[1]].flatten(1, 2) for x in (grid_keys, grid_cells))
+            near, near_cells = (
+                x[:, tiles.part[0], tiles.part[1]].flatten(1, 2) for x in (grid_keys, grid_cells)
+            )
             at = tiles.in_order(coords.grid_coordinates(size, grid, keys.device, (rows, columns)))
             colours = tiles.restored(self.decode_points(near, near_cells, at, size, grid, tiles))
-            image[:, :, rows.start - part[0].start:rows.stop - part[0].start,
-                  columns.start - part[1].start:columns.stop - part[1].start] = rearrange(
-                      colours, "b (h w) c -> b c h w", h=rows.stop - rows.start)
+            image[
+                :,
+                :,
+                rows.start - part[0].start : rows.stop - part[0].start,
+                columns.start - part[1].start : columns.stop - part[1].start,
+            ] = rearrange(colours, "b (h w) c -> b c h w", h=rows.stop - rows.start)
         return image
 
     def _features(self, at: Tensor, grid: Size) -> Tensor:
@@ -252,7 +363,9 @@ class RIAE(nn.Module):
         if not self.local:
             features.append(coords.cell_phase(at, grid))
         if self.config.cell_size:
-            pixel = torch.tensor([grid[1] / size[1], grid[0] / size[0]], dtype=torch.float32, device=at.device)
+            pixel = torch.tensor(
+                [grid[1] / size[1], grid[0] / size[0]], dtype=torch.float32, device=at.device
+            )
             features.append(pixel.expand(*at.shape[:-1], -1))
         return torch.cat(features, dim=-1)
 

@@ -48,7 +48,9 @@ def rectangles(size: Size, grid: Size, tile: int, most: int, part: Part = WHOLE)
 def _runs(count: int, cells: int, tile: int, most: int, part: slice) -> Iterator[slice]:
     """Of one axis, at most ``most`` long."""
     start, last, _ = part.indices(count)
-    edges = np.append(np.flatnonzero(np.diff(positions(count, cells, part) // tile)) + 1 + start, last)
+    edges = np.append(
+        np.flatnonzero(np.diff(positions(count, cells, part) // tile)) + 1 + start, last
+    )
     while start < last:
         within = edges[(edges > start) & (edges <= start + most)]
         stop = int(within[-1]) if len(within) else start + most
@@ -74,15 +76,24 @@ class _Axis:
 
 def _axis(queries: np.ndarray, keys: np.ndarray, cells: int, tile: int, halo: float) -> _Axis:
     """Sorted positions of queries [n] and of all keys [m] on an axis of so many cells."""
-    numbers, begin, count = np.unique((queries // tile).astype(np.int64), return_index=True, return_counts=True)
+    numbers, begin, count = np.unique(
+        (queries // tile).astype(np.int64), return_index=True, return_counts=True
+    )
     low, high = numbers * tile, np.minimum((numbers + 1) * tile, cells)
-    start, stop = np.searchsorted(keys, low - halo, "left"), np.searchsorted(keys, high + halo, "right")
+    start, stop = (
+        np.searchsorted(keys, low - halo, "left"),
+        np.searchsorted(keys, high + halo, "right"),
+    )
     for lonely in np.flatnonzero(start == stop):
         start[lonely] = np.abs(keys - (low[lonely] + high[lonely]) / 2).argmin()
         stop[lonely] = start[lonely] + 1
     first = start.min()
-    return _Axis(*_ranges(begin, begin + count), *_ranges(start - first, stop - first), (low + high - cells) / 2,
-                 slice(int(first), int(stop.max())))
+    return _Axis(
+        *_ranges(begin, begin + count),
+        *_ranges(start - first, stop - first),
+        (low + high - cells) / 2,
+        slice(int(first), int(stop.max())),
+    )
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,30 +125,54 @@ class Tiles:
     """The rectangle of keys that any of the tiles sees; no others are needed."""
 
     @classmethod
-    def between(cls, queries: Size, keys: Size, grid: Size, tile: int, halo: float, part: Part = WHOLE,
-                device: torch.device | None = None) -> Tiles:
+    def between(
+        cls,
+        queries: Size,
+        keys: Size,
+        grid: Size,
+        tile: int,
+        halo: float,
+        part: Part = WHOLE,
+        device: torch.device | None = None,
+    ) -> Tiles:
         """Of queries that are a grid (H, W) of points, or a part of one, and keys that are another, both over the same
         picture; tiles of ``tile`` cells and a halo in cells of the latent grid (h, w)."""
-        y, x = (_axis(positions(queries[i], grid[i], part[i]), positions(keys[i], grid[i]), grid[i], tile, halo)
-                for i in (0, 1))
+        y, x = (
+            _axis(
+                positions(queries[i], grid[i], part[i]),
+                positions(keys[i], grid[i]),
+                grid[i],
+                tile,
+                halo,
+            )
+            for i in (0, 1)
+        )
         rows, columns = (len(positions(queries[i], grid[i], part[i])) for i in (0, 1))
         index, asked = _crossed(y.queries, x.queries, columns), _crossed(y.asked, x.asked)
         slots = np.empty(rows * columns, dtype=np.int64)
         slots[index[asked]] = np.flatnonzero(asked)
-        centre = np.stack(np.broadcast_arrays(x.middle[None, :], y.middle[:, None]), axis=-1).reshape(-1, 2)
+        centre = np.stack(
+            np.broadcast_arrays(x.middle[None, :], y.middle[:, None]), axis=-1
+        ).reshape(-1, 2)
 
         def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.tensor(array, dtype=dtype, device=device)
 
-        return cls(tensor(index[None], torch.int64), tensor(asked[None], torch.bool),
-                   tensor(_crossed(y.keys, x.keys, x.part.stop - x.part.start)[None], torch.int64),
-                   tensor(_crossed(y.seen, x.seen)[None], torch.bool), tensor(centre[None], torch.float32),
-                   tensor(slots, torch.int64), (y.part, x.part))
+        return cls(
+            tensor(index[None], torch.int64),
+            tensor(asked[None], torch.bool),
+            tensor(_crossed(y.keys, x.keys, x.part.stop - x.part.start)[None], torch.int64),
+            tensor(_crossed(y.seen, x.seen)[None], torch.bool),
+            tensor(centre[None], torch.float32),
+            tensor(slots, torch.int64),
+            (y.part, x.part),
+        )
 
     def chosen(self, index: Tensor) -> Tiles:
         """Some of the tiles for each sample: int64 [B, S] of range(T) → tiles [B, S, …]."""
         queries, asked, keys, seen, centre = (
-            part[0][index] for part in (self.queries, self.asked, self.keys, self.seen, self.centre))
+            part[0][index] for part in (self.queries, self.asked, self.keys, self.seen, self.centre)
+        )
         return Tiles(queries, asked, keys, seen, centre, self.slots, self.part)
 
     def in_order(self, x: Tensor) -> Tensor:
@@ -163,10 +198,14 @@ class Tiles:
     def split_places(self, at: Tensor, context_at: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Places in cells from the grid's centre, of queries [B or 1, T·Q, 2] and keys [B or 1, M, 2], from their tile's
         centre: [B·T, Q, 2] and [B·T, K, 2]. Near zero, bfloat16 keeps them apart in a grid of any size."""
-        own = rearrange(at, "b (t q) c -> b t q c", t=self.queries.shape[1]) - self.centre.unsqueeze(2)
+        own = rearrange(
+            at, "b (t q) c -> b t q c", t=self.queries.shape[1]
+        ) - self.centre.unsqueeze(2)
         sample = torch.arange(len(context_at), device=at.device).view(-1, 1, 1)
         theirs = context_at[sample, self.keys] - self.centre.unsqueeze(2)
-        return own.expand(batch, -1, -1, -1).flatten(0, 1), theirs.expand(batch, -1, -1, -1).flatten(0, 1)
+        return own.expand(batch, -1, -1, -1).flatten(0, 1), theirs.expand(
+            batch, -1, -1, -1
+        ).flatten(0, 1)
 
     def mask(self, batch: int) -> Tensor:
         """Which keys a tile's queries see: bool [B·T, 1, 1, K]."""

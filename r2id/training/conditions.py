@@ -20,7 +20,11 @@ def known_conditions(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
     """How many classes or attributes the model is to know, and the names of the attributes or the shape of embeddings.
 
     InputError when the set has none of what the config asks for."""
-    kind, names, shape = config.r2id.condition, shards.manifest.attribute_names, shards.manifest.embedding_shape
+    kind, names, shape = (
+        config.r2id.condition,
+        shards.manifest.attribute_names,
+        shards.manifest.embedding_shape,
+    )
     if (kind == "attributes" and not names) or (kind == "embedding" and not shape):
         raise InputError(f"r2id.condition = {kind!r}: {shards.folder} has none")
     if kind == "attributes":
@@ -35,4 +39,6 @@ def conditions_of(config: R2idRun, batch: Mapping[str, Tensor]) -> Tensor:
     float16 [B, D] or [B, T, D]."""
     if config.r2id.condition in ("attributes", "embedding"):
         return batch[config.r2id.condition]
-    return batch["label"] if config.r2id.condition == "class" else torch.full_like(batch["label"], -1)
+    return (
+        batch["label"] if config.r2id.condition == "class" else torch.full_like(batch["label"], -1)
+    )

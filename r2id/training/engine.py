@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from r2id import dist
-from r2id.config import EngineConfig, OptimConfig, TrainConfig
-from r2id.dist import World
-from r2id.errors import InputError, NonFiniteError
-from r2id.training.ema import Ema, decays
-from r2id.training.shares import engine_kind
-from r2id.training.state import (
+from r2id.checkpoints.state import (
     MOMENTS,
     EngineState,
     Piece,
@@ -38,6 +33,11 @@ from r2id.training.state import (
     whole,
     whole_layout,
 )
+from r2id.config import EngineConfig, OptimConfig, TrainConfig
+from r2id.dist import World
+from r2id.errors import InputError, NonFiniteError
+from r2id.training.batch_split import engine_kind
+from r2id.training.ema import Ema, decays
 
 
 class Engine(ABC):
@@ -99,8 +99,10 @@ class Engine(ABC):
             self.optimizer.state[master]["step"].fill_(source.step)
         self._set_weights(source)
         shapes = source.shapes("model")
-        self.model.load_state_dict({name: source.read("model", name).view(shapes[name]) for name in buffers(self.model)},
-                                   strict=False)
+        self.model.load_state_dict(
+            {name: source.read("model", name).view(shapes[name]) for name in buffers(self.model)},
+            strict=False,
+        )
         self.steps = source.step
 
     @torch.no_grad()
@@ -112,7 +114,7 @@ class Engine(ABC):
             full = torch.zeros(math.prod(shape), device=self.device)
             if name in pieces:
                 piece = pieces[name]
-                full[piece.start:piece.start + piece.count] = piece.of(self.ema.averages["ema"])
+                full[piece.start : piece.start + piece.count] = piece.of(self.ema.averages["ema"])
             full = full if self._replicated() else dist.all_reduce_sum(full)
             if dist.is_main():
                 averages[name] = full.view(shape).cpu()
@@ -120,14 +122,23 @@ class Engine(ABC):
 
     def _tracked(self) -> list[tuple[str, str, list[Tensor]]]:
         """All that is saved: (kind, prefix of the names, tensors laid out as the masters)."""
-        moments = [("optimizer", f"{moment}.", [self.optimizer.state[master][moment] for master in self.masters])
-                   for moment in MOMENTS]
-        return [("model", "", self.masters), *moments,
-                *((kind, "", averages) for kind, averages in self.ema.averages.items())]
+        moments = [
+            (
+                "optimizer",
+                f"{moment}.",
+                [self.optimizer.state[master][moment] for master in self.masters],
+            )
+            for moment in MOMENTS
+        ]
+        return [
+            ("model", "", self.masters),
+            *moments,
+            *((kind, "", averages) for kind, averages in self.ema.averages.items()),
+        ]
 
     def _own(self) -> list[Piece]:
         """The pieces that this rank saves: each parameter's elements are saved once."""
-        return self.layout[dist.rank()::dist.world_size()] if self._replicated() else self.layout
+        return self.layout[dist.rank() :: dist.world_size()] if self._replicated() else self.layout
 
     @abstractmethod
     def _replicated(self) -> bool:
@@ -138,16 +149,19 @@ class Engine(ABC):
         """The weights that the forward pass uses, where they are not the masters."""
 
 
-def make_engine(module: nn.Module, *, optim: OptimConfig, train: TrainConfig, engine: EngineConfig,
-                world: World) -> Engine:
+def make_engine(
+    module: nn.Module, *, optim: OptimConfig, train: TrainConfig, engine: EngineConfig, world: World
+) -> Engine:
     """The engine that the config asks for. InputError when it does not fit the number of processes."""
     if engine_kind(train, engine, world.world_size) == "deepspeed":
         from r2id.training.zero import DeepSpeedEngine
 
         return DeepSpeedEngine(module, optim, train, engine, world)
     if world.world_size > 1:
-        raise InputError(f"engine.kind = 'local': is for one process, and there are {world.world_size}; "
-                         "use 'deepspeed' or 'auto'")
+        raise InputError(
+            f"engine.kind = 'local': is for one process, and there are {world.world_size}; "
+            "use 'deepspeed' or 'auto'"
+        )
     return LocalEngine(module, optim, train, world.device)
 
 
@@ -158,10 +172,16 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (others if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas,
-                             fused=True)
+            (others if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(
+                parameter
+            )
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, fused=True
+    )
 
 
 def fill_moments(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor]) -> None:
@@ -169,7 +189,9 @@ def fill_moments(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor]) ->
     for tensor in tensors:
         optimizer.state[tensor] = {
             "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-            "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+        }
 
 
 def trained_model(module: nn.Module) -> nn.Module:
@@ -183,7 +205,9 @@ def trained_model(module: nn.Module) -> nn.Module:
 class LocalEngine(Engine):
     """Plain PyTorch in one process, on a CPU or a GPU. Needs neither compiler nor process group."""
 
-    def __init__(self, module: nn.Module, optim: OptimConfig, train: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig, train: TrainConfig, device: torch.device
+    ) -> None:
         self.device = device
         self.module = module.to(device).train()
         self.model = trained_model(module)
@@ -261,5 +285,8 @@ class _FiniteGuard:
 
 def raise_unless_finite(norm: float, step: int) -> None:
     if not math.isfinite(norm):
-        raise NonFiniteError(f"step {step}: the gradient norm is {norm}; stopped before the update, the last "
-                             "checkpoint is good; a lower optim.lr or train.precision = 'float32' may help", step)
+        raise NonFiniteError(
+            f"step {step}: the gradient norm is {norm}; stopped before the update, the last "
+            "checkpoint is good; a lower optim.lr or train.precision = 'float32' may help",
+            step,
+        )

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from r2id import dist, rng
+from r2id.checkpoints import checkpoint
 from r2id.config import OptimConfig, R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, NonFiniteError, Stopped
+from r2id.models.codec import PIXELS_HASH
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
-from r2id.training import checkpoint
+from r2id.training.batch_split import micro_batch_size
 from r2id.training.blocks import prepare_blocks
-from r2id.training.codec import PIXELS_HASH
 from r2id.training.engine import Engine, make_engine
 from r2id.training.meter import Meter, matmul_peak
 from r2id.training.nonfinite import blame
 from r2id.training.profiling import Profile
-from r2id.training.shares import micro_batch_size
-from r2id.training.stages import Batch, Stage, make_stage
+from r2id.training.tasks import Batch, Stage, make_stage
 from r2id.training.tracking import NullTracker, Tracker
 from r2id.training.watchdog import Watchdog
 
@@ -37,7 +37,9 @@ Preview = Callable[[Stage, nn.Module, Path], Path]
 """(stage, model with EMA weights, file to write) → the PNG: reconstructions or samples."""
 
 
-def train(config: RiaeRun | R2idRun, preview: Preview | None = None, profile: bool = False) -> dict[str, Any]:
+def train(
+    config: RiaeRun | R2idRun, preview: Preview | None = None, profile: bool = False
+) -> dict[str, Any]:
     """Train one stage to its last step, from its newest checkpoint when there is one; ``profile`` writes a trace of ten
     steps to RUN/profile.
 
@@ -51,7 +53,9 @@ def train(config: RiaeRun | R2idRun, preview: Preview | None = None, profile: bo
         return {"checkpoint": done, "step": checkpoint.load_meta(done).step}
     stage = make_stage(config, world, micro_batch_size(config.train, world.world_size))
     prepare_blocks(list(stage.module.model.blocks()), config.train)
-    engine = make_engine(stage.module, optim=config.optim, train=config.train, engine=config.engine, world=world)
+    engine = make_engine(
+        stage.module, optim=config.optim, train=config.train, engine=config.engine, world=world
+    )
     found = _find_checkpoint(stage)
     start = samples = 0
     if found is not None:
@@ -80,8 +84,16 @@ def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
 class _Run:
     """One process's part of a run, from its first step to its last."""
 
-    def __init__(self, stage: Stage, engine: Engine, preview: Preview | None, start: int, samples: int,
-                 stopped: Callable[[], bool], profile: bool) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        engine: Engine,
+        preview: Preview | None,
+        start: int,
+        samples: int,
+        stopped: Callable[[], bool],
+        profile: bool,
+    ) -> None:
         self.stage, self.engine, self.preview, self.stopped = stage, engine, preview, stopped
         self.start, self.samples, self.profile = start, samples, profile
         self.config, self.folder = stage.config, stage.config.run
@@ -101,9 +113,18 @@ class _Run:
         dtype = torch.bfloat16 if train.autocast else torch.float32
         meter = Meter(self.engine.device, self.stage.cost, matmul_peak(self.engine.device, dtype))
         batches = self.stage.loader(self.start)
-        with Watchdog(train.stall_seconds) as watchdog, Progress(
-                f"train {self.config.stage}", train.steps, start=self.start, unit="images", per_item=train.batch,
-                shown=self.main) as progress, Profile(self.folder / "profile") if self.profile else nullcontext() as traced:
+        with (
+            Watchdog(train.stall_seconds) as watchdog,
+            Progress(
+                f"train {self.config.stage}",
+                train.steps,
+                start=self.start,
+                unit="images",
+                per_item=train.batch,
+                shown=self.main,
+            ) as progress,
+            Profile(self.folder / "profile") if self.profile else nullcontext() as traced,
+        ):
             for step in range(self.start, train.steps):
                 micro_batches = next(batches)
                 meter.lap("data")
@@ -117,7 +138,9 @@ class _Run:
                     progress.advance(note=f"loss {self.last.get('loss', math.nan):.4f}")
                     rate = learning_rate(step, self.config.optim, train.steps)
                     skipped = {"skipped_steps": self.skipped} if self.skipped else {}
-                    self.tracker.metrics({**self.last, "lr": rate, "grad_norm": float(grad_norm), **skipped}, done)
+                    self.tracker.metrics(
+                        {**self.last, "lr": rate, "grad_norm": float(grad_norm), **skipped}, done
+                    )
                 else:
                     progress.advance()
                 self._save_if_due(done, stop)
@@ -128,7 +151,9 @@ class _Run:
                     traced.step()
                 meter.lap("pause")
                 if stop:
-                    raise Stopped(f"{self.folder}: step {done} of {train.steps} saved; the same command goes on")
+                    raise Stopped(
+                        f"{self.folder}: step {done} of {train.steps} saved; the same command goes on"
+                    )
         return {"checkpoint": self.saved, "step": train.steps, **self.last, **meter.summary()}
 
     def _step_or_skip(self, micro_batches: list[Batch], step: int, meter: Meter) -> Tensor:
@@ -151,6 +176,7 @@ class _Run:
 
     def _blame(self, micro_batches: list[Batch], step: int) -> str:
         """Which samples, and which module, on this rank."""
+
         def forward() -> None:
             torch.manual_seed(int(rng.fold(self.config.seed, step, dist.rank())))
             for batch in micro_batches:
@@ -161,18 +187,32 @@ class _Run:
         return f"{blame(self.stage.module, forward)}; samples {shown}"
 
     def _to_device(self, batch: Batch) -> Batch:
-        return {key: value.to(self.engine.device, non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in batch.items()}
+        return {
+            key: value.to(self.engine.device, non_blocking=True)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in batch.items()
+        }
 
     def _step(self, micro_batches: list[Batch], step: int, meter: Meter) -> Tensor:
         """One optimizer step; every random draw that is not keyed by sample (dropout) is keyed by step and rank."""
         torch.manual_seed(int(rng.fold(self.config.seed, step, dist.rank())))
         seen: list[tuple[dict[str, Tensor], int, Size]] = []
         for batch in micro_batches:
-            loss, figures = self.engine.forward({**self.stage.to_inputs(self._to_device(batch)), "step": step})
+            loss, figures = self.engine.forward(
+                {**self.stage.to_inputs(self._to_device(batch)), "step": step}
+            )
             self.engine.backward(loss, len(micro_batches))
-            seen.append(({"loss": loss.detach(), **figures}, len(batch["index"]), self.stage.image_size(batch)))
-        norm = self.engine.step(learning_rate(step, self.config.optim, self.config.train.steps), step)
+            seen.append(
+                (
+                    {"loss": loss.detach(), **figures},
+                    len(batch["index"]),
+                    self.stage.image_size(batch),
+                )
+            )
+        norm = self.engine.step(
+            learning_rate(step, self.config.optim, self.config.train.steps), step
+        )
         for micro_batch in seen:  # not those of a step that is left out
             meter.add(*micro_batch)
         self.samples += sum(len(batch["index"]) for batch in micro_batches) * dist.world_size()
@@ -180,7 +220,10 @@ class _Run:
 
     def _save_if_due(self, done: int, stop: bool) -> None:
         train = self.config.train
-        if train.ema_profiles and done % (train.ema_snapshot_every or math.ceil(train.steps / 32)) == 0:
+        if (
+            train.ema_profiles
+            and done % (train.ema_snapshot_every or math.ceil(train.steps / 32)) == 0
+        ):
             checkpoint.save_snapshot(self.folder, self.engine.state(), self._meta(done))
         milestone = train.milestone_every and done % train.milestone_every == 0
         if done % train.save_every == 0 or milestone or done == train.steps or stop:
@@ -191,22 +234,40 @@ class _Run:
         statistics = None
         if self.config.stage == "riae":  # whose averages are small enough for one rank
             ema = self.engine.ema_state()
-            statistics = self.stage.statistics(self._ema_model(ema), self.engine.device) if ema is not None else None
+            statistics = (
+                self.stage.statistics(self._ema_model(ema), self.engine.device)
+                if ema is not None
+                else None
+            )
         train = self.config.train
-        self.saved = checkpoint.save(self.folder, self.engine.state(), self._meta(step), keep=train.keep,
-                                     milestone_every=train.milestone_every, stats=statistics)
+        self.saved = checkpoint.save(
+            self.folder,
+            self.engine.state(),
+            self._meta(step),
+            keep=train.keep,
+            milestone_every=train.milestone_every,
+            stats=statistics,
+        )
         self.tracker.tag("checkpoint", str(self.saved))
 
     def _meta(self, step: int) -> checkpoint.Meta:
-        return checkpoint.Meta(stage=self.config.stage, step=step, samples=self.samples, seed=self.config.seed,
-                               config=self.config.model_dump(mode="json"), model=self.stage.facts)
+        return checkpoint.Meta(
+            stage=self.config.stage,
+            step=step,
+            samples=self.samples,
+            seed=self.config.seed,
+            config=self.config.model_dump(mode="json"),
+            model=self.stage.facts,
+        )
 
     def _show(self, step: int) -> None:
         if self.preview is None:
             return
         ema = self.engine.ema_state()
         if self.main and ema is not None:
-            picture = self.preview(self.stage, self._ema_model(ema), self.folder / "samples" / f"step-{step:08d}.png")
+            picture = self.preview(
+                self.stage, self._ema_model(ema), self.folder / "samples" / f"step-{step:08d}.png"
+            )
             self.tracker.image(picture, "samples", step)
         dist.barrier()
 
@@ -221,10 +282,15 @@ class _Run:
         known = note.read_text().strip() if note.exists() and self.start else None
         shards = self.stage.shards
         return Tracker.start(
-            self.config.tracking, run_name=self.folder.name, stage=self.config.stage,
-            params=self.config.model_dump(mode="json"), run_id=known,
+            self.config.tracking,
+            run_name=self.folder.name,
+            stage=self.config.stage,
+            params=self.config.model_dump(mode="json"),
+            run_id=known,
             tags={f"fact.{key}": str(value) for key, value in self.stage.facts.items()},
-            dataset=(shards.manifest.dataset, shards.digest, str(self.config.data.shards)), note=note)
+            dataset=(shards.manifest.dataset, shards.digest, str(self.config.data.shards)),
+            note=note,
+        )
 
     def _anyone(self, flag: bool) -> bool:
         """True on every rank as soon as it is on one, so that all stop at the same step."""
@@ -257,13 +323,17 @@ def _find_checkpoint(stage: Stage) -> Path | None:
         return None
     meta = checkpoint.load_meta(found)
     if meta.stage != stage.config.stage:
-        raise InputError(f"{stage.config.run}: holds a run of stage {meta.stage!r}, not {stage.config.stage!r}: "
-                         "choose another run directory")
+        raise InputError(
+            f"{stage.config.run}: holds a run of stage {meta.stage!r}, not {stage.config.stage!r}: "
+            "choose another run directory"
+        )
     then = _essentials(meta.config, meta.model)
     for name, value in _essentials(stage.config.model_dump(mode="json"), stage.facts).items():
         if then.get(name, value) != value:
-            raise InputError(f"{stage.config.run}: holds a run with {name} = {then[name]!r}, not {value!r}: "
-                             "choose another run directory, or remove this one to start over")
+            raise InputError(
+                f"{stage.config.run}: holds a run with {name} = {then[name]!r}, not {value!r}: "
+                "choose another run directory, or remove this one to start over"
+            )
     say(f"{found}: going on from step {meta.step}")
     return found
 
@@ -271,11 +341,21 @@ def _find_checkpoint(stage: Stage) -> Path | None:
 def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """What may not change between two starts of one run."""
     sections = [config["stage"], *(["diffusion"] if "diffusion" in config else [])]
-    settings = {f"{section}.{key}": value for section in sections for key, value in config[section].items()}
-    recorded = {f"recorded {key}": value for key, value in facts.items() if key != "codec"}  # its hash counts
+    settings = {
+        f"{section}.{key}": value for section in sections for key, value in config[section].items()
+    }
+    recorded = {
+        f"recorded {key}": value for key, value in facts.items() if key != "codec"
+    }  # its hash counts
     order = {f"data.{name}": config["data"][name] for name in _ORDER if name in config["data"]}
-    return {"seed": config["seed"], "train.batch": config["train"]["batch"],
-            "train.ema_profiles": config["train"]["ema_profiles"], **order, **settings, **recorded}
+    return {
+        "seed": config["seed"],
+        "train.batch": config["train"]["batch"],
+        "train.ema_profiles": config["train"]["ema_profiles"],
+        **order,
+        **settings,
+        **recorded,
+    }
 
 
 @contextmanager

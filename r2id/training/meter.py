@@ -42,14 +42,18 @@ class Meter:
     def add(self, figures: dict[str, Tensor], images: int, size: Size) -> None:
         """A micro-batch's figures, and its images of this size in this process."""
         for key, value in figures.items():
-            self._sums[key] = self._sums.get(key, torch.zeros((), device=self.device)) + value.float()
+            self._sums[key] = (
+                self._sums.get(key, torch.zeros((), device=self.device)) + value.float()
+            )
         self._micro_batches += 1
         self._last.images[size] += images
 
     def read(self) -> Figures:
         """Close the interval. Means over micro-batches and ranks, and the interval's rates; see ``rates``."""
-        means = {key: float(dist.all_reduce_sum(total / self._micro_batches)) / dist.world_size()
-                 for key, total in self._sums.items()}
+        means = {
+            key: float(dist.all_reduce_sum(total / self._micro_batches)) / dist.world_size()
+            for key, total in self._sums.items()
+        }
         self.lap("step")  # after the sums were read, so that a GPU has finished its work
         for size in self._last.images.keys() - self._costs.keys():
             self._costs[size] = self._cost(size)
@@ -69,11 +73,19 @@ class Meter:
         for data; peak memory in GiB."""
         busy = tally.seconds["data"] + tally.seconds["step"]
         images = sum(tally.images.values())
-        tokens, flops = (sum(getattr(self._costs[size], name) * count for size, count in tally.images.items()) / busy
-                         for name in ("tokens", "flops"))
-        return {"images_per_second": images * dist.world_size() / busy, "tokens_per_second": tokens * dist.world_size(),
-                "tflops_per_process": flops / 1e12, "mfu": flops / self.peak,
-                "data_wait": tally.seconds["data"] / busy, "memory_gib": peak_memory(self.device) / 2**30}
+        tokens, flops = (
+            sum(getattr(self._costs[size], name) * count for size, count in tally.images.items())
+            / busy
+            for name in ("tokens", "flops")
+        )
+        return {
+            "images_per_second": images * dist.world_size() / busy,
+            "tokens_per_second": tokens * dist.world_size(),
+            "tflops_per_process": flops / 1e12,
+            "mfu": flops / self.peak,
+            "data_wait": tally.seconds["data"] / busy,
+            "memory_gib": peak_memory(self.device) / 2**30,
+        }
 
 
 class _Tally:

@@ -27,12 +27,17 @@ def blame(loss: nn.Module, forward: Callable[[], Any]) -> str:
 @contextmanager
 def _watched(loss: nn.Module, found: list[str]) -> Iterator[None]:
     """Within this block modules say what goes wrong in them, innermost first."""
+
     def watch(name: str) -> Callable[..., None]:
         def look(_module: nn.Module, inputs: Any, output: Any) -> None:
             if not found and not _finite(output):
                 where = f"module {name.removeprefix('model.')}" if name else "the loss"
-                found.append(f"{where} is given values that are not finite" if not _finite(inputs)
-                             else f"{where} makes values that are not finite")
+                found.append(
+                    f"{where} is given values that are not finite"
+                    if not _finite(inputs)
+                    else f"{where} makes values that are not finite"
+                )
+
         return look
 
     handles = [module.register_forward_hook(watch(name)) for name, module in loss.named_modules()]

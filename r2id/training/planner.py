@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from r2id.checkpoints import checkpoint
 from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun, load_config
 from r2id.data.loader import image_sizes
 from r2id.data.manifest import MANIFEST
@@ -22,13 +23,14 @@ from r2id.models.coords import Size
 from r2id.models.pixels import CELL
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
-from r2id.training import checkpoint
+from r2id.models.tracing import Trace, count_flops, trace_peak, trace_step
+from r2id.training.batch_split import accumulation, deepspeed_config, engine_kind, micro_batch_size
 from r2id.training.blocks import prepare_blocks
 from r2id.training.conditions import known_conditions
 from r2id.training.ema import decays
-from r2id.training.footprint import Sharing, Trace, count_flops, peak, trace_peak, trace_step
-from r2id.training.losses import R2idLoss, RiaeLoss
-from r2id.training.shares import accumulation, deepspeed_config, engine_kind, micro_batch_size
+from r2id.training.losses.r2id import R2idLoss
+from r2id.training.losses.riae import RiaeLoss
+from r2id.training.memory_plan import Sharing, peak
 
 RUNTIME = 2_000_000_000
 """Bytes of a GPU that are nobody's tensors: CUDA's context and kernels, NCCL's buffers, holes between tensors."""
@@ -50,20 +52,35 @@ class Facts:
     """Their shape where they are the condition."""
 
 
-def find_facts(config: RiaeRun | R2idRun, riae: Path | None = None, classes: int | None = None) -> Facts:
+def find_facts(
+    config: RiaeRun | R2idRun, riae: Path | None = None, classes: int | None = None
+) -> Facts:
     """``riae``, a config, and ``classes`` stand in for a codec and for shards that are not there yet. InputError where
     they are needed and missing."""
-    shards = ShardSet.open(config.data.shards) if (config.data.shards / MANIFEST).is_file() else None
+    shards = (
+        ShardSet.open(config.data.shards) if (config.data.shards / MANIFEST).is_file() else None
+    )
     image, copies = _largest_step(config, shards)
     if isinstance(config, RiaeRun):
         return Facts(image, copies)
     known = _expected_conditions(config, shards, classes)
-    return Facts(image, copies, known["classes"], _codec_config(config, riae), tuple(known.get("embedding", ())))
+    return Facts(
+        image,
+        copies,
+        known["classes"],
+        _codec_config(config, riae),
+        tuple(known.get("embedding", ())),
+    )
 
 
-def _expected_conditions(config: R2idRun, shards: ShardSet | None, classes: int | None) -> dict[str, Any]:
+def _expected_conditions(
+    config: R2idRun, shards: ShardSet | None, classes: int | None
+) -> dict[str, Any]:
     """known_conditions of the shards, or of so many classes where those are given."""
-    kind, missing = config.r2id.condition, f"data.shards = '{config.data.shards}': no shards there yet"
+    kind, missing = (
+        config.r2id.condition,
+        f"data.shards = '{config.data.shards}': no shards there yet",
+    )
     if kind == "embedding" and shards is None:
         raise InputError(f"{missing}, and they alone say of what shape embeddings are")
     if kind in ("class", "attributes") and classes is not None:
@@ -78,7 +95,9 @@ def _expected_conditions(config: R2idRun, shards: ShardSet | None, classes: int 
 def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[Size, int]:
     """The size whose steps have the most pixels, and copies of the batch in them."""
     data, batch = config.data, config.train.batch
-    sizes = set(image_sizes(shards, data, data.train_split)) if shards else {_size_without_shards(data)}
+    sizes = (
+        set(image_sizes(shards, data, data.train_split)) if shards else {_size_without_shards(data)}
+    )
 
     def copies(size: Size) -> int:
         return max(1, (data.batch_pixels or 0) // (batch * size[0] * size[1]))
@@ -105,7 +124,9 @@ def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
     try:
         return RiaeConfig.model_validate(checkpoint.load_meta(config.codec).config["riae"])
     except InputError as error:
-        raise InputError(f"codec: {error}; name the RIAE's config by --riae to plan without one") from None
+        raise InputError(
+            f"codec: {error}; name the RIAE's config by --riae to plan without one"
+        ) from None
 
 
 class Work:
@@ -132,22 +153,32 @@ class Work:
             model = R2ID(config.r2id, self._channels(), self.facts.classes, self.facts.embedding)
             module = R2idLoss(model, config.diffusion, 1.0, config.seed)
         if prepared:
-            prepare_blocks(module.model.blocks(), config.train.model_copy(update={"compile": False}))
+            prepare_blocks(
+                module.model.blocks(), config.train.model_copy(update={"compile": False})
+            )
         return module
 
     def inputs(self, samples: int) -> dict[str, torch.Tensor]:
         index = torch.zeros(samples, dtype=torch.int64)
         if isinstance(self.config, RiaeRun):
-            return {"image": torch.zeros(samples, self.config.data.channels, *self.facts.image), "index": index}
+            return {
+                "image": torch.zeros(samples, self.config.data.channels, *self.facts.image),
+                "index": index,
+            }
         latent = torch.zeros(samples, self._channels(), *self.grid())
-        condition = {"attributes": torch.zeros(samples, self.facts.classes, dtype=torch.int8),
-                     "embedding": torch.zeros(samples, *self.facts.embedding, dtype=torch.float16),
-                     }.get(self.config.r2id.condition, index - 1)
+        condition = {
+            "attributes": torch.zeros(samples, self.facts.classes, dtype=torch.int8),
+            "embedding": torch.zeros(samples, *self.facts.embedding, dtype=torch.float16),
+        }.get(self.config.r2id.condition, index - 1)
         return {"latent": latent, "condition": condition, "index": index}
 
     def _channels(self) -> int:
         """Of what is diffused."""
-        return self.config.data.channels if self.facts.riae is None else self.facts.riae.latent_channels
+        return (
+            self.config.data.channels
+            if self.facts.riae is None
+            else self.facts.riae.latent_channels
+        )
 
     def codec(self) -> RIAE:
         assert self.facts.riae is not None
@@ -155,13 +186,20 @@ class Work:
 
     def trace(self, samples: int, as_on_gpu: bool) -> Trace:
         """One micro-batch of so many samples."""
+
         def case() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-            with _default_dtype(torch.bfloat16 if self.config.train.precision == "bfloat16_weights" else torch.float32):
+            with _default_dtype(
+                torch.bfloat16
+                if self.config.train.precision == "bfloat16_weights"
+                else torch.float32
+            ):
                 module = self.module()
             return module, self.inputs(samples)
 
         if (samples, as_on_gpu) not in self._traces:
-            self._traces[samples, as_on_gpu] = trace_step(case, self.config.train.autocast, as_on_gpu)
+            self._traces[samples, as_on_gpu] = trace_step(
+                case, self.config.train.autocast, as_on_gpu
+            )
         return self._traces[samples, as_on_gpu]
 
     def encodes(self) -> bool:
@@ -170,7 +208,10 @@ class Work:
 
     def encode(self, samples: int) -> Callable[[], object]:
         """A codec at work on so many images."""
-        codec, image = self.codec(), torch.zeros(samples, self.config.data.channels, *self.facts.image)
+        codec, image = (
+            self.codec(),
+            torch.zeros(samples, self.config.data.channels, *self.facts.image),
+        )
         bfloat16 = self.config.train.autocast
 
         def encode() -> object:
@@ -225,16 +266,28 @@ def memory(work: Work, gpus: int, as_on_gpu: bool = True) -> dict[str, int]:
         parameters = elements(work.module())
         codec = 0 if work.facts.riae is None else 4 * elements(work.codec())
     local = engine_kind(config.train, config.engine, gpus) == "local"
-    zero = {} if local else deepspeed_config(config.optim, config.train, config.engine, gpus, parameters)
-    sharing = Sharing(parameters, gpus, None if local else config.engine.zero_stage, len(decays(config.train)),
-                      accumulation(config.train, gpus), zero.get("zero_optimization", {}),
-                      config.train.precision == "bfloat16_weights")
+    zero = (
+        {}
+        if local
+        else deepspeed_config(config.optim, config.train, config.engine, gpus, parameters)
+    )
+    sharing = Sharing(
+        parameters,
+        gpus,
+        None if local else config.engine.zero_stage,
+        len(decays(config.train)),
+        accumulation(config.train, gpus),
+        zero.get("zero_optimization", {}),
+        config.train.precision == "bfloat16_weights",
+    )
     samples = micro_batch_size(config.train, gpus) * work.facts.copies
     visitor = trace_peak(lambda: work.encode(samples), as_on_gpu) if work.encodes() else 0
     return peak(sharing, work.trace(samples, as_on_gpu), codec, visitor)
 
 
-def largest_micro_batch(config: RiaeRun | R2idRun, facts: Facts, gpus: int, limit: float) -> int | None:
+def largest_micro_batch(
+    config: RiaeRun | R2idRun, facts: Facts, gpus: int, limit: float
+) -> int | None:
     """The largest that divides the global batch and whose memory, CUDA's own included, stays within ``limit`` bytes;
     none when not even one sample's does."""
     share = config.train.batch // gpus
@@ -252,8 +305,17 @@ def largest_micro_batch(config: RiaeRun | R2idRun, facts: Facts, gpus: int, limi
     return sizes[low - 1] if low else None
 
 
-def plan(path: Path, overrides: tuple[str, ...] = (), *, gpus: int, gigabytes: float, share: float, teraflops: float,
-         riae: Path | None = None, classes: int | None = None) -> dict[str, Any]:
+def plan(
+    path: Path,
+    overrides: tuple[str, ...] = (),
+    *,
+    gpus: int,
+    gigabytes: float,
+    share: float,
+    teraflops: float,
+    riae: Path | None = None,
+    classes: int | None = None,
+) -> dict[str, Any]:
     """Everything that ``r2id plan`` prints. Sizes are bytes, FLOPs those of one optimizer step of the whole job.
 
     ``gigabytes`` (10⁹ bytes) and ``teraflops`` (10¹² per second) are of one GPU; ``share`` is the part of them that
@@ -261,8 +323,10 @@ def plan(path: Path, overrides: tuple[str, ...] = (), *, gpus: int, gigabytes: f
     """
     config = load_config(path, overrides)
     if isinstance(config, PipelineRun):
-        raise InputError(f"{path}: stage 'pipeline'; plan its stages one by one: {config.riae.config}, "
-                         f"{config.r2id.config}")
+        raise InputError(
+            f"{path}: stage 'pipeline'; plan its stages one by one: {config.riae.config}, "
+            f"{config.r2id.config}"
+        )
     facts = find_facts(config, riae, classes)
     work = Work(config, facts)
     found = memory(work, gpus)
@@ -273,14 +337,29 @@ def plan(path: Path, overrides: tuple[str, ...] = (), *, gpus: int, gigabytes: f
         parameters = elements(work.module())
     images = config.train.batch * facts.copies
     return {
-        "config": str(path), "stage": config.stage, "parameters": parameters, "image": list(facts.image),
-        "grid": list(work.grid()), "tokens": cost.tokens, "gpus": gpus, "batch": images,
-        "micro_batch": micro_batch_size(config.train, gpus), "accumulation": accumulation(config.train, gpus),
-        "flops_per_step": flops, "memory": found, "reserved": RUNTIME, "limit": int(gigabytes * 1e9),
+        "config": str(path),
+        "stage": config.stage,
+        "parameters": parameters,
+        "image": list(facts.image),
+        "grid": list(work.grid()),
+        "tokens": cost.tokens,
+        "gpus": gpus,
+        "batch": images,
+        "micro_batch": micro_batch_size(config.train, gpus),
+        "accumulation": accumulation(config.train, gpus),
+        "flops_per_step": flops,
+        "memory": found,
+        "reserved": RUNTIME,
+        "limit": int(gigabytes * 1e9),
         "fits": found["total"] + RUNTIME <= gigabytes * 1e9,
         "largest_micro_batch": largest_micro_batch(config, facts, gpus, gigabytes * 1e9),
-        "steps": config.train.steps, "seconds_per_step": seconds, "images_per_second": images / seconds,
-        "days": seconds * config.train.steps / 86400, "share": share, "peak_tflops": teraflops}
+        "steps": config.train.steps,
+        "seconds_per_step": seconds,
+        "images_per_second": images / seconds,
+        "days": seconds * config.train.steps / 86400,
+        "share": share,
+        "peak_tflops": teraflops,
+    }
 
 
 def describe(result: dict[str, Any]) -> list[str]:
@@ -297,6 +376,8 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"{result['accumulation']} per step; {result['flops_per_step'] / 1e12:.2f} TFLOP",
         f"memory per GPU in GB at its peak: {parts}, CUDA {result['reserved'] / 1e9:.2f}: {total:.2f} of {limit:g}, "
         + ("fits" if result["fits"] else "does not fit"),
-        "largest micro-batch that fits: " + (f"{largest}" if largest else "none, not even one image"),
+        "largest micro-batch that fits: "
+        + (f"{largest}" if largest else "none, not even one image"),
         f"time: {result['days']:.1f} days for {result['steps']} steps at {result['share']:.0%} of "
-        f"{result['peak_tflops']:g} TFLOP/s ({result['images_per_second']:.0f} images/s)"]
+        f"{result['peak_tflops']:g} TFLOP/s ({result['images_per_second']:.0f} images/s)",
+    ]

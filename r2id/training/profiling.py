@@ -23,8 +23,10 @@ class Profile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.profile = profile(
-            activities=supported_activities(), on_trace_ready=self._write,
-            schedule=schedule(skip_first=_SKIPPED, wait=0, warmup=_WARM, active=_TRACED, repeat=1))
+            activities=supported_activities(),
+            on_trace_ready=self._write,
+            schedule=schedule(skip_first=_SKIPPED, wait=0, warmup=_WARM, active=_TRACED, repeat=1),
+        )
         self.written = False
 
     def __enter__(self) -> Profile:
@@ -34,18 +36,28 @@ class Profile:
     def step(self) -> None:
         self.profile.step()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.profile.stop()
         if not self.written and kind is None:
-            say(f"nothing was traced: that takes {_SKIPPED + _WARM + 1} steps, better {_SKIPPED + _WARM + _TRACED}")
+            say(
+                f"nothing was traced: that takes {_SKIPPED + _WARM + 1} steps, better {_SKIPPED + _WARM + _TRACED}"
+            )
 
     def _write(self, found: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"rank-{dist.rank()}"
         found.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
         on_gpu = ProfilerActivity.CUDA in found.activities
-        table = found.key_averages().table(sort_by="self_cuda_time_total" if on_gpu else "self_cpu_time_total", row_limit=40,
-                                           max_name_column_width=60)
+        table = found.key_averages().table(
+            sort_by="self_cuda_time_total" if on_gpu else "self_cpu_time_total",
+            row_limit=40,
+            max_name_column_width=60,
+        )
         (self.folder / f"{name}.txt").write_text(table)
         self.written = True
         say(f"trace: {self.folder / name}.json.gz, for chrome://tracing or ui.perfetto.dev")

@@ -68,9 +68,19 @@ class Tracker(NullTracker):
     """A run in MLflow. ``run_id`` is none as long as the store could not be reached."""
 
     @classmethod
-    def start(cls, config: TrackingConfig, *, run_name: str, stage: str, params: Mapping[str, Any] | None = None,
-              tags: Mapping[str, str] | None = None, dataset: tuple[str, str, str] | None = None,
-              run_id: str | None = None, parent_id: str | None = None, note: Path | None = None) -> NullTracker:
+    def start(
+        cls,
+        config: TrackingConfig,
+        *,
+        run_name: str,
+        stage: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        dataset: tuple[str, str, str] | None = None,
+        run_id: str | None = None,
+        parent_id: str | None = None,
+        note: Path | None = None,
+    ) -> NullTracker:
         """Begin a run, or continue ``run_id`` when that run still exists.
 
         params: a config as nested dictionaries, recorded as ``section.key``. dataset: its name, digest and place.
@@ -83,7 +93,17 @@ class Tracker(NullTracker):
         parent_id = parent_id or os.environ.get(PARENT_VARIABLE)
         if parent_id:
             tags["mlflow.parentRunId"] = parent_id
-        return cls(_Opening(config.experiment, config.name or run_name, flatten(params or {}), tags, dataset, run_id), note)
+        return cls(
+            _Opening(
+                config.experiment,
+                config.name or run_name,
+                flatten(params or {}),
+                tags,
+                dataset,
+                run_id,
+            ),
+            note,
+        )
 
     def __init__(self, opening: _Opening, note: Path | None = None) -> None:
         self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
@@ -150,7 +170,11 @@ class Tracker(NullTracker):
     def _log_metrics(self, values: Mapping[str, float], step: int, now: int) -> None:
         from mlflow.entities import Metric
 
-        fresh = [Metric(key, value, now, step) for key, value in values.items() if step > self._last_step.get(key, -1)]
+        fresh = [
+            Metric(key, value, now, step)
+            for key, value in values.items()
+            if step > self._last_step.get(key, -1)
+        ]
         if fresh:
             self._store().log_batch(self._run(), metrics=fresh)
 
@@ -185,14 +209,23 @@ class Tracker(NullTracker):
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            say(f"tracking: MLflow cannot be reached, going on and trying again later: {_first_line(error)}")
+            say(
+                f"tracking: MLflow cannot be reached, going on and trying again later: {_first_line(error)}"
+            )
 
 
 class _Opening:
     """How a run begins; kept until the store takes it."""
 
-    def __init__(self, experiment: str, name: str, params: Mapping[str, str], tags: Mapping[str, str],
-                 dataset: tuple[str, str, str] | None, run_id: str | None) -> None:
+    def __init__(
+        self,
+        experiment: str,
+        name: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        dataset: tuple[str, str, str] | None,
+        run_id: str | None,
+    ) -> None:
         self.experiment, self.name, self.params, self.tags = experiment, name, params, tags
         self.dataset, self.run_id = dataset, run_id
 
@@ -206,7 +239,10 @@ class _Opening:
         self._log_params(client, run_id, known=run.data.params)
         if self.dataset and not (run.inputs and run.inputs.dataset_inputs):
             self._log_dataset(client, run_id, *self.dataset)
-        last = {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in run.data.metrics}
+        last = {
+            key: max(point.step for point in client.get_metric_history(run_id, key))
+            for key in run.data.metrics
+        }
         return run_id, last
 
     def _existing(self, client: MlflowClient) -> str | None:
@@ -241,15 +277,25 @@ class _Opening:
         from mlflow.entities import Param
 
         # A parameter cannot change in MLflow; a continued run keeps those of its beginning.
-        params = [Param(key, value[:_MAX_PARAM_LENGTH]) for key, value in self.params.items() if key not in known]
+        params = [
+            Param(key, value[:_MAX_PARAM_LENGTH])
+            for key, value in self.params.items()
+            if key not in known
+        ]
         for begin in range(0, len(params), _MAX_PARAMS_PER_BATCH):
-            client.log_batch(run_id, params=params[begin:begin + _MAX_PARAMS_PER_BATCH])
+            client.log_batch(run_id, params=params[begin : begin + _MAX_PARAMS_PER_BATCH])
 
-    def _log_dataset(self, client: MlflowClient, run_id: str, name: str, digest: str, place: str) -> None:
+    def _log_dataset(
+        self, client: MlflowClient, run_id: str, name: str, digest: str, place: str
+    ) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": place}))
-        client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        dataset = Dataset(
+            name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": place})
+        )
+        client.log_inputs(
+            run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        )
         client.set_tag(run_id, "dataset.digest", digest)
 
 
@@ -260,8 +306,12 @@ def store_uri() -> str:
 
 def connect() -> MlflowClient:
     """A client of the store; it neither phones home nor waits minutes for a dead server, unless the user says so."""
-    for name, value in {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
-                        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}.items():
+    for name, value in {
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    }.items():
         os.environ.setdefault(name, value)
     import logging
 
@@ -285,15 +335,24 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def git_tags() -> dict[str, str]:
     """The commit of the checkout that this file belongs to; nothing when it is installed elsewhere."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True,
-                              check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
 
     here = Path(__file__).resolve()
     try:
         git("ls-files", "--error-unmatch", here.name)
         dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": str(dirty).lower()}
+        return {
+            "mlflow.source.git.commit": git("rev-parse", "HEAD"),
+            "git.dirty": str(dirty).lower(),
+        }
     except (OSError, subprocess.SubprocessError):
         return {}
 
@@ -311,7 +370,10 @@ def _hopeless(error: Exception) -> bool:
     """True when trying again cannot help: the entry itself is wrong, not the store."""
     if isinstance(error, (FileNotFoundError, IsADirectoryError, TypeError, ValueError)):
         return True
-    return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+    return getattr(error, "error_code", None) in (
+        "INVALID_PARAMETER_VALUE",
+        "RESOURCE_DOES_NOT_EXIST",
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -321,8 +383,9 @@ def _first_line(error: Exception) -> str:
 def begin_pipeline(order: Mapping[str, Any]) -> str:
     """Begin the run of a pipeline, or continue ``order["run"]``; ``order`` also has experiment, name and params."""
     tags = {"stage": "pipeline", **git_tags()}
-    return _Opening(order["experiment"], order["name"], flatten(order["params"]), tags, None,
-                    order["run"]).open(connect())[0]
+    return _Opening(
+        order["experiment"], order["name"], flatten(order["params"]), tags, None, order["run"]
+    ).open(connect())[0]
 
 
 def end_pipeline(order: Mapping[str, Any]) -> str:
@@ -335,11 +398,22 @@ def end_pipeline(order: Mapping[str, Any]) -> str:
     parent = client.get_run(order["run"])
     experiment = client.get_experiment(parent.info.experiment_id).name
     for stage in order["stages"]:
-        known = client.search_runs([parent.info.experiment_id], max_results=1, filter_string=(
-            f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.stage = '{stage['name']}'"))
+        known = client.search_runs(
+            [parent.info.experiment_id],
+            max_results=1,
+            filter_string=(
+                f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.stage = '{stage['name']}'"
+            ),
+        )
         tags = {"stage": stage["name"], "mlflow.parentRunId": parent.info.run_id, **git_tags()}
-        child, _ = _Opening(experiment, stage["name"], flatten(stage["params"]), tags, None,
-                            known[0].info.run_id if known else None).open(client)
+        child, _ = _Opening(
+            experiment,
+            stage["name"],
+            flatten(stage["params"]),
+            tags,
+            None,
+            known[0].info.run_id if known else None,
+        ).open(client)
         for run_id in (child, parent.info.run_id):
             _log_numbers(client, run_id, stage["metrics"])
         for path in map(Path, stage["artifacts"]):
@@ -357,7 +431,9 @@ def _log_numbers(client: MlflowClient, run_id: str, table: Mapping[str, Any]) ->
     for key, text in flatten(table).items():
         with contextlib.suppress(ValueError):
             numbers[re.sub(r"[^\w./ -]", "_", key)] = float(text)
-    client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in numbers.items()][:1000])
+    client.log_batch(
+        run_id, metrics=[Metric(key, value, now, 0) for key, value in numbers.items()][:1000]
+    )
 
 
 def main() -> int:

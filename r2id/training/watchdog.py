@@ -26,8 +26,15 @@ class Watchdog:
     def beat(self) -> None:
         now = time.monotonic()
         if self.limit is not None and now - self._armed > min(1.0, self.limit / 10):
-            faulthandler.dump_traceback_later(self.limit, exit=True, file=2)  # stderr, whatever stands in for it
+            faulthandler.dump_traceback_later(
+                self.limit, exit=True, file=2
+            )  # stderr, whatever stands in for it
             self._armed = now
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         faulthandler.cancel_dump_traceback_later()

@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from r2id import dist
+from r2id.checkpoints.state import Piece, Source, Tensors, whole_layout
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
+from r2id.training.batch_split import accumulation, deepspeed_config
 from r2id.training.ema import Ema, decays
-from r2id.training.engine import Engine, fill_moments, make_optimizer, raise_unless_finite, trained_model
-from r2id.training.shares import accumulation, deepspeed_config
-from r2id.training.state import Piece, Source, Tensors, whole_layout
+from r2id.training.engine import (
+    Engine,
+    fill_moments,
+    make_optimizer,
+    raise_unless_finite,
+    trained_model,
+)
 
 
 class DeepSpeedEngine(Engine):
@@ -29,25 +35,43 @@ class DeepSpeedEngine(Engine):
     pass takes bfloat16 weights (2 and 3).
     """
 
-    def __init__(self, module: nn.Module, optim: OptimConfig, train: TrainConfig, engine: EngineConfig,
-                 world: World) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        train: TrainConfig,
+        engine: EngineConfig,
+        world: World,
+    ) -> None:
         deepspeed = _import_deepspeed(world)
         self.device, self.stage, self.clip = world.device, engine.zero_stage, optim.clip
         self.accumulation = accumulation(train, world.world_size)
         self.model = trained_model(module.to(world.device).train())
         self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}  # stage 3 empties the tensors
+        self.shapes = {
+            name: tuple(p.shape) for name, p in self.names.items()
+        }  # stage 3 empties the tensors
         self.optimizer = make_optimizer(self.model, optim)
         wrapped = _Autocast(module, world.device.type, train.autocast)
-        settings = deepspeed_config(optim, train, engine, world.world_size, sum(p.numel() for p in self.names.values()))
+        settings = deepspeed_config(
+            optim, train, engine, world.world_size, sum(p.numel() for p in self.names.values())
+        )
         low_memory = train.precision == "bfloat16_weights"
-        exact = {name: p.detach().to("cpu", copy=True) for name, p in self.names.items()} if low_memory else {}
-        self.deepspeed, *_ = deepspeed.initialize(model=wrapped, optimizer=self.optimizer, config=settings)
+        exact = (
+            {name: p.detach().to("cpu", copy=True) for name, p in self.names.items()}
+            if low_memory
+            else {}
+        )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=wrapped, optimizer=self.optimizer, config=settings
+        )
         self.masters = self._find_masters()
         self.layout = self._find_layout()
         if low_memory:  # DeepSpeed made its masters of weights that it had rounded
             for piece in self.layout:
-                piece.of(self.masters).detach().copy_(exact[piece.name].flatten()[piece.start:piece.start + piece.count])
+                piece.of(self.masters).detach().copy_(
+                    exact[piece.name].flatten()[piece.start : piece.start + piece.count]
+                )
         fill_moments(self.optimizer, self.masters)
         self.ema = Ema(self.masters, decays(train))
         self.micro_steps = 0
@@ -56,7 +80,11 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             return list(self.names.values())
         zero = self.deepspeed.optimizer
-        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+        return list(
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
 
     def _find_layout(self) -> list[Piece]:
         """Where DeepSpeed has put this rank's share of each parameter, if it has any."""
@@ -66,13 +94,24 @@ class DeepSpeedEngine(Engine):
         for name, parameter in self.names.items():
             if self.stage == 3:  # every rank has an equal share of each parameter
                 master, offset, share = zero.grad_position[zero.get_param_id(parameter)]
-                start, end = share * dist.rank(), min(share * (dist.rank() + 1), math.prod(self.shapes[name]))
+                start, end = (
+                    share * dist.rank(),
+                    min(share * (dist.rank() + 1), math.prod(self.shapes[name])),
+                )
             else:  # of each group, which is one flat tensor; DeepSpeed's own table of fragments is wrong in round robin
-                master = next(number for number, flat in enumerate(zero.bit16_groups_flat)
-                              if 0 <= parameter.data_ptr() - flat.data_ptr() < flat.nbytes)
-                at = (parameter.data_ptr() - zero.bit16_groups_flat[master].data_ptr()) // parameter.element_size()
+                master = next(
+                    number
+                    for number, flat in enumerate(zero.bit16_groups_flat)
+                    if 0 <= parameter.data_ptr() - flat.data_ptr() < flat.nbytes
+                )
+                at = (
+                    parameter.data_ptr() - zero.bit16_groups_flat[master].data_ptr()
+                ) // parameter.element_size()
                 first = self.masters[master].numel() * dist.rank() - at
-                start, end = max(0, first), min(parameter.numel(), first + self.masters[master].numel())
+                start, end = (
+                    max(0, first),
+                    min(parameter.numel(), first + self.masters[master].numel()),
+                )
                 offset = start - first
             pieces.append(Piece(name, start, end - start, master, offset))
         return [piece for piece in pieces if piece.count > 0]
@@ -85,7 +124,9 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor, accumulation: int) -> None:
         if accumulation != self.accumulation:
-            raise ValueError(f"accumulation {accumulation}, and DeepSpeed was told {self.accumulation}")
+            raise ValueError(
+                f"accumulation {accumulation}, and DeepSpeed was told {self.accumulation}"
+            )
         self.deepspeed.backward(loss)  # divides by the accumulation
         self.micro_steps += 1
         if self.micro_steps % accumulation:
@@ -151,5 +192,7 @@ def _import_deepspeed(world: World) -> Any:
         import deepspeed
     # Shared memory serves its inference only, and would be compiled at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    deepspeed.init_distributed(
+        "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False
+    )
     return deepspeed

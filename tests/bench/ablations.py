@@ -23,8 +23,8 @@ from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import mse
 from r2id.evaluation.r2id import Samples, compare_real, score_samples
 from r2id.models import coords
-from r2id.sampling import Sampler
-from r2id.training.codec import Codec
+from r2id.models.codec import Codec
+from r2id.sampling.sampler import Sampler
 from r2id.training.loop import train
 
 IMAGES, SAMPLES = 500, 500
@@ -32,26 +32,45 @@ IMAGES, SAMPLES = 500, 500
 
 def edge_aligned(count, device=None, part=slice(None)):
     """The original's grid: the first and the last pixel on the edges, wherever that puts the others."""
-    return torch.linspace(-0.5, 0.5, count, device=device)[part] if count > 1 else torch.zeros(1, device=device)
+    return (
+        torch.linspace(-0.5, 0.5, count, device=device)[part]
+        if count > 1
+        else torch.zeros(1, device=device)
+    )
 
 
 def independent(coordinates, noise, grid, shape=None):
     """The absolute and the relative place of a point displaced by different amounts."""
     step = noise * torch.tensor([0.5 / grid[1], 0.5 / grid[0]], device=noise.device)
-    return coordinates + torch.cat([step, step.roll(1, dims=-2) * coords.relative_scale(shape or grid)], dim=-1)
+    return coordinates + torch.cat(
+        [step, step.roll(1, dims=-2) * coords.relative_scale(shape or grid)], dim=-1
+    )
 
 
 RIAE = {
-    "as configured": [], "no window (`locality`)": ["riae.locality=false"], "no jitter": ["riae.jitter=0.0"],
+    "as configured": [],
+    "no window (`locality`)": ["riae.locality=false"],
+    "no jitter": ["riae.jitter=0.0"],
     "no jitter, edge-aligned grid": ["riae.jitter=0.0", ("centres", edge_aligned)],
     "independent jitter": [("displace", independent)],
-    "encoder sees 1/16": ["riae.encode_cloud=0.0625"], "encoder sees 1/4": ["riae.encode_cloud=0.25"],
-    "encoder sees all": ["riae.encode_cloud=1.0"], "decoder sees 1/4 of the latents": ["riae.decode_cloud=0.25"],
-    "local attention": ['riae.attention="local"', "riae.halo=1.0"], "a latent block": ["riae.latent_blocks=1"],
-    "at many scales, cells told": ["riae.encode_scales=[0.5,1.0]", "riae.decode_scales=[0.5,2.0]", "riae.cell_size=true"],
-    "at many scales, cells not told": ["riae.encode_scales=[0.5,1.0]", "riae.decode_scales=[0.5,2.0]",
-                                       "riae.cell_size=false"],
-    "l1": ['riae.loss="l1"'], "texture": ["riae.texture=1.0"],
+    "encoder sees 1/16": ["riae.encode_cloud=0.0625"],
+    "encoder sees 1/4": ["riae.encode_cloud=0.25"],
+    "encoder sees all": ["riae.encode_cloud=1.0"],
+    "decoder sees 1/4 of the latents": ["riae.decode_cloud=0.25"],
+    "local attention": ['riae.attention="local"', "riae.halo=1.0"],
+    "a latent block": ["riae.latent_blocks=1"],
+    "at many scales, cells told": [
+        "riae.encode_scales=[0.5,1.0]",
+        "riae.decode_scales=[0.5,2.0]",
+        "riae.cell_size=true",
+    ],
+    "at many scales, cells not told": [
+        "riae.encode_scales=[0.5,1.0]",
+        "riae.decode_scales=[0.5,2.0]",
+        "riae.cell_size=false",
+    ],
+    "l1": ['riae.loss="l1"'],
+    "texture": ["riae.texture=1.0"],
 }
 
 
@@ -60,15 +79,21 @@ def diffusion(objective, schedule, *more):
 
 
 R2ID = {
-    "as configured": [], "uniform times": ['diffusion.time_sampling="uniform"'],
-    "v, cosine": diffusion("v", "cosine"), "ε, cosine": diffusion("epsilon", "cosine"),
-    "x₀, cosine": diffusion("x0", "cosine"), "v, cosine, min-SNR": diffusion("v", "cosine", 'diffusion.weighting="min_snr"'),
+    "as configured": [],
+    "uniform times": ['diffusion.time_sampling="uniform"'],
+    "v, cosine": diffusion("v", "cosine"),
+    "ε, cosine": diffusion("epsilon", "cosine"),
+    "x₀, cosine": diffusion("x0", "cosine"),
+    "v, cosine, min-SNR": diffusion("v", "cosine", 'diffusion.weighting="min_snr"'),
     "v, linear β": diffusion("v", "linear_beta"),
-    "no jitter": ["r2id.jitter=0.0"], "jitter 1": ["r2id.jitter=1.0"],
-    "axial": ['r2id.attention=["axial"]'], "linear": ['r2id.attention=["linear"]'],
+    "no jitter": ["r2id.jitter=0.0"],
+    "jitter 1": ["r2id.jitter=1.0"],
+    "axial": ['r2id.attention=["axial"]'],
+    "linear": ['r2id.attention=["linear"]'],
     "cloud of 8 tokens": ['r2id.attention=["cloud"]', "r2id.cloud_tokens=8"],
     "local and full in turn": ['r2id.attention=["local","full"]', "r2id.tile=2", "r2id.halo=1"],
-    "no noise shift": ["diffusion.shift_exponent=0"], "noise shift 0.5": ["diffusion.shift_exponent=0.5"],
+    "no noise shift": ["diffusion.shift_exponent=0"],
+    "noise shift 0.5": ["diffusion.shift_exponent=0.5"],
     "noise shift 1": ["diffusion.shift_exponent=1"],
 }
 
@@ -79,12 +104,21 @@ def size(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("names", nargs="*", help="some of the variants; default all")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--size", action="append", type=size, default=[], metavar="HxW", help="where an R2ID is measured")
+    parser.add_argument(
+        "--size",
+        action="append",
+        type=size,
+        default=[],
+        metavar="HxW",
+        help="where an R2ID is measured",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     return parser.parse_intermixed_args()
 
@@ -92,9 +126,18 @@ def arguments():
 def trained(options, name, changes):
     """The run's config and its seconds."""
     run = options.out / "".join(c if c.isalnum() else "-" for c in name)
-    fixed = [f"run={run}", f"train.steps={options.steps}", "tracking.enabled=false", f"train.preview_every={options.steps}"]
-    config = load_config(options.config, [*options.set, *(c for c in changes if isinstance(c, str)), *fixed])
-    plain: dict[str, Callable] = {change[0]: getattr(coords, change[0]) for change in changes if not isinstance(change, str)}
+    fixed = [
+        f"run={run}",
+        f"train.steps={options.steps}",
+        "tracking.enabled=false",
+        f"train.preview_every={options.steps}",
+    ]
+    config = load_config(
+        options.config, [*options.set, *(c for c in changes if isinstance(c, str)), *fixed]
+    )
+    plain: dict[str, Callable] = {
+        change[0]: getattr(coords, change[0]) for change in changes if not isinstance(change, str)
+    }
     for change in changes:
         if not isinstance(change, str):
             setattr(coords, *change)
@@ -111,12 +154,21 @@ def measure(config, options):
     shards = ShardSet.open(config.data.shards)
     if isinstance(config, RiaeRun):
         codec, errors = Codec.load(config.run), []
-        for batch in eval_loader(shards, config.data, split=config.data.test_split, batch=50, limit=IMAGES):
+        for batch in eval_loader(
+            shards, config.data, split=config.data.test_split, batch=50, limit=IMAGES
+        ):
             images = batch["image"]
             size, latents = (images.shape[2], images.shape[3]), codec.encode(images)
             twice = 2 * size[0], 2 * size[1]
-            errors.append(torch.stack([mse(codec.decode(latents, size), images),
-                                       mse(codec.decode(latents, twice), resize(images, twice))], 1))
+            errors.append(
+                torch.stack(
+                    [
+                        mse(codec.decode(latents, size), images),
+                        mse(codec.decode(latents, twice), resize(images, twice)),
+                    ],
+                    1,
+                )
+            )
         return [f"{value:.4f}" for value in torch.cat(errors).mean(0).tolist()]
     assert isinstance(config, R2idRun)
     sampler = Sampler.load(config.run)
@@ -136,8 +188,12 @@ def main():
     stage = load_config(options.config).stage
     variants = {"riae": RIAE, "r2id": R2ID}[stage]
     places = [f"at {height}×{width}" for height, width in options.size] or ["", "at twice the size"]
-    figures = {"riae": ["test MSE", "at twice the size"],
-               "r2id": [f"{figure} {place}".strip() for place in places for figure in ("accuracy", "Fréchet")]}[stage]
+    figures = {
+        "riae": ["test MSE", "at twice the size"],
+        "r2id": [
+            f"{figure} {place}".strip() for place in places for figure in ("accuracy", "Fréchet")
+        ],
+    }[stage]
     rows = []
     for name in options.names or variants:
         _, seconds, found = trained(options, name, variants[name])

@@ -41,16 +41,30 @@ class Model:
 
 
 MODELS = {
-    "riae": Model("32x32", 30, "float32, every pixel", 10, {
-        "bfloat16, 256 random pixels (as configured)": [],
-        "float32, 256 random pixels": [F32],
-        "bfloat16, every pixel": ["riae.decode_pixels=1024"],
-        "float32, every pixel": [F32, "riae.decode_pixels=1024"]}),
-    "r2id": Model("8x8", 4, "float32, with and without class", 4, {
-        "bfloat16, class dropped at random (as configured)": [],
-        "float32, class dropped at random": [F32],
-        "bfloat16, with and without class": ["--both-conditions"],
-        "float32, with and without class": [F32, "--both-conditions"]}),
+    "riae": Model(
+        "32x32",
+        30,
+        "float32, every pixel",
+        10,
+        {
+            "bfloat16, 256 random pixels (as configured)": [],
+            "float32, 256 random pixels": [F32],
+            "bfloat16, every pixel": ["riae.decode_pixels=1024"],
+            "float32, every pixel": [F32, "riae.decode_pixels=1024"],
+        },
+    ),
+    "r2id": Model(
+        "8x8",
+        4,
+        "float32, with and without class",
+        4,
+        {
+            "bfloat16, class dropped at random (as configured)": [],
+            "float32, class dropped at random": [F32],
+            "bfloat16, with and without class": ["--both-conditions"],
+            "float32, with and without class": [F32, "--both-conditions"],
+        },
+    ),
 }
 
 
@@ -60,9 +74,24 @@ def measure(name, options, threads):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     fewer = str(max(2, options.steps // model.fewer))
     theirs = [sys.executable, HERE / "original_step.py", options.original, config, "--steps", fewer]
-    ours = [sys.executable, HERE / "train_step.py", config, "--size", model.size, "--steps", str(options.steps), "--json"]
-    commands = {f"original: {model.theirs}": theirs, **{f"ours: {way}": [*ours, *more] for way, more in model.ours.items()}}
-    found = alternate({way: partial(child, command, environment) for way, command in commands.items()}, options.rounds)
+    ours = [
+        sys.executable,
+        HERE / "train_step.py",
+        config,
+        "--size",
+        model.size,
+        "--steps",
+        str(options.steps),
+        "--json",
+    ]
+    commands = {
+        f"original: {model.theirs}": theirs,
+        **{f"ours: {way}": [*ours, *more] for way, more in model.ours.items()},
+    }
+    found = alternate(
+        {way: partial(child, command, environment) for way, command in commands.items()},
+        options.rounds,
+    )
     original = next(iter(found.values()))
     for figures in found.values():
         figures["times_as_fast"] = figures["images_per_second"] / original["images_per_second"]
@@ -72,18 +101,26 @@ def measure(name, options, threads):
 
 def table(name, found, threads):
     model, original = MODELS[name], next(iter(found.values()))
-    print(f"{name} at {model.size}, {threads} threads; original: {original['classes']}; goals for ours as configured: "
-          f"{model.goal:g} times as fast, {MEMORY_GOAL:.2f} of the memory")
+    print(
+        f"{name} at {model.size}, {threads} threads; original: {original['classes']}; goals for ours as configured: "
+        f"{model.goal:g} times as fast, {MEMORY_GOAL:.2f} of the memory"
+    )
     for way, figures in found.items():
-        print(f"  {way:52}{figures['parameters'] / 1e6:6.2f} M{figures['ms']:9.1f} ms{figures['images_per_second']:8.1f} /s"
-              f"{figures['times_as_fast']:8.1f} ×{figures['memory'] / 1e9:8.2f} GB{figures['share_of_memory']:7.2f}")
+        print(
+            f"  {way:52}{figures['parameters'] / 1e6:6.2f} M{figures['ms']:9.1f} ms{figures['images_per_second']:8.1f} /s"
+            f"{figures['times_as_fast']:8.1f} ×{figures['memory'] / 1e9:8.2f} GB{figures['share_of_memory']:7.2f}"
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--original", type=Path, required=True, metavar="DIR")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--steps", type=int, default=20, help="of ours, after a few that do not count")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of ours, after a few that do not count"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -94,8 +131,16 @@ def main():
         if not options.json:
             table(name, results[name], threads)
     if options.json:
-        print(json.dumps({"threads": threads, "memory_goal": MEMORY_GOAL, "goals": {n: m.goal for n, m in MODELS.items()},
-                          "found": results}))
+        print(
+            json.dumps(
+                {
+                    "threads": threads,
+                    "memory_goal": MEMORY_GOAL,
+                    "goals": {n: m.goal for n, m in MODELS.items()},
+                    "found": results,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -29,11 +29,18 @@ def milliseconds(call, tensors, repeats=10):
 def main():
     attention._SMALL_SCORES = 1 << 62
     print(f"{'batch heads queries keys width':32}{'dtype':10}{'plain':>10}{'fused':>10}")
-    for shape in [(64, 4, 49, 392, 32), (64, 2, 256, 49, 32), (128, 3, 49, 49, 64), (8, 3, 1024, 1024, 64)]:
+    for shape in [
+        (64, 4, 49, 392, 32),
+        (64, 2, 256, 49, 32),
+        (128, 3, 49, 49, 64),
+        (8, 3, 1024, 1024, 64),
+    ]:
         batch, heads, queries, keys, width = shape
         for dtype in (torch.float32, torch.bfloat16):
-            tensors = [torch.randn(batch, heads, count, width, dtype=dtype, requires_grad=True)
-                       for count in (queries, keys, keys)]
+            tensors = [
+                torch.randn(batch, heads, count, width, dtype=dtype, requires_grad=True)
+                for count in (queries, keys, keys)
+            ]
             plain = milliseconds(attention.attend, tensors)
             fused = milliseconds(F.scaled_dot_product_attention, tensors)
             print(f"{'×'.join(map(str, shape)):32}{str(dtype)[6:]:10}{plain:8.1f}ms{fused:8.1f}ms")

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from r2id import dist
+from r2id.checkpoints import checkpoint
 from r2id.config import DiffusionConfig, EngineConfig, OptimConfig, R2idConfig, TrainConfig
 from r2id.models.r2id import R2ID
-from r2id.training import checkpoint
 from r2id.training.engine import make_engine
-from r2id.training.losses import R2idLoss
+from r2id.training.losses.r2id import R2idLoss
 
 
 def memory(what):
@@ -37,16 +37,28 @@ def measure(name, work):
     work()
     dist.barrier()
     seconds = time.perf_counter() - began
-    for line in dist.gather_objects(f"{name} rank {dist.rank()}: {seconds:.2f} s, +{memory('VmHWM') - held:.0f} MB"):
+    for line in dist.gather_objects(
+        f"{name} rank {dist.rank()}: {seconds:.2f} s, +{memory('VmHWM') - held:.0f} MB"
+    ):
         if dist.is_main():
             print(line)
 
 
 def main():
     world, zero_stage = dist.init(), int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    module = R2idLoss(R2ID(R2idConfig(width=512, encoder_blocks=4, decoder_blocks=4), 8, 10), DiffusionConfig(), 4.0, 0)
-    engine = make_engine(module, optim=OptimConfig(), train=TrainConfig(steps=1, batch=world.world_size), world=world,
-                         engine=EngineConfig(zero_stage=zero_stage))
+    module = R2idLoss(
+        R2ID(R2idConfig(width=512, encoder_blocks=4, decoder_blocks=4), 8, 10),
+        DiffusionConfig(),
+        4.0,
+        0,
+    )
+    engine = make_engine(
+        module,
+        optim=OptimConfig(),
+        train=TrainConfig(steps=1, batch=world.world_size),
+        world=world,
+        engine=EngineConfig(zero_stage=zero_stage),
+    )
     index = torch.tensor([world.rank])
     inputs = {"latent": torch.randn(1, 8, 4, 4), "condition": index % 10, "index": index, "step": 0}
     engine.backward(engine.forward(inputs)[0], 1)

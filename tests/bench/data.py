@@ -49,7 +49,11 @@ def photos(source: Path, folder: Path, max_pixels: int) -> None:
     shards = ShardSet.open(prepare(PrepareConfig(dataset="folder", source=source, out=out)))
     samples = shards.split("train")
     stored = [samples.read(index) for index in range(len(samples))]
-    every = [split.read(index) for split in map(shards.split, shards.manifest.splits) for index in range(len(split))]
+    every = [
+        split.read(index)
+        for split in map(shards.split, shards.manifest.splits)
+        for index in range(len(split))
+    ]
 
     decoding = len(every) / best(lambda: [inspect(data) for data in every])
 
@@ -58,23 +62,40 @@ def photos(source: Path, folder: Path, max_pixels: int) -> None:
         prepare(PrepareConfig(dataset="folder", source=source, out=out))
 
     preparing = len(every) / best(prepare_again)
-    print(f"bare decoding {decoding:7.0f}   prepare, 1 worker {preparing:7.0f}   ratio {preparing / decoding:.2f}")
+    print(
+        f"bare decoding {decoding:7.0f}   prepare, 1 worker {preparing:7.0f}   ratio {preparing / decoding:.2f}"
+    )
 
     buckets = split_buckets(samples, DataConfig(shards=out, max_pixels=max_pixels))
     loader._KEPT_BYTES = 0  # so few images would be kept decoded
     drawn = [index for part in epoch(shards, 0, max_pixels) for index in part["index"].tolist()]
-    work = [(stored[index], View(int(buckets.height[index]), int(buckets.width[index]))) for index in drawn]
+    work = [
+        (stored[index], View(int(buckets.height[index]), int(buckets.width[index])))
+        for index in drawn
+    ]
     bare = len(work) / best(lambda: [decode_view(data, 3, view) for data, view in work])
     print(f"bare decoding and resizing to at most {max_pixels} pixels {bare:7.0f}")
     for workers in (0, 1, 2):
-        print(f"loader, {workers} workers {(rate := load(shards, workers, max_pixels)):7.0f}   ratio {rate / bare:.2f}")
+        print(
+            f"loader, {workers} workers {(rate := load(shards, workers, max_pixels)):7.0f}   ratio {rate / bare:.2f}"
+        )
 
 
-def epoch(shards: ShardSet, workers: int, max_pixels: int, epochs: int = 1, batch: int = 16) -> Iterator[dict[str, Any]]:
+def epoch(
+    shards: ShardSet, workers: int, max_pixels: int, epochs: int = 1, batch: int = 16
+) -> Iterator[dict[str, Any]]:
     data = DataConfig(shards=shards.folder, channels=3, max_pixels=max_pixels, workers=workers)
     steps = split_buckets(shards.split("train"), data).batches(batch)
-    for step in image_loader(shards, data, split="train", batch=batch, micro_batch=batch, seed=0, start_step=0,
-                             total_steps=steps * epochs):
+    for step in image_loader(
+        shards,
+        data,
+        split="train",
+        batch=batch,
+        micro_batch=batch,
+        seed=0,
+        start_step=0,
+        total_steps=steps * epochs,
+    ):
         yield from step
 
 
@@ -93,38 +114,73 @@ def load(shards: ShardSet, workers: int, max_pixels: int) -> float:
 
 def mnist(source: Path, folder: Path) -> None:
     began = time.perf_counter()
-    samples = ShardSet.open(prepare(PrepareConfig(dataset="mnist", source=source, out=folder / "set", workers=2))).summary()
+    samples = ShardSet.open(
+        prepare(PrepareConfig(dataset="mnist", source=source, out=folder / "set", workers=2))
+    ).summary()
     print(f"{sum(samples['samples'].values())} images in {time.perf_counter() - began:.1f} s")
 
 
 def plan(folder: Path, count: int = 1_280_000, per_shard: int = 2560) -> None:
     """A set of so many samples, of which one shard is real and the others are its copies."""
-    records = [Record(f"sample-{i:08d}", encode_png(np.zeros((1, 1), np.uint8)), "png", 256 + i % 24, 256, "L", i % 1000)
-               for i in range(per_shard)]
+    records = [
+        Record(
+            f"sample-{i:08d}",
+            encode_png(np.zeros((1, 1), np.uint8)),
+            "png",
+            256 + i % 24,
+            256,
+            "L",
+            i % 1000,
+        )
+        for i in range(per_shard)
+    ]
     first = write_shard_files(folder, shard_file("train", 0), records, [])
-    entries = [first.model_copy(update={"file": shard_file("train", n)}) for n in range(count // per_shard)]
+    entries = [
+        first.model_copy(update={"file": shard_file("train", n)}) for n in range(count // per_shard)
+    ]
     for entry in entries[1:]:
         shutil.copy(folder / first.file, folder / entry.file)
         shutil.copy(folder / first.index_file, folder / entry.index_file)
-    Manifest(format_version=FORMAT_VERSION, dataset="copies", source_digest="0" * 64, rejects=0,
-             class_names=[str(n) for n in range(1000)],
-             splits={"train": SplitEntry(samples=count, bytes=0, shards=entries)}).write(folder)
+    Manifest(
+        format_version=FORMAT_VERSION,
+        dataset="copies",
+        source_digest="0" * 64,
+        rejects=0,
+        class_names=[str(n) for n in range(1000)],
+        splits={"train": SplitEntry(samples=count, bytes=0, shards=entries)},
+    ).write(folder)
 
     before = resident()
     began = time.perf_counter()
     samples = ShardSet.open(folder).split("train")
-    print(f"index of {len(samples)} samples: {time.perf_counter() - began:.2f} s, {resident() - before:.0f} MB")
+    print(
+        f"index of {len(samples)} samples: {time.perf_counter() - began:.2f} s, {resident() - before:.0f} MB"
+    )
     began = time.perf_counter()
     buckets = make_buckets(samples.height, samples.width, None, 1 << 20)
     print(f"{len(buckets.sizes)} buckets: {time.perf_counter() - began:.2f} s")
     began = time.perf_counter()
     steps = plan_epoch(buckets, digest="0" * 64, seed=0, epoch=0, batch=256)
-    print(f"plan of {len(steps)} steps, an epoch: {time.perf_counter() - began:.2f} s; in all {resident() - before:.0f} MB")
+    print(
+        f"plan of {len(steps)} steps, an epoch: {time.perf_counter() - began:.2f} s; in all {resident() - before:.0f} MB"
+    )
     began = time.perf_counter()
-    step = next(image_loader(ShardSet.open(folder), DataConfig(shards=folder, size=(1, 1)), split="train", batch=256,
-                             micro_batch=256, seed=0, start_step=len(steps) // 2, total_steps=len(steps)))
-    print(f"from opening the set to the first batch in the middle of an epoch: {time.perf_counter() - began:.2f} s "
-          f"({len(step[0]['keys'])} images)")
+    step = next(
+        image_loader(
+            ShardSet.open(folder),
+            DataConfig(shards=folder, size=(1, 1)),
+            split="train",
+            batch=256,
+            micro_batch=256,
+            seed=0,
+            start_step=len(steps) // 2,
+            total_steps=len(steps),
+        )
+    )
+    print(
+        f"from opening the set to the first batch in the middle of an epoch: {time.perf_counter() - began:.2f} s "
+        f"({len(step[0]['keys'])} images)"
+    )
 
 
 def resident() -> float:
@@ -134,7 +190,9 @@ def resident() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["photos", "mnist", "plan"])
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--max-pixels", type=int, default=65536)

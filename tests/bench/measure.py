@@ -39,7 +39,9 @@ def baseline() -> int:
     return resident("VmRSS")
 
 
-def rate(run: Callable[[int, int], object], steps: int, warmup: int, batch: int) -> dict[str, float]:
+def rate(
+    run: Callable[[int, int], object], steps: int, warmup: int, batch: int
+) -> dict[str, float]:
     """``run(count, first)`` makes so many steps → milliseconds of one, and images of the whole job per second."""
     run(warmup, 0)
     began = time.perf_counter()
@@ -50,14 +52,18 @@ def rate(run: Callable[[int, int], object], steps: int, warmup: int, batch: int)
 
 def child(command: Sequence[str | Path], environment: Mapping[str, str]) -> dict[str, Any]:
     """What a process prints as its last line, a JSON object. Its failure, which it has told, ends this one alike."""
-    done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
         sys.exit(done.returncode)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def alternate(commands: Mapping[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, dict[str, Any]]:
+def alternate(
+    commands: Mapping[str, Callable[[], dict[str, Any]]], rounds: int
+) -> dict[str, dict[str, Any]]:
     """Each measured once a round, one after the other, so that all meet the same machine; of each the quickest round, which
     others disturbed least, and the least of its peaks of memory."""
     best: dict[str, dict[str, Any]] = {}

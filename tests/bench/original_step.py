@@ -24,8 +24,10 @@ from r2id.config import RiaeRun, load_config
 from r2id.errors import InputError
 
 IMAGE, CHANNELS = 32, 1  # the original's MNIST
-LAYOUTS = ("RIAE and RIID in modules/r2id.py (commits fb27a89 to b97e9b7, attention per query), R2IR and RIID or R2ID there "
-           "(4b10a7b to da0b5c9) or in modules/r2ir_r2id.py (7efed8f to b5f134e)")
+LAYOUTS = (
+    "RIAE and RIID in modules/r2id.py (commits fb27a89 to b97e9b7, attention per query), R2IR and RIID or R2ID there "
+    "(4b10a7b to da0b5c9) or in modules/r2ir_r2id.py (7efed8f to b5f134e)"
+)
 
 
 def find(folder):
@@ -37,7 +39,9 @@ def find(folder):
             return importlib.import_module(f"modules.{name}")
         except ModuleNotFoundError as error:
             if error.name and not error.name.startswith("modules"):
-                raise InputError(f"{folder}: needs the package {error.name!r}, which is not installed") from None
+                raise InputError(
+                    f"{folder}: needs the package {error.name!r}, which is not installed"
+                ) from None
             return None
 
     for name in ("r2id", "r2ir_r2id"):
@@ -46,26 +50,52 @@ def find(folder):
         diffuser = getattr(models, "RIID", None) or getattr(models, "R2ID", None)
         if autoencoder and diffuser and "embed_dim" in inspect.signature(autoencoder).parameters:
             return autoencoder, diffuser, module
-    raise InputError(f"{folder}: no checkout of the original project in a layout known here: {LAYOUTS}")
+    raise InputError(
+        f"{folder}: no checkout of the original project in a layout known here: {LAYOUTS}"
+    )
 
 
 def accepted(function, **settings):
     """Of these settings those that the function has: commits name and have different ones."""
-    return {name: value for name, value in settings.items() if name in inspect.signature(function).parameters}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in inspect.signature(function).parameters
+    }
 
 
 def autoencoder_loss(kind, config):
     """The autoencoder and a function of its loss."""
     riae, ratio = config.riae, int(config.riae.cell)
-    model = kind(**accepted(
-        kind, col_channels=CHANNELS, lat_channels=riae.latent_channels, embed_dim=riae.width, num_heads=riae.heads,
-        enc_blocks=riae.encoder_blocks, dec_blocks=riae.decoder_blocks, reduction=ratio, pos_high_freq=riae.fourier[1] + 1,
-        pos_low_freq=-riae.fourier[0], dropout=0.1, mha_dropout=0.1, ffn_dropout=0.2))
+    model = kind(
+        **accepted(
+            kind,
+            col_channels=CHANNELS,
+            lat_channels=riae.latent_channels,
+            embed_dim=riae.width,
+            num_heads=riae.heads,
+            enc_blocks=riae.encoder_blocks,
+            dec_blocks=riae.decoder_blocks,
+            reduction=ratio,
+            pos_high_freq=riae.fourier[1] + 1,
+            pos_low_freq=-riae.fourier[0],
+            dropout=0.1,
+            mha_dropout=0.1,
+            ffn_dropout=0.2,
+        )
+    )
     image = torch.rand(config.train.batch, CHANNELS, IMAGE, IMAGE) * 2 - 1
 
     def loss():
-        latents = model.encode(image, **accepted(model.encode, fraction=riae.encode_cloud, scale=ratio))
-        return F.mse_loss(model.decode(latents, **accepted(model.decode, fraction=riae.decode_cloud, scale=ratio)), image)
+        latents = model.encode(
+            image, **accepted(model.encode, fraction=riae.encode_cloud, scale=ratio)
+        )
+        return F.mse_loss(
+            model.decode(
+                latents, **accepted(model.decode, fraction=riae.decode_cloud, scale=ratio)
+            ),
+            image,
+        )
 
     return model, [model], loss
 
@@ -73,21 +103,47 @@ def autoencoder_loss(kind, config):
 def diffusion_loss(kind, module, config, grid, channels):
     """The diffusion model, what is trained with it and a function of its loss: under the class and under none."""
     r2id, batch = config.r2id, config.train.batch
-    model = kind(**accepted(
-        kind, c_channels=channels, d_channels=r2id.width, enc_blocks=r2id.encoder_blocks, dec_blocks=r2id.decoder_blocks,
-        num_heads=r2id.heads, pos_high_freq=r2id.fourier[1] + 1, pos_low_freq=-r2id.fourier[0],
-        time_high_freq=r2id.time_fourier[1] + 1, time_low_freq=-r2id.time_fourier[0], film_dim=128, cloud_dropout=0.1,
-        self_attn_dropout=0.1, cross_dropout=0.1, cross_attn_dropout=0.1, ffn_dropout=0.2))
-    text = module("dummy_textencoder").DummyTextCond(token_sequence_length=r2id.condition_tokens, d_channels=r2id.width)
-    alpha_bar_of, corrupt = module("alpha_bar").alpha_bar_cosine, module("corrupt_image").corrupt_image
-    latent, label = torch.randn(batch, channels, grid, grid), F.one_hot(torch.arange(batch) % 10, 10).float()
+    model = kind(
+        **accepted(
+            kind,
+            c_channels=channels,
+            d_channels=r2id.width,
+            enc_blocks=r2id.encoder_blocks,
+            dec_blocks=r2id.decoder_blocks,
+            num_heads=r2id.heads,
+            pos_high_freq=r2id.fourier[1] + 1,
+            pos_low_freq=-r2id.fourier[0],
+            time_high_freq=r2id.time_fourier[1] + 1,
+            time_low_freq=-r2id.time_fourier[0],
+            film_dim=128,
+            cloud_dropout=0.1,
+            self_attn_dropout=0.1,
+            cross_dropout=0.1,
+            cross_attn_dropout=0.1,
+            ffn_dropout=0.2,
+        )
+    )
+    text = module("dummy_textencoder").DummyTextCond(
+        token_sequence_length=r2id.condition_tokens, d_channels=r2id.width
+    )
+    alpha_bar_of, corrupt = (
+        module("alpha_bar").alpha_bar_cosine,
+        module("corrupt_image").corrupt_image,
+    )
+    latent, label = (
+        torch.randn(batch, channels, grid, grid),
+        F.one_hot(torch.arange(batch) % 10, 10).float(),
+    )
 
     def loss():
         with torch.no_grad():
             alpha_bar = alpha_bar_of(torch.rand(batch).sort().values)
             noisy, noise = corrupt(latent, alpha_bar)
             conditions = [text(label), text(torch.zeros_like(label))]
-        return sum(F.mse_loss(predicted, noise) for predicted in model(noisy, alpha_bar, conditions)) / 2
+        return (
+            sum(F.mse_loss(predicted, noise) for predicted in model(noisy, alpha_bar, conditions))
+            / 2
+        )
 
     return model, [model, text], loss
 
@@ -115,12 +171,18 @@ def measure(folder, config, steps):
             loss.item()
 
     found = rate(run, steps, 1, config.train.batch)
-    return {**found, "memory": resident("VmHWM") - before, "parameters": sum(p.numel() for p in model.parameters()),
-            "classes": f"{type(model).__name__} of {type(model).__module__}"}
+    return {
+        **found,
+        "memory": resident("VmHWM") - before,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": f"{type(model).__name__} of {type(model).__module__}",
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("original", type=Path)
     parser.add_argument("config", type=Path)
     parser.add_argument("--steps", type=int, default=2)

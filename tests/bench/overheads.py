@@ -40,49 +40,104 @@ BATCH = 64  # divides into two processes
 
 def steps_of(launcher, options, threads, *overrides):
     """Measures the reference R2ID's step in a child process, or several."""
-    command = [*launcher, HERE / "train_step.py", CONFIGS / "reference-r2id.toml", "--size", "8x8", "--json", "--steps",
-               str(options.steps), f"train.batch={BATCH}", *overrides]
+    command = [
+        *launcher,
+        HERE / "train_step.py",
+        CONFIGS / "reference-r2id.toml",
+        "--size",
+        "8x8",
+        "--json",
+        "--steps",
+        str(options.steps),
+        f"train.batch={BATCH}",
+        *overrides,
+    ]
     return partial(child, command, {**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
 def deepspeed(options):
     measured = partial(steps_of, [sys.executable], options, torch.get_num_threads())
-    found = alternate({"plain engine": measured("engine.kind=local"),
-                       "DeepSpeed, ZeRO 1": measured("engine.kind=deepspeed", "engine.zero_stage=1")}, options.rounds)
+    found = alternate(
+        {
+            "plain engine": measured("engine.kind=local"),
+            "DeepSpeed, ZeRO 1": measured("engine.kind=deepspeed", "engine.zero_stage=1"),
+        },
+        options.rounds,
+    )
     return compare("DeepSpeed over the plain engine, time of a step", found, at_most=1.15)
 
 
 def processes(options):
     core = min(os.sched_getaffinity(0))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = alternate({
-        "two processes, ZeRO 1": steps_of(torchrun, options, 1, "engine.kind=deepspeed", "engine.zero_stage=1"),
-        "one pinned to a core": steps_of(["taskset", "-c", str(core), sys.executable], options, 1, "engine.kind=local"),
-    }, options.rounds)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    found = alternate(
+        {
+            "two processes, ZeRO 1": steps_of(
+                torchrun, options, 1, "engine.kind=deepspeed", "engine.zero_stage=1"
+            ),
+            "one pinned to a core": steps_of(
+                ["taskset", "-c", str(core), sys.executable], options, 1, "engine.kind=local"
+            ),
+        },
+        options.rounds,
+    )
     return compare("two processes over one, images/s", found, at_least=1.6)
 
 
 def tracking(options):
     stretches = 1 + 2 * options.rounds
     with tempfile.TemporaryDirectory() as name, chdir(name):  # MLflow's store goes there
-        run = load_config(CONFIGS / "reference-r2id.toml", [
-            *latents(Path(name)), "run=r2id", f"train.steps={STRETCH * stretches}", f"train.log_every={STRETCH}",
-            "train.save_every=1000000", "train.preview_every=1000000"])
+        run = load_config(
+            CONFIGS / "reference-r2id.toml",
+            [
+                *latents(Path(name)),
+                "run=r2id",
+                f"train.steps={STRETCH * stretches}",
+                f"train.log_every={STRETCH}",
+                "train.save_every=1000000",
+                "train.preview_every=1000000",
+            ],
+        )
         marks = switch_in_turn()
         train(run)
-    seconds = [after - before for before, after in pairwise(marks)]  # the first stretch, a warm-up, left out
-    found = {"without": {"ms": min(seconds[1::2]) / STRETCH * 1e3}, "with both": {"ms": min(seconds[0::2]) / STRETCH * 1e3}}
+    seconds = [
+        after - before for before, after in pairwise(marks)
+    ]  # the first stretch, a warm-up, left out
+    found = {
+        "without": {"ms": min(seconds[1::2]) / STRETCH * 1e3},
+        "with both": {"ms": min(seconds[0::2]) / STRETCH * 1e3},
+    }
     return compare("MLflow and moving average over neither, time of a step", found, at_most=1.03)
 
 
 def latents(folder):
     """The digits' latents on a grid of 8×8, by a codec that has seen a few of them: settings that name both."""
     data = prepare(PrepareConfig(dataset="digits", out=folder / "data"))
-    codec = load_config(CONFIGS / "reference-riae.toml", [
-        f"data.shards={data}", "data.workers=0", f"run={folder / 'riae'}", "train.steps=1", "tracking.enabled=false"])
+    codec = load_config(
+        CONFIGS / "reference-riae.toml",
+        [
+            f"data.shards={data}",
+            "data.workers=0",
+            f"run={folder / 'riae'}",
+            "train.steps=1",
+            "tracking.enabled=false",
+        ],
+    )
     train(codec)
     encode(codec.run, Path(data), folder / "latents")
-    return [f"data.shards={data}", f"data.latents={folder / 'latents'}", f"codec={codec.run}", "data.workers=0"]
+    return [
+        f"data.shards={data}",
+        f"data.latents={folder / 'latents'}",
+        f"codec={codec.run}",
+        "data.workers=0",
+    ]
 
 
 def switch_in_turn():
@@ -112,12 +167,21 @@ def compare(name, found, at_most=None, at_least=None):
     """The second's time over the first's, and what it should be."""
     base, other = (figures["ms"] for figures in found.values())
     goal = {"at_most": at_most} if at_most else {"at_least": at_least}
-    return {"name": name, "ms": {way: figures["ms"] for way, figures in found.items()}, "ratio": other / base, **goal}
+    return {
+        "name": name,
+        "ms": {way: figures["ms"] for way, figures in found.items()},
+        "ratio": other / base,
+        **goal,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="WHAT", help="deepspeed, tracking, processes; none is all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT", help="deepspeed, tracking, processes; none is all"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", action="store_true")
@@ -129,9 +193,16 @@ def main():
     for what in options.what or known:
         results.append(found := known[what](options))
         if not options.json:
-            goal = f"at most {found['at_most']}" if "at_most" in found else f"at least {found['at_least']}"
-            print(f"{found['name']}: {found['ratio']:.3f} (goal: {goal}); "
-                  + ", ".join(f"{way} {ms:.1f} ms" for way, ms in found["ms"].items()), flush=True)
+            goal = (
+                f"at most {found['at_most']}"
+                if "at_most" in found
+                else f"at least {found['at_least']}"
+            )
+            print(
+                f"{found['name']}: {found['ratio']:.3f} (goal: {goal}); "
+                + ", ".join(f"{way} {ms:.1f} ms" for way, ms in found["ms"].items()),
+                flush=True,
+            )
     if options.json:
         print(json.dumps(results))
 

@@ -18,17 +18,22 @@ from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import mse, psnr
-from r2id.training.codec import Codec
+from r2id.models.codec import Codec
 from r2id.training.loop import train
 
 CONFIG = Path(__file__).parents[2] / "configs/photos/native-riae.toml"
-KINDS = {"local": ['riae.attention="local"'], "cloud": ['riae.attention="cloud"', "riae.encode_cloud=0.25"]}
+KINDS = {
+    "local": ['riae.attention="local"'],
+    "cloud": ['riae.attention="cloud"', "riae.encode_cloud=0.25"],
+}
 TRIED, WINDOW, LARGE = 12, 64, 128
 SMALL_PHOTO, PHOTO = 128**2, 256**2  # pixels
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=180)
@@ -41,11 +46,24 @@ def arguments():
 
 
 def prepared(options, name, steps, changes):
-    return load_config(CONFIG, [
-        f"data.shards={options.shards}", f"run={options.out / name}", f"data.window=[{WINDOW},{WINDOW}]",
-        f"data.max_pixels={SMALL_PHOTO}", "riae.decode_pixels=512", "train.batch=16", f"train.steps={steps}",
-        f"optim.warmup={min(50, steps)}", "tracking.enabled=false",
-        f"train.preview_every={steps}", f"train.save_every={steps}", "train.log_every=10000", *changes])
+    return load_config(
+        CONFIG,
+        [
+            f"data.shards={options.shards}",
+            f"run={options.out / name}",
+            f"data.window=[{WINDOW},{WINDOW}]",
+            f"data.max_pixels={SMALL_PHOTO}",
+            "riae.decode_pixels=512",
+            "train.batch=16",
+            f"train.steps={steps}",
+            f"optim.warmup={min(50, steps)}",
+            "tracking.enabled=false",
+            f"train.preview_every={steps}",
+            f"train.save_every={steps}",
+            "train.log_every=10000",
+            *changes,
+        ],
+    )
 
 
 def timed(config):
@@ -56,35 +74,56 @@ def timed(config):
 
 def photos(shards: Path, data: DataConfig, **changes):
     """Held-out ones, one by one."""
-    for batch in eval_loader(ShardSet.open(shards), data.model_copy(update=changes), split=data.test_split, batch=1):
+    for batch in eval_loader(
+        ShardSet.open(shards), data.model_copy(update=changes), split=data.test_split, batch=1
+    ):
         yield batch["image"]
 
 
 def middle(image, side):
     """A window, less where the image is smaller."""
     y, x = (max(0, (length - side) // 2) for length in image.shape[2:])
-    return image[:, :, y:y + side, x:x + side]
+    return image[:, :, y : y + side, x : x + side]
 
 
 def quality(codec, image):
-    return psnr(mse(codec.decode(codec.encode(image), (image.shape[2], image.shape[3])), image)).item()
+    return psnr(
+        mse(codec.decode(codec.encode(image), (image.shape[2], image.shape[3])), image)
+    ).item()
 
 
 def compare_kinds(options):
-    print(f"| attention | peak rate | steps | training | held-out windows | whole photos |\n|{'---|' * 6}")
+    print(
+        f"| attention | peak rate | steps | training | held-out windows | whole photos |\n|{'---|' * 6}"
+    )
     for kind, changes in KINDS.items():
         # The first run of all prepares kernels; of the others each ends in the latents' statistics.
-        _, few, more = (timed(prepared(options, f"{kind}-{name}", steps, changes))
-                        for name, steps in (("first", 2), ("few", 2), ("more", 2 + TRIED)))
+        _, few, more = (
+            timed(prepared(options, f"{kind}-{name}", steps, changes))
+            for name, steps in (("first", 2), ("few", 2), ("more", 2 + TRIED))
+        )
         per_step = (more - few) / TRIED
         steps = max(1, int(options.seconds / per_step))
         for rate in options.rates:
             config = prepared(options, f"{kind}-{rate:g}", steps, [*changes, f"optim.lr={rate}"])
             seconds, codec = timed(config), Codec.load(config.run)
-            windows, whole = (sum(found) / len(found) for found in (
-                [quality(codec, middle(photo, WINDOW)) for photo in photos(options.shards, config.data)],
-                [quality(codec, photo) for photo in photos(options.shards, config.data, max_pixels=PHOTO)]))
-            print(f"| {kind} | {rate:g} | {steps} | {seconds:.0f} s | {windows:.2f} dB | {whole:.2f} dB |", flush=True)
+            windows, whole = (
+                sum(found) / len(found)
+                for found in (
+                    [
+                        quality(codec, middle(photo, WINDOW))
+                        for photo in photos(options.shards, config.data)
+                    ],
+                    [
+                        quality(codec, photo)
+                        for photo in photos(options.shards, config.data, max_pixels=PHOTO)
+                    ],
+                )
+            )
+            print(
+                f"| {kind} | {rate:g} | {steps} | {seconds:.0f} s | {windows:.2f} dB | {whole:.2f} dB |",
+                flush=True,
+            )
 
 
 def whole_photos(options):
@@ -96,7 +135,9 @@ def whole_photos(options):
         for name, case in zip(found, cases, strict=True):
             found[name].append(quality(codec, case))
         sizes.append((image.shape[2], image.shape[3]))
-    print(f"{len(sizes)} held-out photos of {min(sizes)} to {max(sizes)}, median {sorted(sizes)[len(sizes) // 2]}")
+    print(
+        f"{len(sizes)} held-out photos of {min(sizes)} to {max(sizes)}, median {sorted(sizes)[len(sizes) // 2]}"
+    )
     for name, values in found.items():
         print(f"| {name} | {sum(values) / len(values):.2f} dB |")
 

@@ -24,15 +24,17 @@ from measure import reset_peak, resident
 
 from r2id import dist
 from r2id.config import load_config
+from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.engine import make_engine
 from r2id.training.planner import Work, find_facts, memory
-from r2id.training.shares import accumulation, micro_batch_size
 
 STEPS = 3
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--processes", type=int, default=1)
@@ -47,9 +49,17 @@ def arguments():
 def train(work, world):
     """Three real steps; whatever they leave behind is for the caller to let go of."""
     config = work.config
-    engine = make_engine(work.module(), optim=config.optim, train=config.train, engine=config.engine, world=world)
-    count, samples = accumulation(config.train, world.world_size), micro_batch_size(config.train, world.world_size)
-    inputs = {key: value.to(world.device) for key, value in work.inputs(samples * work.facts.copies).items()}
+    engine = make_engine(
+        work.module(), optim=config.optim, train=config.train, engine=config.engine, world=world
+    )
+    count, samples = (
+        accumulation(config.train, world.world_size),
+        micro_batch_size(config.train, world.world_size),
+    )
+    inputs = {
+        key: value.to(world.device)
+        for key, value in work.inputs(samples * work.facts.copies).items()
+    }
     for step in range(STEPS):
         for _ in range(count):
             loss, _ = engine.forward({**inputs, "step": step})
@@ -81,9 +91,15 @@ def rank(options):
     for zero in options.zero:
         warm = False
         for checkpointing in options.checkpointing:
-            kind = ["engine.kind=local"] if zero == "local" else ["engine.kind=deepspeed", f"engine.zero_stage={zero}"]
-            config = load_config(options.config, [*options.overrides, *kind,
-                                                  f"train.activation_checkpointing={checkpointing}"])
+            kind = (
+                ["engine.kind=local"]
+                if zero == "local"
+                else ["engine.kind=deepspeed", f"engine.zero_stage={zero}"]
+            )
+            config = load_config(
+                options.config,
+                [*options.overrides, *kind, f"train.activation_checkpointing={checkpointing}"],
+            )
             work = Work(config, find_facts(config, options.riae, options.classes))
             planned = memory(work, world.world_size, as_on_gpu=world.device.type == "cuda")
             if not warm:  # what libraries load and keep at their first use is of no step
@@ -92,9 +108,20 @@ def rank(options):
             measured = measure(work, world)
             if dist.is_main():
                 total = planned["total"] - planned.get("codec", 0)
-                print(json.dumps({"zero": zero, "checkpointing": checkpointing, "processes": world.world_size,
-                                  "planned": total, "measured": measured, "ratio": total / measured, "parts": planned}),
-                      flush=True)
+                print(
+                    json.dumps(
+                        {
+                            "zero": zero,
+                            "checkpointing": checkpointing,
+                            "processes": world.world_size,
+                            "planned": total,
+                            "measured": measured,
+                            "ratio": total / measured,
+                            "parts": planned,
+                        }
+                    ),
+                    flush=True,
+                )
     dist.shutdown()
 
 
@@ -105,16 +132,34 @@ def main():
         return
     # A process's size is that of its tensors when blocks of 64 KiB and more go back to the system at once, and are written
     # to when they come: as on a GPU, what is allocated counts.
-    environment = {**os.environ, "R2ID_PLAN_RANK": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
-                   "MALLOC_PERTURB_": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+    environment = {
+        **os.environ,
+        "R2ID_PLAN_RANK": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_PERTURB_": "1",
+    }
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(options.processes),
+    ]
     command = [sys.executable, *(launcher if options.processes > 1 else []), *sys.argv]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as job:
         for line in job.stdout:
             found = json.loads(line)
-            print(line.strip() if options.json else "ZeRO {zero:5} checkpointing {checkpointing:4} on {processes}: ".format(
-                **found) + f"planned {found['planned'] / 1e6:.1f} MB, measured {found['measured'] / 1e6:.1f} MB, ratio "
-                f"{found['ratio']:.3f}", flush=True)
+            print(
+                line.strip()
+                if options.json
+                else "ZeRO {zero:5} checkpointing {checkpointing:4} on {processes}: ".format(
+                    **found
+                )
+                + f"planned {found['planned'] / 1e6:.1f} MB, measured {found['measured'] / 1e6:.1f} MB, ratio "
+                f"{found['ratio']:.3f}",
+                flush=True,
+            )
     sys.exit(job.returncode)
 
 

@@ -29,7 +29,9 @@ riae = {attention = "local", width = 128, pixel_width = 64, heads = 4, latent_ch
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--sides", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
     parser.add_argument("--bfloat16", action="store_true")

@@ -22,14 +22,16 @@ from measure import baseline, rate, resident
 from r2id import dist, rng
 from r2id.cli.options import parse_size
 from r2id.config import RiaeRun, load_config
+from r2id.diffusion.denoising import denoising_loss, draw_times
 from r2id.models import coords
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
+from r2id.models.tracing import count_flops
+from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.engine import make_engine
-from r2id.training.footprint import count_flops
-from r2id.training.losses import R2idLoss, RiaeLoss, denoising_loss, draw_times
+from r2id.training.losses.r2id import R2idLoss
+from r2id.training.losses.riae import RiaeLoss
 from r2id.training.meter import matmul_peak
-from r2id.training.shares import accumulation, micro_batch_size
 
 WARMUP = 3
 
@@ -41,25 +43,46 @@ class BothConditions(R2idLoss):
     def forward(self, latent, condition, index, step):
         keys, grid = rng.fold(self.seed, step, index), latent.shape[2:]
         at = coords.grid_coordinates(grid, device=latent.device)
-        at = coords.displace(at, self.model.config.jitter * rng.normal(rng.fold(keys, 0), len(at), 2), grid)
+        at = coords.displace(
+            at, self.model.config.jitter * rng.normal(rng.fold(keys, 0), len(at), 2), grid
+        )
         labels = torch.stack([condition, torch.full_like(condition, -1)])
 
         def predict(x, alpha_bar, _labels, at, _clouds):
-            return self.model.predict(x[:len(index)], alpha_bar[:len(index)], labels, at).flatten(0, 1)
+            return self.model.predict(x[: len(index)], alpha_bar[: len(index)], labels, at).flatten(
+                0, 1
+            )
 
-        noise, times = rng.normal(rng.fold(keys, 1), *latent.shape[1:]), draw_times(rng.fold(keys, 2), "uniform")
-        losses, _ = denoising_loss(predict, self.diffusion, self.base_side, latent.repeat(2, 1, 1, 1), labels,
-                                   times.repeat(2), noise.repeat(2, 1, 1, 1), at)
+        noise, times = (
+            rng.normal(rng.fold(keys, 1), *latent.shape[1:]),
+            draw_times(rng.fold(keys, 2), "uniform"),
+        )
+        losses, _ = denoising_loss(
+            predict,
+            self.diffusion,
+            self.base_side,
+            latent.repeat(2, 1, 1, 1),
+            labels,
+            times.repeat(2),
+            noise.repeat(2, 1, 1, 1),
+            at,
+        )
         return losses.mean(), {}
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--size", default="32x32", help="image size (riae) or latent grid (r2id)")
     parser.add_argument("--channels", type=int, default=64, help="latent channels (r2id)")
-    parser.add_argument("--both-conditions", action="store_true", help="every image under its class and under none (r2id)")
+    parser.add_argument(
+        "--both-conditions",
+        action="store_true",
+        help="every image under its class and under none (r2id)",
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     return parser.parse_intermixed_args()
@@ -70,14 +93,24 @@ def make_module(config, options, size, batch):
     index = torch.arange(batch)
     if isinstance(config, RiaeRun):
         module = RiaeLoss(RIAE(config.riae, config.data.channels), 0)
-        return module, {"image": torch.rand(batch, config.data.channels, *size) * 2 - 1, "index": index}
+        return module, {
+            "image": torch.rand(batch, config.data.channels, *size) * 2 - 1,
+            "index": index,
+        }
     kind = BothConditions if options.both_conditions else R2idLoss
-    module = kind(R2ID(config.r2id, options.channels, 10), config.diffusion, (size[0] * size[1]) ** 0.5, 0)
-    return module, {"latent": torch.randn(batch, options.channels, *size), "condition": index % 10, "index": index}
+    module = kind(
+        R2ID(config.r2id, options.channels, 10), config.diffusion, (size[0] * size[1]) ** 0.5, 0
+    )
+    return module, {
+        "latent": torch.randn(batch, options.channels, *size),
+        "condition": index % 10,
+        "index": index,
+    }
 
 
 def speed(config, options, size, images_per_second, peak):
     """The model's own FLOP/s, and their share of the peak."""
+
     def forward():
         module, inputs = make_module(config, options, size, 1)
         return partial(module, **inputs, step=0)
@@ -90,12 +123,17 @@ def main():
     options = arguments()
     config = load_config(options.config, options.overrides)
     size, world = parse_size(options.size), dist.init()
-    count, micro_batch = accumulation(config.train, world.world_size), micro_batch_size(config.train, world.world_size)
+    count, micro_batch = (
+        accumulation(config.train, world.world_size),
+        micro_batch_size(config.train, world.world_size),
+    )
     peak = matmul_peak(world.device, torch.bfloat16 if config.train.autocast else torch.float32)
     before = baseline()
     module, inputs = make_module(config, options, size, micro_batch)
     parameters = sum(p.numel() for p in module.parameters())
-    engine = make_engine(module, optim=config.optim, train=config.train, engine=config.engine, world=world)
+    engine = make_engine(
+        module, optim=config.optim, train=config.train, engine=config.engine, world=world
+    )
     inputs = {key: value.to(world.device) for key, value in inputs.items()}
 
     def steps(number, first):
@@ -112,10 +150,13 @@ def main():
         found["memory"] = torch.cuda.max_memory_allocated()
     found |= speed(config, options, size, found["images_per_second"] / world.world_size, peak)
     if dist.is_main():
-        print(json.dumps(found) if options.json else
-              f"{options.config}: {parameters / 1e6:.2f} M parameters, batch {config.train.batch}, {size[0]}x{size[1]}: "
-              "{ms:.1f} ms per step, {images_per_second:.1f} images/s, {tflops:.3g} TFLOP/s per process ({mfu:.1%}), "
-              "memory {gib:.2f} GiB".format(**found, gib=found["memory"] / 2**30))
+        print(
+            json.dumps(found)
+            if options.json
+            else f"{options.config}: {parameters / 1e6:.2f} M parameters, batch {config.train.batch}, {size[0]}x{size[1]}: "
+            "{ms:.1f} ms per step, {images_per_second:.1f} images/s, {tflops:.3g} TFLOP/s per process ({mfu:.1%}), "
+            "memory {gib:.2f} GiB".format(**found, gib=found["memory"] / 2**30)
+        )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,18 @@ def make_image(number, height, width, mode="L", ext="png"):
 
 
 def make_records(sizes, classes=3):
-    return [Record(f"image-{number:04d}", make_image(number, *size), "png", *size, "L",
-                   number % classes if classes else None, {"number": number}) for number, size in enumerate(sizes)]
+    return [
+        Record(
+            f"image-{number:04d}",
+            make_image(number, *size),
+            "png",
+            *size,
+            "L",
+            number % classes if classes else None,
+            {"number": number},
+        )
+        for number, size in enumerate(sizes)
+    ]
 
 
 def write_set(folder, splits, per_shard=20, classes=3):
@@ -31,11 +41,21 @@ def write_set(folder, splits, per_shard=20, classes=3):
     entries = {}
     for name, sizes in splits.items():
         records = make_records(sizes, classes)
-        shards = [write_shard_files(folder, shard_file(name, i), records[start:start + per_shard], [])
-                  for i, start in enumerate(range(0, len(records), per_shard))]
-        entries[name] = SplitEntry(samples=len(records), bytes=sum(entry.bytes for entry in shards), shards=shards)
-    Manifest(format_version=FORMAT_VERSION, dataset="random", source_digest="0" * 64, rejects=0, splits=entries,
-             class_names=[f"class {number}" for number in range(classes)]).write(folder)
+        shards = [
+            write_shard_files(folder, shard_file(name, i), records[start : start + per_shard], [])
+            for i, start in enumerate(range(0, len(records), per_shard))
+        ]
+        entries[name] = SplitEntry(
+            samples=len(records), bytes=sum(entry.bytes for entry in shards), shards=shards
+        )
+    Manifest(
+        format_version=FORMAT_VERSION,
+        dataset="random",
+        source_digest="0" * 64,
+        rejects=0,
+        splits=entries,
+        class_names=[f"class {number}" for number in range(classes)],
+    ).write(folder)
     return ShardSet.open(folder)
 
 

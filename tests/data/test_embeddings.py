@@ -28,24 +28,43 @@ def test_floats_of_any_width_and_order(dtype, order):
 
 def test_files_are_those_of_numpy():
     stored = to_stored(VALUES, [2, 3])
-    assert np.array_equal(np.load(io.BytesIO(npy_bytes(stored))), stored) and npy_bytes(stored) == npy_bytes(stored.copy())
+    assert np.array_equal(np.load(io.BytesIO(npy_bytes(stored))), stored) and npy_bytes(
+        stored
+    ) == npy_bytes(stored.copy())
 
 
-@pytest.mark.parametrize(("data", "reason"), [
-    (b"", "no .npy file"), (b"text", "no .npy file"), (saved(VALUES)[:20], "no .npy file"),
-    (saved(VALUES)[:-1], r"47 bytes of values, not those of shape \[2, 3\]"),
-    (saved(VALUES) + b"1", "49 bytes of values"), (saved(np.arange(3)), "values of type int64; must be float16"),
-    (saved(np.zeros(3, complex)), "values of type complex128"), (saved(np.array([{}]), allow_pickle=True), "type object"),
-    (saved(VALUES).replace(b"(2, 3)", b"(9**9)"), "no .npy file"),
-    (saved(np.zeros(1)).replace(b"(1,), }" + b" " * 12, b"(999999999999999,)}"), "8 bytes of values, not those")])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no .npy file"),
+        (b"text", "no .npy file"),
+        (saved(VALUES)[:20], "no .npy file"),
+        (saved(VALUES)[:-1], r"47 bytes of values, not those of shape \[2, 3\]"),
+        (saved(VALUES) + b"1", "49 bytes of values"),
+        (saved(np.arange(3)), "values of type int64; must be float16"),
+        (saved(np.zeros(3, complex)), "values of type complex128"),
+        (saved(np.array([{}]), allow_pickle=True), "type object"),
+        (saved(VALUES).replace(b"(2, 3)", b"(9**9)"), "no .npy file"),
+        (
+            saved(np.zeros(1)).replace(b"(1,), }" + b" " * 12, b"(999999999999999,)}"),
+            "8 bytes of values, not those",
+        ),
+    ],
+)
 def test_what_is_no_array_of_floats(data, reason):
     with pytest.raises(ValueError, match=reason):
         parse_npy(data)
 
 
-@pytest.mark.parametrize(("values", "reason"), [
-    (np.zeros(6), r"of shape \[6\], not \[2, 3\]"), (np.full((2, 3), np.nan), "not finite in float16"),
-    (np.full((2, 3), -np.inf), "not finite in float16"), (np.full((2, 3), 1e5), "not finite in float16")])
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.zeros(6), r"of shape \[6\], not \[2, 3\]"),
+        (np.full((2, 3), np.nan), "not finite in float16"),
+        (np.full((2, 3), -np.inf), "not finite in float16"),
+        (np.full((2, 3), 1e5), "not finite in float16"),
+    ],
+)
 def test_what_cannot_be_stored(values, reason):
     with pytest.raises(ValueError, match=reason):
         to_stored(values, [2, 3])
@@ -55,10 +74,15 @@ def test_one_or_several_to_be_told(tmp_path):
     file = tmp_path / "x.npy"
     for array in (VALUES, VALUES[None], np.stack([VALUES] * 4)):
         np.save(file, array)
-        assert np.array_equal(read_embeddings(file, (2, 3)), array.reshape(-1, 2, 3).astype(np.float16))
-    for array, reason in [(VALUES[0], r"of shape \[3\]; must be \[2, 3\] or \[N, 2, 3\]"),
-                          (np.zeros((0, 2, 3)), r"\[0, 2, 3\]"), (np.zeros((1, 1, 2, 3)), "must be"),
-                          (np.full((2, 3), np.inf), "not finite")]:
+        assert np.array_equal(
+            read_embeddings(file, (2, 3)), array.reshape(-1, 2, 3).astype(np.float16)
+        )
+    for array, reason in [
+        (VALUES[0], r"of shape \[3\]; must be \[2, 3\] or \[N, 2, 3\]"),
+        (np.zeros((0, 2, 3)), r"\[0, 2, 3\]"),
+        (np.zeros((1, 1, 2, 3)), "must be"),
+        (np.full((2, 3), np.inf), "not finite"),
+    ]:
         np.save(file, array)
         with pytest.raises(InputError, match=rf"x\.npy: .*{reason}"):
             read_embeddings(file, (2, 3))

@@ -13,13 +13,22 @@ CODEC, CHANNELS = "c" * 64, 2
 
 def encoded(images):
     """Stands in for a codec: two channels on a grid of half the size, told from the pixels alone."""
-    halves = torch.nn.functional.adaptive_avg_pool2d(images, [max(1, side // 2) for side in images.shape[-2:]])
+    halves = torch.nn.functional.adaptive_avg_pool2d(
+        images, [max(1, side // 2) for side in images.shape[-2:]]
+    )
     return torch.cat([halves, -3 * halves], 1)
 
 
 def writer_of(folder, shards, data, codec=CODEC, **options):
-    writer = LatentWriter(folder, shards, data, codec_hash=codec, codec_path="runs/riae", latent_channels=CHANNELS,
-                          **options)
+    writer = LatentWriter(
+        folder,
+        shards,
+        data,
+        codec_hash=codec,
+        codec_path="runs/riae",
+        latent_channels=CHANNELS,
+        **options,
+    )
     writer.prepare()
     return writer
 
@@ -48,37 +57,65 @@ def data(mixed):
     return DataConfig(shards=mixed.folder)
 
 
-ARGUMENTS = {"split": "train", "batch": 12, "micro_batch": 3, "seed": 1, "start_step": 4, "total_steps": 25,
-             "rank": 1, "world_size": 2}
+ARGUMENTS = {
+    "split": "train",
+    "batch": 12,
+    "micro_batch": 3,
+    "seed": 1,
+    "start_step": 4,
+    "total_steps": 25,
+    "rank": 1,
+    "world_size": 2,
+}
 
 
 def test_the_cache_gives_the_same_batches_as_encoding_on_the_fly(mixed, data, tmp_path):
     write_cache(tmp_path / "cache", mixed, data)
     cache = LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
-    steps = zip(latent_loader(cache, mixed, data, **ARGUMENTS), image_loader(mixed, data, **ARGUMENTS), strict=True)
+    steps = zip(
+        latent_loader(cache, mixed, data, **ARGUMENTS),
+        image_loader(mixed, data, **ARGUMENTS),
+        strict=True,
+    )
     for cached, live in steps:
         for one, two in zip(cached, live, strict=True):
             assert torch.equal(one["latent"], encoded(to_float(two["image"])))
-            assert torch.equal(one["label"], two["label"]) and torch.equal(one["index"], two["index"])
-            assert [one[name] for name in ("keys", "epoch", "step")] == [two[name] for name in ("keys", "epoch", "step")]
+            assert torch.equal(one["label"], two["label"]) and torch.equal(
+                one["index"], two["index"]
+            )
+            assert [one[name] for name in ("keys", "epoch", "step")] == [
+                two[name] for name in ("keys", "epoch", "step")
+            ]
 
 
 def test_loader_processes_give_the_same(mixed, data, tmp_path):
     write_cache(tmp_path / "cache", mixed, data)
     cache = LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
-    alone, helped = (list(latent_loader(cache, mixed, data.model_copy(update={"workers": workers}), **ARGUMENTS))
-                     for workers in (0, 1))
-    assert all(torch.equal(a["latent"], b["latent"]) for one, two in zip(alone, helped, strict=True)
-               for a, b in zip(one, two, strict=True))
+    alone, helped = (
+        list(latent_loader(cache, mixed, data.model_copy(update={"workers": workers}), **ARGUMENTS))
+        for workers in (0, 1)
+    )
+    assert all(
+        torch.equal(a["latent"], b["latent"])
+        for one, two in zip(alone, helped, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
-def test_half_precision_takes_half_the_space_and_its_own_cache(mixed, data, tmp_path, dtype, relative):
+def test_half_precision_takes_half_the_space_and_its_own_cache(
+    mixed, data, tmp_path, dtype, relative
+):
     write_cache(tmp_path / "half", mixed, data, dtype=dtype)
     write_cache(tmp_path / "full", mixed, data)
-    half, full = (LatentCache.open(tmp_path / name, CODEC, mixed.digest) for name in ("half", "full"))
-    for one, two in zip(latent_loader(half, mixed, data, **ARGUMENTS), latent_loader(full, mixed, data, **ARGUMENTS),
-                        strict=True):
+    half, full = (
+        LatentCache.open(tmp_path / name, CODEC, mixed.digest) for name in ("half", "full")
+    )
+    for one, two in zip(
+        latent_loader(half, mixed, data, **ARGUMENTS),
+        latent_loader(full, mixed, data, **ARGUMENTS),
+        strict=True,
+    ):
         for a, b in zip(one, two, strict=True):
             assert a["latent"].dtype == torch.float32 and torch.equal(a["index"], b["index"])
             assert torch.allclose(a["latent"], b["latent"], rtol=relative, atol=1e-7)
@@ -92,7 +129,9 @@ def test_half_precision_takes_half_the_space_and_its_own_cache(mixed, data, tmp_
 
 def test_latents_too_large_for_half_precision_are_refused(tmp_path):
     shards = write_set(tmp_path / "set", {"train": [(4, 4)]})
-    writer = writer_of(tmp_path / "cache", shards, DataConfig(shards=shards.folder), dtype="float16")
+    writer = writer_of(
+        tmp_path / "cache", shards, DataConfig(shards=shards.folder), dtype="float16"
+    )
     with pytest.raises(WorkError, match="not finite in float16"):
         writer.write("train", 0, [torch.full((CHANNELS, 1, 1), 1e6)])
 
@@ -107,7 +146,10 @@ def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(mixed, data,
     (tmp_path / "b/train/shard-000003.safetensors.7.tmp").write_bytes(b"left by a killed writer")
     assert write_cache(tmp_path / "b", mixed, data) == 6
     assert write_cache(tmp_path / "b", mixed, data) == 0
-    names = [sorted(p.relative_to(root).as_posix() for p in root.rglob("*")) for root in (tmp_path / "a", tmp_path / "b")]
+    names = [
+        sorted(p.relative_to(root).as_posix() for p in root.rglob("*"))
+        for root in (tmp_path / "a", tmp_path / "b")
+    ]
     assert names[0] == names[1]
     for name in names[0]:
         if (tmp_path / "a" / name).is_file():
@@ -117,14 +159,19 @@ def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(mixed, data,
 def test_a_stale_cache_is_refused_with_the_reason(mixed, data, tmp_path):
     folder = tmp_path / "cache"
     write_cache(folder, mixed, data)
-    for codec, digest, words in [("d" * 64, mixed.digest, "another RIAE"), (CODEC, "e" * 64, "another shard set")]:
+    for codec, digest, words in [
+        ("d" * 64, mixed.digest, "another RIAE"),
+        (CODEC, "e" * 64, "another shard set"),
+    ]:
         with pytest.raises(InputError, match=words):
             LatentCache.open(folder, codec, digest)
     with pytest.raises(InputError, match="another RIAE"):
         writer_of(folder, mixed, data, codec="d" * 64)
     cache = LatentCache.open(folder, CODEC, mixed.digest)
     for change in ({"size": (4, 4)}, {"max_pixels": 60}, {"channels": 3}):
-        with pytest.raises(InputError, match=f"holds latents made otherwise .{next(iter(change))} is"):
+        with pytest.raises(
+            InputError, match=f"holds latents made otherwise .{next(iter(change))} is"
+        ):
             latent_loader(cache, mixed, data.model_copy(update=change), **ARGUMENTS)
 
 
@@ -139,7 +186,8 @@ def test_damage_is_noticed(mixed, data, tmp_path):
     assert [str(damage) for damage in verify_latents(tmp_path / "cache")] == [
         "test/shard-000007.safetensors: not in the manifest",
         "train/shard-000001.safetensors: changed: its hash is not the manifest's",
-        "train/shard-000002.safetensors: missing"]
+        "train/shard-000002.safetensors: missing",
+    ]
     with pytest.raises(InputError, match=r"shard-000002\.safetensors: missing"):
         latent_loader(cache, mixed, data, **ARGUMENTS)
     (tmp_path / "cache/test/shard-000007.safetensors").unlink()

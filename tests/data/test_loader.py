@@ -13,9 +13,23 @@ def config(shards, **changes):
     return DataConfig(shards=shards.folder, **changes)
 
 
-def load(shards, start=0, total=24, rank=0, world_size=1, batch=12, micro_batch=3, seed=5, data=None):
-    return list(image_loader(shards, data or config(shards), split="train", batch=batch, micro_batch=micro_batch,
-                             seed=seed, start_step=start, total_steps=total, rank=rank, world_size=world_size))
+def load(
+    shards, start=0, total=24, rank=0, world_size=1, batch=12, micro_batch=3, seed=5, data=None
+):
+    return list(
+        image_loader(
+            shards,
+            data or config(shards),
+            split="train",
+            batch=batch,
+            micro_batch=micro_batch,
+            seed=seed,
+            start_step=start,
+            total_steps=total,
+            rank=rank,
+            world_size=world_size,
+        )
+    )
 
 
 def keys_of(steps):
@@ -31,7 +45,9 @@ def test_batches_hold_what_the_index_says(mixed):
             assert part["image"].is_contiguous() and part["step"] == number and part["epoch"] == 0
             assert part["label"].tolist() == split.label[part["index"].numpy()].tolist()
             assert part["label"].dtype == part["index"].dtype == torch.int64
-            for key, index, image in zip(part["keys"], part["index"].tolist(), part["image"], strict=True):
+            for key, index, image in zip(
+                part["keys"], part["index"].tolist(), part["image"], strict=True
+            ):
                 assert key == split.key(index)
                 pixels = torch.from_numpy(decode(split.read(index), 1)).movedim(-1, 0)
                 if pixels.shape == image.shape:
@@ -44,11 +60,19 @@ def test_the_audit_of_an_epoch_is_the_same_in_any_world(mixed, world_size, worke
     """Ordered keys of a whole epoch and the start of the next: the ranks' parts interleaved are the one rank's."""
     expected = keys_of(load(mixed, total=20, batch=12, micro_batch=12))
     data = config(mixed, workers=workers)
-    ranks = [keys_of(load(mixed, total=20, rank=rank, world_size=world_size, data=data)) for rank in range(world_size)]
-    together = [[key for keys in zip(*parts, strict=True) for key in keys] for parts in zip(*ranks, strict=True)]
+    ranks = [
+        keys_of(load(mixed, total=20, rank=rank, world_size=world_size, data=data))
+        for rank in range(world_size)
+    ]
+    together = [
+        [key for keys in zip(*parts, strict=True) for key in keys]
+        for parts in zip(*ranks, strict=True)
+    ]
     assert together == expected
     per_epoch = 6 + 6 + 1 + 1 + 1
-    assert {key for keys in expected[:per_epoch] for key in keys} == {f"image-{i:04d}" for i in range(len(MIXED))}
+    assert {key for keys in expected[:per_epoch] for key in keys} == {
+        f"image-{i:04d}" for i in range(len(MIXED))
+    }
 
 
 @pytest.mark.parametrize("stop", [1, 14, 15, 16])
@@ -68,8 +92,14 @@ def test_resuming_in_another_world(mixed):
     found = []
     for start, end, world_size, workers in ((0, 6, 1, 0), (6, 13, 4, 2), (13, 20, 2, 0)):
         data = config(mixed, workers=workers)
-        ranks = [keys_of(load(mixed, start, end, rank, world_size, data=data)) for rank in range(world_size)]
-        found += [[key for keys in zip(*parts, strict=True) for key in keys] for parts in zip(*ranks, strict=True)]
+        ranks = [
+            keys_of(load(mixed, start, end, rank, world_size, data=data))
+            for rank in range(world_size)
+        ]
+        found += [
+            [key for keys in zip(*parts, strict=True) for key in keys]
+            for parts in zip(*ranks, strict=True)
+        ]
     assert found == whole
 
 
@@ -89,7 +119,9 @@ def test_channels_and_size(mixed):
 
 
 def test_bad_requests_are_refused_at_once(mixed):
-    with pytest.raises(InputError, match=r"train\.batch = 12: must be a multiple of 2 processes × 5"):
+    with pytest.raises(
+        InputError, match=r"train\.batch = 12: must be a multiple of 2 processes × 5"
+    ):
         load(mixed, world_size=2, micro_batch=5)
     with pytest.raises(InputError, match="no split 'val'"):
         eval_loader(mixed, config(mixed), "val", 4)
@@ -105,8 +137,16 @@ def test_a_damaged_image_names_its_sample(mixed):
 
 def test_evaluation_takes_each_image_once_in_order(mixed):
     batches = list(eval_loader(mixed, config(mixed), "test", 5))
-    assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9, 10]]
-    assert [tuple(batch["image"].shape) for batch in batches] == [(5, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 20)]
+    assert [batch["index"].tolist() for batch in batches] == [
+        [0, 1, 2, 3, 4],
+        [5, 6],
+        [7, 8, 9, 10],
+    ]
+    assert [tuple(batch["image"].shape) for batch in batches] == [
+        (5, 1, 8, 8),
+        (2, 1, 8, 8),
+        (4, 1, 8, 20),
+    ]
     assert batches[0]["image"].dtype == torch.float32
     assert batches[0]["image"].min() >= -1 and batches[0]["image"].max() <= 1
     assert all(batch["epoch"] == batch["step"] == 0 for batch in batches)
@@ -114,8 +154,11 @@ def test_evaluation_takes_each_image_once_in_order(mixed):
 
 def test_evaluation_of_some(mixed):
     def indices(**choice):
-        return [index for batch in eval_loader(mixed, config(mixed), "test", 5, **choice)
-                for index in batch["index"].tolist()]
+        return [
+            index
+            for batch in eval_loader(mixed, config(mixed), "test", 5, **choice)
+            for index in batch["index"].tolist()
+        ]
 
     assert indices(limit=4) == [0, 2, 5, 8]
     assert indices(limit=100) == list(range(11))
@@ -123,8 +166,11 @@ def test_evaluation_of_some(mixed):
 
 
 def test_training_and_evaluation_see_the_same_pixels(mixed):
-    seen = {int(index): image for batch in eval_loader(mixed, config(mixed), "train", 7)
-            for index, image in zip(batch["index"], batch["image"], strict=True)}
+    seen = {
+        int(index): image
+        for batch in eval_loader(mixed, config(mixed), "train", 7)
+        for index, image in zip(batch["index"], batch["image"], strict=True)
+    }
     assert sorted(seen) == list(range(len(MIXED)))
     for step in load(mixed, total=15):
         for part in step:
@@ -135,7 +181,9 @@ def test_training_and_evaluation_see_the_same_pixels(mixed):
 def test_image_sizes_are_those_of_the_batches(mixed):
     sizes = image_sizes(mixed, config(mixed), "train")
     assert len(sizes) == len(MIXED) and sizes[0] == (1, 1) and sizes[len(sizes) // 2] == (8, 8)
-    assert [height * width for height, width in sizes] == sorted(height * width for height, width in sizes)
+    assert [height * width for height, width in sizes] == sorted(
+        height * width for height, width in sizes
+    )
 
 
 def test_windows_are_parts_at_native_resolution_drawn_anew_each_epoch(tmp_path):
@@ -162,15 +210,25 @@ def test_half_are_mirrored_by_draws_that_depend_on_seed_epoch_and_sample(mixed):
     for seen, data in ((plain, config(mixed)), (mirrored, config(mixed, flip=True))):
         for step in load(mixed, total=30, data=data):
             for part in step:
-                seen.update({(part["epoch"], index): image for index, image
-                             in zip(part["index"].tolist(), part["image"], strict=True)})
-    turned = {place: torch.equal(image, plain[place].flip(-1)) and not torch.equal(image, plain[place])
-              for place, image in mirrored.items()}
-    assert all(torch.equal(image, plain[place].flip(-1) if turned[place] else plain[place])
-               for place, image in mirrored.items())
+                seen.update(
+                    {
+                        (part["epoch"], index): image
+                        for index, image in zip(part["index"].tolist(), part["image"], strict=True)
+                    }
+                )
+    turned = {
+        place: torch.equal(image, plain[place].flip(-1)) and not torch.equal(image, plain[place])
+        for place, image in mirrored.items()
+    }
+    assert all(
+        torch.equal(image, plain[place].flip(-1) if turned[place] else plain[place])
+        for place, image in mirrored.items()
+    )
     assert 0.4 < np.mean(list(turned.values())) < 0.6
     assert any(turned[0, index] != turned[1, index] for _, index in turned)
-    again = load(mixed, start=17, total=18, rank=1, world_size=2, data=config(mixed, flip=True, workers=1))[0]
+    again = load(
+        mixed, start=17, total=18, rank=1, world_size=2, data=config(mixed, flip=True, workers=1)
+    )[0]
     for part in again:
         for index, image in zip(part["index"].tolist(), part["image"], strict=True):
             assert torch.equal(image, mirrored[part["epoch"], index])
@@ -192,11 +250,27 @@ def test_an_order_by_shards_goes_through_few_at_a_time(tmp_path):
     for near, most in ((config(shards, shuffle="shards"), 16 + 1), (config(shards), 80)):
         steps = load(shards, total=50, batch=8, micro_batch=8, data=near)
         seen = [shard[step[0]["index"].numpy()] for step in steps]
-        at_once = [len(set(np.concatenate(seen[start:start + 10]).tolist())) for start in range(0, 50, 10)]
+        at_once = [
+            len(set(np.concatenate(seen[start : start + 10]).tolist()))
+            for start in range(0, 50, 10)
+        ]
         assert max(at_once) <= most and min(at_once) > 10
-        assert sorted(int(index) for step in steps for index in step[0]["index"]) == list(range(400))
-    epochs = [keys_of(load(shards, start=start, total=start + 50, batch=8, micro_batch=8,
-                           data=config(shards, shuffle="shards"))) for start in (0, 50)]
+        assert sorted(int(index) for step in steps for index in step[0]["index"]) == list(
+            range(400)
+        )
+    epochs = [
+        keys_of(
+            load(
+                shards,
+                start=start,
+                total=start + 50,
+                batch=8,
+                micro_batch=8,
+                data=config(shards, shuffle="shards"),
+            )
+        )
+        for start in (0, 50)
+    ]
     assert epochs[0] != epochs[1]
 
 

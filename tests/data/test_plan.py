@@ -25,11 +25,15 @@ def test_every_sample_in_every_epoch_and_all_batches_full(sizes, batch, epoch):
     buckets = buckets_of(sizes)
     batches = plan(buckets, epoch, batch=batch)
     drawn = np.concatenate([part.indices for part in batches])
-    assert len(batches) == buckets.batches(batch) and all(len(part.indices) == batch for part in batches)
+    assert len(batches) == buckets.batches(batch) and all(
+        len(part.indices) == batch for part in batches
+    )
     assert set(drawn.tolist()) == set(range(len(sizes)))
     assert len(drawn) - len(sizes) == buckets.repeats(batch)
     for part in batches:
-        assert set(buckets.height[part.indices]) == {part.height} and set(buckets.width[part.indices]) == {part.width}
+        assert set(buckets.height[part.indices]) == {part.height} and set(
+            buckets.width[part.indices]
+        ) == {part.width}
 
 
 @settings(max_examples=150, deadline=None)
@@ -58,17 +62,26 @@ def test_a_whole_epoch_repeats_less_than_one_batch_per_bucket():
 
 def test_a_batch_is_completed_from_the_next_epochs_order():
     buckets = buckets_of([(8, 8)] * 10)
-    first, second = (np.concatenate([part.indices for part in sorted_parts(buckets, epoch)]) for epoch in (0, 1))
+    first, second = (
+        np.concatenate([part.indices for part in sorted_parts(buckets, epoch)]) for epoch in (0, 1)
+    )
     assert sorted(first[:10]) == list(range(10)) and first[10:].tolist() == second[:2].tolist()
 
 
 def sorted_parts(buckets, epoch):
     """Batches in the order before the last shuffle: the one with repeats comes last."""
     parts = plan(buckets, epoch, batch=4)
-    following = set(np.concatenate([part.indices for part in plan(buckets, epoch, batch=12)])[:10].tolist())
+    following = set(
+        np.concatenate([part.indices for part in plan(buckets, epoch, batch=12)])[:10].tolist()
+    )
     assert following == set(range(10))
     whole = plan(buckets, epoch, batch=12)[0].indices
-    return sorted(parts, key=lambda part: [whole[i:i + 4].tolist() for i in (0, 4, 8)].index(part.indices.tolist()))
+    return sorted(
+        parts,
+        key=lambda part: [whole[i : i + 4].tolist() for i in (0, 4, 8)].index(
+            part.indices.tolist()
+        ),
+    )
 
 
 def test_order_depends_on_epoch_seed_and_data_alone():
@@ -82,8 +95,10 @@ def test_order_depends_on_epoch_seed_and_data_alone():
 def test_order_is_random():
     """The place of a sample is uniform over epochs (mean 49.5, deviation of the mean 28.9/√400 = 1.4)."""
     buckets = buckets_of([(8, 8)] * 100)
-    places = [np.concatenate([part.indices for part in plan(buckets, epoch, batch=10)]).tolist().index(17)
-              for epoch in range(400)]
+    places = [
+        np.concatenate([part.indices for part in plan(buckets, epoch, batch=10)]).tolist().index(17)
+        for epoch in range(400)
+    ]
     assert abs(np.mean(places) - 49.5) < 5 and len(set(places)) > 90
 
 
@@ -102,7 +117,11 @@ def test_the_shape_is_kept_when_the_area_is_capped():
     buckets = buckets_of([(375, 500)] * 100, max_pixels=10000)
     assert buckets.sizes == [(86, 115)]
     assert buckets_of([(1, 100000)] * 2, max_pixels=500).sizes == [(1, 500)]
-    assert all(buckets_of([(n, n)], max_pixels=m * m).sizes == [(m, m)] for m in range(1, 40) for n in (m, 249, 333))
+    assert all(
+        buckets_of([(n, n)], max_pixels=m * m).sizes == [(m, m)]
+        for m in range(1, 40)
+        for n in (m, 249, 333)
+    )
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 24), (2, 4), (4, 3), (3, 8)])
@@ -115,7 +134,9 @@ def test_every_world_sees_the_same_samples(world_size, micro_batch):
 
 def test_a_batch_that_does_not_divide_is_refused():
     check_batch(24, 2, 4)
-    with pytest.raises(InputError, match=r"train\.batch = 20: must be a multiple of 2 processes × 8 .* 16 or 32"):
+    with pytest.raises(
+        InputError, match=r"train\.batch = 20: must be a multiple of 2 processes × 8 .* 16 or 32"
+    ):
         check_batch(20, 2, 8)
     with pytest.raises(InputError, match=r"such as 16$"):
         check_batch(3, 2, 8)

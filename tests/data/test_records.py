@@ -18,10 +18,17 @@ def saved(image, kind="PNG", **options):
 
 def png_of_size(width, height):
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(("size", "mode"), [((1, 1), "L"), ((3, 5), "RGB"), ((7, 2), "L")])
@@ -38,13 +45,26 @@ def test_orientation_is_applied_everywhere(orientation):
     """The eight orientations of EXIF, each the inverse of what a camera did to an upright picture."""
     upright = np.zeros((4, 6), np.uint8)
     upright[0, 0], upright[0, 5], upright[3, 0] = 250, 150, 50
-    undo = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: np.transpose,
-            6: np.rot90, 7: lambda a: np.rot90(a, 2).T, 8: lambda a: np.rot90(a, 3)}
+    undo = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: np.transpose,
+        6: np.rot90,
+        7: lambda a: np.rot90(a, 2).T,
+        8: lambda a: np.rot90(a, 3),
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     for kind in ("PNG", "WEBP"):
         options = {"lossless": True} if kind == "WEBP" else {}
-        data = saved(Image.fromarray(np.ascontiguousarray(undo[orientation](upright))), kind, exif=exif, **options)
+        data = saved(
+            Image.fromarray(np.ascontiguousarray(undo[orientation](upright))),
+            kind,
+            exif=exif,
+            **options,
+        )
         facts = inspect(data)
         assert (facts.height, facts.width) == (4, 6)
         assert np.array_equal(decode(data, 1)[:, :, 0], upright)
@@ -65,8 +85,15 @@ def test_transparency_is_laid_over_white():
     assert decode(saved(palette, transparency=0)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
-@pytest.mark.parametrize(("mode", "color", "expected"), [
-    ("1", 1, [[[255]]]), ("LA", (7, 255), [[[7]]]), ("I;16", 0xABCD, [[[0xAB]]]), ("RGB", (1, 2, 3), [[[1, 2, 3]]])])
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("1", 1, [[[255]]]),
+        ("LA", (7, 255), [[[7]]]),
+        ("I;16", 0xABCD, [[[0xAB]]]),
+        ("RGB", (1, 2, 3), [[[1, 2, 3]]]),
+    ],
+)
 def test_modes(mode, color, expected):
     assert decode(saved(Image.new(mode, (1, 1), color))).tolist() == expected
 
@@ -91,8 +118,14 @@ def test_formats_that_are_not_stored_are_told_apart():
 def damaged():
     good = encode_png(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8))
     photo = saved(Image.effect_noise((64, 64), 90), "JPEG")
-    return {"text": b"hello, I am no picture", "empty": b"", "cut PNG": good[:-200], "cut JPEG": photo[:-500],
-            "no pixels": png_of_size(0, 0), "no height": png_of_size(3, 0)}
+    return {
+        "text": b"hello, I am no picture",
+        "empty": b"",
+        "cut PNG": good[:-200],
+        "cut JPEG": photo[:-500],
+        "no pixels": png_of_size(0, 0),
+        "no height": png_of_size(3, 0),
+    }
 
 
 @pytest.mark.parametrize("data", damaged().values(), ids=damaged().keys())
@@ -112,9 +145,13 @@ def test_a_view_cuts_the_middle_and_keeps_the_shape():
     ramp = encode_png(np.tile(np.arange(0, 200, 2, dtype=np.uint8), (40, 1)))  # 40 x 100
     middle = decode_view(ramp, 1, View(20, 20))[:, :, 0].astype(float)
     assert middle.shape == (20, 20)
-    assert np.allclose(middle[:, 2:-2], 61 + 4 * np.arange(2, 18), atol=1)  # columns 30 to 70, two by two
+    assert np.allclose(
+        middle[:, 2:-2], 61 + 4 * np.arange(2, 18), atol=1
+    )  # columns 30 to 70, two by two
     assert np.array_equal(decode_view(ramp, 1, View(40, 100)), decode(ramp, 1))
-    assert np.array_equal(decode_view(ramp, 1, View(40, 100, mirrored=True)), decode(ramp, 1)[:, ::-1])
+    assert np.array_equal(
+        decode_view(ramp, 1, View(40, 100, mirrored=True)), decode(ramp, 1)[:, ::-1]
+    )
     assert decode_view(ramp, 3, View(1, 1)).shape == (1, 1, 3)
 
 
@@ -130,13 +167,15 @@ def test_a_view_at_native_size_is_cut_out_as_it_is(place):
     pixels = np.random.default_rng(0).integers(0, 256, (31, 20), dtype=np.uint8)
     top, left = round(place[0] * (31 - 7)), round(place[1] * (20 - 9))
     cut = decode_view(encode_png(pixels), 1, View(7, 9, 1.0, place))
-    assert np.array_equal(cut[:, :, 0], pixels[top:top + 7, left:left + 9])
+    assert np.array_equal(cut[:, :, 0], pixels[top : top + 7, left : left + 9])
 
 
 def photo(height, width):
     """A smooth picture that is unlike its mirror images."""
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
-    return Image.fromarray(np.stack([255 * y, 255 * x, 127 * (1 + np.sin(9 * x * y))], -1).astype(np.uint8))
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    return Image.fromarray(
+        np.stack([255 * y, 255 * x, 127 * (1 + np.sin(9 * x * y))], -1).astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 3])

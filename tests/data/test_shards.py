@@ -21,7 +21,10 @@ def test_reads_are_the_original_bytes(mixed):
     for index in (0, 19, 20, 137):
         assert split.read(index) == records[index].image
         assert split.key(index) == records[index].key
-        assert (split.height[index], split.width[index]) == (records[index].height, records[index].width)
+        assert (split.height[index], split.width[index]) == (
+            records[index].height,
+            records[index].width,
+        )
         assert split.label[index] == records[index].label
     assert split.in_shard(6).tolist() == list(range(120, 138))
 
@@ -34,31 +37,51 @@ def test_any_webdataset_reader_streams_the_tars(mixed):
     for sample, record in zip(samples, expected, strict=True):
         assert sample["png"] == record.image and sample["cls"] == b"%d" % record.label
         facts = json.loads(sample["json"])
-        assert facts == {"height": record.height, "width": record.width, "mode": "L", "number": record.meta["number"]}
+        assert facts == {
+            "height": record.height,
+            "width": record.width,
+            "mode": "L",
+            "number": record.meta["number"],
+        }
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         write_shard_files(tmp_path / name, "train/shard-000000.tar", make_records(MIXED[:9]), [])
     for file in ("shard-000000.tar", "shard-000000.parquet"):
-        assert (tmp_path / "a/train" / file).read_bytes() == (tmp_path / "b/train" / file).read_bytes()
+        assert (tmp_path / "a/train" / file).read_bytes() == (
+            tmp_path / "b/train" / file
+        ).read_bytes()
     with tarfile.open(tmp_path / "a/train/shard-000000.tar") as tar:
-        assert {(m.mtime, m.uname, m.gname, m.uid, bool(m.pax_headers)) for m in tar} == {(0, "", "", 0, False)}
+        assert {(m.mtime, m.uname, m.gname, m.uid, bool(m.pax_headers)) for m in tar} == {
+            (0, "", "", 0, False)
+        }
 
 
 def test_samples_without_class_have_no_cls(tmp_path):
     shards = write_set(tmp_path, {"train": [(4, 4)] * 3}, classes=0)
     assert shards.num_classes == 0 and shards.split("train").label.tolist() == [-1] * 3
-    assert all("cls" not in sample for sample in webdataset.WebDataset(str(tmp_path / "train/shard-000000.tar"),
-                                                                       shardshuffle=False))
+    assert all(
+        "cls" not in sample
+        for sample in webdataset.WebDataset(
+            str(tmp_path / "train/shard-000000.tar"), shardshuffle=False
+        )
+    )
 
 
 def test_jpeg_and_webp_are_kept_as_they_are(tmp_path):
-    records = [Record(f"k{ext}", make_image(1, 9, 7, "RGB", ext), ext, 9, 7, "RGB") for ext in ("jpg", "webp")]
+    records = [
+        Record(f"k{ext}", make_image(1, 9, 7, "RGB", ext), ext, 9, 7, "RGB")
+        for ext in ("jpg", "webp")
+    ]
     write_shard_files(tmp_path, "train/shard-000000.tar", records, [])
     (tmp_path / "train/shard-000000.tar").rename(tmp_path / "x.tar")
-    found = {ext: sample[ext] for sample in webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)
-             for ext in ("jpg", "webp") if ext in sample}
+    found = {
+        ext: sample[ext]
+        for sample in webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)
+        for ext in ("jpg", "webp")
+        if ext in sample
+    }
     assert found == {record.ext: record.image for record in records}
 
 
@@ -120,7 +143,10 @@ BREAKAGES = {
     "edited": (lambda d: edit(d / MANIFEST, class_names=["cat"]), "edited"),
     "missing shard": (lambda d: (d / "train/shard-000001.tar").unlink(), "missing"),
     "missing index": (lambda d: (d / "train/shard-000001.parquet").unlink(), "missing"),
-    "short shard": (lambda d: (d / "train/shard-000001.tar").write_bytes(b"x"), "1 bytes instead of"),
+    "short shard": (
+        lambda d: (d / "train/shard-000001.tar").write_bytes(b"x"),
+        "1 bytes instead of",
+    ),
 }
 
 

@@ -11,9 +11,20 @@ def test_figures_of_a_split(mixed):
     stats = split_stats(mixed, DataConfig(shards=mixed.folder), "train", batch=12)
     assert stats["samples"] == 138 and stats["shards"] == 7
     assert stats["height"] == {"min": 1, "median": 8, "max": 30}
-    assert stats["ratio"] == {"min": pytest.approx(2 / 3), "median": 1, "max": pytest.approx(40 / 9)}
-    assert stats["classes"]["count"] == 3 and stats["classes"]["samples"] == {"min": 46, "median": 46, "max": 46}
-    assert [(row["height"], row["width"], row["samples"]) for row in stats["buckets"][:2]] == [(8, 8, 70), (8, 12, 65)]
+    assert stats["ratio"] == {
+        "min": pytest.approx(2 / 3),
+        "median": 1,
+        "max": pytest.approx(40 / 9),
+    }
+    assert stats["classes"]["count"] == 3 and stats["classes"]["samples"] == {
+        "min": 46,
+        "median": 46,
+        "max": 46,
+    }
+    assert [(row["height"], row["width"], row["samples"]) for row in stats["buckets"][:2]] == [
+        (8, 8, 70),
+        (8, 12, 65),
+    ]
     assert stats["steps"] == 6 + 6 + 3 and stats["repeats"] == 15 * 12 - 138
     assert sum(row["repeats"] for row in stats["buckets"]) == stats["repeats"]
     assert stats["lost"] == 0

@@ -44,7 +44,9 @@ def test_a_flipped_bit_in_an_image_names_the_sample(mixed):
 
 def test_a_flipped_bit_in_a_header(mixed):
     flip(mixed.folder / SHARD, place_of(mixed, 25) - 500)
-    assert [str(damage) for damage in verify(mixed.folder)] == [f"{SHARD}: changed: its hash is not the manifest's"]
+    assert [str(damage) for damage in verify(mixed.folder)] == [
+        f"{SHARD}: changed: its hash is not the manifest's"
+    ]
 
 
 @pytest.mark.parametrize("between", [True, False])
@@ -60,8 +62,10 @@ def test_missing_and_extra_files(mixed):
     (mixed.folder / SHARD).rename(mixed.folder / "train/shard-000099.tar")
     (mixed.folder / "test/shard-000000.parquet").unlink()
     assert {(damage.file, damage.what) for damage in verify(mixed.folder)} == {
-        (SHARD, "missing"), ("train/shard-000099.tar", "not in the manifest"),
-        ("test/shard-000000.parquet", "missing")}
+        (SHARD, "missing"),
+        ("train/shard-000099.tar", "not in the manifest"),
+        ("test/shard-000000.parquet", "missing"),
+    }
 
 
 def test_a_changed_index(mixed):
@@ -85,8 +89,16 @@ def test_a_manifest_that_was_edited_and_sealed_again(mixed):
     def one_sample_less(manifest):
         split = manifest.splits["train"]
         shards = [split.shards[0].model_copy(update={"samples": 19}), *split.shards[1:]]
-        return manifest.model_copy(update={"splits": {
-            **manifest.splits, "train": SplitEntry(samples=split.samples - 1, bytes=split.bytes, shards=shards)}})
+        return manifest.model_copy(
+            update={
+                "splits": {
+                    **manifest.splits,
+                    "train": SplitEntry(
+                        samples=split.samples - 1, bytes=split.bytes, shards=shards
+                    ),
+                }
+            }
+        )
 
     reseal(mixed.folder, one_sample_less)
     assert [damage.file for damage in verify(mixed.folder)] == [MANIFEST]
@@ -99,8 +111,14 @@ def test_a_key_in_two_shards(mixed):
     def put(manifest):
         split = manifest.splits["train"]
         shards = [split.shards[0], entry, *split.shards[2:]]
-        return manifest.model_copy(update={"splits": {**manifest.splits, "train": SplitEntry(
-            samples=split.samples, bytes=split.bytes, shards=shards)}})
+        return manifest.model_copy(
+            update={
+                "splits": {
+                    **manifest.splits,
+                    "train": SplitEntry(samples=split.samples, bytes=split.bytes, shards=shards),
+                }
+            }
+        )
 
     reseal(mixed.folder, put)
     damages = verify(mixed.folder)

@@ -30,8 +30,15 @@ def make(dataset, out, source=None, **options):
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Whose processes start in an instant: all that they need is imported already."""
-PROCESSES.set_forkserver_preload(["data_prep.prepare", "data_prep.mnist", "data_prep.folder", "webdataset.writer",
-                                  "tests.data_prep.conftest"])
+PROCESSES.set_forkserver_preload(
+    [
+        "data_prep.prepare",
+        "data_prep.mnist",
+        "data_prep.folder",
+        "webdataset.writer",
+        "tests.data_prep.conftest",
+    ]
+)
 
 
 def prepare_as_nobody(config, said):
@@ -46,11 +53,19 @@ def prepare_as_nobody(config, said):
 
 def files_of(folder):
     """Every file of a folder, with its bytes."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def idx(array):
-    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    return (
+        bytes((0, 0, 8, array.ndim))
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
 
 
 def write_mnist(folder, train=50, test=20, packed=False, height=28, width=28):
@@ -61,9 +76,14 @@ def write_mnist(folder, train=50, test=20, packed=False, height=28, width=28):
     for prefix, count in (("train", train), ("t10k", test)):
         images = generator.integers(0, 256, (count, height, width), dtype=np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
-        for name, array in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", labels)):
+        for name, array in (
+            (f"{prefix}-images-idx3-ubyte", images),
+            (f"{prefix}-labels-idx1-ubyte", labels),
+        ):
             content = idx(array)
-            (folder / f"{name}.gz" if packed else folder / name).write_bytes(gzip.compress(content) if packed else content)
+            (folder / f"{name}.gz" if packed else folder / name).write_bytes(
+                gzip.compress(content) if packed else content
+            )
         arrays[prefix] = images, labels
     return arrays
 

@@ -18,14 +18,24 @@ from r2id.errors import InputError, WorkError
 from tests.data_prep.conftest import make
 
 ATTRIBUTES = ["5_o_Clock_Shadow", "Eyeglasses", "Male", "Young"]
-POINTS = [f"{part}_{axis}" for part in ("lefteye", "righteye", "nose", "leftmouth", "rightmouth") for axis in "xy"]
+POINTS = [
+    f"{part}_{axis}"
+    for part in ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
+    for axis in "xy"
+]
 COUNT = 40
 
 
 def values(number):
     """Attributes ±1, identity, landmarks, box, partition of an image."""
     attributes = [1 if (number >> bit) & 1 else -1 for bit in range(4)]
-    return attributes, 1 + number % 7, [number + i for i in range(10)], [number, 2, 30, 40], (0, 0, 0, 1, 2)[number % 5]
+    return (
+        attributes,
+        1 + number % 7,
+        [number + i for i in range(10)],
+        [number, 2, 30, 40],
+        (0, 0, 0, 1, 2)[number % 5],
+    )
 
 
 def write_images(folder, suffix=".jpg"):
@@ -43,14 +53,20 @@ def write_original(root, images="img_align_celeba", anno="Anno", evaluation="Eva
 
     def table(name, header, column):
         lines = [f"{row[0]}  {' '.join(f'{value:>3}' for value in row[column])}" for row in rows]
-        (root / anno / name).write_text("\n".join([f"{COUNT}", " ".join(header) + " ", *lines]) + "\n")
+        (root / anno / name).write_text(
+            "\n".join([f"{COUNT}", " ".join(header) + " ", *lines]) + "\n"
+        )
 
     table("list_attr_celeba.txt", ATTRIBUTES, 1)
     table("list_landmarks_align_celeba.txt", POINTS, 3)
     table("list_landmarks_celeba.txt", POINTS, 3)
     table("list_bbox_celeba.txt", ["image_id", "x_1", "y_1", "width", "height"], 4)
-    (root / anno / "identity_CelebA.txt").write_text("".join(f"{row[0]} {row[2]}\n" for row in rows))
-    (root / evaluation / "list_eval_partition.txt").write_text("".join(f"{row[0]} {row[5]}\n" for row in rows))
+    (root / anno / "identity_CelebA.txt").write_text(
+        "".join(f"{row[0]} {row[2]}\n" for row in rows)
+    )
+    (root / evaluation / "list_eval_partition.txt").write_text(
+        "".join(f"{row[0]} {row[5]}\n" for row in rows)
+    )
 
 
 def write_kaggle(root):
@@ -71,8 +87,13 @@ def facts_of(shards):
     """source → what the JSON member says, and the split."""
     found = {}
     for name in shards.manifest.splits:
-        samples = webdataset.WebDataset([str(path) for path in shards.split(name).files], shardshuffle=False)
-        found |= {json.loads(sample["json"])["source"]: (name, json.loads(sample["json"]), sample) for sample in samples}
+        samples = webdataset.WebDataset(
+            [str(path) for path in shards.split(name).files], shardshuffle=False
+        )
+        found |= {
+            json.loads(sample["json"])["source"]: (name, json.loads(sample["json"]), sample)
+            for sample in samples
+        }
     return found
 
 
@@ -92,9 +113,15 @@ def test_everything_is_kept_of_the_original_files(original, tmp_path):
         split, found, sample = facts[f"{number + 1:06d}.jpg"]
         attributes, identity, landmarks, _, part = values(number)
         assert split == ("train", "val", "test")[part] and "cls" not in sample
-        assert found["attributes"] == attributes and found["identity"] == identity and found["landmarks"] == landmarks
+        assert (
+            found["attributes"] == attributes
+            and found["identity"] == identity
+            and found["landmarks"] == landmarks
+        )
         assert "box" not in found
-        assert sample["jpg"] == (original / f"Img/img_align_celeba/{number + 1:06d}.jpg").read_bytes()
+        assert (
+            sample["jpg"] == (original / f"Img/img_align_celeba/{number + 1:06d}.jpg").read_bytes()
+        )
 
 
 def test_attributes_come_with_the_batches(original, tmp_path):
@@ -107,9 +134,13 @@ def test_attributes_come_with_the_batches(original, tmp_path):
 
 def test_kaggles_copy_gives_the_same(original, tmp_path):
     write_kaggle(tmp_path / "kaggle")
-    one, two = make("celeba", tmp_path / "one", original), make("celeba", tmp_path / "two", tmp_path / "kaggle")
+    one, two = (
+        make("celeba", tmp_path / "one", original),
+        make("celeba", tmp_path / "two", tmp_path / "kaggle"),
+    )
     assert {name: split.samples for name, split in one.manifest.splits.items()} == {
-        name: split.samples for name, split in two.manifest.splits.items()}
+        name: split.samples for name, split in two.manifest.splits.items()
+    }
     first, second = facts_of(one), facts_of(two)
     for name, (split, found, sample) in first.items():
         assert second[name][0] == split and second[name][2]["jpg"] == sample["jpg"]
@@ -128,7 +159,9 @@ def test_images_in_a_zip_and_files_beside_them(tmp_path):
     make("celeba", tmp_path / "two", tmp_path / "celeba")
     shutil.rmtree(tmp_path / "celeba")
     one, two = (facts_of(ShardSet.open(tmp_path / name)) for name in ("one", "two"))
-    assert sorted(sample["jpg"] for *_, sample in one.values()) == sorted(sample["jpg"] for *_, sample in two.values())
+    assert sorted(sample["jpg"] for *_, sample in one.values()) == sorted(
+        sample["jpg"] for *_, sample in two.values()
+    )
     assert {name.split("/")[-1] for name in two} == set(one) and len(one) == COUNT
 
 
@@ -140,9 +173,13 @@ def test_images_in_the_wild_have_boxes(tmp_path):
         make("celeba", tmp_path / "other", tmp_path / "celeba")
 
 
-@pytest.mark.parametrize(("label", "names", "of"), [
-    ("Male", ["not Male", "Male"], lambda number: int(values(number)[0][2] > 0)),
-    ("identity", [str(number) for number in range(1, 8)], lambda number: number % 7)])
+@pytest.mark.parametrize(
+    ("label", "names", "of"),
+    [
+        ("Male", ["not Male", "Male"], lambda number: int(values(number)[0][2] > 0)),
+        ("identity", [str(number) for number in range(1, 8)], lambda number: number % 7),
+    ],
+)
 def test_the_class_is_chosen(original, tmp_path, label, names, of):
     shards = make("celeba", tmp_path / "set", original, label=label)
     assert shards.class_names == names
@@ -154,27 +191,61 @@ def edit(name, change):
     def damage(root):
         path = next(root.rglob(name))
         path.write_text(change(path.read_text()))
+
     return damage
 
 
 DAMAGES = {
-    "attributes missing": (lambda root: next(root.rglob("list_attr*")).unlink(), "has no list_attr_celeba.txt or"),
-    "partition missing": (lambda root: next(root.rglob("list_eval*")).unlink(), "has no list_eval_partition.txt or"),
-    "count": (edit("list_attr*", lambda t: t.replace("40\n", "41\n", 1)), "line 1 says 41 rows, but there are 40"),
-    "no count": (edit("list_attr*", lambda t: t.split("\n", 1)[1]), "line 1: must be the number of rows"),
-    "short row": (edit("list_attr*", lambda t: t.replace("000002.jpg    1  -1", "000002.jpg  1", 1)),
-                  "line 4: 4 columns, not 5"),
-    "word": (edit("list_eval*", lambda t: t.replace("000003.jpg 0", "000003.jpg train")), "line 3: not all of 'train'"),
-    "value": (edit("list_attr*", lambda t: t.replace("000002.jpg    1", "000002.jpg    2")),
-              "line 4: 5_o_Clock_Shadow = 2: must be one of -1, 1"),
-    "part": (edit("list_eval*", lambda t: t.replace("000003.jpg 0", "000003.jpg 3")),
-             "line 3: partition = 3: must be one of 0, 1, 2"),
-    "twice": (edit("list_eval*", lambda t: t + "000003.jpg 0\n"), "line 41: '000003.jpg' for a second time"),
-    "half extracted": (lambda root: [path.unlink() for path in sorted(root.rglob("*.jpg"))[20:]],
-                       "20 of 40 images cannot be used.*there is no such image"),
-    "no annotation for many": (edit("list_eval*", lambda t: "\n".join(t.split("\n")[:20]) + "\n"), "not in list_eval"),
-    "other images": (lambda root: [path.rename(path.with_name("x" + path.name)) for path in sorted(root.rglob("*.jpg"))],
-                     "none of its 40 images is in"),
+    "attributes missing": (
+        lambda root: next(root.rglob("list_attr*")).unlink(),
+        "has no list_attr_celeba.txt or",
+    ),
+    "partition missing": (
+        lambda root: next(root.rglob("list_eval*")).unlink(),
+        "has no list_eval_partition.txt or",
+    ),
+    "count": (
+        edit("list_attr*", lambda t: t.replace("40\n", "41\n", 1)),
+        "line 1 says 41 rows, but there are 40",
+    ),
+    "no count": (
+        edit("list_attr*", lambda t: t.split("\n", 1)[1]),
+        "line 1: must be the number of rows",
+    ),
+    "short row": (
+        edit("list_attr*", lambda t: t.replace("000002.jpg    1  -1", "000002.jpg  1", 1)),
+        "line 4: 4 columns, not 5",
+    ),
+    "word": (
+        edit("list_eval*", lambda t: t.replace("000003.jpg 0", "000003.jpg train")),
+        "line 3: not all of 'train'",
+    ),
+    "value": (
+        edit("list_attr*", lambda t: t.replace("000002.jpg    1", "000002.jpg    2")),
+        "line 4: 5_o_Clock_Shadow = 2: must be one of -1, 1",
+    ),
+    "part": (
+        edit("list_eval*", lambda t: t.replace("000003.jpg 0", "000003.jpg 3")),
+        "line 3: partition = 3: must be one of 0, 1, 2",
+    ),
+    "twice": (
+        edit("list_eval*", lambda t: t + "000003.jpg 0\n"),
+        "line 41: '000003.jpg' for a second time",
+    ),
+    "half extracted": (
+        lambda root: [path.unlink() for path in sorted(root.rglob("*.jpg"))[20:]],
+        "20 of 40 images cannot be used.*there is no such image",
+    ),
+    "no annotation for many": (
+        edit("list_eval*", lambda t: "\n".join(t.split("\n")[:20]) + "\n"),
+        "not in list_eval",
+    ),
+    "other images": (
+        lambda root: [
+            path.rename(path.with_name("x" + path.name)) for path in sorted(root.rglob("*.jpg"))
+        ],
+        "none of its 40 images is in",
+    ),
 }
 
 
@@ -205,7 +276,9 @@ def test_files_that_change_after_the_plan(original, tmp_path, file):
 
 
 def test_a_misspelt_attribute(original, tmp_path):
-    with pytest.raises(InputError, match=r"did you mean 'Male'.*none, identity or one of 5_o_Clock"):
+    with pytest.raises(
+        InputError, match=r"did you mean 'Male'.*none, identity or one of 5_o_Clock"
+    ):
         make("celeba", tmp_path / "set", original, label="male")
     (original / "Anno/identity_CelebA.txt").unlink()
     with pytest.raises(InputError, match="has no identity_CelebA"):

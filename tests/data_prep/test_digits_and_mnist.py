@@ -20,10 +20,15 @@ def test_digits(tmp_path):
     assert shards.summary()["samples"] == {"train": 1438, "test": 359} and shards.num_classes == 10
     assert verify(shards.folder) == []
     pixels, labels = load_digits(return_X_y=True)
-    real = sorted((label, np.round(row * 255 / 16).astype(np.uint8).tobytes())
-                  for row, label in zip(pixels, labels, strict=True))
-    stored = [(int(split.label[i]), decode(split.read(i)).tobytes())
-              for split in map(shards.split, ("train", "test")) for i in range(len(split))]
+    real = sorted(
+        (label, np.round(row * 255 / 16).astype(np.uint8).tobytes())
+        for row, label in zip(pixels, labels, strict=True)
+    )
+    stored = [
+        (int(split.label[i]), decode(split.read(i)).tobytes())
+        for split in map(shards.split, ("train", "test"))
+        for i in range(len(split))
+    ]
     assert sorted(stored) == real
     shares = np.bincount(shards.split("test").label) / np.bincount(labels)
     assert np.abs(shares - 0.2).max() < 0.01
@@ -37,7 +42,9 @@ def test_digits_take_no_source(tmp_path):
 
 @pytest.mark.parametrize(("packed", "nested"), [(False, False), (True, True)])
 def test_mnist(tmp_path, packed, nested):
-    arrays = write_mnist(tmp_path / ("source/MNIST/raw" if nested else "source"), packed=packed, height=9, width=7)
+    arrays = write_mnist(
+        tmp_path / ("source/MNIST/raw" if nested else "source"), packed=packed, height=9, width=7
+    )
     shards = make("mnist", tmp_path / "set", tmp_path / "source")
     assert verify(shards.folder) == [] and shards.num_classes == 10
     for split, prefix in (("train", "train"), ("test", "t10k")):
@@ -52,7 +59,10 @@ def test_mnist(tmp_path, packed, nested):
 def test_packed_and_unpacked_files_are_the_same_dataset(tmp_path):
     write_mnist(tmp_path / "a")
     write_mnist(tmp_path / "b", packed=True)
-    assert make("mnist", tmp_path / "sa", tmp_path / "a").digest == make("mnist", tmp_path / "sb", tmp_path / "b").digest
+    assert (
+        make("mnist", tmp_path / "sa", tmp_path / "a").digest
+        == make("mnist", tmp_path / "sb", tmp_path / "b").digest
+    )
 
 
 def cut(path):
@@ -65,15 +75,24 @@ def pack(path, length):
 
 
 DAMAGES = {
-    "wrong magic": (lambda p: p.write_bytes(b"\x00\x00\x0d\x03" + p.read_bytes()[4:]), "00 00 0d 03, not 00 00 08 03"),
-    "labels for images": (lambda p: p.write_bytes(idx(np.zeros(50, np.uint8))), "00 00 08 01, not 00 00 08 03"),
+    "wrong magic": (
+        lambda p: p.write_bytes(b"\x00\x00\x0d\x03" + p.read_bytes()[4:]),
+        "00 00 0d 03, not 00 00 08 03",
+    ),
+    "labels for images": (
+        lambda p: p.write_bytes(idx(np.zeros(50, np.uint8))),
+        "00 00 08 01, not 00 00 08 03",
+    ),
     "empty": (lambda p: p.write_bytes(b""), "begins with nothing"),
     "text": (lambda p: p.write_text("<html>not found"), "not an IDX file"),
     "truncated": (cut, "truncated"),
     "truncated sizes": (lambda p: p.write_bytes(p.read_bytes()[:9]), "truncated"),
     "too long": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "truncated or damaged"),
     "truncated gzip": (lambda p: pack(p, 1000), "truncated or unreadable"),
-    "no images": (lambda p: p.write_bytes(idx(np.zeros((0, 28, 28), np.uint8))), "50 labels for the 0 images"),
+    "no images": (
+        lambda p: p.write_bytes(idx(np.zeros((0, 28, 28), np.uint8))),
+        "50 labels for the 0 images",
+    ),
     "no pixels": (lambda p: p.write_bytes(idx(np.zeros((50, 0, 28), np.uint8))), "holds no pixels"),
     "missing": (lambda p: p.unlink(), "has no train-images-idx3-ubyte"),
 }
@@ -94,8 +113,12 @@ def test_its_relatives_are_found_where_they_are_kept(tmp_path, layout):
     write_mnist(tmp_path / "files")
     (tmp_path / "source" / layout).parent.mkdir(parents=True, exist_ok=True)
     shutil.move(tmp_path / "files", tmp_path / "source" / layout) if layout != "." else (
-        tmp_path / "files").rename(tmp_path / "source")
-    assert make("mnist", tmp_path / "set", tmp_path / "source").summary()["samples"] == {"train": 50, "test": 20}
+        tmp_path / "files"
+    ).rename(tmp_path / "source")
+    assert make("mnist", tmp_path / "set", tmp_path / "source").summary()["samples"] == {
+        "train": 50,
+        "test": 20,
+    }
 
 
 def test_names_with_dots_and_of_emnist(tmp_path):
@@ -111,7 +134,10 @@ def test_names_with_dots_and_of_emnist(tmp_path):
     write_mnist(tmp_path / "emnist/KMNIST/raw")
     with pytest.raises(InputError, match=r"holds several datasets \(emnist, KMNIST\)"):
         make("mnist", tmp_path / "three", tmp_path / "emnist")
-    shutil.copy(tmp_path / "dots/train-labels.idx1-ubyte", tmp_path / "emnist/raw/emnist-digits-train-labels-idx1-ubyte")
+    shutil.copy(
+        tmp_path / "dots/train-labels.idx1-ubyte",
+        tmp_path / "emnist/raw/emnist-digits-train-labels-idx1-ubyte",
+    )
     with pytest.raises(InputError, match="holds several datasets"):
         make("mnist", tmp_path / "three", tmp_path / "emnist/raw")
 
@@ -139,12 +165,17 @@ def test_without_source_the_files_are_downloaded_and_checked(tmp_path, monkeypat
     write_mnist(tmp_path / "good", packed=True)
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
     (tmp_path / "bad/t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"tampered with"))
-    sums = {path.stem: hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
-            for path in (tmp_path / "good").iterdir()}
+    sums = {
+        path.stem: hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+        for path in (tmp_path / "good").iterdir()
+    }
     monkeypatch.setattr(mnist, "_CHECKSUMS", sums)
     mirrors = [f"{(tmp_path / name).as_uri()}/" for name in ("away", "bad", "good")]
     monkeypatch.setattr(mnist, "_MIRRORS", mirrors[:2])
-    with pytest.raises(WorkError, match=r"t10k-labels-idx1-ubyte\.gz: cannot be downloaded .*wrong checksum.*as source"):
+    with pytest.raises(
+        WorkError,
+        match=r"t10k-labels-idx1-ubyte\.gz: cannot be downloaded .*wrong checksum.*as source",
+    ):
         make("mnist", tmp_path / "set")
     monkeypatch.setattr(mnist, "_MIRRORS", mirrors)
     shards = make("mnist", tmp_path / "set")

@@ -19,7 +19,11 @@ def facts_of(split):
 
 
 def test_classes_come_from_folders(tmp_path):
-    names = [f"{label}/{'deeper/' if number % 2 else ''}{number}.png" for label in ("dog", "cat") for number in range(20)]
+    names = [
+        f"{label}/{'deeper/' if number % 2 else ''}{number}.png"
+        for label in ("dog", "cat")
+        for number in range(20)
+    ]
     write_images(tmp_path / "in", names)
     shards = make("folder", tmp_path / "set", tmp_path / "in")
     assert shards.class_names == ["cat", "dog"] and verify(shards.folder) == []
@@ -35,11 +39,19 @@ def test_classes_come_from_folders(tmp_path):
 
 
 def test_splits_come_from_folders(tmp_path):
-    names = [f"{split}/{label}/{number}.jpg" for split in ("train", "validation", "Test") for label in "ab"
-             for number in (1, 2)]
+    names = [
+        f"{split}/{label}/{number}.jpg"
+        for split in ("train", "validation", "Test")
+        for label in "ab"
+        for number in (1, 2)
+    ]
     write_images(tmp_path / "in", names)
     shards = make("folder", tmp_path / "set", tmp_path / "in")
-    assert shards.summary()["samples"] == {"train": 4, "val": 4, "test": 4} and shards.class_names == ["a", "b"]
+    assert shards.summary()["samples"] == {
+        "train": 4,
+        "val": 4,
+        "test": 4,
+    } and shards.class_names == ["a", "b"]
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -72,10 +84,26 @@ def test_odd_names_sizes_and_formats(tmp_path):
     for name in shards.manifest.splits:
         split = shards.split(name)
         samples = webdataset.WebDataset([str(path) for path in split.files], shardshuffle=False)
-        exts |= {json.loads(s["json"])["source"]: ext for s in samples for ext in ("jpg", "png", "webp") if ext in s}
-    assert exts == {"img.v2.png": "png", "img.v3.png": "png", "über ß.jpg": "jpg", "new\nline.webp": "webp",
-                    "a" * 200 + ".png": "png", "one.png": "png", "long.png": "png", "x.bmp": "png", "y.gif": "png",
-                    "z.tiff": "png", "upper.JPEG": "jpg", "really a png.jpg": "png"}
+        exts |= {
+            json.loads(s["json"])["source"]: ext
+            for s in samples
+            for ext in ("jpg", "png", "webp")
+            if ext in s
+        }
+    assert exts == {
+        "img.v2.png": "png",
+        "img.v3.png": "png",
+        "über ß.jpg": "jpg",
+        "new\nline.webp": "webp",
+        "a" * 200 + ".png": "png",
+        "one.png": "png",
+        "long.png": "png",
+        "x.bmp": "png",
+        "y.gif": "png",
+        "z.tiff": "png",
+        "upper.JPEG": "jpg",
+        "really a png.jpg": "png",
+    }
 
 
 def test_size_after_orientation_is_recorded_and_bytes_are_kept(tmp_path):
@@ -107,7 +135,9 @@ def test_too_many_rejects_stop_the_work(tmp_path):
     write_images(tmp_path / "in", [f"{number}.png" for number in range(20)])
     for number in range(11):
         (tmp_path / f"in/text{number}.jpg").write_text("no picture")
-    with pytest.raises(WorkError, match=r"11 of 31 images cannot be used.*text\d+\.jpg: not an image"):
+    with pytest.raises(
+        WorkError, match=r"11 of 31 images cannot be used.*text\d+\.jpg: not an image"
+    ):
         make("folder", tmp_path / "set", tmp_path / "in")
     assert not (tmp_path / "set/manifest.json").exists()
 
@@ -115,14 +145,21 @@ def test_too_many_rejects_stop_the_work(tmp_path):
 def test_nothing_but_rejects_is_a_wrong_source(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/text.jpg").write_text("no picture")
-    with pytest.raises(InputError, match=r"none of its 1 images can be used: text\.jpg: not an image"):
+    with pytest.raises(
+        InputError, match=r"none of its 1 images can be used: text\.jpg: not an image"
+    ):
         make("folder", tmp_path / "set", tmp_path / "in")
 
 
-@pytest.mark.parametrize(("names", "words"), [
-    ([], "holds no image files"), (["notes.txt"], "holds no image files"),
-    (["a/1.png", "2.png"], "some images are in class folders and some are not"),
-    (["train/a/1.png", "train/2.png"], "some images are in class folders and some are not")])
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "holds no image files"),
+        (["notes.txt"], "holds no image files"),
+        (["a/1.png", "2.png"], "some images are in class folders and some are not"),
+        (["train/a/1.png", "train/2.png"], "some images are in class folders and some are not"),
+    ],
+)
 def test_sources_that_make_no_dataset(tmp_path, names, words):
     (tmp_path / "in").mkdir()
     for name in names:
@@ -154,4 +191,7 @@ def test_real_photos(real_data, tmp_path):
         assert split.read(index) == (source / facts["source"]).read_bytes()
         with Image.open(source / facts["source"]) as image:
             turned = image.getexif().get(0x0112, 1) >= 5
-            assert (image.height, image.width)[::-1 if turned else 1] == (split.height[index], split.width[index])
+            assert (image.height, image.width)[:: -1 if turned else 1] == (
+                split.height[index],
+                split.width[index],
+            )

@@ -59,7 +59,9 @@ def test_the_steps_that_an_orchestrator_takes(source, tmp_path):
     with pytest.raises(WorkError, match="not written"):
         finish(plan)
     results = [write_shard(plan, number) for number in reversed(pending(plan))]
-    assert sum(result["samples"] for result in results) == 250 and not any(result["rejects"] for result in results)
+    assert sum(result["samples"] for result in results) == 250 and not any(
+        result["rejects"] for result in results
+    )
     finish(plan)
     assert pending(make_plan(config)) == []
     make("mnist", tmp_path / "other", source, **SMALL)
@@ -80,6 +82,7 @@ def test_what_was_damaged_or_lost_is_written_again(source, tmp_path):
 def prepare_until(config, moment, count):
     """Prepare, and end by SIGKILL at the so-manieth thing that the interpreter reports: a file opened, renamed, removed, …;
     ``count`` says how many there were."""
+
     def watch(event, _arguments):
         if event.split(".")[0] in ("open", "os", "pathlib", "tempfile", "shutil"):
             count.value += 1
@@ -98,7 +101,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
 
     def run(out, moment=None):
         count = PROCESSES.Value("q", 0)
-        process = PROCESSES.Process(target=prepare_until, args=(config.model_copy(update={"out": out}), moment, count))
+        process = PROCESSES.Process(
+            target=prepare_until, args=(config.model_copy(update={"out": out}), moment, count)
+        )
         process.start()
         process.join()
         return process.exitcode, count.value
@@ -118,9 +123,24 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
 def test_killed_while_several_processes_write(source, tmp_path):
     make("mnist", tmp_path / "whole", source, **SMALL)
     out = tmp_path / "set"
-    command = [sys.executable, "-m", "r2id.cli", "prepare", "mnist", "--source", str(source), "--out", str(out),
-               "--shard-mb", "0.1", "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "r2id.cli",
+        "prepare",
+        "mnist",
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+        "--shard-mb",
+        "0.1",
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     while process.poll() is None and len(list(out.rglob("*.tar"))) < 2:
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
@@ -183,16 +203,26 @@ def test_a_full_disk_is_said_and_a_rerun_goes_on(source, tmp_path):
     """A disk of 100 kB, mounted for the command alone; where that is not allowed, a limit on the size of files."""
     out = tmp_path / "disk" / "set"
     out.parent.mkdir()
-    prepare_it = f"{sys.executable} -m r2id.cli prepare mnist --source {source} --out {out} --shard-mb 0.1"
+    prepare_it = (
+        f"{sys.executable} -m r2id.cli prepare mnist --source {source} --out {out} --shard-mb 0.1"
+    )
     mounted = f"mount -t tmpfs -o size=100k none {out.parent} && {prepare_it}; echo $? > {tmp_path / 'code'}; ls -R {out}"
-    done = subprocess.run(["unshare", "-Urm", "bash", "-c", mounted], capture_output=True, text=True)
+    done = subprocess.run(
+        ["unshare", "-Urm", "bash", "-c", mounted], capture_output=True, text=True
+    )
     if (tmp_path / "code").exists():
         assert (tmp_path / "code").read_text() == "1\n" and ".tmp" not in done.stdout
         assert "cannot be written: No space left" in done.stderr.splitlines()[-1]
-    limited = subprocess.run(["bash", "-c", f"trap '' XFSZ; ulimit -f 40; exec {prepare_it}"], capture_output=True,
-                             text=True)
+    limited = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 40; exec {prepare_it}"],
+        capture_output=True,
+        text=True,
+    )
     assert limited.returncode == 1, limited.stderr
-    assert "cannot be written: File too large" in limited.stderr.splitlines()[-1] and "Traceback" not in limited.stderr
+    assert (
+        "cannot be written: File too large" in limited.stderr.splitlines()[-1]
+        and "Traceback" not in limited.stderr
+    )
     make("mnist", out, source, **SMALL)
     make("mnist", tmp_path / "whole", source, **SMALL)
     assert files_of(out) == files_of(tmp_path / "whole")
@@ -214,9 +244,14 @@ def test_blocks_stay_together_in_an_order_of_their_own():
     shards = plan_shards(items_of([10] * 1000, blocks), 0.1)
     order = np.concatenate([rows for _, rows in shards])
     seen = [blocks[row] for row in order]
-    changes = [block for position, block in enumerate(seen) if not position or seen[position - 1] != block]
+    changes = [
+        block for position, block in enumerate(seen) if not position or seen[position - 1] != block
+    ]
     assert sorted(changes) == list(range(100)) != changes
-    assert any(list(order[start:start + 10]) != sorted(order[start:start + 10]) for start in range(0, 1000, 10))
+    assert any(
+        list(order[start : start + 10]) != sorted(order[start : start + 10])
+        for start in range(0, 1000, 10)
+    )
     assert sorted(order) == list(range(1000))
 
 
@@ -227,8 +262,14 @@ def test_items_kept_in_columns(monkeypatch):
     assert table["key"].to_pylist()[19] == "train-00000019"
 
 
-@pytest.mark.parametrize(("dataset", "option"), [("mnist", {"labels": "x.csv"}), ("folder", {"label": "identity"}),
-                                                 ("imagenet", {"images": "wild"})])
+@pytest.mark.parametrize(
+    ("dataset", "option"),
+    [
+        ("mnist", {"labels": "x.csv"}),
+        ("folder", {"label": "identity"}),
+        ("imagenet", {"images": "wild"}),
+    ],
+)
 def test_an_option_that_the_dataset_does_not_take(tmp_path, dataset, option):
     with pytest.raises(InputError, match="takes no such option"):
         make(dataset, tmp_path / "set", tmp_path, **option)
@@ -248,4 +289,7 @@ def test_images_of_too_many_pixels_are_rejected(tmp_path):
     write_images(tmp_path / "in", ["large.png"], size=(200, 200))
     shards = make("folder", tmp_path / "set", tmp_path / "in", max_megapixels=0.01)
     assert shards.manifest.rejects == 1
-    assert "large.png,\"an image of 200x200 pixels, more than" in (tmp_path / "set/rejects.csv").read_text()
+    assert (
+        'large.png,"an image of 200x200 pixels, more than'
+        in (tmp_path / "set/rejects.csv").read_text()
+    )

@@ -21,7 +21,9 @@ FIRST, SECOND = "train/shard-000000.tar", "train/shard-000001.tar"
 
 @pytest.fixture
 def out(tmp_path):
-    write_images(tmp_path / "source", [f"{label}/{number}.png" for label in "ab" for number in range(60)])
+    write_images(
+        tmp_path / "source", [f"{label}/{number}.png" for label in "ab" for number in range(60)]
+    )
     (tmp_path / "source/a/text.png").write_text("no picture")
     make("folder", tmp_path / "set", tmp_path / "source", shard_mb=0.1)
     assert len(list((tmp_path / "set").rglob("*.tar"))) > 3
@@ -55,29 +57,58 @@ def duplicate(out):
     manifest = Manifest.model_validate(json.loads((out / "manifest.json").read_bytes()))
     shards = manifest.splits["train"].shards
     shards[1] = shards[0].model_copy(update={"file": SECOND})
-    split = manifest.splits["train"].model_copy(update={"samples": sum(entry.samples for entry in shards)})
+    split = manifest.splits["train"].model_copy(
+        update={"samples": sum(entry.samples for entry in shards)}
+    )
     manifest.model_copy(update={"splits": {**manifest.splits, "train": split}}).write(out)
 
 
 DAMAGES = {
-    "a bit of an image": (lambda out: flip(out / FIRST, member(out / FIRST, 2).offset_data + 40), [FIRST]),
-    "a bit of a header": (lambda out: flip(out / FIRST, member(out / FIRST, 4).offset + 3), [FIRST]),
-    "a bit of a label": (lambda out: flip(out / FIRST, member(out / FIRST, 0).offset_data), [FIRST]),
-    "cut in a member": (lambda out: truncate(out / FIRST, member(out / FIRST, 5).offset_data + 10), [FIRST]),
-    "cut between members": (lambda out: truncate(out / FIRST, member(out / FIRST, 6).offset), [FIRST]),
+    "a bit of an image": (
+        lambda out: flip(out / FIRST, member(out / FIRST, 2).offset_data + 40),
+        [FIRST],
+    ),
+    "a bit of a header": (
+        lambda out: flip(out / FIRST, member(out / FIRST, 4).offset + 3),
+        [FIRST],
+    ),
+    "a bit of a label": (
+        lambda out: flip(out / FIRST, member(out / FIRST, 0).offset_data),
+        [FIRST],
+    ),
+    "cut in a member": (
+        lambda out: truncate(out / FIRST, member(out / FIRST, 5).offset_data + 10),
+        [FIRST],
+    ),
+    "cut between members": (
+        lambda out: truncate(out / FIRST, member(out / FIRST, 6).offset),
+        [FIRST],
+    ),
     "emptied": (lambda out: truncate(out / FIRST, 0), [FIRST]),
     "a shard missing": (lambda out: (out / SECOND).unlink(), [SECOND]),
     "an index missing": (lambda out: (out / SECOND).with_suffix(".parquet").unlink(), [SECOND]),
     "an index damaged": (lambda out: flip((out / FIRST).with_suffix(".parquet"), 200), [FIRST]),
     "an index cut": (lambda out: truncate((out / FIRST).with_suffix(".parquet"), 100), [FIRST]),
-    "a shard too many": (lambda out: shutil.copy(out / FIRST, out / "train/shard-000099.tar"), ["train/shard-000099.tar"]),
+    "a shard too many": (
+        lambda out: shutil.copy(out / FIRST, out / "train/shard-000099.tar"),
+        ["train/shard-000099.tar"],
+    ),
     "an edited manifest": (edit_manifest, ["manifest.json"]),
     "a manifest cut short": (lambda out: truncate(out / "manifest.json", 300), ["manifest.json"]),
     "duplicate keys": (duplicate, None),
     "rejects missing": (lambda out: (out / "rejects.csv").unlink(), ["rejects.csv"]),
-    "rejects edited": (lambda out: (out / "rejects.csv").write_text("split,source,reason\n"), ["rejects.csv"]),
-    "a manifest and a shard": (lambda out: [edit_manifest(out), truncate(out / FIRST, 99)], [FIRST, "manifest.json"]),
-    "two shards": (lambda out: [truncate(out / FIRST, 99), (out / SECOND).unlink()], [FIRST, SECOND]),
+    "rejects edited": (
+        lambda out: (out / "rejects.csv").write_text("split,source,reason\n"),
+        ["rejects.csv"],
+    ),
+    "a manifest and a shard": (
+        lambda out: [edit_manifest(out), truncate(out / FIRST, 99)],
+        [FIRST, "manifest.json"],
+    ),
+    "two shards": (
+        lambda out: [truncate(out / FIRST, 99), (out / SECOND).unlink()],
+        [FIRST, SECOND],
+    ),
 }
 
 
@@ -92,8 +123,14 @@ def test_damage_is_found_and_repaired(out, damage, files):
     assert verify(out) == [] and files_of(out) == whole
     if files is not None:
         assert list(repaired) == files
-        untouched = {path: time for path, time in times.items() if path.relative_to(out).as_posix() not in files}
-        assert {path: path.stat().st_mtime_ns for path in untouched} == untouched, "only the damaged shards were rebuilt"
+        untouched = {
+            path: time
+            for path, time in times.items()
+            if path.relative_to(out).as_posix() not in files
+        }
+        assert {path: path.stat().st_mtime_ns for path in untouched} == untouched, (
+            "only the damaged shards were rebuilt"
+        )
 
 
 def test_the_source_may_have_moved(out, tmp_path):
@@ -136,14 +173,18 @@ def test_a_source_that_gives_other_bytes_is_not_taken(out, tmp_path):
             path.write_bytes(content)
     manifest = (out / "manifest.json").read_bytes()
     (out / FIRST).unlink()
-    with pytest.raises(WorkError, match=r"shard-000000\.tar: cannot be rebuilt: source .* no longer has the images"):
+    with pytest.raises(
+        WorkError, match=r"shard-000000\.tar: cannot be rebuilt: source .* no longer has the images"
+    ):
         repair(out, verify(out))
     assert (out / "manifest.json").read_bytes() == manifest and not (out / FIRST).exists()
 
 
 def test_labels_given_by_a_relative_path(tmp_path, monkeypatch):
     write_images(tmp_path / "source", [f"{number}.png" for number in range(6)])
-    (tmp_path / "labels.csv").write_text("file,class\n" + "".join(f"{number}.png,{number % 2}\n" for number in range(6)))
+    (tmp_path / "labels.csv").write_text(
+        "file,class\n" + "".join(f"{number}.png,{number % 2}\n" for number in range(6))
+    )
     monkeypatch.chdir(tmp_path)
     make("folder", tmp_path / "set", Path("source"), labels=Path("labels.csv"))
     whole = files_of(tmp_path / "set")
@@ -172,10 +213,16 @@ def test_the_command(out, tmp_path, capsys):
     with pytest.raises(typer.Exit) as caught:
         cli.verify(out)
     assert caught.value.exit_code == 1
-    assert capsys.readouterr().out.splitlines() == ["train/shard-000099.tar: not in the manifest", f"{FIRST}: missing"]
+    assert capsys.readouterr().out.splitlines() == [
+        "train/shard-000099.tar: not in the manifest",
+        f"{FIRST}: missing",
+    ]
     cli.verify(out, repair=True)
-    assert capsys.readouterr().out.splitlines() == [f"{FIRST}: rebuilt", "train/shard-000099.tar: removed",
-                                                    f"{out}: 120 images intact"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{FIRST}: rebuilt",
+        "train/shard-000099.tar: removed",
+        f"{out}: 120 images intact",
+    ]
     assert files_of(out) == whole
     with pytest.raises(InputError, match="goes with --repair"):
         cli.verify(out, source=tmp_path / "source")

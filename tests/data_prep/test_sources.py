@@ -27,8 +27,12 @@ def picture(number, kind="PNG"):
     return buffer.getvalue()
 
 
-NAMES = [f"pets/{split}/{label}/{number}.png"
-         for split in ("train", "test") for label in ("cat", "dog") for number in range(9)]
+NAMES = [
+    f"pets/{split}/{label}/{number}.png"
+    for split in ("train", "test")
+    for label in ("cat", "dog")
+    for number in range(9)
+]
 IMAGES = {name: picture(number) for number, name in enumerate(NAMES)}
 
 
@@ -70,7 +74,9 @@ def test_an_archive_is_like_its_folder(tmp_path, name, write):
     shards = make("folder", tmp_path / "set", tmp_path / name)
     assert verify(shards.folder) == [] and shards.class_names == ["cat", "dog"]
     assert shards.summary()["samples"] == {"test": 18, "train": 18}
-    stored = sorted(split.read(index) for split in map(shards.split, ("train", "test")) for index in range(18))
+    stored = sorted(
+        split.read(index) for split in map(shards.split, ("train", "test")) for index in range(18)
+    )
     assert stored == sorted(IMAGES.values())
     assert not (tmp_path / "set/source").exists(), "what was decompressed is removed"
     assert make("folder", tmp_path / "set", tmp_path / name).digest == shards.digest
@@ -90,27 +96,50 @@ def link(name, target, kind=tarfile.SYMTYPE):
 
 def test_dangerous_members_become_rows_and_are_written_nowhere(tmp_path):
     with tarfile.open(tmp_path / "pets.tar", "w") as archive:
-        for name in ("a/1.png", "a/2.png", "../../out.png", "/abs.png", "a/../../up.png", "a/1.png", "a/nul\0x.png"):
+        for name in (
+            "a/1.png",
+            "a/2.png",
+            "../../out.png",
+            "/abs.png",
+            "a/../../up.png",
+            "a/1.png",
+            "a/nul\0x.png",
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(picture(1))
             if "\0" in name:
                 info.name, info.pax_headers = "a/nul.png", {"path": name}
             archive.addfile(info, io.BytesIO(picture(1)))
-        for info in (link("a/soft.png", "/etc/passwd"), link("a/hard.png", "a/1.png", tarfile.LNKTYPE)):
+        for info in (
+            link("a/soft.png", "/etc/passwd"),
+            link("a/hard.png", "a/1.png", tarfile.LNKTYPE),
+        ):
             archive.addfile(info)
         fifo = tarfile.TarInfo("a/fifo.png")
         fifo.type = tarfile.FIFOTYPE
         archive.addfile(fifo)
     before = set(tmp_path.parent.iterdir())
     shards = make("folder", tmp_path / "set", tmp_path / "pets.tar")
-    assert set(tmp_path.parent.iterdir()) == before and {path.name for path in tmp_path.iterdir()} == {"pets.tar", "set"}
-    assert {path.suffix for path in (tmp_path / "set").rglob("*.*")} == {".tar", ".parquet", ".json", ".csv"}
+    assert set(tmp_path.parent.iterdir()) == before and {
+        path.name for path in tmp_path.iterdir()
+    } == {"pets.tar", "set"}
+    assert {path.suffix for path in (tmp_path / "set").rglob("*.*")} == {
+        ".tar",
+        ".parquet",
+        ".json",
+        ".csv",
+    }
     assert sum(shards.summary()["samples"].values()) == 2 and verify(shards.folder) == []
     assert rejected(tmp_path / "set") == {
-        "../../out.png": "its name leads out of the archive", "/abs.png": "its name leads out of the archive",
-        "a/../../up.png": "its name leads out of the archive", "a/1.png": "twice in the archive",
-        b"a/nul\0x.png".decode(): "its name holds a NUL", "a/soft.png": "a link", "a/hard.png": "a link",
-        "a/fifo.png": "no regular file"}
+        "../../out.png": "its name leads out of the archive",
+        "/abs.png": "its name leads out of the archive",
+        "a/../../up.png": "its name leads out of the archive",
+        "a/1.png": "twice in the archive",
+        b"a/nul\0x.png".decode(): "its name holds a NUL",
+        "a/soft.png": "a link",
+        "a/hard.png": "a link",
+        "a/fifo.png": "no regular file",
+    }
 
 
 def test_dangerous_members_of_a_zip(tmp_path):
@@ -123,21 +152,33 @@ def test_dangerous_members_of_a_zip(tmp_path):
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("a/1.png", picture(2))
     make("folder", tmp_path / "set", tmp_path / "pets.zip")
-    assert rejected(tmp_path / "set") == {"../out.png": "its name leads out of the archive", "a/soft.png": "a link",
-                                          "/abs.png": "its name leads out of the archive", "a/1.png": "twice in the archive"}
+    assert rejected(tmp_path / "set") == {
+        "../out.png": "its name leads out of the archive",
+        "a/soft.png": "a link",
+        "/abs.png": "its name leads out of the archive",
+        "a/1.png": "twice in the archive",
+    }
 
 
 def test_a_member_that_expands_beyond_what_is_stated(tmp_path):
     """A zip whose directory says 100 bytes of what expands to 50 MB, and one that says so."""
     bomb = bytes(50_000_000)
-    write_zip(tmp_path / "pets.zip", {"a/1.png": picture(1), "a/bomb.png": bomb, "a/2.png": picture(2)})
+    write_zip(
+        tmp_path / "pets.zip", {"a/1.png": picture(1), "a/bomb.png": bomb, "a/2.png": picture(2)}
+    )
     shards = make("folder", tmp_path / "one", tmp_path / "pets.zip", max_megapixels=1)
-    assert rejected(tmp_path / "one") == {"a/bomb.png": "50000000 bytes, more than an image of the pixels allowed can have "
-                                                        "(16000000)"}
+    assert rejected(tmp_path / "one") == {
+        "a/bomb.png": "50000000 bytes, more than an image of the pixels allowed can have (16000000)"
+    }
     data = (tmp_path / "pets.zip").read_bytes()
-    (tmp_path / "lies.zip").write_bytes(data.replace((50_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little")))
+    (tmp_path / "lies.zip").write_bytes(
+        data.replace((50_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    )
     shards = make("folder", tmp_path / "two", tmp_path / "lies.zip", max_megapixels=1)
-    assert list(rejected(tmp_path / "two")) == ["a/bomb.png"] and sum(shards.summary()["samples"].values()) == 2
+    assert (
+        list(rejected(tmp_path / "two")) == ["a/bomb.png"]
+        and sum(shards.summary()["samples"].values()) == 2
+    )
 
 
 def test_a_png_that_would_fill_the_memory(tmp_path):
@@ -147,11 +188,14 @@ def test_a_png_that_would_fill_the_memory(tmp_path):
     (tmp_path / "in/huge.png").write_bytes(huge.getvalue())
     assert len(huge.getvalue()) < 1_000_000
     make("folder", tmp_path / "set", tmp_path / "in")
-    assert "30000x30000 pixels, more than the 100000000 allowed" in rejected(tmp_path / "set")["huge.png"]
+    assert (
+        "30000x30000 pixels, more than the 100000000 allowed"
+        in rejected(tmp_path / "set")["huge.png"]
+    )
 
 
 def cut(data):
-    return data[:len(data) // 2 + 100]
+    return data[: len(data) // 2 + 100]
 
 
 def cut_between_members(path):
@@ -188,7 +232,9 @@ DAMAGED = {
 def test_damaged_archives_are_refused_before_anything_is_written(tmp_path, name, damage):
     next(write for known, write in ARCHIVES.values() if known == name)(tmp_path / name)
     damage(tmp_path / name)
-    with pytest.raises(InputError, match=r"truncated or damaged|a truncated or damaged one") as caught:
+    with pytest.raises(
+        InputError, match=r"truncated or damaged|a truncated or damaged one"
+    ) as caught:
         make("folder", tmp_path / "set", tmp_path / name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "set/plan.json").exists()
@@ -218,8 +264,12 @@ def test_an_archive_that_changes_after_the_plan(tmp_path, name):
 def test_an_older_archive_in_its_place(tmp_path):
     """Its time says nothing, and what it holds has the same lengths at the same places."""
     write_tar(tmp_path / "pets.tar", IMAGES)
-    plan = make_plan(PrepareConfig(dataset="folder", source=tmp_path / "pets.tar", out=tmp_path / "set"))
-    write_tar(tmp_path / "older.tar", {name.replace("cat", "cow"): data for name, data in IMAGES.items()})
+    plan = make_plan(
+        PrepareConfig(dataset="folder", source=tmp_path / "pets.tar", out=tmp_path / "set")
+    )
+    write_tar(
+        tmp_path / "older.tar", {name.replace("cat", "cow"): data for name, data in IMAGES.items()}
+    )
     os.utime(tmp_path / "older.tar", (0, 0))
     (tmp_path / "older.tar").replace(tmp_path / "pets.tar")
     with pytest.raises(WorkError, match=r"pets\.tar: changed since the preparation began \(pets/"):
@@ -242,7 +292,9 @@ def test_a_compressed_archive_that_changes_is_decompressed_again(tmp_path):
 def test_an_archive_that_expands_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.tars._EXPANSION_FREE", 1 << 20)
     write_tar(tmp_path / "bomb.tar.gz", {"a/1.png": bytes(50_000_000)}, "w:gz")
-    with pytest.raises(InputError, match=r"bomb\.tar\.gz: expands to more than \d+ bytes, 200 times its size"):
+    with pytest.raises(
+        InputError, match=r"bomb\.tar\.gz: expands to more than \d+ bytes, 200 times its size"
+    ):
         make("folder", tmp_path / "set", tmp_path / "bomb.tar.gz")
     assert not list((tmp_path / "set").rglob("*.*"))
 
@@ -252,7 +304,9 @@ def test_names_that_look_like_places(tmp_path):
     (tmp_path / "in/1:2:text.png").write_text("no picture")
     split = make("folder", tmp_path / "set", tmp_path / "in").split("train")
     with tarfile.open(split.files[0]) as archive:
-        facts = [archive.extractfile(member).read() for member in archive if member.name.endswith("json")]
+        facts = [
+            archive.extractfile(member).read() for member in archive if member.name.endswith("json")
+        ]
     assert {json.loads(fact)["source"] for fact in facts} == {"12:34:photo.png", "5:photo.png"}
     assert list(rejected(tmp_path / "set")) == ["1:2:text.png"]
 
@@ -292,7 +346,9 @@ def test_folders_and_files_without_permission(tmp_path):
     assert run("none") == f"{tmp_path / 'in/b/1.png'}: cannot be listed: Permission denied"
     (tmp_path / "in/b").chmod(0o755)
     (tmp_path / "in/a/1.png").chmod(0)
-    assert run("one") == "" and rejected(out / "one") == {"a/1.png": "cannot be read: Permission denied"}
+    assert run("one") == "" and rejected(out / "one") == {
+        "a/1.png": "cannot be read: Permission denied"
+    }
     (tmp_path / "in/b").chmod(0)
     assert run("two") == f"{tmp_path / 'in/b'}: cannot be listed: Permission denied"
     assert not (out / "two").exists()
@@ -305,12 +361,22 @@ def test_what_lies_beside_the_images(tmp_path, capfd):
     (tmp_path / "in/gone.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "in/pipe.png")
     make("folder", tmp_path / "set", tmp_path / "in")
-    assert rejected(tmp_path / "set") == {"gone.png": "a link to nothing", "pipe.png": "no regular file"}
-    assert "2 other files left out, 2 images (train 2), 0 classes, 2 rejected so far" in capfd.readouterr().err
+    assert rejected(tmp_path / "set") == {
+        "gone.png": "a link to nothing",
+        "pipe.png": "no regular file",
+    }
+    assert (
+        "2 other files left out, 2 images (train 2), 0 classes, 2 rejected so far"
+        in capfd.readouterr().err
+    )
 
 
-TABLES = {"csv": lambda path, rows: write_csv(path.with_suffix(".csv"), rows),
-          "parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))}
+TABLES = {
+    "csv": lambda path, rows: write_csv(path.with_suffix(".csv"), rows),
+    "parquet": lambda path, rows: pq.write_table(
+        pa.Table.from_pylist(rows), path.with_suffix(".parquet")
+    ),
+}
 
 
 def write_csv(path, rows):
@@ -325,15 +391,19 @@ def write_csv(path, rows):
 def test_classes_from_a_table(tmp_path, kind, labels):
     names = [f"{number}.png" for number in range(20)]
     write_images(tmp_path / "in", names)
-    rows = [{"filename": name, "label": labels[number % 2], "split": ("train", "val")[number % 5 == 0]}
-            for number, name in enumerate(names)]
+    rows = [
+        {"filename": name, "label": labels[number % 2], "split": ("train", "val")[number % 5 == 0]}
+        for number, name in enumerate(names)
+    ]
     TABLES[kind](tmp_path / "labels", rows)
     shards = make("folder", tmp_path / "set", tmp_path / "in", labels=tmp_path / f"labels.{kind}")
     assert shards.class_names == sorted(map(str, labels), key=lambda name: (len(name), name))
     assert shards.summary()["samples"] == {"val": 4, "train": 16}
     split = shards.split("train")
     for index in range(len(split)):
-        number = next(n for n in range(20) if (tmp_path / f"in/{n}.png").read_bytes() == split.read(index))
+        number = next(
+            n for n in range(20) if (tmp_path / f"in/{n}.png").read_bytes() == split.read(index)
+        )
         assert shards.class_names[split.label[index]] == str(labels[number % 2])
 
 
@@ -347,13 +417,17 @@ def test_a_table_and_images_that_do_not_fit(tmp_path):
         return make("folder", tmp_path / out, tmp_path / "in", labels=table)
 
     prepare([*good[1:], {"path": "./9.png", "class": 0}])
-    assert rejected(tmp_path / "set") == {"0.png": "no label in labels.csv",
-                                          "9.png": "in labels.csv, but there is no such image"}
-    for rows, words in (([*good, good[2]], "line 8: '2.png' for a second time"),
-                        ([*good, {"path": "6.png", "class": ""}], "line 8: no label for '6.png'"),
-                        ([{"path": "in/1.png", "class": 1}], "names none of the 6 images"),
-                        ([{"path": "1.png", "kind": 1}], "no column 'label' or 'class' or 'target'"),
-                        ([{"x": "1.png", "class": 1}], "no column 'path' or")):
+    assert rejected(tmp_path / "set") == {
+        "0.png": "no label in labels.csv",
+        "9.png": "in labels.csv, but there is no such image",
+    }
+    for rows, words in (
+        ([*good, good[2]], "line 8: '2.png' for a second time"),
+        ([*good, {"path": "6.png", "class": ""}], "line 8: no label for '6.png'"),
+        ([{"path": "in/1.png", "class": 1}], "names none of the 6 images"),
+        ([{"path": "1.png", "kind": 1}], "no column 'label' or 'class' or 'target'"),
+        ([{"x": "1.png", "class": 1}], "no column 'path' or"),
+    ):
         with pytest.raises(InputError, match=words):
             prepare(rows, "other")
     table.write_text("path,label\n1.png,1,2\n")
@@ -371,5 +445,7 @@ def test_a_gzip_that_is_no_tar(tmp_path):
 
 def test_real_archive(real_data, tmp_path):
     shards = make("folder", tmp_path / "set", real_data / "cifar10-sample.tar.gz", workers=2)
-    assert shards.summary()["samples"] == {"test": 2000, "train": 20000} and shards.num_classes == 10
+    assert (
+        shards.summary()["samples"] == {"test": 2000, "train": 20000} and shards.num_classes == 10
+    )
     assert set(np.bincount(shards.split("train").label)) == {2000}

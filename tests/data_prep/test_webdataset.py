@@ -29,26 +29,49 @@ def write_tar(path, samples):
 
 
 def samples_of(start, count):
-    return [{"__key__": f"some/dir/sample{number}", "jpg": picture(number, "JPEG"), "cls": number % 3,
-             "txt": f"a ⟨{number}⟩", "json": {"url": f"http://x/{number}", "tags": [number]}, "depth.npy": np.zeros(3)}
-            for number in range(start, start + count)]
+    return [
+        {
+            "__key__": f"some/dir/sample{number}",
+            "jpg": picture(number, "JPEG"),
+            "cls": number % 3,
+            "txt": f"a ⟨{number}⟩",
+            "json": {"url": f"http://x/{number}", "tags": [number]},
+            "depth.npy": np.zeros(3),
+        }
+        for number in range(start, start + count)
+    ]
 
 
 def read(shards):
     found = {}
     for name in shards.manifest.splits:
-        for sample in webdataset.WebDataset([str(path) for path in shards.split(name).files], shardshuffle=False):
-            found[sample["jpg"] if "jpg" in sample else sample["png"]] = name, sample.get("cls"), json.loads(sample["json"])
+        for sample in webdataset.WebDataset(
+            [str(path) for path in shards.split(name).files], shardshuffle=False
+        ):
+            found[sample["jpg"] if "jpg" in sample else sample["png"]] = (
+                name,
+                sample.get("cls"),
+                json.loads(sample["json"]),
+            )
     return found
 
 
-@pytest.mark.parametrize("layout", [
-    ("photos-train-{:03d}.tar", "photos-val-{:03d}.tar"), ("train/{}.tar", "validation/{}.tar"),
-    ("training_{}.tar.gz", "valid_{}.tgz"), ("train/{}.tar.gz", "val/{}.tar.gz")])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("photos-train-{:03d}.tar", "photos-val-{:03d}.tar"),
+        ("train/{}.tar", "validation/{}.tar"),
+        ("training_{}.tar.gz", "valid_{}.tgz"),
+        ("train/{}.tar.gz", "val/{}.tar.gz"),
+    ],
+)
 def test_everything_is_kept(tmp_path, layout):
     for part, (pattern, start) in enumerate(zip(layout, (0, 100), strict=True)):
         for number in range(2):
-            write_tar(tmp_path / "source" / pattern.format(number), samples_of(start + 10 * number, 6 + part))
+            write_tar(
+                tmp_path / "source" / pattern.format(number),
+                samples_of(start + 10 * number, 6 + part),
+            )
     shards = make("webdataset", tmp_path / "set", tmp_path / "source")
     assert verify(shards.folder) == [] and shards.class_names == ["0", "1", "2"]
     assert shards.summary()["samples"] == {"train": 12, "val": 14}
@@ -56,35 +79,57 @@ def test_everything_is_kept(tmp_path, layout):
     for number in (0, 5, 10, 15, 100, 106, 116):
         split, label, meta = found[picture(number, "JPEG")]
         assert split == ("train" if number < 100 else "val") and int(label) == number % 3
-        assert meta["caption"] == f"a ⟨{number}⟩" and meta["url"] == f"http://x/{number}" and meta["tags"] == [number]
+        assert (
+            meta["caption"] == f"a ⟨{number}⟩"
+            and meta["url"] == f"http://x/{number}"
+            and meta["tags"] == [number]
+        )
         assert meta["source"] == f"some/dir/sample{number}.jpg" and meta["height"] == 6
 
 
 def test_one_tar_without_splits_or_classes(tmp_path):
-    write_tar(tmp_path / "x.tar", [{"__key__": f"{number}.v2", "png": picture(number)} for number in range(3)]
-              + [{"__key__": f"k{number}", "png": picture(number)} for number in range(20)])
+    write_tar(
+        tmp_path / "x.tar",
+        [{"__key__": f"{number}.v2", "png": picture(number)} for number in range(3)]
+        + [{"__key__": f"k{number}", "png": picture(number)} for number in range(20)],
+    )
     shards = make("webdataset", tmp_path / "set", tmp_path / "x.tar")
-    assert shards.num_classes == 0 and sum(shards.summary()["samples"].values()) + shards.manifest.rejects == 23
+    assert (
+        shards.num_classes == 0
+        and sum(shards.summary()["samples"].values()) + shards.manifest.rejects == 23
+    )
 
 
 def test_a_set_of_our_own(tmp_path):
-    write_images(tmp_path / "in", [f"{label}/{number}.png" for label in ("bee", "ant") for number in range(20)])
+    write_images(
+        tmp_path / "in",
+        [f"{label}/{number}.png" for label in ("bee", "ant") for number in range(20)],
+    )
     first = make("folder", tmp_path / "one", tmp_path / "in")
     second = make("webdataset", tmp_path / "two", tmp_path / "one")
     assert second.class_names == first.class_names == ["ant", "bee"]
     assert {image: (split, label) for image, (split, label, _) in read(first).items()} == {
-        image: (split, label) for image, (split, label, _) in read(second).items()}
+        image: (split, label) for image, (split, label, _) in read(second).items()
+    }
 
 
 def test_samples_that_are_none(tmp_path):
-    write_tar(tmp_path / "in/train.tar", [
-        {"__key__": "good", "png": picture(1)}, {"__key__": "empty", "txt": "no image"},
-        {"__key__": "two", "png": picture(2), "jpg": picture(2, "JPEG")}, {"__key__": "text", "jpg": b"no picture"},
-        {"__key__": "json", "jpg": picture(3, "JPEG"), "json": b"{"}])
+    write_tar(
+        tmp_path / "in/train.tar",
+        [
+            {"__key__": "good", "png": picture(1)},
+            {"__key__": "empty", "txt": "no image"},
+            {"__key__": "two", "png": picture(2), "jpg": picture(2, "JPEG")},
+            {"__key__": "text", "jpg": b"no picture"},
+            {"__key__": "json", "jpg": picture(3, "JPEG"), "json": b"{"},
+        ],
+    )
     shards = make("webdataset", tmp_path / "set", tmp_path / "in")
     assert len(shards.split("train")) == 1 and shards.manifest.rejects == 4
     table = (tmp_path / "set/rejects.csv").read_text()
-    assert "empty,a sample with no image" in table and '"a sample with 2 images (jpg, png)"' in table
+    assert (
+        "empty,a sample with no image" in table and '"a sample with 2 images (jpg, png)"' in table
+    )
     assert "text.jpg,not an image" in table and "json.jpg,Expecting property name" in table
 
 
@@ -100,12 +145,24 @@ def test_a_set_of_our_own_keeps_its_attributes(tmp_path):
 
 
 def test_masks_beside_the_image_and_a_source_of_its_own(tmp_path):
-    write_tar(tmp_path / "x.tar", [{"__key__": f"k{number}", "png": picture(number), "seg.png": picture(9), "cls": 1,
-                                    "json": {"source": "flickr"}} for number in range(3)])
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            {
+                "__key__": f"k{number}",
+                "png": picture(number),
+                "seg.png": picture(9),
+                "cls": 1,
+                "json": {"source": "flickr"},
+            }
+            for number in range(3)
+        ],
+    )
     shards = make("webdataset", tmp_path / "set", tmp_path / "x.tar")
     assert shards.manifest.rejects == 0
     assert {image: meta["source"] for image, (_, _, meta) in read(shards).items()} == {
-        picture(number): "flickr" for number in range(3)}
+        picture(number): "flickr" for number in range(3)
+    }
 
 
 def test_a_shard_that_is_a_link_to_nothing(tmp_path):
@@ -118,14 +175,20 @@ def test_a_shard_that_is_a_link_to_nothing(tmp_path):
 def test_other_labels_are_another_source(tmp_path):
     write_tar(tmp_path / "x.tar", samples_of(0, 6))
     make("webdataset", tmp_path / "set", tmp_path / "x.tar")
-    write_tar(tmp_path / "x.tar", [{**sample, "cls": 2 - sample["cls"]} for sample in samples_of(0, 6)])
+    write_tar(
+        tmp_path / "x.tar", [{**sample, "cls": 2 - sample["cls"]} for sample in samples_of(0, 6)]
+    )
     with pytest.raises(InputError, match="made from another source"):
         make("webdataset", tmp_path / "set", tmp_path / "x.tar")
 
 
 def test_what_is_no_webdataset(tmp_path):
     (tmp_path / "in").mkdir()
-    for source, words in ((None, "needs a tar"), (tmp_path / "nowhere", "no such file"), (tmp_path / "in", "holds no tars")):
+    for source, words in (
+        (None, "needs a tar"),
+        (tmp_path / "nowhere", "no such file"),
+        (tmp_path / "in", "holds no tars"),
+    ):
         with pytest.raises(InputError, match=words):
             make("webdataset", tmp_path / "set", source)
     write_tar(tmp_path / "in/a.tar", [{"__key__": "a", "txt": "b"}])

@@ -9,8 +9,14 @@ from torch.testing import assert_close
 from r2id.diffusion import objective, schedule, solvers
 
 KINDS = ["cosine", "linear_beta", "flow"]
-PAIRS = [("epsilon", "cosine"), ("x0", "cosine"), ("x0", "linear_beta"), ("v", "cosine"), ("v", "linear_beta"),
-         ("flow", "flow")]
+PAIRS = [
+    ("epsilon", "cosine"),
+    ("x0", "cosine"),
+    ("x0", "linear_beta"),
+    ("v", "cosine"),
+    ("v", "linear_beta"),
+    ("flow", "flow"),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,17 +62,23 @@ def test_shift_makes_a_larger_grid_s_mean_as_noisy():
 def test_prediction_and_target_are_inverse(kind, noise_schedule):
     data, noise = torch.randn(6, 2, 3, 3), torch.randn(6, 2, 3, 3)
     log_snr = torch.linspace(-6, 6, 6)
-    alpha, sigma = (part.view(-1, 1, 1, 1) for part in schedule.alpha_sigma(log_snr, noise_schedule))
+    alpha, sigma = (
+        part.view(-1, 1, 1, 1) for part in schedule.alpha_sigma(log_snr, noise_schedule)
+    )
     wanted = objective.target(kind, data, noise, alpha, sigma)
     back = objective.to_data_and_noise(kind, alpha * data + sigma * noise, wanted, alpha, sigma)
     assert_close(back[0], data, atol=1e-3, rtol=1e-3)
     assert_close(back[1], noise, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("weighting", "of_data"), [("min_snr", lambda snr: snr.clamp(max=5)),
-                                                    ("soft_min_snr", lambda snr: 5 * snr / (snr + 5))])
+@pytest.mark.parametrize(
+    ("weighting", "of_data"),
+    [("min_snr", lambda snr: snr.clamp(max=5)), ("soft_min_snr", lambda snr: 5 * snr / (snr + 5))],
+)
 @pytest.mark.parametrize(("kind", "noise_schedule"), PAIRS)
-def test_weights_of_the_error_of_the_data_are_alike_under_every_objective(kind, noise_schedule, weighting, of_data):
+def test_weights_of_the_error_of_the_data_are_alike_under_every_objective(
+    kind, noise_schedule, weighting, of_data
+):
     """weight · |prediction error|² must be min(SNR, 5)·|x₀ error|², or its smooth form."""
     log_snr = torch.linspace(-4, 4, 9)
     alpha, sigma = schedule.alpha_sigma(log_snr, noise_schedule)
@@ -79,11 +91,13 @@ def test_weights_of_the_error_of_the_data_are_alike_under_every_objective(kind, 
 
 def gaussian_denoiser(mean: float, std: float, kind: str):
     """The exact posterior mean of x₀ ~ N(mean, std²) given x = α·x₀ + σ·ε."""
+
     def denoise(x, log_snr):
         alpha, sigma = schedule.alpha_sigma(log_snr, kind)
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         data = mean + gain * (x - alpha * mean)
         return data, (x - alpha * data) / sigma
+
     return denoise
 
 
@@ -101,8 +115,22 @@ def test_solvers_sample_a_gaussian(solver, kind):
 def test_second_order_needs_fewer_steps():
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     exact = 1.5 + 0.5 * noise
-    errors = {name: float((solve(gaussian_denoiser(1.5, 0.5, "cosine"), noise, solvers.time_steps(15, "cosine", 0.0),
-                                 "cosine") - exact).square().mean()) for name, solve in solvers.SOLVERS.items()}
+    errors = {
+        name: float(
+            (
+                solve(
+                    gaussian_denoiser(1.5, 0.5, "cosine"),
+                    noise,
+                    solvers.time_steps(15, "cosine", 0.0),
+                    "cosine",
+                )
+                - exact
+            )
+            .square()
+            .mean()
+        )
+        for name, solve in solvers.SOLVERS.items()
+    }
     assert errors["dpmpp_2m"] < 0.5 * errors["ddim"]
     assert errors["heun"] < 0.1 * errors["euler"]
 
@@ -115,7 +143,11 @@ def test_heun_s_error_falls_with_the_square_of_the_steps(kind):
     def error(solve, steps):
         log_snrs = torch.linspace(-6, 4, steps + 1, dtype=torch.float64)
         fine = torch.linspace(-6, 4, 3001, dtype=torch.float64)
-        return float((solve(denoise, noise, log_snrs, kind) - solvers.heun(denoise, noise, fine, kind)).abs().max())
+        return float(
+            (solve(denoise, noise, log_snrs, kind) - solvers.heun(denoise, noise, fine, kind))
+            .abs()
+            .max()
+        )
 
     assert error(solvers.euler, 80) == pytest.approx(error(solvers.euler, 160) * 2, rel=0.15)
     assert error(solvers.heun, 80) == pytest.approx(error(solvers.heun, 160) * 4, rel=0.25)
@@ -124,7 +156,10 @@ def test_heun_s_error_falls_with_the_square_of_the_steps(kind):
 def test_euler_of_the_flow_is_ddim():
     noise, denoise = torch.randn(100), gaussian_denoiser(1.5, 0.5, "flow")
     log_snrs = solvers.time_steps(7, "flow", 0.0)
-    assert_close(solvers.euler(denoise, noise, log_snrs, "flow"), solvers.ddim(denoise, noise, log_snrs, "flow"))
+    assert_close(
+        solvers.euler(denoise, noise, log_snrs, "flow"),
+        solvers.ddim(denoise, noise, log_snrs, "flow"),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,11 +174,20 @@ def test_fresh_noise_keeps_the_marginals(kind, eta):
         seen.append((x, log_snr))
         return denoise(x, log_snr)
 
-    out = solvers.ddim(watched, noise, solvers.time_steps(100, kind, 0.0), kind, eta, lambda step: torch.randn(40000))
+    out = solvers.ddim(
+        watched,
+        noise,
+        solvers.time_steps(100, kind, 0.0),
+        kind,
+        eta,
+        lambda step: torch.randn(40000),
+    )
     for x, log_snr in seen[20::20]:
         alpha, sigma = schedule.alpha_sigma(log_snr, kind)
         assert float(x.mean()) == pytest.approx(float(alpha) * mean, abs=0.03)
-        assert float(x.std()) == pytest.approx(float((alpha**2 * std**2 + sigma**2).sqrt()), rel=0.05)
+        assert float(x.std()) == pytest.approx(
+            float((alpha**2 * std**2 + sigma**2).sqrt()), rel=0.05
+        )
     assert (abs(float(torch.corrcoef(torch.stack([out, noise]))[0, 1])) < 0.1) == (eta == 1)
 
 
@@ -155,5 +199,7 @@ def test_one_step_is_one_denoising():
         return x * 0 + 7.0, x
 
     for solve in solvers.SOLVERS.values():
-        assert (solve(denoise, torch.randn(3), solvers.time_steps(1, "cosine", 0.0), "cosine") == 7).all()
+        assert (
+            solve(denoise, torch.randn(3), solvers.time_steps(1, "cosine", 0.0), "cosine") == 7
+        ).all()
     assert calls == [schedule.LOG_SNR_MIN] * len(solvers.SOLVERS)

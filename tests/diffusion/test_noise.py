@@ -15,12 +15,16 @@ def test_white_and_standard(grid):
     assert noise.mean(0).abs().max() < 0.1
 
 
-@pytest.mark.parametrize(("coarse", "fine"), [((4, 4), (8, 8)), ((7, 7), (14, 14)), ((3, 5), (9, 10)), ((1, 1), (6, 4))])
+@pytest.mark.parametrize(
+    ("coarse", "fine"), [((4, 4), (8, 8)), ((7, 7), (14, 14)), ((3, 5), (9, 10)), ((1, 1), (6, 4))]
+)
 def test_a_finer_grid_averages_to_the_coarser(coarse, fine):
     """Averages over cells, rescaled to variance 1, are the coarser grid's noise."""
     down, across = fine[0] // coarse[0], fine[1] // coarse[1]
     keys = torch.arange(50)
-    blocks = noise_field(keys, 3, fine).unflatten(2, (coarse[0], down)).unflatten(4, (coarse[1], across))
+    blocks = (
+        noise_field(keys, 3, fine).unflatten(2, (coarse[0], down)).unflatten(4, (coarse[1], across))
+    )
     averaged = blocks.sum(dim=(3, 5)) / (down * across) ** 0.5
     exact = noise_field(keys, 3, coarse)
     correlation = torch.corrcoef(torch.stack([averaged.flatten(), exact.flatten()]))[0, 1]
@@ -37,5 +41,7 @@ def test_a_sample_s_noise_is_its_own():
 def test_resolution_of_the_field_changes_nothing_coarse():
     """A grid fine enough to need a finer field still averages to the small grid's noise."""
     keys = torch.arange(4)
-    fine = noise_field(keys, 1, (64, 64)).unflatten(2, (8, 8)).unflatten(4, (8, 8)).sum(dim=(3, 5)) / 8
+    fine = (
+        noise_field(keys, 1, (64, 64)).unflatten(2, (8, 8)).unflatten(4, (8, 8)).sum(dim=(3, 5)) / 8
+    )
     torch.testing.assert_close(fine, noise_field(keys, 1, (8, 8)), atol=1e-4, rtol=1e-4)

@@ -28,7 +28,9 @@ def judge_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def judge(shards, data, judge_file) -> Judge:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of two, each would mostly wait for the other, above all on a busy machine
+    torch.set_num_threads(
+        1
+    )  # of two, each would mostly wait for the other, above all on a busy machine
     trained = obtain_judge(shards, data, judge_file, torch.device("cpu"))
     torch.set_num_threads(before)
     return trained

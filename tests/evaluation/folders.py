@@ -9,7 +9,9 @@ from data_prep.prepare import prepare
 from r2id.config import PrepareConfig
 
 
-def write_folder(place: Path, counts: dict[str, int], sizes: tuple[tuple[int, int], ...] = ((8, 8),)) -> Path:
+def write_folder(
+    place: Path, counts: dict[str, int], sizes: tuple[tuple[int, int], ...] = ((8, 8),)
+) -> Path:
     """Shards of random grey images: subfolder → number of images, whose (height, width) are the sizes in turn."""
     generator = np.random.default_rng(0)
     for name, count in counts.items():

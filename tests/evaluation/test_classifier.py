@@ -12,7 +12,13 @@ from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation import classifier
-from r2id.evaluation.classifier import Classifier, augment, frequent_size, obtain_judge, train_classifier
+from r2id.evaluation.classifier import (
+    Classifier,
+    augment,
+    frequent_size,
+    obtain_judge,
+    train_classifier,
+)
 from r2id.evaluation.images import load_images, to_floats
 from tests.evaluation.folders import write_folder
 
@@ -81,7 +87,9 @@ def test_augmentation_is_mild():
     assert moved.shape == images.shape and not torch.equal(moved[0], moved[1])
     mass = moved.sum((1, 2, 3)) / 64
     assert mass.min() > 0.7 and mass.max() < 1.4
-    assert (moved * (1 - torch.nn.functional.max_pool2d(images, 15, 1, 7))).max() == 0  # within 7 pixels
+    assert (
+        moved * (1 - torch.nn.functional.max_pool2d(images, 15, 1, 7))
+    ).max() == 0  # within 7 pixels
 
 
 def test_size_that_most_images_have():
@@ -94,4 +102,9 @@ def test_size_that_most_images_have():
 def test_data_without_two_classes(tmp_path):
     shards = write_folder(tmp_path, {"train/a": 5, "test/a": 3})
     with pytest.raises(InputError, match="takes two classes in split 'train'"):
-        obtain_judge(ShardSet.open(shards), DataConfig(shards=shards), tmp_path / "judge", torch.device("cpu"))
+        obtain_judge(
+            ShardSet.open(shards),
+            DataConfig(shards=shards),
+            tmp_path / "judge",
+            torch.device("cpu"),
+        )

@@ -31,7 +31,9 @@ def test_a_file_sees_bytes_at_its_size(tmp_path):
 
 
 def test_a_file_without_the_flag_is_called_without_it(tmp_path):
-    extractor = FileExtractor.load(extractors.write(extractors.Plain(), tmp_path / "plain.pt"), (4, 4), CPU)
+    extractor = FileExtractor.load(
+        extractors.write(extractors.Plain(), tmp_path / "plain.pt"), (4, 4), CPU
+    )
     assert extractor.features(torch.ones(2, 1, 9, 9)).tolist() == [[255.0] * 3] * 2
 
 
@@ -39,8 +41,12 @@ def test_files_that_are_refused(tmp_path):
     (tmp_path / "text").write_text("weights")
     odd = extractors.write(extractors.Odd(), tmp_path / "odd.pt")
     floats = extractors.write(nn.Linear(3, 3), tmp_path / "linear.pt")
-    for file, message in [(tmp_path / "none.pt", "no such file"), (tmp_path / "text", "not a TorchScript file"),
-                          (odd, "must be finite numbers|takes no uint8"), (floats, "takes no uint8 images")]:
+    for file, message in [
+        (tmp_path / "none.pt", "no such file"),
+        (tmp_path / "text", "not a TorchScript file"),
+        (odd, "must be finite numbers|takes no uint8"),
+        (floats, "takes no uint8 images"),
+    ]:
         with pytest.raises(InputError, match=message) as error:
             FileExtractor.load(file, (4, 4), CPU)
         assert str(file) in str(error.value) and "\n" not in str(error.value)

@@ -12,7 +12,9 @@ from r2id.evaluation.images import load_images, resize, to_floats
 def test_resizing_keeps_what_it_should():
     images = torch.rand(2, 1, 12, 8) * 2 - 1
     assert resize(images, (12, 8)) is images
-    torch.testing.assert_close(resize(torch.full((1, 3, 8, 8), 0.25), (3, 31)), torch.full((1, 3, 3, 31), 0.25))
+    torch.testing.assert_close(
+        resize(torch.full((1, 3, 8, 8), 0.25), (3, 31)), torch.full((1, 3, 3, 31), 0.25)
+    )
     smaller = resize(images, (1, 1))
     torch.testing.assert_close(smaller.flatten(), images.mean((1, 2, 3)), atol=0.1, rtol=0)
     edge = torch.cat([torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), 1.0)], dim=3)
@@ -33,7 +35,9 @@ def test_images_in_memory_are_the_stored_ones(shards, data):
     assert labels.tolist() == split.label.tolist()
     assert np.array_equal(images[17, 0], decode(split.read(17), 1)[..., 0])
     assert to_floats(images).min() == -1 and to_floats(images).max() == 1
-    assert len(load_images(shards, data.model_copy(update={"size": (5, 9)}), "test", limit=7)[0]) == 7
+    assert (
+        len(load_images(shards, data.model_copy(update={"size": (5, 9)}), "test", limit=7)[0]) == 7
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (64, 3)])

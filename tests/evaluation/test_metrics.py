@@ -5,7 +5,14 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from r2id.evaluation.metrics import class_accuracy, frechet_distance, mse, precision_and_recall, psnr, ssim
+from r2id.evaluation.metrics import (
+    class_accuracy,
+    frechet_distance,
+    mse,
+    precision_and_recall,
+    psnr,
+    ssim,
+)
 
 
 def test_error_and_psnr_of_a_known_difference():
@@ -37,10 +44,17 @@ def test_frechet_distance_of_scales_is_that_of_standard_deviations():
 
 def test_frechet_distance_equals_the_formula_with_a_matrix_root():
     generator = torch.Generator().manual_seed(3)
-    one, other = (torch.randn(80, 5, generator=generator) @ torch.randn(5, 5, generator=generator) for _ in range(2))
+    one, other = (
+        torch.randn(80, 5, generator=generator) @ torch.randn(5, 5, generator=generator)
+        for _ in range(2)
+    )
     first, second = torch.cov(one.double().T), torch.cov(other.double().T)
-    expected = ((one.double().mean(0) - other.double().mean(0)).square().sum() + first.trace() + second.trace()
-                - 2 * sqrtm((first @ second).numpy()).real.trace())
+    expected = (
+        (one.double().mean(0) - other.double().mean(0)).square().sum()
+        + first.trace()
+        + second.trace()
+        - 2 * sqrtm((first @ second).numpy()).real.trace()
+    )
     assert frechet_distance(one, other) == pytest.approx(float(expected), rel=1e-6)
     assert frechet_distance(other, one) == pytest.approx(float(expected), rel=1e-6)
 
@@ -55,7 +69,11 @@ def test_frechet_distance_of_fewer_images_than_features():
 
 
 def test_class_accuracy_leaves_out_classes_without_images():
-    assert class_accuracy(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 0, 0, 1]), 3) == [pytest.approx(2 / 3), 1.0, None]
+    assert class_accuracy(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 0, 0, 1]), 3) == [
+        pytest.approx(2 / 3),
+        1.0,
+        None,
+    ]
 
 
 def slow_ssim(image: np.ndarray, truth: np.ndarray, side: int) -> float:
@@ -66,12 +84,15 @@ def slow_ssim(image: np.ndarray, truth: np.ndarray, side: int) -> float:
     values = []
     for top in range(image.shape[0] - side + 1):
         for left in range(image.shape[1] - side + 1):
-            x, y = (picture[top:top + side, left:left + side] for picture in (image, truth))
+            x, y = (picture[top : top + side, left : left + side] for picture in (image, truth))
             mean_x, mean_y = (window * x).sum(), (window * y).sum()
             var_x, var_y = (window * (x - mean_x) ** 2).sum(), (window * (y - mean_y) ** 2).sum()
             both = (window * (x - mean_x) * (y - mean_y)).sum()
-            values.append((2 * mean_x * mean_y + 0.02**2) * (2 * both + 0.06**2)
-                          / ((mean_x**2 + mean_y**2 + 0.02**2) * (var_x + var_y + 0.06**2)))
+            values.append(
+                (2 * mean_x * mean_y + 0.02**2)
+                * (2 * both + 0.06**2)
+                / ((mean_x**2 + mean_y**2 + 0.02**2) * (var_x + var_y + 0.06**2))
+            )
     return float(np.mean(values))
 
 
@@ -80,17 +101,30 @@ def test_ssim_is_the_papers(size, side):
     generator = np.random.default_rng(0)
     images, truth = (generator.uniform(-1, 1, (2, 3, *size)) for _ in range(2))
     truth = 0.7 * images + 0.3 * truth
-    expected = [np.mean([slow_ssim(images[n, c] + 1, truth[n, c] + 1, side) for c in range(3)]) for n in range(2)]
-    np.testing.assert_allclose(ssim(torch.from_numpy(images), torch.from_numpy(truth)), expected, rtol=1e-9)
+    expected = [
+        np.mean([slow_ssim(images[n, c] + 1, truth[n, c] + 1, side) for c in range(3)])
+        for n in range(2)
+    ]
+    np.testing.assert_allclose(
+        ssim(torch.from_numpy(images), torch.from_numpy(truth)), expected, rtol=1e-9
+    )
 
 
 def test_ssim_is_scikit_images():
     measure = pytest.importorskip("skimage.metrics")
     generator = np.random.default_rng(1)
     image, truth = generator.uniform(-1, 1, (2, 20, 31))
-    expected = measure.structural_similarity(image + 1, truth + 1, gaussian_weights=True, sigma=1.5,
-                                             use_sample_covariance=False, data_range=2)
-    assert float(ssim(torch.from_numpy(image)[None, None], torch.from_numpy(truth)[None, None])) == pytest.approx(expected)
+    expected = measure.structural_similarity(
+        image + 1,
+        truth + 1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=2,
+    )
+    assert float(
+        ssim(torch.from_numpy(image)[None, None], torch.from_numpy(truth)[None, None])
+    ) == pytest.approx(expected)
 
 
 def test_ssim_of_what_is_known():

@@ -11,11 +11,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from r2id.checkpoints import checkpoint
 from r2id.config import R2idConfig
 from r2id.errors import InputError, WorkError
-from r2id.evaluation.noise_shift import LOG_SNRS, choose_sizes, displace, fit_exponent, measure_curve, measure_noise_shift
-from r2id.sampling import Sampler
-from r2id.training import checkpoint, noise_shift
+from r2id.evaluation.noise_shift import (
+    LOG_SNRS,
+    choose_sizes,
+    displace,
+    fit_exponent,
+    measure_curve,
+    measure_noise_shift,
+)
+from r2id.sampling import noise_shift
+from r2id.sampling.sampler import Sampler
 
 SIDES = (4, 8, 12)
 SIGNAL = 1 / (1 + math.exp(-1))  # α² at a logSNR of 1
@@ -50,11 +58,17 @@ def exact(sampler, repeated):
     plain = replace(sampler.codec, mean=torch.zeros(channels), std=torch.ones(channels))
     labels = torch.zeros(200, dtype=torch.int64)
     field = torch.randn(200, channels, 4, 4)
-    data = {side: F.interpolate(field, size=(side, side)) if repeated else torch.randn(200, channels, side, side)
-            for side in SIDES}
+    data = {
+        side: F.interpolate(field, size=(side, side))
+        if repeated
+        else torch.randn(200, channels, side, side)
+        for side in SIDES
+    }
     diffusion = sampler.diffusion.model_copy(update={"objective": "x0", "schedule": "cosine"})
-    return (replace(sampler, model=Exact(repeated), codec=plain, diffusion=diffusion, bfloat16=False),
-            {(side, side): [(latents, labels)] for side, latents in data.items()})
+    return (
+        replace(sampler, model=Exact(repeated), codec=plain, diffusion=diffusion, bfloat16=False),
+        {(side, side): [(latents, labels)] for side, latents in data.items()},
+    )
 
 
 @pytest.mark.parametrize("base", SIDES)
@@ -64,20 +78,27 @@ def test_a_known_exponent_is_found(sampler, repeated, k, base):
     curves = {grid: measure_curve(known, latents) for grid, latents in data.items()}
     fit = fit_exponent(curves, (base, base))
     assert fit.k == pytest.approx(k, abs=0.03) and fit.residual < 0.05
-    assert max(fit.mismatches.values()) < 0.01 and fit.displacements[base, base] == pytest.approx(0, abs=1e-9)
+    assert max(fit.mismatches.values()) < 0.01 and fit.displacements[base, base] == pytest.approx(
+        0, abs=1e-9
+    )
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("epsilon", math.exp(-1)), ("x0", 0.0), ("v", SIGNAL * (1 - SIGNAL))])
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("epsilon", math.exp(-1)), ("x0", 0.0), ("v", SIGNAL * (1 - SIGNAL))]
+)
 def test_the_error_is_that_of_x0_under_every_objective(sampler, kind, wanted):
     """Of zeros: x = σ·ε, so that a prediction of 0 says that x₀ is σ·ε/α (ε), 0 (x₀) or α·σ·ε (v)."""
+
     class Silent(Exact):
         def forward(self, x, alpha_bar, condition):
             return torch.zeros_like(x)
 
     known, data = exact(sampler, False)
     diffusion = sampler.diffusion.model_copy(update={"objective": kind, "schedule": "cosine"})
-    (latents, labels), = data[8, 8]
-    found = replace(known, model=Silent(False), diffusion=diffusion).data_error(torch.zeros_like(latents), labels, 1.0)
+    ((latents, labels),) = data[8, 8]
+    found = replace(known, model=Silent(False), diffusion=diffusion).data_error(
+        torch.zeros_like(latents), labels, 1.0
+    )
     assert found.shape == (200,) and float(found.mean()) == pytest.approx(wanted, rel=0.03)
 
 
@@ -85,11 +106,18 @@ def test_a_curve_s_displacement_is_to_the_noisy_side():
     curve, moved = (torch.sigmoid(-torch.tensor(LOG_SNRS) - d) for d in (0.0, 1.3))
     assert displace(curve.tolist(), moved.tolist())[0] == pytest.approx(1.3, abs=0.011)
     with pytest.raises(WorkError, match=r"grid 8x8: .* at any displacement"):
-        fit_exponent({(4, 4): curve.tolist(), (8, 8): torch.linspace(3, 2, len(LOG_SNRS)).tolist()}, (4, 4))
+        fit_exponent(
+            {(4, 4): curve.tolist(), (8, 8): torch.linspace(3, 2, len(LOG_SNRS)).tolist()}, (4, 4)
+        )
 
 
 def test_grids_around_those_trained(sampler):
-    assert choose_sizes(sampler) == {(3, 3): (6, 6), (4, 4): (8, 8), (5, 5): (10, 10), (6, 6): (12, 12)}
+    assert choose_sizes(sampler) == {
+        (3, 3): (6, 6),
+        (4, 4): (8, 8),
+        (5, 5): (10, 10),
+        (6, 6): (12, 12),
+    }
     wider = replace(sampler, areas=(4, 100))
     assert list(choose_sizes(wider)) == [(2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (10, 10)]
 
@@ -105,17 +133,26 @@ def test_what_is_applied_is_used_until_it_is_removed(run, digits, capsys):
     trained = Sampler.load(run).diffusion.shift_exponent
     found = measure_noise_shift(run, digits, images=40, seed=3)
     assert json.loads((run / "report" / "noise-shift.json").read_text()) == found
-    assert found["images"] == 40 and found["seed"] == 3 and found["checkpoint"] == checkpoint.identity(run)
+    assert (
+        found["images"] == 40
+        and found["seed"] == 3
+        and found["checkpoint"] == checkpoint.identity(run)
+    )
     assert list(found["grids"]) == ["3x3", "4x4", "5x5", "6x6"] and found["base"] == "4x4"
     assert [grid["trained"] for grid in found["grids"].values()] == [False, True, False, False]
     with Image.open(run / "report" / "noise-shift.png") as picture:
         assert picture.width > 500
-    assert Sampler.load(run).diffusion.shift_exponent == trained, "a measurement alone changes nothing"
+    assert Sampler.load(run).diffusion.shift_exponent == trained, (
+        "a measurement alone changes nothing"
+    )
     file = noise_shift.apply(run, {**found, "k": 0.375})
     capsys.readouterr()
     sampler = Sampler.load(run)
     assert sampler.diffusion.shift_exponent == 0.375
-    assert f"{file}: noise shift exponent 0.375 instead of the trained one\n" in capsys.readouterr().err
+    assert (
+        f"{file}: noise shift exponent 0.375 instead of the trained one\n"
+        in capsys.readouterr().err
+    )
     noise_shift.apply(run, {**found, "k": 0.375, "checkpoint": "0" * 64})
     assert Sampler.load(run).diffusion.shift_exponent == trained
     assert "of another checkpoint" in capsys.readouterr().err

@@ -7,8 +7,16 @@ import torch
 
 from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
-from r2id.evaluation.r2id import Samples, compare_real, draw_samples, encode_tests, score_samples, scrape_grids, scrape_times
-from r2id.sampling import Sampler
+from r2id.evaluation.r2id import (
+    Samples,
+    compare_real,
+    draw_samples,
+    encode_tests,
+    score_samples,
+    scrape_grids,
+    scrape_times,
+)
+from r2id.sampling.sampler import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +40,36 @@ def test_loss_against_time(sampler, shards, data):
 def test_loss_against_noise_of_three_grids(sampler, shards, data):
     scrape = scrape_grids(sampler, shards, data, (0.25, 0.75))
     assert list(scrape["grids"]) == ["2x2", "4x4", "8x8"] and scrape["told"] == "its class"
-    own = scrape_times(sampler, encode_tests(sampler, shards, data), (0.25, 0.75))["loss"]["its class"]
+    own = scrape_times(sampler, encode_tests(sampler, shards, data), (0.25, 0.75))["loss"][
+        "its class"
+    ]
     assert scrape["grids"]["4x4"]["loss"] == pytest.approx(own, rel=0.02)
     small, large = (torch.tensor(scrape["grids"][name]["log_snr"]) for name in ("4x4", "8x8"))
-    assert (small - large).tolist() == pytest.approx([2 * math.log(2) * sampler.diffusion.shift_exponent] * 2, rel=1e-4)
+    assert (small - large).tolist() == pytest.approx(
+        [2 * math.log(2) * sampler.diffusion.shift_exponent] * 2, rel=1e-4
+    )
 
 
 def test_real_images_are_near_and_noise_is_far(judge, shards, data):
     real, facts = compare_real(judge, shards, data, (8, 8), 500)
     assert real.whole.shape == real.windows.shape == (359, 128)
     assert (facts["test_images"], facts["training_images"]) == (359, 500)
-    assert 0 < facts["patch_frechet_of_training_images"] < 5 and facts["precision_of_training_images"] > 0.8
-    noise, _ = judge.look(torch.rand(359, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    assert (
+        0 < facts["patch_frechet_of_training_images"] < 5
+        and facts["precision_of_training_images"] > 0.8
+    )
+    noise, _ = judge.look(
+        torch.rand(359, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
     assert frechet_distance(noise, real.whole) > 20 * facts["frechet_of_training_images"]
-    blurred, _ = judge.look(load_images(shards, data.model_copy(update={"size": (3, 3)}), "test")[0])
-    assert facts["frechet_of_training_images"] < frechet_distance(blurred, real.whole) < frechet_distance(noise, real.whole)
+    blurred, _ = judge.look(
+        load_images(shards, data.model_copy(update={"size": (3, 3)}), "test")[0]
+    )
+    assert (
+        facts["frechet_of_training_images"]
+        < frechet_distance(blurred, real.whole)
+        < frechet_distance(noise, real.whole)
+    )
 
 
 def test_scores_of_samples(sampler, judge, shards, data):
@@ -54,14 +77,22 @@ def test_scores_of_samples(sampler, judge, shards, data):
     scores = score_samples(Samples(sampler, 130, 3), judge, judge, real, (12, 8))
     assert scores["size"] == [12, 8] and scores["samples"] == 130
     assert scores["grid"] == list(sampler.grid_for((12, 8)))
-    assert scores["accuracy"] == pytest.approx(sum(scores["accuracy_per_class"]) / 10)  # 13 of each class
+    assert scores["accuracy"] == pytest.approx(
+        sum(scores["accuracy_per_class"]) / 10
+    )  # 13 of each class
     images = draw_samples(Samples(sampler, 130, 3), [(12, 8)])[12, 8]
     features, classes = judge.look(images)
-    assert scores["accuracy"] == pytest.approx(float((classes == torch.arange(130) % 10).double().mean()), abs=0.02)
+    assert scores["accuracy"] == pytest.approx(
+        float((classes == torch.arange(130) % 10).double().mean()), abs=0.02
+    )
     assert scores["frechet"] == pytest.approx(frechet_distance(features, real.whole), rel=0.05)
-    scored = judge.probabilities(features).gather(1, (torch.arange(130) % 10).unsqueeze(1)).squeeze(1)
+    scored = (
+        judge.probabilities(features).gather(1, (torch.arange(130) % 10).unsqueeze(1)).squeeze(1)
+    )
     lowest = scores["lowest"]
-    assert len(lowest) == 20 and [one["score"] for one in lowest] == sorted(one["score"] for one in lowest)
+    assert len(lowest) == 20 and [one["score"] for one in lowest] == sorted(
+        one["score"] for one in lowest
+    )
     assert lowest[0]["label"] == (lowest[0]["seed"] - 3) % 10
     assert lowest[0]["score"] == pytest.approx(float(scored.min()), rel=0.1)
     assert lowest[-1]["score"] == pytest.approx(float(scored.sort().values[19]), rel=0.1)
@@ -78,17 +109,31 @@ def test_one_sample_has_no_distance(sampler, judge, shards, data):
 
 def test_the_same_seeds_at_every_size(sampler):
     drawn = draw_samples(Samples(sampler, 3, 7), [(8, 8), (5, 16)])
-    assert {size: tuple(images.shape) for size, images in drawn.items()} == {(8, 8): (3, 1, 8, 8), (5, 16): (3, 1, 5, 16)}
-    torch.testing.assert_close(drawn[8, 8], sampler.sample(torch.arange(3), torch.arange(7, 10), (8, 8)))
+    assert {size: tuple(images.shape) for size, images in drawn.items()} == {
+        (8, 8): (3, 1, 8, 8),
+        (5, 16): (3, 1, 5, 16),
+    }
+    torch.testing.assert_close(
+        drawn[8, 8], sampler.sample(torch.arange(3), torch.arange(7, 10), (8, 8))
+    )
 
 
 def test_fewer_and_more_samples_are_the_same_ones(sampler, monkeypatch):
     drawn = []
     plain = Sampler.latents
-    monkeypatch.setattr(Sampler, "latents", lambda self, labels, seeds, grid, **asked: (
-        drawn.extend(seeds.tolist()), plain(self, labels, seeds, grid, **asked))[1])
+    monkeypatch.setattr(
+        Sampler,
+        "latents",
+        lambda self, labels, seeds, grid, **asked: (
+            drawn.extend(seeds.tolist()),
+            plain(self, labels, seeds, grid, **asked),
+        )[1],
+    )
     samples = Samples(sampler, 12, 3)
-    twelve, five, twenty = (torch.cat(list(some.batches((8, 8)))) for some in (samples, samples.first(5), samples.first(20)))
+    twelve, five, twenty = (
+        torch.cat(list(some.batches((8, 8))))
+        for some in (samples, samples.first(5), samples.first(20))
+    )
     assert drawn == list(range(3, 23)), "each once"
     assert torch.equal(five, twelve[:5]) and torch.equal(twelve, twenty[:12]) and len(twenty) == 20
     assert torch.equal(twenty, sampler.sample(torch.arange(20) % 10, torch.arange(3, 23), (8, 8)))

@@ -17,7 +17,12 @@ def test_windows_are_cut_at_one_place_of_a_picture_at_every_size():
     left, top = windows[:, 0, 0, 0], windows[:, 1, 0, 0]
     torch.testing.assert_close(windows[:, 0, 7], left[:, None] + torch.arange(20.0))
     torch.testing.assert_close(windows[:, 1, :, 3], top[:, None] + torch.arange(20.0))
-    assert (left.min(), left.max(), top.min(), top.max()) == (0, 20, 0, 20)  # all places, edges included
+    assert (left.min(), left.max(), top.min(), top.max()) == (
+        0,
+        20,
+        0,
+        20,
+    )  # all places, edges included
     half = cut_windows(images[:, :, ::2, ::2])
     assert half.shape == (300, 2, 10, 10)
     assert (half[:, 0, 0, 0] - left).abs().max() <= 2 and (half[:, 1, 0, 0] - top).abs().max() <= 2
@@ -37,19 +42,25 @@ def test_batches_do_not_matter():
 def test_sets_are_compared_whole_and_by_windows():
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     figures = compare(Seen(x, x + 2), Seen(x, x))
-    assert figures["frechet"] == pytest.approx(0, abs=1e-6) and figures["patch_frechet"] == pytest.approx(12)
+    assert figures["frechet"] == pytest.approx(0, abs=1e-6) and figures[
+        "patch_frechet"
+    ] == pytest.approx(12)
     assert figures["precision"] == figures["recall"] == 1
     more = torch.cat([x, x + 100])
     figures = compare(Seen(x, x), Seen(more, more))
     assert figures["frechet"] == pytest.approx(frechet_distance(x, more))
     assert figures["recall"] == pytest.approx(0.5, abs=0.1)  # of 50 of the 100, evenly spaced
     few = Seen(x[:3], x[:3])
-    assert compare(few, few)["precision"] is None and compare(few, few)["frechet"] == pytest.approx(0, abs=1e-6)
+    assert compare(few, few)["precision"] is None and compare(few, few)["frechet"] == pytest.approx(
+        0, abs=1e-6
+    )
     assert set(compare(Seen(x[:1], x[:1]), few).values()) == {None}
 
 
 def test_real_images_at_a_size(shards, data):
-    images, labels = (torch.cat(part) for part in zip(*real_batches(shards, data, "test", (5, 9)), strict=True))
+    images, labels = (
+        torch.cat(part) for part in zip(*real_batches(shards, data, "test", (5, 9)), strict=True)
+    )
     assert images.shape == (359, 1, 5, 9) and labels.tolist() == shards.split("test").label.tolist()
     some = list(real_batches(shards, data, "test", (5, 9), 2, [1, 3, 5, 7]))
     assert some[0][0].equal(images[[1, 5]])

@@ -8,7 +8,7 @@ from r2id.data.shards import ShardSet
 from r2id.evaluation.images import load_images, to_floats
 from r2id.evaluation.metrics import frechet_distance
 from r2id.evaluation.riae import SCALES, draw_riae, measure_riae, scaled
-from r2id.training.codec import Codec
+from r2id.models.codec import Codec
 from tests.evaluation.folders import write_folder
 
 
@@ -26,15 +26,27 @@ def test_native_error_is_that_of_the_whole_test_split(codec, measured, shards, d
     images = to_floats(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
     error = (codec.decode(codec.encode(images), (8, 8)) - images).square().flatten(1).mean(1)
     assert measured["native"]["mse"] == pytest.approx(float(error.mean()), rel=0.01)
-    assert measured["native"]["psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()), abs=0.05)
+    assert measured["native"]["psnr"] == pytest.approx(
+        float((10 * torch.log10(4 / error)).mean()), abs=0.05
+    )
 
 
 def test_every_scale_is_measured(measured):
     assert list(measured) == list(SCALES)
     assert {name: tuple(row["size"]) for name, row in measured.items()} == {
-        "native": (8, 8), "half": (4, 4), "double": (16, 16), "taller": (12, 8), "wider": (8, 12)}
+        "native": (8, 8),
+        "half": (4, 4),
+        "double": (16, 16),
+        "taller": (12, 8),
+        "wider": (8, 12),
+    }
     for name, row in measured.items():
-        assert row["images"] == 359 and 0 < row["mse"] < 4 and 0 < row["psnr"] < 106 and -1 < row["ssim"] < 1
+        assert (
+            row["images"] == 359
+            and 0 < row["mse"] < 4
+            and 0 < row["psnr"] < 106
+            and -1 < row["ssim"] < 1
+        )
         assert ("mse_encoded" in row) == (name != "native")
 
 
@@ -42,7 +54,9 @@ def test_distance_to_the_originals_in_an_extractors_eyes(codec, measured, judge,
     assert measured["native"]["frechet"] is None
     found = measure_riae(codec, shards, data, judge)
     images = to_floats(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
-    expected = frechet_distance(judge.features(codec.decode(codec.encode(images), (8, 8))), judge.features(images))
+    expected = frechet_distance(
+        judge.features(codec.decode(codec.encode(images), (8, 8))), judge.features(images)
+    )
     assert found["native"]["frechet"] == pytest.approx(expected, rel=0.05)
     assert found["double"]["frechet"] > 0 and found["native"]["mse"] == measured["native"]["mse"]
 

@@ -42,16 +42,33 @@ def test_metrics_are_written_as_returned(evaluated, shards):
 def test_the_report_holds_everything(evaluated):
     out, metrics = evaluated
     html = (out / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', html) and "http" not in html and "<script" not in html
+    assert (
+        not re.search(r'(src|href)="(?!data:image/png;base64,)', html)
+        and "http" not in html
+        and "<script" not in html
+    )
     files = {file.stem for file in (out / "figures").iterdir()}
-    assert files == {"reconstructions", "latents", "ladder", "samples_8x8", "samples_12x8", "real", "t_scrape",
-                     "grid_scrape", "failures_8x8", "failures_12x8"}
+    assert files == {
+        "reconstructions",
+        "latents",
+        "ladder",
+        "samples_8x8",
+        "samples_12x8",
+        "real",
+        "t_scrape",
+        "grid_scrape",
+        "failures_8x8",
+        "failures_12x8",
+    }
     assert files == set(re.findall(r'<figure id="([^"]+)"', html))
     for file in (out / "figures").iterdir():
         with Image.open(file) as picture:
             picture.load()
             assert min(picture.size) > 100, file
-    assert metrics["provenance"]["r2id"]["identity"] in html and metrics["provenance"]["data"]["digest"] in html
+    assert (
+        metrics["provenance"]["r2id"]["identity"] in html
+        and metrics["provenance"]["data"]["digest"] in html
+    )
 
 
 def test_again_gives_the_same(evaluated, r2id_run, digits):
@@ -69,18 +86,32 @@ def measured(r2id_run, digits, judge_file, judge, tmp_path_factory):
     out.mkdir()
     shutil.copy(judge_file, out / "classifier.safetensors")
     file = extractors.write(extractors.Quarters(), out.parent / "quarters.pt")
-    return out, evaluate(r2id_run, digits, out, count=10, seed=5, invariance=6, extractor=file, steps=3, guidance=1.25)
+    return out, evaluate(
+        r2id_run,
+        digits,
+        out,
+        count=10,
+        seed=5,
+        invariance=6,
+        extractor=file,
+        steps=3,
+        guidance=1.25,
+    )
 
 
 def test_invariance_is_measured_and_shown(measured):
     out, metrics = measured
     found = metrics["invariance"]
-    assert list(found["r2id"]["sizes"]) == list(found["riae"]["sizes"]) and "37x37" in found["riae"]["sizes"]
+    assert (
+        list(found["r2id"]["sizes"]) == list(found["riae"]["sizes"])
+        and "37x37" in found["riae"]["sizes"]
+    )
     for row in found["r2id"]["sizes"].values():
         assert row["samples"] == 6 and row["frechet"] > 0 and row["stretched"]["patch_frechet"] > 0
     html = (out / "report.html").read_text()
     assert {f"invariance_{name}" for name in ("accuracy", "frechet", "patch_frechet")} <= set(
-        re.findall(r'<figure id="([^"]+)"', html))
+        re.findall(r'<figure id="([^"]+)"', html)
+    )
     assert "37×37" in html and "Whether the resolution matters" in html
     assert sum("consistency" in line or "stretched" in line for line in metrics["headlines"]) == 3
     assert any("times the native squared error" in line for line in metrics["headlines"])
@@ -90,17 +121,24 @@ def test_every_figure_says_where_it_is_from(measured, shards, judge):
     out, metrics = measured
     facts, extractor = metrics["provenance"]["figures"], metrics["provenance"]["extractor"]
     assert extractor["name"] == "quarters.pt" and extractor["size"] == [8, 8]
-    assert metrics["provenance"]["sampling"]["guidance"] == 1.25 and metrics["provenance"]["sampling"]["steps"] == 3
+    assert (
+        metrics["provenance"]["sampling"]["guidance"] == 1.25
+        and metrics["provenance"]["sampling"]["steps"] == 3
+    )
     html = (out / "report.html").read_text()
     for name, fact in facts.items():
         assert list(fact) == ["images", "seeds", "extractor", "resize", "reference"]
         assert name in html and fact["images"] and "bicubic" in fact["resize"], name
         assert ("samples" in name) == bool(re.fullmatch(r"5 to \d+", fact["seeds"])), name
-    distance, accuracy = (facts[f"samples: {name}"] for name in ("Fréchet distances, precision, recall",
-                                                                 "class accuracy, failures"))
+    distance, accuracy = (
+        facts[f"samples: {name}"]
+        for name in ("Fréchet distances, precision, recall", "class accuracy, failures")
+    )
     assert distance["extractor"] == f"quarters.pt {extractor['hash']}"
     assert accuracy["extractor"] == f"classifier {judge.hash}"
-    assert distance["reference"] == f"359 images of test split of {shards.digest}" and distance["images"].startswith("10 ")
+    assert distance["reference"] == f"359 images of test split of {shards.digest}" and distance[
+        "images"
+    ].startswith("10 ")
     assert facts["invariance: samples: class accuracy, failures"]["images"] == "6 samples per size"
 
 
@@ -110,7 +148,9 @@ def test_an_riae_alone_in_the_eyes_of_a_file(riae_run, digits, tmp_path):
     assert metrics["riae"]["native"]["frechet"] > 0 and set(metrics["invariance"]) == {"riae"}
     with pytest.raises(InputError, match=r"--extractor .*: no such file"):
         evaluate(riae_run, digits, tmp_path / "other", extractor=tmp_path / "none.pt")
-    with pytest.raises(InputError, match=r"guidance: of samples, and .* is of an RIAE, which draws none"):
+    with pytest.raises(
+        InputError, match=r"guidance: of samples, and .* is of an RIAE, which draws none"
+    ):
         evaluate(riae_run, digits, tmp_path / "other", guidance=2.0)
     assert not (tmp_path / "other").exists()
 
@@ -118,7 +158,11 @@ def test_an_riae_alone_in_the_eyes_of_a_file(riae_run, digits, tmp_path):
 def test_an_riae_alone(riae_run, digits, tmp_path):
     metrics = evaluate(riae_run, digits, tmp_path / "new" / "report")
     assert "r2id" not in metrics and "classifier" not in metrics and len(metrics["headlines"]) == 1
-    assert {path.name for path in (tmp_path / "new" / "report").iterdir()} == {"metrics.json", "report.html", "figures"}
+    assert {path.name for path in (tmp_path / "new" / "report").iterdir()} == {
+        "metrics.json",
+        "report.html",
+        "figures",
+    }
 
 
 def test_images_without_classes(tmp_path):
@@ -132,8 +176,12 @@ def test_images_without_classes(tmp_path):
     config.write_text(re.sub(r"(?m)^latents = .*\n", "", text))
     train(load_config(config, [*TINY_R2ID, *few, f"run={r2id}", f"codec={riae}"]))
     metrics = evaluate(r2id, shards, tmp_path / "report", count=4)
-    assert metrics["r2id"]["sizes"] == {} and set(metrics["r2id"]["t_scrape"]["loss"]) == {"no class"}
-    assert {"ladder", "samples_8x8"} <= {file.stem for file in (tmp_path / "report" / "figures").iterdir()}
+    assert metrics["r2id"]["sizes"] == {} and set(metrics["r2id"]["t_scrape"]["loss"]) == {
+        "no class"
+    }
+    assert {"ladder", "samples_8x8"} <= {
+        file.stem for file in (tmp_path / "report" / "figures").iterdir()
+    }
 
 
 def test_what_it_refuses(r2id_run, riae_run, digits, tmp_path):
@@ -141,10 +189,11 @@ def test_what_it_refuses(r2id_run, riae_run, digits, tmp_path):
     others = write_folder(tmp_path, {"train/a": 4, "train/b": 4, "test/a": 2})
     out = tmp_path / "report"
     for checkpoint, shards, place, message in [
-            (riae_run, digits, tmp_path / "file", "is a file; must be a folder"),
-            (tmp_path, digits, out, "no checkpoint here"),
-            (riae_run, tmp_path, out, "not a shard set"),
-            (r2id_run, others, out, "has 2 classes, and .* was trained with 10")]:
+        (riae_run, digits, tmp_path / "file", "is a file; must be a folder"),
+        (tmp_path, digits, out, "no checkpoint here"),
+        (riae_run, tmp_path, out, "not a shard set"),
+        (r2id_run, others, out, "has 2 classes, and .* was trained with 10"),
+    ]:
         with pytest.raises(InputError, match=message):
             evaluate(checkpoint, shards, place)
     assert not out.exists()

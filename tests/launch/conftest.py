@@ -18,8 +18,15 @@ BASE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "c
 
 
 def bash(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "-c", command], cwd=folder, env={**os.environ, **environment},
-                          capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 def executable(file: Path, text: str) -> Path:
@@ -45,16 +52,27 @@ def checkout(bare: Path) -> Path:
     """A checkout whose .venv starts this interpreter, stamped as set-up stamps it."""
     binaries = bare / ".venv" / "bin"
     executable(binaries / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    executable(binaries / "deepspeed", f'#!/bin/sh\nexec "{sys.executable}" -m deepspeed.launcher.runner "$@"\n')
-    stamp = bash('cat pyproject.toml <(pwd -P) | cksum', bare).stdout.strip()
+    executable(
+        binaries / "deepspeed",
+        f'#!/bin/sh\nexec "{sys.executable}" -m deepspeed.launcher.runner "$@"\n',
+    )
+    stamp = bash("cat pyproject.toml <(pwd -P) | cksum", bare).stdout.strip()
     (bare / ".venv" / "complete").write_text(stamp + "\n")
     return bare
 
 
 def training(run: Path, shards: Path, *more: str) -> list[str]:
     """Arguments of r2id train for a small RIAE on the digits."""
-    return [str(CONFIGS / "digits" / "riae.toml"), *TINY_RIAE, f"run={run}", f"data.shards={shards}",
-            "train.precision=float32", "train.preview_every=100000", "train.log_every=1", *more]
+    return [
+        str(CONFIGS / "digits" / "riae.toml"),
+        *TINY_RIAE,
+        f"run={run}",
+        f"data.shards={shards}",
+        "train.precision=float32",
+        "train.preview_every=100000",
+        "train.log_every=1",
+        *more,
+    ]
 
 
 class Job:
@@ -63,14 +81,21 @@ class Job:
     def __init__(self, command: Sequence[str], checkout: Path, **environment: str) -> None:
         self.log = checkout / "job.log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=checkout, stdout=log, stderr=log,
-                                            env={**os.environ, "PYTHONPATH": str(checkout), **BASE, **environment})
+            self.process = subprocess.Popen(
+                command,
+                cwd=checkout,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": str(checkout), **BASE, **environment},
+            )
 
     def wait_for(self, path: Path, seconds: float = 120) -> None:
         """Until a file is there. Fails with what the job said when it ends before."""
         end = time.monotonic() + seconds
         while not path.exists():
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()[-4000:]
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()[
+                -4000:
+            ]
             time.sleep(0.1)
 
     def end(self, number: signal.Signals | None = None, seconds: float = 120) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from r2id.training import checkpoint
+from r2id.checkpoints import checkpoint
 from tests.launch.conftest import BASE, bash, training
 
 # The first host is a new namespace, the second one is inside it: both vanish with the shell that made them.
@@ -28,9 +28,18 @@ on_second ip link set r2id1 up
 HOST = "env NODE_RANK={rank} GLOO_SOCKET_IFNAME=r2id{rank} bash launch/multinode.sh train {arguments} > {log} 2>&1"
 
 
-def in_new_network(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NETWORK + script], cwd=folder,
-                          env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300)
+def in_new_network(
+    script: str, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NETWORK + script],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 @pytest.fixture
@@ -41,24 +50,51 @@ def network(tmp_path: Path) -> None:
             pytest.skip(f"no {program} here (util-linux, iproute2)")
     made = in_new_network("ip link show r2id0", tmp_path)
     if made.returncode:
-        pytest.skip(f"network namespaces cannot be made here: {made.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"network namespaces cannot be made here: {made.stderr.strip().splitlines()[-1]}"
+        )
 
 
 @pytest.mark.usefixtures("network")
 def test_two_hosts_train_as_one(checkout: Path, digits: Path, tmp_path: Path) -> None:
-    environment = {**BASE, "PYTHONPATH": str(checkout), "NNODES": "2", "MASTER_ADDR": "10.77.0.1", "NPROC": "1"}
-    arguments = training(tmp_path / "run", digits, "train.steps=4", "train.save_every=4", "engine.zero_stage=2")
-    hosts = [HOST.format(rank=rank, arguments=" ".join(arguments), log=tmp_path / f"host-{rank}.log") for rank in (0, 1)]
-    done = in_new_network(f"on_second {hosts[1]} & other=$!\n{hosts[0]}\nwait $other\n"
-                          "ip -statistics -json link show r2id0\n", checkout, **environment)
+    environment = {
+        **BASE,
+        "PYTHONPATH": str(checkout),
+        "NNODES": "2",
+        "MASTER_ADDR": "10.77.0.1",
+        "NPROC": "1",
+    }
+    arguments = training(
+        tmp_path / "run", digits, "train.steps=4", "train.save_every=4", "engine.zero_stage=2"
+    )
+    hosts = [
+        HOST.format(rank=rank, arguments=" ".join(arguments), log=tmp_path / f"host-{rank}.log")
+        for rank in (0, 1)
+    ]
+    done = in_new_network(
+        f"on_second {hosts[1]} & other=$!\n{hosts[0]}\nwait $other\n"
+        "ip -statistics -json link show r2id0\n",
+        checkout,
+        **environment,
+    )
     said = "\n".join(log.read_text()[-3000:] for log in sorted(tmp_path.glob("host-*.log")))
     assert done.returncode == 0, done.stderr + said
-    weights = sum(value.nbytes for value in checkpoint.load_tensors(tmp_path / "run", "model").values())
+    weights = sum(
+        value.nbytes for value in checkpoint.load_tensors(tmp_path / "run", "model").values()
+    )
     cable = json.loads(done.stdout)[0]["stats64"]
-    assert min(cable["rx"]["bytes"], cable["tx"]["bytes"]) > 4 * weights / 2, "half the gradients of each step, at least"
+    assert min(cable["rx"]["bytes"], cable["tx"]["bytes"]) > 4 * weights / 2, (
+        "half the gradients of each step, at least"
+    )
 
-    alone = training(tmp_path / "alone", digits, "train.steps=4", "train.save_every=4", "engine.zero_stage=2")
-    one = bash(f"bash launch/train.sh {' '.join(alone)}", checkout, **{**BASE, "PYTHONPATH": str(checkout), "NPROC": "2"})
+    alone = training(
+        tmp_path / "alone", digits, "train.steps=4", "train.save_every=4", "engine.zero_stage=2"
+    )
+    one = bash(
+        f"bash launch/train.sh {' '.join(alone)}",
+        checkout,
+        **{**BASE, "PYTHONPATH": str(checkout), "NPROC": "2"},
+    )
     assert one.returncode == 0, one.stderr
     for kind in ("model", "ema", "optimizer"):
         here, there = (checkpoint.load_tensors(tmp_path / run, kind) for run in ("alone", "run"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from r2id.training import checkpoint
+from r2id.checkpoints import checkpoint
 from tests.launch.conftest import BASE, Job, bash, executable, training
 
 RANK = """
@@ -37,11 +37,27 @@ time.sleep(60 if code else 0)
 def start(folder: Path, kind: str, code: int) -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK)
     return subprocess.Popen(
-        [sys.executable, "-m", "r2id.launcher", "--standalone", "--nproc-per-node", "2", str(folder / "rank.py"),
-         str(folder), kind, str(code)], env={**os.environ, **BASE}, stderr=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            "-m",
+            "r2id.torchrun",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(folder / "rank.py"),
+            str(folder),
+            kind,
+            str(code),
+        ],
+        env={**os.environ, **BASE},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-@pytest.mark.parametrize(("code", "meant"), [(0, 0), (1, 1), (2, 2), (75, 75), (99, 1), (-signal.SIGKILL, 1)])
+@pytest.mark.parametrize(
+    ("code", "meant"), [(0, 0), (1, 1), (2, 2), (75, 75), (99, 1), (-signal.SIGKILL, 1)]
+)
 def test_the_exit_code_is_the_first_failed_ranks(code: int, meant: int, tmp_path: Path) -> None:
     job = start(tmp_path, "fails", code)
     _, said = job.communicate(timeout=60)
@@ -60,9 +76,13 @@ def test_a_signal_lets_every_rank_finish_saving(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
-def test_two_processes_stop_at_a_signal_and_go_on(checkout: Path, digits: Path, tmp_path: Path) -> None:
+def test_two_processes_stop_at_a_signal_and_go_on(
+    checkout: Path, digits: Path, tmp_path: Path
+) -> None:
     """First the whole job is sent SIGTERM, then rank 1 alone."""
-    arguments = training(tmp_path / "run", digits, "train.steps=100000", "train.save_every=5", "train.keep=9999")
+    arguments = training(
+        tmp_path / "run", digits, "train.steps=100000", "train.save_every=5", "train.keep=9999"
+    )
     job = Job(["bash", "launch/train.sh", *arguments], checkout, NPROC="2")
     job.wait_for(tmp_path / "run" / "checkpoints" / "latest")
     assert job.end(signal.SIGTERM) == 75, job.log.read_text()[-4000:]
@@ -80,20 +100,27 @@ def test_two_processes_stop_at_a_signal_and_go_on(checkout: Path, digits: Path, 
 
 def rank_of(job: Job, rank: int) -> psutil.Process:
     """One of a job's training processes."""
-    return next(process for process in psutil.Process(job.process.pid).children(recursive=True)
-                if process.environ().get("RANK") == str(rank))
+    return next(
+        process
+        for process in psutil.Process(job.process.pid).children(recursive=True)
+        if process.environ().get("RANK") == str(rank)
+    )
 
 
 def test_two_processes_of_wrong_input_end_with_2(checkout: Path) -> None:
-    done = bash("bash launch/train.sh nowhere.toml", checkout, **BASE, PYTHONPATH=str(checkout), NPROC="2")
+    done = bash(
+        "bash launch/train.sh nowhere.toml", checkout, **BASE, PYTHONPATH=str(checkout), NPROC="2"
+    )
     assert done.returncode == 2, done.stderr
     assert "nowhere.toml: no such config file" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_deepspeeds_launcher_on_one_host(checkout: Path, digits: Path, tmp_path: Path) -> None:
     """It first asks every host of the file over ssh whether it is there; here ssh runs what it is given."""
-    executable(checkout / ".venv" / "bin" / "ssh",
-               '#!/bin/sh\nwhile [ "$1" != localhost ]; do shift; done\nshift\nexec "$@"\n')
+    executable(
+        checkout / ".venv" / "bin" / "ssh",
+        '#!/bin/sh\nwhile [ "$1" != localhost ]; do shift; done\nshift\nexec "$@"\n',
+    )
     (checkout / "hosts").write_text("localhost slots=2\n")
     command = ["bash", "launch/multinode.sh", "--hostfile", "hosts", "train"]
     job = Job([*command, *training(tmp_path / "run", digits, "train.steps=3")], checkout)

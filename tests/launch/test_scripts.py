@@ -22,7 +22,9 @@ def test_is_sound_shell_that_stops_at_the_first_error(script: Path) -> None:
 def test_shellcheck_has_nothing_to_say() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -57,35 +59,56 @@ def test_training_takes_the_processes_asked_for(checkout: Path) -> None:
     assert "+ python -m r2id.cli train nowhere.toml" in one.stderr
     assert "nowhere.toml: no such config file" in one.stderr
     two = bash("bash launch/train.sh --dry-run a.toml train.steps=3", checkout, **BASE, NPROC="2")
-    assert two.stderr == ("+ python -m r2id.launcher --standalone --nproc-per-node 2 -m r2id.cli train a.toml "
-                          "train.steps=3\n")
+    assert two.stderr == (
+        "+ python -m r2id.torchrun --standalone --nproc-per-node 2 -m r2id.cli train a.toml "
+        "train.steps=3\n"
+    )
 
 
 def test_many_processes_share_the_cores(checkout: Path) -> None:
     executable(checkout / ".venv" / "bin" / "nproc", "#!/bin/sh\necho 12\n")
-    told = bash("source launch/setup.sh; choose_processes; echo $processes $DS_ACCELERATOR $OMP_NUM_THREADS", checkout,
-                CUDA_VISIBLE_DEVICES="", NPROC="3", OMP_NUM_THREADS="")
+    told = bash(
+        "source launch/setup.sh; choose_processes; echo $processes $DS_ACCELERATOR $OMP_NUM_THREADS",
+        checkout,
+        CUDA_VISIBLE_DEVICES="",
+        NPROC="3",
+        OMP_NUM_THREADS="",
+    )
     assert told.stdout.split() == ["3", "cpu", "4"]
-    gpus = bash("source launch/setup.sh; choose_processes; echo $processes", checkout, CUDA_VISIBLE_DEVICES="0,1,2,5")
+    gpus = bash(
+        "source launch/setup.sh; choose_processes; echo $processes",
+        checkout,
+        CUDA_VISIBLE_DEVICES="0,1,2,5",
+    )
     assert gpus.stdout.split() == ["4"]
 
 
 def test_one_of_many_hosts(checkout: Path) -> None:
     command = "bash launch/multinode.sh --dry-run train a.toml optim.lr=1e-4"
-    done = bash(command, checkout, **BASE, NNODES="4", NODE_RANK="2", MASTER_ADDR="10.0.0.1", NPROC="8")
+    done = bash(
+        command, checkout, **BASE, NNODES="4", NODE_RANK="2", MASTER_ADDR="10.0.0.1", NPROC="8"
+    )
     assert done.stderr == (
-        "+ python -m r2id.launcher --nnodes 4 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 "
-        "--nproc-per-node 8 -m r2id.cli train a.toml optim.lr=1e-4\n")
+        "+ python -m r2id.torchrun --nnodes 4 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 "
+        "--nproc-per-node 8 -m r2id.cli train a.toml optim.lr=1e-4\n"
+    )
     for missing in ("NNODES", "NODE_RANK", "MASTER_ADDR"):
         place = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1", missing: ""}
         done = bash(command, checkout, **BASE, **place)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {missing} is not set"), done.stderr
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {missing} is not set"), (
+            done.stderr
+        )
 
 
 def test_deepspeeds_launcher_with_a_hostfile(checkout: Path) -> None:
     (checkout / "hosts").write_text("first slots=8\nsecond slots=8\n")
-    done = bash("bash launch/multinode.sh --dry-run --hostfile hosts train a.toml", checkout, **BASE)
-    assert done.stderr == "+ deepspeed --hostfile hosts --no_local_rank --module r2id.cli train a.toml\n"
+    done = bash(
+        "bash launch/multinode.sh --dry-run --hostfile hosts train a.toml", checkout, **BASE
+    )
+    assert (
+        done.stderr
+        == "+ deepspeed --hostfile hosts --no_local_rank --module r2id.cli train a.toml\n"
+    )
     done = bash("bash launch/multinode.sh --dry-run --hostfile none train a.toml", checkout, **BASE)
     assert done.returncode == 2 and "none: no such file" in done.stderr
 

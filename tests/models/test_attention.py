@@ -18,10 +18,16 @@ def test_window_is_a_gaussian_in_cells():
     torch.nn.init.zeros_(layer.query.weight)
     at, context_at = torch.randn(1, 3, 2), torch.randn(1, 6, 2)
     values = torch.randn(1, 6, 32)
-    q, k, v = (torch.zeros(1, 2, 3, 10), torch.randn(1, 2, 6, 10), layer.value(values).view(1, 6, 2, 16).transpose(1, 2))
+    q, k, v = (
+        torch.zeros(1, 2, 3, 10),
+        torch.randn(1, 2, 6, 10),
+        layer.value(values).view(1, 6, 2, 16).transpose(1, 2),
+    )
     attended = attend(*layer._with_window(q, k, v, at, context_at))
     distance = (at[:, :, None] - context_at[:, None]).square().sum(-1)
-    weights = torch.softmax(-torch.exp(-layer.log_reach).view(1, 2, 1, 1) * distance.unsqueeze(1), dim=-1)
+    weights = torch.softmax(
+        -torch.exp(-layer.log_reach).view(1, 2, 1, 1) * distance.unsqueeze(1), dim=-1
+    )
     torch.testing.assert_close(attended, weights @ v, atol=1e-5, rtol=1e-4)
 
 
@@ -42,14 +48,20 @@ def test_both_kernels_agree(dtype, monkeypatch):
     q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype) for n in (9, 20, 20))
     plain = attend(q, k, v)
     monkeypatch.setattr(attention, "_SMALL_SCORES", 0)
-    torch.testing.assert_close(plain, attend(q, k, v), atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
+    torch.testing.assert_close(
+        plain, attend(q, k, v), atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2
+    )
 
 
 def test_norm_equals_its_definition():
     x = torch.randn(4, 10)
     norm = RMSNorm(10)
     torch.nn.init.normal_(norm.weight)
-    expected = norm.weight * x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    expected = (
+        norm.weight
+        * x
+        / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    )
     torch.testing.assert_close(norm(x), expected)
 
 

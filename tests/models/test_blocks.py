@@ -22,12 +22,20 @@ def test_norm_has_the_derivative_of_what_it_computes(affine):
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_and_its_gradient_equal_pytorchs(dtype, affine):
-    norm, x = RMSNorm(32, elementwise_affine=affine), torch.randn(4, 7, 3, 32, dtype=dtype).transpose(1, 2)
+    norm, x = (
+        RMSNorm(32, elementwise_affine=affine),
+        torch.randn(4, 7, 3, 32, dtype=dtype).transpose(1, 2),
+    )
     if affine:
         torch.nn.init.normal_(norm.weight)
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    tolerance = {"atol": 0.06, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
-    out, expected = norm(ours), F.rms_norm(theirs, (32,), None if norm.weight is None else norm.weight.to(dtype))
+    tolerance = (
+        {"atol": 0.06, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    )
+    out, expected = (
+        norm(ours),
+        F.rms_norm(theirs, (32,), None if norm.weight is None else norm.weight.to(dtype)),
+    )
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, **tolerance)
     for result in (out, expected):
@@ -53,8 +61,10 @@ def test_dropout_draws_as_pytorch_does_and_scales():
 def test_blocks_keep_little_for_the_backward_pass():
     """Of a norm its input and a scale per row; of a gated layer what goes into its three products, and two more; of
     dropout a byte per element."""
+
     def kept(layer, x):
         storages = {}
+
         def note(tensor):
             storages[tensor.untyped_storage()._cdata] = tensor
             return tensor
@@ -62,7 +72,11 @@ def test_blocks_keep_little_for_the_backward_pass():
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             result = layer(x)
         weights = {p.untyped_storage()._cdata for p in layer.parameters()}
-        total = sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in weights)
+        total = sum(
+            tensor.untyped_storage().nbytes()
+            for key, tensor in storages.items()
+            if key not in weights
+        )
         del result
         return total
 

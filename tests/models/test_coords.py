@@ -1,7 +1,5 @@
 """Coordinates: analytic identities at several sizes."""
 
-
-
 import pytest
 import torch
 
@@ -45,7 +43,10 @@ def test_jitter_is_one_displacement_in_both_systems():
 def test_fourier_features_are_normalised_per_system_and_float32():
     with torch.autocast("cpu", torch.bfloat16):
         features = coords.fourier_features(coords.grid_coordinates((5, 6)), (-3, 7))
-    assert features.shape == (30, 88) == (30, coords.fourier_dim((-3, 7))) and features.dtype == torch.float32
+    assert (
+        features.shape == (30, 88) == (30, coords.fourier_dim((-3, 7)))
+        and features.dtype == torch.float32
+    )
     for half in features.split(44, dim=-1):
         torch.testing.assert_close(half.mean(-1), torch.zeros(30), atol=1e-5, rtol=0)
         torch.testing.assert_close(half.var(-1, unbiased=False), torch.ones(30), atol=1e-3, rtol=0)
@@ -74,5 +75,6 @@ def test_sampled_colours_follow_a_ramp():
     """Away from the border, bicubic interpolation follows a linear function to a twentieth of a pixel."""
     ramp = coords.grid_coordinates((16, 16))[:, 0].view(1, 1, 16, 16)
     at = torch.tensor([[[0.1234, -0.2, 0.0, 0.0], [-0.3, 0.05, 0.0, 0.0]]])
-    torch.testing.assert_close(coords.sample_image(ramp, at).squeeze(), at[0, :, 0], atol=0.05 / 16, rtol=0)
-
+    torch.testing.assert_close(
+        coords.sample_image(ramp, at).squeeze(), at[0, :, 0], atol=0.05 / 16, rtol=0
+    )

@@ -9,11 +9,19 @@ from r2id.models import mixing
 from r2id.models.r2id import R2ID
 from r2id.models.tiles import Tiles
 from r2id.training.blocks import prepare_blocks
-from r2id.training.losses import R2idLoss
+from r2id.training.losses.r2id import R2idLoss
 
 GRIDS = [(1, 1), (4, 4), (5, 3), (1, 9), (9, 14)]
-SMALL = {"width": 32, "heads": 2, "encoder_blocks": 1, "decoder_blocks": 1, "dropout": 0.0, "cloud_tokens": 4, "tile": 2,
-         "halo": 1}
+SMALL = {
+    "width": 32,
+    "heads": 2,
+    "encoder_blocks": 1,
+    "decoder_blocks": 1,
+    "dropout": 0.0,
+    "cloud_tokens": 4,
+    "tile": 2,
+    "halo": 1,
+}
 KINDS = ["full", "cloud", "axial", "linear", "local"]
 
 
@@ -35,7 +43,9 @@ def places(grid):
 def test_axial(grid):
     row, column = (place.view(-1, 1) == place.view(1, -1) for place in places(grid).unbind(1))
     q, k, v = draw(grid)
-    assert_close(mixing.axial(q, k, v, grid), masked(q, k, v, torch.stack([row, row, column, column])))
+    assert_close(
+        mixing.axial(q, k, v, grid), masked(q, k, v, torch.stack([row, row, column, column]))
+    )
 
 
 @pytest.mark.parametrize(("tile", "halo"), [(2, 0), (3, 1), (4, 20)])
@@ -46,7 +56,10 @@ def test_local(grid, tile, halo):
     # A token's centre lies half a token from its edge.
     near = (at[None] + 0.5 >= low[:, None] - halo) & (at[None] + 0.5 <= low[:, None] + tile + halo)
     q, k, v = draw(grid)
-    assert_close(mixing.local(q, k, v, Tiles.between(grid, grid, grid, tile, halo)), masked(q, k, v, near.all(-1)))
+    assert_close(
+        mixing.local(q, k, v, Tiles.between(grid, grid, grid, tile, halo)),
+        masked(q, k, v, near.all(-1)),
+    )
 
 
 @pytest.mark.parametrize(("tokens", "groups"), [(12, 3), (13, 3), (9, 4), (5, 1), (4, 4)])
@@ -57,7 +70,7 @@ def test_cloud(tokens, groups):
     group = torch.empty(tokens, dtype=torch.int64)
     group[order] = torch.arange(tokens) // size
     seen = group[:, None] == group[None]
-    seen[group == groups - 1] |= torch.isin(torch.arange(tokens), order[:groups * size - tokens])
+    seen[group == groups - 1] |= torch.isin(torch.arange(tokens), order[: groups * size - tokens])
     q, k, v = draw((1, tokens))
     assert_close(mixing.cloud(q, k, v, order, groups), masked(q, k, v, seen))
 
@@ -65,7 +78,9 @@ def test_cloud(tokens, groups):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_linear(grid):
     q, k, v = draw(grid)
-    weights = torch.einsum("bhnd,bhmd->bhnm", torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1)
+    weights = torch.einsum(
+        "bhnd,bhmd->bhnm", torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    )
     assert_close(mixing.linear(q, k, v), weights / weights.sum(-1, keepdim=True) @ v)
 
 
@@ -75,13 +90,19 @@ def test_linear_sums_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         found = mixing.linear(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert found.dtype == torch.bfloat16
-    assert_close(found.float(), mixing.linear(q.bfloat16().float(), k.bfloat16().float(), v.bfloat16().float()),
-                 atol=1e-2, rtol=1e-2)
+    assert_close(
+        found.float(),
+        mixing.linear(q.bfloat16().float(), k.bfloat16().float(), v.bfloat16().float()),
+        atol=1e-2,
+        rtol=1e-2,
+    )
 
 
 def build(kinds, **changes):
     torch.manual_seed(0)
-    model = R2ID(R2idConfig.model_validate({**SMALL, "attention": kinds, **changes}), channels=4, classes=3)
+    model = R2ID(
+        R2idConfig.model_validate({**SMALL, "attention": kinds, **changes}), channels=4, classes=3
+    )
     with torch.no_grad():
         for parameter in model.parameters():  # gates open, so that every path matters
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -94,7 +115,11 @@ def test_every_parameter_of_any_grid_gets_a_gradient(kind, grid):
     model = build([kind])
     loss = R2idLoss(model, DiffusionConfig(condition_dropout=0.5), base_side=3.0, seed=0)
     loss(torch.randn(8, 4, *grid), torch.arange(8) % 3, torch.arange(8), step=0)[0].backward()
-    lacking = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    lacking = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
     assert lacking == []
     assert grid == (1, 1) or all(p.grad.any() for p in model.parameters())
 
@@ -108,31 +133,57 @@ def test_blocks_take_turns():
     results = [mix(q, k, v) for mix in found]
     assert all(not torch.allclose(results[i], results[j]) for i in range(5) for j in range(i))
     assert torch.equal(results[0], results[5]) and torch.equal(results[1], results[6])
-    assert torch.equal(mixing.mixes(config, grid, 7, torch.device("cpu"))[3](q, k, v), results[4]), "all, without a key"
+    assert torch.equal(
+        mixing.mixes(config, grid, 7, torch.device("cpu"))[3](q, k, v), results[4]
+    ), "all, without a key"
 
 
 def test_clouds_are_new_each_step_and_layer_and_the_same_again():
     model = build(["cloud"])
-    loss = R2idLoss(model, DiffusionConfig(condition_dropout=0.0, time_sampling="uniform"), base_side=4.0, seed=0)
+    loss = R2idLoss(
+        model,
+        DiffusionConfig(condition_dropout=0.0, time_sampling="uniform"),
+        base_side=4.0,
+        seed=0,
+    )
     torch.manual_seed(0)
     batch = torch.randn(4, 4, 4, 4), torch.arange(4) % 3, torch.arange(4)
     first = loss(*batch, step=3)[0]
     assert torch.equal(first, loss(*batch, step=3)[0])
     q, k, v = draw((4, 4))
+
     def mixed(key, layer):
-        return mixing.mixes(model.config, (4, 4), 2, torch.device("cpu"), torch.tensor(key))[layer](q, k, v)
-    assert not torch.allclose(mixed(1, 0), mixed(1, 1)) and not torch.allclose(mixed(1, 0), mixed(2, 0))
+        return mixing.mixes(model.config, (4, 4), 2, torch.device("cpu"), torch.tensor(key))[layer](
+            q, k, v
+        )
+
+    assert not torch.allclose(mixed(1, 0), mixed(1, 1)) and not torch.allclose(
+        mixed(1, 0), mixed(2, 0)
+    )
     prepare_blocks(model.blocks(), TrainConfig(steps=1, activation_checkpointing="all"))
     again = loss(*batch, step=3)[0]
-    assert_close(torch.autograd.grad(again, model.token_in.weight)[0], torch.autograd.grad(first, model.token_in.weight)[0])
+    assert_close(
+        torch.autograd.grad(again, model.token_in.weight)[0],
+        torch.autograd.grad(first, model.token_in.weight)[0],
+    )
 
 
 def test_attributes():
     """Rows of −1, 0 and 1; all 0 is no condition."""
     torch.manual_seed(0)
-    model = R2ID(R2idConfig.model_validate({**SMALL, "condition": "attributes"}), channels=4, classes=5)
-    loss = R2idLoss(model, DiffusionConfig(objective="flow", schedule="flow", condition_dropout=0.0), 3.0, seed=0)
-    attributes = torch.tensor([[1, -1, 1, -1, 1], [-1, -1, 1, 1, 1], [1, 1, 1, 1, -1], [-1, 1, -1, 1, -1]], dtype=torch.int8)
+    model = R2ID(
+        R2idConfig.model_validate({**SMALL, "condition": "attributes"}), channels=4, classes=5
+    )
+    loss = R2idLoss(
+        model,
+        DiffusionConfig(objective="flow", schedule="flow", condition_dropout=0.0),
+        3.0,
+        seed=0,
+    )
+    attributes = torch.tensor(
+        [[1, -1, 1, -1, 1], [-1, -1, 1, 1, 1], [1, 1, 1, 1, -1], [-1, 1, -1, 1, -1]],
+        dtype=torch.int8,
+    )
     latents, index = torch.randn(4, 4, 3, 3).repeat(16, 1, 1, 1), torch.arange(64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     values = []
@@ -145,5 +196,7 @@ def test_attributes():
     assert sum(values[-20:]) / 20 < 0.5 * values[0]
     model.eval()
     x, half = torch.randn(1, 4, 3, 3), torch.tensor([0.5])
-    outs = [model(x, half, row.view(1, -1)) for row in [*attributes, torch.zeros(5, dtype=torch.int8)]]
+    outs = [
+        model(x, half, row.view(1, -1)) for row in [*attributes, torch.zeros(5, dtype=torch.int8)]
+    ]
     assert all(not torch.allclose(outs[i], outs[j], atol=1e-3) for i in range(5) for j in range(i))

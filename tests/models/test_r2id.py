@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from r2id.config import DiffusionConfig, R2idConfig
+from r2id.diffusion.denoising import draw_times
 from r2id.models.r2id import R2ID
-from r2id.training.losses import R2idLoss, draw_times
+from r2id.training.losses.r2id import R2idLoss
 
 SMALL = R2idConfig(width=32, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0.0)
 
@@ -34,20 +35,30 @@ def test_starts_by_predicting_zero():
     assert not build()(torch.randn(2, 4, 3, 3), torch.full((2,), 0.5), torch.tensor([0, 1])).any()
 
 
-@pytest.mark.parametrize(("objective", "schedule", "expected"),
-                         [("epsilon", "cosine", 1.0), ("v", "cosine", 1.0), ("flow", "flow", 2.0)])
+@pytest.mark.parametrize(
+    ("objective", "schedule", "expected"),
+    [("epsilon", "cosine", 1.0), ("v", "cosine", 1.0), ("flow", "flow", 2.0)],
+)
 def test_loss_at_the_start_is_the_target_s_variance(objective, schedule, expected):
     """Normalised data and noise: E|ε|² = 1, E|v|² = α² + σ² = 1, E|ε − x₀|² = 2."""
-    loss = R2idLoss(build(), DiffusionConfig(objective=objective, schedule=schedule), base_side=4.0, seed=0)
-    value, _ = loss(torch.randn(512, 4, 4, 4), torch.zeros(512, dtype=torch.int64), torch.arange(512), step=0)
+    loss = R2idLoss(
+        build(), DiffusionConfig(objective=objective, schedule=schedule), base_side=4.0, seed=0
+    )
+    value, _ = loss(
+        torch.randn(512, 4, 4, 4), torch.zeros(512, dtype=torch.int64), torch.arange(512), step=0
+    )
     assert float(value) == pytest.approx(expected, rel=0.05)
 
 
 def test_condition_and_time_matter():
     model, x = trained(build()), torch.randn(1, 4, 3, 3)
     half = torch.tensor([0.5])
-    outs = [model(x, half, torch.tensor([0])), model(x, half, torch.tensor([1])), model(x, half, torch.tensor([-1])),
-            model(x, torch.tensor([0.6]), torch.tensor([0]))]
+    outs = [
+        model(x, half, torch.tensor([0])),
+        model(x, half, torch.tensor([1])),
+        model(x, half, torch.tensor([-1])),
+        model(x, torch.tensor([0.6]), torch.tensor([0])),
+    ]
     for i in range(4):
         for j in range(i):
             assert not torch.allclose(outs[i], outs[j], atol=1e-4)
@@ -73,14 +84,23 @@ def test_every_parameter_gets_a_gradient():
     model = trained(build()).train()
     loss = R2idLoss(model, DiffusionConfig(condition_dropout=0.5), base_side=3.0, seed=0)
     loss(torch.randn(8, 4, 3, 3), torch.arange(8) % 3, torch.arange(8), step=0)[0].backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
 
 
 def test_loss_depends_on_step_and_sample_alone():
     loss = R2idLoss(trained(build()), DiffusionConfig(), base_side=3.0, seed=1)
-    latent, label, index = torch.randn(4, 4, 3, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([4, 8, 1, 3])
+    latent, label, index = (
+        torch.randn(4, 4, 3, 3),
+        torch.tensor([0, 1, 2, 0]),
+        torch.tensor([4, 8, 1, 3]),
+    )
     whole, _ = loss(latent, label, index, step=2)
-    halves = [loss(latent[part], label[part], index[part], step=2)[0] for part in (slice(0, 1), slice(1, 4))]
+    halves = [
+        loss(latent[part], label[part], index[part], step=2)[0]
+        for part in (slice(0, 1), slice(1, 4))
+    ]
     torch.testing.assert_close(whole, (halves[0] + 3 * halves[1]) / 4)
 
 
@@ -88,7 +108,12 @@ def test_overfits_one_batch():
     """Four fixed latents, one class each: the velocity at a random time becomes predictable."""
     torch.manual_seed(0)
     model = R2ID(SMALL.model_copy(update={"width": 64, "jitter": 0.0}), 4, 4)
-    loss = R2idLoss(model, DiffusionConfig(objective="flow", schedule="flow", condition_dropout=0.0), 3.0, seed=0)
+    loss = R2idLoss(
+        model,
+        DiffusionConfig(objective="flow", schedule="flow", condition_dropout=0.0),
+        3.0,
+        seed=0,
+    )
     latents = torch.randn(4, 4, 3, 3).repeat(16, 1, 1, 1)
     labels, index = torch.arange(64) % 4, torch.arange(64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -106,4 +131,6 @@ def test_overfits_one_batch():
 def test_times_are_inside_and_centred(sampling):
     times = draw_times(torch.arange(20000), sampling)
     assert times.min() > 0 and times.max() < 1 and times.mean() == pytest.approx(0.5, abs=0.01)
-    assert times.std() == pytest.approx({"uniform": 12**-0.5, "logit_normal": 0.2083}[sampling], rel=0.02)
+    assert times.std() == pytest.approx(
+        {"uniform": 12**-0.5, "logit_normal": 0.2083}[sampling], rel=0.02
+    )

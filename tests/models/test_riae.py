@@ -10,11 +10,21 @@ import torch.nn.functional as F
 from r2id.config import RiaeConfig
 from r2id.models import riae
 from r2id.models.riae import RIAE
-from r2id.training.footprint import trace_peak
-from r2id.training.losses import RiaeLoss, reconstruction_loss, rescaled
+from r2id.models.tracing import trace_peak
+from r2id.training.losses.riae import RiaeLoss, reconstruction_loss, rescaled
 
-SMALL = RiaeConfig(latent_channels=4, width=32, pixel_width=16, heads=2, encoder_blocks=1, decoder_blocks=1,
-                   latent_blocks=1, encode_cloud=0.5, decode_cloud=0.5, decode_pixels=40)
+SMALL = RiaeConfig(
+    latent_channels=4,
+    width=32,
+    pixel_width=16,
+    heads=2,
+    encoder_blocks=1,
+    decoder_blocks=1,
+    latent_blocks=1,
+    encode_cloud=0.5,
+    decode_cloud=0.5,
+    decode_pixels=40,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +43,11 @@ def test_any_size_in_and_out(model, size, out):
 
 
 def test_grid_for_rounds_and_never_vanishes(model):
-    assert model.grid_for((28, 28)) == (7, 7) and model.grid_for((1, 2)) == (1, 1) and model.grid_for((42, 28)) == (10, 7)
+    assert (
+        model.grid_for((28, 28)) == (7, 7)
+        and model.grid_for((1, 2)) == (1, 1)
+        and model.grid_for((42, 28)) == (10, 7)
+    )
 
 
 def test_a_picture_does_not_depend_on_its_batch(model):
@@ -47,11 +61,18 @@ def test_order_of_pixels_does_not_matter(model):
     """The encoder sees a set of points: shuffled, they are the same image."""
     from r2id.models.coords import grid_coordinates
 
-    at, cells, order = grid_coordinates((6, 6)), grid_coordinates((2, 2)).unsqueeze(0), torch.randperm(36)
+    at, cells, order = (
+        grid_coordinates((6, 6)),
+        grid_coordinates((2, 2)).unsqueeze(0),
+        torch.randperm(36),
+    )
     colours = torch.randn(1, 36, 1)
-    torch.testing.assert_close(model.encode_points(colours, at.unsqueeze(0), (6, 6), cells, (2, 2)),
-                               model.encode_points(colours[:, order], at[order].unsqueeze(0), (6, 6), cells, (2, 2)),
-                               atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.encode_points(colours, at.unsqueeze(0), (6, 6), cells, (2, 2)),
+        model.encode_points(colours[:, order], at[order].unsqueeze(0), (6, 6), cells, (2, 2)),
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_decoding_in_chunks_changes_nothing(model, monkeypatch):
@@ -64,10 +85,16 @@ def test_decoding_in_chunks_changes_nothing(model, monkeypatch):
 def test_large_pixels_are_means_of_points(model):
     """Of an image of about 24×28 pixels, none larger than the model was trained on."""
     latents = torch.randn(2, 4, 6, 7)
-    assert [model.points_per_pixel((6, 7), size) for size in ((60, 70), (24, 28), (22, 26), (21, 26), (24, 13), (7, 4))] == [
-        (1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (4, 7)]
-    torch.testing.assert_close(model.decode(latents, (8, 28)), F.avg_pool2d(model.decode(latents, (24, 28)), (3, 1)))
-    torch.testing.assert_close(model.decode(latents, (8, 7), (1, 2, 7, 7)), model.decode(latents, (8, 7))[:, :, 1:7, 2:])
+    assert [
+        model.points_per_pixel((6, 7), size)
+        for size in ((60, 70), (24, 28), (22, 26), (21, 26), (24, 13), (7, 4))
+    ] == [(1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (4, 7)]
+    torch.testing.assert_close(
+        model.decode(latents, (8, 28)), F.avg_pool2d(model.decode(latents, (24, 28)), (3, 1))
+    )
+    torch.testing.assert_close(
+        model.decode(latents, (8, 7), (1, 2, 7, 7)), model.decode(latents, (8, 7))[:, :, 1:7, 2:]
+    )
 
 
 @pytest.mark.parametrize("attention", ["cloud", "local"])
@@ -79,22 +106,32 @@ def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
     latents = torch.randn(2, 4, 16, 12)
     whole = model.decode(latents, (8, 7), (1, 0, 8, 5))
     monkeypatch.setattr(riae, "_BAND", 2 * 3 * 8 * 7 * 35)
-    torch.testing.assert_close(model.decode(latents, (8, 7), (1, 0, 8, 5)), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.decode(latents, (8, 7), (1, 0, 8, 5)), whole, atol=1e-5, rtol=1e-4
+    )
 
-    plain = SMALL.model_copy(update={"attention": attention, "latent_blocks": 0, "decode_scales": (4.0, 4.0)})
+    plain = SMALL.model_copy(
+        update={"attention": attention, "latent_blocks": 0, "decode_scales": (4.0, 4.0)}
+    )
 
     def needed(band):
         monkeypatch.setattr(riae, "_BAND", band)
         fresh = partial(RIAE, plain, 3)
-        return trace_peak(lambda: partial(fresh().requires_grad_(False).decode, torch.zeros(1, 4, 64, 64), (8, 8)))
+        return trace_peak(
+            lambda: partial(fresh().requires_grad_(False).decode, torch.zeros(1, 4, 64, 64), (8, 8))
+        )
 
-    points = 3 * 4 * math.prod(side * 8 for side in RIAE(plain, 3).points_per_pixel((64, 64), (8, 8)))
+    points = (
+        3 * 4 * math.prod(side * 8 for side in RIAE(plain, 3).points_per_pixel((64, 64), (8, 8)))
+    )
     assert needed(1 << 30) - needed(1) > 0.5 * points, "not the whole picture at once"
 
 
 def test_pixels_as_large_as_in_training_are_points():
     model = RIAE(SMALL.model_copy(update={"decode_scales": (0.5, 2.0), "cell_size": True}), 1)
-    assert model.points_per_pixel((7, 7), (14, 11)) == (1, 2) and model.points_per_pixel((7, 7), (12, 12)) == (1, 1)
+    assert model.points_per_pixel((7, 7), (14, 11)) == (1, 2) and model.points_per_pixel(
+        (7, 7), (12, 12)
+    ) == (1, 1)
 
 
 def test_encoding_in_chunks_changes_nothing_but_the_memory(model, monkeypatch):
@@ -108,11 +145,19 @@ def test_encoding_in_chunks_changes_nothing_but_the_memory(model, monkeypatch):
 
     monkeypatch.setattr(riae, "_ENCODE_CHUNK", 2 * 48 * 36)
     pixels = 8 * 48 * 36 * 4
-    assert needed(2) > 10 * pixels and needed(10) - needed(2) < 3 * pixels, "images and latents alone grow"
+    assert needed(2) > 10 * pixels and needed(10) - needed(2) < 3 * pixels, (
+        "images and latents alone grow"
+    )
 
 
 def test_bounded_latents():
-    assert RIAE(SMALL.model_copy(update={"bounded": True}), 1).encode(100 * torch.randn(1, 1, 8, 8)).abs().max() <= 1
+    assert (
+        RIAE(SMALL.model_copy(update={"bounded": True}), 1)
+        .encode(100 * torch.randn(1, 1, 8, 8))
+        .abs()
+        .max()
+        <= 1
+    )
 
 
 def test_loss_depends_on_step_and_sample_alone():
@@ -162,10 +207,20 @@ def test_losses_at_known_errors():
 def test_texture_is_the_error_of_the_slope(attention):
     """An untrained decoder says 0 everywhere, so that the term is the square of the image's own slope."""
     changes = {"attention": attention, "jitter": 0.0, "decode_pixels": 400}
-    image = (torch.arange(40.0) / 20 - 1).expand(1, 1, 40, 40).contiguous()  # 1/20 per pixel from left to right
+    image = (
+        (torch.arange(40.0) / 20 - 1).expand(1, 1, 40, 40).contiguous()
+    )  # 1/20 per pixel from left to right
     with torch.no_grad():
-        plain, textured = (sum(RiaeLoss(RIAE(SMALL.model_copy(update={**changes, "texture": weight}), 1), seed=0)(
-            image, torch.tensor([0]), step)[0] for step in range(4)) / 4 for weight in (0.0, 3.0))
+        plain, textured = (
+            sum(
+                RiaeLoss(RIAE(SMALL.model_copy(update={**changes, "texture": weight}), 1), seed=0)(
+                    image, torch.tensor([0]), step
+                )[0]
+                for step in range(4)
+            )
+            / 4
+            for weight in (0.0, 3.0)
+        )
     assert (textured - plain) / 3 == pytest.approx(0.05**2 / 2, rel=0.15)
 
 

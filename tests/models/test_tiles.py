@@ -14,12 +14,26 @@ from r2id.models import attention, layers, riae
 from r2id.models.coords import grid_coordinates
 from r2id.models.riae import RIAE
 from r2id.models.tiles import Tiles, rectangles
-from r2id.training.footprint import trace_peak
-from r2id.training.losses import RiaeLoss
+from r2id.models.tracing import trace_peak
+from r2id.training.losses.riae import RiaeLoss
 
-SMALL = RiaeConfig(attention="local", tile=4, halo=2.0, latent_channels=4, width=32, pixel_width=16, heads=2,
-                   latent_blocks=1, decode_pixels=40)
-ODD = [((9, 13), (33, 65), 4, 2.0), ((5, 3), (7, 11), 2, 0.7), ((7, 10), (3, 4), 3, 0.0), ((1, 6), (1, 50), 4, 1.3)]
+SMALL = RiaeConfig(
+    attention="local",
+    tile=4,
+    halo=2.0,
+    latent_channels=4,
+    width=32,
+    pixel_width=16,
+    heads=2,
+    latent_blocks=1,
+    decode_pixels=40,
+)
+ODD = [
+    ((9, 13), (33, 65), 4, 2.0),
+    ((5, 3), (7, 11), 2, 0.7),
+    ((7, 10), (3, 4), 3, 0.0),
+    ((1, 6), (1, 50), 4, 1.3),
+]
 
 
 def made(channels=1, **changes):
@@ -59,13 +73,23 @@ def through(block, x, context, seen, at, context_at):
 
 def dense(monkeypatch):
     """Make blocks compute what local attention must from dense attention and ``near``."""
+
     def forward(block, x, context, at=None, context_at=None, tiles=None):
         if tiles is None:
             return plain(block, x, context, at, context_at)
-        queries, keys = ((part[0] / torch.tensor([forward.grid[1], forward.grid[0]])) for part in (at, context_at))
+        queries, keys = (
+            (part[0] / torch.tensor([forward.grid[1], forward.grid[0]]))
+            for part in (at, context_at)
+        )
         seen = near(queries, keys, forward.grid, forward.tile, forward.halo)
-        return through(partial(plain, block), x, context, seen, at.expand(len(x), -1, -1),
-                       context_at.expand(len(x), -1, -1))
+        return through(
+            partial(plain, block),
+            x,
+            context,
+            seen,
+            at.expand(len(x), -1, -1),
+            context_at.expand(len(x), -1, -1),
+        )
 
     plain = riae.CrossBlock.forward
     monkeypatch.setattr(riae.CrossBlock, "forward", forward)
@@ -91,7 +115,9 @@ def test_tiles_list_each_query_once_and_the_keys_near_it(grid, size, tile, halo)
     asked = tiles.queries[tiles.asked]
     assert asked.sort().values.equal(torch.arange(len(queries)))
     expected = near(queries, keys, grid, tile, halo)
-    for row, wanted, index, seen in zip(tiles.queries[0], tiles.asked[0], tiles.keys[0], tiles.seen[0], strict=True):
+    for row, wanted, index, seen in zip(
+        tiles.queries[0], tiles.asked[0], tiles.keys[0], tiles.seen[0], strict=True
+    ):
         found = torch.zeros(len(keys), dtype=torch.bool)
         found[index[seen]] = True
         assert seen.sum() == found.sum() and (expected[row[wanted]] == found).all()
@@ -100,7 +126,11 @@ def test_tiles_list_each_query_once_and_the_keys_near_it(grid, size, tile, halo)
 
 def test_latent_blocks_may_be_local():
     grid = (9, 13)
-    block, x, cells = layers.SelfBlock(32, 2, 4.0, local=True), torch.randn(2, 9 * 13, 32), grid_coordinates(grid)
+    block, x, cells = (
+        layers.SelfBlock(32, 2, 4.0, local=True),
+        torch.randn(2, 9 * 13, 32),
+        grid_coordinates(grid),
+    )
     at = ((cells[:, :2]) * torch.tensor([13.0, 9.0])).unsqueeze(0)
 
     def attention(queries, keys, at, context_at):
@@ -109,7 +139,9 @@ def test_latent_blocks_may_be_local():
     normed = block.norm(x)
     expected = x + through(attention, normed, normed, near(cells, cells, grid, 4, 2.0), at, at)
     expected = expected + block.ffn(block.ffn_norm(expected))
-    torch.testing.assert_close(block(x, at, Tiles.between(grid, grid, grid, 4, 2.0)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        block(x, at, Tiles.between(grid, grid, grid, 4, 2.0)), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_change_of_one_pixel_reaches_no_further_than_tiles_and_halos():
@@ -120,7 +152,9 @@ def test_a_change_of_one_pixel_reaches_no_further_than_tiles_and_halos():
     moved = (model.encode(changed) - model.encode(image)).abs().amax(dim=(0, 1, 2))
     assert moved[0] > 1e-4 and moved[:8].max() > 0 and moved[8:].max() < 1e-6
     everywhere = made()
-    assert (everywhere.encode(changed) - everywhere.encode(image)).abs().amax(dim=(0, 1, 2))[8:].max() > 1e-6
+    assert (everywhere.encode(changed) - everywhere.encode(image)).abs().amax(dim=(0, 1, 2))[
+        8:
+    ].max() > 1e-6
 
 
 def test_a_lonely_tile_sees_its_nearest_key():
@@ -146,19 +180,25 @@ def test_any_size_in_and_out(model, size):
     assert latents.shape == (1, 4, *model.grid_for(size))
     for out in [(1, 1), (2, 9), (40, 23)]:
         image = model.decode(latents, out)
-        assert image.shape == (1, 1, *out) and image.dtype == torch.float32 and image.isfinite().all()
+        assert (
+            image.shape == (1, 1, *out) and image.dtype == torch.float32 and image.isfinite().all()
+        )
 
 
 @pytest.mark.parametrize("kind", ["cloud", "local"])
-@pytest.mark.parametrize(("grid", "size", "cuts"), [((9, 7), (61, 47), (0, 1, 20, 47)), ((3, 5), (33, 50), (0, 17, 33))])
+@pytest.mark.parametrize(
+    ("grid", "size", "cuts"), [((9, 7), (61, 47), (0, 1, 20, 47)), ((3, 5), (33, 50), (0, 17, 33))]
+)
 def test_windows_make_the_whole(kind, grid, size, cuts, monkeypatch):
     model, latents = made(attention=kind), torch.randn(2, 4, *grid)
     whole = model.decode(latents, size)
     monkeypatch.setattr(riae, "_TILES_CHUNK", 500)
     monkeypatch.setattr(riae, "_DECODE_CHUNK", 500)
     ys, xs = sorted({*cuts, size[0]}), sorted({*cuts, size[1]})
-    rows = [torch.cat([model.decode(latents, size, (y0, x0, y1, x1)) for x0, x1 in pairwise(xs)], dim=3)
-            for y0, y1 in pairwise(ys)]
+    rows = [
+        torch.cat([model.decode(latents, size, (y0, x0, y1, x1)) for x0, x1 in pairwise(xs)], dim=3)
+        for y0, y1 in pairwise(ys)
+    ]
     torch.testing.assert_close(torch.cat(rows, dim=2), whole, atol=1e-5, rtol=1e-4)
     assert whole.std() > 0.01
 
@@ -184,7 +224,9 @@ def test_memory_grows_with_neither_input_nor_output(monkeypatch):
         def needed(side):
             def work():
                 model = RIAE(SMALL.model_copy(update={"latent_blocks": 0}), 1)
-                return lambda: model.decode(model.encode(torch.zeros(1, 1, side, side)), (side, side))
+                return lambda: model.decode(
+                    model.encode(torch.zeros(1, 1, side, side)), (side, side)
+                )
 
             return trace_peak(work)
 
@@ -221,9 +263,17 @@ def test_both_kernels_agree_on_tiles(model, monkeypatch):
     torch.testing.assert_close(model.decode(latents, (37, 29)), plain, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"jitter": 0.0}, {"decode_scales": (0.5, 2.0), "encode_scales": (0.5, 1.0), "cell_size": True},
-    {"decode_pixels": 10**6}, {"texture": 0.5}, {"latent_attention": "local"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"jitter": 0.0},
+        {"decode_scales": (0.5, 2.0), "encode_scales": (0.5, 1.0), "cell_size": True},
+        {"decode_pixels": 10**6},
+        {"texture": 0.5},
+        {"latent_attention": "local"},
+    ],
+)
 def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes):
     loss = RiaeLoss(made(**changes).train(), seed=3)
     image, index = torch.rand(4, 1, 37, 45) * 2 - 1, torch.tensor([5, 9, 2, 7])
@@ -233,28 +283,45 @@ def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes):
     assert "texture" in changes or torch.equal(figures["mse"], whole.detach())
     whole.backward()
     for name, weight in loss.model.named_parameters():
-        assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0, name
+        assert (
+            weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0
+        ), name
 
 
 def test_the_loss_is_the_image_s_mean_error():
     """Of all tiles exactly, although those at the edges are smaller; of random ones on average."""
-    model = RIAE(SMALL.model_copy(update={"jitter": 0.0, "decode_pixels": 45 * 37}), 1)  # it starts by guessing 0
+    model = RIAE(
+        SMALL.model_copy(update={"jitter": 0.0, "decode_pixels": 45 * 37}), 1
+    )  # it starts by guessing 0
     image = torch.rand(1, 1, 45, 37).cumsum(2) / 20
     value, _ = RiaeLoss(model, seed=0)(image, torch.arange(1), step=0)
     torch.testing.assert_close(value, image.square().mean())
     some = RIAE(SMALL.model_copy(update={"jitter": 0.0}), 1)
     with torch.no_grad():
-        drawn = torch.stack([RiaeLoss(some, seed=0)(image, torch.arange(1), step)[0] for step in range(100)])
-    assert abs(drawn.mean() - value) < 4 * drawn.std() / math.sqrt(len(drawn)) and drawn.std() > 0.1 * value
+        drawn = torch.stack(
+            [RiaeLoss(some, seed=0)(image, torch.arange(1), step)[0] for step in range(100)]
+        )
+    assert (
+        abs(drawn.mean() - value) < 4 * drawn.std() / math.sqrt(len(drawn))
+        and drawn.std() > 0.1 * value
+    )
 
 
 def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
     asked = []
     plain = RIAE.decode_points
-    monkeypatch.setattr(RIAE, "decode_points", lambda model, keys, cells, at, size, grid, tiles: (
-        asked.append(at.shape[1]), plain(model, keys, cells, at, size, grid, tiles))[1])
+    monkeypatch.setattr(
+        RIAE,
+        "decode_points",
+        lambda model, keys, cells, at, size, grid, tiles: (
+            asked.append(at.shape[1]),
+            plain(model, keys, cells, at, size, grid, tiles),
+        )[1],
+    )
     for side in (32, 64, 128):
-        RiaeLoss(made(decode_pixels=512), seed=0)(torch.zeros(1, 1, side, side), torch.arange(1), step=0)
+        RiaeLoss(made(decode_pixels=512), seed=0)(
+            torch.zeros(1, 1, side, side), torch.arange(1), step=0
+        )
     assert asked == [512, 512, 512]
 
 

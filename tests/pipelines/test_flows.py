@@ -106,14 +106,21 @@ def train_by_flow(config: Path, overrides: list[str]) -> None:
     train_flow(config, overrides)
 
 
-def test_prepare_writes_the_same_shards_in_one_process_and_in_two(server: None, tmp_path: Path) -> None:
+def test_prepare_writes_the_same_shards_in_one_process_and_in_two(
+    server: None, tmp_path: Path
+) -> None:
     for workers in (1, 2):
         config = PrepareConfig(dataset="digits", out=tmp_path / str(workers), workers=workers)
         assert apart(prepare_by_flow, config) == config.out
-    files = [sorted(file.relative_to(tmp_path / n) for file in (tmp_path / n).rglob("*.tar")) for n in ("1", "2")]
+    files = [
+        sorted(file.relative_to(tmp_path / n) for file in (tmp_path / n).rglob("*.tar"))
+        for n in ("1", "2")
+    ]
     assert files[0] == files[1]
     assert files[0]
-    assert (tmp_path / "1" / "manifest.json").read_bytes() == (tmp_path / "2" / "manifest.json").read_bytes()
+    assert (tmp_path / "1" / "manifest.json").read_bytes() == (
+        tmp_path / "2" / "manifest.json"
+    ).read_bytes()
 
 
 def test_a_misspelt_option_is_an_input_error(server: None, configs: Path) -> None:
@@ -123,12 +130,17 @@ def test_a_misspelt_option_is_an_input_error(server: None, configs: Path) -> Non
         apart(train_by_flow, configs / "pipeline.toml", [])
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("r2id.train.stpes=3", "stpes"),
-    ("riae.config=r2id.toml", "of stage 'r2id', must be 'riae'"),
-    ("r2id.config=nowhere.toml", "no such config file"),
-])
-def test_wrong_stage_configs_are_told_before_anything_starts(configs: Path, override: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("r2id.train.stpes=3", "stpes"),
+        ("riae.config=r2id.toml", "of stage 'r2id', must be 'riae'"),
+        ("r2id.config=nowhere.toml", "no such config file"),
+    ],
+)
+def test_wrong_stage_configs_are_told_before_anything_starts(
+    configs: Path, override: str, message: str
+) -> None:
     config = load_config(configs / "pipeline.toml", [override, f"out={configs}/out"])
     assert isinstance(config, PipelineRun)
     with pytest.raises(InputError, match=message):
@@ -143,10 +155,17 @@ class Running:
         self.folder = folder
         self.log = (folder / "log").open("a+")
         self.began = self.log.tell()
-        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        environment = {
+            key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"
+        }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "r2id.cli", "run", str(configs / "pipeline.toml"), "--json"], cwd=folder,
-            env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=self.log, text=True)
+            [sys.executable, "-m", "r2id.cli", "run", str(configs / "pipeline.toml"), "--json"],
+            cwd=folder,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
 
     def wait_for(self, path: str) -> None:
         while not (self.folder / path).exists():
@@ -209,7 +228,10 @@ def test_the_pipeline_survives_what_happens_to_it(tmp_path: Path, configs: Path)
     assert "Traceback" not in second.said()
     result = json.loads(output)
     assert [Path(picture).name for picture in result["pictures"]]
-    assert all((tmp_path / picture).exists() for picture in [*result["pictures"], result["report"], result["metrics"]])
+    assert all(
+        (tmp_path / picture).exists()
+        for picture in [*result["pictures"], result["report"], result["metrics"]]
+    )
     assert result["headlines"]
 
     third = Running(tmp_path, configs)
@@ -227,11 +249,17 @@ def check_tracked(folder: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     parent = json.loads((folder / "runs/tiny/pipeline.json").read_text())["mlflow_run"]
     runs = client.search_runs([client.get_experiment_by_name("r2id").experiment_id])
-    children = {run.data.tags["stage"]: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent}
+    children = {
+        run.data.tags["stage"]: run
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == parent
+    }
     assert set(children) == {"prepare", "riae", "encode", "r2id", "sample", "evaluate"}
     assert len(runs) == 1 + len(children)
     assert client.get_run(parent).info.status == "FINISHED"
     for stage, last in {"riae": 40, "r2id": 20}.items():
-        steps = [point.step for point in client.get_metric_history(children[stage].info.run_id, "loss")]
+        steps = [
+            point.step for point in client.get_metric_history(children[stage].info.run_id, "loss")
+        ]
         assert len(steps) == len(set(steps))
         assert steps[-1] == last

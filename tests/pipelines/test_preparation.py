@@ -53,10 +53,18 @@ def dask() -> Iterator[str]:
     """A scheduler and two worker processes."""
     address = f"127.0.0.1:{free_port()}"
     host, port = address.split(":")
-    commands = [["dask_scheduler", "--host", host, "--port", port, "--no-dashboard"],
-                *([["dask_worker", f"tcp://{address}", "--nthreads", "1", "--no-dashboard"]] * 2)]
-    processes = [subprocess.Popen([sys.executable, "-m", f"distributed.cli.{name}", *options], stderr=subprocess.DEVNULL,
-                                  start_new_session=True) for name, *options in commands]
+    commands = [
+        ["dask_scheduler", "--host", host, "--port", port, "--no-dashboard"],
+        *([["dask_worker", f"tcp://{address}", "--nthreads", "1", "--no-dashboard"]] * 2),
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"distributed.cli.{name}", *options],
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for name, *options in commands
+    ]
     end = time.monotonic() + 60
     while socket.socket().connect_ex((host, int(port))):
         assert time.monotonic() < end, "the scheduler does not start"
@@ -72,9 +80,26 @@ def ray() -> Iterator[str]:
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     command = [str(Path(sys.executable).parent / "ray")]
     port = free_port()
-    subprocess.run([*command, "start", "--head", "--port", str(port), "--num-cpus", "2", "--object-store-memory", "80000000",
-                    "--include-dashboard", "false", "--disable-usage-stats"], env=environment, check=True,
-                   capture_output=True, timeout=120)
+    subprocess.run(
+        [
+            *command,
+            "start",
+            "--head",
+            "--port",
+            str(port),
+            "--num-cpus",
+            "2",
+            "--object-store-memory",
+            "80000000",
+            "--include-dashboard",
+            "false",
+            "--disable-usage-stats",
+        ],
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     yield f"127.0.0.1:{port}"
     subprocess.run([*command, "stop", "--force"], check=True, capture_output=True, timeout=120)
 
@@ -82,32 +107,74 @@ def ray() -> Iterator[str]:
 def by_command(source: Path, out: Path, *options: str) -> None:
     """In a process of its own, as it would be."""
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-m", "r2id.cli", "prepare", "mnist", "--source", str(source), "--out", str(out),
-                           "--shard-mb", str(SMALL["shard_mb"]), *options], capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"PYTHONPATH": str(root)})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "r2id.cli",
+            "prepare",
+            "mnist",
+            "--source",
+            str(source),
+            "--out",
+            str(out),
+            "--shard-mb",
+            str(SMALL["shard_mb"]),
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("engine", ["dask", "ray"])
-def test_a_cluster_writes_the_same_bytes(engine: str, source: Path, whole: dict[str, bytes], ready: None, tmp_path: Path,
-                                         request: pytest.FixtureRequest) -> None:
-    by_command(source, tmp_path / "set", "--engine", engine, "--address", request.getfixturevalue(engine))
-    assert files_of(tmp_path / "set") == whole and len([name for name in whole if name.endswith(".tar")]) > 8
+def test_a_cluster_writes_the_same_bytes(
+    engine: str,
+    source: Path,
+    whole: dict[str, bytes],
+    ready: None,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    by_command(
+        source, tmp_path / "set", "--engine", engine, "--address", request.getfixturevalue(engine)
+    )
+    assert (
+        files_of(tmp_path / "set") == whole
+        and len([name for name in whole if name.endswith(".tar")]) > 8
+    )
 
 
-def test_a_cluster_of_its_own(source: Path, whole: dict[str, bytes], ready: None, tmp_path: Path) -> None:
+def test_a_cluster_of_its_own(
+    source: Path, whole: dict[str, bytes], ready: None, tmp_path: Path
+) -> None:
     by_command(source, tmp_path / "set", "--engine", "dask", "--workers", "2")
     assert files_of(tmp_path / "set") == whole
 
 
 def test_a_cluster_that_is_not_there(source: Path, tmp_path: Path) -> None:
-    for engine, address in (("dask", f"tcp://127.0.0.1:{free_port()}"), ("ray", f"ray://127.0.0.1:{free_port()}"),
-                            ("dask", "nonsense")):
+    for engine, address in (
+        ("dask", f"tcp://127.0.0.1:{free_port()}"),
+        ("ray", f"ray://127.0.0.1:{free_port()}"),
+        ("dask", "nonsense"),
+    ):
         with pytest.raises(InputError, match=f"no {engine} cluster answers there"):
-            prepare_on_cluster(PrepareConfig(dataset="mnist", source=source, out=tmp_path / "set", engine=engine,
-                                             address=address))
+            prepare_on_cluster(
+                PrepareConfig(
+                    dataset="mnist",
+                    source=source,
+                    out=tmp_path / "set",
+                    engine=engine,
+                    address=address,
+                )
+            )
     with pytest.raises(ValueError, match="goes with engine 'dask' or 'ray'"):
-        PrepareConfig(dataset="mnist", source=source, out=tmp_path / "set", address="tcp://127.0.0.1:1")
+        PrepareConfig(
+            dataset="mnist", source=source, out=tmp_path / "set", address="tcp://127.0.0.1:1"
+        )
     assert not (tmp_path / "set").exists()
 
 
@@ -126,8 +193,15 @@ if __name__ == "__main__":
 class Running:
     """The prepare flow in a process of its own, with a server of its own or at an address."""
 
-    def __init__(self, folder: Path, source: Path, out: Path, workers: int = 1, shard_mb: float = 0.06,
-                 server: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: Path,
+        out: Path,
+        workers: int = 1,
+        shard_mb: float = 0.06,
+        server: str | None = None,
+    ) -> None:
         script = folder / "run.py"
         script.write_text(RUN)
         environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
@@ -135,8 +209,12 @@ class Running:
             environment |= {"PREFECT_API_URL": server, "PREFECT_CLIENT_MAX_RETRIES": "1"}
         root = Path(__file__).parents[2]
         self.process = subprocess.Popen(
-            [sys.executable, str(script), str(source), str(out), str(workers), str(shard_mb)], stderr=subprocess.PIPE,
-            env=environment | {"PYTHONPATH": str(root)}, text=True, start_new_session=True)
+            [sys.executable, str(script), str(source), str(out), str(workers), str(shard_mb)],
+            stderr=subprocess.PIPE,
+            env=environment | {"PYTHONPATH": str(root)},
+            text=True,
+            start_new_session=True,
+        )
         self.out = out
 
     def wait_for(self, shards: int) -> None:
@@ -154,7 +232,10 @@ class Running:
         for status in Path("/proc").glob("[0-9]*/stat"):
             try:
                 parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
-                if parent == self.process.pid and b"prefect\0server" in status.with_name("cmdline").read_bytes():
+                if (
+                    parent == self.process.pid
+                    and b"prefect\0server" in status.with_name("cmdline").read_bytes()
+                ):
                     return int(status.parent.name)
             except (FileNotFoundError, ProcessLookupError):
                 continue
@@ -169,24 +250,39 @@ def test_what_prefect_shows(source: Path, ready: None, tmp_path: Path) -> None:
 
     def prepare_it() -> None:
         # A process that has run a flow cannot end loader processes well that it forks later: theirs is another.
-        code, said = Running(tmp_path, source, out, shard_mb=SMALL["shard_mb"], server=PREFECT_API_URL.value()).finish()
+        code, said = Running(
+            tmp_path, source, out, shard_mb=SMALL["shard_mb"], server=PREFECT_API_URL.value()
+        ).finish()
         assert code == 0, said[-3000:]
 
     prepare_it()
     with get_client(sync_client=True) as client:
+
         def shown() -> dict[str, object]:
-            found = [artifact for artifact in client.read_artifacts() if str(out) in str(artifact.description)]
+            found = [
+                artifact
+                for artifact in client.read_artifacts()
+                if str(out) in str(artifact.description)
+            ]
             return {str(artifact.key): artifact for artifact in found}
 
         artifacts = shown()
-        assert set(artifacts) == {"prepare-progress", "prepare-shards", "prepare-samples", "prepare-sizes"}
+        assert set(artifacts) == {
+            "prepare-progress",
+            "prepare-shards",
+            "prepare-samples",
+            "prepare-sizes",
+        }
         assert artifacts["prepare-progress"].data == 100
         assert '"shard": "train/shard-000001.tar"' in str(artifacts["prepare-shards"].data)
         for name in ("samples", "sizes"):
-            assert str(artifacts[f"prepare-{name}"].data).startswith(f"![{name}](data:image/jpeg;base64,/9j/")
+            assert str(artifacts[f"prepare-{name}"].data).startswith(
+                f"![{name}](data:image/jpeg;base64,/9j/"
+            )
         prepare_it()
         assert {key: artifact.id for key, artifact in shown().items()} == {
-            key: artifact.id for key, artifact in artifacts.items()}, "nothing was done, nothing is shown anew"
+            key: artifact.id for key, artifact in artifacts.items()
+        }, "nothing was done, nothing is shown anew"
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +305,12 @@ def test_its_server_is_killed(source: Path, tiny: dict[str, bytes], tmp_path: Pa
 def test_a_server_of_others_goes_away(source: Path, tiny: dict[str, bytes], tmp_path: Path) -> None:
     """The shards are written all the same."""
     port = free_port()
-    server = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     end = time.monotonic() + 120
     while socket.socket().connect_ex(("127.0.0.1", port)):
         assert time.monotonic() < end, "the server does not start"
@@ -224,7 +324,9 @@ def test_a_server_of_others_goes_away(source: Path, tiny: dict[str, bytes], tmp_
         assert time.monotonic() < end, "the work does not go on"
         time.sleep(0.1)
     assert files_of(tmp_path / "set") == tiny
-    os.killpg(running.process.pid, signal.SIGKILL)  # Prefect's client tries for minutes to reach the server
+    os.killpg(
+        running.process.pid, signal.SIGKILL
+    )  # Prefect's client tries for minutes to reach the server
     running.process.communicate()
 
 

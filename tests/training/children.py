@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from r2id import dist
+from r2id.checkpoints import checkpoint
+from r2id.checkpoints import files as folder
+from r2id.checkpoints.checkpoint import Meta
+from r2id.checkpoints.state import EngineState, Slice, whole
 from r2id.config import load_config
 from r2id.errors import WorkError
-from r2id.training import checkpoint, folder
-from r2id.training.checkpoint import Meta
 from r2id.training.loop import train
-from r2id.training.state import EngineState, Slice, whole
 
 _SERVED = multiprocessing.get_context("forkserver")
 _SERVED.set_forkserver_preload(["tests.training.children"])
@@ -48,17 +49,23 @@ def ended(process: Any) -> Iterator[Any]:
 
 def state(step: int, rank: int = 0, ranks: int = 1) -> EngineState:
     """A rank's share of a small state: a weight in flat halves, a bias on the last rank, a buffer on the first."""
+
     def part(add: float) -> dict[str, Slice]:
         weight = torch.full((2, 3), float(step)) + add
         share = -(-6 // ranks)
-        flat = weight.flatten()[rank * share:(rank + 1) * share]
+        flat = weight.flatten()[rank * share : (rank + 1) * share]
         found = {"layer.weight": Slice(flat if ranks > 1 else weight, (2, 3), rank * share)}
         return found | (whole({"layer.bias": torch.arange(2.0) + add}) if rank == ranks - 1 else {})
 
     counts = whole({"counts": torch.ones(1)}) if rank == 0 else {}
-    moments = {f"{moment}.{name}": value for moment, add in (("exp_avg", 2), ("exp_avg_sq", 3))
-               for name, value in part(add).items()}
-    return EngineState({"model": part(0) | counts, "ema": part(1) | counts, "optimizer": moments}, step)
+    moments = {
+        f"{moment}.{name}": value
+        for moment, add in (("exp_avg", 2), ("exp_avg_sq", 3))
+        for name, value in part(add).items()
+    }
+    return EngineState(
+        {"model": part(0) | counts, "ema": part(1) | counts, "optimizer": moments}, step
+    )
 
 
 STATS = {"mean": torch.tensor([0.5]), "std": torch.tensor([2.0])}
@@ -66,10 +73,22 @@ STATS = {"mean": torch.tensor([0.5]), "std": torch.tensor([2.0])}
 
 def save(run: Path, step: int, keep: int = 2, milestone_every: int | None = None) -> Path:
     """A checkpoint of that small state, by as many ranks as there are."""
-    meta = Meta(stage="riae", step=step, samples=step * 8, seed=7, config={"train": {"sizes": [[1, 2]], "lr": 1e-3}},
-                model={"channels": 1})
-    return checkpoint.save(run, state(step, dist.rank(), dist.world_size()), meta, keep=keep,
-                           milestone_every=milestone_every, stats=STATS)
+    meta = Meta(
+        stage="riae",
+        step=step,
+        samples=step * 8,
+        seed=7,
+        config={"train": {"sizes": [[1, 2]], "lr": 1e-3}},
+        model={"channels": 1},
+    )
+    return checkpoint.save(
+        run,
+        state(step, dist.rank(), dist.world_size()),
+        meta,
+        keep=keep,
+        milestone_every=milestone_every,
+        stats=STATS,
+    )
 
 
 def save_and_die(run: Path, step: int, moment: int, before: bool) -> None:
@@ -89,13 +108,26 @@ def save_and_die(run: Path, step: int, moment: int, before: bool) -> None:
     save(run, step, keep=1)
 
 
-def save_as_rank(run: Path, rank: int, ranks: int, port: int, step: int, full: int | None = None,
-                 dying: int | None = None) -> None:
+def save_as_rank(
+    run: Path,
+    rank: int,
+    ranks: int,
+    port: int,
+    step: int,
+    full: int | None = None,
+    dying: int | None = None,
+) -> None:
     """One of many ranks; on rank ``full`` no file may grow beyond 200 bytes, and rank ``dying`` is killed at its first
     file. Leaves RUN/said-RANK, what was said."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     dist.init()
     if rank == full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))

@@ -21,35 +21,64 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from r2id import dist
-from r2id.config import DiffusionConfig, EngineConfig, OptimConfig, R2idConfig, RiaeConfig, TrainConfig
+from r2id.checkpoints import checkpoint
+from r2id.checkpoints.state import EngineState
+from r2id.config import (
+    DiffusionConfig,
+    EngineConfig,
+    OptimConfig,
+    R2idConfig,
+    RiaeConfig,
+    TrainConfig,
+)
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
-from r2id.training import checkpoint
 from r2id.training.engine import Engine, make_engine
-from r2id.training.losses import R2idLoss, RiaeLoss
-from r2id.training.state import EngineState
+from r2id.training.losses.r2id import R2idLoss
+from r2id.training.losses.riae import RiaeLoss
 from tests.training import loop_ranks
 
 STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
 ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
 """ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
-    (3, {}), (3, {"sub_group_size": 200}), (3, {"offload_optimizer": {"device": "cpu"}}),
-    (2, {"round_robin_gradients": True}), (1, {"offload_optimizer": {"device": "cpu"}}),
-    (3, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}})]
+    (3, {}),
+    (3, {"sub_group_size": 200}),
+    (3, {"offload_optimizer": {"device": "cpu"}}),
+    (2, {"round_robin_gradients": True}),
+    (1, {"offload_optimizer": {"device": "cpu"}}),
+    (3, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+]
 """DeepSpeed's settings that lay the masters out in other ways."""
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
-RIAE_CONFIG = RiaeConfig(latent_channels=3, cell=2.0, width=15, pixel_width=15, heads=1, encode_cloud=0.5,
-                         decode_pixels=7, fourier=(-1, 2), ffn_ratio=1.0)
-R2ID_CONFIG = R2idConfig(width=16, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0.0, fourier=(-1, 2))
+RIAE_CONFIG = RiaeConfig(
+    latent_channels=3,
+    cell=2.0,
+    width=15,
+    pixel_width=15,
+    heads=1,
+    encode_cloud=0.5,
+    decode_pixels=7,
+    fourier=(-1, 2),
+    ffn_ratio=1.0,
+)
+R2ID_CONFIG = R2idConfig(
+    width=16, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0.0, fourier=(-1, 2)
+)
 OPTIM = OptimConfig(clip=0.3, weight_decay=0.1)
 
 
-def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precision: str = "float32",
-         **zero: Any) -> Engine:
+def make(
+    kind: str,
+    zero_stage: int,
+    world: World,
+    stage: str = "riae",
+    precision: str = "float32",
+    **zero: Any,
+) -> Engine:
     torch.manual_seed(0)
     module: nn.Module
     if stage == "riae":
@@ -59,26 +88,44 @@ def make(kind: str, zero_stage: int, world: World, stage: str = "riae", precisio
     for block in module.model.blocks():
         block.forward = partial(recompute, block.forward, use_reentrant=False)
     train = TrainConfig(steps=STEPS, batch=BATCH, micro_batch=MICRO, precision=precision)
-    return make_engine(module, optim=OPTIM, train=train, world=world,
-                       engine=EngineConfig(kind=kind, zero_stage=zero_stage,
-                                           deepspeed={"zero_optimization": zero} if zero else {}))
+    return make_engine(
+        module,
+        optim=OPTIM,
+        train=train,
+        world=world,
+        engine=EngineConfig(
+            kind=kind, zero_stage=zero_stage, deepspeed={"zero_optimization": zero} if zero else {}
+        ),
+    )
 
 
-def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae",
-        losses: list[float] | None = None) -> list[float]:
+def run(
+    engine: Engine,
+    first: int,
+    last: int,
+    world: World,
+    stage: str = "riae",
+    losses: list[float] | None = None,
+) -> list[float]:
     """Gradient norms of steps first … last − 1. Step i's samples depend on i alone, and are dealt out to the ranks.
 
     ``losses`` takes each step's, averaged over the whole batch.
     """
     norms = []
     for step in range(first, last):
-        drawn = torch.randn(BATCH, 1 if stage == "riae" else 3, 5, 4, generator=torch.Generator().manual_seed(step))
+        drawn = torch.randn(
+            BATCH, 1 if stage == "riae" else 3, 5, 4, generator=torch.Generator().manual_seed(step)
+        )
         index = torch.arange(BATCH) + step * BATCH
-        micro_batches = torch.arange(BATCH)[world.rank::world.world_size].split(MICRO)
+        micro_batches = torch.arange(BATCH)[world.rank :: world.world_size].split(MICRO)
         total = torch.zeros(())
         for some in micro_batches:
             batch = {"index": index[some], "step": step}
-            batch |= {"image": drawn[some]} if stage == "riae" else {"latent": drawn[some], "condition": index[some] % 2}
+            batch |= (
+                {"image": drawn[some]}
+                if stage == "riae"
+                else {"latent": drawn[some], "condition": index[some] % 2}
+            )
             loss, figures = engine.forward(batch)
             assert not any(figure.requires_grad for figure in figures.values())
             engine.backward(loss, len(micro_batches))
@@ -91,7 +138,9 @@ def run(engine: Engine, first: int, last: int, world: World, stage: str = "riae"
 
 def save(folder: Path, state: EngineState) -> None:
     """To FOLDER/checkpoints."""
-    meta = checkpoint.Meta(stage="riae", step=state.step, samples=state.step * BATCH, seed=0, config={}, model={})
+    meta = checkpoint.Meta(
+        stage="riae", step=state.step, samples=state.step * BATCH, seed=0, config={}, model={}
+    )
     checkpoint.save(folder, state, meta, keep=9)
 
 
@@ -117,7 +166,10 @@ def train_rounded(zero_stage: int, folder: Path, world: World) -> dict[str, Any]
     save(folder, engine.state())
     norms = run(engine, 0, HALF, world)
     save(folder, engine.state())
-    kinds = sorted({str(p.dtype) for p in engine.model.parameters()} | {str(master.dtype) for master in engine.masters})
+    kinds = sorted(
+        {str(p.dtype) for p in engine.model.parameters()}
+        | {str(master.dtype) for master in engine.masters}
+    )
     norms += run(engine, HALF, STEPS, world)
     again = make("deepspeed", zero_stage, world, precision="bfloat16_weights")
     checkpoint.load_into(again, folder)
@@ -144,8 +196,11 @@ def elastic(folder: Path, world: World) -> list[float]:
 
 def _step_alone(folder: Path) -> None:
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items()
-                   if name not in ours and not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))
+    }
     subprocess.run([sys.executable, __file__, "--step", str(folder)], env=environment, check=True)
 
 
@@ -167,19 +222,26 @@ def spoil(zero_stage: int, world: World) -> bool:
     stopped = False
     try:
         for _ in range(2):
-            engine.backward(engine.forward({"image": image, "index": torch.arange(MICRO), "step": 1})[0], 2)
+            engine.backward(
+                engine.forward({"image": image, "index": torch.arange(MICRO), "step": 1})[0], 2
+            )
         engine.step(1e-3, 1)
     except NonFiniteError as error:
         stopped = "step 1" in str(error)
     everyone = dist.all_reduce_sum(torch.tensor(float(stopped))) == world.world_size
     after = _copied(engine)
-    return bool(everyone) and all(torch.equal(before[kind][name], after[kind][name])
-                                  for kind in ("model", "ema") for name in before[kind])
+    return bool(everyone) and all(
+        torch.equal(before[kind][name], after[kind][name])
+        for kind in ("model", "ema")
+        for name in before[kind]
+    )
 
 
 def _copied(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
-    return {kind: {name: part.values.clone() for name, part in parts.items()}
-            for kind, parts in engine.state().parts.items()}
+    return {
+        kind: {name: part.values.clone() for name, part in parts.items()}
+        for kind, parts in engine.state().parts.items()
+    }
 
 
 def refuses_local(world: World) -> bool:
@@ -195,16 +257,29 @@ def main(folder: Path) -> None:
     dist.barrier()
     number = torch.tensor(float(world.rank))
     result = {
-        "sum": float(dist.all_reduce_sum(number)), "max": float(dist.all_reduce_max(number)), "kept": float(number),
-        "broadcast": dist.broadcast_object({"rank": world.rank}), "main": dist.is_main(), "ranks": dist.world_size(),
+        "sum": float(dist.all_reduce_sum(number)),
+        "max": float(dist.all_reduce_max(number)),
+        "kept": float(number),
+        "broadcast": dist.broadcast_object({"rank": world.rank}),
+        "main": dist.is_main(),
+        "ranks": dist.world_size(),
         "refuses_local": refuses_local(world),
-        "stages": {stage: train_stage(stage, folder / f"zero-{stage}", world) for stage in range(4)},
+        "stages": {
+            stage: train_stage(stage, folder / f"zero-{stage}", world) for stage in range(4)
+        },
         "elastic": elastic(folder / "elastic", world),
         "spoilt": {stage: spoil(stage, world) for stage in range(4)},
-        "bfloat16": {stage: run(make("deepspeed", stage, world, precision="bfloat16"), 0, STEPS, world)
-                     for stage in (1, 3)},
-        "bfloat16_weights": {stage: train_rounded(stage, folder / f"rounded-{stage}", world) for stage in (2, 3)},
-        "r2id": {stage: run(make("deepspeed", stage, world, "r2id"), 0, STEPS, world, "r2id") for stage in (2, 3)},
+        "bfloat16": {
+            stage: run(make("deepspeed", stage, world, precision="bfloat16"), 0, STEPS, world)
+            for stage in (1, 3)
+        },
+        "bfloat16_weights": {
+            stage: train_rounded(stage, folder / f"rounded-{stage}", world) for stage in (2, 3)
+        },
+        "r2id": {
+            stage: run(make("deepspeed", stage, world, "r2id"), 0, STEPS, world, "r2id")
+            for stage in (2, 3)
+        },
     }
     result["from_local"] = []
     for zero_stage, zero in LAYOUTS:

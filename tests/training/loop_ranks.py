@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from r2id import dist
+from r2id.checkpoints import checkpoint
 from r2id.config import RiaeRun, load_config
 from r2id.errors import NonFiniteError, Stopped
-from r2id.training import checkpoint
 from r2id.training.loop import train
-from r2id.training.losses import RiaeLoss
+from r2id.training.losses.riae import RiaeLoss
 from tests.conftest import CONFIGS, TINY_RIAE
 
 STEPS = 30
@@ -34,9 +34,20 @@ Change = Callable[[RiaeLoss, Callable[[], Any]], Any]
 
 def config(shards: Path, run: Path, *more: str) -> RiaeRun:
     micro_batch = 64 // dist.world_size() // ACCUMULATION
-    settings = [*TINY_RIAE, "riae.width=16", "riae.pixel_width=16", "train.precision=float32", f"train.steps={STEPS}",
-                "train.batch=64", f"train.micro_batch={micro_batch}", "train.save_every=100000", "train.keep=99",
-                "train.preview_every=100000", f"run={run}", f"data.shards={shards}"]
+    settings = [
+        *TINY_RIAE,
+        "riae.width=16",
+        "riae.pixel_width=16",
+        "train.precision=float32",
+        f"train.steps={STEPS}",
+        "train.batch=64",
+        f"train.micro_batch={micro_batch}",
+        "train.save_every=100000",
+        "train.keep=99",
+        "train.preview_every=100000",
+        f"run={run}",
+        f"data.shards={shards}",
+    ]
     loaded = load_config(CONFIGS / "digits" / "riae.toml", [*settings, *more])
     assert isinstance(loaded, RiaeRun)
     return loaded
@@ -87,11 +98,20 @@ def stopped_ten_times(shards: Path, folder: Path, rank: int, *more: str) -> dict
     train(whole)
     if not dist.is_main():
         return {}
-    saved = [checkpoint.load_meta(found) for found in checkpoint.complete(folder / "parts" / "checkpoints")]
-    return {"said": said, "saved": [(meta.step, meta.samples) for meta in saved],
-            "differ": [f"{kind} {name}" for kind in ("model", "ema", "optimizer")
-                       for name, value in checkpoint.load_tensors(folder / "whole", kind).items()
-                       if not torch.equal(value, checkpoint.load_tensors(folder / "parts", kind)[name])]}
+    saved = [
+        checkpoint.load_meta(found)
+        for found in checkpoint.complete(folder / "parts" / "checkpoints")
+    ]
+    return {
+        "said": said,
+        "saved": [(meta.step, meta.samples) for meta in saved],
+        "differ": [
+            f"{kind} {name}"
+            for kind in ("model", "ema", "optimizer")
+            for name, value in checkpoint.load_tensors(folder / "whole", kind).items()
+            if not torch.equal(value, checkpoint.load_tensors(folder / "parts", kind)[name])
+        ],
+    }
 
 
 def nan_loss(_module: RiaeLoss, run: Callable[[], Any]) -> Any:
@@ -108,17 +128,25 @@ def infinite_gradient(_module: RiaeLoss, run: Callable[[], Any]) -> Any:
 def nan_parameter(module: RiaeLoss, run: Callable[[], Any]) -> Any:
     parameter = next(module.model.decoder[0].parameters())
     with torch.no_grad():
-        for tensor in (parameter.data, getattr(parameter, "ds_tensor", None)):  # whole, and this rank's share at stage 3
+        for tensor in (
+            parameter.data,
+            getattr(parameter, "ds_tensor", None),
+        ):  # whole, and this rank's share at stage 3
             if isinstance(tensor, Tensor) and tensor.numel():
                 tensor.view(-1)[0] = math.nan
     return run()
 
 
-HOWS: dict[str, Change] = {"loss": nan_loss, "gradient": infinite_gradient, "parameter": nan_parameter}
+HOWS: dict[str, Change] = {
+    "loss": nan_loss,
+    "gradient": infinite_gradient,
+    "parameter": nan_parameter,
+}
 
 
 def spoilt(shards: Path, folder: Path, how: str, *more: str) -> dict[str, Any]:
     """What each rank says of a step that is spoilt on the last one, and what is left."""
+
     def spoil(module: RiaeLoss, run: Callable[[], Any]) -> Any:
         return HOWS[how](module, run) if dist.rank() == dist.world_size() - 1 else run()
 
@@ -132,9 +160,16 @@ def spoilt(shards: Path, folder: Path, how: str, *more: str) -> dict[str, Any]:
     if not dist.is_main():
         return {}
     newest = checkpoint.resolve(folder)
-    return {"said": everyone, "step": checkpoint.load_meta(newest).step, "damages": checkpoint.damages(newest),
-            "finite": all(bool(torch.isfinite(value).all()) for kind in ("model", "ema", "optimizer")
-                          for value in checkpoint.load_tensors(newest, kind).values())}
+    return {
+        "said": everyone,
+        "step": checkpoint.load_meta(newest).step,
+        "damages": checkpoint.damages(newest),
+        "finite": all(
+            bool(torch.isfinite(value).all())
+            for kind in ("model", "ema", "optimizer")
+            for value in checkpoint.load_tensors(newest, kind).values()
+        ),
+    }
 
 
 def every_stage(shards: Path, folder: Path) -> dict[str, Any]:
@@ -143,7 +178,11 @@ def every_stage(shards: Path, folder: Path) -> dict[str, Any]:
     for stage in range(4):
         more = [f"engine.zero_stage={stage}"]
         if stage == 3:
-            more.append('engine.deepspeed={zero_optimization={stage3_param_persistence_threshold=0}}')
-        result[stage] = {"stopped": stopped_ten_times(shards, folder / f"stopped-{stage}", 1, *more),
-                         **{how: spoilt(shards, folder / f"{how}-{stage}", how, *more) for how in HOWS}}
+            more.append(
+                "engine.deepspeed={zero_optimization={stage3_param_persistence_threshold=0}}"
+            )
+        result[stage] = {
+            "stopped": stopped_ten_times(shards, folder / f"stopped-{stage}", 1, *more),
+            **{how: spoilt(shards, folder / f"{how}-{stage}", how, *more) for how in HOWS},
+        }
     return result

@@ -5,18 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from r2id.checkpoints.averages import exponent_of, product, reconstruction, width_of
 from r2id.config import TrainConfig
 from r2id.errors import InputError
-from r2id.training.ema import (
-    Ema,
-    decay_at,
-    decays,
-    exponent_of,
-    power_decay,
-    product,
-    reconstruction,
-    width_of,
-)
+from r2id.training.ema import Ema, decay_at, decays, power_decay
 
 
 def average(source: torch.Tensor, limit: float) -> Ema:
@@ -74,8 +66,12 @@ def test_exponent_is_the_inverse_of_the_width(sigma: float) -> None:
 
 
 def test_widths_known_beforehand() -> None:
-    assert exponent_of(12**-0.5) == pytest.approx(0, abs=1e-9)  # γ = 0 is the plain mean, whose deviation is t/√12
-    assert exponent_of(0.05) == pytest.approx(16.97, abs=0.01) and exponent_of(0.10) == pytest.approx(6.94, abs=0.01)
+    assert exponent_of(12**-0.5) == pytest.approx(
+        0, abs=1e-9
+    )  # γ = 0 is the plain mean, whose deviation is t/√12
+    assert exponent_of(0.05) == pytest.approx(16.97, abs=0.01) and exponent_of(
+        0.10
+    ) == pytest.approx(6.94, abs=0.01)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.2])
@@ -84,7 +80,9 @@ def test_width_is_the_deviation_of_the_profile(sigma: float) -> None:
     profile = (gamma + 1) * t**gamma
     mean = torch.trapezoid(profile * t, t)
     assert float(torch.trapezoid(profile, t)) == pytest.approx(1, rel=1e-6)
-    assert float(torch.trapezoid(profile * (t - mean) ** 2, t)) ** 0.5 == pytest.approx(sigma, rel=1e-6)
+    assert float(torch.trapezoid(profile * (t - mean) ** 2, t)) ** 0.5 == pytest.approx(
+        sigma, rel=1e-6
+    )
 
 
 def test_power_decay_forgets_the_beginning_and_makes_integrals_of_the_profile() -> None:
@@ -94,13 +92,17 @@ def test_power_decay_forgets_the_beginning_and_makes_integrals_of_the_profile() 
     for step in range(steps):
         decay = power_decay(step, gamma)
         weights = [weight * decay for weight in weights] + [1 - decay]
-    expected = [(i / steps) ** (gamma + 1) - ((i - 1) / steps) ** (gamma + 1) for i in range(1, steps + 1)]
+    expected = [
+        (i / steps) ** (gamma + 1) - ((i - 1) / steps) ** (gamma + 1) for i in range(1, steps + 1)
+    ]
     assert power_decay(0, gamma) == 0 and sum(weights) == pytest.approx(1)
     assert weights == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(("one", "other"), [((0.05, 100.0), (0.05, 100.0)), ((0.05, 40.0), (0.2, 100.0)),
-                                            ((0.1, 100.0), (0.05, 70.0))])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [((0.05, 100.0), (0.05, 100.0)), ((0.05, 40.0), (0.2, 100.0)), ((0.1, 100.0), (0.05, 70.0))],
+)
 def test_product_is_the_integral(one: tuple[float, float], other: tuple[float, float]) -> None:
     at = torch.linspace(0, 100, 1_000_001, dtype=torch.float64)
     values = torch.ones_like(at)
@@ -132,7 +134,9 @@ def test_more_snapshots_fit_better_and_a_lone_one_says_that_it_does_not() -> Non
 
 
 @pytest.mark.parametrize("sigma", [0.04, 0.075, 0.15, 0.25])
-def test_reconstruction_of_a_wandering_weight_is_the_average_tracked_beside_it(sigma: float) -> None:
+def test_reconstruction_of_a_wandering_weight_is_the_average_tracked_beside_it(
+    sigma: float,
+) -> None:
     torch.manual_seed(0)
     source = torch.zeros(1000, dtype=torch.float64)
     kept = Ema([source], decays(TrainConfig(steps=1, ema_profiles=(0.05, 0.1))))
@@ -148,16 +152,26 @@ def test_reconstruction_of_a_wandering_weight_is_the_average_tracked_beside_it(s
     coefficients, misfit = reconstruction(store, (sigma, 2000.0))
     made = sum(c * value for c, value in zip(coefficients, values, strict=True))
     exact = tracked.averages["ema"][0]
-    error = float((made - exact).norm() / (source - exact).norm())  # relative to how far it is from the last weights
+    error = float(
+        (made - exact).norm() / (source - exact).norm()
+    )  # relative to how far it is from the last weights
     assert error < 0.02 and misfit < 0.1
-    nearest = min(float((other.averages[kind][0] - exact).norm() / (source - exact).norm())
-                  for other, kind in ((kept, "ema"), (kept, "ema-0.1")))
+    nearest = min(
+        float((other.averages[kind][0] - exact).norm() / (source - exact).norm())
+        for other, kind in ((kept, "ema"), (kept, "ema-0.1"))
+    )
     assert error < nearest / 5
 
 
-@pytest.mark.parametrize(("table", "named"), [
-    ("train.ema_profiles=[0.1,0.1]", "differ"), ("train.ema_profiles=[0.3]", "less than 0.28"),
-    ("train.ema_profiles=[0]", "greater than 0"), ("train.ema_snapshot_every=5", "there are none")])
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        ("train.ema_profiles=[0.1,0.1]", "differ"),
+        ("train.ema_profiles=[0.3]", "less than 0.28"),
+        ("train.ema_profiles=[0]", "greater than 0"),
+        ("train.ema_snapshot_every=5", "there are none"),
+    ],
+)
 def test_profiles_that_are_none(table: str, named: str) -> None:
     from r2id.config import load_config
     from tests.conftest import CONFIGS

@@ -10,25 +10,31 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from r2id import cli
+from r2id.checkpoints import checkpoint
+from r2id.checkpoints.export import export
 from r2id.config import DataConfig, PrepareConfig, load_config
 from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
+from r2id.images import save_png, tile
 from r2id.models.conditioning import drop, empty
 from r2id.models.r2id import R2ID
-from r2id.pictures import save_png, tile
-from r2id.sampling import Sampler
-from r2id.training import checkpoint
+from r2id.sampling.sampler import Sampler
 from r2id.training.encode import encode
-from r2id.training.export import export
 from r2id.training.loop import train
 from r2id.training.planner import plan
 from tests.conftest import CONFIGS, TINY_R2ID
 
 SHAPE, IMAGES, STEPS = (3, 8), 400, 150
 PIXELS, LATENTS = CONFIGS / "mnist" / "pixel-r2id.toml", CONFIGS / "digits" / "r2id.toml"
-FEW = [*TINY_R2ID, "data.workers=0", "train.precision=float32", "train.preview_every=1000", "r2id.condition=embedding"]
+FEW = [
+    *TINY_R2ID,
+    "data.workers=0",
+    "train.precision=float32",
+    "train.preview_every=1000",
+    "r2id.condition=embedding",
+]
 
 
 def text_of(label, shape=SHAPE):
@@ -44,8 +50,13 @@ def prepared(folder, images, shape):
     noise = np.random.default_rng(0)
     (folder / "in").mkdir(parents=True)
     for number in range(images):
-        Image.fromarray((pixels[number].reshape(8, 8) * 15.9).astype(np.uint8)).save(folder / f"in/{number}.png")
-        np.save(folder / f"in/{number}.npy", text_of(labels[number], shape) + 0.1 * noise.normal(size=shape))
+        Image.fromarray((pixels[number].reshape(8, 8) * 15.9).astype(np.uint8)).save(
+            folder / f"in/{number}.png"
+        )
+        np.save(
+            folder / f"in/{number}.npy",
+            text_of(labels[number], shape) + 0.1 * noise.normal(size=shape),
+        )
     return prepare(PrepareConfig(dataset="folder", source=folder / "in", out=folder / "shards"))
 
 
@@ -58,14 +69,28 @@ def told(tmp_path_factory):
 def run(told, tmp_path_factory, one_thread):
     """Run directory of a small R2ID of the digits' pixels, trained with embeddings."""
     run = tmp_path_factory.mktemp("run") / "run"
-    train(load_config(PIXELS, [*FEW, f"run={run}", f"data.shards={told}", "data.size=[8, 8]", f"train.steps={STEPS}",
-                               "optim.lr=3e-3", "train.ema=0.98", "r2id.dropout=0.0"]))
+    train(
+        load_config(
+            PIXELS,
+            [
+                *FEW,
+                f"run={run}",
+                f"data.shards={told}",
+                "data.size=[8, 8]",
+                f"train.steps={STEPS}",
+                "optim.lr=3e-3",
+                "train.ema=0.98",
+                "r2id.dropout=0.0",
+            ],
+        )
+    )
     return run
 
 
 @pytest.fixture
 def command(monkeypatch, capfd):
     """Run the command in this process: (exit code, stdout, stderr)."""
+
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["r2id", *map(str, arguments)])
         code, _ = 0, capfd.readouterr()  # of what was trained for the test
@@ -84,7 +109,9 @@ def test_the_loss_is_lower_told_the_right_embedding(run, told):
     for batch in eval_loader(shards, DataConfig(shards=told), "train", 100):
         latents, right = sampler.codec.encode(batch["image"]), batch["embedding"]
         for number, condition in enumerate((right, right.roll(1, 0), empty(right))):
-            losses[number] += sum(sampler.loss_at(latents, condition, time, 7).sum() for time in (0.5, 0.7, 0.9))
+            losses[number] += sum(
+                sampler.loss_at(latents, condition, time, 7).sum() for time in (0.5, 0.7, 0.9)
+            )
     assert losses[0] < 0.93 * losses[1] and losses[0] < 0.97 * losses[2], losses
 
 
@@ -96,12 +123,17 @@ def test_none_is_all_zeros_and_learned(run):
     assert none[0].eq(0).all() and torch.equal(none[1], texts[1])
     with torch.no_grad():
         given, dropped = sampler.model(x, half, texts), sampler.model(x, half, none)
-        assert torch.equal(given[1], dropped[1]) and not torch.allclose(given[0], dropped[0], atol=1e-3)
+        assert torch.equal(given[1], dropped[1]) and not torch.allclose(
+            given[0], dropped[0], atol=1e-3
+        )
         tokens = sampler.model.condition(none)
-    assert tokens.shape == (2, 3, 32) and tokens[0].abs().amax(1).min() > 1e-3, "of each token a vector of its own"
+    assert tokens.shape == (2, 3, 32) and tokens[0].abs().amax(1).min() > 1e-3, (
+        "of each token a vector of its own"
+    )
     assert sampler.num_classes == 0 and torch.equal(
-        sampler.sample(torch.tensor([-1]), torch.tensor([3]), (8, 8)), sampler.sample(
-            torch.zeros(1, *SHAPE), torch.tensor([3]), (8, 8))), "where no text is told"
+        sampler.sample(torch.tensor([-1]), torch.tensor([3]), (8, 8)),
+        sampler.sample(torch.zeros(1, *SHAPE), torch.tensor([3]), (8, 8)),
+    ), "where no text is told"
 
 
 def test_samples_of_one_text_and_of_several_in_turn(run, command, tmp_path):
@@ -110,32 +142,79 @@ def test_samples_of_one_text_and_of_several_in_turn(run, command, tmp_path):
     np.save(tmp_path / "three.npy", texts)
     sampler, drawn = Sampler.load(run), {}
     for name in ("one", "three"):
-        code, out, errors = command("sample", run, "--embedding", tmp_path / f"{name}.npy", "--size", "8x8", "--size",
-                                    "12x9", "--count", 5, "--seed", 2, "--steps", 3, "--out", tmp_path / name, "--json")
+        code, out, errors = command(
+            "sample",
+            run,
+            "--embedding",
+            tmp_path / f"{name}.npy",
+            "--size",
+            "8x8",
+            "--size",
+            "12x9",
+            "--count",
+            5,
+            "--seed",
+            2,
+            "--steps",
+            3,
+            "--out",
+            tmp_path / name,
+            "--json",
+        )
         assert code == 0, errors
         assert json.loads(out)["seeds"] == [2, 3, 4, 5, 6] and len(json.loads(out)["files"]) == 2
         drawn[name] = (tmp_path / name / "12x9.png").read_bytes()
     for name, labels in (("one", [0] * 5), ("three", [0, 1, 2, 0, 1])):
-        wanted = sampler.sample(torch.from_numpy(texts[labels]).half(), torch.arange(2, 7), (12, 9), steps=3)
+        wanted = sampler.sample(
+            torch.from_numpy(texts[labels]).half(), torch.arange(2, 7), (12, 9), steps=3
+        )
         assert drawn[name] == save_png(tile(wanted, 5), tmp_path / "wanted.png").read_bytes()
     assert drawn["one"] != drawn["three"]
 
 
-@pytest.mark.parametrize(("model", "content", "more", "words"), [
-    ("run", np.zeros((2, 8)), "", ["of shape [2, 8]", "must be [3, 8] or [N, 3, 8]"]),
-    ("run", np.full(SHAPE, np.nan), "", ["values that are not finite"]),
-    ("run", np.zeros(SHAPE, int), "", ["values of type int64"]),
-    ("run", None, "", ["x.npy", "cannot be read"]),
-    ("run", np.zeros(SHAPE), "--format png", ["--embedding", "goes with --format grid, not png"]),
-    ("run", np.zeros(SHAPE), "--label 1", ["label 1", "the model has no classes"]),
-    ("run", np.zeros(SHAPE), "--attribute Male", ["attribute 'Male'", "not trained with attributes"]),
-    ("r2id_run", np.zeros(SHAPE), "", ["x.npy", "the model was not trained with embeddings"])])
+@pytest.mark.parametrize(
+    ("model", "content", "more", "words"),
+    [
+        ("run", np.zeros((2, 8)), "", ["of shape [2, 8]", "must be [3, 8] or [N, 3, 8]"]),
+        ("run", np.full(SHAPE, np.nan), "", ["values that are not finite"]),
+        ("run", np.zeros(SHAPE, int), "", ["values of type int64"]),
+        ("run", None, "", ["x.npy", "cannot be read"]),
+        (
+            "run",
+            np.zeros(SHAPE),
+            "--format png",
+            ["--embedding", "goes with --format grid, not png"],
+        ),
+        ("run", np.zeros(SHAPE), "--label 1", ["label 1", "the model has no classes"]),
+        (
+            "run",
+            np.zeros(SHAPE),
+            "--attribute Male",
+            ["attribute 'Male'", "not trained with attributes"],
+        ),
+        ("r2id_run", np.zeros(SHAPE), "", ["x.npy", "the model was not trained with embeddings"]),
+    ],
+)
 def test_a_mistake_is_one_line(model, content, more, words, request, command, tmp_path):
     if content is not None:
         np.save(tmp_path / "x.npy", content)
-    code, out, errors = command("sample", request.getfixturevalue(model), "--embedding", tmp_path / "x.npy", "--count", 1,
-                                *more.split(), "--out", tmp_path / "out")
-    assert code == 2 and out == "" and errors.count("\n") == 1 and all(word in errors for word in words), errors
+    code, out, errors = command(
+        "sample",
+        request.getfixturevalue(model),
+        "--embedding",
+        tmp_path / "x.npy",
+        "--count",
+        1,
+        *more.split(),
+        "--out",
+        tmp_path / "out",
+    )
+    assert (
+        code == 2
+        and out == ""
+        and errors.count("\n") == 1
+        and all(word in errors for word in words)
+    ), errors
     assert not (tmp_path / "out").exists()
 
 
@@ -145,7 +224,14 @@ def test_a_set_without_embeddings(digits, tmp_path):
         train(load_config(PIXELS, overrides))
     for shards, words in ((digits, "has none"), (tmp_path / "none", "no shards there yet")):
         with pytest.raises(InputError, match=words):
-            plan(PIXELS, (*overrides, f"data.shards={shards}"), gpus=1, gigabytes=80, share=0.4, teraflops=300)
+            plan(
+                PIXELS,
+                (*overrides, f"data.shards={shards}"),
+                gpus=1,
+                gigabytes=80,
+                share=0.4,
+                teraflops=300,
+            )
 
 
 def test_the_plan_counts_the_model_that_is_trained(run):
@@ -160,32 +246,64 @@ def test_exported(run, tmp_path):
     x, half = torch.randn(1, sampler.codec.latent_channels, 6, 5), torch.tensor([0.5])
     text = torch.from_numpy(text_of(4)).unsqueeze(0)
     with torch.no_grad():
-        assert torch.equal(model(x, half, text), sampler.model(x, half, text)) and model.condition_shape == SHAPE
+        assert (
+            torch.equal(model(x, half, text), sampler.model(x, half, text))
+            and model.condition_shape == SHAPE
+        )
 
 
 @pytest.mark.parametrize("shards", ["told", "digits"])
 def test_evaluated(run, shards, request, command, tmp_path):
     """Under no condition: there is no class to judge by, though the set may have classes."""
     folder = request.getfixturevalue(shards)
-    code, _, errors = command("evaluate", run, "--shards", folder, "--out", tmp_path / "report", "--count", 4)
+    code, _, errors = command(
+        "evaluate", run, "--shards", folder, "--out", tmp_path / "report", "--count", 4
+    )
     assert code == 0, errors
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
-    assert set(metrics["r2id"]["t_scrape"]["loss"]) == {"no class"} and (tmp_path / "report/report.html").is_file()
+    assert (
+        set(metrics["r2id"]["t_scrape"]["loss"]) == {"no class"}
+        and (tmp_path / "report/report.html").is_file()
+    )
 
 
 def test_pooled_embeddings_beside_cached_latents(riae_run, tmp_path, one_thread):
     """The cache holds none: they come from the set, for the same images."""
     shards = prepared(tmp_path, 30, (5,))
     encode(riae_run, shards, tmp_path / "latents")
-    config = load_config(LATENTS, [*FEW, f"run={tmp_path / 'run'}", f"codec={riae_run}", f"data.shards={shards}",
-                                   f"data.latents={tmp_path / 'latents'}", "train.steps=2", "train.batch=8"])
+    config = load_config(
+        LATENTS,
+        [
+            *FEW,
+            f"run={tmp_path / 'run'}",
+            f"codec={riae_run}",
+            f"data.shards={shards}",
+            f"data.latents={tmp_path / 'latents'}",
+            "train.steps=2",
+            "train.batch=8",
+        ],
+    )
     train(config)
     meta = checkpoint.load_meta(checkpoint.resolve(tmp_path / "run"))
     tokens = Sampler.load(tmp_path / "run").model.condition(torch.zeros(1, 5))
     assert meta.model["embedding"] == [5] and tokens.shape == (1, 2, 32)
     opened = ShardSet.open(shards, embeddings=True)
     cache = LatentCache.open(tmp_path / "latents", meta.model["codec_hash"], opened.digest)
-    batch, = next(latent_loader(cache, opened, config.data, split="train", batch=8, micro_batch=8, seed=0, start_step=1,
-                                total_steps=2))
+    (batch,) = next(
+        latent_loader(
+            cache,
+            opened,
+            config.data,
+            split="train",
+            batch=8,
+            micro_batch=8,
+            seed=0,
+            start_step=1,
+            total_steps=2,
+        )
+    )
     split = opened.split("train")
-    assert np.array_equal(batch["embedding"], split.embedding[batch["index"]]) and batch["embedding"].dtype == torch.float16
+    assert (
+        np.array_equal(batch["embedding"], split.embedding[batch["index"]])
+        and batch["embedding"].dtype == torch.float16
+    )

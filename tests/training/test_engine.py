@@ -9,18 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from r2id.checkpoints import checkpoint
+from r2id.checkpoints.averages import exponent_of
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
-from r2id.training import checkpoint
-from r2id.training.ema import exponent_of
-from r2id.training.engine import (
-    Engine,
-    LocalEngine,
-    make_engine,
-    make_optimizer,
-)
-from r2id.training.shares import accumulation, deepspeed_config, micro_batch_size
+from r2id.training.batch_split import accumulation, deepspeed_config, micro_batch_size
+from r2id.training.engine import Engine, LocalEngine, make_engine, make_optimizer
 from tests.training import engine_ranks as job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,15 +50,21 @@ X = torch.tensor([0, 1, 2, 1])
 
 def values(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """A copy of the state of an engine alone: kind → name → tensor."""
-    return {kind: {name: part.values.clone() for name, part in parts.items()}
-            for kind, parts in engine.state().parts.items()}
-
+    return {
+        kind: {name: part.values.clone() for name, part in parts.items()}
+        for kind, parts in engine.state().parts.items()
+    }
 
 
 def engine(precision: str = "float32", device: str = "cpu", **optim: float) -> Engine:
     torch.manual_seed(0)
-    return make_engine(Loss(), optim=OptimConfig(**optim), train=TrainConfig(steps=9, batch=4, precision=precision),
-                       engine=EngineConfig(), world=World(0, 1, 0, torch.device(device)))
+    return make_engine(
+        Loss(),
+        optim=OptimConfig(**optim),
+        train=TrainConfig(steps=9, batch=4, precision=precision),
+        engine=EngineConfig(),
+        world=World(0, 1, 0, torch.device(device)),
+    )
 
 
 def test_update_is_clipped_adamw() -> None:
@@ -71,9 +72,18 @@ def test_update_is_clipped_adamw() -> None:
     torch.manual_seed(0)
     loss_module = Loss()
     model = loss_module.model
-    plain = torch.optim.AdamW([{"params": [model.layer.weight], "weight_decay": 0.1},
-                               {"params": [p for p in model.parameters() if p is not model.layer.weight],
-                                "weight_decay": 0.0}], betas=(0.9, 0.99), fused=False, foreach=False)
+    plain = torch.optim.AdamW(
+        [
+            {"params": [model.layer.weight], "weight_decay": 0.1},
+            {
+                "params": [p for p in model.parameters() if p is not model.layer.weight],
+                "weight_decay": 0.0,
+            },
+        ],
+        betas=(0.9, 0.99),
+        fused=False,
+        foreach=False,
+    )
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = engine(clip=0.05, weight_decay=0.1)
     for step in range(5):
@@ -98,7 +108,9 @@ def test_update_is_clipped_adamw() -> None:
 def test_only_matrices_decay() -> None:
     model = Net()
     decayed, others = make_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
-    assert decayed["weight_decay"] == 0.5 and [p is model.layer.weight for p in decayed["params"]] == [True]
+    assert decayed["weight_decay"] == 0.5 and [
+        p is model.layer.weight for p in decayed["params"]
+    ] == [True]
     assert others["weight_decay"] == 0.0 and len(others["params"]) == 4
 
 
@@ -157,8 +169,13 @@ def test_several_averages_are_tracked_and_go_on(tmp_path: Path) -> None:
 
     def made() -> Engine:
         torch.manual_seed(0)
-        return make_engine(Loss(), optim=OptimConfig(), engine=EngineConfig(), world=World(0, 1, 0, torch.device("cpu")),
-                           train=TrainConfig(steps=9, batch=4, ema_profiles=profiles))
+        return make_engine(
+            Loss(),
+            optim=OptimConfig(),
+            engine=EngineConfig(),
+            world=World(0, 1, 0, torch.device("cpu")),
+            train=TrainConfig(steps=9, batch=4, ema_profiles=profiles),
+        )
 
     trained = made()
     for step in range(6):
@@ -172,15 +189,24 @@ def test_several_averages_are_tracked_and_go_on(tmp_path: Path) -> None:
     found = values(trained)
     for kind, sigma in (("ema", 0.05), ("ema-0.2", 0.2)):
         power = exponent_of(sigma) + 1
-        expected = sum((((i + 1) / 6) ** power - (i / 6) ** power) * source for i, source in enumerate(sources))
-        torch.testing.assert_close(found[kind]["layer.weight"].double(), expected, rtol=1e-6, atol=1e-7)
+        expected = sum(
+            (((i + 1) / 6) ** power - (i / 6) ** power) * source for i, source in enumerate(sources)
+        )
+        torch.testing.assert_close(
+            found[kind]["layer.weight"].double(), expected, rtol=1e-6, atol=1e-7
+        )
         assert torch.equal(found[kind]["counts"], found["model"]["counts"])
 
 
 def test_a_checkpoint_of_other_averages_is_refused(tmp_path: Path) -> None:
     job.save(tmp_path, engine().state())
-    other = make_engine(Loss(), optim=OptimConfig(), engine=EngineConfig(), world=World(0, 1, 0, torch.device("cpu")),
-                        train=TrainConfig(steps=9, batch=4, ema_profiles=(0.05, 0.1)))
+    other = make_engine(
+        Loss(),
+        optim=OptimConfig(),
+        engine=EngineConfig(),
+        world=World(0, 1, 0, torch.device("cpu")),
+        train=TrainConfig(steps=9, batch=4, ema_profiles=(0.05, 0.1)),
+    )
     with pytest.raises(InputError, match=r"step-00000000: holds no ema-0\.1\.safetensors"):
         checkpoint.load_into(other, tmp_path)
 
@@ -207,20 +233,36 @@ def test_bfloat16_keeps_weights_and_gradients_float32() -> None:
     exact.step(0.1, 0)
     one, other = values(trained), values(exact)
     assert {value.dtype for value in one["model"].values()} == {torch.float32}
-    assert not torch.equal(one["optimizer"]["exp_avg.layer.weight"], other["optimizer"]["exp_avg.layer.weight"])
+    assert not torch.equal(
+        one["optimizer"]["exp_avg.layer.weight"], other["optimizer"]["exp_avg.layer.weight"]
+    )
 
 
-@pytest.mark.parametrize(("batch", "micro", "ranks", "expected"),
-                         [(64, None, 1, (64, 1)), (64, None, 4, (16, 1)), (64, 8, 2, (8, 4)), (64, 8, 16, (4, 1)),
-                          (4, 8, 1, (4, 1)), (1, None, 1, (1, 1))])
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "expected"),
+    [
+        (64, None, 1, (64, 1)),
+        (64, None, 4, (16, 1)),
+        (64, 8, 2, (8, 4)),
+        (64, 8, 16, (4, 1)),
+        (4, 8, 1, (4, 1)),
+        (1, None, 1, (1, 1)),
+    ],
+)
 def test_accumulation(batch: int, micro: int | None, ranks: int, expected: tuple[int, int]) -> None:
     train = TrainConfig(steps=1, batch=batch, micro_batch=micro)
     assert (micro_batch_size(train, ranks), accumulation(train, ranks)) == expected
 
 
-@pytest.mark.parametrize(("batch", "micro", "ranks", "near"),
-                         [(64, 5, 2, "60 or 70"), (64, None, 3, "63 or 126"), (2, None, 3, "nearest: 3"),
-                          (2, 8, 3, "nearest: 3")])
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "near"),
+    [
+        (64, 5, 2, "60 or 70"),
+        (64, None, 3, "63 or 126"),
+        (2, None, 3, "nearest: 3"),
+        (2, 8, 3, "nearest: 3"),
+    ],
+)
 def test_batch_that_does_not_divide(batch: int, micro: int | None, ranks: int, near: str) -> None:
     with pytest.raises(InputError, match=rf"train\.batch = {batch}: .*{near}$"):
         accumulation(TrainConfig(steps=1, batch=batch, micro_batch=micro), ranks)
@@ -228,17 +270,27 @@ def test_batch_that_does_not_divide(batch: int, micro: int | None, ranks: int, n
 
 def test_deepspeed_config_is_computed_and_merged() -> None:
     train = TrainConfig(steps=1, batch=64, micro_batch=8)
-    expert = EngineConfig(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": True}, "comms_logger": {}})
+    expert = EngineConfig(
+        zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": True}, "comms_logger": {}}
+    )
     config = deepspeed_config(OptimConfig(clip=0.5), train, expert, world_size=2, parameters=1000)
     assert config["gradient_accumulation_steps"] == 4 and config["gradient_clipping"] == 0.5
-    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1024,
-                                           "allgather_bucket_size": 1024}
+    assert config["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": True,
+        "reduce_bucket_size": 1024,
+        "allgather_bucket_size": 1024,
+    }
     assert config["comms_logger"] == {}
 
 
-@pytest.mark.parametrize(("table", "named"), [
-    ({"gradient_clipping": 2.0}, r"engine\.deepspeed\.gradient_clipping: .*optim\.clip"),
-    ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage: .*engine\.zero_stage")])
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        ({"gradient_clipping": 2.0}, r"engine\.deepspeed\.gradient_clipping: .*optim\.clip"),
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage: .*engine\.zero_stage"),
+    ],
+)
 def test_deepspeed_table_may_not_set_what_others_own(table: dict, named: str) -> None:
     with pytest.raises(InputError, match=named):
         deepspeed_config(OptimConfig(), TrainConfig(steps=1), EngineConfig(deepspeed=table), 1, 10)

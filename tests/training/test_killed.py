@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from r2id.checkpoints import checkpoint
 from r2id.config import load_config
-from r2id.training import checkpoint
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 from tests.training import children
@@ -29,22 +29,40 @@ def inside_a_save(run: Path) -> bool:
 
 def wait_until(condition, process) -> None:
     deadline = time.monotonic() + 60
-    while not (met := condition()) and time.monotonic() < deadline and process.is_alive():  # asked once: a save is brief
+    while (
+        not (met := condition()) and time.monotonic() < deadline and process.is_alive()
+    ):  # asked once: a save is brief
         time.sleep(0.0005)
     assert met and process.is_alive()
 
 
-def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(digits, riae_run, latents, tmp_path: Path) -> None:
+def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(
+    digits, riae_run, latents, tmp_path: Path
+) -> None:
     def settings(run: Path, steps: int) -> list[str]:
-        return [*TINY_R2ID, "train.precision=float32", "optim.lr_end=1e-3", "optim.lr=1e-3", f"run={run}",
-                f"data.shards={digits}", f"codec={riae_run}", f"data.latents={latents}", "train.save_every=1",
-                "train.preview_every=100000", "train.ema_profiles=[0.05,0.1]", "train.ema_snapshot_every=3",
-                f"train.steps={steps}"]
+        return [
+            *TINY_R2ID,
+            "train.precision=float32",
+            "optim.lr_end=1e-3",
+            "optim.lr=1e-3",
+            f"run={run}",
+            f"data.shards={digits}",
+            f"codec={riae_run}",
+            f"data.latents={latents}",
+            "train.save_every=1",
+            "train.preview_every=100000",
+            "train.ema_profiles=[0.05,0.1]",
+            "train.ema_snapshot_every=3",
+            f"train.steps={steps}",
+        ]
 
     config, run, draw = CONFIGS / "digits" / "r2id.toml", tmp_path / "run", random.Random(0)
     inside, reached = 0, 0
     for number in range(KILLS):
-        with children.ended(children.start(children.train_until_killed, config, settings(run, 100_000))) as child:
+        with children.ended(
+            children.start(children.train_until_killed, config, settings(run, 100_000))
+        ) as child:
+
             def advanced(reached: int = reached) -> bool:
                 found = checkpoint.latest(run)
                 return found is not None and checkpoint.step_of(found) > reached
@@ -59,24 +77,40 @@ def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(digits, riae
         inside += inside_a_save(run)
         newest = checkpoint.resolve(run)
         assert not checkpoint.damages(newest) and not any(
-            damage for snapshot in checkpoint.complete(run / "ema") for damage in checkpoint.damages(snapshot))
+            damage
+            for snapshot in checkpoint.complete(run / "ema")
+            for damage in checkpoint.damages(snapshot)
+        )
         assert (run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()).is_dir()
-        assert checkpoint.step_of(newest) > reached, "every start goes on from where the one before it was"
+        assert checkpoint.step_of(newest) > reached, (
+            "every start goes on from where the one before it was"
+        )
         reached = checkpoint.step_of(newest)
     assert inside >= IN_A_SAVE
     for folder, save_every in ((run, 1), (tmp_path / "whole", 100_000)):
-        train(load_config(config, [*settings(folder, reached + 2), f"train.save_every={save_every}"]))
+        train(
+            load_config(config, [*settings(folder, reached + 2), f"train.save_every={save_every}"])
+        )
     for kind in ("model", "ema", "ema-0.1", "optimizer"):
-        torch.testing.assert_close(checkpoint.load_tensors(run, kind), checkpoint.load_tensors(tmp_path / "whole", kind),
-                                   rtol=0, atol=0)
+        torch.testing.assert_close(
+            checkpoint.load_tensors(run, kind),
+            checkpoint.load_tensors(tmp_path / "whole", kind),
+            rtol=0,
+            atol=0,
+        )
     assert [path.name for path in checkpoint.complete(run / "ema")] == [
-        path.name for path in checkpoint.complete(tmp_path / "whole" / "ema")]
+        path.name for path in checkpoint.complete(tmp_path / "whole" / "ema")
+    ]
 
 
 def may_mount() -> bool:
     try:
-        return subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "none", "/mnt"],
-                              capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                ["unshare", "-Urm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+            ).returncode
+            == 0
+        )
     except OSError:
         return False
 
@@ -96,20 +130,44 @@ cat "$run/checkpoints/latest"
 """
 
 
-@pytest.mark.skipif(not may_mount(), reason="needs a small file system of its own, and this system lets nobody mount one")
+@pytest.mark.skipif(
+    not may_mount(),
+    reason="needs a small file system of its own, and this system lets nobody mount one",
+)
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(digits, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = [sys.executable, "-m", "r2id.cli", "train", str(CONFIGS / "digits" / "riae.toml"), *TINY_RIAE,
-               f"run={disk}/run", f"data.shards={digits}", "train.steps=6", "train.save_every=1", "train.keep=9"]
-    done = subprocess.run(["unshare", "-Urm", "sh", "-c", FULL_DISK, "sh", str(disk), *command], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "DISK": str(disk)})
+    command = [
+        sys.executable,
+        "-m",
+        "r2id.cli",
+        "train",
+        str(CONFIGS / "digits" / "riae.toml"),
+        *TINY_RIAE,
+        f"run={disk}/run",
+        f"data.shards={digits}",
+        "train.steps=6",
+        "train.save_every=1",
+        "train.keep=9",
+    ]
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", FULL_DISK, "sh", str(disk), *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DISK": str(disk)},
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:2] == ["full 1", "still full 1"]
     folders = lines[3:-2]
-    assert lines[2].endswith(f"{folders[-1]}: intact") and folders[0] == "latest" and 2 <= len(folders) < 7, lines
+    assert (
+        lines[2].endswith(f"{folders[-1]}: intact")
+        and folders[0] == "latest"
+        and 2 <= len(folders) < 7
+    ), lines
     assert "images/s" in lines[-2] and lines[-1] == "step-00000006"
     failures = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
-    assert len(failures) == 2 and all("not written" in line and "No space left" in line for line in failures)
+    assert len(failures) == 2 and all(
+        "not written" in line and "No space left" in line for line in failures
+    )
     assert "Traceback" not in done.stderr

@@ -10,24 +10,34 @@ from pathlib import Path
 import pytest
 import torch
 
+from r2id.checkpoints import checkpoint
 from r2id.config import load_config
 from r2id.errors import InputError
-from r2id.sampling import preview
-from r2id.training import checkpoint
 from r2id.training.loop import learning_rate, train
+from r2id.training.previews import preview
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 from tests.training import loop_ranks
 
 
 def riae_config(digits, run, *more):
-    return load_config(CONFIGS / "digits" / "riae.toml",
-                       [*TINY_RIAE, "train.precision=float32", f"run={run}", f"data.shards={digits}", *more])
+    return load_config(
+        CONFIGS / "digits" / "riae.toml",
+        [*TINY_RIAE, "train.precision=float32", f"run={run}", f"data.shards={digits}", *more],
+    )
 
 
 def r2id_config(digits, codec, run, *more):
-    return load_config(CONFIGS / "digits" / "r2id.toml",
-                       [*TINY_R2ID, "train.precision=float32", f"run={run}", f"data.shards={digits}", f"codec={codec}",
-                        *more])
+    return load_config(
+        CONFIGS / "digits" / "r2id.toml",
+        [
+            *TINY_R2ID,
+            "train.precision=float32",
+            f"run={run}",
+            f"data.shards={digits}",
+            f"codec={codec}",
+            *more,
+        ],
+    )
 
 
 def weights(run):
@@ -45,7 +55,9 @@ def without_cache(config):
 
 
 def test_learning_rate_warms_up_and_ends_where_it_should(digits, tmp_path):
-    optim = riae_config(digits, tmp_path, "optim.lr=1.0", "optim.lr_end=0.1", "optim.warmup=4").optim
+    optim = riae_config(
+        digits, tmp_path, "optim.lr=1.0", "optim.lr_end=0.1", "optim.warmup=4"
+    ).optim
     rates = [learning_rate(step, optim, 20) for step in range(20)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0]) and rates[4] == 1.0
     assert rates[-1] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
@@ -54,8 +66,15 @@ def test_learning_rate_warms_up_and_ends_where_it_should(digits, tmp_path):
 @pytest.mark.parametrize("stage", ["riae", "r2id"])
 def test_resumed_equals_uninterrupted_bit_for_bit(stage, digits, riae_run, tmp_path):
     """Dropout, jitter, noise, clouds, data order, Adam and the average all go on as if nothing had happened."""
+
     def config(run, *more):
-        more = ("train.steps=12", "train.save_every=5", "train.keep=9", "train.micro_batch=16", *more)
+        more = (
+            "train.steps=12",
+            "train.save_every=5",
+            "train.keep=9",
+            "train.micro_batch=16",
+            *more,
+        )
         if stage == "riae":
             return riae_config(digits, run, *more)
         return without_cache(r2id_config(digits, riae_run, run, "r2id.dropout=0.2", *more))
@@ -78,21 +97,39 @@ def test_stopped_at_ten_random_steps_amid_accumulation_bit_for_bit(digits, tmp_p
     result = loop_ranks.stopped_ten_times(digits, tmp_path, rank=0)
     assert not result["differ"]
     assert result["saved"] == [(step, step * 64) for step in [*loop_ranks.STOPS, loop_ranks.STEPS]]
-    assert all(f"step {step} of" in said for step, said in zip(loop_ranks.STOPS, result["said"], strict=True))
+    assert all(
+        f"step {step} of" in said
+        for step, said in zip(loop_ranks.STOPS, result["said"], strict=True)
+    )
 
 
 def test_activation_checkpointing_changes_nothing(digits, tmp_path):
     for mode in ("none", "all"):
-        train(riae_config(digits, tmp_path / mode, "train.steps=3", f"train.activation_checkpointing={mode}"))
+        train(
+            riae_config(
+                digits, tmp_path / mode, "train.steps=3", f"train.activation_checkpointing={mode}"
+            )
+        )
     assert_same(tmp_path / "none", tmp_path / "all")
 
 
 def test_cache_and_on_the_fly_train_alike(digits, riae_run, latents, tmp_path):
-    cached = train(r2id_config(digits, riae_run, tmp_path / "cached", "train.steps=8", f"data.latents={latents}"))
-    flying = train(without_cache(r2id_config(digits, riae_run, tmp_path / "flying", "train.steps=8")))
+    cached = train(
+        r2id_config(
+            digits, riae_run, tmp_path / "cached", "train.steps=8", f"data.latents={latents}"
+        )
+    )
+    flying = train(
+        without_cache(r2id_config(digits, riae_run, tmp_path / "flying", "train.steps=8"))
+    )
     assert cached["loss"] == pytest.approx(flying["loss"], rel=1e-4)
     for name, tensor in checkpoint.load_tensors(tmp_path / "cached", "model").items():
-        torch.testing.assert_close(tensor, checkpoint.load_tensors(tmp_path / "flying", "model")[name], atol=2e-4, rtol=0.01)
+        torch.testing.assert_close(
+            tensor,
+            checkpoint.load_tensors(tmp_path / "flying", "model")[name],
+            atol=2e-4,
+            rtol=0.01,
+        )
 
 
 def test_a_finished_run_is_left_alone(r2id_run):
@@ -109,16 +146,20 @@ def test_losses_fall_and_pictures_are_drawn(digits, tmp_path):
     last = train(config, preview)
     assert last["loss"] < 0.6 * first["loss"]
     from PIL import Image
+
     for step in (40, 80):
         with Image.open(run / "samples" / f"step-{step:08d}.png") as picture:
             assert picture.size == (10 * (8 + 2), 2 * (8 + 2))
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("riae.width=64", "holds a run with riae.width = 32, not 64"),
-    ("seed=1", "holds a run with seed = 0, not 1"),
-    ("train.batch=64", "holds a run with train.batch = 32, not 64"),
-])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("riae.width=64", "holds a run with riae.width = 32, not 64"),
+        ("seed=1", "holds a run with seed = 0, not 1"),
+        ("train.batch=64", "holds a run with train.batch = 32, not 64"),
+    ],
+)
 def test_another_run_s_directory_is_refused(override, message, digits, riae_run):
     config = load_config(riae_run / "config.toml", ["train.steps=99", override])
     with pytest.raises(InputError, match=message):
@@ -133,10 +174,25 @@ def test_a_codec_of_the_wrong_stage_is_refused(digits, r2id_run, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "r2id.cli", "train", str(CONFIGS / "digits" / "riae.toml"), *TINY_RIAE,
-               f"run={run}", f"data.shards={digits}", "train.steps=100000", "train.log_every=1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "r2id.cli",
+        "train",
+        str(CONFIGS / "digits" / "riae.toml"),
+        *TINY_RIAE,
+        f"run={run}",
+        f"data.shards={digits}",
+        "train.steps=100000",
+        "train.log_every=1",
+    ]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 90
     while not (run / "config.toml").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -12,10 +12,10 @@ import pytest
 
 from data_prep.prepare import prepare
 from r2id import cli
+from r2id.checkpoints import checkpoint
 from r2id.config import PrepareConfig, load_config, to_toml
-from r2id.training import checkpoint
 from r2id.training.loop import train
-from r2id.training.losses import R2idLoss
+from r2id.training.losses.r2id import R2idLoss
 from tests.training.test_loop import assert_same, r2id_config, without_cache
 
 STEPS, SAVED = 12, 2
@@ -44,6 +44,7 @@ def whole(shards: Path, riae_run: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def r2id(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """The command in this process: (exit code, what it says at the end)."""
+
     def run(*arguments: object) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["r2id", *map(str, arguments)])
         code = 0
@@ -51,15 +52,28 @@ def r2id(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
             cli.main()
         except SystemExit as ended:
             code = int(ended.code or 0)
-        return code, [line for line in capfd.readouterr().err.splitlines() if line.startswith(("failed: ", "error: "))]
+        return code, [
+            line
+            for line in capfd.readouterr().err.splitlines()
+            if line.startswith(("failed: ", "error: "))
+        ]
 
     return run
 
 
 def config_file(shards: Path, codec: Path, run: Path) -> Path:
     """Of a training that reads images, a few of each shard, and no shard before it has to."""
-    config = without_cache(r2id_config(
-        shards, codec, run, f"train.steps={STEPS}", "train.batch=8", f"train.save_every={SAVED}", "train.preview_every=99"))
+    config = without_cache(
+        r2id_config(
+            shards,
+            codec,
+            run,
+            f"train.steps={STEPS}",
+            "train.batch=8",
+            f"train.save_every={SAVED}",
+            "train.preview_every=99",
+        )
+    )
     file = run.with_suffix(".toml")
     file.write_text(to_toml(config))
     return file
@@ -67,18 +81,28 @@ def config_file(shards: Path, codec: Path, run: Path) -> Path:
 
 def open_files() -> Counter[str]:
     """How often this process has each file open."""
-    return Counter(str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    return Counter(
+        str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()
+    )
 
 
 def delete_shards(shards: Path, are_open: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """In the step after SAVED, delete the training shards that the training has open already, or those that it has not;
     the list that is to have their names."""
-    forward, gone, before = R2idLoss.forward, [], open_files()  # by an earlier training, whose index is kept
+    forward, gone, before = (
+        R2idLoss.forward,
+        [],
+        open_files(),
+    )  # by an earlier training, whose index is kept
 
     def deleting(self: R2idLoss, *args: Any, **batch: Any) -> Any:
         if batch["step"] == SAVED and not gone:
             held = open_files() - before
-            gone.extend(str(file) for file in sorted((shards / "train").glob("*.tar")) if (str(file) in held) == are_open)
+            gone.extend(
+                str(file)
+                for file in sorted((shards / "train").glob("*.tar"))
+                if (str(file) in held) == are_open
+            )
             for file in gone:
                 Path(file).unlink()
         return forward(self, *args, **batch)
@@ -87,8 +111,14 @@ def delete_shards(shards: Path, are_open: bool, monkeypatch: pytest.MonkeyPatch)
     return gone
 
 
-def test_a_shard_deleted_before_it_is_opened(shards: Path, riae_run: Path, whole: Path, tmp_path: Path, r2id: Run,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_deleted_before_it_is_opened(
+    shards: Path,
+    riae_run: Path,
+    whole: Path,
+    tmp_path: Path,
+    r2id: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Ends the training with its name and leaves the last checkpoint; once it is rebuilt, the same command goes on."""
     command = ("train", config_file(shards, riae_run, tmp_path / "run"))
     with monkeypatch.context() as patch:
@@ -98,14 +128,23 @@ def test_a_shard_deleted_before_it_is_opened(shards: Path, riae_run: Path, whole
     assert said in [[f"failed: {file}: cannot be read: No such file or directory"] for file in gone]
     newest = checkpoint.resolve(tmp_path / "run")
     assert checkpoint.load_meta(newest).step == SAVED and not checkpoint.damages(newest)
-    assert r2id(*command) == (2, [f"error: {gone[0]}: missing, it or its index: run the same r2id prepare again"])
+    assert r2id(*command) == (
+        2,
+        [f"error: {gone[0]}: missing, it or its index: run the same r2id prepare again"],
+    )
     assert r2id("verify", shards, "--repair")[0] == 0
     assert r2id(*command) == (0, [])
     assert_same(whole, tmp_path / "run")
 
 
-def test_a_shard_deleted_while_it_is_open(shards: Path, riae_run: Path, whole: Path, tmp_path: Path, r2id: Run,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_deleted_while_it_is_open(
+    shards: Path,
+    riae_run: Path,
+    whole: Path,
+    tmp_path: Path,
+    r2id: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The system keeps it for those who have it open: this training ends as if nothing had happened, the next one does not
     begin."""
     command = ("train", config_file(shards, riae_run, tmp_path / "run"))

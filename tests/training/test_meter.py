@@ -17,18 +17,41 @@ from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RATES = {"images_per_second", "tokens_per_second", "tflops_per_process", "mfu", "data_wait", "memory_gib"}
+RATES = {
+    "images_per_second",
+    "tokens_per_second",
+    "tflops_per_process",
+    "mfu",
+    "data_wait",
+    "memory_gib",
+}
 
 
 @pytest.mark.parametrize("latents", [None, "cache"])
 def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
     """Products of the tokens with every matrix, of the queries with the keys and of the scores with the values."""
-    config = load_config(CONFIGS / "digits" / "r2id.toml", ["r2id.width=32", "r2id.heads=2", "r2id.encoder_blocks=2",
-                                                            "r2id.decoder_blocks=1", "r2id.ffn_ratio=3"])
+    config = load_config(
+        CONFIGS / "digits" / "r2id.toml",
+        [
+            "r2id.width=32",
+            "r2id.heads=2",
+            "r2id.encoder_blocks=2",
+            "r2id.decoder_blocks=1",
+            "r2id.ffn_ratio=3",
+        ],
+    )
     assert isinstance(config, R2idRun)
     config = config.model_copy(update={"data": config.data.model_copy(update={"latents": latents})})
-    riae = RiaeConfig(latent_channels=3, cell=2.0, width=32, pixel_width=32, heads=2, locality=False, encoder_blocks=1,
-                      decoder_blocks=1)
+    riae = RiaeConfig(
+        latent_channels=3,
+        cell=2.0,
+        width=32,
+        pixel_width=32,
+        heads=2,
+        locality=False,
+        encoder_blocks=1,
+        decoder_blocks=1,
+    )
     found = image_cost(Work(config, Facts((8, 12), 1, 5, riae)))
     tokens, width, r2id = 24, 32, config.r2id
     hidden = 64  # two thirds of 3 · 32, to the next multiple of 32
@@ -44,7 +67,12 @@ def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
         seen, features = 96, 8 * (riae.fourier[1] - riae.fourier[0] + 1)
         pixels = seen * ((3 - 2 + features + 8) * width + width**2) + tokens * features * width
         ffn = 96  # two thirds of 4 · 32, to the next multiple of 32
-        block = tokens * 2 * width**2 + seen * 2 * width**2 + 2 * tokens * seen * width + tokens * 3 * width * ffn
+        block = (
+            tokens * 2 * width**2
+            + seen * 2 * width**2
+            + 2 * tokens * seen * width
+            + tokens * 3 * width * ffn
+        )
         codec = pixels + block + tokens * width * 3
     assert found == Cost(tokens, 2 * (3 * (3 * own + modulations + cross + ends) + codec))
 
@@ -64,37 +92,77 @@ def test_rates_follow_from_what_was_done(monkeypatch: pytest.MonkeyPatch) -> Non
     meter.lap("step")  # 3 s of a step
     meter.add({"loss": torch.tensor(4.0)}, 2, (1, 1))
     found = meter.read()  # 1 s of a step, and 1 s of counting
-    assert {key: found[key] for key in RATES - {"memory_gib"} | {"loss"}} == pytest.approx({
-        "loss": 3.0, "images_per_second": 6 / 5, "tokens_per_second": 26 / 5, "tflops_per_process": 100 / 5 / 1e12,
-        "mfu": 0.2, "data_wait": 0.2})
+    assert {key: found[key] for key in RATES - {"memory_gib"} | {"loss"}} == pytest.approx(
+        {
+            "loss": 3.0,
+            "images_per_second": 6 / 5,
+            "tokens_per_second": 26 / 5,
+            "tflops_per_process": 100 / 5 / 1e12,
+            "mfu": 0.2,
+            "data_wait": 0.2,
+        }
+    )
     meter.lap("pause")
     meter.add({"loss": torch.tensor(8.0)}, 6, (1, 1))
     meter.lap("data")  # 2 s
     again = meter.read()  # 1 s of a step
-    assert (again["loss"], again["images_per_second"], again["data_wait"]) == pytest.approx((8.0, 2.0, 2 / 3))
+    assert (again["loss"], again["images_per_second"], again["data_wait"]) == pytest.approx(
+        (8.0, 2.0, 2 / 3)
+    )
     whole = meter.summary()
     assert (whole["images_per_second"], whole["data_wait"]) == pytest.approx((12 / 8, 3 / 8))
     assert asked == [(2, 3), (1, 1)] or asked == [(1, 1), (2, 3)], "each size is counted once"
 
 
 def test_training_reports_its_rates(digits, riae_run, latents, tmp_path: Path) -> None:
-    riae = train(load_config(CONFIGS / "digits" / "riae.toml", [
-        *TINY_RIAE, f"run={tmp_path / 'riae'}", f"data.shards={digits}", "train.steps=4"]))
-    r2id = train(load_config(CONFIGS / "digits" / "r2id.toml", [
-        *TINY_R2ID, f"run={tmp_path / 'r2id'}", f"data.shards={digits}", f"codec={riae_run}", f"data.latents={latents}",
-        "train.steps=4"]))
+    riae = train(
+        load_config(
+            CONFIGS / "digits" / "riae.toml",
+            [*TINY_RIAE, f"run={tmp_path / 'riae'}", f"data.shards={digits}", "train.steps=4"],
+        )
+    )
+    r2id = train(
+        load_config(
+            CONFIGS / "digits" / "r2id.toml",
+            [
+                *TINY_R2ID,
+                f"run={tmp_path / 'r2id'}",
+                f"data.shards={digits}",
+                f"codec={riae_run}",
+                f"data.latents={latents}",
+                "train.steps=4",
+            ],
+        )
+    )
     for figures in (riae, r2id):
         assert set(figures) > RATES and all(figures[rate] > 0 for rate in RATES)
-        assert figures["tokens_per_second"] == pytest.approx(16 * figures["images_per_second"]), "8x8 pixels in cells of 2"
+        assert figures["tokens_per_second"] == pytest.approx(16 * figures["images_per_second"]), (
+            "8x8 pixels in cells of 2"
+        )
 
 
 def test_a_trace_has_ten_steps(digits, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     settings = [*TINY_RIAE, f"run={run}", f"data.shards={digits}", "train.preview_every=100"]
-    train(load_config(CONFIGS / "digits" / "riae.toml", [*settings, "train.steps=4", "train.batch=16"]), profile=True)
-    assert "nothing was traced: that takes 6 steps" in capfd.readouterr().err and not (run / "profile").exists()
-    train(load_config(CONFIGS / "digits" / "riae.toml", [*settings, "train.steps=24", "train.batch=16"]), profile=True)
+    train(
+        load_config(
+            CONFIGS / "digits" / "riae.toml", [*settings, "train.steps=4", "train.batch=16"]
+        ),
+        profile=True,
+    )
+    assert (
+        "nothing was traced: that takes 6 steps" in capfd.readouterr().err
+        and not (run / "profile").exists()
+    )
+    train(
+        load_config(
+            CONFIGS / "digits" / "riae.toml", [*settings, "train.steps=24", "train.batch=16"]
+        ),
+        profile=True,
+    )
     trace = json.loads(gzip.decompress((run / "profile" / "rank-0.json.gz").read_bytes()))
-    steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep")}
+    steps = {
+        event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep")
+    }
     assert len(steps) == 10
     assert "aten::mm" in (run / "profile" / "rank-0.txt").read_text()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from r2id.checkpoints import checkpoint
 from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
-from r2id.training import checkpoint
 from r2id.training.blocks import prepare_blocks
 from r2id.training.loop import train
-from r2id.training.losses import RiaeLoss
+from r2id.training.losses.riae import RiaeLoss
 from r2id.training.watchdog import Watchdog
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.test_loop import assert_same, riae_config
@@ -23,6 +23,7 @@ from tests.training.test_loop import assert_same, riae_config
 @pytest.fixture
 def spoil(monkeypatch):
     """Let something happen in the forward pass of given steps."""
+
     def install(steps, how):
         forward = RiaeLoss.forward
 
@@ -32,6 +33,7 @@ def spoil(monkeypatch):
             return forward(self, *args, **batch)
 
         monkeypatch.setattr(RiaeLoss, "forward", spoilt)
+
     return install
 
 
@@ -51,20 +53,29 @@ def infinite_gradient(_module, run):
     return loss + (loss - loss.detach()) * 3e38 * 3e38, figures
 
 
-HOWS = {"loss": (nan_loss, "the loss makes values that are not finite"),
-        "parameter": (nan_parameter, r"parameter decoder\.0\.\S+ holds"),
-        "gradient": (infinite_gradient, "overflows in the backward pass")}
+HOWS = {
+    "loss": (nan_loss, "the loss makes values that are not finite"),
+    "parameter": (nan_parameter, r"parameter decoder\.0\.\S+ holds"),
+    "gradient": (infinite_gradient, "overflows in the backward pass"),
+}
 
 
 @pytest.mark.parametrize(("how", "words"), HOWS.values(), ids=HOWS.keys())
-def test_it_is_stopped_before_the_update_and_the_place_is_named(digits, tmp_path, spoil, how, words):
+def test_it_is_stopped_before_the_update_and_the_place_is_named(
+    digits, tmp_path, spoil, how, words
+):
     spoil({7}, how)
-    with pytest.raises(NonFiniteError, match=rf"step 7: .*{words}.*samples train-\d+, train-\d+, train-\d+, … \(32\)"):
+    with pytest.raises(
+        NonFiniteError,
+        match=rf"step 7: .*{words}.*samples train-\d+, train-\d+, train-\d+, … \(32\)",
+    ):
         train(riae_config(digits, tmp_path / "run", "train.steps=12", "train.save_every=5"))
     found = checkpoint.latest(tmp_path / "run")
     assert checkpoint.load_meta(found).step == 5
     for kind in ("model", "ema"):
-        assert all(torch.isfinite(value).all() for value in checkpoint.load_tensors(found, kind).values())
+        assert all(
+            torch.isfinite(value).all() for value in checkpoint.load_tensors(found, kind).values()
+        )
 
 
 def test_a_module_that_makes_it_is_named(digits, tmp_path, monkeypatch):
@@ -75,16 +86,23 @@ def test_a_module_that_makes_it_is_named(digits, tmp_path, monkeypatch):
     def with_fault(self, *args, **options):
         build(self, *args, **options)
         self.decoder[0].register_forward_hook(
-            lambda module, _, output: output / 0 if isinstance(output, torch.Tensor) else output)
+            lambda module, _, output: output / 0 if isinstance(output, torch.Tensor) else output
+        )
 
     monkeypatch.setattr(RIAE, "__init__", with_fault)
-    with pytest.raises(NonFiniteError, match=r"step 0: .*module decoder\.0 makes values that are not finite"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 0: .*module decoder\.0 makes values that are not finite"
+    ):
         train(riae_config(digits, tmp_path / "run", "train.steps=3"))
 
 
 def test_some_steps_may_be_left_out(digits, tmp_path, spoil, capfd):
     spoil({3, 5}, nan_loss)
-    result = train(riae_config(digits, tmp_path / "run", "train.steps=8", "train.skip_nonfinite=2", "train.log_every=1"))
+    result = train(
+        riae_config(
+            digits, tmp_path / "run", "train.steps=8", "train.skip_nonfinite=2", "train.log_every=1"
+        )
+    )
     said = capfd.readouterr().err
     assert result["step"] == 8 and result["loss"] == result["loss"]
     assert "skipped 1 of 2: step 3" in said and "skipped 2 of 2: step 5" in said
@@ -94,10 +112,28 @@ def test_some_steps_may_be_left_out(digits, tmp_path, spoil, capfd):
 
 def test_a_step_left_out_changes_nothing(digits, tmp_path, spoil):
     """Weights and moments after a step that is left out are those before it."""
-    train(riae_config(digits, tmp_path / "short", "train.steps=6", "optim.warmup=0", "optim.lr=1e-3", "optim.lr_end=1e-3"))
+    train(
+        riae_config(
+            digits,
+            tmp_path / "short",
+            "train.steps=6",
+            "optim.warmup=0",
+            "optim.lr=1e-3",
+            "optim.lr_end=1e-3",
+        )
+    )
     spoil({6}, nan_loss)
-    train(riae_config(digits, tmp_path / "long", "train.steps=7", "optim.warmup=0", "optim.lr=1e-3", "optim.lr_end=1e-3",
-                      "train.skip_nonfinite=1"))
+    train(
+        riae_config(
+            digits,
+            tmp_path / "long",
+            "train.steps=7",
+            "optim.warmup=0",
+            "optim.lr=1e-3",
+            "optim.lr_end=1e-3",
+            "train.skip_nonfinite=1",
+        )
+    )
     assert_same(tmp_path / "short", tmp_path / "long")
 
 
@@ -106,7 +142,7 @@ import os, sys, time
 from pathlib import Path
 from r2id.config import TrainConfig, load_config
 from r2id.training import loop
-from r2id.training.losses import RiaeLoss
+from r2id.training.losses.riae import RiaeLoss
 forward = RiaeLoss.forward
 def sleepy(self, *args, **batch):
     if batch["step"] == 3 and os.environ["RANK"] == "1":
@@ -120,12 +156,36 @@ loop.train(load_config(Path(sys.argv[1]), sys.argv[2:]))
 def test_a_rank_that_sleeps_ends_the_job_with_its_stack(digits, tmp_path):
     """Two processes under DeepSpeed, of which one sleeps while the other waits for its gradient."""
     (tmp_path / "rank.py").write_text(STALL)
-    command = [sys.executable, "-m", "r2id.launcher", "--standalone", "--nproc-per-node", "2", str(tmp_path / "rank.py"),
-               str(CONFIGS / "digits" / "riae.toml"), *TINY_RIAE, f"run={tmp_path / 'run'}", f"data.shards={digits}",
-               "train.stall_seconds=4", "train.save_every=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "r2id.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "rank.py"),
+        str(CONFIGS / "digits" / "riae.toml"),
+        *TINY_RIAE,
+        f"run={tmp_path / 'run'}",
+        f"data.shards={digits}",
+        "train.stall_seconds=4",
+        "train.save_every=2",
+    ]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root, env=os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=root,
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": str(root),
+        },
+    )
     assert done.returncode == 1, done.stderr
     assert "Timeout (0:00:04)!" in done.stderr and "in sleepy" in done.stderr
     newest = checkpoint.resolve(tmp_path / "run")
@@ -145,8 +205,16 @@ def test_the_watchdog_leaves_those_alone_that_move(capfd):
 
 def test_recomputing_every_other_block_changes_nothing(digits, tmp_path):
     for mode in ("none", "2"):
-        train(riae_config(digits, tmp_path / mode, "train.steps=3", "riae.decoder_blocks=2", "riae.encoder_blocks=2",
-                          f"train.activation_checkpointing={mode}"))
+        train(
+            riae_config(
+                digits,
+                tmp_path / mode,
+                "train.steps=3",
+                "riae.decoder_blocks=2",
+                "riae.encoder_blocks=2",
+                f"train.activation_checkpointing={mode}",
+            )
+        )
     assert_same(tmp_path / "none", tmp_path / "2")
     with pytest.raises(InputError, match="activation_checkpointing"):
         riae_config(digits, tmp_path, "train.activation_checkpointing=1")
@@ -155,11 +223,14 @@ def test_recomputing_every_other_block_changes_nothing(digits, tmp_path):
 def test_compiled_blocks_compute_the_same():
     """One small block, for a compilation takes seconds; recomputed as well."""
     torch.manual_seed(0)
-    block, images = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()), torch.randn(5, 4, requires_grad=True)
-    plain, = torch.autograd.grad(block(images).square().sum(), images)
+    block, images = (
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()),
+        torch.randn(5, 4, requires_grad=True),
+    )
+    (plain,) = torch.autograd.grad(block(images).square().sum(), images)
     prepare_blocks([block], TrainConfig(steps=1, compile=True, activation_checkpointing="all"))
     torch._dynamo.utils.counters.clear()
-    compiled, = torch.autograd.grad(block(images).square().sum(), images)
+    (compiled,) = torch.autograd.grad(block(images).square().sum(), images)
     assert torch.allclose(plain, compiled, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was compiled"
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
+from r2id.checkpoints import checkpoint
 from r2id.config import R2idRun, load_config
 from r2id.errors import InputError
 from r2id.evaluation.run import evaluate
 from r2id.models.pixels import STD, Pixels, resample
 from r2id.models.r2id import R2ID
-from r2id.sampling import Sampler
-from r2id.training import checkpoint
+from r2id.sampling.sampler import Sampler
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import plan
@@ -21,8 +21,19 @@ CONFIG = CONFIGS / "mnist" / "pixel-r2id.toml"
 
 
 def config_of(run, digits, *more):
-    return load_config(CONFIG, [*TINY_R2ID, f"run={run}", f"data.shards={digits}", "data.size=[8, 8]", "data.workers=0",
-                                "train.precision=float32", "train.preview_every=1000", *more])
+    return load_config(
+        CONFIG,
+        [
+            *TINY_R2ID,
+            f"run={run}",
+            f"data.shards={digits}",
+            "data.size=[8, 8]",
+            "data.workers=0",
+            "train.precision=float32",
+            "train.preview_every=1000",
+            *more,
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +46,18 @@ def run(digits, tmp_path_factory):
 
 def test_samples_of_other_sizes(run):
     sampler = Sampler.load(run)
-    assert sampler.codec.hash == "pixels" and sampler.codec.image == (8, 8) and sampler.areas == (64, 64)
+    assert (
+        sampler.codec.hash == "pixels"
+        and sampler.codec.image == (8, 8)
+        and sampler.areas == (64, 64)
+    )
     assert sampler.grid_for((16, 16)) == (8, 8)
     labels, seeds = torch.arange(3), torch.arange(3)
     own = sampler.sample(labels, seeds, (8, 8))
     large = sampler.sample(labels, seeds, (16, 16))
-    assert (large - resample(own, (16, 16)).clamp(-1, 1)).abs().mean() < 0.01, "but for what is clipped before"
+    assert (large - resample(own, (16, 16)).clamp(-1, 1)).abs().mean() < 0.01, (
+        "but for what is clipped before"
+    )
     true = sampler.sample(labels, seeds, (16, 16), grid=(16, 16))
     assert true.shape == (3, 1, 16, 16) and not torch.allclose(true, large, atol=0.05)
 
@@ -49,7 +66,9 @@ def test_the_codec_is_the_image_itself(run):
     codec = Sampler.load(run).codec
     images = torch.rand(2, 1, 8, 8) * 2 - 1
     torch.testing.assert_close(codec.normalise(codec.encode(images)) * STD, images)
-    torch.testing.assert_close(codec.decode(codec.encode(images), (8, 8), (2, 1, 7, 8)), images[:, :, 2:7, 1:])
+    torch.testing.assert_close(
+        codec.decode(codec.encode(images), (8, 8), (2, 1, 7, 8)), images[:, :, 2:7, 1:]
+    )
     assert codec.encode(images, (4, 6)).shape == (2, 1, 4, 6)
     smooth = Pixels(3).encode(torch.ones(1, 3, 9, 5), (4, 4))
     torch.testing.assert_close(smooth, torch.ones(1, 3, 4, 4))
@@ -71,7 +90,9 @@ def test_interrupted_equals_uninterrupted(run, digits, tmp_path):
 
 def test_evaluation_leaves_out_what_is_an_autoencoder_s(run, digits, tmp_path):
     metrics = evaluate(run, digits, tmp_path / "out", count=20, invariance=2)
-    assert list(metrics["invariance"]) == ["r2id"] and "8x8" in metrics["invariance"]["r2id"]["sizes"]
+    assert (
+        list(metrics["invariance"]) == ["r2id"] and "8x8" in metrics["invariance"]["r2id"]["sizes"]
+    )
     assert "riae" not in metrics and metrics["r2id"]["sizes"]["8x8"]["samples"] == 20
     assert list(metrics["r2id"]["grid_scrape"]["grids"]) == ["4x4", "8x8", "16x16"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
@@ -82,13 +103,27 @@ def test_the_published_size():
     config = load_config(CONFIG)
     assert isinstance(config, R2idRun) and config.codec is None
     with torch.device("meta"):
-        assert sum(p.numel() for p in R2ID(config.r2id, 1, 10).parameters()) == pytest.approx(6.1e6, rel=0.1)
+        assert sum(p.numel() for p in R2ID(config.r2id, 1, 10).parameters()) == pytest.approx(
+            6.1e6, rel=0.1
+        )
 
 
 def test_a_plan_takes_no_autoencoder():
-    found = plan(CONFIG, ("train.batch=2", "r2id.encoder_blocks=1", "r2id.decoder_blocks=1"), gpus=1, gigabytes=16,
-                 share=0.5, teraflops=100, classes=10)
-    assert found["grid"] == [28, 28] and found["tokens"] == 784 and found["fits"] and not found["memory"].get("codec")
+    found = plan(
+        CONFIG,
+        ("train.batch=2", "r2id.encoder_blocks=1", "r2id.decoder_blocks=1"),
+        gpus=1,
+        gigabytes=16,
+        share=0.5,
+        teraflops=100,
+        classes=10,
+    )
+    assert (
+        found["grid"] == [28, 28]
+        and found["tokens"] == 784
+        and found["fits"]
+        and not found["memory"].get("codec")
+    )
 
 
 def test_mistakes(run, digits, tmp_path):

@@ -16,21 +16,68 @@ from tests.conftest import CONFIGS
 
 PHOTOS = CONFIGS / "imagenet"
 DIGITS = CONFIGS / "digits"
-R2ID_CASE = [str(PHOTOS / "r2id-b-256.toml"), "--riae", str(PHOTOS / "riae-256.toml"), "--classes", "10", "r2id.width=256",
-             "r2id.heads=4", "r2id.encoder_blocks=4", "r2id.decoder_blocks=2"]
-RIAE_CASE = [str(PHOTOS / "riae-256.toml"), "riae.width=384", "riae.heads=6", "riae.pixel_width=64",
-             "riae.encode_cloud=0.0625", "riae.decode_pixels=1024"]
+R2ID_CASE = [
+    str(PHOTOS / "r2id-b-256.toml"),
+    "--riae",
+    str(PHOTOS / "riae-256.toml"),
+    "--classes",
+    "10",
+    "r2id.width=256",
+    "r2id.heads=4",
+    "r2id.encoder_blocks=4",
+    "r2id.decoder_blocks=2",
+]
+RIAE_CASE = [
+    str(PHOTOS / "riae-256.toml"),
+    "riae.width=384",
+    "riae.heads=6",
+    "riae.pixel_width=64",
+    "riae.encode_cloud=0.0625",
+    "riae.decode_pixels=1024",
+]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a process is measured by Linux's /proc")
-@pytest.mark.parametrize(("case", "zero", "processes", "checkpointing"), [
-    (R2ID_CASE, "local", "1", ["none", "2"]), (R2ID_CASE, "2", "2", ["none"]), (RIAE_CASE, "local", "1", ["none"])])
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="a process is measured by Linux's /proc"
+)
+@pytest.mark.parametrize(
+    ("case", "zero", "processes", "checkpointing"),
+    [
+        (R2ID_CASE, "local", "1", ["none", "2"]),
+        (R2ID_CASE, "2", "2", ["none"]),
+        (RIAE_CASE, "local", "1", ["none"]),
+    ],
+)
 def test_memory_is_within_15_percent_of_what_real_steps_take(case, zero, processes, checkpointing):
-    command = [sys.executable, "tests/bench/plan_memory.py", *case, "train.batch=4", "train.micro_batch=2", "--zero", zero,
-               "--processes", processes, "--checkpointing", *checkpointing, "--json"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True, check=False,
-                          timeout=500)
+    command = [
+        sys.executable,
+        "tests/bench/plan_memory.py",
+        *case,
+        "train.batch=4",
+        "train.micro_batch=2",
+        "--zero",
+        zero,
+        "--processes",
+        processes,
+        "--checkpointing",
+        *checkpointing,
+        "--json",
+    ]
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command,
+        cwd=CONFIGS.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [part["checkpointing"] for part in found] == checkpointing
@@ -40,8 +87,16 @@ def test_memory_is_within_15_percent_of_what_real_steps_take(case, zero, process
 
 def test_a_plan_says_what_a_run_comes_to():
     config = DIGITS / "r2id.toml"
-    found = plan(config, ("data.size=[32, 32]",), gpus=4, gigabytes=16, share=0.5, teraflops=100,
-                 riae=DIGITS / "riae.toml", classes=10)
+    found = plan(
+        config,
+        ("data.size=[32, 32]",),
+        gpus=4,
+        gigabytes=16,
+        share=0.5,
+        teraflops=100,
+        riae=DIGITS / "riae.toml",
+        classes=10,
+    )
     run, riae = load_config(config), load_config(DIGITS / "riae.toml")
     assert isinstance(run, R2idRun) and isinstance(riae, RiaeRun)
     model = R2ID(run.r2id, riae.riae.latent_channels, 10)
@@ -49,17 +104,28 @@ def test_a_plan_says_what_a_run_comes_to():
     assert (found["batch"], found["micro_batch"], found["accumulation"]) == (128, 32, 1)
     assert (found["image"], found["grid"], found["tokens"]) == ([32, 32], [16, 16], 256)
     # For each token a weight makes a product and a sum, and twice as many in the backward pass; attention adds some.
-    linear = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name)
+    linear = sum(
+        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name
+    )
     assert 0.5 < found["flops_per_step"] / (6 * linear * found["tokens"] * 128) < 2
-    assert found["days"] * 86400 == pytest.approx(run.train.steps * found["flops_per_step"] / (4 * 100e12 * 0.5))
+    assert found["days"] * 86400 == pytest.approx(
+        run.train.steps * found["flops_per_step"] / (4 * 100e12 * 0.5)
+    )
     assert found["images_per_second"] * found["seconds_per_step"] == pytest.approx(128)
     assert found["fits"] and found["largest_micro_batch"] == 32
     assert json.loads(json.dumps(found)) == found and len(describe(found)) == 5
 
 
 def test_without_a_condition_nobody_asks_for_classes():
-    found = plan(DIGITS / "r2id.toml", ('r2id.condition="none"', "data.size=[8, 8]"), gpus=1, gigabytes=16, share=0.5,
-                 teraflops=100, riae=DIGITS / "riae.toml")
+    found = plan(
+        DIGITS / "r2id.toml",
+        ('r2id.condition="none"', "data.size=[8, 8]"),
+        gpus=1,
+        gigabytes=16,
+        share=0.5,
+        teraflops=100,
+        riae=DIGITS / "riae.toml",
+    )
     run = load_config(DIGITS / "r2id.toml", ('r2id.condition="none"',))
     assert isinstance(run, R2idRun)
     assert found["parameters"] == sum(p.numel() for p in R2ID(run.r2id, 4, 0).parameters())
@@ -72,20 +138,34 @@ def test_the_largest_micro_batch_is_the_largest_that_fits():
 
     def needs(size: int) -> int:
         train = config.train.model_copy(update={"micro_batch": size})
-        return memory(Work(config.model_copy(update={"train": train}), facts), 1)["total"] + 2_000_000_000
+        return (
+            memory(Work(config.model_copy(update={"train": train}), facts), 1)["total"]
+            + 2_000_000_000
+        )
 
     limit = (needs(16) + needs(32)) / 2
     assert largest_micro_batch(config, facts, 1, limit) == 16
     assert largest_micro_batch(config, facts, 1, 2e9) is None
 
 
-@pytest.mark.parametrize(("config", "options", "message"), [
-    (DIGITS / "pipeline.toml", {}, "stage 'pipeline'; plan its stages one by one"),
-    (DIGITS / "r2id.toml", {"riae": DIGITS / "riae.toml"}, "no shards there yet; give their number of classes"),
-    (DIGITS / "r2id.toml", {"classes": 10}, "name the RIAE's config by --riae"),
-    (DIGITS / "r2id.toml", {"classes": 10, "riae": DIGITS / "r2id.toml"}, "stage 'r2id', must be 'riae'"),
-    (DIGITS / "riae.toml", {"gpus": 7}, "train.batch = 64: must be a multiple of 63"),
-])
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (DIGITS / "pipeline.toml", {}, "stage 'pipeline'; plan its stages one by one"),
+        (
+            DIGITS / "r2id.toml",
+            {"riae": DIGITS / "riae.toml"},
+            "no shards there yet; give their number of classes",
+        ),
+        (DIGITS / "r2id.toml", {"classes": 10}, "name the RIAE's config by --riae"),
+        (
+            DIGITS / "r2id.toml",
+            {"classes": 10, "riae": DIGITS / "r2id.toml"},
+            "stage 'r2id', must be 'riae'",
+        ),
+        (DIGITS / "riae.toml", {"gpus": 7}, "train.batch = 64: must be a multiple of 63"),
+    ],
+)
 def test_what_a_plan_cannot_know_is_asked_for(config, options, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where nothing has been prepared or trained
     with pytest.raises(InputError, match=message):

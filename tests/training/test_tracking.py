@@ -18,10 +18,18 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from r2id.checkpoints import checkpoint
 from r2id.config import TrackingConfig, load_config
-from r2id.training import checkpoint
 from r2id.training.loop import train
-from r2id.training.tracking import PARENT_VARIABLE, NullTracker, Tracker, begin_pipeline, end_pipeline, flatten, git_tags
+from r2id.training.tracking import (
+    PARENT_VARIABLE,
+    NullTracker,
+    Tracker,
+    begin_pipeline,
+    end_pipeline,
+    flatten,
+    git_tags,
+)
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.loop_ranks import at_step
 
@@ -48,9 +56,17 @@ def steps_of(client: MlflowClient, run_id: str, key: str) -> list[int]:
     return [point.step for point in client.get_metric_history(run_id, key)]
 
 
-def test_records_parameters_dataset_metrics_pictures_and_files(client: MlflowClient, tmp_path: Path) -> None:
-    params = {"seed": 0, "train": {"steps": 10, "long": "x" * 900}, "many": {str(i): i for i in range(150)}}
-    tracker = start(params=params, tags={"colour": "blue"}, dataset=("digits", "d" * 64, "data/digits"))
+def test_records_parameters_dataset_metrics_pictures_and_files(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    params = {
+        "seed": 0,
+        "train": {"steps": 10, "long": "x" * 900},
+        "many": {str(i): i for i in range(150)},
+    }
+    tracker = start(
+        params=params, tags={"colour": "blue"}, dataset=("digits", "d" * 64, "data/digits")
+    )
     for step in (1, 2):
         tracker.metrics({"loss": 1 / step, "lr": 0.1}, step)
     tracker.image(np.zeros((4, 6, 3), np.uint8), "samples", 2)
@@ -67,12 +83,22 @@ def test_records_parameters_dataset_metrics_pictures_and_files(client: MlflowCli
     assert run.data.params["train.steps"] == "10"
     assert len(run.data.params["train.long"]) == 500
     assert len(run.data.params) == 153
-    assert run.data.tags.items() >= {"stage": "riae", "colour": "blue", "checkpoint": "runs/x",
-                                     "dataset.digest": "d" * 64}.items()
+    assert (
+        run.data.tags.items()
+        >= {
+            "stage": "riae",
+            "colour": "blue",
+            "checkpoint": "runs/x",
+            "dataset.digest": "d" * 64,
+        }.items()
+    )
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
     assert steps_of(client, tracker.run_id, "loss") == [1, 2]
-    files = {file.path for folder in ("samples", "inputs", "report")
-             for file in client.list_artifacts(tracker.run_id, folder)}
+    files = {
+        file.path
+        for folder in ("samples", "inputs", "report")
+        for file in client.list_artifacts(tracker.run_id, folder)
+    }
     assert files == {"samples/00000002.png", "inputs/00000002.png", "report/report.html"}
 
 
@@ -113,8 +139,11 @@ def test_switched_off_records_nothing(client: MlflowClient) -> None:
 
 
 def test_an_unreachable_store_delays_nothing_and_warns_once(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", "http://127.0.0.1:9"
+    )  # the discard port: nobody listens
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("r2id.training.tracking._FINISH_SECONDS", 1.0)
     tracker = start()
@@ -129,8 +158,9 @@ def test_an_unreachable_store_delays_nothing_and_warns_once(
     assert "lost" in told[1]
 
 
-def test_a_store_that_comes_back_gets_everything(client: MlflowClient, store_file: Path,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_comes_back_gets_everything(
+    client: MlflowClient, store_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = store_file.parent / "place"
     place.touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
@@ -149,11 +179,24 @@ def test_a_store_that_comes_back_gets_everything(client: MlflowClient, store_fil
 class Trouble:
     """A run of ten steps, recorded at each, during which the store goes away at step 3 and comes back before step 8."""
 
-    def __init__(self, digits: Path, run: Path, go: Callable[[], None], come_back: Callable[[], None],
-                 capfd: pytest.CaptureFixture[str]) -> None:
+    def __init__(
+        self,
+        digits: Path,
+        run: Path,
+        go: Callable[[], None],
+        come_back: Callable[[], None],
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
         self.said, self.go, self.come_back, self.capfd = "", go, come_back, capfd
-        settings = [*TINY_RIAE, "tracking.enabled=true", "train.steps=10", "train.log_every=1", "train.save_every=5",
-                    f"run={run}", f"data.shards={digits}"]
+        settings = [
+            *TINY_RIAE,
+            "tracking.enabled=true",
+            "train.steps=10",
+            "train.log_every=1",
+            "train.save_every=5",
+            f"run={run}",
+            f"data.shards={digits}",
+        ]
         with at_step(3, self.lose), at_step(5, self.wait), at_step(8, self.find):
             self.result = train(load_config(CONFIGS / "digits" / "riae.toml", settings))
         self.listen()
@@ -180,20 +223,32 @@ class Trouble:
 
     def check(self, client: MlflowClient, run: Path) -> None:
         """Warned once, trained to the end, and recorded everything."""
-        assert self.said.count("tracking:") == self.said.count("MLflow cannot be reached, going on") == 1, self.said
+        assert (
+            self.said.count("tracking:")
+            == self.said.count("MLflow cannot be reached, going on")
+            == 1
+        ), self.said
         assert self.result["step"] == 10 and not checkpoint.damages(run)
         assert steps_of(client, self.run_id, "loss") == list(range(1, 11))
         assert client.get_run(self.run_id).info.status == "FINISHED"
 
 
-def test_a_locked_database_holds_no_training_up(client: MlflowClient, store_file: Path, digits: Path, tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch,
-                                                capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store_file}?timeout=0.2")  # SQLite itself waits for 5 s
+def test_a_locked_database_holds_no_training_up(
+    client: MlflowClient,
+    store_file: Path,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", f"sqlite:///{store_file}?timeout=0.2"
+    )  # SQLite itself waits for 5 s
     start().finish()  # so that the tables are there
     other = sqlite3.connect(store_file, isolation_level=None)
-    Trouble(digits, tmp_path / "run", lambda: other.execute("BEGIN EXCLUSIVE"), other.rollback, capfd).check(
-        client, tmp_path / "run")
+    Trouble(
+        digits, tmp_path / "run", lambda: other.execute("BEGIN EXCLUSIVE"), other.rollback, capfd
+    ).check(client, tmp_path / "run")
     other.close()
 
 
@@ -208,13 +263,28 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", self.port, "--workers", "1",
-                   "--backend-store-uri", f"sqlite:///{self.store_file}"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                        start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            self.port,
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{self.store_file}",
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         end = time.monotonic() + 120
         while not self.answers():
-            assert self.process.poll() is None and time.monotonic() < end, "MLflow's server does not start"
+            assert self.process.poll() is None and time.monotonic() < end, (
+                "MLflow's server does not start"
+            )
             time.sleep(0.1)
 
     def answers(self) -> bool:
@@ -229,20 +299,28 @@ class Server:
         self.process.wait()
 
 
-def test_a_server_that_is_killed_holds_no_training_up(client: MlflowClient, store_file: Path, digits: Path, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch,
-                                                      capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_is_killed_holds_no_training_up(
+    client: MlflowClient,
+    store_file: Path,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     server = Server(store_file)
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        Trouble(digits, tmp_path / "run", server.kill, server.start, capfd).check(client, tmp_path / "run")
+        Trouble(digits, tmp_path / "run", server.kill, server.start, capfd).check(
+            client, tmp_path / "run"
+        )
     finally:
         server.kill()
 
 
-def test_a_wrong_entry_is_left_out_and_the_rest_recorded(client: MlflowClient, tmp_path: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_entry_is_left_out_and_the_rest_recorded(
+    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracker = start()
     tracker.artifact(tmp_path / "nowhere.png")
     tracker.metrics({"loss": 1.0}, 1)
@@ -251,8 +329,9 @@ def test_a_wrong_entry_is_left_out_and_the_rest_recorded(client: MlflowClient, t
     assert steps_of(client, tracker.run_id, "loss") == [1]
 
 
-def test_a_pipeline_has_one_run_with_children(client: MlflowClient, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_has_one_run_with_children(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begin = {"experiment": "r2id", "name": "digits", "params": {"out": "runs/digits"}, "run": None}
     parent = begin_pipeline(begin)
     monkeypatch.setenv(PARENT_VARIABLE, parent)
@@ -260,8 +339,12 @@ def test_a_pipeline_has_one_run_with_children(client: MlflowClient, tmp_path: Pa
     trained.finish()
     file = tmp_path / "report.html"
     file.write_text("<p>")
-    stage = {"name": "evaluate", "params": {"count": 10}, "metrics": {"fd": {"8x8": 1.5}, "note": "text"},
-             "artifacts": [str(file)]}
+    stage = {
+        "name": "evaluate",
+        "params": {"count": 10},
+        "metrics": {"fd": {"8x8": 1.5}, "note": "text"},
+        "artifacts": [str(file)],
+    }
     end_pipeline({"run": parent, "status": "FAILED", "stages": [stage]})
     assert begin_pipeline({**begin, "run": parent}) == parent
     end_pipeline({"run": parent, "status": "FINISHED", "stages": [stage]})
@@ -276,13 +359,22 @@ def test_a_pipeline_has_one_run_with_children(client: MlflowClient, tmp_path: Pa
 
 def test_a_pipeline_opens_its_run_by_a_process(client: MlflowClient) -> None:
     order = {"experiment": "r2id", "name": "digits", "params": {}, "run": None}
-    done = subprocess.run([sys.executable, "-m", "r2id.training.tracking", "begin"], input=json.dumps(order),
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "r2id.training.tracking", "begin"],
+        input=json.dumps(order),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert client.get_run(done.stdout.strip()).data.tags["stage"] == "pipeline"
 
 
 def test_flatten_names_nested_keys() -> None:
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": "1", "a.c": "{}", "d": "[1, 2]"}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {
+        "a.b": "1",
+        "a.c": "{}",
+        "d": "[1, 2]",
+    }
 
 
 def test_the_commit_is_that_of_this_checkout() -> None:
@@ -293,5 +385,7 @@ def test_the_commit_is_that_of_this_checkout() -> None:
 
 
 def test_importing_it_loads_neither_torch_nor_mlflow() -> None:
-    code = "import sys, r2id.training.tracking; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
+    code = (
+        "import sys, r2id.training.tracking; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

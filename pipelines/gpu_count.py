@@ -1,0 +1,24 @@
+"""How many training processes a machine gets: one per GPU that this process may use, or one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+
+def gpu_count() -> int:
+    """GPUs in CUDA_VISIBLE_DEVICES, else those that the driver lists; asked without torch, which takes seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(
+        ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False
+    )
+    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+if __name__ == "__main__":
+    print(gpu_count())

@@ -1,0 +1,165 @@
+"""A stage of the pipeline is an ``r2id`` command in a process of its own: this starts it, shows what it says on stderr,
+passes signals on to it and turns its exit code into an error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from r2id.errors import InputError, Stopped, WorkError
+
+_TAIL = 4096  # bytes of a stage's stderr that are kept to say why it failed
+
+
+class StageCrashed(WorkError):
+    """A stage ended without a result. ``got_further`` says whether it saved a checkpoint before it did."""
+
+    got_further = False
+
+
+def run_stage(
+    arguments: Sequence[str], *, processes: int = 1, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Run ``r2id ARGUMENTS --json`` and return the object that it prints.
+
+    Raises InputError (exit code 2), Stopped (75, or a signal that was passed on) or StageCrashed, each with the
+    stage's last line.
+    """
+    code, output, tail = run_command(stage_command(arguments, processes), environment)
+    if code == 0:
+        return json.loads(output)
+    line = _last_line(tail)
+    if processes > 1:
+        # torchrun exits with 1 whatever happened; its summary names the first failed rank's own code.
+        found = re.search(r"exitcode\s*:\s*(-?\d+)", tail)
+        code = int(found[1]) if found and code == 1 else code
+    if code == 2:
+        raise InputError(f"{arguments[0]}: {line.removeprefix('error: ')}")
+    if code == 75:
+        raise Stopped(line.removeprefix("stopped: ") or arguments[0])
+    raise StageCrashed(
+        f"{arguments[0]} ended with exit code {code}: {line.removeprefix('failed: ')}"
+    )
+
+
+def stage_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
+    """The command that runs ``r2id ARGUMENTS --json``, under torchrun when it is more than one process."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        "-m",
+        "r2id.cli",
+        *arguments,
+        "--json",
+    ]
+
+
+def run_command(
+    command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> tuple[int, str, str]:
+    """Run a command, passing its stderr on as it comes; its exit code, stdout and the end of its stderr.
+
+    75 is returned for whatever ends after a signal was passed on to it.
+    """
+    with tempfile.TemporaryFile() as output, _stderr_for_child() as (reader, writer):
+        # A session of its own: a terminal's Ctrl-C then reaches the stage once, through the handler below.
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=writer,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+        os.close(writer)
+        watcher = end_with_us(process.pid)
+        with _signals_to(process) as passed_on:
+            tail = _relay(reader)
+            code = process.wait()
+        watcher.kill()
+        watcher.communicate()
+        output.seek(0)
+        return 75 if passed_on and code else code, output.read().decode(), tail
+
+
+def end_with_us(pid: int) -> subprocess.Popen[bytes]:
+    """Have a process terminated should this one die, even by SIGKILL; the watcher that does it, to be killed before.
+
+    Otherwise a killed pipeline would leave its stage training on, and the next one would write to the same folder.
+    """
+    # The pipe's other end closes when this process is no more, and then read returns.
+    return subprocess.Popen(
+        ["sh", "-c", 'read _; kill "$0"', str(pid)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def _stderr_for_child() -> Iterator[tuple[int, int]]:
+    """Descriptors (read, write). When a person watches, the child gets a terminal too, and so draws its bars."""
+    if sys.stderr.isatty():
+        reader, writer = pty.openpty()
+        with contextlib.suppress(OSError):
+            size = shutil.get_terminal_size()
+            termios.tcsetwinsize(writer, (size.lines, size.columns))
+    else:
+        reader, writer = os.pipe()
+    try:
+        yield reader, writer
+    finally:
+        os.close(reader)
+
+
+@contextlib.contextmanager
+def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Within this block SIGINT and SIGTERM go to the child, which saves and ends; the list of those that came."""
+    came: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        came.append(number)
+        process.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # only the main thread may set handlers
+        return
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _relay(reader: int) -> str:
+    tail = b""
+    while True:
+        try:
+            chunk = os.read(reader, 65536)
+        except OSError:  # how a terminal reports that its other end is closed
+            chunk = b""
+        if not chunk:
+            return tail.decode(errors="replace")
+        sys.stderr.write(chunk.decode(errors="replace"))
+        sys.stderr.flush()
+        tail = (tail + chunk)[-_TAIL:]
+
+
+def _last_line(tail: str) -> str:
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", tail).replace("\r", "\n")
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

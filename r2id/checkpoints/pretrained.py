@@ -1,0 +1,123 @@
+"""A trained model in one file: averaged weights as safetensors, and in the file's metadata all that it takes to use them.
+
+The metadata, text by name: ``format`` (r2id-model), ``format_version``, ``sha256`` of all the rest of the file's content,
+and as JSON ``stage``, ``step``, ``samples``, ``average`` (which of the weights' averages), ``config`` (of the whole run),
+``facts`` (beside the config) and, of an RIAE, ``statistics`` (mean and standard deviation of its latents per channel).
+``r2id checkpoint export`` writes it, RIAE.from_pretrained and R2ID.from_pretrained read it; no code is run from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from r2id.config import Section
+from r2id.errors import InputError
+
+FORMAT, FORMAT_VERSION = "r2id-model", "1"
+
+S = TypeVar("S", bound=Section)
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file says of its weights."""
+
+    stage: str
+    step: int
+    samples: int
+    average: str
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    statistics: dict[str, list[float]] | None
+    """RIAE: {"mean": …, "std": …} of the raw latents, one number per channel; of the default average only."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    path: Path
+    about: About
+    weights: dict[str, Tensor]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.about.facts
+
+    def section(self, name: str, schema: type[S]) -> S:
+        """A table of the run's config. InputError when this version of r2id does not know it so."""
+        try:
+            return schema.model_validate(self.about.config[name])
+        except (KeyError, ValidationError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{self.path}: config of {name} is not of this version of r2id: {reason}"
+            ) from None
+
+    def fill(self, model: M) -> M:
+        """The model with these weights, in evaluation mode. InputError when they are another model's."""
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise InputError(
+                f"{self.path}: its weights do not fit the model: {' '.join(str(error).split())}"
+            ) from None
+        return model.eval()
+
+
+def pack(about: About, weights: dict[str, Tensor]) -> bytes:
+    """The content of a file."""
+    metadata = {name: json.dumps(value) for name, value in asdict(about).items()}
+    metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION}
+    return save(weights, metadata | {"sha256": _digest(metadata, weights)})
+
+
+def read(path: Path, stage: str | None = None) -> Pretrained:
+    """Everything in a file. InputError when it is none of this format, is damaged or is not of the stage asked for."""
+    if path.is_dir():
+        raise InputError(
+            f"{path}: a folder; must be a file that r2id checkpoint export wrote (of this folder, perhaps)"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            # Copies, because the tensors themselves are the file, mapped into memory: gone when someone rewrites it.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file; must be one that r2id checkpoint export wrote"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: damaged, or no safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: not a file that r2id checkpoint export wrote: its metadata has no format {FORMAT!r}"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format_version {metadata.get('format_version')}; this version of r2id reads "
+            f"{FORMAT_VERSION}"
+        )
+    if metadata.pop("sha256", None) != _digest(metadata, weights):
+        raise InputError(f"{path}: damaged: its content is not what was exported")
+    about = About(**{name: json.loads(metadata[name]) for name in About.__dataclass_fields__})
+    if stage not in (None, about.stage):
+        raise InputError(f"{path}: a model of stage {about.stage!r}, not {stage!r}")
+    return Pretrained(path, about, weights)
+
+
+def _digest(metadata: dict[str, str], weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

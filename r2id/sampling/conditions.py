@@ -1,0 +1,55 @@
+"""What samples are drawn under: labels, attributes or embeddings, from what a user wrote.
+
+Shape letters: A attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2id.data.embeddings import read_embeddings
+from r2id.errors import InputError
+from r2id.models.r2id import R2ID
+
+
+def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
+    """``count`` labels: the given ones in turn, or every class in turn, or −1 where there are no classes: int64 [count].
+
+    InputError when a label is out of range, or there are more of them than samples.
+    """
+    if len(labels) > count:
+        raise InputError(
+            f"{len(labels)} labels: must be as many as the samples at most, which are {count}"
+        )
+    for label in labels:
+        if not 0 <= label < classes:
+            allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
+            raise InputError(f"label {label}: must be {allowed}")
+    choices = list(labels) or list(range(classes)) or [-1]
+    return torch.tensor([choices[i % len(choices)] for i in range(count)], dtype=torch.int64)
+
+
+def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
+    """The condition that names of attributes say, as in ``["Smiling", "-Male"]``: with, and without; the others are left
+    open: float32 [A]. InputError when the model has none of a name."""
+    chosen = torch.zeros(len(names))
+    for word in wanted:
+        name = word.removeprefix("-")
+        if name not in names:
+            allowed = ", ".join(names) or "none: the model was not trained with attributes"
+            raise InputError(f"attribute {name!r}: must be one of {allowed}")
+        chosen[list(names).index(name)] = -1.0 if word.startswith("-") else 1.0
+    return chosen
+
+
+def choose_embeddings(file: Path, model: R2ID, count: int) -> Tensor:
+    """``count`` embeddings of a ``.npy`` file, one or several in turn: float16 [count, …]. InputError when the model was not
+    trained with embeddings, or with ones of another shape."""
+    if model.config.condition != "embedding":
+        raise InputError(f"embedding {file}: the model was not trained with embeddings")
+    found = torch.from_numpy(read_embeddings(file, model.condition_shape))
+    return found[torch.arange(count) % len(found)]

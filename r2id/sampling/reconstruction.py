@@ -1,0 +1,46 @@
+"""A picture file through a codec and back, at any sizes, whole or a window of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from r2id.images import read_image, save_png
+from r2id.models.codec import Codec
+from r2id.models.coords import Size, Window, part_of
+from r2id.sampling.grids import output_files
+from r2id.sampling.memory import check_reconstruction
+
+
+def reconstruct_file(
+    path: Path,
+    picture: Path,
+    out: Path,
+    sizes: Sequence[Size],
+    *,
+    window: Window | None = None,
+    overwrite: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Encode a picture file and decode it, or a window (y0, x0, y1, x1) of it, at every size (default its own) into PNG
+    files; PSNR of the whole at its own size. InputError when the window does not lie within a picture of each size."""
+    codec = Codec.load(path, device)
+    image = read_image(picture, codec.channels)
+    own: Size = (image.shape[1], image.shape[2])
+    sizes = tuple(sizes) or (own,)
+    for size in sizes:
+        part_of(size, window)  # before anything is computed or written
+        check_reconstruction(codec, codec.grid_for(own), size, window)
+    files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
+    latents = codec.encode(image.unsqueeze(0))
+    for file, size in zip(files, sizes, strict=True):
+        save_png(codec.decode(latents, size, window)[0], file)
+    error = F.mse_loss(codec.decode(latents, own)[0].cpu(), image)
+    return {
+        "files": [str(file) for file in files],
+        "psnr": float(10 * torch.log10(4 / error.clamp(min=1e-12))),
+    }

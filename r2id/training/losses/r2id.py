@@ -1,0 +1,57 @@
+"""What R2ID minimises: a module from a batch to (loss, named figures), with every random draw keyed by (seed, step, sample).
+
+Shape letters: B batch · L latent channels · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from r2id import rng
+from r2id.config import DiffusionConfig
+from r2id.diffusion.denoising import denoising_loss, draw_times
+from r2id.models import coords
+from r2id.models.conditioning import drop
+from r2id.models.coords import Size
+from r2id.models.r2id import R2ID
+
+# One stream of random numbers for each purpose.
+_TIME, _NOISE, _DROP, _JITTER, _CLOUDS = 6, 7, 8, 9, 11
+
+Figures = dict[str, Tensor]
+
+
+class R2idLoss(nn.Module):
+    """Denoising of normalised latents at random times, under their condition or, at times, none."""
+
+    def __init__(
+        self, model: R2ID, diffusion: DiffusionConfig, base_side: float, seed: int
+    ) -> None:
+        super().__init__()
+        self.model, self.diffusion, self.base_side, self.seed = model, diffusion, base_side, seed
+
+    def forward(
+        self, latent: Tensor, condition: Tensor, index: Tensor, step: int
+    ) -> tuple[Tensor, Figures]:
+        """latent [B, L, h, w] normalised, condition [B, …], index [B] of the samples → scalar loss, figures."""
+        keys = rng.fold(self.seed, step, index)
+        grid: Size = (latent.shape[2], latent.shape[3])
+        dropped = (
+            rng.uniform(rng.fold(keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
+        )
+        at = coords.grid_coordinates(grid, device=latent.device)
+        if self.model.config.jitter:
+            noise = rng.normal(rng.fold(keys, _JITTER), len(at), 2)
+            at = coords.displace(at, self.model.config.jitter * noise, grid)
+        losses, unweighted = denoising_loss(
+            self.model,
+            self.diffusion,
+            self.base_side,
+            latent,
+            drop(condition, dropped),
+            draw_times(rng.fold(keys, _TIME), self.diffusion.time_sampling),
+            rng.normal(rng.fold(keys, _NOISE), *latent.shape[1:]),
+            at,
+            rng.fold(self.seed, step, _CLOUDS).to(latent.device),
+        )
+        return losses.mean(), {"denoising_mse": unweighted.detach().mean()}

@@ -1,0 +1,27 @@
+"""Mean and spread of an RIAE's latents over the training images, by which diffusion normalises them.
+
+Shape letters: B batch · L latent channels · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def latent_statistics(encode: Any, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Mean and standard deviation per channel of encode(images) over all cells: {"mean": [L], "std": [L]}, in float64
+    sums. A channel that never varies gets standard deviation 1: there is nothing to scale."""
+    total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for images in batches:
+        latents = rearrange(encode(images), "b l h w -> l (b h w)").double().cpu()
+        total, squares = total + latents.sum(1), squares + latents.square().sum(1)
+        count += latents.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return {"mean": mean.float(), "std": torch.where(std > 1e-6, std, 1.0).float()}

@@ -1,0 +1,301 @@
+"""Checkpoints looked at and exported: one file of averaged weights that builds its model again."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from r2id.checkpoints import checkpoint, pretrained
+from r2id.checkpoints.export import describe, export
+from r2id.config import load_config
+from r2id.errors import InputError
+from r2id.models.codec import Codec
+from r2id.models.r2id import R2ID
+from r2id.models.riae import RIAE
+from r2id.sampling.sampler import Sampler
+from r2id.training.loop import train
+from tests.conftest import CONFIGS, TINY_RIAE
+
+STEPS = 96
+
+
+@pytest.fixture(scope="module")
+def profiles_run(digits, tmp_path_factory) -> Path:
+    """A small RIAE with two power-function averages, a milestone, and beside its snapshots one average of width 0.15
+    tracked from the first step."""
+    run = tmp_path_factory.mktemp("profiles") / "run"
+    train(
+        load_config(
+            CONFIGS / "digits" / "riae.toml",
+            [
+                *TINY_RIAE,
+                f"run={run}",
+                f"data.shards={digits}",
+                f"train.steps={STEPS}",
+                "train.ema_profiles=[0.05,0.1,0.15]",
+                "train.save_every=40",
+                "train.keep=1",
+                "train.milestone_every=48",
+            ],
+        )
+    )
+    return run
+
+
+def test_snapshots_and_milestones_of_a_run(profiles_run: Path) -> None:
+    assert [
+        checkpoint.step_of(path) for path in checkpoint.complete(profiles_run / "checkpoints")
+    ] == [48, 96]
+    snapshots = checkpoint.complete(profiles_run / "ema")
+    assert [checkpoint.step_of(path) for path in snapshots] == list(range(3, STEPS + 1, 3))
+    assert {file.name for file in snapshots[0].iterdir()} == {
+        "checkpoint.json",
+        "ema.safetensors",
+        "ema-0.1.safetensors",
+        "ema-0.15.safetensors",
+    }
+
+
+def test_describe(riae_run: Path, r2id_run: Path, profiles_run: Path) -> None:
+    figures = describe(r2id_run)
+    model = R2ID.from_pretrained(export(r2id_run, r2id_run / "described.safetensors")["file"])
+    assert figures["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (figures["stage"], figures["step"], figures["steps"], figures["samples"]) == (
+        "r2id",
+        40,
+        40,
+        1280,
+    )
+    assert (
+        figures["codec"] == str(riae_run)
+        and figures["model"]["width"] == 32
+        and figures["written_by"] == 1
+    )
+    assert figures["total_bytes"] == sum(
+        file.stat().st_size for file in checkpoint.resolve(r2id_run).glob("*.safetensors")
+    )
+    assert figures["averages"] == {"ema": figures_ema(r2id_run)} and figures["snapshots"] == 0
+    figures = describe(profiles_run)
+    assert (
+        figures["averages"] == {"ema": 0.05, "ema-0.1": 0.1, "ema-0.15": 0.15}
+        and figures["snapshots"] == 31
+    )
+    assert json.loads(json.dumps(figures)) == figures
+    assert describe(profiles_run / "ema" / "step-00000009")["parameters"] == figures["parameters"]
+
+
+def figures_ema(run: Path) -> float:
+    return checkpoint.load_meta(run).config["train"]["ema"]
+
+
+def test_riae_in_three_lines(riae_run: Path, tmp_path: Path) -> None:
+    codec = Codec.load(riae_run)
+    result = export(riae_run, tmp_path / "riae.safetensors")
+    assert (
+        result["statistics"] and result["bytes"] == (tmp_path / "riae.safetensors").stat().st_size
+    )
+    model = RIAE.from_pretrained(tmp_path / "riae.safetensors")
+    images = torch.rand(2, 1, 9, 12) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(model.encode(images), codec.model.encode(images)) and not model.training
+    about = pretrained.read(tmp_path / "riae.safetensors").about
+    assert about.statistics == {"mean": codec.mean.tolist(), "std": codec.std.tolist()}
+    assert (about.stage, about.step, about.samples, about.average) == ("riae", 60, 1920, "default")
+    assert about.config == checkpoint.load_meta(riae_run).config
+
+
+def test_r2id_in_three_lines_from_half_precision(r2id_run: Path, tmp_path: Path) -> None:
+    whole = Sampler.load(r2id_run).model
+    for dtype, error in (("float16", 1e-3), ("bfloat16", 1e-2)):
+        file = tmp_path / f"{dtype}.safetensors"
+        export(r2id_run, file, dtype=dtype)
+        with safe_open(file, framework="pt") as opened:
+            assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {  # noqa: SIM118
+                {"float16": "F16", "bfloat16": "BF16"}[dtype]
+            }
+        model = R2ID.from_pretrained(file)
+        for (name, half), exact in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert half.dtype == torch.float32, name
+            torch.testing.assert_close(
+                half.detach(), exact.detach().to(getattr(torch, dtype)).float(), rtol=0, atol=0
+            )
+        x, labels = torch.randn(2, model.channels, 2, 3), torch.tensor([3, -1])
+        with torch.no_grad():
+            found, expected = (net(x, torch.full((2,), 0.5), labels) for net in (model, whole))
+        assert float((found - expected).abs().max()) < error * max(1.0, float(expected.abs().max()))
+    assert (tmp_path / "float16.safetensors").stat().st_size < 0.6 * export(
+        r2id_run, tmp_path / "f.safetensors"
+    )["bytes"]
+
+
+def test_values_beyond_half_precision_are_refused(tmp_path: Path, riae_run: Path) -> None:
+    from r2id.checkpoints.files import Folder, write_document, write_part
+    from r2id.checkpoints.state import whole
+
+    folder = tmp_path / "step-00000060"
+    folder.mkdir()
+    weights = checkpoint.load_tensors(riae_run, "ema")
+    name = min(weights)
+    weights[name] = torch.full_like(weights[name], 1e5)
+    write_document(
+        folder,
+        Folder(checkpoint.resolve(riae_run)).meta,
+        write_part(folder, "ema", whole(weights), 0, 1),
+    )
+    with pytest.raises(InputError, match=f"--dtype float16: {name} has values beyond its range"):
+        export(folder, tmp_path / "half.safetensors", dtype="float16")
+    assert not (tmp_path / "half.safetensors").exists()
+    export(folder, tmp_path / "half.safetensors", dtype="bfloat16")
+
+
+def test_any_width_is_reconstructed(profiles_run: Path, tmp_path: Path) -> None:
+    """Of the widths 0.05 and 0.1 the one of 0.15, which this run has tracked beside them."""
+    exact, last = (checkpoint.load_tensors(profiles_run, kind) for kind in ("ema-0.15", "model"))
+    two = two_of(profiles_run, tmp_path / "two")
+    result = export(two, tmp_path / "made.safetensors", sigma=0.15)
+    assert result["snapshots"] == 2 * 32 and result["misfit"] < 0.05 and not result["statistics"]
+    made = pretrained.read(tmp_path / "made.safetensors").weights
+    nearest = checkpoint.load_tensors(profiles_run, "ema-0.1")
+
+    def error(weights: dict[str, torch.Tensor]) -> float:
+        """Relative to how far the average is from the last weights."""
+        flat = [
+            torch.cat([part[name].flatten() for name in exact]) for part in (weights, exact, last)
+        ]
+        return float((flat[0] - flat[1]).norm() / (flat[2] - flat[1]).norm())
+
+    assert error(made) < 0.01 and error(made) < error(nearest) / 20
+    assert pretrained.read(tmp_path / "made.safetensors").about.average == "0.15"
+    milestone = export(
+        two / "checkpoints" / "step-00000048", tmp_path / "early.safetensors", sigma=0.15
+    )
+    assert milestone["snapshots"] == 2 * 16, "what came after it does not count"
+
+
+def two_of(run: Path, out: Path) -> Path:
+    """The run as it would be with the widths 0.05 and 0.1 alone."""
+    from r2id.checkpoints.files import Folder, write_document
+
+    for folder in (*checkpoint.complete(run / "checkpoints"), *checkpoint.complete(run / "ema")):
+        opened, copy = Folder(folder), out / folder.relative_to(run)
+        copy.mkdir(parents=True)
+        files = {
+            name: fact for name, fact in opened.files.items() if name != "ema-0.15.safetensors"
+        }
+        for name in files:
+            (copy / name).write_bytes((folder / name).read_bytes())
+        meta = opened.meta.model_copy(update={"config": json.loads(json.dumps(opened.meta.config))})
+        meta.config["train"]["ema_profiles"] = [0.05, 0.1]
+        write_document(copy, meta, files)
+    return out
+
+
+def test_a_tracked_width_comes_out_as_it_was_tracked(profiles_run: Path, tmp_path: Path) -> None:
+    assert export(profiles_run, tmp_path / "a.safetensors", sigma=0.1)["misfit"] < 1e-5
+    made = pretrained.read(tmp_path / "a.safetensors").weights
+    torch.testing.assert_close(
+        made, checkpoint.load_tensors(profiles_run, "ema-0.1"), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_damaged_snapshot_is_named(profiles_run: Path, tmp_path: Path) -> None:
+    two = two_of(profiles_run, tmp_path / "two")
+    file = two / "ema" / "step-00000042" / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        InputError, match=rf"{file}: damaged: .*; remove {file.parent} to do without it"
+    ):
+        export(two, tmp_path / "made.safetensors", sigma=0.15)
+
+
+def test_any_flipped_byte_of_an_exported_file_is_noticed(riae_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "riae.safetensors"
+    export(riae_run, file, dtype="bfloat16")
+    intact, draw = file.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(intact[:8], "little")
+    text = intact[:header].rstrip(b" ")  # the padding behind says nothing
+    places = [draw.randrange(len(text)) for _ in range(60)] + [
+        draw.randrange(header, len(intact)) for _ in range(20)
+    ]
+    for place in places:
+        data = bytearray(intact)
+        data[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=str(file)) as caught:
+            RIAE.from_pretrained(file)
+        assert "\n" not in str(caught.value)
+    file.write_bytes(intact[:-1])
+    with pytest.raises(InputError, match="damaged, or no safetensors file"):
+        RIAE.from_pretrained(file)
+
+
+def test_files_that_are_none(riae_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "riae.safetensors"
+    export(riae_run, file)
+    for path, message in (
+        (tmp_path / "no.safetensors", "no such file"),
+        (riae_run, "a folder; must be a file"),
+        (riae_run / "config.toml", "no safetensors file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            RIAE.from_pretrained(path)
+    with pytest.raises(InputError, match="a model of stage 'riae', not 'r2id'"):
+        R2ID.from_pretrained(file)
+    found = pretrained.read(file)
+    about = pretrained.About(**{**vars(found.about), "config": {"riae": {"wide": 3}}})
+    file.write_bytes(pretrained.pack(about, found.weights))
+    with pytest.raises(InputError, match="config of riae is not of this version"):
+        RIAE.from_pretrained(file)
+    about = pretrained.About(**{**vars(found.about), "facts": {"channels": 3}})
+    file.write_bytes(pretrained.pack(about, found.weights))
+    with pytest.raises(InputError, match="do not fit the model"):
+        RIAE.from_pretrained(file)
+    save_file(found.weights, file)
+    with pytest.raises(InputError, match="not a file that r2id checkpoint export wrote"):
+        RIAE.from_pretrained(file)
+    save_file(found.weights, file, {"format": "r2id-model", "format_version": "9"})
+    with pytest.raises(InputError, match="format_version 9; this version of r2id reads 1"):
+        RIAE.from_pretrained(file)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        (0.1, r"has one average, of decay .*; train with train\.ema_profiles"),
+        (0.5, "above 0 and below 0.28"),
+        (float("nan"), "above 0 and below 0.28"),
+    ],
+)
+def test_widths_that_cannot_be_had(
+    sigma: float, message: str, riae_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        export(riae_run, tmp_path / "a.safetensors", sigma=sigma)
+
+
+def test_nothing_is_replaced_unless_asked(riae_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_text("precious")
+    with pytest.raises(InputError, match="exists already"):
+        export(riae_run, file)
+    assert file.read_text() == "precious"
+    export(riae_run, file, overwrite=True)
+    assert RIAE.from_pretrained(file)
+    with pytest.raises(InputError, match=r"must be a \.safetensors file"):
+        export(riae_run, tmp_path / "a.pt")
+
+
+def test_profiles_may_not_change_in_a_run(profiles_run: Path) -> None:
+    config = load_config(
+        profiles_run / "config.toml", ["train.steps=99", "train.ema_profiles=[0.05]"]
+    )
+    with pytest.raises(
+        InputError, match=r"train\.ema_profiles = \[0\.05, 0\.1, 0\.15\], not \[0\.05\]"
+    ):
+        train(config)

@@ -1,0 +1,89 @@
+"""Stages as processes: what they print, how they fail, how they are stopped, and that none outlives a killed pipeline."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.gpu_count import gpu_count
+from pipelines.subprocesses import run_command, run_stage
+from r2id.errors import InputError
+
+SAVES_ON_SIGNAL = """
+import signal, sys, time
+def save(number, frame):
+    print("stopped: saved at step 7", file=sys.stderr)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+print("ready", file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_output_and_messages_are_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import os, sys; print(os.environ['COLOUR']); print('half way', file=sys.stderr); sys.exit(3)"
+    assert run_command([sys.executable, "-c", code], {"COLOUR": "blue"}) == (
+        3,
+        "blue\n",
+        "half way\n",
+    )
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "half way\n")
+
+
+def test_much_output_on_both_streams_blocks_nothing() -> None:
+    code = "import sys; print('x' * 500_000); print('y' * 500_000, file=sys.stderr)"
+    returned, output, tail = run_command([sys.executable, "-c", code])
+    assert (returned, len(output), len(tail)) == (0, 500_001, 4096)
+
+
+def test_a_users_mistake_is_an_input_error_naming_the_stage(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^train: .*nowhere\.toml: no such config file"):
+        run_stage(["train", str(tmp_path / "nowhere.toml")])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_stage_which_saves(number: int) -> None:
+    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    before = signal.getsignal(number)
+    assert run_command([sys.executable, "-c", SAVES_ON_SIGNAL])[0] == 75
+    assert signal.getsignal(number) == before
+
+
+def test_a_stage_ends_when_its_pipeline_is_killed(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    stage = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"import sys; from pipelines.subprocesses import run_command; run_command([sys.executable, '-c', {stage!r}])"
+    pipeline = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: note.exists() and note.read_text())
+    pid = int(note.read_text())
+    assert alive(pid)
+    pipeline.kill()
+    pipeline.wait()
+    wait_for(lambda: not alive(pid))
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, count in {"": 0, "-1": 0, "0": 1, "0,3": 2}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu_count() == count

@@ -1,0 +1,207 @@
+"""Samples by the thousand: the same bytes whoever draws them, when, and however many; killed and gone on with."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from r2id.data.shards import ShardSet
+from r2id.data.verify import verify
+from r2id.errors import InputError
+from r2id.images import to_bytes
+from r2id.sampling.files import PLAN, RESULT, draw_many, shard_length
+from r2id.sampling.sampler import Sampler
+from tests.training import children
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COUNT, SIZE = 150, (9, 7)
+"""Three batches, the last of which is not whole."""
+SETTINGS = {"steps": 2, "guidance": 1.0, "solver": None}
+
+
+def draw(run: Path, out: Path, kind: str = "png", count: int = COUNT, **options) -> dict:
+    return draw_many(
+        run, out, [SIZE], kind=kind, count=count, **{"seed": 5, "settings": SETTINGS, **options}
+    )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures(r2id_run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("bulk") / "pictures"
+    draw(r2id_run, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(r2id_run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("bulk") / "shards"
+    draw(r2id_run, out, "shards")
+    return out
+
+
+def test_every_sample_is_the_one_of_its_seed(r2id_run, pictures):
+    sampler = Sampler.load(r2id_run)
+    numbers = torch.tensor([0, 1, 63, 64, 149])
+    images = to_bytes(sampler.sample(numbers % 10, 5 + numbers, SIZE, steps=2, guidance=1.0))
+    for number, image in zip(numbers.tolist(), images, strict=True):
+        with Image.open(pictures / "images" / f"{number:08d}.png") as picture:
+            assert picture.size == (7, 9) and picture.mode == "L"
+            drawn = (
+                torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+                .reshape(9, 7)
+                .int()
+            )
+        assert torch.equal(drawn, image[..., 0].int())
+    assert len(list((pictures / "images").iterdir())) == COUNT
+    facts = json.loads((pictures / PLAN).read_text())
+    assert (
+        facts["count"] == COUNT
+        and facts["steps"] == 2
+        and facts["solver"] == sampler.defaults.solver
+    )
+    assert json.loads((pictures / RESULT).read_text()) == {
+        **facts,
+        "digest": draw(r2id_run, pictures)["digest"],
+    }
+
+
+def test_fewer_samples_are_the_first_of_many(r2id_run, pictures, tmp_path):
+    draw(r2id_run, tmp_path / "few", count=70)
+    files = content(tmp_path / "few" / "images")
+    assert len(files) == 70 and files.items() <= content(pictures / "images").items()
+
+
+def test_shards_hold_the_same_samples_and_are_a_shard_set(pictures, shards):
+    assert verify(shards) == []
+    opened = ShardSet.open(shards)
+    split = opened.split("samples")
+    assert (
+        len(split) == COUNT
+        and opened.num_classes == 10
+        and (split.height == 9).all()
+        and (split.width == 7).all()
+    )
+    assert split.label.tolist() == [number % 10 for number in range(COUNT)]
+    for number in range(COUNT):
+        assert split.key(number) == f"{number:08d}"
+        assert split.read(number) == (pictures / "images" / f"{number:08d}.png").read_bytes()
+
+
+def test_two_processes_write_the_same(r2id_run, pictures, tmp_path):
+    out = tmp_path / "two"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "r2id.cli",
+        "sample",
+        str(r2id_run),
+        "--out",
+        str(out),
+        "--format",
+        "png",
+        "--count",
+        str(COUNT),
+        "--size",
+        "9x7",
+        "--seed",
+        "5",
+        "--steps",
+        "2",
+        "--cfg",
+        "1",
+        "--json",
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f'"images": {COUNT}') == 1, "the first process alone reports"
+    assert content(out) == content(pictures)
+
+
+@pytest.mark.parametrize("kind", ["png", "shards"])
+def test_killed_and_gone_on_with(r2id_run, tmp_path, kind):
+    """Killed as soon as there is a shard, or more than a batch, in the middle of the rest."""
+    count, enough = {"png": (200, 65), "shards": (600, 1)}[kind]  # four batches, two shards
+    out = tmp_path / "killed"
+
+    def written() -> int:
+        return len([*out.glob("images/*.png"), *out.glob("samples/*.parquet")])
+
+    with children.ended(children.start(draw, r2id_run, out, kind, count)) as child:
+        deadline = time.monotonic() + 60
+        while written() < enough and time.monotonic() < deadline and child.is_alive():
+            time.sleep(0.001)
+        child.kill()
+        child.join()
+    assert written() >= enough and not (out / RESULT).exists()
+    with pytest.raises(InputError, match=f"count = {count}, not 150"):
+        draw(r2id_run, out, kind)
+    result = draw(r2id_run, out, kind, count)
+    assert 0 < result["reused"] < count
+    draw(r2id_run, tmp_path / "whole", kind, count)
+    assert content(out) == content(tmp_path / "whole")
+    assert draw(r2id_run, out, kind, count)["reused"] == count
+
+
+def test_what_it_refuses(r2id_run, riae_run, pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("")
+    before = content(pictures)
+    for out, options, message in [
+        (tmp_path / "file", {}, "is a file; must be a folder"),
+        (tmp_path / "full", {}, r"holds something else \(letter.txt\)"),
+        (pictures, {"settings": {**SETTINGS, "steps": 3}}, "holds samples of steps = 2, not 3"),
+        (pictures, {"seed": 6}, "holds samples of first_seed = 5, not 6"),
+        (pictures, {"kind": "shards"}, "holds samples of format = 'png', not 'shards'"),
+        (pictures, {"labels": (10,)}, "label 10: must be 0 to 9"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            draw(r2id_run, out, **options)
+    with pytest.raises(InputError, match="takes one --size, and there are 2"):
+        draw_many(r2id_run, tmp_path / "new", [(8, 8), (9, 9)], kind="png")
+    with pytest.raises(InputError, match="not 'r2id'"):
+        draw(riae_run, tmp_path / "new")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / PLAN).write_text('{"count"')
+    with pytest.raises(InputError, match="damaged; remove"):
+        draw(r2id_run, tmp_path / "cut")
+    assert content(pictures) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (28, 28), (100, 300), (256, 256), (1024, 1024), (5000, 3000)]
+)
+def test_batches_fill_shards_and_stay_small(r2id_run, size):
+    sampler, pixels = Sampler.load(r2id_run), size[0] * size[1]
+    for grid in (None, (16, 16), (70, 70)):
+        batch = sampler.batch_length(size, grid)
+        assert shard_length(size, batch) % batch == 0 and 1 <= batch <= 64
+        assert batch == 1 or batch * pixels <= 1 << 20
+        assert grid is None or batch == 1 or batch * grid[0] * grid[1] <= 4096
+        assert shard_length(size, batch) == batch or shard_length(size, batch) * pixels <= 1 << 23

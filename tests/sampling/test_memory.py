@@ -1,0 +1,108 @@
+"""What is too large for the memory is refused before anything is computed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from r2id.errors import InputError
+from r2id.models.codec import Codec
+from r2id.models.coords import Size
+from r2id.sampling import memory as room
+from r2id.sampling.grids import draw_grids
+from r2id.sampling.reconstruction import reconstruct_file
+from r2id.sampling.sampler import Sampler
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets what is free."""
+    return lambda number: monkeypatch.setattr(room, "free_memory", lambda device: int(number))
+
+
+def fitting(message: str) -> Size:
+    height, width = message.split("fits is ")[1].split(";")[0].split("x")
+    return int(height), int(width)
+
+
+def test_samples_that_do_not_fit(r2id_run, tmp_path, free):
+    free(2e9)
+    with pytest.raises(
+        InputError, match=r"size 60000x30000: takes about [\d.]+ GB of memory, and 2 GB are free"
+    ) as refused:
+        draw_grids(r2id_run, tmp_path / "out", [(8, 8), (60000, 30000)], count=4)
+    assert not (tmp_path / "out").exists()
+    height, width = fitting(str(refused.value))
+    assert height == pytest.approx(2 * width, abs=2)
+    sampler = Sampler.load(r2id_run)
+    room.check_samples(sampler, (height, width), None, 4)
+    with pytest.raises(InputError):
+        room.check_samples(sampler, (height + 20, width + 10), None, 4)
+
+
+def test_a_grid_that_does_not_fit(r2id_run, free):
+    free(5e7)
+    sampler = Sampler.load(r2id_run)
+    with pytest.raises(InputError, match="grid 900x900: takes about") as refused:
+        room.check_samples(sampler, (8, 8), (900, 900), 1)
+    room.check_samples(sampler, (8, 8), fitting(str(refused.value)), 1)
+
+
+def test_a_window_of_what_does_not_fit(riae_run, tmp_path, free):
+    from PIL import Image
+
+    free(1e9)
+    Image.radial_gradient("L").resize((21, 13)).save(tmp_path / "in.png")
+    with pytest.raises(InputError, match="--window decodes a part"):
+        reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "out.png", [(50000, 50000)])
+    reconstruct_file(
+        riae_run,
+        tmp_path / "in.png",
+        tmp_path / "out.png",
+        [(50000, 50000)],
+        window=(0, 49990, 20, 50000),
+    )
+    with pytest.raises(InputError, match="window of 50000x40000: takes about"):
+        reconstruct_file(
+            riae_run,
+            tmp_path / "in.png",
+            tmp_path / "x.png",
+            [(50000, 50000)],
+            window=(0, 0, 50000, 40000),
+        )
+
+
+def test_free_memory_is_of_the_machine():
+    assert 1e8 < room.free_memory(torch.device("cpu")) < 1e14
+
+
+_MEASURE = """
+import re, sys, torch
+from pathlib import Path
+from r2id.images import tile, to_bytes
+from r2id.models.codec import Codec
+codec = Codec.load(Path(sys.argv[1]))
+latents = torch.zeros(1, codec.latent_channels, 2, 2)
+codec.decode(latents, (64, 64))
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = peak()
+image = codec.decode(latents, (1600, 1600))
+to_bytes(tile(torch.cat([image, image[:0]]), 1))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_the_prediction_is_what_it_takes(riae_run):
+    codec = Codec.load(riae_run)
+    fixed, per_pixel = room._decoding(codec, (2, 2))
+    predicted = fixed + 1600 * 1600 * (per_pixel + room._held(codec.channels))
+    run = subprocess.run(
+        [sys.executable, "-c", _MEASURE, riae_run], capture_output=True, check=True, text=True
+    )
+    assert 0.7 * int(run.stdout) < predicted < 2 * int(run.stdout)

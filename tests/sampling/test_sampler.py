@@ -1,0 +1,213 @@
+"""Sampling: sizes, seeds, guidance, and files."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from r2id.diffusion import solvers
+from r2id.errors import InputError
+from r2id.models.r2id import R2ID
+from r2id.sampling.conditions import choose_labels
+from r2id.sampling.grids import draw_grids, output_files
+from r2id.sampling.reconstruction import reconstruct_file
+from r2id.sampling.sampler import Sampler
+
+
+@pytest.fixture(scope="module")
+def sampler(r2id_run):
+    return Sampler.load(r2id_run)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 8), (1, 1), (5, 31), (40, 40)])
+def test_any_size(sampler, size):
+    images = sampler.sample(torch.tensor([0, 9, -1]), torch.arange(3), size)
+    assert images.shape == (3, 1, *size) and images.abs().max() <= 1
+
+
+def test_a_picture_depends_on_its_seed_and_label_alone(sampler):
+    labels, seeds = torch.arange(70) % 10, torch.arange(70)
+    for size, grid in [((8, 8), None), ((9, 13), (5, 7))]:
+        together = sampler.sample(labels, seeds, size, grid=grid)
+        for some in (slice(2, 3), slice(60, 70), slice(None, None, 7)):
+            assert torch.equal(
+                sampler.sample(labels[some], seeds[some], size, grid=grid), together[some]
+            )
+        others = sampler.sample(labels[:4], seeds[:4] + 100, size, grid=grid)
+        assert (others - together[:4]).abs().flatten(1).amax(1).min() > 1e-3
+
+
+def test_the_latent_grid_stays_within_what_was_trained(sampler):
+    assert sampler.areas == (16, 16) and sampler.base_side == 4.0
+    assert sampler.grid_for((8, 8)) == (4, 4) and sampler.grid_for((64, 64)) == (4, 4)
+    assert sampler.grid_for((12, 8)) == (4, 4) and sampler.grid_for((1, 1)) == (4, 4)
+    wider = replace(sampler, areas=(9, 40), ratios=(0.5, 2.0))
+    assert (
+        wider.grid_for((12, 8)) == (6, 4)
+        and wider.grid_for((16, 8)) == (8, 4)
+        and wider.grid_for((100, 2)) == (9, 4)
+    )
+    height, width = wider.grid_for((90, 60))
+    assert height / width == pytest.approx(1.5, rel=0.15) and 35 <= height * width <= 45
+
+
+def test_guidance_scales(sampler):
+    def draw(guidance):
+        return sampler.sample(torch.tensor([2]), torch.tensor([5]), (8, 8), guidance=guidance)
+
+    empty = sampler.sample(torch.tensor([-1]), torch.tensor([5]), (8, 8), guidance=1.0)
+    torch.testing.assert_close(draw(0.0), empty)
+    assert not torch.equal(draw(1.0), draw(3.0))
+
+
+def test_guidance_within_an_interval_alone(sampler):
+    exact = replace(sampler, bfloat16=False, codec=replace(sampler.codec, bfloat16=False))
+
+    def draw(guidance, interval=None):
+        return exact.sample(
+            torch.tensor([2]),
+            torch.tensor([5]),
+            (8, 8),
+            steps=4,
+            guidance=guidance,
+            guidance_interval=interval,
+        )
+
+    assert torch.equal(draw(3.0, (0.0, 1.0)), draw(3.0)), "steps of 4 are at times 1, ¾, ½ and ¼"
+    assert torch.equal(draw(3.0, (0.8, 0.9)), draw(1.0)), "conditional elsewhere"
+    assert torch.equal(draw(0.0, (0.8, 0.9)), draw(0.0)), (
+        "but not where conditions are left out altogether"
+    )
+    found = [draw(3.0, interval) for interval in ((0.0, 0.6), (0.6, 1.0), (0.2, 0.3))]
+    assert not any(
+        torch.equal(one, other) for one, other in [found[:2], found[1:], (found[0], draw(1.0))]
+    )
+    assert torch.equal(draw(3.0, (0.4, 0.9)), draw(3.0, (0.45, 0.8))), "both hold the times ½ and ¾"
+
+
+def test_solvers_and_grids_by_name(sampler):
+    def draw(**settings):
+        return sampler.sample(torch.tensor([1]), torch.tensor([0]), (8, 8), grid=(3, 6), **settings)
+
+    images = [
+        draw(solver="ddim"),
+        draw(solver="ddim", eta=1.0),
+        *(draw(solver=name) for name in solvers.SOLVERS),
+    ]
+    assert all(image.isfinite().all() for image in images)
+    assert torch.equal(images[1], draw(solver="ddim", eta=1.0)) and not torch.equal(
+        images[0], images[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eta": 0.5, "solver": "heun"}, "eta = 0.5: goes with solver 'ddim', not 'heun'"),
+        ({"guidance_interval": (0.5, 0.5)}, "must rise"),
+        ({"guidance_interval": (0.5, 2.0)}, "guidance_interval"),
+        ({"solver": "rk4"}, "solver"),
+    ],
+)
+def test_settings_that_do_not_go(sampler, settings, message):
+    with pytest.raises(InputError, match=message):
+        sampler.sample(torch.tensor([1]), torch.tensor([0]), (8, 8), **settings)
+
+
+def test_guidance_needs_a_condition(sampler):
+    unconditional = R2ID(
+        sampler.model.config.model_copy(update={"condition": "none"}),
+        sampler.codec.latent_channels,
+        0,
+    )
+    free = replace(sampler, model=unconditional.eval())
+    with pytest.raises(
+        InputError, match=r"guidance 3\.0: the model was trained without conditions; must be 0 or 1"
+    ):
+        free.sample(torch.tensor([-1]), torch.tensor([0]), (8, 8), guidance=3.0)
+    assert (
+        free.sample(torch.tensor([-1]), torch.tensor([0]), (8, 8), guidance=1.0, steps=1)
+        .isfinite()
+        .all()
+    )
+
+
+def test_loss_at_falls_with_the_noise_on_known_data(sampler):
+    losses = sampler.loss_at(
+        sampler.codec.encode(torch.zeros(5, 1, 8, 8)), torch.zeros(5, dtype=torch.int64), 0.5
+    )
+    assert losses.shape == (5,) and (losses > 0).all()
+
+
+def test_labels():
+    assert choose_labels((), 5, 3).tolist() == [0, 1, 2, 0, 1]
+    assert choose_labels((2,), 2, 3).tolist() == [2, 2]
+    assert choose_labels((), 2, 0).tolist() == [-1, -1]
+    with pytest.raises(InputError, match="label 3: must be 0 to 2"):
+        choose_labels((3,), 1, 3)
+    with pytest.raises(InputError, match="the model has no classes"):
+        choose_labels((0,), 1, 0)
+    with pytest.raises(
+        InputError, match="3 labels: must be as many as the samples at most, which are 2"
+    ):
+        choose_labels((0, 1, 2), 2, 3)
+
+
+def test_grids_are_written_once(r2id_run, tmp_path):
+    result = draw_grids(r2id_run, tmp_path / "out", [(8, 8), (12, 6)], count=20)
+    assert [file.rsplit("/", 1)[1] for file in result["files"]] == ["8x8.png", "12x6.png"]
+    with Image.open(result["files"][1]) as picture:
+        assert picture.size == (10 * (6 + 2), 2 * (12 + 2))
+    before = (tmp_path / "out" / "8x8.png").read_bytes()
+    with pytest.raises(InputError, match=r"8x8.png: exists already"):
+        draw_grids(r2id_run, tmp_path / "out", [(8, 8)], count=20)
+    draw_grids(r2id_run, tmp_path / "out", [(8, 8)], count=20, overwrite=True)
+    assert (tmp_path / "out" / "8x8.png").read_bytes() == before
+
+
+def test_reconstruction_of_a_picture_file(riae_run, tmp_path):
+    Image.radial_gradient("L").resize((21, 13)).save(tmp_path / "in.png")
+    result = reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "out", [(13, 21), (30, 50)])
+    assert 0 < result["psnr"] < 60
+    with Image.open(tmp_path / "out" / "30x50.png") as picture:
+        assert picture.size == (50, 30)
+
+
+def test_a_window_of_a_reconstruction_is_cut_from_the_whole(riae_run, tmp_path):
+    Image.radial_gradient("L").resize((21, 13)).save(tmp_path / "in.png")
+    reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "whole.png", [(30, 50)])
+    reconstruct_file(
+        riae_run, tmp_path / "in.png", tmp_path / "part.png", [(30, 50)], window=(3, 11, 20, 50)
+    )
+    with Image.open(tmp_path / "whole.png") as whole, Image.open(tmp_path / "part.png") as part:
+        assert part.size == (39, 17)
+        difference = np.asarray(whole.crop((11, 3, 50, 20)), dtype=int) - np.asarray(
+            part, dtype=int
+        )
+    assert np.abs(difference).max() <= 1
+
+
+def test_where_output_may_go(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert output_files(tmp_path / "new", ["8x8", "8x8", "9x9"], False) == [
+        tmp_path / "new/8x8.png",
+        tmp_path / "new/9x9.png",
+    ]
+    for out, names, message in [
+        (tmp_path / "a.png", ["1x1", "2x2"], "is one file, and there are 2 sizes"),
+        (tmp_path / "a.jpg", ["1x1"], "must be a .png file or a folder"),
+        (tmp_path / "file", ["1x1"], "is a file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            output_files(out, names, False)
+
+
+def test_samples_are_latents_rendered(sampler):
+    labels, seeds = torch.arange(9), torch.arange(9)
+    latents = sampler.latents(labels, seeds, sampler.grid_for((10, 6)))
+    assert torch.equal(sampler.render(latents, (10, 6)), sampler.sample(labels, seeds, (10, 6)))
+    assert torch.equal(
+        sampler.latents(labels[3:5], seeds[3:5], sampler.grid_for((10, 6))), latents[3:5]
+    )
