@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# Style, types and tests: test.sh [options of pytest]
+# Style, types and tests: test.sh [--all] [options of pytest]
+# Without --all, the tests that are marked slow are left out. One test process per processor; -n 0 runs all in one.
 # R2ID_DATA names a folder of real datasets; tests that need one are skipped without it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
+
+tests=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    tests=()
+    shift
+fi
 run ruff check .
 run mypy
-run pytest "$@"
+run pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"

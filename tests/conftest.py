@@ -1,15 +1,22 @@
-"""Real, small things that many tests share: the digits' shards, and checkpoints trained on them for a few steps."""
+"""Small real data and models that many tests share, built once for all test processes."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+
+# The models are so small that more threads would only wait for each other; set before torch reads it, and for the
+# processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
 import torch
+from filelock import FileLock
 
 from r2id.config import load_config
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -39,66 +46,83 @@ TINY_R2ID = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that no test process is left with a long file at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+Build = Callable[[Path], None]
+
+
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> Path:
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Build], Path]:
+    """Return the folder ``name`` that all test processes share; the first one to ask for it builds it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def built(name: str, build: Build) -> Path:
+        folder, complete = root / f"shared-{name}", root / f"shared-{name}.complete"
+        with FileLock(root / f"shared-{name}.lock"):
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # left by a build that failed
+                folder.mkdir()
+                build(folder)
+                complete.touch()
+        return folder
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def digits(build_once) -> Path:
     """Shards of the digits."""
     from data_prep.prepare import prepare
     from r2id.config import PrepareConfig
 
-    out = tmp_path_factory.mktemp("digits") / "shards"
-    prepare(PrepareConfig(dataset="digits", out=out))
-    return out
+    def build(folder: Path) -> None:
+        prepare(PrepareConfig(dataset="digits", out=folder / "shards"))
+
+    return build_once("digits", build) / "shards"
 
 
 @pytest.fixture(scope="session")
-def riae_run(digits, tmp_path_factory) -> Path:
+def riae_run(digits, build_once) -> Path:
     """Run directory of a small RIAE, trained for 60 steps."""
     from r2id.training.loop import train
 
-    run = tmp_path_factory.mktemp("riae") / "run"
-    train(
-        load_config(
-            CONFIGS / "digits" / "riae.toml", [*TINY_RIAE, f"run={run}", f"data.shards={digits}"]
-        )
-    )
-    return run
+    def build(folder: Path) -> None:
+        overrides = [*TINY_RIAE, f"run={folder}/run", f"data.shards={digits}"]
+        train(load_config(CONFIGS / "digits" / "riae.toml", overrides))
+
+    return build_once("riae", build) / "run"
 
 
 @pytest.fixture(scope="session")
-def latents(digits, riae_run, tmp_path_factory) -> Path:
+def latents(digits, riae_run, build_once) -> Path:
     """Latent cache of the digits by that RIAE."""
     from r2id.training.encode import encode
 
-    out = tmp_path_factory.mktemp("latents") / "cache"
-    encode(riae_run, digits, out)
-    return out
+    def build(folder: Path) -> None:
+        encode(riae_run, digits, folder / "cache")
+
+    return build_once("latents", build) / "cache"
 
 
 @pytest.fixture(scope="session")
-def r2id_run(digits, riae_run, latents, tmp_path_factory) -> Path:
+def r2id_run(digits, riae_run, latents, build_once) -> Path:
     """Run directory of a small R2ID, trained for 40 steps."""
     from r2id.training.loop import train
 
-    run = tmp_path_factory.mktemp("r2id") / "run"
-    train(
-        load_config(
-            CONFIGS / "digits" / "r2id.toml",
-            [
-                *TINY_R2ID,
-                f"run={run}",
-                f"data.shards={digits}",
-                f"codec={riae_run}",
-                f"data.latents={latents}",
-            ],
-        )
-    )
-    return run
+    def build(folder: Path) -> None:
+        overrides = [
+            *TINY_R2ID,
+            f"run={folder}/run",
+            f"data.shards={digits}",
+            f"codec={riae_run}",
+            f"data.latents={latents}",
+        ]
+        train(load_config(CONFIGS / "digits" / "r2id.toml", overrides))
 
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For models so small that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return build_once("r2id", build) / "run"

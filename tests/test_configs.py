@@ -159,7 +159,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def codecs(photos, tmp_path_factory, one_thread):
+def codecs(photos, tmp_path_factory):
     """Path of an RIAE config → its run after three steps, narrow, and the cache of its latents."""
     known: dict[Path, tuple[Path, Path]] = {}
 

@@ -1,4 +1,4 @@
-"""The digits' judge, trained once for all tests."""
+"""A classifier of the digits, trained once for all tests."""
 
 from pathlib import Path
 
@@ -21,16 +21,13 @@ def data(digits) -> DataConfig:
 
 
 @pytest.fixture(scope="session")
-def judge_file(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("judge") / "classifier.safetensors"
+def judge_file(shards, data, build_once) -> Path:
+    def build(folder: Path) -> None:
+        obtain_judge(shards, data, folder / "classifier.safetensors", torch.device("cpu"))
+
+    return build_once("classifier", build) / "classifier.safetensors"
 
 
 @pytest.fixture(scope="session")
 def judge(shards, data, judge_file) -> Judge:
-    before = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # of two, each would mostly wait for the other, above all on a busy machine
-    trained = obtain_judge(shards, data, judge_file, torch.device("cpu"))
-    torch.set_num_threads(before)
-    return trained
+    return obtain_judge(shards, data, judge_file, torch.device("cpu"))

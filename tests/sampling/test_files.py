@@ -19,8 +19,6 @@ from r2id.sampling.files import PLAN, RESULT, draw_many, shard_length
 from r2id.sampling.sampler import Sampler
 from tests.training import children
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COUNT, SIZE = 150, (9, 7)
 """Three batches, the last of which is not whole."""
 SETTINGS = {"steps": 2, "guidance": 1.0, "solver": None}

@@ -66,7 +66,7 @@ def told(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(told, tmp_path_factory, one_thread):
+def run(told, tmp_path_factory):
     """Run directory of a small R2ID of the digits' pixels, trained with embeddings."""
     run = tmp_path_factory.mktemp("run") / "run"
     train(
@@ -267,7 +267,7 @@ def test_evaluated(run, shards, request, command, tmp_path):
     )
 
 
-def test_pooled_embeddings_beside_cached_latents(riae_run, tmp_path, one_thread):
+def test_pooled_embeddings_beside_cached_latents(riae_run, tmp_path):
     """The cache holds none: they come from the set, for the same images."""
     shards = prepared(tmp_path, 30, (5,))
     encode(riae_run, shards, tmp_path / "latents")

@@ -18,8 +18,6 @@ from r2id.training.batch_split import accumulation, deepspeed_config, micro_batc
 from r2id.training.engine import Engine, LocalEngine, make_engine, make_optimizer
 from tests.training import engine_ranks as job
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Net(nn.Module):
     def __init__(self) -> None:

@@ -22,8 +22,6 @@ STAGES = ("0", "1", "2", "3")
 # nearly zero. The last step's learning rate, which is what one update moves a weight, is 4e-3.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def local(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:

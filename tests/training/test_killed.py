@@ -18,8 +18,6 @@ from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 from tests.training import children
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KILLS, IN_A_SAVE = 20, 5
 
 

@@ -92,7 +92,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(stage, digits, riae_run, tmp_p
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_stopped_at_ten_random_steps_amid_accumulation_bit_for_bit(digits, tmp_path, one_thread):
+def test_stopped_at_ten_random_steps_amid_accumulation_bit_for_bit(digits, tmp_path):
     """A signal that comes amid a step is acted on at its end: no checkpoint holds a part of one."""
     result = loop_ranks.stopped_ten_times(digits, tmp_path, rank=0)
     assert not result["differ"]

@@ -22,8 +22,6 @@ STEPS, SAVED = 12, 2
 
 Run = Callable[..., tuple[int, list[str]]]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,8 +15,6 @@ from r2id.training.meter import Meter
 from r2id.training.planner import Cost, Facts, Work, image_cost
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RATES = {
     "images_per_second",
     "tokens_per_second",
