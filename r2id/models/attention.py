@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,16 +20,19 @@ from torch.autograd.function import once_differentiable
 from r2id.models.tiles import Tiles
 
 _LOCAL_DIMS = 6  # dimensions of a head given to the window
-_SMALL_SCORES: float = (
+_FAST_PLAIN = (
     1 << 24
-)  # scores that a CPU computes faster by plain products than by the fused kernel
+)  # up to so many scores, plain products are faster on a CPU than the fused kernel
+# Each thread and each task has its own value, so that one request's count of memory leaves the
+# kernels of another, which draws at the same time, alone.
+_PLAIN_UP_TO: ContextVar[float] = ContextVar("plain_up_to", default=_FAST_PLAIN)
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm of the last dimension that stays in its input's dtype, so that the fused kernel applies under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and _SMALL_SCORES:  # 0 while what a GPU would keep is counted
+        if x.device.type == "cpu" and _most_plain_scores():  # 0: as on a GPU
             return _RmsNorm.apply(x, self.weight, self.eps)
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
@@ -74,7 +78,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     On a CPU the fused kernel's backward pass is 3 to 8 times slower than plain products in bfloat16 on small grids
     (tests/bench/attention.py); on large ones it alone has constant memory.
     """
-    if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= _SMALL_SCORES:
+    if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= _most_plain_scores():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
@@ -84,14 +88,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 @contextmanager
 def plain_up_to(scores: float) -> Iterator[None]:
-    """Within it a CPU takes plain products up to another number of scores: for counting, on a CPU, what a GPU would keep (0)
-    or the products of all attention (infinity)."""
-    global _SMALL_SCORES
-    before, _SMALL_SCORES = _SMALL_SCORES, scores
+    """Let a CPU compute attention by plain products up to this number of scores, and by the fused
+    kernel above it. Holds inside the ``with`` block, in this thread alone.
+
+    For counting, on a CPU, what a GPU would keep (0) or every product of attention (infinity).
+    """
+    token = _PLAIN_UP_TO.set(scores)
     try:
         yield
     finally:
-        _SMALL_SCORES = before
+        _PLAIN_UP_TO.reset(token)
+
+
+def _most_plain_scores() -> float:
+    # torch.compile cannot trace a context variable; compiled code is run, not counted.
+    return _FAST_PLAIN if torch.compiler.is_compiling() else _PLAIN_UP_TO.get()
 
 
 class Attention(nn.Module):

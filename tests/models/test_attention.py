@@ -1,13 +1,14 @@
 """Attention: the window's identity, and both ways of computing it."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from r2id.models import attention
-from r2id.models.attention import Attention, RMSNorm, attend
+from r2id.models.attention import Attention, RMSNorm, attend, plain_up_to
 from r2id.models.coords import grid_coordinates
 from r2id.models.riae import _in_cells
 
@@ -44,13 +45,61 @@ def test_bfloat16_places_the_window_as_float32_does(grid):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_kernels_agree(dtype, monkeypatch):
+def test_both_kernels_agree(dtype):
     q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype) for n in (9, 20, 20))
     plain = attend(q, k, v)
-    monkeypatch.setattr(attention, "_SMALL_SCORES", 0)
+    with plain_up_to(0):
+        fused = attend(q, k, v)
     torch.testing.assert_close(
-        plain, attend(q, k, v), atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2
+        plain, fused, atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2
     )
+
+
+def test_a_thread_keeps_its_kernel_while_another_counts(monkeypatch):
+    """One thread asks for the fused kernel and stays in its block while another one attends, and
+    leaves it while that one is in a block of its own: neither changes what the other takes."""
+    fused = []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(*args):
+        fused.append(threading.current_thread().name)
+        return kernel(*args)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    x = torch.randn(1, 1, 4, 8)
+    entered, attended, entered_too, left = (threading.Event() for _ in range(4))
+
+    def count():
+        with plain_up_to(0):
+            attend(x, x, x)
+            entered.set()
+            assert attended.wait(30) and entered_too.wait(30)
+        left.set()
+
+    def draw():
+        assert entered.wait(30)
+        attend(x, x, x)  # plain: this thread asked for nothing
+        attended.set()
+        with plain_up_to(0):
+            entered_too.set()
+            assert left.wait(30)
+            attend(x, x, x)
+        attend(x, x, x)  # plain again
+
+    with ThreadPoolExecutor(2, thread_name_prefix="request") as pool:
+        for work in [pool.submit(count), pool.submit(draw)]:
+            work.result(timeout=60)
+    assert [name[-1] for name in fused] == ["0", "1"]
+    attend(x, x, x)
+    assert len(fused) == 2, "the default is as it was"
+
+
+@pytest.mark.parametrize("scores", [0, 100])
+def test_a_compiled_block_needs_no_second_graph(scores):
+    x = torch.randn(1, 1, 4, 8)
+    with plain_up_to(scores):
+        compiled = torch.compile(attend, fullgraph=True, backend="eager")(x, x, x)
+    torch.testing.assert_close(compiled, attend(x, x, x))
 
 
 def test_norm_equals_its_definition():

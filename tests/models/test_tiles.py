@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from r2id.config import RiaeConfig
 from r2id.errors import InputError
-from r2id.models import attention, layers, riae
+from r2id.models import layers, riae
+from r2id.models.attention import plain_up_to
 from r2id.models.coords import grid_coordinates
 from r2id.models.riae import RIAE
 from r2id.models.tiles import Tiles, rectangles
@@ -256,11 +257,12 @@ def test_bfloat16_is_near_float32():
     assert F.mse_loss(rounded, exact) < 3e-3 * exact.square().mean()
 
 
-def test_both_kernels_agree_on_tiles(model, monkeypatch):
+def test_both_kernels_agree_on_tiles(model):
     latents = model.encode(torch.randn(1, 1, 30, 50))
     plain = model.decode(latents, (37, 29))
-    monkeypatch.setattr(attention, "_SMALL_SCORES", 0)
-    torch.testing.assert_close(model.decode(latents, (37, 29)), plain, atol=1e-5, rtol=1e-4)
+    with plain_up_to(0):
+        fused = model.decode(latents, (37, 29))
+    torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
