@@ -24,6 +24,7 @@ from pipelines.orchestration import prefect_ready
 from pipelines.preparation import check_engine, prepare_flow
 from r2id.config import PipelineRun, StageConfig, load_config
 from r2id.errors import InputError, Stopped
+from r2id.files import write_atomic
 from r2id.progress import duration, say
 
 
@@ -78,10 +79,7 @@ class Pipeline:
             ) from None
 
     def write_record(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        partial = self.record_file.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.record, indent=2))
-        partial.replace(self.record_file)
+        write_atomic(self.record_file, json.dumps(self.record, indent=2).encode())
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
         """Do a stage and say how long it took."""

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written under a temporary name, synced to disk, then renamed."""
+"""Files that are complete or absent: written under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -13,35 +13,52 @@ from typing import BinaryIO
 from r2id.errors import WorkError
 
 TEMPORARY = ".tmp"
+"""How the name of a file ends that is not complete yet."""
 _CHUNK = 1 << 20
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at ``path`` when the block ends well, and leaves nothing when it does not.
+def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file that appears at ``path``, or replaces what is there, when the block ends
+    well, and of which nothing is left when it does not.
 
-    Raises WorkError when the disk is full or does not let itself be written.
+    A reader finds the old content or the new one, never a part. After a power cut it does so too,
+    unless ``durable`` is off, which saves two waits for the disk. The folder is made if need be.
+    Raises WorkError when the file cannot be written, say because the disk is full.
     """
-    # Not the process's number: on a cluster, processes of several machines or containers may share that.
+    # Not named after the process: processes of several machines or containers may share a number.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+        if durable:
+            fsync(temporary)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if durable:
+            fsync(path.parent)
     except OSError as error:
         raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """See atomic_file."""
-    with atomic_file(path) as file:
+def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write a whole file; see atomic_file."""
+    with atomic_file(path, durable) as file:
         file.write(data)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to disk, so that it survives a power cut.
+
+    A renamed file is found under its new name for certain only when its folder was flushed too.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:
@@ -51,18 +68,9 @@ def sweep(folder: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal digest of a file's content."""
+    """Return the hexadecimal SHA-256 of a file's content, which is read a piece at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only when its folder is synced too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

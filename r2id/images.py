@@ -1,9 +1,11 @@
-"""Images between tensors and files: [−1, 1] float tensors, PNG grids, reading one picture."""
+"""Images as tensors and as files: bytes and [−1, 1] floats, resizing, PSNR, PNG.
+
+Shape letters: B batch · C colours · H, W image.
+"""
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from pathlib import Path
 
 import torch
@@ -13,35 +15,78 @@ from PIL import Image
 from torch import Tensor
 
 from r2id.errors import InputError
+from r2id.files import write_atomic
+
+_SMALLEST_MSE = 1e-10
+"""Images in [−1, 1] that differ by less are the same to any eye; it bounds the PSNR at 106 dB."""
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Convert uint8 of any shape to float32 in [−1, 1], on the device where it is."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Convert float images in [−1, 1], of any shape, to uint8, rounded and clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """float [..., C, H, W] in [−1, 1] → uint8 [..., H, W, C], rounded and clipped."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+    """Convert float [..., C, H, W] in [−1, 1] to uint8 [..., H, W, C], as picture libraries want it."""
+    return to_uint8(images).movedim(-3, -1)
 
 
-def save_png(image: Tensor, path: Path) -> Path:
-    """Write one image [C, H, W] in [−1, 1] (C 1 or 3) as PNG: complete or not at all."""
-    array = to_bytes(image).squeeze(-1).cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        Image.fromarray(array).save(file, format="PNG")
-    Path(name).chmod(0o644)
-    Path(name).replace(path)
-    return path
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images [B, C, H, W] to another height and width, in float32.
+
+    Bicubic, with a filter that widens when it shrinks, so that nothing aliases. At edges the
+    result overshoots the range of its input.
+    """
+    if tuple(images.shape[2:]) == tuple(size):
+        return images.float()
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of mean squared errors on [−1, 1], where the peak is 2.
+
+    Any shape → the same shape; at most 106 dB.
+    """
+    return 10 * torch.log10(4 / error.clamp(min=_SMALLEST_MSE))
 
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """A grid of images [B, C, H, W], row by row, between gaps of the darkest value: [C, H', W']."""
+    """Lay images [B, C, H, W] out row by row, between gaps of the darkest value: [C, H', W']."""
     short = -len(images) % columns
     padded = F.pad(images, (0, gap, 0, gap), value=-1.0)
     padded = F.pad(padded, (0, 0, 0, 0, 0, 0, 0, short), value=-1.0)
     return rearrange(padded, "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
+def encode_png(image: Tensor, optimize: bool = False) -> bytes:
+    """Encode one image [C, H, W] in [−1, 1] (C 1 or 3) as a PNG file; ``optimize`` for a smaller
+    one that takes longer."""
+    buffer = io.BytesIO()
+    # Pillow knows grey pictures as [H, W].
+    pixels = to_bytes(image).squeeze(-1).cpu().numpy()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=optimize)
+    return buffer.getvalue()
+
+
+def save_png(image: Tensor, path: Path) -> Path:
+    """Write one image [C, H, W] in [−1, 1] (C 1 or 3) as a PNG file: complete or not at all.
+
+    Returns the path. Raises WorkError when it cannot be written.
+    """
+    write_atomic(path, encode_png(image))
+    return path
+
+
 def read_image(path: Path, channels: int) -> Tensor:
-    """One picture file, upright, as float32 [C, H, W] in [−1, 1]. InputError when it is none."""
+    """Read one picture file, upright, as float32 [C, H, W] in [−1, 1].
+
+    Raises InputError when there is none, or when it cannot be read as an image.
+    """
     from r2id.data.records import decode
 
     try:
@@ -50,4 +95,4 @@ def read_image(path: Path, channels: int) -> Tensor:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable image: {error}") from None
-    return torch.from_numpy(array).movedim(-1, 0).float() / 127.5 - 1
+    return to_float(torch.from_numpy(array).movedim(-1, 0))

@@ -5,15 +5,18 @@ A process that starts another one names a file in R2ID_PROGRESS, and finds there
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
+
+from r2id.errors import WorkError
+from r2id.files import write_atomic
 
 Item = TypeVar("Item")
 
@@ -180,19 +183,14 @@ class _File:
 
     def _write(self) -> None:
         progress = self.progress
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with contextlib.suppress(OSError):  # nobody's work waits for being shown
-            partial.write_text(
-                json.dumps(
-                    {
-                        "title": progress.title,
-                        "done": progress.done,
-                        "total": progress.total,
-                        "status": progress.status(),
-                    }
-                )
-            )
-            partial.replace(self.path)
+        state = {
+            "title": progress.title,
+            "done": progress.done,
+            "total": progress.total,
+            "status": progress.status(),
+        }
+        with suppress(WorkError):  # work goes on even where it cannot be shown
+            write_atomic(self.path, json.dumps(state).encode(), durable=False)
 
 
 def track(

@@ -20,11 +20,11 @@ LAYER = {
     "r2id.progress": 0,
     "r2id.files": 0,
     "r2id.torchrun": 0,
+    "r2id.images": 1,
     "r2id.data": 1,
     "r2id.diffusion": 1,
     "r2id.checkpoints": 1,
     "r2id.models": 2,
-    "r2id.images": 2,
     "r2id.sampling": 3,
     "r2id.training": 4,
     "r2id.evaluation": 5,
@@ -52,7 +52,14 @@ ALLOWED = {
         "r2id.files",
         "r2id.progress",
     ),
-    "pipelines": ("pipelines", "data_prep", "r2id.config", "r2id.errors", "r2id.progress"),
+    "pipelines": (
+        "pipelines",
+        "data_prep",
+        "r2id.config",
+        "r2id.errors",
+        "r2id.files",
+        "r2id.progress",
+    ),
 }
 # Libraries that one place alone imports.
 ONLY = {

@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from r2id import dist
-from r2id.checkpoints.files import FileFact, Folder, Meta, flush, write_document, write_part
+from r2id.checkpoints.files import FileFact, Folder, Meta, write_document, write_part
 from r2id.checkpoints.state import EngineState, Slices, Source, Tensors, whole
 from r2id.errors import InputError, WorkError
+from r2id.files import fsync, sweep, write_atomic
 
 _TEMPORARY = ".tmp-"
 
@@ -286,7 +287,7 @@ def _on_all(folder: Path, work: Callable[[], T]) -> list[T]:
     """What ``work`` returns on each rank, on every rank; WorkError on all of them when it fails on one."""
     try:
         mine: tuple[T | None, str | None] = work(), None
-    except (OSError, SafetensorError, InputError) as error:
+    except (OSError, SafetensorError, InputError, WorkError) as error:
         mine = None, str(error)
     results = dist.gather_objects(mine)
     failure = next((reason for _, reason in results if reason is not None), None)
@@ -308,16 +309,12 @@ def _replace(temporary: Path, folder: Path) -> None:
     if folder.exists():
         _remove(folder)
     temporary.rename(folder)
-    flush(folder.parent)
+    fsync(folder.parent)
 
 
 def _point(root: Path, folder: Path) -> None:
     """``latest`` names the folder, from one moment to the next."""
-    temporary = root / f"{_TEMPORARY}latest"
-    temporary.write_text(folder.name + "\n")
-    flush(temporary)
-    temporary.replace(root / "latest")
-    flush(root)
+    write_atomic(root / "latest", f"{folder.name}\n".encode())
 
 
 def _remove(folder: Path) -> None:
@@ -333,3 +330,4 @@ def _sweep(root: Path) -> None:
             shutil.rmtree(left)
         else:
             left.unlink()
+    sweep(root)

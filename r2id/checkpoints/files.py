@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from r2id.checkpoints.state import Shape, Slices
 from r2id.config import Section
 from r2id.errors import InputError
-from r2id.files import sha256_file
+from r2id.files import fsync, sha256_file
 
 FORMAT_VERSION = 2
 _NO_DIGEST = "0" * 64
@@ -84,7 +83,7 @@ def write_part(
     file.chmod(
         folder.stat().st_mode & 0o666
     )  # safetensors lets nobody else read it, whatever the umask
-    flush(file)
+    fsync(file)
     tensors = {
         key: TensorFact(
             shape=list(part.shape),
@@ -104,8 +103,8 @@ def write_document(folder: Path, meta: Meta, files: dict[str, FileFact]) -> None
     text = document.model_dump_json(indent=1) + "\n"
     file = folder / "checkpoint.json"
     file.write_text(text.replace(_NO_DIGEST, _digest(text), 1))
-    flush(file)
-    flush(folder)
+    fsync(file)
+    fsync(folder)
 
 
 class Folder:
@@ -209,15 +208,6 @@ class Folder:
 def kind_of(file: str) -> str:
     """'ema-00001-of-00002.safetensors' → 'ema'."""
     return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", file)
-
-
-def flush(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(text: str) -> str:

@@ -24,6 +24,7 @@ from r2id.data.plan import Batch, Buckets, check_batch, make_buckets, plan_epoch
 from r2id.data.records import View, decode_view
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import WorkError
+from r2id.images import to_float
 
 _KEPT_BYTES = 256 << 20
 
@@ -45,7 +46,7 @@ def image_loader(
 ) -> Iterator[list[MicroBatch]]:
     """For every step from ``start_step`` to ``total_steps``: this rank's micro-batches of that step.
 
-    Each is ``{"image": uint8 [b, C, H, W] (see to_float), "label": int64 [b] (−1: none), "index": int64 [b],
+    Each is ``{"image": uint8 [b, C, H, W] (see r2id.images.to_float), "label": int64 [b] (−1: none), "index": int64 [b],
     "epoch": int, "step": int, "keys": list[str]}``, and of sets that have them "attributes": int8 [b, A], −1 or 1, and of
     sets opened with them "embedding": float16 [b, D] or [b, T, D]. What a step holds depends on the data, the seed and
     ``batch`` alone.
@@ -82,11 +83,6 @@ def eval_loader(
     )
     loaded = load_items(batches, range(len(batches.batches)), data.workers)
     return ({**part, "image": to_float(part["image"])} for part in loaded)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Bytes, uint8 of any shape → float32 in [−1, 1], on the device where they are."""
-    return images.float().div_(127.5).sub_(1)
 
 
 def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[int, int]]:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import InputError
-from r2id.evaluation.images import load_images, resize, to_floats
+from r2id.evaluation.images import load_images, resize
 from r2id.files import write_atomic
+from r2id.images import to_float
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
 
@@ -98,7 +99,7 @@ class Judge:
     def features(self, images: Tensor) -> Tensor:
         """See r2id.evaluation.extractor.Extractor."""
         device = self.model.head.weight.device
-        seen = resize(to_floats(images) if images.dtype == torch.uint8 else images, self.size).to(
+        seen = resize(to_float(images) if images.dtype == torch.uint8 else images, self.size).to(
             device
         )
         with torch.autocast(device.type, torch.bfloat16):
@@ -154,7 +155,7 @@ def train_classifier(
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
     with Progress("train classifier", steps, unit="images", per_item=_BATCH) as progress:
         for chosen in order[: steps * _BATCH].split(_BATCH):
-            seen = augment(to_floats(images[chosen]), generator).to(device)
+            seen = augment(to_float(images[chosen]), generator).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 loss = F.cross_entropy(
                     model(seen), labels[chosen].to(device), label_smoothing=_SMOOTHING

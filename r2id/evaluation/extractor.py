@@ -15,6 +15,7 @@ from torch import Tensor
 from r2id.errors import InputError, WorkError
 from r2id.evaluation.images import resize
 from r2id.files import sha256_file
+from r2id.images import to_uint8
 from r2id.models.coords import Size
 
 _BATCH = 100
@@ -100,7 +101,7 @@ class FileExtractor:
 
     def _bytes(self, images: Tensor) -> Tensor:
         seen = resize(images.to(self.device), self.size)
-        return ((seen + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+        return to_uint8(seen).expand(-1, 3, -1, -1)
 
 
 def download(url: str) -> Path:

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from r2id.images import tile, to_bytes
+from r2id.images import encode_png, tile, to_bytes
 
 _GRID_SIDE = 960  # pixels of a grid's longer side, about
 _CELL = 0.95  # inches of a table's column, about
@@ -28,9 +27,7 @@ def grid(images: Tensor, columns: int) -> bytes:
     tiled = tile(images, columns, gap=max(1, images.shape[2] // 14))
     factor = max(1, _GRID_SIDE // max(tiled.shape[1:]))
     tiled = F.interpolate(tiled.unsqueeze(0), scale_factor=factor, mode="nearest")[0]
-    buffer = io.BytesIO()
-    Image.fromarray(to_bytes(tiled).squeeze(-1).numpy()).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return encode_png(tiled, optimize=True)
 
 
 def table(

@@ -6,12 +6,13 @@ Shape letters: N images · C colours · H, W image.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
+from r2id.images import resize as resize_unclipped
+from r2id.images import to_uint8
 from r2id.models.coords import Size
 
 RESIZE_RULE = "bicubic, antialiased, clipped to [−1, 1]"
@@ -20,13 +21,11 @@ RESIZE_RULE = "bicubic, antialiased, clipped to [−1, 1]"
 def resize(images: Tensor, size: Size) -> Tensor:
     """float [N, C, H, W] in [−1, 1] → the same pictures at another size, clipped to [−1, 1].
 
-    Bicubic, with a filter that widens when it shrinks, so that nothing aliases.
+    The filter is that of r2id.images.resize.
     """
     if tuple(images.shape[2:]) == size:
         return images
-    return F.interpolate(
-        images.float(), size, mode="bicubic", antialias=True, align_corners=False
-    ).clamp(-1, 1)
+    return resize_unclipped(images, size).clamp(-1, 1)
 
 
 def load_images(
@@ -35,12 +34,5 @@ def load_images(
     """Images [N, C, *data.size] as uint8 and labels int64 [N] (−1: none), all of a split or ``limit`` evenly spaced."""
     assert data.size is not None
     batches = list(eval_loader(shards, data, split=split, batch=500, limit=limit))
-    images = torch.cat(
-        [((batch["image"] + 1) * 127.5).round().to(torch.uint8) for batch in batches]
-    )
+    images = torch.cat([to_uint8(batch["image"]) for batch in batches])
     return images, torch.cat([batch["label"] for batch in batches])
-
-
-def to_floats(images: Tensor) -> Tensor:
-    """uint8 → float32 in [−1, 1]."""
-    return images.float().div_(127.5).sub_(1)

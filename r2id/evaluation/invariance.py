@@ -23,10 +23,11 @@ from r2id.data.shards import ShardSet
 from r2id.evaluation.classifier import Judge
 from r2id.evaluation.extractor import Extractor
 from r2id.evaluation.images import resize
-from r2id.evaluation.metrics import mse, psnr, ssim
+from r2id.evaluation.metrics import mse, ssim
 from r2id.evaluation.r2id import Samples, score_samples
 from r2id.evaluation.reference import MOST_REAL, Seen, compare, real_batches, see
 from r2id.evaluation.riae import distance, scaled
+from r2id.images import psnr
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.progress import Progress

@@ -16,17 +16,11 @@ _SSIM_PIXELS = (
 )  # of images compared at once, for each of which some float64 values are in memory
 _NEIGHBOUR = 3  # k of Kynkäänniemi et al. 2019
 _ROWS = 1000  # features whose distances to all others are in memory at once
-_SMALLEST_MSE = 1e-10  # below it two images in [−1, 1] are the same for all purposes; it bounds the PSNR at 106 dB
 
 
 def mse(images: Tensor, truth: Tensor) -> Tensor:
     """Mean squared error of each image: two [N, C, H, W] → float64 [N]."""
     return (images.double() - truth.double()).square().flatten(1).mean(1)
-
-
-def psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of mean squared errors on [−1, 1], where the peak is 2; the shape of error."""
-    return 10 * torch.log10(4 / error.clamp(min=_SMALLEST_MSE))
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.evaluation.extractor import Extractor
 from r2id.evaluation.images import resize
-from r2id.evaluation.metrics import frechet_distance, mse, psnr, ssim
+from r2id.evaluation.metrics import frechet_distance, mse, ssim
+from r2id.images import psnr
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.progress import Progress

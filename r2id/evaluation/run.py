@@ -17,7 +17,7 @@ from r2id.errors import InputError
 from r2id.evaluation import figures
 from r2id.evaluation.classifier import obtain_judge
 from r2id.evaluation.extractor import FileExtractor
-from r2id.evaluation.images import load_images, to_floats
+from r2id.evaluation.images import load_images
 from r2id.evaluation.invariance import measure_reconstructions, measure_samples
 from r2id.evaluation.provenance import Subject, describe
 from r2id.evaluation.r2id import (
@@ -32,6 +32,7 @@ from r2id.evaluation.r2id import (
 from r2id.evaluation.report import render
 from r2id.evaluation.riae import draw_riae, measure_riae, scaled
 from r2id.files import write_atomic
+from r2id.images import to_float
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.sampling.memory import check_samples
@@ -237,7 +238,7 @@ def _show_samples(
             f"samples_{size[0]}x{size[1]}": figures.grid(images, columns)
             for size, images in drawn.items()
         },
-        "real": figures.grid(to_floats(real), columns),
+        "real": figures.grid(to_float(real), columns),
         **{
             f"failures_{name}": _show_failures(sampler, row, subject.shards.class_names)
             for name, row in found["sizes"].items()

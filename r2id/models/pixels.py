@@ -5,9 +5,9 @@ Shape letters: B batch · C colours · H, W image · h, w grid.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r2id.images import resize
 from r2id.models.coords import Size, Window, part_of
 
 CELL = 1.0
@@ -29,16 +29,9 @@ class Pixels(nn.Module):
 
     def encode(self, images: Tensor, grid: Size | None = None) -> Tensor:
         """[B, C, H, W] in [−1, 1] → [B, C, h, w]."""
-        return resample(images, grid or (images.shape[2], images.shape[3]))
+        return resize(images, grid or (images.shape[2], images.shape[3]))
 
     def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
         """[B, C, h, w] → [B, C, *size], or the window (y0, x0, y1, x1) of that."""
         rows, columns = part_of(size, window)
-        return resample(latents, size)[:, :, rows, columns]
-
-
-def resample(images: Tensor, size: Size) -> Tensor:
-    """[B, C, H, W] at another size in float32: bicubic, with a filter that widens when it shrinks."""
-    if tuple(images.shape[2:]) == size:
-        return images.float()
-    return F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
+        return resize(latents, size)[:, :, rows, columns]

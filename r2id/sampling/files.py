@@ -17,7 +17,6 @@ Shape letters: B batch.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from r2id import dist
@@ -38,7 +36,7 @@ from r2id.data.records import Record
 from r2id.data.shard_writer import write_shard_files
 from r2id.errors import InputError, WorkError
 from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic
-from r2id.images import to_bytes
+from r2id.images import encode_png
 from r2id.models.coords import Size
 from r2id.progress import Progress
 from r2id.sampling.conditions import choose_labels
@@ -294,7 +292,7 @@ def _write(plan: Plan, sampler: Sampler, part: range, progress: Progress) -> Non
         return
     for number, image in _draw(plan, sampler, part, progress):
         if not plan.picture(number).is_file():
-            write_atomic(plan.picture(number), png_bytes(image))
+            write_atomic(plan.picture(number), encode_png(image))
 
 
 def _records(plan: Plan, sampler: Sampler, part: range, progress: Progress) -> Iterator[Record]:
@@ -302,7 +300,7 @@ def _records(plan: Plan, sampler: Sampler, part: range, progress: Progress) -> I
         label = int(plan.labels[number])
         yield Record(
             key=f"{number:08d}",
-            image=png_bytes(image),
+            image=encode_png(image),
             ext="png",
             height=image.shape[1],
             width=image.shape[2],
@@ -329,13 +327,6 @@ def _draw(
         wanted = range(first, min(first + batch, part.stop))
         yield from zip(wanted, images[: len(wanted)], strict=True)
         progress.advance(len(wanted))
-
-
-def png_bytes(image: Tensor) -> bytes:
-    """An image [C, H, W] in [−1, 1] (C 1 or 3) as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(to_bytes(image).squeeze(-1).numpy()).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from r2id.images import read_image, save_png
+from r2id.images import psnr, read_image, save_png
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window, part_of
 from r2id.sampling.grids import output_files
@@ -40,7 +40,4 @@ def reconstruct_file(
     for file, size in zip(files, sizes, strict=True):
         save_png(codec.decode(latents, size, window)[0], file)
     error = F.mse_loss(codec.decode(latents, own)[0].cpu(), image)
-    return {
-        "files": [str(file) for file in files],
-        "psnr": float(10 * torch.log10(4 / error.clamp(min=1e-12))),
-    }
+    return {"files": [str(file) for file in files], "psnr": float(psnr(error))}

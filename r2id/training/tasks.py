@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from r2id.config import R2idRun, RiaeRun
 from r2id.data.latents import LatentCache, latent_loader
-from r2id.data.loader import eval_loader, image_loader, image_sizes, to_float
+from r2id.data.loader import eval_loader, image_loader, image_sizes
 from r2id.data.shards import ShardSet
 from r2id.data.stream import stream_loader
 from r2id.dist import World
 from r2id.errors import InputError
+from r2id.images import to_float
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID

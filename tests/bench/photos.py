@@ -17,7 +17,8 @@ from r2id.config import DataConfig, load_config
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.evaluation.images import resize
-from r2id.evaluation.metrics import mse, psnr
+from r2id.evaluation.metrics import mse
+from r2id.images import psnr
 from r2id.models.codec import Codec
 from r2id.training.loop import train
 

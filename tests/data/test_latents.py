@@ -4,8 +4,9 @@ import torch
 from r2id.config import DataConfig
 from r2id.data.latent_writer import LatentWriter
 from r2id.data.latents import MANIFEST, LatentCache, latent_loader, verify_latents
-from r2id.data.loader import eval_loader, image_loader, to_float
+from r2id.data.loader import eval_loader, image_loader
 from r2id.errors import InputError, WorkError
+from r2id.images import to_float
 from tests.data.conftest import write_set
 
 CODEC, CHANNELS = "c" * 64, 2

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from r2id.config import DataConfig
-from r2id.data.loader import eval_loader, image_loader, image_sizes, to_float
+from r2id.data.loader import eval_loader, image_loader, image_sizes
 from r2id.data.records import decode
 from r2id.errors import InputError, WorkError
+from r2id.images import to_float
 from tests.data.conftest import MIXED, write_set
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from r2id.config import DataConfig, load_config
-from r2id.data.loader import eval_loader, to_float
+from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.data.stream import fetch_index, stream_loader
 from r2id.errors import InputError, WorkError
+from r2id.images import to_float
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.data.conftest import MIXED, write_set
 

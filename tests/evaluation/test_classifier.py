@@ -19,7 +19,8 @@ from r2id.evaluation.classifier import (
     obtain_judge,
     train_classifier,
 )
-from r2id.evaluation.images import load_images, to_floats
+from r2id.evaluation.images import load_images
+from r2id.images import to_float
 from tests.evaluation.folders import write_folder
 
 
@@ -34,7 +35,7 @@ def test_other_sizes_are_brought_to_its_own(judge, shards, data):
     features, classes = judge.look(images)
     assert features.shape == (359, 128) and features.dtype == torch.float32
     assert (classes == labels).double().mean() > 0.97
-    again, _ = judge.look(to_floats(images), batch=100)
+    again, _ = judge.look(to_float(images), batch=100)
     torch.testing.assert_close(again, features, atol=0.05, rtol=0.05)  # bfloat16 in other batches
 
 

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from r2id.data.records import decode
-from r2id.evaluation.images import load_images, resize, to_floats
+from r2id.evaluation.images import load_images, resize
+from r2id.images import to_float
 
 
 def test_resizing_keeps_what_it_should():
@@ -34,7 +35,7 @@ def test_images_in_memory_are_the_stored_ones(shards, data):
     assert images.dtype == torch.uint8 and images.shape == (len(split), 1, 8, 8)
     assert labels.tolist() == split.label.tolist()
     assert np.array_equal(images[17, 0], decode(split.read(17), 1)[..., 0])
-    assert to_floats(images).min() == -1 and to_floats(images).max() == 1
+    assert to_float(images).min() == -1 and to_float(images).max() == 1
     assert (
         len(load_images(shards, data.model_copy(update={"size": (5, 9)}), "test", limit=7)[0]) == 7
     )

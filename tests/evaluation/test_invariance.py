@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from r2id.evaluation import invariance
-from r2id.evaluation.images import load_images, resize, to_floats
+from r2id.evaluation.images import load_images, resize
 from r2id.evaluation.invariance import (
     halve,
     invariance_sizes,
@@ -16,9 +16,10 @@ from r2id.evaluation.invariance import (
     pair_samples,
     score_stretched,
 )
-from r2id.evaluation.metrics import mse, psnr, ssim
+from r2id.evaluation.metrics import mse, ssim
 from r2id.evaluation.r2id import Samples
 from r2id.evaluation.reference import real_batches, see
+from r2id.images import psnr, to_float
 from r2id.sampling.sampler import Sampler
 
 
@@ -94,7 +95,7 @@ def test_samples_stand_beside_stretched_real_images(sampler, judge, shards, data
     assert found["reference_images"] == 180 and list(found["sizes"]) == ["8x8", "12x8"]
     row = found["sizes"]["8x8"]
     assert row["samples"] == row["stretched"]["images"] == row["consistency"]["samples"] == 30
-    images = to_floats(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
+    images = to_float(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
     half, rest = images[0::2], images[1::2]
     chosen = rest[torch.arange(30) * len(rest) // 30]
     expected = score_stretched(

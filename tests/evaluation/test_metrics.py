@@ -10,9 +10,9 @@ from r2id.evaluation.metrics import (
     frechet_distance,
     mse,
     precision_and_recall,
-    psnr,
     ssim,
 )
+from r2id.images import psnr
 
 
 def test_error_and_psnr_of_a_known_difference():

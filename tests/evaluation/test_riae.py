@@ -5,9 +5,10 @@ import torch
 
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
-from r2id.evaluation.images import load_images, to_floats
+from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
 from r2id.evaluation.riae import SCALES, draw_riae, measure_riae, scaled
+from r2id.images import to_float
 from r2id.models.codec import Codec
 from tests.evaluation.folders import write_folder
 
@@ -23,7 +24,7 @@ def measured(codec, shards, data):
 
 
 def test_native_error_is_that_of_the_whole_test_split(codec, measured, shards, data):
-    images = to_floats(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
+    images = to_float(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
     error = (codec.decode(codec.encode(images), (8, 8)) - images).square().flatten(1).mean(1)
     assert measured["native"]["mse"] == pytest.approx(float(error.mean()), rel=0.01)
     assert measured["native"]["psnr"] == pytest.approx(
@@ -53,7 +54,7 @@ def test_every_scale_is_measured(measured):
 def test_distance_to_the_originals_in_an_extractors_eyes(codec, measured, judge, shards, data):
     assert measured["native"]["frechet"] is None
     found = measure_riae(codec, shards, data, judge)
-    images = to_floats(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
+    images = to_float(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
     expected = frechet_distance(
         judge.features(codec.decode(codec.encode(images), (8, 8))), judge.features(images)
     )

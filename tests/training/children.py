@@ -19,7 +19,6 @@ import torch
 
 from r2id import dist
 from r2id.checkpoints import checkpoint
-from r2id.checkpoints import files as folder
 from r2id.checkpoints.checkpoint import Meta
 from r2id.checkpoints.state import EngineState, Slice, whole
 from r2id.config import load_config
@@ -92,19 +91,19 @@ def save(run: Path, step: int, keep: int = 2, milestone_every: int | None = None
 
 
 def save_and_die(run: Path, step: int, moment: int, before: bool) -> None:
-    """Killed at its flush number ``moment``, before or after that."""
-    flush, left = folder.flush, [moment]
+    """Killed at its flush to disk number ``moment``, before or after that."""
+    fsync, left = os.fsync, [moment]
 
-    def fatal(path: Path) -> None:
+    def fatal(descriptor: int) -> None:
         if not before:
-            flush(path)
+            fsync(descriptor)
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
         if before:
-            flush(path)
+            fsync(descriptor)
 
-    folder.flush = checkpoint.flush = fatal  # type: ignore[attr-defined]
+    os.fsync = fatal  # type: ignore[assignment]
     save(run, step, keep=1)
 
 

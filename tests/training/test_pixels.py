@@ -9,7 +9,8 @@ from r2id.checkpoints import checkpoint
 from r2id.config import R2idRun, load_config
 from r2id.errors import InputError
 from r2id.evaluation.run import evaluate
-from r2id.models.pixels import STD, Pixels, resample
+from r2id.images import resize
+from r2id.models.pixels import STD, Pixels
 from r2id.models.r2id import R2ID
 from r2id.sampling.sampler import Sampler
 from r2id.training.encode import encode
@@ -55,7 +56,7 @@ def test_samples_of_other_sizes(run):
     labels, seeds = torch.arange(3), torch.arange(3)
     own = sampler.sample(labels, seeds, (8, 8))
     large = sampler.sample(labels, seeds, (16, 16))
-    assert (large - resample(own, (16, 16)).clamp(-1, 1)).abs().mean() < 0.01, (
+    assert (large - resize(own, (16, 16)).clamp(-1, 1)).abs().mean() < 0.01, (
         "but for what is clipped before"
     )
     true = sampler.sample(labels, seeds, (16, 16), grid=(16, 16))

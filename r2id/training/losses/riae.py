@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from r2id import rng
+from r2id.images import resize
 from r2id.models import coords
 from r2id.models.coords import Size
 from r2id.models.riae import RIAE
@@ -176,11 +176,11 @@ def rescaled(image: Tensor, scales: tuple[float, float] | None, *key: int) -> Te
     if scales is None:
         return image
     places = (int(_FACTORS * rng.number(*key, axis)) / (_FACTORS - 1) for axis in range(2))
-    size = [
+    height, width = (
         max(1, round(side * scales[0] * (scales[1] / scales[0]) ** place))
         for side, place in zip(image.shape[2:], places, strict=True)
-    ]
-    return F.interpolate(image, size, mode="bicubic", antialias=True)
+    )
+    return resize(image, (height, width))
 
 
 def reconstruction_loss(
