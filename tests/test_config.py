@@ -65,7 +65,7 @@ def test_stage_overrides_in_a_pipeline():
             "riae.decode_scales=[2.0, 0.5]",
             "decode_scales = [2.0, 0.5]: must be positive, the smaller first",
         ),
-        ("riae.attention=near", "riae.attention = 'near': Input should be 'cloud' or 'local'"),
+        ("riae.attention=near", "riae.attention = 'near': Input should be 'cloud' or 'tiled'"),
         ("data.size=[0, 4]", "data.size.0 = 0: Input should be greater than or equal to 1"),
         ("engine.zero_stage=4", "engine.zero_stage = 4: Input should be 0, 1, 2 or 3"),
         ("train.steps.deep=4", "steps is a value, not a section"),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from r2id.checkpoints.state import Shape, Slices
 from r2id.config import Section
+from r2id.config.renamed import renew_config
 from r2id.errors import InputError
 from r2id.files import fsync, sha256_file
 
@@ -115,7 +116,9 @@ class Folder:
         element of its tensors."""
         self.path = path
         document = _read_document(path / "checkpoint.json")
-        self.meta = Meta(**{name: getattr(document, name) for name in Meta.model_fields})
+        self.meta = Meta(
+            **{name: getattr(document, name) for name in Meta.model_fields}
+        ).model_copy(update={"config": renew_config(document.config)})
         self.files = document.files
         self._open = cache(self._open_file)
         self._shapes: dict[str, dict[str, Shape]] = {}

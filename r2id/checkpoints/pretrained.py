@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from r2id.config import Section
+from r2id.config.renamed import renew_config
 from r2id.errors import InputError
 
 FORMAT, FORMAT_VERSION = "r2id-model", "1"
@@ -109,7 +110,8 @@ def read(path: Path, stage: str | None = None) -> Pretrained:
         )
     if metadata.pop("sha256", None) != _digest(metadata, weights):
         raise InputError(f"{path}: damaged: its content is not what was exported")
-    about = About(**{name: json.loads(metadata[name]) for name in About.__dataclass_fields__})
+    facts = {name: json.loads(metadata[name]) for name in About.__dataclass_fields__}
+    about = About(**facts | {"config": renew_config(facts["config"])})
     if stage not in (None, about.stage):
         raise InputError(f"{path}: a model of stage {about.stage!r}, not {stage!r}")
     return Pretrained(path, about, weights)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from r2id.config.pipeline import PipelineRun, StageConfig
+from r2id.config.renamed import renew_config, renew_setting, tell_if_renamed
 from r2id.config.section import Section
 from r2id.config.training import R2idRun, RiaeRun
 from r2id.errors import InputError
@@ -49,6 +50,8 @@ def parse_config(
         raise InputError(
             f"{where}: stage = {kind!r}: must be one of {', '.join(map(repr, _KINDS))}"
         )
+    if kind != "pipeline":
+        table = renew_config(table, where)
     for override in overrides:
         _apply(table, override, pipeline=kind == "pipeline")
     try:
@@ -74,12 +77,17 @@ def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
         stage = table.setdefault(head, {})
         stage["set"] = [*stage.get("set", []), f"{rest}={text}"]
         return
+    value = _parse_value(text)
+    if not pipeline:
+        old_name, old = name, value
+        name, value = renew_setting(name, value)
+        tell_if_renamed(f"override {override!r}", old_name, old, name, value)
     *parents, key = name.split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise InputError(f"override {override!r}: {parent} is a value, not a section")
-    table[key] = _parse_value(text)
+    table[key] = value
 
 
 def _parse_value(text: str) -> Any:

@@ -11,8 +11,8 @@ from r2id.config.section import Fraction, IntPair, Pair, Section, as_tuple
 
 class RiaeConfig(Section):
     latent_channels: int = Field(default=64, ge=1)
-    cell: float = Field(default=4.0, ge=1)
-    """Side of one latent cell in pixels: an H×W image has round(H/cell) × round(W/cell) latents, at least one."""
+    downsample: float = Field(default=4.0, ge=1)
+    """Side of one latent cell in pixels: an H×W image has round(H/downsample) × round(W/downsample) latents, at least one."""
     width: int = Field(default=256, ge=8)
     """Width of the latent side."""
     pixel_width: int = Field(default=256, ge=8)
@@ -24,43 +24,43 @@ class RiaeConfig(Section):
     """Blocks in which output pixels query the latents."""
     latent_blocks: int = Field(default=0, ge=0)
     """Self-attention blocks on the latent grid, at the end of the encoder and again at the start of the decoder."""
-    latent_attention: Literal["global", "local"] = "global"
-    """In those blocks, where ``attention`` is local: between all latents, which takes most of the time of an image of more
+    latent_attention: Literal["global", "tiled"] = "global"
+    """In those blocks, where ``attention`` is tiled: between all latents, which takes most of the time of an image of more
     than some thousand latents, or between those of a tile and its halo."""
     ffn_ratio: float = Field(default=4.0, gt=0)
     fourier: IntPair = (-3, 7)
     """First and last power p of the Fourier features sin, cos(π·2^p·coordinate), for ``cloud`` attention."""
-    attention: Literal["cloud", "local"] = "cloud"
-    """Between latents and pixels. cloud is dense: all of them, and in training random clouds of them. local: those of a
+    attention: Literal["cloud", "tiled"] = "cloud"
+    """Between latents and pixels. cloud is dense: all of them, and in training random clouds of them. tiled: those of a
     square tile of latent cells see what lies within the tile and a halo, whatever the sizes, so that time and memory grow
     linearly with the pixels; places are then given in cells, the same in an image of any size."""
     tile: int = Field(default=4, ge=1)
-    """Side of a tile in latent cells, for ``local`` attention."""
+    """Side of a tile in latent cells, for ``tiled`` attention."""
     halo: float = Field(default=2.0, ge=0)
-    """How far around its tile a query sees, in latent cells, for ``local`` attention."""
+    """How far around its tile a query sees, in latent cells, for ``tiled`` attention."""
     cell_fourier: IntPair = (-3, 2)
-    """First and last power p of the features sin, cos(π·2^p·place in cells), for ``local`` attention."""
-    locality: bool = True
+    """First and last power p of the features sin, cos(π·2^p·place in cells), for ``tiled`` attention."""
+    gaussian_window: bool = True
     """Each head learns how far it looks, in latent cells: a Gaussian window on top of the learned attention."""
     bounded: bool = False
     """Latents through tanh, so that they lie in (−1, 1)."""
     latent_noise: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise added to the latents in training, so that near latents decode alike."""
     encode_cloud: Fraction = 1 / 16
-    """Share of an image's pixels that the encoder sees in a training step: one random cloud for all queries. With ``local``
+    """Share of an image's pixels that the encoder sees in a training step: one random cloud for all queries. With ``tiled``
     attention it sees them all."""
     decode_cloud: Fraction = 1.0
-    """Share of the latents that the decoder sees in a training step: one random cloud for all queries. With ``local``
+    """Share of the latents that the decoder sees in a training step: one random cloud for all queries. With ``tiled``
     attention a tile sees all that are near."""
     decode_pixels: int = Field(default=256, ge=1)
     """Random output pixels that a training step decodes of each image: its cost does not depend on the image's size. With
-    ``local`` attention they come as whole tiles, at least one."""
+    ``tiled`` attention they come as whole tiles, at least one."""
     encode_scales: Pair | None = None
     """Smallest and largest factor between an image's height, and likewise its width, and those at which the encoder sees it
     in training, drawn anew each step; none is 1."""
     decode_scales: Pair | None = None
     """The same for the size at which the decoder is trained to render it. What is rendered at a smaller one is averaged."""
-    cell_size: bool = False
+    condition_on_pixel_size: bool = False
     """Tell encoder and decoder how large pixels are, in latent cells, beside where they are: a pixel is then what an area
     looks like from afar, not the colour of a point (cell decoding of LIIF, Chen et al. 2021). For training at scales."""
     jitter: float = Field(default=1.0, ge=0)
@@ -87,7 +87,7 @@ class R2idConfig(Section):
     decoder_blocks: int = Field(default=8, ge=1)
     """Self-attention and cross-attention blocks, run once per condition."""
     attention: Annotated[
-        tuple[Literal["full", "cloud", "axial", "linear", "local"], ...],
+        tuple[Literal["full", "cloud", "axial", "linear", "tiled"], ...],
         BeforeValidator(as_tuple),
         Field(min_length=1),
     ] = ("full",)
@@ -96,9 +96,9 @@ class R2idConfig(Section):
     cloud_tokens: int = Field(default=256, ge=1)
     """Tokens of a random group of 'cloud', about."""
     tile: int = Field(default=8, ge=1)
-    """Side of the tiles of 'local', in tokens."""
+    """Side of the tiles of 'tiled', in tokens."""
     halo: int = Field(default=4, ge=0)
-    """What tokens of 'local' see around their tile, in tokens."""
+    """What tokens of 'tiled' see around their tile, in tokens."""
     ffn_ratio: float = Field(default=4.0, gt=0)
     condition: Literal["class", "attributes", "embedding", "none"] = "class"
     """What samples are drawn under: their class, the attributes of the set (CelebA's 40), the embedding of a text that came

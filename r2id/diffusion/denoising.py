@@ -14,11 +14,11 @@ from r2id.config import DiffusionConfig
 from r2id.diffusion import objective, schedule
 
 
-def draw_times(keys: Tensor, sampling: str) -> Tensor:
+def draw_times(rng_keys: Tensor, sampling: str) -> Tensor:
     """Times in (0, 1), one per key: uniform, or the logistic of a standard normal (Esser et al. 2024, eq. 19)."""
     if sampling == "uniform":
-        return rng.uniform(keys, 1).squeeze(-1)
-    return torch.sigmoid(rng.normal(keys, 1).squeeze(-1))
+        return rng.uniform(rng_keys, 1).squeeze(-1)
+    return torch.sigmoid(rng.normal(rng_keys, 1).squeeze(-1))
 
 
 def denoising_loss(
@@ -30,7 +30,7 @@ def denoising_loss(
     time: Tensor,
     noise: Tensor,
     at: Tensor | None = None,
-    clouds: Tensor | None = None,
+    cloud_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-sample (weighted, unweighted) squared error of the prediction at times [B]: two tensors [B]."""
     side = (latent.shape[2] * latent.shape[3]) ** 0.5
@@ -38,7 +38,7 @@ def denoising_loss(
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)
     alpha, sigma = schedule.alpha_sigma(log_snr, diffusion.schedule)
     a, s = (rearrange(part, "b -> b 1 1 1") for part in (alpha, sigma))
-    predicted = model(a * latent + s * noise, schedule.alpha_bar(log_snr), condition, at, clouds)
+    predicted = model(a * latent + s * noise, schedule.alpha_bar(log_snr), condition, at, cloud_key)
     wanted = objective.target(diffusion.objective, latent, noise, a, s)
     error = (predicted - wanted).square().flatten(1).mean(1)
     return error * objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma), error

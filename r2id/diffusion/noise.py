@@ -22,22 +22,22 @@ _FINEST_SIDE = (
 _FINEST_PER_CELL = 4  # finest cells per side of a grid's cell, at least
 
 
-def noise_field(keys: Tensor, channels: int, grid: tuple[int, int]) -> Tensor:
-    """Standard normal noise of a grid: keys int64 [B], one per sample → float32 [B, L, h, w].
+def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tensor:
+    """Standard normal noise of a grid: rng_keys int64 [B], one per sample → float32 [B, L, h, w].
 
     A sample's noise depends on its key, not on the batch, the device count or the grid (beyond its resolution).
     """
     levels = (max(_FINEST_SIDE, _FINEST_PER_CELL * max(grid)) - 1).bit_length()
-    field = rng.normal(rng.fold(keys, 0), channels, 1, 1)
+    field = rng.normal(rng.fold(rng_keys, 0), channels, 1, 1)
     for level in range(levels):
-        field = _refine(field, rng.fold(keys, level + 1))
+        field = _refine(field, rng.fold(rng_keys, level + 1))
     return _cells(_cells(field, grid[0], dim=2), grid[1], dim=3)
 
 
-def _refine(field: Tensor, keys: Tensor) -> Tensor:
+def _refine(field: Tensor, rng_keys: Tensor) -> Tensor:
     """[B, L, R, R] → [B, L, 2R, 2R]: the inverse of an orthonormal Haar transform with random details."""
     channels, side = field.shape[1:3]
-    details = rng.normal(keys, channels, side, side, 3)
+    details = rng.normal(rng_keys, channels, side, side, 3)
     across, down, both = details.unbind(-1)
     quarters = torch.stack(
         [

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from r2id.models.tiles import Tiles
 
-_LOCAL_DIMS = 6  # dimensions of a head given to the window
+_WINDOW_DIMS = 6  # dimensions of a head given to the window
 _FAST_PLAIN = (
     1 << 24
 )  # up to so many scores, plain products are faster on a CPU than the fused kernel
@@ -108,20 +108,22 @@ def _most_plain_scores() -> float:
 class Attention(nn.Module):
     """Multi-head attention from queries [B, N, D] to context [B, M, D'].
 
-    With ``local``, head h adds −s_h·|u_q − u_k|² to its logits, u in cells of the latent grid and s_h learned: a Gaussian
+    With ``gaussian_window``, head h adds −s_h·|u_q − u_k|² to its logits, u in cells of the latent grid and s_h learned: a Gaussian
     window around the query, at no cost: −s|u_q − u_k|² = s(2·u_q·u_k − |u_k|² − |u_q|²) is itself a dot product and takes
     six dimensions of the head.
     """
 
-    def __init__(self, width: int, context_width: int, heads: int, local: bool = False) -> None:
+    def __init__(
+        self, width: int, context_width: int, heads: int, gaussian_window: bool = False
+    ) -> None:
         super().__init__()
-        if width % heads or width // heads <= (_LOCAL_DIMS if local else 0):
+        if width % heads or width // heads <= (_WINDOW_DIMS if gaussian_window else 0):
             raise ValueError(
                 f"width {width} does not divide into {heads} heads"
-                + (f" of more than {_LOCAL_DIMS}" if local else "")
+                + (f" of more than {_WINDOW_DIMS}" if gaussian_window else "")
             )
         self.heads, self.head_dim = heads, width // heads
-        content = width - _LOCAL_DIMS * heads if local else width
+        content = width - _WINDOW_DIMS * heads if gaussian_window else width
         self.query = nn.Linear(width, content, bias=False)
         self.key = nn.Linear(context_width, content, bias=False)
         self.value = nn.Linear(context_width, width, bias=False)
@@ -129,7 +131,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(content // heads)
         self.key_norm = RMSNorm(content // heads)
         # From windows of about one cell to nearly the whole image, so that heads start out different.
-        self.log_reach = nn.Parameter(torch.linspace(0.0, 5.0, heads)) if local else None
+        self.log_reach = nn.Parameter(torch.linspace(0.0, 5.0, heads)) if gaussian_window else None
 
     def forward(
         self,
@@ -140,7 +142,7 @@ class Attention(nn.Module):
         tiles: Tiles | None = None,
         mix: Callable[[Tensor, Tensor, Tensor], Tensor] = attend,
     ) -> Tensor:
-        """``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2]: places in cells, for a local layer. With ``tiles``,
+        """``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2]: places in cells, for a layer with a Gaussian window. With ``tiles``,
         queries are in tile order and see the keys of their tile alone; else ``mix`` says who sees whom."""
         q, k, v = (
             rearrange(part, "b n (h d) -> b h n d", h=self.heads)
@@ -153,7 +155,9 @@ class Attention(nn.Module):
                 at, context_at = tiles.split_places(at, context_at, len(x))
         if self.log_reach is not None:
             if at is None or context_at is None:
-                raise ValueError("a local attention layer needs the places of its queries and keys")
+                raise ValueError(
+                    "attention with a Gaussian window needs the places of its queries and keys"
+                )
             q, k, v = self._with_window(q, k, v, at, context_at)
         attended = (
             mix(q, k, v) if tiles is None else tiles.joined(attend(q, k, v, tiles.mask(len(x))))

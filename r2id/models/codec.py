@@ -17,7 +17,7 @@ from r2id.checkpoints.files import Meta
 from r2id.config import DataConfig, RiaeConfig
 from r2id.errors import InputError
 from r2id.models.coords import Size, Window
-from r2id.models.pixels import CELL, STD, Pixels
+from r2id.models.pixels import DOWNSAMPLE, STD, Pixels
 from r2id.models.riae import RIAE
 
 PIXELS_HASH = "pixels"
@@ -86,9 +86,9 @@ class Codec:
         return self.model.config if isinstance(self.model, RIAE) else None
 
     @property
-    def cell(self) -> float:
-        """Pixels per latent cell's side."""
-        return CELL if self.riae is None else self.riae.cell
+    def downsample(self) -> float:
+        """Pixels per side of a latent cell."""
+        return DOWNSAMPLE if self.riae is None else self.riae.downsample
 
     @property
     def channels(self) -> int:

@@ -58,11 +58,11 @@ class CrossBlock(nn.Module):
     """Queries attend to a context, then a feed-forward layer; pre-norm residuals."""
 
     def __init__(
-        self, width: int, context_width: int, heads: int, ffn_ratio: float, local: bool
+        self, width: int, context_width: int, heads: int, ffn_ratio: float, gaussian_window: bool
     ) -> None:
         super().__init__()
         self.norm, self.context_norm = RMSNorm(width), RMSNorm(context_width)
-        self.attention = Attention(width, context_width, heads, local)
+        self.attention = Attention(width, context_width, heads, gaussian_window)
         self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
 
     def forward(
@@ -80,9 +80,9 @@ class CrossBlock(nn.Module):
 class SelfBlock(nn.Module):
     """Tokens attend to each other, then a feed-forward layer; pre-norm residuals."""
 
-    def __init__(self, width: int, heads: int, ffn_ratio: float, local: bool) -> None:
+    def __init__(self, width: int, heads: int, ffn_ratio: float, gaussian_window: bool) -> None:
         super().__init__()
-        self.norm, self.attention = RMSNorm(width), Attention(width, width, heads, local)
+        self.norm, self.attention = RMSNorm(width), Attention(width, width, heads, gaussian_window)
         self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
 
     def forward(self, x: Tensor, at: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:

@@ -24,14 +24,18 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def mixes(
-    config: R2idConfig, grid: Size, blocks: int, device: torch.device, clouds: Tensor | None = None
+    config: R2idConfig,
+    grid: Size,
+    blocks: int,
+    device: torch.device,
+    cloud_key: Tensor | None = None,
 ) -> list[Mix]:
-    """How each block's tokens attend, by ``config.attention``; ``clouds`` is the key of the random groups, and without it
+    """How each block's tokens attend, by ``config.attention``; ``cloud_key`` is the key of the random groups, and without it
     tokens see all others in their stead."""
     near: Mix = attend
-    if "local" in config.attention:
+    if "tiled" in config.attention:
         near = partial(
-            local, tiles=Tiles.between(grid, grid, grid, config.tile, config.halo, device=device)
+            tiled, tiles=Tiles.between(grid, grid, grid, config.tile, config.halo, device=device)
         )
     tokens = grid[0] * grid[1]
     groups = max(1, round(tokens / config.cloud_tokens))
@@ -42,11 +46,11 @@ def mixes(
             return partial(axial, grid=grid)
         if kind == "linear":
             return linear
-        if kind == "local":
+        if kind == "tiled":
             return near
-        if kind == "cloud" and clouds is not None and groups > 1:
+        if kind == "cloud" and cloud_key is not None and groups > 1:
             return partial(
-                cloud, order=rng.subset(rng.fold(clouds, number), tokens, tokens), groups=groups
+                cloud, order=rng.subset(rng.fold(cloud_key, number), tokens, tokens), groups=groups
             )
         return attend
 
@@ -95,7 +99,7 @@ def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor
     return mixed[:, :, torch.argsort(order)]
 
 
-def local(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
+def tiled(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
     """Tokens see those of their tile and of a halo around it: cost linear in N."""
     queries = tiles.split_queries(q[:, :, tiles.queries.flatten()])
     mixed = tiles.joined(

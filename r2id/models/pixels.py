@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from r2id.images import resize
 from r2id.models.coords import Size, Window, part_of
 
-CELL = 1.0
+DOWNSAMPLE = 1.0
 """Pixels per cell's side."""
 STD = 0.5
 """What pixels are divided by to be diffused: σ_data of Karras et al. 2022."""

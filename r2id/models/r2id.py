@@ -94,15 +94,15 @@ class R2ID(nn.Module):
         alpha_bar: Tensor,
         condition: Tensor,
         at: Tensor | None = None,
-        clouds: Tensor | None = None,
+        cloud_key: Tensor | None = None,
     ) -> Tensor:
         """One prediction under one condition.
 
         x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1); condition [B] classes,
         [B, A] attributes, or [B, D] or [B, T, D] embeddings; at [B or 1, N, 4] coordinates, by default the grid's own;
-        clouds the key of cloud attention's groups, by default one group → float32 [B, L, h, w].
+        cloud_key the key of cloud attention's groups, by default one group → float32 [B, L, h, w].
         """
-        return self.predict(x, alpha_bar, condition.unsqueeze(0), at, clouds).squeeze(0)
+        return self.predict(x, alpha_bar, condition.unsqueeze(0), at, cloud_key).squeeze(0)
 
     def predict(
         self,
@@ -110,7 +110,7 @@ class R2ID(nn.Module):
         alpha_bar: Tensor,
         conditions: Tensor,
         at: Tensor | None = None,
-        clouds: Tensor | None = None,
+        cloud_key: Tensor | None = None,
     ) -> Tensor:
         """Predictions of one noised grid under K conditions: [K, B, …] → float32 [K, B, L, h, w]."""
         grid: Size = (x.shape[2], x.shape[3])
@@ -118,7 +118,7 @@ class R2ID(nn.Module):
         place = coords.fourier_features(at, self.config.fourier).expand(x.shape[0], -1, -1)
         tokens = self.token_in(torch.cat([rearrange(x, "b l h w -> b (h w) l"), place], dim=-1))
         time = self.time_in(_time_features(alpha_bar, self.config.time_fourier))
-        mix = mixes(self.config, grid, len(self.blocks()), x.device, clouds)
+        mix = mixes(self.config, grid, len(self.blocks()), x.device, cloud_key)
         for number, block in enumerate(self.encoder):
             tokens = block(tokens, time, mix=mix[number])
         count = conditions.shape[0]

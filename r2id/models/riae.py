@@ -8,7 +8,7 @@ a pixel grid of any size among them, start as coordinates only and query the lat
 aspect ratio: relative coordinates of cells and points alike take its shape, so that decoding 7×7 latents at 42×28 renders
 a square picture stretched.
 
-With ``local`` attention a query sees what lies near it, in latent cells (r2id.models.tiles), and places are features of
+With ``tiled`` attention a query sees what lies near it, in latent cells (r2id.models.tiles), and places are features of
 cells rather than of the whole image: a model sees the same in a window of an image as in the image, and nothing but the
 blocks of the latent grid, where they are global, costs more than its share of the pixels. The smallest thing encoded at
 once is the surroundings of one tile; a grid of few cells over a large image takes memory accordingly.
@@ -41,25 +41,27 @@ _DECODE_CHUNK = (
 _BAND = 1 << 18  # points, of which pixels are the means, held at once, one row of pixels at least
 _TILES_CHUNK = (
     1 << 13
-)  # pixels encoded or decoded at once with local attention: memory grows with neither
+)  # pixels encoded or decoded at once with tiled attention: memory grows with neither
 
 
 class RIAE(nn.Module):
     def __init__(self, config: RiaeConfig, channels: int) -> None:
         super().__init__()
         self.config, self.channels = config, channels
-        self.local = config.attention == "local"
+        self.tiled = config.attention == "tiled"
         features = (
             coords.cell_dim(config.cell_fourier)
-            if self.local
+            if self.tiled
             else coords.fourier_dim(config.fourier)
         )
-        place = features + (0 if self.local else coords.PHASE_DIM) + 2 * config.cell_size
+        place = (
+            features + (0 if self.tiled else coords.PHASE_DIM) + 2 * config.condition_on_pixel_size
+        )
         pixel_heads = max(1, config.heads * config.pixel_width // config.width)
 
         def latent_stack() -> nn.ModuleList:
             return nn.ModuleList(
-                SelfBlock(config.width, config.heads, config.ffn_ratio, config.locality)
+                SelfBlock(config.width, config.heads, config.ffn_ratio, config.gaussian_window)
                 for _ in range(config.latent_blocks)
             )
 
@@ -71,7 +73,11 @@ class RIAE(nn.Module):
         self.cell_in = nn.Linear(features, config.width)
         self.encoder = nn.ModuleList(
             CrossBlock(
-                config.width, config.pixel_width, config.heads, config.ffn_ratio, config.locality
+                config.width,
+                config.pixel_width,
+                config.heads,
+                config.ffn_ratio,
+                config.gaussian_window,
             )
             for _ in range(config.encoder_blocks)
         )
@@ -89,7 +95,11 @@ class RIAE(nn.Module):
         )
         self.decoder = nn.ModuleList(
             CrossBlock(
-                config.pixel_width, config.width, pixel_heads, config.ffn_ratio, config.locality
+                config.pixel_width,
+                config.width,
+                pixel_heads,
+                config.ffn_ratio,
+                config.gaussian_window,
             )
             for _ in range(config.decoder_blocks)
         )
@@ -112,8 +122,8 @@ class RIAE(nn.Module):
         return [*self.encoder, *self.encoder_latent, *self.decoder_latent, *self.decoder]
 
     def grid_for(self, image: Size) -> Size:
-        """Latent grid (h, w) of an image (H, W): one cell per ``config.cell`` pixels, at least one."""
-        height, width = (max(1, round(side / self.config.cell)) for side in image)
+        """Latent grid (h, w) of an image (H, W): one cell per ``config.downsample`` pixels, at least one."""
+        height, width = (max(1, round(side / self.config.downsample)) for side in image)
         return height, width
 
     def tiles(
@@ -128,7 +138,7 @@ class RIAE(nn.Module):
         config = self.config
         return (
             Tiles.between(queries, keys, grid, config.tile, config.halo, part, device)
-            if self.local
+            if self.tiled
             else None
         )
 
@@ -144,7 +154,7 @@ class RIAE(nn.Module):
         """Colours [B, N, C] at [B or 1, N, 4] of an image (H, W), seen from latent cells [1, M, 4] of a grid (h, w) →
         latents [B, M, L].
 
-        With ``local`` attention, cells and points are whole grids, and ``tiles`` those of the cells.
+        With ``tiled`` attention, cells and points are whole grids, and ``tiles`` those of the cells.
         """
         return self._to_latents(
             self._query_pixels(colours, at, size, cells, grid, tiles), cells, grid
@@ -187,8 +197,8 @@ class RIAE(nn.Module):
 
     def _through(self, blocks: nn.ModuleList, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """[B, M, D] at all cells [1, M, 4], through blocks of the latent grid."""
-        local = len(blocks) and self.config.latent_attention == "local"
-        tiles = self.tiles(grid, grid, grid, device=x.device) if local else None
+        tiled = len(blocks) and self.config.latent_attention == "tiled"
+        tiles = self.tiles(grid, grid, grid, device=x.device) if tiled else None
         for block in blocks:
             x = block(x, _in_cells(cells, grid), tiles)
         return x
@@ -219,8 +229,8 @@ class RIAE(nn.Module):
         size: Size = (image.shape[2], image.shape[3])
         grid = grid or self.grid_for(size)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
-        at_once = max(1, (_TILES_CHUNK if self.local else _ENCODE_CHUNK) // (size[0] * size[1]))
-        encode = self._encode_tiles if self.local else self._encode_whole
+        at_once = max(1, (_TILES_CHUNK if self.tiled else _ENCODE_CHUNK) // (size[0] * size[1]))
+        encode = self._encode_tiles if self.tiled else self._encode_whole
         latents = torch.cat([encode(part, cells, grid) for part in image.split(at_once)])
         return rearrange(latents, "b (h w) l -> b l h w", h=grid[0])
 
@@ -258,7 +268,7 @@ class RIAE(nn.Module):
         """
         smallest = self.config.decode_scales[0] if self.config.decode_scales else 1.0
         down, across = (
-            max(1, math.ceil((smallest * cells - 0.5) * self.config.cell / side))
+            max(1, math.ceil((smallest * cells - 0.5) * self.config.downsample / side))
             for cells, side in zip(grid, size, strict=True)
         )
         return down, across
@@ -275,7 +285,7 @@ class RIAE(nn.Module):
         points = math.prod(side.stop - side.start for side in part) * math.prod(
             self.points_per_pixel(grid, size)
         )
-        at_once = max(1, _TILES_CHUNK // points) if self.local else len(latents)
+        at_once = max(1, _TILES_CHUNK // points) if self.tiled else len(latents)
         parts = []
         for some in latents.split(at_once):
             keys = self.spread_latents(rearrange(some, "b l h w -> b (h w) l"), cells, grid)
@@ -284,7 +294,7 @@ class RIAE(nn.Module):
 
     def _render(self, keys: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
         """Pixels of a part of an image; where they are means of points, of some rows at a time."""
-        draw = self._decode_tiles if self.local else self._decode_chunks
+        draw = self._decode_tiles if self.tiled else self._decode_chunks
         down, across = points = self.points_per_pixel(grid, size)
         if points == (1, 1):
             return draw(keys, cells, grid, size, part)
@@ -353,16 +363,16 @@ class RIAE(nn.Module):
 
     def _features(self, at: Tensor, grid: Size) -> Tensor:
         """Of the places of cells."""
-        if self.local:
+        if self.tiled:
             return coords.cell_features(at, grid, self.config.cell_fourier)
         return coords.fourier_features(at, self.config.fourier)
 
     def _place(self, at: Tensor, size: Size, grid: Size) -> Tensor:
         """Features of the places of an image's pixels, where in their cell they lie among them, and of their size."""
         features = [self._features(at, grid)]
-        if not self.local:
+        if not self.tiled:
             features.append(coords.cell_phase(at, grid))
-        if self.config.cell_size:
+        if self.config.condition_on_pixel_size:
             pixel = torch.tensor(
                 [grid[1] / size[1], grid[0] / size[0]], dtype=torch.float32, device=at.device
             )

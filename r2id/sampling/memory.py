@@ -139,7 +139,7 @@ def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
                 return lambda: model.decode(latents, size).clamp(-1, 1)
             fresh = RIAE(model.config, model.channels).eval().requires_grad_(False)
             height, width = (
-                max(side, math.ceil(codec.cell * cells))
+                max(side, math.ceil(codec.downsample * cells))
                 for side, cells in zip(size, grid, strict=True)
             )
             return lambda: fresh.decode(latents, (height, width), (0, 0, *size)).clamp(

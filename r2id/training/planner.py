@@ -20,7 +20,7 @@ from r2id.data.manifest import MANIFEST
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.models.coords import Size
-from r2id.models.pixels import CELL
+from r2id.models.pixels import DOWNSAMPLE
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import Trace, count_flops, trace_peak, trace_step
@@ -139,8 +139,8 @@ class Work:
     def grid(self) -> Size:
         """The latent grid of the largest images."""
         codec = self.config.riae if isinstance(self.config, RiaeRun) else self.facts.riae
-        cell = CELL if codec is None else codec.cell
-        height, width = (max(1, round(side / cell)) for side in self.facts.image)
+        downsample = DOWNSAMPLE if codec is None else codec.downsample
+        height, width = (max(1, round(side / downsample)) for side in self.facts.image)
         return height, width
 
     def module(self, prepared: bool = True) -> RiaeLoss | R2idLoss:

@@ -60,7 +60,7 @@ class Stage:
         if "image" in batch:
             return batch["image"].shape[2], batch["image"].shape[3]
         assert self.codec is not None
-        height, width = (round(side * self.codec.cell) for side in batch["latent"].shape[2:])
+        height, width = (round(side * self.codec.downsample) for side in batch["latent"].shape[2:])
         return height, width
 
     def cost(self, size: Size) -> Cost:

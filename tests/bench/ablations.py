@@ -49,7 +49,7 @@ def independent(coordinates, noise, grid, shape=None):
 
 RIAE = {
     "as configured": [],
-    "no window (`locality`)": ["riae.locality=false"],
+    "no window (`gaussian_window`)": ["riae.gaussian_window=false"],
     "no jitter": ["riae.jitter=0.0"],
     "no jitter, edge-aligned grid": ["riae.jitter=0.0", ("centres", edge_aligned)],
     "independent jitter": [("displace", independent)],
@@ -57,17 +57,17 @@ RIAE = {
     "encoder sees 1/4": ["riae.encode_cloud=0.25"],
     "encoder sees all": ["riae.encode_cloud=1.0"],
     "decoder sees 1/4 of the latents": ["riae.decode_cloud=0.25"],
-    "local attention": ['riae.attention="local"', "riae.halo=1.0"],
+    "tiled attention": ['riae.attention="tiled"', "riae.halo=1.0"],
     "a latent block": ["riae.latent_blocks=1"],
     "at many scales, cells told": [
         "riae.encode_scales=[0.5,1.0]",
         "riae.decode_scales=[0.5,2.0]",
-        "riae.cell_size=true",
+        "riae.condition_on_pixel_size=true",
     ],
     "at many scales, cells not told": [
         "riae.encode_scales=[0.5,1.0]",
         "riae.decode_scales=[0.5,2.0]",
-        "riae.cell_size=false",
+        "riae.condition_on_pixel_size=false",
     ],
     "l1": ['riae.loss="l1"'],
     "texture": ["riae.texture=1.0"],
@@ -91,7 +91,7 @@ R2ID = {
     "axial": ['r2id.attention=["axial"]'],
     "linear": ['r2id.attention=["linear"]'],
     "cloud of 8 tokens": ['r2id.attention=["cloud"]', "r2id.cloud_tokens=8"],
-    "local and full in turn": ['r2id.attention=["local","full"]', "r2id.tile=2", "r2id.halo=1"],
+    "tiled and full in turn": ['r2id.attention=["tiled","full"]', "r2id.tile=2", "r2id.halo=1"],
     "no noise shift": ["diffusion.shift_exponent=0"],
     "noise shift 0.5": ["diffusion.shift_exponent=0.5"],
     "noise shift 1": ["diffusion.shift_exponent=1"],

@@ -66,7 +66,7 @@ def accepted(function, **settings):
 
 def autoencoder_loss(kind, config):
     """The autoencoder and a function of its loss."""
-    riae, ratio = config.riae, int(config.riae.cell)
+    riae, ratio = config.riae, int(config.riae.downsample)
     model = kind(
         **accepted(
             kind,

@@ -24,7 +24,7 @@ from r2id.training.loop import train
 
 CONFIG = Path(__file__).parents[2] / "configs/photos/native-riae.toml"
 KINDS = {
-    "local": ['riae.attention="local"'],
+    "tiled": ['riae.attention="tiled"'],
     "cloud": ['riae.attention="cloud"', "riae.encode_cloud=0.25"],
 }
 TRIED, WINDOW, LARGE = 12, 64, 128

@@ -1,4 +1,4 @@
-"""Time and memory of RIAE's encode and decode from 64×64 to 1024×1024 with attention local in coordinates.
+"""Time and memory of RIAE's encode and decode from 64×64 to 1024×1024 with tiled attention.
 
     python tests/bench/riae_scaling.py [--sides 64 128 256 512 1024] [--bfloat16] [--json] [riae.key=value ...]
 
@@ -24,7 +24,7 @@ stage = "riae"
 run = "none"
 data = {shards = "none", channels = 3}
 train = {steps = 1}
-riae = {attention = "local", width = 128, pixel_width = 64, heads = 4, latent_channels = 16}
+riae = {attention = "tiled", width = 128, pixel_width = 64, heads = 4, latent_channels = 16}
 """
 
 

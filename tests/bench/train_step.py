@@ -48,7 +48,7 @@ class BothConditions(R2idLoss):
         )
         labels = torch.stack([condition, torch.full_like(condition, -1)])
 
-        def predict(x, alpha_bar, _labels, at, _clouds):
+        def predict(x, alpha_bar, _labels, at, _cloud_key):
             return self.model.predict(x[: len(index)], alpha_bar[: len(index)], labels, at).flatten(
                 0, 1
             )

@@ -15,7 +15,7 @@ from r2id.models.riae import _in_cells
 
 def test_window_is_a_gaussian_in_cells():
     """With no content, weights are softmax(−s·|u_q − u_k|²)."""
-    layer = Attention(32, 32, heads=2, local=True)
+    layer = Attention(32, 32, heads=2, gaussian_window=True)
     torch.nn.init.zeros_(layer.query.weight)
     at, context_at = torch.randn(1, 3, 2), torch.randn(1, 6, 2)
     values = torch.randn(1, 6, 32)
@@ -35,7 +35,7 @@ def test_window_is_a_gaussian_in_cells():
 @pytest.mark.parametrize("grid", [(8, 8), (16, 9), (64, 64)])
 def test_bfloat16_places_the_window_as_float32_does(grid):
     torch.manual_seed(0)
-    layer = Attention(64, 64, heads=2, local=True)
+    layer = Attention(64, 64, heads=2, gaussian_window=True)
     at = _in_cells(grid_coordinates(grid).unsqueeze(0), grid)
     x = torch.randn(1, at.shape[1], 64)
     exact = layer(x, x, at, at)
@@ -118,5 +118,8 @@ def test_impossible_heads_are_refused():
     with pytest.raises(ValueError, match="width 20 does not divide into 3 heads"):
         Attention(20, 20, heads=3)
     with pytest.raises(ValueError, match="of more than 6"):
-        Attention(16, 16, heads=4, local=True)
-    assert math.prod(Attention(16, 8, heads=2, local=True).query.weight.shape) == (16 - 2 * 6) * 16
+        Attention(16, 16, heads=4, gaussian_window=True)
+    assert (
+        math.prod(Attention(16, 8, heads=2, gaussian_window=True).query.weight.shape)
+        == (16 - 2 * 6) * 16
+    )

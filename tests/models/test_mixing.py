@@ -22,7 +22,7 @@ SMALL = {
     "tile": 2,
     "halo": 1,
 }
-KINDS = ["full", "cloud", "axial", "linear", "local"]
+KINDS = ["full", "cloud", "axial", "linear", "tiled"]
 
 
 def draw(grid, heads=4):
@@ -50,14 +50,14 @@ def test_axial(grid):
 
 @pytest.mark.parametrize(("tile", "halo"), [(2, 0), (3, 1), (4, 20)])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_local(grid, tile, halo):
+def test_tiled(grid, tile, halo):
     at = places(grid)
     low = at // tile * tile
     # A token's centre lies half a token from its edge.
     near = (at[None] + 0.5 >= low[:, None] - halo) & (at[None] + 0.5 <= low[:, None] + tile + halo)
     q, k, v = draw(grid)
     assert_close(
-        mixing.local(q, k, v, Tiles.between(grid, grid, grid, tile, halo)),
+        mixing.tiled(q, k, v, Tiles.between(grid, grid, grid, tile, halo)),
         masked(q, k, v, near.all(-1)),
     )
 
@@ -127,7 +127,7 @@ def test_every_parameter_of_any_grid_gets_a_gradient(kind, grid):
 def test_blocks_take_turns():
     """With one kind after another, only its own block changes."""
     grid, key = (6, 6), torch.tensor(7)
-    config = build(["axial", "linear", "local", "cloud", "full"]).config
+    config = build(["axial", "linear", "tiled", "cloud", "full"]).config
     found = mixing.mixes(config, grid, 7, torch.device("cpu"), key)
     q, k, v = draw(grid)
     results = [mix(q, k, v) for mix in found]

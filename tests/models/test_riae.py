@@ -97,7 +97,7 @@ def test_large_pixels_are_means_of_points(model):
     )
 
 
-@pytest.mark.parametrize("attention", ["cloud", "local"])
+@pytest.mark.parametrize("attention", ["cloud", "tiled"])
 def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
     torch.manual_seed(0)
     model = RIAE(SMALL.model_copy(update={"attention": attention}), 1).eval()
@@ -128,7 +128,9 @@ def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
 
 
 def test_pixels_as_large_as_in_training_are_points():
-    model = RIAE(SMALL.model_copy(update={"decode_scales": (0.5, 2.0), "cell_size": True}), 1)
+    model = RIAE(
+        SMALL.model_copy(update={"decode_scales": (0.5, 2.0), "condition_on_pixel_size": True}), 1
+    )
     assert model.points_per_pixel((7, 7), (14, 11)) == (1, 2) and model.points_per_pixel(
         (7, 7), (12, 12)
     ) == (1, 1)
@@ -203,7 +205,7 @@ def test_losses_at_known_errors():
     assert reconstruction_loss(decoded, truth, "charbonnier") == pytest.approx(1.5, abs=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["cloud", "local"])
+@pytest.mark.parametrize("attention", ["cloud", "tiled"])
 def test_texture_is_the_error_of_the_slope(attention):
     """An untrained decoder says 0 everywhere, so that the term is the square of the image's own slope."""
     changes = {"attention": attention, "jitter": 0.0, "decode_pixels": 400}

@@ -19,7 +19,7 @@ from r2id.models.tracing import trace_peak
 from r2id.training.losses.riae import RiaeLoss
 
 SMALL = RiaeConfig(
-    attention="local",
+    attention="tiled",
     tile=4,
     halo=2.0,
     latent_channels=4,
@@ -73,7 +73,7 @@ def through(block, x, context, seen, at, context_at):
 
 
 def dense(monkeypatch):
-    """Make blocks compute what local attention must from dense attention and ``near``."""
+    """Make blocks compute what tiled attention must from dense attention and ``near``."""
 
     def forward(block, x, context, at=None, context_at=None, tiles=None):
         if tiles is None:
@@ -125,10 +125,10 @@ def test_tiles_list_each_query_once_and_the_keys_near_it(grid, size, tile, halo)
     torch.testing.assert_close(tiles.restored(tiles.in_order(queries))[0], queries)
 
 
-def test_latent_blocks_may_be_local():
+def test_latent_blocks_may_be_tiled():
     grid = (9, 13)
     block, x, cells = (
-        layers.SelfBlock(32, 2, 4.0, local=True),
+        layers.SelfBlock(32, 2, 4.0, gaussian_window=True),
         torch.randn(2, 9 * 13, 32),
         grid_coordinates(grid),
     )
@@ -146,8 +146,8 @@ def test_latent_blocks_may_be_local():
 
 
 def test_a_change_of_one_pixel_reaches_no_further_than_tiles_and_halos():
-    """With local latent blocks, too: each layer carries it from its tile to the neighbours whose halo it lies in."""
-    model, image = made(latent_attention="local"), torch.randn(1, 1, 16, 160)
+    """With tiled latent blocks, too: each layer carries it from its tile to the neighbours whose halo it lies in."""
+    model, image = made(latent_attention="tiled"), torch.randn(1, 1, 16, 160)
     changed = image.clone()
     changed[..., 0] += 1
     moved = (model.encode(changed) - model.encode(image)).abs().amax(dim=(0, 1, 2))
@@ -186,7 +186,7 @@ def test_any_size_in_and_out(model, size):
         )
 
 
-@pytest.mark.parametrize("kind", ["cloud", "local"])
+@pytest.mark.parametrize("kind", ["cloud", "tiled"])
 @pytest.mark.parametrize(
     ("grid", "size", "cuts"), [((9, 7), (61, 47), (0, 1, 20, 47)), ((3, 5), (33, 50), (0, 17, 33))]
 )
@@ -270,10 +270,10 @@ def test_both_kernels_agree_on_tiles(model):
     [
         {},
         {"jitter": 0.0},
-        {"decode_scales": (0.5, 2.0), "encode_scales": (0.5, 1.0), "cell_size": True},
+        {"decode_scales": (0.5, 2.0), "encode_scales": (0.5, 1.0), "condition_on_pixel_size": True},
         {"decode_pixels": 10**6},
         {"texture": 0.5},
-        {"latent_attention": "local"},
+        {"latent_attention": "tiled"},
     ],
 )
 def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes):

@@ -28,7 +28,7 @@ run = "overridden by the pipeline"
 shards = "overridden by the pipeline"
 [riae]
 latent_channels = 2
-cell = 4.0
+downsample = 4.0
 width = 16
 pixel_width = 16
 heads = 2

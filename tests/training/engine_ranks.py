@@ -56,7 +56,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
 RIAE_CONFIG = RiaeConfig(
     latent_channels=3,
-    cell=2.0,
+    downsample=2.0,
     width=15,
     pixel_width=15,
     heads=1,

@@ -42,11 +42,11 @@ def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
     config = config.model_copy(update={"data": config.data.model_copy(update={"latents": latents})})
     riae = RiaeConfig(
         latent_channels=3,
-        cell=2.0,
+        downsample=2.0,
         width=32,
         pixel_width=32,
         heads=2,
-        locality=False,
+        gaussian_window=False,
         encoder_blocks=1,
         decoder_blocks=1,
     )

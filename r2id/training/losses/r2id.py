@@ -34,14 +34,14 @@ class R2idLoss(nn.Module):
         self, latent: Tensor, condition: Tensor, index: Tensor, step: int
     ) -> tuple[Tensor, Figures]:
         """latent [B, L, h, w] normalised, condition [B, …], index [B] of the samples → scalar loss, figures."""
-        keys = rng.fold(self.seed, step, index)
+        rng_keys = rng.fold(self.seed, step, index)
         grid: Size = (latent.shape[2], latent.shape[3])
         dropped = (
-            rng.uniform(rng.fold(keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
+            rng.uniform(rng.fold(rng_keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
         )
         at = coords.grid_coordinates(grid, device=latent.device)
         if self.model.config.jitter:
-            noise = rng.normal(rng.fold(keys, _JITTER), len(at), 2)
+            noise = rng.normal(rng.fold(rng_keys, _JITTER), len(at), 2)
             at = coords.displace(at, self.model.config.jitter * noise, grid)
         losses, unweighted = denoising_loss(
             self.model,
@@ -49,8 +49,8 @@ class R2idLoss(nn.Module):
             self.base_side,
             latent,
             drop(condition, dropped),
-            draw_times(rng.fold(keys, _TIME), self.diffusion.time_sampling),
-            rng.normal(rng.fold(keys, _NOISE), *latent.shape[1:]),
+            draw_times(rng.fold(rng_keys, _TIME), self.diffusion.time_sampling),
+            rng.normal(rng.fold(rng_keys, _NOISE), *latent.shape[1:]),
             at,
             rng.fold(self.seed, step, _CLOUDS).to(latent.device),
         )

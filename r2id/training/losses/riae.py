@@ -46,7 +46,7 @@ class _Points:
 
 
 class RiaeLoss(nn.Module):
-    """Reconstruction of random points of an image from a random cloud of its points; with ``local`` attention, of random
+    """Reconstruction of random points of an image from a random cloud of its points; with ``tiled`` attention, of random
     tiles of it from all of its pixels.
 
     A jittered point stays with the tile of its pixel: half a pixel is little beside the halo.
@@ -71,7 +71,7 @@ class RiaeLoss(nn.Module):
             noise = rng.normal(rng.fold(keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
         latent_keys = self.model.spread_latents(latents, cells, grid)
-        ask = self._ask_tiles if self.model.local else self._ask_cloud
+        ask = self._ask_tiles if self.model.tiled else self._ask_cloud
         points = ask(latent_keys, cells, grid, asked, keys)
         decoded = self._decode(points, points.at, grid)
         loss = reconstruction_loss(decoded, points.colours, config.loss, points.weight)
@@ -100,10 +100,10 @@ class RiaeLoss(nn.Module):
         return reconstruction_loss(change, true_change, self.model.config.loss, points.weight)
 
     def _encode(self, image: Tensor, count: int, cells: Tensor, grid: Size, keys: Tensor) -> Tensor:
-        """From random pixels, as many as there are at most, or with ``local`` attention from all: latents [B, M, L]."""
+        """From random pixels, as many as there are at most, or with ``tiled`` attention from all: latents [B, M, L]."""
         size: Size = (image.shape[2], image.shape[3])
         pixels = size[0] * size[1]
-        if self.model.local:
+        if self.model.tiled:
             chosen = torch.arange(pixels, device=image.device).expand(len(image), -1)
         else:
             chosen = rng.subset(rng.fold(keys, _SEEN), pixels, min(count, pixels))

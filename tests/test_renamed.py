@@ -1,0 +1,86 @@
+"""Old names of settings: read for one version, with a word where a person wrote them."""
+
+import pytest
+
+from r2id.config import R2idRun, RiaeRun, load_config, parse_config
+from r2id.config.renamed import SETTINGS, VALUES, renew_config
+from r2id.errors import InputError
+
+RUN = {"run": "runs/x", "data": {"shards": "data/x"}, "train": {"steps": 5}}
+OLD = {
+    "cell": 8.0,
+    "cell_size": True,
+    "locality": False,
+    "attention": "local",
+    "latent_attention": "local",
+}
+NEW = {
+    "downsample": 8.0,
+    "condition_on_pixel_size": True,
+    "gaussian_window": False,
+    "attention": "tiled",
+    "latent_attention": "tiled",
+}
+
+
+def changed(config, section="riae"):
+    return getattr(config, section).model_dump(exclude_defaults=True)
+
+
+def test_a_table_under_old_names_is_read_and_told(capsys):
+    config = parse_config({**RUN, "stage": "riae", "riae": OLD}, where="old.toml")
+    assert isinstance(config, RiaeRun) and changed(config) == NEW
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(OLD) and all(line.startswith("old.toml: ") for line in told)
+
+
+def test_overrides_under_old_names_win_over_tables_under_new_ones(capsys):
+    config = parse_config(
+        {**RUN, "stage": "riae", "riae": {"downsample": 2.0}},
+        ["riae.cell=8.0", "riae.locality=false", "riae.attention=local"],
+    )
+    assert changed(config) == {"downsample": 8.0, "gaussian_window": False, "attention": "tiled"}
+    told = capsys.readouterr().err
+    assert all(word in told for word in ("riae.cell", "riae.locality", "'tiled'"))
+
+
+def test_old_values_in_a_list():
+    config = parse_config({**RUN, "stage": "r2id"}, ['r2id.attention=["local","full"]'])
+    assert isinstance(config, R2idRun) and config.r2id.attention == ("tiled", "full")
+
+
+def test_today_s_names_are_silent(capsys):
+    parse_config({**RUN, "stage": "riae", "riae": NEW})
+    parse_config({**RUN, "stage": "riae"}, ["engine.kind=local"])
+    assert capsys.readouterr().err == ""
+
+
+def test_stored_configs_are_renewed_silently_and_stay_as_they_are(capsys):
+    stored = {**RUN, "stage": "riae", "riae": OLD}
+    assert renew_config(stored) == {**RUN, "stage": "riae", "riae": NEW}
+    assert stored["riae"] is OLD and "cell" in OLD and capsys.readouterr().err == ""
+
+
+def test_one_setting_under_both_names_is_refused():
+    both = {"cell": 4.0, "downsample": 4.0}
+    with pytest.raises(InputError, match=r"riae\.cell .*riae\.downsample"):
+        parse_config({**RUN, "stage": "riae", "riae": both})
+    with pytest.raises(InputError, match=r"riae\.cell .*riae\.downsample"):
+        parse_config({**RUN, "stage": "riae", "riae": dict(reversed(both.items()))})
+
+
+def test_stages_of_a_pipeline_are_read_under_old_names_too(tmp_path):
+    file = tmp_path / "riae.toml"
+    file.write_text(
+        'stage = "riae"\nrun = "x"\ndata.shards = "d"\ntrain.steps = 1\nriae.cell = 2.0'
+    )
+    assert changed(load_config(file, ["riae.cell=3.0"])) == {"downsample": 3.0}
+
+
+def test_every_new_name_is_a_setting():
+    schemas = {"riae": RiaeRun, "loss": RiaeRun, "r2id": R2idRun}
+    for name in {*SETTINGS.values(), *VALUES}:
+        section, _, key = name.partition(".")
+        schema = schemas[section].model_fields[section].annotation
+        assert key in schema.model_fields, name
+    assert not set(SETTINGS) & set(SETTINGS.values())
