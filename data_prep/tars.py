@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from data_prep.sources import Files, Folder, Keep, Source, Zip, time_of, unsafe_name
 from r2id.data.manifest import Reject
@@ -25,11 +25,11 @@ _EXPANSION, _EXPANSION_FREE = (
     200,
     1 << 30,
 )  # archives of images shrink to a half or so; bytes that any may have
-_COMPRESSED: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
+_DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], Any]] = {  # by an archive's first bytes
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
-}  # type: ignore
+}
 
 
 def open_source(path: Path, unpacked: Path) -> Source:
@@ -100,7 +100,7 @@ def plain_tar(path: Path, unpacked: Path) -> Path:
         start = file.read(8)
         file.seek(0)
         opener = next(
-            (opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None
+            (opener for magic, opener in _DECOMPRESSORS.items() if start.startswith(magic)), None
         )
         if opener is None:
             return path

@@ -1,7 +1,8 @@
-"""The judge of samples: a small convolutional network trained on the same shards as what it judges, real images alone.
+"""A small convolutional classifier, trained on real images of the shard set that is evaluated.
 
-It gives classes and the features in which samples and real images are compared. Its own test accuracy is reported
-with every figure that rests on it.
+It measures the class accuracy of samples, and its features serve as the default feature extractor
+for Fréchet distances, precision and recall (r2id.evaluation.extractor). Its own accuracy on real
+test images is reported beside every figure that depends on it.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -30,19 +31,20 @@ from r2id.images import to_float
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
 
-_VERSION = 1  # of the recipe below: a change of it makes kept classifiers stale
+_VERSION = 1  # of the training recipe below: raise it when the recipe changes, so that saved
+# classifiers are trained again
 _WIDTHS = (32, 64, 128)
-_LARGEST_AREA = 64 * 64  # pixels that the classifier sees of larger images
-_MOST_IMAGES = 200_000  # of a split, evenly spaced, that are held in memory
+_LARGEST_AREA = 64 * 64  # pixels: larger images are shrunk to this area before they are classified
+_MOST_IMAGES = 200_000  # images of a split, evenly spaced, that are held in memory
 _BATCH = 128
 _EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 6, 400, 4000
 _LEARNING_RATE, _WEIGHT_DECAY, _WARM_UP, _SMOOTHING = 3e-3, 0.05, 0.15, 0.05
-_ROTATION, _SCALE, _SHIFT = 0.2, 0.15, 0.12  # radians, logarithm of the factor, halves of the side
+_ROTATION, _SCALE, _SHIFT = 0.2, 0.15, 0.12  # radians, log of the factor, halves of the side
 _SEED = 0
 
 
-class Classifier(nn.Module):
-    """Three stages of two convolutions each; a stage halves the image while it is large."""
+class ClassifierNetwork(nn.Module):
+    """Three stages of two convolutions; a stage halves the image as long as it is large enough."""
 
     def __init__(self, channels: int, classes: int, size: Size) -> None:
         super().__init__()
@@ -56,7 +58,10 @@ class Classifier(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [−1, 1] → float32 [N, D]: the last stage's means, of which the classes are linear."""
+        """Images [N, C, H, W] in [−1, 1] → float32 [N, D], the spatial means of the last stage.
+
+        The logits are a linear function of them.
+        """
         return self.body(images.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,31 +78,34 @@ def _convolution(channels: int, width: int, stride: int) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A trained classifier with what is to be said of it."""
+class Classifier:
+    """A trained classifier and how well it does on real test images.
 
-    model: Classifier
+    It is also a feature extractor (r2id.evaluation.extractor.FeatureExtractor).
+    """
+
+    model: ClassifierNetwork
     size: Size
-    """Height and width that it sees; other images are resized to them."""
+    """Height and width of its input; other images are resized to it."""
     train_images: int
     test_images: int
     test_accuracy: float
-    """On real images that it was not trained on."""
+    """Accuracy on real images that it was not trained on."""
     name: str = "classifier"
 
     @cached_property
     def hash(self) -> str:
-        """Identity of the weights, hexadecimal."""
+        """SHA-256 of the weights, hexadecimal."""
         return hashlib.sha256(save(_tensors(self.model))).hexdigest()
 
-    def look(self, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
-        """Images [N, C, H, W] in [−1, 1] of any size → features float32 [N, D] and classes int64 [N], on the CPU."""
+    def classify(self, images: Tensor, batch: int = 500) -> Tensor:
+        """Images [N, C, H, W] in [−1, 1] or uint8, of any size → classes int64 [N], on the CPU."""
         features = torch.cat([self.features(some) for some in images.split(batch)])
-        return features, self.probabilities(features).argmax(1)
+        return self.probabilities(features).argmax(1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """See r2id.evaluation.extractor.Extractor."""
+        """Images [N, C, H, W] in [−1, 1] or uint8, of any size → float32 [N, D], on the CPU."""
         device = self.model.head.weight.device
         seen = resize(to_float(images) if images.dtype == torch.uint8 else images, self.size).to(
             device
@@ -107,41 +115,53 @@ class Judge:
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor:
-        """Features [N, D] → of each class, float32 [N, classes], on the CPU."""
+        """Features [N, D] → class probabilities, float32 [N, classes], on the CPU."""
         return self.model.head(features.to(self.model.head.weight.device)).softmax(1).cpu()
 
 
-def obtain_judge(shards: ShardSet, data: DataConfig, file: Path, device: torch.device) -> Judge:
-    """The judge of a shard set: read from ``file`` when it was trained on the same data, else trained and kept there.
+def load_or_train_classifier(
+    shards: ShardSet, data: DataConfig, file: Path, device: torch.device
+) -> Classifier:
+    """Return the classifier of a shard set.
 
-    Raises InputError when the training split has no two classes, or the test split no labels.
+    It is read from ``file`` when that holds one trained on the same data by the same recipe;
+    otherwise it is trained and saved there.
+
+    Raises InputError when the training split has fewer than two classes, or the test split no
+    labels.
     """
     size = frequent_size(shards.split(data.train_split))
     data = data.model_copy(update={"size": size, "latents": None})
     identity = _identity(shards, data)
-    judge = _read(file, identity, data.channels, shards.num_classes, size)
-    if judge is None:
-        judge = _train_and_test(shards, data, device)
-        _write(file, identity, judge)
-    judge.model.to(device)
-    return judge
+    classifier = _read(file, identity, data.channels, shards.num_classes, size)
+    if classifier is None:
+        classifier = _train_and_test(shards, data, device)
+        _write(file, identity, classifier)
+    classifier.model.to(device)
+    return classifier
 
 
 def frequent_size(split: Split) -> Size:
-    """The most frequent (height, width) of a split, shrunk to at most 64×64 pixels of area, aspect ratio kept."""
+    """Return the most frequent (height, width) of a split, shrunk to an area of at most 64×64.
+
+    The aspect ratio is kept.
+    """
     sizes, counts = np.unique(np.stack([split.height, split.width], 1), axis=0, return_counts=True)
     height, width = (int(side) for side in sizes[counts.argmax()])
     scale = min(1.0, (_LARGEST_AREA / (height * width)) ** 0.5)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def train_classifier(
+def train_network(
     images: Tensor, labels: Tensor, classes: int, device: torch.device
-) -> Classifier:
-    """From uint8 images [N, C, H, W] and labels [N] in range(classes); the same input gives the same classifier."""
+) -> ClassifierNetwork:
+    """Train on uint8 images [N, C, H, W] with labels [N] in range(classes).
+
+    The same input gives the same weights. The global random stream is not touched.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        model = Classifier(images.shape[1], classes, (images.shape[2], images.shape[3]))
+        model = ClassifierNetwork(images.shape[1], classes, (images.shape[2], images.shape[3]))
     model.to(device)
     steps = min(max(_FEWEST_STEPS, _EPOCHS * len(images) // _BATCH), _MOST_STEPS)
     optimizer = torch.optim.AdamW(
@@ -169,7 +189,7 @@ def train_classifier(
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned, scaled along both axes and shifted at random, a little: [N, C, H, W] → the same shape."""
+    """Apply a small random rotation, scaling of both axes and shift: [N, C, H, W] → same shape."""
     turn, *scales, right, down = (2 * torch.rand(5, len(images), generator=generator) - 1).unbind()
     cos, sin = (_ROTATION * turn).cos(), (_ROTATION * turn).sin()
     wide, high = (torch.exp(_SCALE * scale) for scale in scales)
@@ -184,23 +204,25 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, where, padding_mode="border", align_corners=False)
 
 
-def _train_and_test(shards: ShardSet, data: DataConfig, device: torch.device) -> Judge:
+def _train_and_test(shards: ShardSet, data: DataConfig, device: torch.device) -> Classifier:
     images, labels = _labelled(*load_images(shards, data, data.train_split, _MOST_IMAGES))
     tests, truth = _labelled(*load_images(shards, data, data.test_split, _MOST_IMAGES))
     if len(labels.unique()) < 2 or not len(tests):
         raise InputError(
-            f"{shards.folder}: a classifier takes two classes in split {data.train_split!r} and labelled "
-            f"images in split {data.test_split!r}"
+            f"{shards.folder}: a classifier takes two classes in split {data.train_split!r} and "
+            f"labelled images in split {data.test_split!r}"
         )
     assert data.size is not None
-    judge = Judge(
-        train_classifier(images, labels, shards.num_classes, device),
+    classifier = Classifier(
+        train_network(images, labels, shards.num_classes, device),
         data.size,
         len(images),
         len(tests),
         0.0,
     )
-    return replace(judge, test_accuracy=float((judge.look(tests)[1] == truth).double().mean()))
+    return replace(
+        classifier, test_accuracy=float((classifier.classify(tests) == truth).double().mean())
+    )
 
 
 def _labelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,41 +230,42 @@ def _labelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _identity(shards: ShardSet, data: DataConfig) -> str:
-    """Of the data and the recipe that a classifier is made from."""
+    """Hash the data and the recipe that a classifier is trained from."""
     facts = [_VERSION, shards.digest, data.size, data.channels, data.train_split, data.test_split]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _write(file: Path, identity: str, judge: Judge) -> None:
+def _write(file: Path, identity: str, classifier: Classifier) -> None:
     facts = {
         "identity": identity,
-        "train_images": judge.train_images,
-        "test_images": judge.test_images,
-        "test_accuracy": judge.test_accuracy,
+        "train_images": classifier.train_images,
+        "test_images": classifier.test_images,
+        "test_accuracy": classifier.test_accuracy,
     }
-    write_atomic(file, save(_tensors(judge.model), {"r2id": json.dumps(facts)}))
+    write_atomic(file, save(_tensors(classifier.model), {"r2id": json.dumps(facts)}))
 
 
-def _tensors(model: Classifier) -> dict[str, Tensor]:
+def _tensors(model: ClassifierNetwork) -> dict[str, Tensor]:
     return {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
 
 
-def _read(file: Path, identity: str, channels: int, classes: int, size: Size) -> Judge | None:
-    """The kept judge, or None when there is none, or another data set's, or a damaged one."""
+def _read(file: Path, identity: str, channels: int, classes: int, size: Size) -> Classifier | None:
+    """Read a saved classifier; None when there is none, or it is another's or damaged."""
     try:
         with safe_open(file, "pt") as opened:
             facts = json.loads(opened.metadata()["r2id"])
             if facts.pop("identity") != identity:
                 return None
-            model = Classifier(channels, classes, size)
+            model = ClassifierNetwork(channels, classes, size)
             model.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-            judge = Judge(model.eval().requires_grad_(False), size, **facts)
+            classifier = Classifier(model.eval().requires_grad_(False), size, **facts)
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         say(f"{file}: damaged; training the classifier again")
         return None
     say(
-        f"{file}: classifier found in place, {judge.test_accuracy:.4f} on {judge.test_images} real test images"
+        f"{file}: classifier found in place, {classifier.test_accuracy:.4f} on "
+        f"{classifier.test_images} real test images"
     )
-    return judge
+    return classifier

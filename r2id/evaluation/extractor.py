@@ -1,4 +1,7 @@
-"""What images are compared by: features of a network, of the classifier that is trained here or of a file the user has.
+"""Feature extractors: networks whose features distributions of images are compared in.
+
+Two kinds satisfy the protocol: the classifier that r2id trains (r2id.evaluation.classifier), and a
+TorchScript file that the user names, such as the Inception-v3 of the published FID.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -21,28 +24,31 @@ from r2id.models.coords import Size
 _BATCH = 100
 
 
-class Extractor(Protocol):
-    """Features in which distributions of images are compared."""
+class FeatureExtractor(Protocol):
+    """A network that maps images to feature vectors."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def hash(self) -> str:
-        """Identity of the weights, hexadecimal."""
+        """SHA-256 of the weights, hexadecimal."""
 
     @property
     def size(self) -> Size:
-        """Height and width to which every image is brought first, by r2id.evaluation.images.resize."""
+        """Height and width that every image is resized to (by r2id.evaluation.images.resize)."""
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, C, H, W] in [−1, 1] of any size → float32 [N, D], on the CPU."""
 
 
 @dataclass(frozen=True)
-class FileExtractor:
-    """A TorchScript program that makes [N, D] of uint8 images [N, 3, H, W], such as the Inception-v3 that StyleGAN's
-    authors publish for the FID (``inception-2015-12-05.pt``). Grey images are given as colour."""
+class TorchScriptExtractor:
+    """A TorchScript program that maps uint8 images [N, 3, H, W] to features [N, D].
+
+    The Inception-v3 that StyleGAN's authors publish for the FID (``inception-2015-12-05.pt``) is
+    one. Grey images are repeated to three channels.
+    """
 
     name: str
     hash: str
@@ -50,11 +56,15 @@ class FileExtractor:
     program: torch.jit.ScriptModule
     device: torch.device
     options: dict[str, bool]
+    """Keyword arguments of the program; Inception returns logits without return_features."""
 
     @classmethod
-    def load(cls, place: str | Path, size: Size, device: torch.device) -> FileExtractor:
-        """From a file or an address. InputError when it is no TorchScript program, or its output is not one row of numbers
-        for each image; WorkError when it cannot be downloaded."""
+    def load(cls, place: str | Path, size: Size, device: torch.device) -> TorchScriptExtractor:
+        """Load from a file or a URL.
+
+        Raises InputError when it is no TorchScript program, or its output is not one row of finite
+        numbers per image; WorkError when it cannot be downloaded.
+        """
         file = (
             download(str(place)) if str(place).startswith(("http://", "https://")) else Path(place)
         )
@@ -76,22 +86,23 @@ class FileExtractor:
         return extractor
 
     def check(self, file: Path) -> None:
-        """InputError when two grey images do not give [2, D] of finite numbers."""
+        """Raise InputError unless two grey images give [2, D] of finite numbers."""
         try:
             made = self.features(torch.zeros(2, 1, *self.size))
         except RuntimeError as error:
             raise InputError(
-                f"--extractor {file}: takes no uint8 images [N, 3, {self.size[0]}, {self.size[1]}]: "
-                f"{str(error).strip().splitlines()[-1]}"
+                f"--extractor {file}: takes no uint8 images "
+                f"[N, 3, {self.size[0]}, {self.size[1]}]: {str(error).strip().splitlines()[-1]}"
             ) from None
         if made.dim() != 2 or len(made) != 2 or not made.isfinite().all():
             raise InputError(
-                f"--extractor {file}: makes {list(made.shape)} of 2 images; must be finite numbers [2, D]"
+                f"--extractor {file}: makes {list(made.shape)} of 2 images; must be finite "
+                "numbers [2, D]"
             )
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """See Extractor."""
+        """Images [N, C, H, W] in [−1, 1] of any size → float32 [N, D], on the CPU."""
         return torch.cat(
             [
                 self.program(self._bytes(some), **self.options).float().cpu()
@@ -105,8 +116,10 @@ class FileExtractor:
 
 
 def download(url: str) -> Path:
-    """The file at an address, from where PyTorch keeps what it downloads (``TORCH_HOME``), downloaded when it is not there.
-    WorkError when it cannot be."""
+    """Return the file at a URL, downloaded unless PyTorch's cache (``TORCH_HOME``) has it.
+
+    Raises WorkError when it cannot be downloaded.
+    """
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

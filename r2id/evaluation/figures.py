@@ -1,6 +1,6 @@
-"""The report's figures, as PNG bytes.
+"""Draw the figures of the evaluation report, each as the bytes of a PNG.
 
-Shape letters: N images · C channels · H, W image.
+Shape letters: N images · C channels · H, W image · L latent channels · h, w latent grid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COLOURS = ("#0b5fa5", "#8a8a8a", "#c4511d")
 
 
 def grid(images: Tensor, columns: int) -> bytes:
-    """Images [N, C, H, W] in [−1, 1], row by row; each pixel an exact square of pixels."""
+    """Draw images [N, C, H, W] in [−1, 1] row by row, each pixel enlarged by a whole factor."""
     tiled = tile(images, columns, gap=max(1, images.shape[2] // 14))
     factor = max(1, _GRID_SIDE // max(tiled.shape[1:]))
     tiled = F.interpolate(tiled.unsqueeze(0), scale_factor=factor, mode="nearest")[0]
@@ -33,8 +33,11 @@ def grid(images: Tensor, columns: int) -> bytes:
 def table(
     cells: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str] = ()
 ) -> bytes:
-    """A table of images [C, H, W] in [−1, 1] with words for rows and columns: all of one height, each at its aspect
-    ratio, so that one picture at many sizes compares at a glance."""
+    """Draw a table of images [C, H, W] in [−1, 1] with row and column labels.
+
+    All are drawn at one height and at their own aspect ratio, so that one picture at many sizes
+    compares at a glance.
+    """
     ratios = [max(row[k].shape[2] / row[k].shape[1] for row in cells) for k in range(len(cells[0]))]
     figure = Figure((_CELL * sum(ratios) + 1.0, _CELL * len(cells) + 0.3), layout="constrained")
     words, axes = np.split(
@@ -61,7 +64,7 @@ def table(
 
 
 def latents(cells: Sequence[Tensor], most: int = 8) -> bytes:
-    """Latents [L, h, w] of some images, one row each: the first channels as pictures, red above zero and blue below."""
+    """Draw the first channels of latents [L, h, w], one row per image; red is above zero."""
     count = min(most, cells[0].shape[0])
     figure = Figure((_CELL * count + 0.8, _CELL * len(cells) + 0.3), layout="constrained")
     axes = figure.subplots(len(cells), count, squeeze=False)
@@ -78,12 +81,12 @@ def latents(cells: Sequence[Tensor], most: int = 8) -> bytes:
     return _png(figure)
 
 
-def time_curves(scrape: Mapping[str, Any]) -> bytes:
-    """What scrape_times returns, as curves."""
+def loss_by_time(measured: Mapping[str, Any]) -> bytes:
+    """Plot what r2id.evaluation.r2id.measure_loss_by_time returns."""
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (name, losses), colour in zip(scrape["loss"].items(), _COLOURS, strict=False):
-        axes.plot(scrape["time"], losses, "o-", label=f"told {name}", color=colour, markersize=4)
+    for (name, losses), colour in zip(measured["loss"].items(), _COLOURS, strict=False):
+        axes.plot(measured["time"], losses, "o-", label=f"given {name}", color=colour, markersize=4)
     axes.set(
         xlabel="time t (0 is data, 1 is noise)",
         ylabel="squared error of the prediction",
@@ -94,11 +97,11 @@ def time_curves(scrape: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
-def grid_curves(scrape: Mapping[str, Any]) -> bytes:
-    """What scrape_grids returns, as curves."""
+def loss_by_grid(measured: Mapping[str, Any]) -> bytes:
+    """Plot what r2id.evaluation.r2id.measure_loss_by_grid returns."""
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (name, curve), colour in zip(scrape["grids"].items(), _COLOURS, strict=False):
+    for (name, curve), colour in zip(measured["grids"].items(), _COLOURS, strict=False):
         axes.plot(
             curve["log_snr"],
             curve["loss"],
@@ -115,8 +118,12 @@ def grid_curves(scrape: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
-def shift_curves(found: Mapping[str, Any]) -> bytes:
-    """What measure_noise_shift returns: the grids' curves as they are, and each shifted by k towards the base grid's."""
+def noise_shift(found: Mapping[str, Any]) -> bytes:
+    """Plot what measure_noise_shift returns.
+
+    On the left each grid's curve as measured, on the right shifted by the fitted k, where all
+    curves should lie on the base grid's.
+    """
     figure = Figure((9.6, 3.6), layout="constrained")
     places = figure.subplots(1, 2, sharex=True, sharey=True)
     log_snr = np.array(found["log_snr"])
@@ -141,7 +148,7 @@ def shift_curves(found: Mapping[str, Any]) -> bytes:
 
 
 def size_curves(names: Sequence[str], lines: Mapping[str, Sequence[float]], words: str) -> bytes:
-    """One figure of many sizes, for samples and for what they are held against."""
+    """Plot one metric against the size, for samples and for the images they are compared with."""
     figure = Figure((7.6, 3.2), layout="constrained")
     axes = figure.subplots()
     for (name, values), colour in zip(lines.items(), _COLOURS, strict=False):
@@ -153,7 +160,7 @@ def size_curves(names: Sequence[str], lines: Mapping[str, Sequence[float]], word
 
 
 def captioned(images: Sequence[Tensor], captions: Sequence[str], columns: int = 10) -> bytes:
-    """Images [C, H, W] in [−1, 1] of one size, row by row, with words under each."""
+    """Draw images [C, H, W] in [−1, 1] of one size row by row, with a caption under each."""
     rows = -(-len(images) // columns)
     ratio = images[0].shape[1] / images[0].shape[2]
     figure = Figure((_CELL * columns + 0.2, (_CELL * ratio + 0.4) * rows), layout="constrained")

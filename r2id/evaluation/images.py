@@ -1,4 +1,4 @@
-"""Images of a shard set in memory, at one size, and the one way in which the evaluation resizes.
+"""Load images of a shard set into memory, and resize them as every part of the evaluation does.
 
 Shape letters: N images · C colours · H, W image.
 """
@@ -19,9 +19,10 @@ RESIZE_RULE = "bicubic, antialiased, clipped to [−1, 1]"
 
 
 def resize(images: Tensor, size: Size) -> Tensor:
-    """float [N, C, H, W] in [−1, 1] → the same pictures at another size, clipped to [−1, 1].
+    """Resize float images [N, C, H, W] in [−1, 1] bicubically and clip them to [−1, 1].
 
-    The filter is that of r2id.images.resize.
+    The filter is that of r2id.images.resize. One rule for truth, samples and feature extractors
+    keeps their figures comparable.
     """
     if tuple(images.shape[2:]) == size:
         return images
@@ -31,7 +32,10 @@ def resize(images: Tensor, size: Size) -> Tensor:
 def load_images(
     shards: ShardSet, data: DataConfig, split: str, limit: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Images [N, C, *data.size] as uint8 and labels int64 [N] (−1: none), all of a split or ``limit`` evenly spaced."""
+    """Load a split, or ``limit`` of its images evenly spaced.
+
+    Returns uint8 images [N, C, H, W] of ``data.size`` and labels int64 [N], −1 where there is none.
+    """
     assert data.size is not None
     batches = list(eval_loader(shards, data, split=split, batch=500, limit=limit))
     images = torch.cat([to_uint8(batch["image"]) for batch in batches])

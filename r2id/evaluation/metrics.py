@@ -1,4 +1,4 @@
-"""What is measured: pure functions of tensors.
+"""Image metrics as pure functions of tensors; each names its equation and paper.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 _SSIM_SIDE, _SSIM_SIGMA, _SSIM_K = 11, 1.5, (0.01, 0.03)  # Wang et al. 2004, section III-B
-_SSIM_PIXELS = (
-    1 << 20
-)  # of images compared at once, for each of which some float64 values are in memory
+_SSIM_PIXELS = 1 << 20  # pixels compared at once; each takes several float64 values of memory
 _NEIGHBOUR = 3  # k of Kynkäänniemi et al. 2019
 _ROWS = 1000  # features whose distances to all others are in memory at once
 
 
 def mse(images: Tensor, truth: Tensor) -> Tensor:
-    """Mean squared error of each image: two [N, C, H, W] → float64 [N]."""
+    """Return the mean squared error of each image: two [N, C, H, W] → float64 [N]."""
     return (images.double() - truth.double()).square().flatten(1).mean(1)
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of each image on [−1, 1]: two [N, C, H, W] → float64 [N], 1 where they are the same.
+    """Return the structural similarity (SSIM) of each image: two [N, C, H, W] → float64 [N].
 
-    Wang et al. 2004: a Gaussian window of 11×11 pixels, σ 1.5, wherever it fits into the image, and the mean over places
-    and colours, of values from 0 up. A side of fewer than 11 pixels takes the largest odd window that fits it.
+    Images are in [−1, 1]; identical ones score 1. Following Wang et al. 2004, local means,
+    variances and covariances are taken under an 11×11 Gaussian window (σ 1.5) at every position
+    where it fits, and the result is averaged over positions and colours. A side shorter than 11
+    pixels uses the largest odd window that fits.
     """
     step = max(1, _SSIM_PIXELS // images[0, 0].numel())
     return torch.cat(
@@ -36,11 +36,11 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def _ssim(images: Tensor, truth: Tensor) -> Tensor:
-    x, y = images.double() + 1, truth.double() + 1
+    x, y = images.double() + 1, truth.double() + 1  # SSIM is defined for values from 0 up
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x.square(), _blur(y * y) - mean_y.square()
     covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = ((2 * k) ** 2 for k in _SSIM_K)  # of values that range over 2
+    c1, c2 = ((2 * k) ** 2 for k in _SSIM_K)  # (k·L)² with a dynamic range L of 2
     likeness = (
         (2 * mean_x * mean_y + c1)
         * (2 * covariance + c2)
@@ -50,7 +50,10 @@ def _ssim(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """Gaussian means [N, C, H, W] → [N, C, H', W'] wherever the window fits."""
+    """Average under the Gaussian window where it fits: [N, C, H, W] → [N, C, H', W'].
+
+    The window is separable, so it is applied along the height and then along the width.
+    """
     channels = images.shape[1]
     for axis in (2, 3):
         length = min(_SSIM_SIDE, images.shape[axis] - (images.shape[axis] + 1) % 2)
@@ -63,20 +66,21 @@ def _blur(images: Tensor) -> Tensor:
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to two sets of features [N, D] and [M, D] (N, M ≥ 2).
+    """Return the squared Fréchet distance between Gaussians fitted to features [N, D] and [M, D].
 
-    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁ Σ₂)^½) (Dowson & Landau 1982; of images: Heusel et al. 2017) by torchmetrics, in float64.
+    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁ Σ₂)^½) (Dowson & Landau 1982; as FID: Heusel et al. 2017),
+    computed by torchmetrics in float64. Raises ValueError unless N and M are at least 2.
     """
     if min(len(one), len(other)) < 2:
         raise ValueError(f"{len(one)} and {len(other)} features: a covariance takes at least 2")
-    metric = FrechetInceptionDistance(_Given(one.shape[1]))
+    metric = FrechetInceptionDistance(_Identity(one.shape[1]))
     metric.update(one.double().cpu(), real=True)
     metric.update(other.double().cpu(), real=False)
-    return max(0.0, float(metric.compute()))  # by rounding it may come out below
+    return max(0.0, float(metric.compute()))  # rounding may leave it slightly negative
 
 
-class _Given(nn.Module):
-    """Features that are there already, in the place of a network."""
+class _Identity(nn.Module):
+    """Stands in for the Inception network of torchmetrics: the features are computed already."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -87,12 +91,14 @@ class _Given(nn.Module):
 
 
 def precision_and_recall(samples: Tensor, real: Tensor) -> tuple[float, float]:
-    """How many samples could be real, and how much of what is real the samples cover: features [N, D] and [M, D], of which
-    there are more than three → two shares.
+    """Return improved precision and recall of samples [N, D] against real features [M, D].
 
-    A set's manifold is the union of balls around its features, each as large as the distance to the third nearest other
-    one; precision is the share of samples within the real manifold, recall the reverse (Kynkäänniemi et al. 2019). Both
-    depend on the numbers, so that sets of one size alone compare.
+    Following Kynkäänniemi et al. 2019, a set's manifold is the union of balls around its features,
+    each reaching to the third nearest other feature (k = 3). Precision is the share of samples
+    inside the real manifold (fidelity); recall is the share of real features inside the samples'
+    manifold (diversity). Both depend on N and M: compare only sets of equal sizes.
+
+    Raises ValueError unless N and M are at least 4.
     """
     if min(len(samples), len(real)) <= _NEIGHBOUR:
         raise ValueError(
@@ -102,8 +108,8 @@ def precision_and_recall(samples: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def _covered(points: Tensor, centres: Tensor) -> float:
-    """Share of points within the manifold of the centres."""
-    # The nearest to a centre is itself, or one in the same place.
+    """Return the share of points within the manifold of the centres."""
+    # k + 1, because each centre's nearest neighbour is the centre itself at distance 0.
     radii = torch.cat(
         [
             _distances(some, centres).kthvalue(_NEIGHBOUR + 1, dim=1).values
@@ -118,12 +124,13 @@ def _covered(points: Tensor, centres: Tensor) -> float:
 
 
 def _distances(one: Tensor, other: Tensor) -> Tensor:
-    # The way by a matrix product would leave an image at some distance from itself.
+    # The faster way by a matrix product cancels badly: a feature would not be at distance 0 from
+    # itself, and duplicates would fall outside their own balls.
     return torch.cdist(one.double(), other.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def class_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> list[float | None]:
-    """Share of each class's images that are judged to be of it; None for a class without images."""
+    """Return the accuracy within each class; None for a class without images."""
     right = (predicted == labels).double()
     return [
         float(right[labels == k].mean()) if (labels == k).any() else None for k in range(classes)

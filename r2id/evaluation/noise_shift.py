@@ -1,12 +1,16 @@
-"""The noise shift between latent grids, measured: the exponent k at which their curves of error against logSNR coincide.
+"""Measure the noise shift between latent grids: the exponent k that makes error curves coincide.
 
-logSNR_n(t) = logSNR_base(t) − 2·k·log(n/n_base), n = √(h·w) (Hoogeboom et al. 2023): k is 1 for pixels, where a larger grid
-repeats what a smaller one shows, and 0 for latents whose every cell is news. The same test images are encoded on several
-grids, and the network, told the true logSNR, denoises them all at the same ones. What is compared is the squared error of
-x₀ over the mean square of x₀, whatever the objective: it rises from 0 to 1 as noise takes over, so its curve has one place,
-also where the latents of one grid are larger than those of another.
+A larger image needs more noise to hide as much, because neighbouring pixels repeat each other:
+logSNR_n(t) = logSNR_base(t) − 2·k·log(n/n_base), n = √(h·w) (Hoogeboom et al. 2023, "Simple
+diffusion"). k is 1 for pixels, where a larger grid only repeats what a smaller one shows, and 0 for
+latents whose every cell is new information. Where between these a codec lies is measured here.
 
-A grid beyond those trained shows the network's own failings too; the figures say which grids were trained.
+The same test images are encoded on several grids, and the network denoises all of them at the same
+logSNRs. Whatever the training objective, the error is that of x₀ divided by the mean square of x₀:
+it rises from 0 to 1 as noise takes over, so curves of different grids can be laid on each other
+even if the latents of one grid are larger than those of another.
+
+Grids that were not trained also show the network's own failings; the result says which were.
 
 Shape letters: L latent channels · h, w latent grid · P logSNRs.
 """
@@ -30,7 +34,7 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.evaluation import figures
 from r2id.evaluation.r2id import Latents, encode_resized
-from r2id.evaluation.riae import scaled
+from r2id.evaluation.riae import scale_size
 from r2id.files import write_atomic
 from r2id.models.coords import Size
 from r2id.progress import Progress
@@ -40,7 +44,8 @@ from r2id.sampling.sampler import Sampler
 FORMAT_VERSION = 1
 LOG_SNRS = tuple(0.5 * step for step in range(-12, 13))
 FACTORS = (0.75, 1.0, 1.25, 1.5)
-"""Sides of the images that are encoded, in those of the training images; the grids trained at the extremes come too."""
+"""Sides of the encoded images relative to the training images; the extreme trained grids are added
+to the grids that these give."""
 
 _FARTHEST, _FINENESS = (
     4.0,
@@ -52,13 +57,13 @@ Curves = Mapping[Size, Sequence[float]]
 
 @dataclass(frozen=True)
 class Fit:
-    """How grids' curves lie to the base grid's."""
+    """The fitted exponent, and how well each grid's curve then agrees with the base grid's."""
 
     k: float
     displacements: dict[Size, float]
-    """How far to the noisy side, in logSNR, each curve lies best on the base grid's."""
+    """By how much logSNR, towards noise, each curve is best displaced onto the base grid's."""
     mismatches: dict[Size, float]
-    """RMS difference of the two there."""
+    """RMS difference of the two curves at that displacement."""
     residual: float
     """RMS of displacement − 2·k·log(n/n_base)."""
 
@@ -76,11 +81,14 @@ def measure_noise_shift(
     apply: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Measure k of an R2ID checkpoint with some test images of a shard set.
+    """Measure k of an R2ID checkpoint on some test images of a shard set.
 
-    Writes noise-shift.json and noise-shift.png into ``out`` (by default ``report`` in the run directory), and with ``apply``
-    lets the checkpoint's samples be drawn with k from now on; see r2id.sampling.noise_shift. Returns what the file holds.
-    InputError when checkpoint, shards or ``out`` are not what they should be; WorkError when the curves fit nowhere.
+    Writes noise-shift.json and noise-shift.png into ``out`` (by default ``report`` in the run
+    directory) and returns the content of the JSON file. With ``apply``, samples of this checkpoint
+    are drawn with the measured k from now on; see r2id.sampling.noise_shift.
+
+    Raises InputError when checkpoint, shards or ``out`` are unusable, and WorkError when a curve
+    fits the base grid's nowhere.
     """
     out = out or noise_shift.applied_file(checkpoint).parent / "report"
     if out.exists() and not out.is_dir():
@@ -110,27 +118,27 @@ def measure_noise_shift(
         "checkpoint": checkpoints.identity(checkpoint),
     }
     write_atomic(out / noise_shift.NAME, (json.dumps(found, indent=1) + "\n").encode())
-    write_atomic(out / "noise-shift.png", figures.shift_curves(found))
+    write_atomic(out / "noise-shift.png", figures.noise_shift(found))
     if apply:
         noise_shift.apply(checkpoint, found)
     return found
 
 
 def choose_sizes(sampler: Sampler) -> dict[Size, Size]:
-    """The codec's grids around those trained, each with the size of the images that it is encoded from.
+    """Return the latent grids to measure, each with the image size that is encoded onto it.
 
-    InputError when all come out as one.
+    Raises InputError when all image sizes give one and the same grid.
     """
     own = sampler.codec.image
     base = math.prod(sampler.codec.grid_for(own))
     sizes: dict[Size, Size] = {}
     for factor in (*FACTORS, *((area / base) ** 0.5 for area in sampler.areas)):
-        size = scaled(own, (factor, factor))
+        size = scale_size(own, (factor, factor))
         sizes.setdefault(sampler.codec.grid_for(size), size)
     if len({math.prod(grid) for grid in sizes}) < 2:
         raise InputError(
-            f"{sampler.codec.path}: has one latent grid, {next(iter(sizes))}, for all sizes around {own}; a "
-            "shift takes two"
+            f"{sampler.codec.path}: has one latent grid, {next(iter(sizes))}, for all sizes "
+            f"around {own}; a shift takes two"
         )
     return dict(sorted(sizes.items(), key=lambda item: math.prod(item[0])))
 
@@ -138,7 +146,10 @@ def choose_sizes(sampler: Sampler) -> dict[Size, Size]:
 def measure_curve(
     sampler: Sampler, latents: Latents, seed: int = 0, progress: Progress | None = None
 ) -> list[float]:
-    """Squared error of x₀ over its mean square, of latents told their class where the model knows classes, at LOG_SNRS."""
+    """Return the squared error of x₀ over its mean square at each of LOG_SNRS.
+
+    The model is given the true class where it is conditioned on classes.
+    """
     errors = []
     power = sum(
         float(sampler.codec.normalise(latent).square().flatten(1).mean(1).sum())
@@ -147,8 +158,8 @@ def measure_curve(
     for log_snr in LOG_SNRS:
         total = 0.0
         for number, (latent, label) in enumerate(latents):
-            told = label if sampler.num_classes > 1 else torch.full_like(label, -1)
-            total += float(sampler.data_error(latent, told, log_snr, seed + number).sum())
+            condition = label if sampler.num_classes > 1 else torch.full_like(label, -1)
+            total += float(sampler.data_error(latent, condition, log_snr, seed + number).sum())
         errors.append(total / power)
         if progress:
             progress.advance()
@@ -156,17 +167,18 @@ def measure_curve(
 
 
 def fit_exponent(curves: Curves, base: Size) -> Fit:
-    """k by least squares through the origin of displacement against 2·log(n/n_base).
+    """Fit k by least squares through the origin: displacement against 2·log(n/n_base).
 
-    WorkError when a curve lies nowhere on the base grid's.
+    Raises WorkError when a curve agrees with the base grid's at no displacement.
     """
     displacements, mismatches = {}, {}
     for grid, curve in curves.items():
-        displacements[grid], mismatches[grid] = displace(curves[base], curve)
+        displacements[grid], mismatches[grid] = find_displacement(curves[base], curve)
         if abs(displacements[grid]) > _FARTHEST - _FINENESS:
             raise WorkError(
-                f"grid {grid[0]}x{grid[1]}: its curve of error against logSNR is not the base grid's at any "
-                f"displacement up to {_FARTHEST}; the model has not learnt to denoise it"
+                f"grid {grid[0]}x{grid[1]}: its curve of error against logSNR is not the base "
+                f"grid's at any displacement up to {_FARTHEST}; the model has not learnt to "
+                "denoise it"
             )
     ratios = np.array([_log_ratio(grid, base) for grid in curves])
     moved = np.array(list(displacements.values()))
@@ -175,10 +187,11 @@ def fit_exponent(curves: Curves, base: Size) -> Fit:
     return Fit(k, displacements, mismatches, residual)
 
 
-def displace(base: Sequence[float], curve: Sequence[float]) -> tuple[float, float]:
-    """The d at which curve(logSNR − d) lies best on base(logSNR), by mean squares over the overlap, and the RMS difference.
+def find_displacement(base: Sequence[float], curve: Sequence[float]) -> tuple[float, float]:
+    """Find the d at which curve(logSNR − d) is closest to base(logSNR); return (d, RMS difference).
 
-    Between the points both are monotone cubics (Fritsch & Carlson 1980).
+    The difference is taken over the overlap of the two. Between the measured points both curves are
+    interpolated by monotone cubics (Fritsch & Carlson 1980), which do not overshoot.
     """
     still, moving = PchipInterpolator(LOG_SNRS, base), PchipInterpolator(LOG_SNRS, curve)
     tried = np.arange(-_FARTHEST, _FARTHEST + _FINENESS / 2, _FINENESS)
@@ -188,7 +201,7 @@ def displace(base: Sequence[float], curve: Sequence[float]) -> tuple[float, floa
 
 
 def mismatch(base: Sequence[float], curve: Sequence[float], d: float) -> float:
-    """RMS difference of base(logSNR) and curve(logSNR − d) where both are known."""
+    """Return the RMS difference of base(logSNR) and curve(logSNR − d) over their overlap."""
     return _mismatch(PchipInterpolator(LOG_SNRS, base), PchipInterpolator(LOG_SNRS, curve), d)
 
 
@@ -199,14 +212,14 @@ def _mismatch(base: PchipInterpolator, curve: PchipInterpolator, d: float) -> fl
 
 
 def _log_ratio(grid: Size, base: Size) -> float:
-    """2·log(n/n_base), n = √(h·w)."""
+    """Return 2·log(n/n_base), n = √(h·w)."""
     return math.log(math.prod(grid) / math.prod(base))
 
 
 def _describe(
     sampler: Sampler, fit: Fit, curves: Curves, base: Size, sizes: Mapping[Size, Size]
 ) -> dict[str, Any]:
-    """What noise-shift.json says of the measurement."""
+    """Build the part of noise-shift.json that describes the measurement."""
     low, high = sampler.areas
     return {
         "format_version": FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""Where every figure comes from: how many images, of which seeds, in whose eyes, by which rules, against what."""
+"""Record what every figure of the report rests on: images, seeds, extractor, rules, reference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import r2id
 from r2id.checkpoints import checkpoint as checkpoints
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
-from r2id.evaluation.classifier import Judge
-from r2id.evaluation.extractor import Extractor
+from r2id.evaluation.classifier import Classifier
+from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.images import RESIZE_RULE
 from r2id.evaluation.invariance import SIZE_RULE
 from r2id.evaluation.reference import WINDOW_RULE
@@ -26,35 +26,35 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, on what, and by what."""
+    """A checkpoint under evaluation, the data it is evaluated on and the networks that score it."""
 
     checkpoint: Path
     codec: Codec
     sampler: Sampler | None
     shards: ShardSet
     seed: int
-    judge: Judge | None = None
-    extractor: Extractor | None = None
-    """In whose features images are compared: the one of a file, or the judge."""
+    classifier: Classifier | None = None
+    extractor: FeatureExtractor | None = None
+    """Whose features images are compared in: a TorchScript file's, or the classifier's."""
 
     @property
     def riae_data(self) -> DataConfig:
-        """How the RIAE's images are read."""
+        """Data settings that the RIAE was trained with, pointed at the evaluated shards."""
         return self._data(self.codec.path)
 
     @property
     def data(self) -> DataConfig:
-        """How the R2ID's images are read."""
+        """Data settings that the R2ID was trained with, pointed at the evaluated shards."""
         return self._data(self.checkpoint)
 
     def _data(self, path: Path) -> DataConfig:
-        """As the checkpoint's images were, from other shards maybe."""
+        # Images are prepared as in training, though the shards may be others.
         recorded = DataConfig.model_validate(checkpoints.load_meta(path).config["data"])
         return recorded.model_copy(update={"shards": self.shards.folder, "latents": None})
 
 
 def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
-    """Data, checkpoints, settings and rules, and for each figure of the metrics what it rests on."""
+    """Describe data, checkpoints, settings and rules, and what each figure rests on."""
     shards, sampler = subject.shards, subject.sampler
     splits = shards.manifest.splits
     facts: Facts = {
@@ -79,7 +79,7 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
                 "shift_exponent": sampler.diffusion.shift_exponent,
             },
         }
-    seen = {"judge of classes": subject.judge, "extractor": subject.extractor}
+    seen = {"classifier": subject.classifier, "extractor": subject.extractor}
     facts |= {
         name: {"name": one.name, "hash": one.hash, "size": list(one.size)}
         for name, one in seen.items()
@@ -109,10 +109,10 @@ def _origin(path: Path, shards: ShardSet) -> Facts:
 
 
 def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Facts]]:
-    """Name of a figure → images, seeds, extractor, resize rule and reference."""
+    """Yield (name of a figure, its images, seeds, extractor, resize rule and reference)."""
     split = subject.riae_data.test_split
     data = f"{split} split of {subject.shards.digest}"
-    eyes = _eyes(subject.extractor)
+    extractor = _extractor_id(subject.extractor)
     if "riae" in metrics:
         native, half = (metrics["riae"][name]["images"] for name in ("native", "half"))
         yield (
@@ -120,12 +120,12 @@ def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str
             _fact(f"{native} test images; {half} at other sizes", "", "", data),
         )
         if subject.extractor:
-            yield "RIAE: Fréchet distance", _fact(f"{native} test images", "", eyes, data)
+            yield "RIAE: Fréchet distance", _fact(f"{native} test images", "", extractor, data)
     if "r2id" in metrics:
-        scrape = metrics["r2id"]["t_scrape"]
+        images = metrics["r2id"]["loss_by_time"]["images"]
         yield (
             "loss against time and logSNR",
-            _fact(f"{scrape['images']} test images", f"noise {subject.seed} on", "", data),
+            _fact(f"{images} test images", f"noise {subject.seed} on", "", data),
         )
         if "real" in metrics["r2id"]:
             yield from _of_samples(
@@ -140,7 +140,7 @@ def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str
             images = found["riae"]["half_to_double"]["images"]
             yield (
                 "invariance: reconstructions",
-                _fact(f"{images} test images per size", "", eyes, data),
+                _fact(f"{images} test images per size", "", extractor, data),
             )
         if "r2id" in found:
             reference = f"{found['r2id']['reference_images']} images (every other one) of {data}"
@@ -150,7 +150,7 @@ def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str
             row = next(iter(found["r2id"]["sizes"].values()))
             yield (
                 "invariance: real images stretched",
-                _fact(f"{row['stretched']['images']} per size", "", eyes, reference),
+                _fact(f"{row['stretched']['images']} per size", "", extractor, reference),
             )
             pairs = row["consistency"]["samples"]
             yield (
@@ -158,7 +158,7 @@ def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str
                 _fact(
                     f"{pairs} per size",
                     _seeds(subject.seed, pairs),
-                    _eyes(subject.judge),
+                    _extractor_id(subject.classifier),
                     "the same seeds at twice the size",
                 ),
             )
@@ -169,14 +169,14 @@ def _of_samples(
 ) -> Iterator[tuple[str, Facts]]:
     count = next(iter(rows.values()))["samples"]
     images, seeds = f"{count} samples per size", _seeds(subject.seed, count)
-    if subject.judge:
+    if subject.classifier:
         yield (
             f"{name}: class accuracy, failures",
-            _fact(images, seeds, _eyes(subject.judge), "the classes asked for"),
+            _fact(images, seeds, _extractor_id(subject.classifier), "the classes asked for"),
         )
     yield (
         f"{name}: Fréchet distances, precision, recall",
-        _fact(images, seeds, _eyes(subject.extractor), reference),
+        _fact(images, seeds, _extractor_id(subject.extractor), reference),
     )
 
 
@@ -190,7 +190,7 @@ def _fact(images: str, seeds: str, extractor: str, reference: str) -> Facts:
     }
 
 
-def _eyes(extractor: Extractor | None) -> str:
+def _extractor_id(extractor: FeatureExtractor | None) -> str:
     return f"{extractor.name} {extractor.hash}" if extractor else ""
 
 

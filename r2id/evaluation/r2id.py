@@ -1,6 +1,9 @@
-"""How well R2ID makes images: its loss against time, and its samples in the eyes of a classifier of real images.
+"""Measure an R2ID: its loss by time and by latent grid, and the quality of its samples.
 
-Shape letters: N samples · C colours · H, W image · L latent channels · h, w latent grid · D features.
+Samples are scored by a classifier of real images (r2id.evaluation.classifier) and compared with
+real images in the features of an extractor.
+
+Shape letters: N samples · C colours · H, W image · L latent channels · h, w latent grid.
 """
 
 from __future__ import annotations
@@ -15,41 +18,54 @@ from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.diffusion import schedule
-from r2id.evaluation.classifier import Judge
-from r2id.evaluation.extractor import Extractor
+from r2id.evaluation.classifier import Classifier
+from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import class_accuracy
-from r2id.evaluation.reference import BATCH, MOST_REAL, Seen, compare, real_batches, see
-from r2id.evaluation.riae import scaled
+from r2id.evaluation.reference import (
+    BATCH,
+    MOST_REAL,
+    ImageFeatures,
+    compare_features,
+    extract_features,
+    real_batches,
+)
+from r2id.evaluation.riae import scale_size
 from r2id.models.coords import Size
 from r2id.progress import Progress
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.sampler import Sampler
 
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
-"""Times of the scrape, from nearly data to nearly noise."""
+"""Diffusion times at which the loss is measured, from nearly data to nearly noise."""
 
-TOLD = ("its class", "no class", "another class")
+CONDITIONS = ("its class", "no class", "another class")
+"""What the network is given about a test image whose loss is measured."""
 
-_SCRAPED = 256  # test images, evenly spaced
-_LOWEST = 20  # samples of the lowest scores that are named
+_LOSS_IMAGES = 256  # test images, evenly spaced
+_LOWEST = 20  # samples with the lowest scores that are listed
 
 Latents = Sequence[tuple[Tensor, Tensor]]
 """Batches of raw latents [N, L, h, w] and labels [N]."""
 
 
-def encode_tests(sampler: Sampler, shards: ShardSet, data: DataConfig) -> Latents:
-    """Latents of a few test images, with their labels, on the codec's device."""
+def encode_test_images(sampler: Sampler, shards: ShardSet, data: DataConfig) -> Latents:
+    """Encode a few test images; returns latents and labels on the codec's device."""
     return [
         (sampler.codec.encode(batch["image"]), batch["label"].to(sampler.codec.device))
-        for batch in eval_loader(shards, data, split=data.test_split, batch=BATCH, limit=_SCRAPED)
+        for batch in eval_loader(
+            shards, data, split=data.test_split, batch=BATCH, limit=_LOSS_IMAGES
+        )
     ]
 
 
 def encode_resized(
     sampler: Sampler, shards: ShardSet, data: DataConfig, size: Size, limit: int
 ) -> Latents:
-    """Latents, on the codec's own grid, of a few test images brought to a size, with their labels, on its device."""
+    """Resize ``limit`` test images and encode them on the codec's grid for that size.
+
+    Returns latents and labels on the codec's device.
+    """
     grid = sampler.codec.grid_for(size)
     return [
         (sampler.codec.encode(resize(images, size), grid), labels.to(sampler.codec.device))
@@ -59,17 +75,17 @@ def encode_resized(
     ]
 
 
-def scrape_times(
+def measure_loss_by_time(
     sampler: Sampler,
     latents: Latents,
     times: Sequence[float] = TIMES,
     seed: int = 0,
-    told: Sequence[str] = TOLD,
+    conditions: Sequence[str] = CONDITIONS,
 ) -> dict[str, Any]:
-    """Mean loss of denoising test latents at each time ("t-scrape"), told their class, no class, or another class.
+    """Measure the mean loss of test latents at each time, given their class, none, or a wrong one.
 
-    The same noise for all, so that the curves differ by what they were told alone. Where they part, the class matters.
-    A model without classes can be told no class only.
+    All conditions share the same noise, so their curves differ by the condition alone: where they
+    part, the class matters. A model that is not conditioned on classes is measured with none.
     """
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "no class": lambda label: torch.full_like(label, -1)
@@ -79,10 +95,10 @@ def scrape_times(
             "its class": lambda label: label,
             "another class": lambda label: (label + 1) % sampler.num_classes,
         }
-    changes = {name: changes[name] for name in told if name in changes}
+    changes = {name: changes[name] for name in conditions if name in changes}
     images = sum(len(label) for _, label in latents)
     losses: dict[str, list[float]] = {}
-    with Progress("t-scrape", len(changes) * len(times) * images, unit="images") as progress:
+    with Progress("loss by time", len(changes) * len(times) * images, unit="images") as progress:
         for name, change in changes.items():
             losses[name] = []
             for time in times:
@@ -95,54 +111,57 @@ def scrape_times(
     return {"images": images, "time": list(times), "loss": losses}
 
 
-def scrape_grids(
+def measure_loss_by_grid(
     sampler: Sampler,
     shards: ShardSet,
     data: DataConfig,
     times: Sequence[float] = TIMES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Mean loss of denoising test latents of three latent grids, told their class, against logSNR.
+    """Measure the mean loss against logSNR on three latent grids, given the class.
 
-    The grids are the codec's own of the images at half, at their own and at double size. Where the curves coincide, one
-    amount of noise is one problem whatever the grid.
+    The grids are those of the images at half, at their own and at double size. Where the curves
+    coincide, a given amount of noise poses the same problem on every grid: the noise shift fits.
     """
     curves = {}
     for factor in (0.5, 1.0, 2.0):
-        size = scaled(sampler.codec.image, (factor, factor))
+        size = scale_size(sampler.codec.image, (factor, factor))
         grid = sampler.codec.grid_for(size)
         name = f"{grid[0]}x{grid[1]}"
         if name in curves:
             continue
-        told = scrape_times(
+        measured = measure_loss_by_time(
             sampler,
-            encode_resized(sampler, shards, data, size, _SCRAPED),
+            encode_resized(sampler, shards, data, size, _LOSS_IMAGES),
             times,
             seed,
-            told=("its class" if sampler.num_classes > 1 else "no class",),
+            conditions=("its class" if sampler.num_classes > 1 else "no class",),
         )
         shift = schedule.size_shift(
             (grid[0] * grid[1]) ** 0.5, sampler.base_side, sampler.diffusion.shift_exponent
         )
         curves[name] = {
-            "images": told["images"],
+            "images": measured["images"],
             "size": list(size),
-            "loss": next(iter(told["loss"].values())),
+            "loss": next(iter(measured["loss"].values())),
             "log_snr": schedule.log_snr(
                 torch.tensor(times), sampler.diffusion.schedule, shift
             ).tolist(),
         }
-    return {"time": list(times), "told": next(iter(told["loss"])), "grids": curves}
+    return {"time": list(times), "condition": next(iter(measured["loss"])), "grids": curves}
 
 
-def compare_real(
-    extractor: Extractor, shards: ShardSet, data: DataConfig, size: Size, count: int
-) -> tuple[Seen, dict[str, Any]]:
-    """Real test images at a size, and what to expect of perfect samples: how far ``count`` real training images (fewer
-    where there are no more) are from them."""
+def measure_real_baseline(
+    extractor: FeatureExtractor, shards: ShardSet, data: DataConfig, size: Size, count: int
+) -> tuple[ImageFeatures, dict[str, Any]]:
+    """Extract features of real test images, and measure what perfect samples would score.
 
-    def read(split: str, limit: int) -> Seen:
-        return see(
+    The baseline compares ``count`` real training images (all, if there are fewer) with the test
+    images: samples cannot be expected to come closer.
+    """
+
+    def read(split: str, limit: int) -> ImageFeatures:
+        return extract_features(
             extractor, (images for images, _ in real_batches(shards, data, split, size, limit))
         )
 
@@ -150,13 +169,18 @@ def compare_real(
     return real, {
         "test_images": len(real),
         "training_images": len(training),
-        **{f"{name}_of_training_images": value for name, value in compare(training, real).items()},
+        **{
+            f"{name}_of_training_images": value
+            for name, value in compare_features(training, real).items()
+        },
     }
 
 
 class Samples:
-    """``count`` samples, all classes in turn, seeds from ``seed`` on, at any sizes: what is diffused is computed once for
-    each latent grid, and rendered at every size that has it."""
+    """``count`` samples at any sizes, with all classes in turn and seeds from ``seed`` on.
+
+    Latents are sampled once per latent grid and decoded at every image size that uses the grid.
+    """
 
     def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
         self.sampler = sampler
@@ -164,26 +188,29 @@ class Samples:
             choose_labels((), count, sampler.num_classes),
             torch.arange(seed, seed + count),
         )
-        self._latents: dict[Size, Tensor] = {}  # of the first seeds, as many as were asked for yet
+        self._latents: dict[
+            Size, Tensor
+        ] = {}  # by grid, for the first seeds: as many as needed yet
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def first(self, count: int) -> Samples:
-        """The first of them, or more; what either computes, the other has."""
+        """Return the first ``count`` samples (or more than these); both share their latents."""
         samples = Samples(self.sampler, count, int(self.seeds[0]))
         samples._latents = self._latents
         return samples
 
     def batches(self, size: Size, length: int | None = None) -> Iterator[Tensor]:
-        """Images [N, C, H, W] of a size, ``length`` at a time or as many as are rendered together."""
-        latents = self._drawn(self.sampler.grid_for(size))
+        """Yield images [N, C, H, W] of a size, ``length`` at a time (default: what fits memory)."""
+        latents = self._sampled(self.sampler.grid_for(size))
         with Progress(f"render {size[0]}x{size[1]}", len(self), unit="images") as progress:
             for some in latents.split(length or self.sampler.batch_length(size)):
                 yield self.sampler.render(some, size)
                 progress.advance(len(some))
 
-    def _drawn(self, grid: Size) -> Tensor:
+    def _sampled(self, grid: Size) -> Tensor:
+        """Return this object's latents on a grid, sampling those that are not there yet."""
         parts = [self._latents[grid]] if grid in self._latents else []
         known = sum(map(len, parts))
         if known < len(self):
@@ -200,33 +227,38 @@ class Samples:
 
 
 def score_samples(
-    samples: Samples, judge: Judge | None, extractor: Extractor, real: Seen, size: Size
+    samples: Samples,
+    classifier: Classifier | None,
+    extractor: FeatureExtractor,
+    real: ImageFeatures,
+    size: Size,
 ) -> dict[str, Any]:
-    """Judge samples of a size.
+    """Score samples of one size.
 
-    Accuracy (the share judged to be of the class asked for), the same per class, the samples of the lowest probability of
-    that class, and how far all are from real ones (see compare). None where there is no judge or too few images make none.
+    Returns the class accuracy (the share classified as the class asked for), the same per class,
+    the samples with the lowest probability of that class, and the metrics of compare_features.
+    Values are None without a classifier, or where there are too few images for a metric.
     """
     probabilities: list[Tensor] = []
 
-    def judged() -> Iterator[Tensor]:
+    def classified() -> Iterator[Tensor]:
         for images in samples.batches(size):
-            if judge:
-                probabilities.append(judge.probabilities(judge.features(images)))
+            if classifier:
+                probabilities.append(classifier.probabilities(classifier.features(images)))
             yield images
 
-    seen, sampler = see(extractor, judged()), samples.sampler
+    features, sampler = extract_features(extractor, classified()), samples.sampler
     return {
         "size": list(size),
         "grid": list(sampler.grid_for(size)),
         "samples": len(samples),
         "first_seed": int(samples.seeds[0]),
-        **_judged(torch.cat(probabilities) if judge else None, samples),
-        **compare(seen, real),
+        **_class_scores(torch.cat(probabilities) if classifier else None, samples),
+        **compare_features(features, real),
     }
 
 
-def _judged(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
+def _class_scores(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
     labels, seeds, classes = samples.labels, samples.seeds, samples.sampler.num_classes
     if probabilities is None:
         return {"accuracy": None, "accuracy_per_class": None, "lowest": []}
@@ -236,7 +268,7 @@ def _judged(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
         {
             "seed": int(seeds[i]),
             "label": int(labels[i]),
-            "judged": int(found[i]),
+            "predicted": int(found[i]),
             "score": float(score[i]),
         }
         for i in score.argsort(stable=True)[:_LOWEST]
@@ -249,5 +281,5 @@ def _judged(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
 
 
 def draw_samples(samples: Samples, sizes: Sequence[Size]) -> dict[Size, Tensor]:
-    """Samples at every size: size → images [N, C, H, W]."""
+    """Decode samples at every size: size → images [N, C, H, W]."""
     return {size: torch.cat(list(samples.batches(size))) for size in sizes}

@@ -1,4 +1,4 @@
-"""Sets of images as an extractor sees them, whole and by windows, and how far one is from another.
+"""Extract features of image sets, of whole images and of windows, and compare two sets.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -16,7 +16,7 @@ from r2id import rng
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
-from r2id.evaluation.extractor import Extractor
+from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.metrics import frechet_distance, precision_and_recall
 from r2id.models.coords import Size
 
@@ -31,8 +31,8 @@ Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Features float32 [N, D] of images, and of a window of each."""
+class ImageFeatures:
+    """Features float32 [N, D] of N images, and of one window of each."""
 
     whole: Tensor
     windows: Tensor
@@ -41,22 +41,26 @@ class Seen:
         return len(self.whole)
 
 
-def see(extractor: Extractor, batches: Iterable[Tensor]) -> Seen:
-    """Of images [N, C, H, W] in [−1, 1], in as many batches as one likes."""
+def extract_features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> ImageFeatures:
+    """Extract features of batches of images [N, C, H, W] in [−1, 1].
+
+    The result does not depend on how the images are divided into batches.
+    """
     whole, windows, first = [], [], 0
     for images in batches:
         whole.append(extractor.features(images))
         windows.append(extractor.features(cut_windows(images, first)))
         first += len(images)
-    return Seen(torch.cat(whole), torch.cat(windows))
+    return ImageFeatures(torch.cat(whole), torch.cat(windows))
 
 
 def cut_windows(images: Tensor, first: int = 0) -> Tensor:
-    """A window of half the height and width of each image, at its own pixels: [N, C, H, W] → [N, C, ⌈H/2⌉, ⌈W/2⌉].
+    """Cut a window of half the sides out of each image: [N, C, H, W] → [N, C, ⌈H/2⌉, ⌈W/2⌉].
 
-    The place is a share of the room there is and depends on the image's number alone, ``first`` on, so that image i is cut
-    at the same place of the picture at every size. In features of windows distances see detail that is lost when a large
-    image is brought to the extractor's size (patch-FID: Chai et al. 2022, "Any-resolution training").
+    Features of windows show detail that is lost when a large image is shrunk to the extractor's
+    input (patch-FID: Chai et al. 2022, "Any-resolution training"). The position, relative to the
+    room there is, depends only on the image's number (counted from ``first``), so image i is cut at
+    the same part of the picture at every size.
     """
     height, width = images.shape[2:]
     sides = -(-height // 2), -(-width // 2)
@@ -70,10 +74,11 @@ def cut_windows(images: Tensor, first: int = 0) -> Tensor:
     return images[number, colour, rows, columns]
 
 
-def compare(found: Seen, real: Seen) -> Figures:
-    """Fréchet distance of the images and of their windows, precision and recall; None where too few images make none.
+def compare_features(found: ImageFeatures, real: ImageFeatures) -> Figures:
+    """Return Fréchet distances of images and of windows, precision and recall of found to real.
 
-    Precision and recall are of as many of both as there are of the fewer, evenly spaced.
+    A metric is None where there are too few images for it. Precision and recall depend on the
+    numbers of images, so both sets are thinned evenly to the size of the smaller.
     """
     figures: Figures = {"frechet": None, "patch_frechet": None, "precision": None, "recall": None}
     count = min(len(found), len(real))
@@ -97,8 +102,10 @@ def real_batches(
     limit: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [N, C, *size] in [−1, 1] and labels int64 [N] of a split, or of those ``indices``; ``limit`` of them evenly
-    spaced."""
+    """Yield batches of images [N, C, *size] in [−1, 1] and labels int64 [N] of a split.
+
+    ``indices`` selects samples of the split; ``limit`` takes that many of them, evenly spaced.
+    """
     data = data.model_copy(update={"size": size, "latents": None})
     for batch in eval_loader(shards, data, split=split, batch=BATCH, limit=limit, indices=indices):
         yield batch["image"], batch["label"]

@@ -1,4 +1,7 @@
-"""The report: one HTML file with everything in it, readable without a network and for as long as there are browsers."""
+"""Render the evaluation report: one HTML file that embeds its style and figures.
+
+It refers to nothing outside itself, so it can be read without a network and moved anywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from html import escape
 from typing import Any
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 70rem; margin: 2rem auto;
-       padding: 0 1.25rem }
-h1 { font-size: 1.7rem; margin-bottom: 0 } h2 { margin: 2.4rem 0 .4rem; border-bottom: 1px solid #d8dbe0 }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff;
+       max-width: 70rem; margin: 2rem auto; padding: 0 1.25rem }
+h1 { font-size: 1.7rem; margin-bottom: 0 }
+h2 { margin: 2.4rem 0 .4rem; border-bottom: 1px solid #d8dbe0 }
 h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
 .sub, figcaption { color: #5b6470 }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 }
@@ -18,26 +22,30 @@ h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e7e9ed; white-space: nowrap }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e7e9ed;
+         white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { color: #5b6470; font-weight: 600 }
 figure { margin: 1rem 0 } figcaption { font-size: .92rem; margin-top: .3rem }
 img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
-.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; align-items: end }
+.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr));
+         gap: 1rem; align-items: end }
 .facts td, .facts th { text-align: left; white-space: normal; overflow-wrap: anywhere }
 """
 
 _CAPTIONS = {
-    "reconstructions": "Test images (top) and what RIAE makes of them from the latents of their own size, at that size "
-    "and at others.",
+    "reconstructions": "Test images (top) and what RIAE makes of them from the latents of their "
+    "own size, at that size and at others.",
     "latents": "Latents of the same images, as they come out of the encoder.",
     "ladder": "One seed and one class per row, at every size of the columns.",
-    "t_scrape": "Loss against time on test images. The distance between the curves is what the class is worth.",
+    "loss_by_time": "Loss against time on test images. The distance between the curves is what "
+    "the class is worth.",
     "real": "For comparison, real test images.",
-    "grid_scrape": "Loss against logSNR on test latents of three grids. Where the curves coincide, one amount of noise is "
-    "one problem on every grid.",
+    "loss_by_grid": "Loss against logSNR on test latents of three grids. Where the curves "
+    "coincide, one amount of noise is one problem on every grid.",
     "invariance_accuracy": "Class accuracy by size.",
     "invariance_frechet": "Fréchet distance to real test images by size.",
-    "invariance_patch_frechet": "Fréchet distance of windows to windows of real test images by size.",
+    "invariance_patch_frechet": "Fréchet distance of windows to windows of real test images, by "
+    "size.",
 }
 
 COMPARED = {
@@ -49,7 +57,7 @@ COMPARED = {
 
 
 def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """The report's HTML. ``metrics`` is what evaluate returns; ``pictures`` are PNGs by name."""
+    """Render the HTML from what r2id.evaluation.run.evaluate returns and PNG figures by name."""
     parts = [_head(metrics)]
     if "r2id" in metrics:
         parts += _r2id(metrics, pictures)
@@ -67,7 +75,7 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 
 
 def size_name(size: Sequence[int]) -> str:
-    """(42, 28) → '42×28', height first."""
+    """Write a size (height, width) as text: (42, 28) → '42×28'."""
     return f"{size[0]}×{size[1]}"
 
 
@@ -128,22 +136,23 @@ def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable
                 name,
                 pictures,
                 f"Samples at {name.removeprefix('failures_').replace('x', '×')} with the lowest "
-                "probability of the class asked for: that class, its probability, the class they are taken for.",
+                "probability of the class asked for: that class, its probability, the class they "
+                "are taken for.",
             )
             for name in pictures
             if name.startswith("failures_")
         )
-    yield f"<h3>Loss against time</h3>{figure('t_scrape', pictures)}"
-    scrape = found["t_scrape"]
+    yield f"<h3>Loss against time</h3>{figure('loss_by_time', pictures)}"
+    losses = found["loss_by_time"]
     yield table(
-        ["t", *(f"told {name}" for name in scrape["loss"])],
+        ["t", *(f"given {name}" for name in losses["loss"])],
         [
-            [f"{time:g}", *(f"{losses[k]:.4f}" for losses in scrape["loss"].values())]
-            for k, time in enumerate(scrape["time"])
+            [f"{time:g}", *(f"{curve[k]:.4f}" for curve in losses["loss"].values())]
+            for k, time in enumerate(losses["time"])
         ],
     )
-    yield f'<p class="sub">{scrape["images"]:,} test images, the same noise for all curves.</p>'
-    yield figure("grid_scrape", pictures)
+    yield f'<p class="sub">{losses["images"]:,} test images, the same noise for all curves.</p>'
+    yield figure("loss_by_grid", pictures)
 
 
 def _samples_table(metrics: Mapping[str, Any]) -> str:
@@ -169,22 +178,24 @@ def _samples_table(metrics: Mapping[str, Any]) -> str:
         ]
     )
     return table(["size", "latent grid", "images", "class accuracy", *COMPARED.values()], rows) + (
-        f'<p class="sub">{_judged_by(metrics)} Fréchet distances, precision and recall (k = 3) are to '
-        f"{real['test_images']:,} real test images in the features of {escape(extractor['name'])}, which sees everything at "
-        f"{size_name(extractor['size'])}; those of real training images are what perfect samples would have. Windows are of "
-        f"half the height and width. {sampling['steps']} steps of {sampling['solver']}, guidance "
+        f'<p class="sub">{_classifier_note(metrics)} Fréchet distances, precision and recall '
+        f"(k = 3) are to {real['test_images']:,} real test images in the features of "
+        f"{escape(extractor['name'])}, which sees everything at {size_name(extractor['size'])}; "
+        "those of real training images are what perfect samples would have. Windows are of half "
+        f"the height and width. {sampling['steps']} steps of {sampling['solver']}, guidance "
         f"{sampling['guidance']:g}.</p>"
     )
 
 
-def _judged_by(metrics: Mapping[str, Any]) -> str:
+def _classifier_note(metrics: Mapping[str, Any]) -> str:
     if "classifier" not in metrics:
         return ""
-    judge = metrics["classifier"]
+    classifier = metrics["classifier"]
     return (
-        f"Classes are judged by a classifier that saw real images alone: {judge['train_images']:,} of the training "
-        f"split; it has {share(judge['test_accuracy'])} on {judge['test_images']:,} test images. Samples are brought to "
-        f"its size, {size_name(judge['size'])}."
+        "Class accuracy is that of a classifier trained on real images alone: "
+        f"{classifier['train_images']:,} of the training split; it has "
+        f"{share(classifier['test_accuracy'])} on {classifier['test_images']:,} test images. "
+        f"Samples are brought to its size, {size_name(classifier['size'])}."
     )
 
 
@@ -200,7 +211,10 @@ def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str
 
 def _invariance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
     found, rules = metrics["invariance"], metrics["provenance"]["rules"]
-    yield f'<h2>Whether the resolution matters</h2><p class="sub">Sizes: {escape(rules["invariance_sizes"])}.</p>'
+    yield (
+        "<h2>Whether the resolution matters</h2>"
+        f'<p class="sub">Sizes: {escape(rules["invariance_sizes"])}.</p>'
+    )
     if "r2id" in found:
         rows = found["r2id"]["sizes"].values()
         yield table(
@@ -258,21 +272,24 @@ def _reconstructions(found: Mapping[str, Any]) -> Iterable[str]:
     )
     half = found["half_to_double"]
     yield (
-        '<p class="sub">Encoded at the native size and decoded at each; the truth is the image resized by a bicubic '
-        "filter. Consistency: what is decoded at twice the size, averaged down, against what is decoded at the size. "
-        f"Encoded at half and decoded at double, the squared error is {half['mse']:.4f}, {half['relative']:.2f} times "
-        f"that at the native size, {half['native_mse']:.4f}.</p>"
+        '<p class="sub">Encoded at the native size and decoded at each; the truth is the image '
+        "resized by a bicubic filter. Consistency: what is decoded at twice the size, averaged "
+        "down, against what is decoded at the size. Encoded at half and decoded at double, the "
+        f"squared error is {half['mse']:.4f}, {half['relative']:.2f} times that at the native "
+        f"size, {half['native_mse']:.4f}.</p>"
     )
 
 
 def _invariance_words(found: Mapping[str, Any]) -> str:
     row = next(iter(found["sizes"].values()))
     return (
-        f'<p class="sub">{row["samples"]:,} samples per size. Of real: {row["stretched"]["images"]:,} real test images '
-        "stretched to the size, judged in the same way; every picture, of whatever aspect ratio, is stretched back to "
-        f"the size that the judge sees. Both are compared with {found['reference_images']:,} other real test images. "
-        f"Consistency: PSNR of the same {row['consistency']['samples']:,} seeds at twice the size, averaged down, "
-        "against those at the size, and the share that is judged to be of the same class at both.</p>"
+        f'<p class="sub">{row["samples"]:,} samples per size. Of real: '
+        f"{row['stretched']['images']:,} real test images stretched to the size and scored in the "
+        "same way; every picture, of whatever aspect ratio, is stretched back to the size of the "
+        f"feature extractor. Both are compared with {found['reference_images']:,} other real test "
+        f"images. Consistency: PSNR of the same {row['consistency']['samples']:,} seeds at twice "
+        "the size, averaged down, against those at the size, and the share that is classified "
+        "alike at both.</p>"
     )
 
 
@@ -304,9 +321,10 @@ def _riae(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[s
         ],
     )
     yield (
-        '<p class="sub">On [−1, 1], means over test images. From own size: latents of the image as it is, '
-        "decoded at this size. From this size: latents of the image resized to this size, on as many cells. The truth is "
-        "the image resized by a bicubic filter; Fréchet distances are to the images as they are.</p>"
+        '<p class="sub">On [−1, 1], means over test images. From own size: latents of the image as '
+        "it is, decoded at this size. From this size: latents of the image resized to this size, "
+        "on as many cells. The truth is the image resized by a bicubic filter; Fréchet distances "
+        "are to the images as they are.</p>"
     )
     yield figure("reconstructions", pictures)
     yield figure("latents", pictures)
@@ -338,7 +356,8 @@ def figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
     data = base64.b64encode(pictures[name]).decode()
     style = ' class="pixels"' if name == "real" or name.startswith("samples_") else ""
     return (
-        f'<figure id="{escape(name)}"><img{style} src="data:image/png;base64,{data}" alt="{caption}">'
+        f'<figure id="{escape(name)}">'
+        f'<img{style} src="data:image/png;base64,{data}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -348,7 +367,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{names}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def share(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""How well RIAE gives images back: at their own size, at others, and at other aspect ratios.
+"""Measure reconstructions of an RIAE at the image's own size, at others and at other aspect ratios.
 
 Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
-from r2id.evaluation.extractor import Extractor
+from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import frechet_distance, mse, ssim
 from r2id.images import psnr
@@ -38,30 +38,34 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class RiaePictures:
-    """Test images [C, H, W] with what becomes of them."""
+class ReconstructionExamples:
+    """A few test images [C, H, W] with their latents and reconstructions, for the figures."""
 
     originals: list[Tensor]
     rendered: dict[str, list[Tensor]]
-    """Name of a scale → the images, decoded at it from the latents of their own size."""
+    """Name of a scale → all images decoded at that scale, from latents of their own size."""
     latents: list[Tensor]
-    """Their raw latents [L, h, w]."""
+    """Raw latents [L, h, w]."""
 
 
-def scaled(size: Size, scale: tuple[float, float]) -> Size:
-    """A size (H, W) times factors, at least 1×1."""
+def scale_size(size: Size, scale: tuple[float, float]) -> Size:
+    """Multiply a size (H, W) by factors of height and width; at least 1×1."""
     return max(1, round(size[0] * scale[0])), max(1, round(size[1] * scale[1]))
 
 
 def measure_riae(
-    codec: Codec, shards: ShardSet, data: DataConfig, extractor: Extractor | None = None
+    codec: Codec, shards: ShardSet, data: DataConfig, extractor: FeatureExtractor | None = None
 ) -> dict[str, dict[str, Any]]:
-    """For each scale of SCALES, over the test split: number of images, their most frequent size at it, and mean squared
-    error on [−1, 1], PSNR in dB and SSIM, all means over images.
+    """Measure reconstructions of the test split at each of SCALES.
 
-    ``mse``, ``psnr`` and ``ssim`` are of latents of the native image, decoded at this size; ``mse_encoded`` and so on of
-    latents of the image at this size, on as many cells. Truth is the image resized (bicubic). ``frechet`` is the
-    distance of what is decoded to the images as they are, in an extractor's features (rFID), None without one.
+    For each scale it returns the number of images, their most frequent size, and means over images
+    of the squared error on [−1, 1], PSNR in dB and SSIM. The truth is the image resized
+    bicubically.
+
+    ``mse``, ``psnr`` and ``ssim`` encode the image at its native size and decode it at this size;
+    ``mse_encoded`` and so on encode the image resized to this size, on the native latent grid.
+    ``frechet`` is the distance of the decoded images to the originals in the extractor's features
+    (rFID); None without an extractor.
     """
     total = len(shards.split(data.test_split))
     with Progress(
@@ -83,22 +87,22 @@ def _measure(
     names: list[str],
     limit: int,
     progress: Progress,
-    extractor: Extractor | None,
+    extractor: FeatureExtractor | None,
 ) -> dict[str, dict[str, Any]]:
-    seen: dict[str, list[Tensor]] = defaultdict(list)
-    errors: dict[tuple[str, str], list[Tensor]] = defaultdict(
-        list
-    )  # [N, 2]: squared error and SSIM
+    # Of decoded images by scale; of the originals under "".
+    features: dict[str, list[Tensor]] = defaultdict(list)
+    # Of (scale, "" or "_encoded"): batches of [B, 2], squared error and SSIM.
+    errors: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     sizes: dict[str, Counter[Size]] = defaultdict(Counter)
     for batch in eval_loader(shards, data, split=data.test_split, batch=_BATCH, limit=limit):
         images = batch["image"].to(codec.device)
         latents = codec.encode(images)
-        seen[""] += [extractor.features(images)] if extractor else []
+        features[""] += [extractor.features(images)] if extractor else []
         for name in names:
-            size = scaled((images.shape[2], images.shape[3]), SCALES[name])
+            size = scale_size((images.shape[2], images.shape[3]), SCALES[name])
             truth = resize(images, size)
             decoded = codec.decode(latents, size)
-            seen[name] += [extractor.features(decoded)] if extractor else []
+            features[name] += [extractor.features(decoded)] if extractor else []
             errors[name, ""].append(_compare(decoded, truth))
             if name != "native":
                 again = codec.decode(
@@ -111,7 +115,7 @@ def _measure(
         name: {
             "size": list(sizes[name].most_common(1)[0][0]),
             "images": sizes[name].total(),
-            "frechet": distance(seen[name], seen[""]),
+            "frechet": frechet_of_batches(features[name], features[""]),
             **{
                 f"{figure}{kind}": float(value)
                 for (at, kind), parts in errors.items()
@@ -125,8 +129,8 @@ def _measure(
     }
 
 
-def distance(some: list[Tensor], others: list[Tensor]) -> float | None:
-    """Fréchet distance of features in batches, None where there are too few."""
+def frechet_of_batches(some: list[Tensor], others: list[Tensor]) -> float | None:
+    """Return the Fréchet distance of features given in batches; None where there are too few."""
     if sum(map(len, some)) < 2 or sum(map(len, others)) < 2:
         return None
     return frechet_distance(torch.cat(some), torch.cat(others))
@@ -140,8 +144,10 @@ def _means(errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return errors[:, 0].mean(), psnr(errors[:, 0]).mean(), errors[:, 1].mean()
 
 
-def draw_riae(codec: Codec, shards: ShardSet, data: DataConfig) -> RiaePictures:
-    """A few test images, evenly spaced, reconstructed at every scale."""
+def reconstruct_examples(
+    codec: Codec, shards: ShardSet, data: DataConfig
+) -> ReconstructionExamples:
+    """Reconstruct a few test images, evenly spaced, at every scale."""
     originals: list[Tensor] = []
     latents: list[Tensor] = []
     rendered: dict[str, list[Tensor]] = {name: [] for name in SCALES}
@@ -150,6 +156,6 @@ def draw_riae(codec: Codec, shards: ShardSet, data: DataConfig) -> RiaePictures:
         originals += batch["image"]
         latents += encoded.cpu()
         for name, scale in SCALES.items():
-            size = scaled((batch["image"].shape[2], batch["image"].shape[3]), scale)
+            size = scale_size((batch["image"].shape[2], batch["image"].shape[3]), scale)
             rendered[name] += codec.decode(encoded, size).cpu()
-    return RiaePictures(originals, rendered, latents)
+    return ReconstructionExamples(originals, rendered, latents)

@@ -1,4 +1,9 @@
-"""A checkpoint and a shard set → metrics.json, figures and report.html."""
+"""Evaluate a checkpoint on a shard set: write metrics.json, figures and report.html.
+
+``evaluate`` measures what the checkpoint allows: reconstructions (r2id.evaluation.riae), loss and
+samples (r2id.evaluation.r2id) and both at many sizes (r2id.evaluation.invariance). What each figure
+rests on is recorded by r2id.evaluation.provenance.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +20,22 @@ from r2id.config import change
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation import figures
-from r2id.evaluation.classifier import obtain_judge
-from r2id.evaluation.extractor import FileExtractor
+from r2id.evaluation.classifier import load_or_train_classifier
+from r2id.evaluation.extractor import TorchScriptExtractor
 from r2id.evaluation.images import load_images
 from r2id.evaluation.invariance import measure_reconstructions, measure_samples
 from r2id.evaluation.provenance import Subject, describe
 from r2id.evaluation.r2id import (
     Samples,
-    compare_real,
     draw_samples,
-    encode_tests,
+    encode_test_images,
+    measure_loss_by_grid,
+    measure_loss_by_time,
+    measure_real_baseline,
     score_samples,
-    scrape_grids,
-    scrape_times,
 )
 from r2id.evaluation.report import render
-from r2id.evaluation.riae import draw_riae, measure_riae, scaled
+from r2id.evaluation.riae import measure_riae, reconstruct_examples, scale_size
 from r2id.files import write_atomic
 from r2id.images import to_float
 from r2id.models.codec import Codec
@@ -38,7 +43,7 @@ from r2id.models.coords import Size
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: "t_scrape" and "grid_scrape" became "loss_by_time" and "loss_by_grid"
 _GRID_COUNT = 100  # samples shown per size
 _LADDER_ROWS = 5
 _SHOWN_BY_SIZE = {
@@ -64,17 +69,23 @@ def evaluate(
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> Metrics:
-    """Measure an RIAE or R2ID checkpoint on the test split of a shard set; an R2ID's RIAE is measured with it.
+    """Measure an RIAE or R2ID checkpoint on the test split of a shard set.
 
-    Scores ``count`` samples of each of ``sizes`` (default: the size of the training images), with seeds from ``seed`` on;
-    with ``invariance``, so many at each of r2id.evaluation.invariance.invariance_sizes too, and reconstructions at them.
-    ``settings`` are those of SampleConfig that samples are drawn with instead of the run's own; None changes nothing.
-    ``extractor`` is a TorchScript file, or its address, in whose features images are compared; none compares in those of
-    the classifier.
-    Writes ``metrics.json``, ``figures/*.png``, ``report.html`` and, to be used again, ``classifier.safetensors`` into the
-    folder ``out``, replacing an older evaluation, and returns what metrics.json holds.
-    Raises InputError when checkpoint, shards, extractor or ``out`` are not what they should be, before anything is written,
-    and WorkError when an extractor cannot be downloaded.
+    With an R2ID checkpoint its RIAE is measured too. Writes ``metrics.json``, ``figures/*.png``,
+    ``report.html`` and, for reuse, ``classifier.safetensors`` into the folder ``out``, replacing an
+    older evaluation. Returns the content of metrics.json.
+
+    Args:
+        sizes: sizes (height, width) of the scored samples; default: the training images' size.
+        count: samples scored at each size, with seeds from ``seed`` on.
+        invariance: samples at each of the sizes of r2id.evaluation.invariance, where
+            reconstructions are measured too; 0 leaves this part out.
+        extractor: path or URL of a TorchScript file whose features images are compared in;
+            None uses the classifier's.
+        settings: fields of SampleConfig that replace the run's own; None changes nothing.
+
+    Raises InputError, before anything is written, when checkpoint, shards, extractor or ``out`` are
+    unusable, and WorkError when an extractor cannot be downloaded.
     """
     if out.exists() and not out.is_dir():
         raise InputError(
@@ -83,14 +94,14 @@ def evaluate(
     subject = _open(checkpoint, shards, extractor, device, seed)
     settings = {name: value for name, value in settings.items() if value is not None}
     if settings:
-        subject = _drawn_with(subject, settings)
+        subject = _with_sampling(subject, settings)
     if subject.sampler:
         for size in sizes:
             check_samples(subject.sampler, size, None, _GRID_COUNT)
-    subject = _with_judge(subject, out / "classifier.safetensors")
+    subject = _with_classifier(subject, out / "classifier.safetensors")
     metrics: Metrics = {"format_version": FORMAT_VERSION}
     pictures: Pictures = {}
-    if subject.codec.riae:  # pixels are no more than what is diffused
+    if subject.codec.riae:  # an R2ID of pixels has no autoencoder to measure
         metrics["riae"] = measure_riae(
             subject.codec, subject.shards, subject.riae_data, subject.extractor
         )
@@ -116,30 +127,32 @@ def _open(
     device: torch.device | str,
     seed: int,
 ) -> Subject:
-    """All that can be wrong is found here."""
+    """Open everything; input errors are found here, before anything is computed or written."""
     meta = checkpoints.load_meta(checkpoint)
     opened = ShardSet.open(shards)
     sampler = Sampler.load(checkpoint, device) if meta.stage == "r2id" else None
     codec = sampler.codec if sampler else Codec.load(checkpoint, device)
     subject = Subject(checkpoint, codec, sampler, opened, seed)
     opened.split(subject.riae_data.test_split)
-    told = (
-        sampler.model.condition_shape if sampler else ()
-    )  # of what is no class, and samples are told none of
-    if sampler and not told and sampler.num_classes != opened.num_classes:
+    # A model of another condition than classes is sampled without any condition.
+    conditioned = sampler.model.condition_shape if sampler else ()
+    if sampler and not conditioned and sampler.num_classes != opened.num_classes:
         raise InputError(
             f"{shards}: has {opened.num_classes} classes, and {checkpoint} was trained with "
             f"{sampler.num_classes}"
         )
     if extractor is None:
         return subject
-    return replace(subject, extractor=FileExtractor.load(extractor, codec.image, codec.device))
+    return replace(
+        subject, extractor=TorchScriptExtractor.load(extractor, codec.image, codec.device)
+    )
 
 
-def _drawn_with(subject: Subject, settings: Mapping[str, Any]) -> Subject:
+def _with_sampling(subject: Subject, settings: Mapping[str, Any]) -> Subject:
     if subject.sampler is None:
         raise InputError(
-            f"{', '.join(settings)}: of samples, and {subject.checkpoint} is of an RIAE, which draws none"
+            f"{', '.join(settings)}: of samples, and {subject.checkpoint} is of an RIAE, which "
+            "draws none"
         )
     return replace(
         subject,
@@ -147,16 +160,16 @@ def _drawn_with(subject: Subject, settings: Mapping[str, Any]) -> Subject:
     )
 
 
-def _with_judge(subject: Subject, kept: Path) -> Subject:
-    """Without classes there is no classifier to judge by; an RIAE alone takes none."""
+def _with_classifier(subject: Subject, kept: Path) -> Subject:
+    """Add the classifier, unless the checkpoint is an RIAE or has no classes to score."""
     if subject.sampler is None or subject.sampler.num_classes < 2:
         return subject
-    judge = obtain_judge(subject.shards, subject.data, kept, subject.codec.device)
-    return replace(subject, judge=judge, extractor=subject.extractor or judge)
+    classifier = load_or_train_classifier(subject.shards, subject.data, kept, subject.codec.device)
+    return replace(subject, classifier=classifier, extractor=subject.extractor or classifier)
 
 
 def _riae_pictures(subject: Subject) -> Pictures:
-    drawn = draw_riae(subject.codec, subject.shards, subject.riae_data)
+    drawn = reconstruct_examples(subject.codec, subject.shards, subject.riae_data)
     return {
         "reconstructions": figures.table(
             [drawn.originals, *drawn.rendered.values()], ["original", *drawn.rendered]
@@ -166,38 +179,47 @@ def _riae_pictures(subject: Subject) -> Pictures:
 
 
 def _score(subject: Subject, samples: Samples, sizes: Sequence[Size]) -> Metrics:
-    """Everything that is measured of R2ID. Without an extractor only the loss is measured."""
+    """Measure an R2ID. Without a feature extractor only the loss is measured."""
     sampler = samples.sampler
-    shards, data, judge, extractor = subject.shards, subject.data, subject.judge, subject.extractor
+    shards, data, classifier, extractor = (
+        subject.shards,
+        subject.data,
+        subject.classifier,
+        subject.extractor,
+    )
     found: Metrics = {
-        "t_scrape": scrape_times(sampler, encode_tests(sampler, shards, data), seed=subject.seed),
-        "grid_scrape": scrape_grids(sampler, shards, data, seed=subject.seed),
+        "loss_by_time": measure_loss_by_time(
+            sampler, encode_test_images(sampler, shards, data), seed=subject.seed
+        ),
+        "loss_by_grid": measure_loss_by_grid(sampler, shards, data, seed=subject.seed),
         "sizes": {},
     }
     if extractor is None:
         return {"r2id": found}
-    real, found["real"] = compare_real(extractor, shards, data, sampler.codec.image, len(samples))
+    real, found["real"] = measure_real_baseline(
+        extractor, shards, data, sampler.codec.image, len(samples)
+    )
     for size in sizes:
         found["sizes"][f"{size[0]}x{size[1]}"] = score_samples(
-            samples, judge, extractor, real, size
+            samples, classifier, extractor, real, size
         )
     return (
         {"r2id": found}
-        if judge is None
+        if classifier is None
         else {
             "r2id": found,
             "classifier": {
-                "test_accuracy": judge.test_accuracy,
-                "size": list(judge.size),
-                "train_images": judge.train_images,
-                "test_images": judge.test_images,
+                "test_accuracy": classifier.test_accuracy,
+                "size": list(classifier.size),
+                "train_images": classifier.train_images,
+                "test_images": classifier.test_images,
             },
         }
     )
 
 
 def _invariance(subject: Subject, samples: Samples | None) -> Metrics:
-    """See r2id.evaluation.invariance."""
+    """Measure samples and reconstructions at many sizes; see r2id.evaluation.invariance."""
     found: Metrics = {}
     if subject.codec.riae:
         found["riae"] = measure_reconstructions(
@@ -205,7 +227,7 @@ def _invariance(subject: Subject, samples: Samples | None) -> Metrics:
         )
     if samples and subject.extractor:
         found["r2id"] = measure_samples(
-            samples, subject.judge, subject.extractor, subject.shards, subject.data
+            samples, subject.classifier, subject.extractor, subject.shards, subject.data
         )
     return found
 
@@ -213,12 +235,15 @@ def _invariance(subject: Subject, samples: Samples | None) -> Metrics:
 def _show_samples(
     subject: Subject, samples: Samples, sizes: Sequence[Size], found: Metrics
 ) -> Pictures:
-    """A grid per size, one seed at many sizes, the samples of the lowest scores, real images to compare with, and what the
-    loss is."""
+    """Draw the figures of an R2ID.
+
+    They are a grid of samples per size, one seed at many sizes ("ladder"), the samples with the
+    lowest scores, real images for comparison, and the loss curves.
+    """
     drawn = draw_samples(samples.first(_GRID_COUNT), sizes)
     sampler, own = samples.sampler, samples.sampler.codec.image
     others = [
-        scaled(own, scale) for scale in ((0.5, 0.5), (1, 1), (2, 2), (4, 4), (1.5, 1), (1, 1.5))
+        scale_size(own, scale) for scale in ((0.5, 0.5), (1, 1), (2, 2), (4, 4), (1.5, 1), (1, 1.5))
     ]
     ladder = sorted(
         {*sizes, *others},
@@ -244,8 +269,8 @@ def _show_samples(
             for name, row in found["sizes"].items()
             if row["lowest"]
         },
-        "t_scrape": figures.time_curves(found["t_scrape"]),
-        "grid_scrape": figures.grid_curves(found["grid_scrape"]),
+        "loss_by_time": figures.loss_by_time(found["loss_by_time"]),
+        "loss_by_grid": figures.loss_by_grid(found["loss_by_grid"]),
     }
 
 
@@ -255,7 +280,10 @@ def _show_failures(sampler: Sampler, row: Metrics, names: Sequence[str]) -> byte
     images = sampler.sample(labels, seeds, tuple(row["size"]))
     return figures.captioned(
         list(images),
-        [f"{names[one['label']]}: {one['score']:.2g}\nas {names[one['judged']]}" for one in lowest],
+        [
+            f"{names[one['label']]}: {one['score']:.2g}\nas {names[one['predicted']]}"
+            for one in lowest
+        ],
     )
 
 
@@ -278,7 +306,7 @@ def _show_invariance(found: Metrics) -> Pictures:
 
 
 def _headlines(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures that a person asks for first."""
+    """Return the results that a reader asks for first, as sentences."""
     lines = []
     if "r2id" in metrics:
         for name, row in metrics["r2id"]["sizes"].items():
@@ -289,9 +317,10 @@ def _headlines(metrics: Mapping[str, Any]) -> list[str]:
                 + f" ({row['samples']} samples)"
             )
     if "classifier" in metrics:
-        judge = metrics["classifier"]
+        classifier = metrics["classifier"]
         lines.append(
-            f"the classifier on real test images: {judge['test_accuracy']:.4f} ({judge['test_images']} images)"
+            f"the classifier on real test images: {classifier['test_accuracy']:.4f} "
+            f"({classifier['test_images']} images)"
         )
     if "invariance" in metrics:
         lines += _invariance_headlines(metrics["invariance"])
@@ -307,7 +336,7 @@ def _headlines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _invariance_headlines(found: Mapping[str, Any]) -> Iterator[str]:
-    """The worst of all sizes."""
+    """Yield the worst of all sizes."""
     rows, riae = (found[name]["sizes"] if name in found else {} for name in ("r2id", "riae"))
     ratios = {
         name: row["accuracy"] / row["stretched"]["accuracy"]
@@ -316,21 +345,29 @@ def _invariance_headlines(found: Mapping[str, Any]) -> Iterator[str]:
     }
     if ratios:
         worst = min(ratios, key=lambda name: ratios[name])
-        yield f"least accuracy over that of real images stretched to the size: {ratios[worst]:.3f} at {worst}"
+        yield (
+            "least accuracy over that of real images stretched to the size: "
+            f"{ratios[worst]:.3f} at {worst}"
+        )
     for kind, pairs in (
         ("samples", {name: row["consistency"]["psnr"] for name, row in rows.items()}),
         ("reconstructions", {name: row["consistency"] for name, row in riae.items()}),
     ):
         if pairs:
             worst = min(pairs, key=lambda name: pairs[name])
-            yield f"least consistency of {kind} with twice the size: {pairs[worst]:.2f} dB at {worst}"
+            yield (
+                f"least consistency of {kind} with twice the size: {pairs[worst]:.2f} dB at {worst}"
+            )
     if riae:
         relative = found["riae"]["half_to_double"]["relative"]
-        yield f"RIAE, encoded at half and decoded at double: {relative:.2f} times the native squared error"
+        yield (
+            f"RIAE, encoded at half and decoded at double: {relative:.2f} times the native squared "
+            "error"
+        )
 
 
 def _write(out: Path, metrics: Metrics, pictures: Pictures) -> None:
-    """Each file whole or absent, the report last; pictures of an older evaluation go."""
+    """Write each file atomically, the report last, and remove figures of an older evaluation."""
     for name, data in pictures.items():
         write_atomic(out / "figures" / f"{name}.png", data)
     for file in (out / "figures").glob("*.png"):

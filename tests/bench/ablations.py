@@ -18,10 +18,10 @@ import torch
 from r2id.config import R2idRun, RiaeRun, load_config
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
-from r2id.evaluation.classifier import obtain_judge
+from r2id.evaluation.classifier import load_or_train_classifier
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import mse
-from r2id.evaluation.r2id import Samples, compare_real, score_samples
+from r2id.evaluation.r2id import Samples, measure_real_baseline, score_samples
 from r2id.models import coords
 from r2id.models.codec import Codec
 from r2id.sampling.sampler import Sampler
@@ -174,11 +174,13 @@ def measure(config, options):
     sampler = Sampler.load(config.run)
     native = sampler.codec.image
     data, found = config.data.model_copy(update={"latents": None}), []
-    judge = obtain_judge(shards, data, options.out / "classifier.safetensors", torch.device("cpu"))
-    real, _ = compare_real(judge, shards, data, native, SAMPLES)
+    classifier = load_or_train_classifier(
+        shards, data, options.out / "classifier.safetensors", torch.device("cpu")
+    )
+    real, _ = measure_real_baseline(classifier, shards, data, native, SAMPLES)
     samples = Samples(sampler, SAMPLES, 0)
     for at in options.size or [native, (2 * native[0], 2 * native[1])]:
-        row = score_samples(samples, judge, judge, real, at)
+        row = score_samples(samples, classifier, classifier, real, at)
         found += [f"{row['accuracy']:.3f}", f"{row['frechet']:.3g}"]
     return found
 

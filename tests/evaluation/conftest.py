@@ -1,4 +1,4 @@
-"""A classifier of the digits, trained once for all tests."""
+"""Fixtures shared by the evaluation tests: the digits, and a classifier trained on them once."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
-from r2id.evaluation.classifier import Judge, obtain_judge
+from r2id.evaluation.classifier import Classifier, load_or_train_classifier
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +21,15 @@ def data(digits) -> DataConfig:
 
 
 @pytest.fixture(scope="session")
-def judge_file(shards, data, build_once) -> Path:
+def classifier_file(shards, data, build_once) -> Path:
     def build(folder: Path) -> None:
-        obtain_judge(shards, data, folder / "classifier.safetensors", torch.device("cpu"))
+        load_or_train_classifier(
+            shards, data, folder / "classifier.safetensors", torch.device("cpu")
+        )
 
     return build_once("classifier", build) / "classifier.safetensors"
 
 
 @pytest.fixture(scope="session")
-def judge(shards, data, judge_file) -> Judge:
-    return obtain_judge(shards, data, judge_file, torch.device("cpu"))
+def classifier(shards, data, classifier_file) -> Classifier:
+    return load_or_train_classifier(shards, data, classifier_file, torch.device("cpu"))

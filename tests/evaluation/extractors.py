@@ -1,4 +1,4 @@
-"""A TorchScript file as a user may have one: small, and of known features."""
+"""TorchScript files such as a user may have: small, and with known features."""
 
 from pathlib import Path
 
@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class Quarters(nn.Module):
-    """Means of the quarters of each colour, [N, 12], of uint8 images; without the flag, something else."""
+    """Means of each colour's quarters, [N, 12]; without the flag, something else.
+
+    As Inception does, it returns features only when it is asked for them by ``return_features``.
+    """
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
         assert images.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""Shard sets of random images, for tests."""
+"""Write shard sets of random images."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from r2id.config import PrepareConfig
 def write_folder(
     place: Path, counts: dict[str, int], sizes: tuple[tuple[int, int], ...] = ((8, 8),)
 ) -> Path:
-    """Shards of random grey images: subfolder → number of images, whose (height, width) are the sizes in turn."""
+    """Shard random grey images: ``counts`` of them per subfolder, taking ``sizes`` in turn."""
     generator = np.random.default_rng(0)
     for name, count in counts.items():
         (place / "source" / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The judge of samples."""
+"""The classifier: its accuracy, its cache file and its training data."""
 
 import json
 from types import SimpleNamespace
@@ -11,66 +11,66 @@ from safetensors import safe_open
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
-from r2id.evaluation import classifier
+from r2id.evaluation import classifier as classifier_module
 from r2id.evaluation.classifier import (
-    Classifier,
+    ClassifierNetwork,
     augment,
     frequent_size,
-    obtain_judge,
-    train_classifier,
+    load_or_train_classifier,
+    train_network,
 )
 from r2id.evaluation.images import load_images
 from r2id.images import to_float
 from tests.evaluation.folders import write_folder
 
 
-def test_it_knows_held_out_digits(judge):
-    assert judge.size == (8, 8)
-    assert judge.test_accuracy >= 0.99
-    assert (judge.train_images, judge.test_images) == (1438, 359)
+def test_accuracy_on_held_out_digits(classifier):
+    assert classifier.size == (8, 8)
+    assert classifier.test_accuracy >= 0.99
+    assert (classifier.train_images, classifier.test_images) == (1438, 359)
 
 
-def test_other_sizes_are_brought_to_its_own(judge, shards, data):
+def test_images_of_another_size_are_resized(classifier, shards, data):
     images, labels = load_images(shards, data.model_copy(update={"size": (24, 24)}), "test")
-    features, classes = judge.look(images)
+    features, classes = classifier.features(images), classifier.classify(images)
     assert features.shape == (359, 128) and features.dtype == torch.float32
     assert (classes == labels).double().mean() > 0.97
-    again, _ = judge.look(to_float(images), batch=100)
+    again = torch.cat([classifier.features(some) for some in to_float(images).split(100)])
     torch.testing.assert_close(again, features, atol=0.05, rtol=0.05)  # bfloat16 in other batches
 
 
-def test_it_is_kept_and_used_again(judge, judge_file, shards, data):
-    before = judge_file.stat().st_mtime_ns
-    again = obtain_judge(shards, data, judge_file, torch.device("cpu"))
-    assert judge_file.stat().st_mtime_ns == before
-    assert again.test_accuracy == judge.test_accuracy
-    for name, tensor in judge.model.state_dict().items():
+def test_it_is_saved_and_read_again(classifier, classifier_file, shards, data):
+    before = classifier_file.stat().st_mtime_ns
+    again = load_or_train_classifier(shards, data, classifier_file, torch.device("cpu"))
+    assert classifier_file.stat().st_mtime_ns == before
+    assert again.test_accuracy == classifier.test_accuracy
+    for name, tensor in classifier.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
 
 
-def test_a_stale_or_damaged_one_is_not_used(judge, judge_file, tmp_path, capsys):
-    with safe_open(judge_file, "pt") as opened:
+def test_a_stale_or_damaged_file_is_not_used(classifier, classifier_file, tmp_path, capsys):
+    with safe_open(classifier_file, "pt") as opened:
         identity = json.loads(opened.metadata()["r2id"])["identity"]
-    read = lambda file, wanted: classifier._read(file, wanted, 1, 10, (8, 8))  # noqa: E731
-    assert read(judge_file, identity) is not None
-    assert read(judge_file, "another data set's") is None
+    read = lambda file, wanted: classifier_module._read(file, wanted, 1, 10, (8, 8))  # noqa: E731
+    assert read(classifier_file, identity) is not None
+    assert read(classifier_file, "another data set's") is None
     assert read(tmp_path / "none", identity) is None
     capsys.readouterr()
-    (tmp_path / "cut").write_bytes(judge_file.read_bytes()[:5000])
+    (tmp_path / "cut").write_bytes(classifier_file.read_bytes()[:5000])
     assert read(tmp_path / "cut", identity) is None
     assert "damaged" in capsys.readouterr().err
 
 
 def test_the_same_data_gives_the_same_classifier(monkeypatch):
-    monkeypatch.setattr(classifier, "_FEWEST_STEPS", 3)
-    monkeypatch.setattr(classifier, "_MOST_STEPS", 3)
+    monkeypatch.setattr(classifier_module, "_FEWEST_STEPS", 3)
+    monkeypatch.setattr(classifier_module, "_MOST_STEPS", 3)
     images, labels = torch.randint(0, 256, (50, 3, 9, 7), dtype=torch.uint8), torch.arange(50) % 4
     torch.manual_seed(1)
-    one = train_classifier(images, labels, 4, torch.device("cpu"))
+    one = train_network(images, labels, 4, torch.device("cpu"))
     torch.manual_seed(2)
     drawn = torch.rand(1)
     torch.manual_seed(2)
-    other = train_classifier(images, labels, 4, torch.device("cpu"))
+    other = train_network(images, labels, 4, torch.device("cpu"))
     assert torch.equal(torch.rand(1), drawn)  # the global stream is left alone
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
@@ -78,7 +78,7 @@ def test_the_same_data_gives_the_same_classifier(monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (28, 28), (64, 64), (7, 5)])
 def test_any_size(size):
-    assert Classifier(3, 5, size).eval()(torch.zeros(2, 3, *size)).shape == (2, 5)
+    assert ClassifierNetwork(3, 5, size).eval()(torch.zeros(2, 3, *size)).shape == (2, 5)
 
 
 def test_augmentation_is_mild():
@@ -102,10 +102,10 @@ def test_size_that_most_images_have():
 
 def test_data_without_two_classes(tmp_path):
     shards = write_folder(tmp_path, {"train/a": 5, "test/a": 3})
-    with pytest.raises(InputError, match="takes two classes in split 'train'"):
-        obtain_judge(
+    with pytest.raises(InputError, match="'train'"):
+        load_or_train_classifier(
             ShardSet.open(shards),
             DataConfig(shards=shards),
-            tmp_path / "judge",
+            tmp_path / "classifier",
             torch.device("cpu"),
         )

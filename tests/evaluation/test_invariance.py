@@ -1,4 +1,4 @@
-"""Figures by size, against what is known of them."""
+"""Metrics by size, checked against direct computation."""
 
 from dataclasses import replace
 
@@ -13,12 +13,12 @@ from r2id.evaluation.invariance import (
     invariance_sizes,
     measure_reconstructions,
     measure_samples,
-    pair_samples,
+    score_consistency,
     score_stretched,
 )
 from r2id.evaluation.metrics import mse, ssim
 from r2id.evaluation.r2id import Samples
-from r2id.evaluation.reference import real_batches, see
+from r2id.evaluation.reference import extract_features, real_batches
 from r2id.images import psnr, to_float
 from r2id.sampling.sampler import Sampler
 
@@ -58,13 +58,15 @@ def test_halving_is_the_mean():
     assert halve(image).tolist() == [[[[4.0, 2.0]]]]
 
 
-def test_stretched_images_lose_by_shrinking_alone(judge, shards, data):
+def test_stretched_images_lose_by_shrinking_alone(classifier, shards, data):
     def score(size):
         return score_stretched(
-            judge, judge, real, real_batches(shards, data, "test", (8, 8), 200), size
+            classifier, classifier, real, real_batches(shards, data, "test", (8, 8), 200), size
         )
 
-    real = see(judge, (images for images, _ in real_batches(shards, data, "test", (8, 8), 200)))
+    real = extract_features(
+        classifier, (images for images, _ in real_batches(shards, data, "test", (8, 8), 200))
+    )
     native, large, small = (score(size) for size in ((8, 8), (32, 16), (2, 2)))
     assert (
         native["images"] == 200
@@ -75,23 +77,23 @@ def test_stretched_images_lose_by_shrinking_alone(judge, shards, data):
     assert native["frechet"] < large["frechet"] < small["frechet"] and small["accuracy"] < 0.6
 
 
-def test_consistency_of_samples_is_that_of_the_same_seeds(sampler, judge):
-    pair = pair_samples(Samples(sampler, 25, 3), judge, (8, 8))
+def test_consistency_of_samples_is_that_of_the_same_seeds(sampler, classifier):
+    pair = score_consistency(Samples(sampler, 25, 3), classifier, (8, 8))
     labels, seeds = torch.arange(25) % 10, torch.arange(3, 28)
     small, large = (sampler.sample(labels, seeds, size) for size in ((8, 8), (16, 16)))
     assert pair["psnr"] == pytest.approx(
         float(psnr(mse(F.avg_pool2d(large, 2), small)).mean()), abs=0.01
     )
     assert pair["same_class"] == float(
-        (judge.look(small)[1] == judge.look(large)[1]).double().mean()
+        (classifier.classify(small) == classifier.classify(large)).double().mean()
     )
     assert pair["samples"] == 25 and pair["first_seed"] == 3
-    assert pair_samples(Samples(sampler, 2, 3), None, (8, 8))["same_class"] is None
+    assert score_consistency(Samples(sampler, 2, 3), None, (8, 8))["same_class"] is None
 
 
-def test_samples_stand_beside_stretched_real_images(sampler, judge, shards, data, monkeypatch):
+def test_samples_stand_beside_stretched_real_images(sampler, classifier, shards, data, monkeypatch):
     monkeypatch.setattr(invariance, "_SIZES", ((28, 28), (42, 28)))
-    found = measure_samples(Samples(sampler, 30, 2), judge, judge, shards, data)
+    found = measure_samples(Samples(sampler, 30, 2), classifier, classifier, shards, data)
     assert found["reference_images"] == 180 and list(found["sizes"]) == ["8x8", "12x8"]
     row = found["sizes"]["8x8"]
     assert row["samples"] == row["stretched"]["images"] == row["consistency"]["samples"] == 30
@@ -99,7 +101,11 @@ def test_samples_stand_beside_stretched_real_images(sampler, judge, shards, data
     half, rest = images[0::2], images[1::2]
     chosen = rest[torch.arange(30) * len(rest) // 30]
     expected = score_stretched(
-        judge, judge, see(judge, half.split(100)), iter([(chosen, torch.full((30,), -1))]), (8, 8)
+        classifier,
+        classifier,
+        extract_features(classifier, half.split(100)),
+        iter([(chosen, torch.full((30,), -1))]),
+        (8, 8),
     )
     assert expected["accuracy"] is None
     assert row["stretched"]["frechet"] == pytest.approx(expected["frechet"], rel=1e-3)
@@ -109,9 +115,9 @@ def test_samples_stand_beside_stretched_real_images(sampler, judge, shards, data
     )  # the samples are of a model that has hardly been trained
 
 
-def test_reconstructions_by_size(sampler, judge, shards, data):
+def test_reconstructions_by_size(sampler, classifier, shards, data):
     codec = replace(sampler.codec, bfloat16=False)
-    found = measure_reconstructions(codec, shards, data, judge, limit=30)
+    found = measure_reconstructions(codec, shards, data, classifier, limit=30)
     images = next(iter(real_batches(shards, data, "test", (8, 8), 30)))[0]
     latents = codec.encode(images)
     row = found["sizes"]["11x7"]

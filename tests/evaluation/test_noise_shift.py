@@ -1,7 +1,8 @@
-"""The noise shift measured: known exponents are found, and what is applied is what samples are drawn with."""
+"""Measuring the noise shift finds known exponents, and an applied one is used by the sampler."""
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from r2id.errors import InputError, WorkError
 from r2id.evaluation.noise_shift import (
     LOG_SNRS,
     choose_sizes,
-    displace,
+    find_displacement,
     fit_exponent,
     measure_curve,
     measure_noise_shift,
@@ -30,7 +31,10 @@ SIGNAL = 1 / (1 + math.exp(-1))  # α² at a logSNR of 1
 
 
 class Exact(nn.Module):
-    """E[x₀ | x] of standard normal values, one per cell, or one per cell of a 4×4 grid, repeated."""
+    """The optimal denoiser E[x₀ | x] of standard normal latents, whose shift is known.
+
+    They are independent in every cell (k = 0), or a 4×4 grid enlarged by repetition (k = 1).
+    """
 
     config, classes, condition_shape = R2idConfig(condition="none"), 0, ()
 
@@ -87,7 +91,7 @@ def test_a_known_exponent_is_found(sampler, repeated, k, base):
     ("kind", "wanted"), [("epsilon", math.exp(-1)), ("x0", 0.0), ("v", SIGNAL * (1 - SIGNAL))]
 )
 def test_the_error_is_that_of_x0_under_every_objective(sampler, kind, wanted):
-    """Of zeros: x = σ·ε, so that a prediction of 0 says that x₀ is σ·ε/α (ε), 0 (x₀) or α·σ·ε (v)."""
+    """A prediction of 0 for x = σ·ε means an x₀ of σ·ε/α (ε), 0 (x₀) or α·σ·ε (v)."""
 
     class Silent(Exact):
         def forward(self, x, alpha_bar, condition):
@@ -104,8 +108,8 @@ def test_the_error_is_that_of_x0_under_every_objective(sampler, kind, wanted):
 
 def test_a_curve_s_displacement_is_to_the_noisy_side():
     curve, moved = (torch.sigmoid(-torch.tensor(LOG_SNRS) - d) for d in (0.0, 1.3))
-    assert displace(curve.tolist(), moved.tolist())[0] == pytest.approx(1.3, abs=0.011)
-    with pytest.raises(WorkError, match=r"grid 8x8: .* at any displacement"):
+    assert find_displacement(curve.tolist(), moved.tolist())[0] == pytest.approx(1.3, abs=0.011)
+    with pytest.raises(WorkError, match="8x8"):
         fit_exponent(
             {(4, 4): curve.tolist(), (8, 8): torch.linspace(3, 2, len(LOG_SNRS)).tolist()}, (4, 4)
         )
@@ -149,27 +153,25 @@ def test_what_is_applied_is_used_until_it_is_removed(run, digits, capsys):
     capsys.readouterr()
     sampler = Sampler.load(run)
     assert sampler.diffusion.shift_exponent == 0.375
-    assert (
-        f"{file}: noise shift exponent 0.375 instead of the trained one\n"
-        in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert str(file) in told and "0.375" in told
     noise_shift.apply(run, {**found, "k": 0.375, "checkpoint": "0" * 64})
     assert Sampler.load(run).diffusion.shift_exponent == trained
-    assert "of another checkpoint" in capsys.readouterr().err
+    assert str(file) in capsys.readouterr().err
     for text in ("{", '{"k": 1.0}', json.dumps({**found, "k": -1.0}), "[]"):
         file.write_text(text)
-        with pytest.raises(InputError, match=r"noise-shift.json: damaged"):
+        with pytest.raises(InputError, match=r"noise-shift\.json"):
             Sampler.load(run)
-    with pytest.raises(WorkError, match=r"k = -0.200: cannot be applied"):
+    with pytest.raises(WorkError, match=r"-0\.2"):
         noise_shift.apply(run, {**found, "k": -0.2})
 
 
 def test_mistakes(r2id_run, riae_run, digits, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / "file"))):
         measure_noise_shift(r2id_run, digits, tmp_path / "file")
-    with pytest.raises(InputError, match="is the run directory"):
+    with pytest.raises(InputError, match=re.escape(str(r2id_run))):
         measure_noise_shift(r2id_run, digits, r2id_run, apply=True)
-    with pytest.raises(InputError, match="stage 'riae'"):
+    with pytest.raises(InputError, match="'riae'"):
         measure_noise_shift(riae_run, digits, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Loss against time, and samples judged."""
+"""Loss by time and by grid, and the scores of samples."""
 
 import math
 
@@ -9,12 +9,12 @@ from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
 from r2id.evaluation.r2id import (
     Samples,
-    compare_real,
     draw_samples,
-    encode_tests,
+    encode_test_images,
+    measure_loss_by_grid,
+    measure_loss_by_time,
+    measure_real_baseline,
     score_samples,
-    scrape_grids,
-    scrape_times,
 )
 from r2id.sampling.sampler import Sampler
 
@@ -25,44 +25,44 @@ def sampler(r2id_run):
 
 
 def test_loss_against_time(sampler, shards, data):
-    latents = encode_tests(sampler, shards, data)
+    latents = encode_test_images(sampler, shards, data)
     assert sum(len(label) for _, label in latents) == 256
-    scrape = scrape_times(sampler, latents, (0.25, 0.75))
-    assert scrape["images"] == 256 and scrape["time"] == [0.25, 0.75]
-    assert set(scrape["loss"]) == {"its class", "no class", "another class"}
+    measured = measure_loss_by_time(sampler, latents, (0.25, 0.75))
+    assert measured["images"] == 256 and measured["time"] == [0.25, 0.75]
+    assert set(measured["loss"]) == {"its class", "no class", "another class"}
     latent, label = latents[0]
     expected = sampler.loss_at(latent, label, 0.75, 0)
-    alone = scrape_times(sampler, latents[:1], (0.75,))
+    alone = measure_loss_by_time(sampler, latents[:1], (0.75,))
     assert alone["loss"]["its class"] == [pytest.approx(float(expected.mean()), rel=1e-3)]
-    assert scrape == scrape_times(sampler, latents, (0.25, 0.75))
+    assert measured == measure_loss_by_time(sampler, latents, (0.25, 0.75))
 
 
 def test_loss_against_noise_of_three_grids(sampler, shards, data):
-    scrape = scrape_grids(sampler, shards, data, (0.25, 0.75))
-    assert list(scrape["grids"]) == ["2x2", "4x4", "8x8"] and scrape["told"] == "its class"
-    own = scrape_times(sampler, encode_tests(sampler, shards, data), (0.25, 0.75))["loss"][
-        "its class"
-    ]
-    assert scrape["grids"]["4x4"]["loss"] == pytest.approx(own, rel=0.02)
-    small, large = (torch.tensor(scrape["grids"][name]["log_snr"]) for name in ("4x4", "8x8"))
+    measured = measure_loss_by_grid(sampler, shards, data, (0.25, 0.75))
+    assert list(measured["grids"]) == ["2x2", "4x4", "8x8"] and measured["condition"] == "its class"
+    own = measure_loss_by_time(sampler, encode_test_images(sampler, shards, data), (0.25, 0.75))[
+        "loss"
+    ]["its class"]
+    assert measured["grids"]["4x4"]["loss"] == pytest.approx(own, rel=0.02)
+    small, large = (torch.tensor(measured["grids"][name]["log_snr"]) for name in ("4x4", "8x8"))
     assert (small - large).tolist() == pytest.approx(
         [2 * math.log(2) * sampler.diffusion.shift_exponent] * 2, rel=1e-4
     )
 
 
-def test_real_images_are_near_and_noise_is_far(judge, shards, data):
-    real, facts = compare_real(judge, shards, data, (8, 8), 500)
+def test_real_images_are_near_and_noise_is_far(classifier, shards, data):
+    real, facts = measure_real_baseline(classifier, shards, data, (8, 8), 500)
     assert real.whole.shape == real.windows.shape == (359, 128)
     assert (facts["test_images"], facts["training_images"]) == (359, 500)
     assert (
         0 < facts["patch_frechet_of_training_images"] < 5
         and facts["precision_of_training_images"] > 0.8
     )
-    noise, _ = judge.look(
+    noise = classifier.features(
         torch.rand(359, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     )
     assert frechet_distance(noise, real.whole) > 20 * facts["frechet_of_training_images"]
-    blurred, _ = judge.look(
+    blurred = classifier.features(
         load_images(shards, data.model_copy(update={"size": (3, 3)}), "test")[0]
     )
     assert (
@@ -72,22 +72,24 @@ def test_real_images_are_near_and_noise_is_far(judge, shards, data):
     )
 
 
-def test_scores_of_samples(sampler, judge, shards, data):
-    real, _ = compare_real(judge, shards, data, (8, 8), 100)
-    scores = score_samples(Samples(sampler, 130, 3), judge, judge, real, (12, 8))
+def test_scores_of_samples(sampler, classifier, shards, data):
+    real, _ = measure_real_baseline(classifier, shards, data, (8, 8), 100)
+    scores = score_samples(Samples(sampler, 130, 3), classifier, classifier, real, (12, 8))
     assert scores["size"] == [12, 8] and scores["samples"] == 130
     assert scores["grid"] == list(sampler.grid_for((12, 8)))
     assert scores["accuracy"] == pytest.approx(
         sum(scores["accuracy_per_class"]) / 10
     )  # 13 of each class
     images = draw_samples(Samples(sampler, 130, 3), [(12, 8)])[12, 8]
-    features, classes = judge.look(images)
+    features, classes = classifier.features(images), classifier.classify(images)
     assert scores["accuracy"] == pytest.approx(
         float((classes == torch.arange(130) % 10).double().mean()), abs=0.02
     )
     assert scores["frechet"] == pytest.approx(frechet_distance(features, real.whole), rel=0.05)
     scored = (
-        judge.probabilities(features).gather(1, (torch.arange(130) % 10).unsqueeze(1)).squeeze(1)
+        classifier.probabilities(features)
+        .gather(1, (torch.arange(130) % 10).unsqueeze(1))
+        .squeeze(1)
     )
     lowest = scores["lowest"]
     assert len(lowest) == 20 and [one["score"] for one in lowest] == sorted(
@@ -97,14 +99,21 @@ def test_scores_of_samples(sampler, judge, shards, data):
     assert lowest[0]["score"] == pytest.approx(float(scored.min()), rel=0.1)
     assert lowest[-1]["score"] == pytest.approx(float(scored.sort().values[19]), rel=0.1)
     assert 0 <= scores["precision"] <= 1 and scores["patch_frechet"] > 0
-    unjudged = score_samples(Samples(sampler, 5, 3), None, judge, real, (12, 8))
-    assert unjudged["accuracy"] is None and unjudged["lowest"] == [] and unjudged["frechet"] > 0
+    unclassified = score_samples(Samples(sampler, 5, 3), None, classifier, real, (12, 8))
+    assert (
+        unclassified["accuracy"] is None
+        and unclassified["lowest"] == []
+        and unclassified["frechet"] > 0
+    )
 
 
-def test_one_sample_has_no_distance(sampler, judge, shards, data):
-    real, facts = compare_real(judge, shards, data, (8, 8), 1)
+def test_one_sample_has_no_distance(sampler, classifier, shards, data):
+    real, facts = measure_real_baseline(classifier, shards, data, (8, 8), 1)
     assert facts["frechet_of_training_images"] is None
-    assert score_samples(Samples(sampler, 1, 0), judge, judge, real, (8, 8))["frechet"] is None
+    assert (
+        score_samples(Samples(sampler, 1, 0), classifier, classifier, real, (8, 8))["frechet"]
+        is None
+    )
 
 
 def test_the_same_seeds_at_every_size(sampler):

@@ -1,4 +1,4 @@
-"""Images in an extractor's eyes, whole and by windows."""
+"""Features of whole images and of windows, and their comparison."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from r2id.evaluation.metrics import frechet_distance
-from r2id.evaluation.reference import Seen, compare, cut_windows, real_batches, see
+from r2id.evaluation.reference import (
+    ImageFeatures,
+    compare_features,
+    cut_windows,
+    extract_features,
+    real_batches,
+)
 
 
 def test_windows_are_cut_at_one_place_of_a_picture_at_every_size():
@@ -33,28 +39,28 @@ def test_windows_are_cut_at_one_place_of_a_picture_at_every_size():
 def test_batches_do_not_matter():
     extractor = SimpleNamespace(features=lambda images: images.mean((1, 3)))
     images = torch.rand(20, 3, 6, 6)
-    whole = see(extractor, [images])
-    parts = see(extractor, images.split(7))
+    whole = extract_features(extractor, [images])
+    parts = extract_features(extractor, images.split(7))
     assert whole.whole.equal(parts.whole) and whole.windows.equal(parts.windows)
     assert whole.whole.shape == (20, 6) and whole.windows.shape == (20, 3)
 
 
 def test_sets_are_compared_whole_and_by_windows():
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    figures = compare(Seen(x, x + 2), Seen(x, x))
+    figures = compare_features(ImageFeatures(x, x + 2), ImageFeatures(x, x))
     assert figures["frechet"] == pytest.approx(0, abs=1e-6) and figures[
         "patch_frechet"
     ] == pytest.approx(12)
     assert figures["precision"] == figures["recall"] == 1
     more = torch.cat([x, x + 100])
-    figures = compare(Seen(x, x), Seen(more, more))
+    figures = compare_features(ImageFeatures(x, x), ImageFeatures(more, more))
     assert figures["frechet"] == pytest.approx(frechet_distance(x, more))
     assert figures["recall"] == pytest.approx(0.5, abs=0.1)  # of 50 of the 100, evenly spaced
-    few = Seen(x[:3], x[:3])
-    assert compare(few, few)["precision"] is None and compare(few, few)["frechet"] == pytest.approx(
-        0, abs=1e-6
-    )
-    assert set(compare(Seen(x[:1], x[:1]), few).values()) == {None}
+    few = ImageFeatures(x[:3], x[:3])
+    assert compare_features(few, few)["precision"] is None and compare_features(few, few)[
+        "frechet"
+    ] == pytest.approx(0, abs=1e-6)
+    assert set(compare_features(ImageFeatures(x[:1], x[:1]), few).values()) == {None}
 
 
 def test_real_images_at_a_size(shards, data):

@@ -1,4 +1,4 @@
-"""Reconstruction at many sizes."""
+"""Reconstructions at the native size and at other scales."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
-from r2id.evaluation.riae import SCALES, draw_riae, measure_riae, scaled
+from r2id.evaluation.riae import SCALES, measure_riae, reconstruct_examples, scale_size
 from r2id.images import to_float
 from r2id.models.codec import Codec
 from tests.evaluation.folders import write_folder
@@ -51,12 +51,14 @@ def test_every_scale_is_measured(measured):
         assert ("mse_encoded" in row) == (name != "native")
 
 
-def test_distance_to_the_originals_in_an_extractors_eyes(codec, measured, judge, shards, data):
+def test_distance_to_the_originals_in_an_extractors_features(
+    codec, measured, classifier, shards, data
+):
     assert measured["native"]["frechet"] is None
-    found = measure_riae(codec, shards, data, judge)
+    found = measure_riae(codec, shards, data, classifier)
     images = to_float(load_images(shards, data.model_copy(update={"size": (8, 8)}), "test")[0])
     expected = frechet_distance(
-        judge.features(codec.decode(codec.encode(images), (8, 8))), judge.features(images)
+        classifier.features(codec.decode(codec.encode(images), (8, 8))), classifier.features(images)
     )
     assert found["native"]["frechet"] == pytest.approx(expected, rel=0.05)
     assert found["double"]["frechet"] > 0 and found["native"]["mse"] == measured["native"]["mse"]
@@ -67,10 +69,10 @@ def test_images_of_many_sizes(codec, tmp_path):
     shards, data = ShardSet.open(folder), DataConfig(shards=folder)
     measured = measure_riae(codec, shards, data)
     assert measured["native"]["size"] == [9, 5] and measured["native"]["images"] == 6
-    pictures = draw_riae(codec, shards, data)
+    pictures = reconstruct_examples(codec, shards, data)
     assert [tuple(image.shape) for image in pictures.rendered["double"]].count((1, 18, 10)) == 4
     assert all(len(images) == 6 for images in pictures.rendered.values())
 
 
 def test_scaled_sizes_are_never_empty():
-    assert scaled((1, 3), (0.5, 0.5)) == (1, 2) and scaled((1, 1), (0.1, 2)) == (1, 2)
+    assert scale_size((1, 3), (0.5, 0.5)) == (1, 2) and scale_size((1, 1), (0.1, 2)) == (1, 2)

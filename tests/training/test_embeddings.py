@@ -262,7 +262,7 @@ def test_evaluated(run, shards, request, command, tmp_path):
     assert code == 0, errors
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert (
-        set(metrics["r2id"]["t_scrape"]["loss"]) == {"no class"}
+        set(metrics["r2id"]["loss_by_time"]["loss"]) == {"no class"}
         and (tmp_path / "report/report.html").is_file()
     )
 

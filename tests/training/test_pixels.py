@@ -95,7 +95,7 @@ def test_evaluation_leaves_out_what_is_an_autoencoder_s(run, digits, tmp_path):
         list(metrics["invariance"]) == ["r2id"] and "8x8" in metrics["invariance"]["r2id"]["sizes"]
     )
     assert "riae" not in metrics and metrics["r2id"]["sizes"]["8x8"]["samples"] == 20
-    assert list(metrics["r2id"]["grid_scrape"]["grids"]) == ["4x4", "8x8", "16x16"]
+    assert list(metrics["r2id"]["loss_by_grid"]["grids"]) == ["4x4", "8x8", "16x16"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     assert "RIAE" not in (tmp_path / "out" / "report.html").read_text()
 
