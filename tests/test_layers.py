@@ -64,7 +64,7 @@ ALLOWED = {
 # Libraries that one place alone imports.
 ONLY = {
     "mlflow": ("r2id.training.tracking",),
-    "deepspeed": ("r2id.training.zero",),
+    "deepspeed": ("r2id.training.engines.deepspeed",),
     "prefect": ("pipelines",),
 }
 NEVER = {"data_prep": ("torch",), "pipelines": ("torch",)}

@@ -1,4 +1,7 @@
-"""Moving averages of weights: one with a fixed decay, or several by power functions (r2id.checkpoints.averages)."""
+"""Exponential moving averages (EMA) of weights.
+
+A run keeps one with a fixed decay, or several by power functions (r2id.checkpoints.averages).
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,28 @@ Decay = Callable[[int], float]
 
 
 def decay_at(step: int, limit: float) -> float:
-    """Decay of the update after step ``step`` (from 0): min(limit, (1 + step) / (10 + step)), as in the exponential
-    moving average of TensorFlow's ``num_updates``: early weights, which are noise, are soon forgotten."""
+    """Return the decay of the update after step ``step`` (from 0), warmed up to ``limit``.
+
+    min(limit, (1 + step) / (10 + step)), as in the exponential moving average of TensorFlow's
+    ``num_updates``: early weights, which are noise, are soon forgotten.
+    """
     return min(limit, (1 + step) / (10 + step))
 
 
 def power_decay(step: int, exponent: float) -> float:
-    """β = (1 − 1/t)^(γ+1) at t = step + 1, which makes the average of step t exactly the sum over steps of
-    their weights times ∫p_γ,t over the step."""
+    """Return the decay β = (1 − 1/t)^(γ+1) at t = step + 1, for an exponent γ.
+
+    It makes the average of step t exactly the sum over steps of their weights times the integral of
+    the profile p_γ,t over the step.
+    """
     return (1 - 1 / (step + 1)) ** (exponent + 1)
 
 
 def decays(train: TrainConfig) -> dict[str, Decay]:
-    """The averages that a run keeps: kind in its checkpoints → decay. ``ema`` is what sampling uses."""
+    """Return the averages that a run keeps: kind in its checkpoints → decay.
+
+    ``ema`` is the one that sampling uses.
+    """
     if not train.ema_profiles:
         return {"ema": partial(decay_at, limit=train.ema)}
     return {
@@ -40,9 +52,10 @@ def decays(train: TrainConfig) -> dict[str, Decay]:
 class Ema:
     """Averages of float tensors, kept beside them on the same device.
 
-    Which tensors is up to the caller: a model's parameters, or, where an optimizer's state is spread over ranks, this
-    rank's share of them, since averaging is elementwise and needs no communication. A model's buffers are state and
-    not weights: who exports an average takes them from the model as they are.
+    Which tensors is up to the caller: a model's parameters, or, where an optimizer's state is
+    spread over ranks, this rank's share of them: averaging is elementwise and needs no
+    communication. A model's buffers are state and not weights: who exports an average takes them
+    from the model as they are.
     """
 
     def __init__(self, sources: Sequence[Tensor], decays: Mapping[str, Decay]) -> None:
@@ -52,6 +65,6 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average ← decay·average + (1 − decay)·source, after optimizer step ``step`` (from 0)."""
+        """Set average ← decay·average + (1 − decay)·source, after optimizer step ``step``."""
         for kind, decay in self.decays.items():
             torch._foreach_lerp_(self.averages[kind], self.sources, 1.0 - decay(step))

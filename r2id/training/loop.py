@@ -22,7 +22,7 @@ from r2id.models.coords import Size
 from r2id.progress import Progress, say
 from r2id.training.batch_split import micro_batch_size
 from r2id.training.blocks import prepare_blocks
-from r2id.training.engine import Engine, make_engine
+from r2id.training.engines import Engine, make_engine
 from r2id.training.meter import Meter, matmul_peak
 from r2id.training.nonfinite import blame
 from r2id.training.profiling import Profile

@@ -24,10 +24,11 @@ from r2id.models.pixels import DOWNSAMPLE
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import Trace, count_flops, trace_peak, trace_step
-from r2id.training.batch_split import accumulation, deepspeed_config, engine_kind, micro_batch_size
+from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.blocks import prepare_blocks
 from r2id.training.conditions import known_conditions
 from r2id.training.ema import decays
+from r2id.training.engines.settings import deepspeed_config, engine_kind
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss
 from r2id.training.memory_plan import Sharing, peak

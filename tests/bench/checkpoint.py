@@ -18,7 +18,7 @@ from r2id import dist
 from r2id.checkpoints import checkpoint
 from r2id.config import DiffusionConfig, EngineConfig, OptimConfig, R2idConfig, TrainConfig
 from r2id.models.r2id import R2ID
-from r2id.training.engine import make_engine
+from r2id.training.engines import make_engine
 from r2id.training.losses.r2id import R2idLoss
 
 

@@ -28,7 +28,7 @@ from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import count_flops
 from r2id.training.batch_split import accumulation, micro_batch_size
-from r2id.training.engine import make_engine
+from r2id.training.engines import make_engine
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss
 from r2id.training.meter import matmul_peak

@@ -35,7 +35,7 @@ from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
-from r2id.training.engine import Engine, make_engine
+from r2id.training.engines import Engine, make_engine
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss
 from tests.training import loop_ranks

@@ -14,8 +14,10 @@ from r2id.checkpoints.averages import exponent_of
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
-from r2id.training.batch_split import accumulation, deepspeed_config, micro_batch_size
-from r2id.training.engine import Engine, LocalEngine, make_engine, make_optimizer
+from r2id.training.batch_split import accumulation, micro_batch_size
+from r2id.training.engines import Engine, LocalEngine, make_engine
+from r2id.training.engines.base import make_optimizer
+from r2id.training.engines.settings import deepspeed_config
 from tests.training import engine_ranks as job
 
 

@@ -1,4 +1,7 @@
-"""Training in many processes by DeepSpeed: ZeRO at stages 0 to 3 (Rajbhandari et al. 2020, arXiv:1910.02054)."""
+"""Training in many processes by DeepSpeed.
+
+ZeRO at stages 0 to 3: Rajbhandari et al. 2020, arXiv:1910.02054.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,16 @@ from r2id import dist
 from r2id.checkpoints.state import Piece, Source, Tensors, whole_layout
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
-from r2id.training.batch_split import accumulation, deepspeed_config
-from r2id.training.ema import Ema, decays
-from r2id.training.engine import (
-    Engine,
-    fill_moments,
-    make_optimizer,
-    raise_unless_finite,
-    trained_model,
-)
+from r2id.training.batch_split import accumulation
+from r2id.training.engines.base import Engine, make_optimizer, raise_unless_finite, trained_model
+from r2id.training.engines.settings import deepspeed_config
 
 
 class DeepSpeedEngine(Engine):
     """DeepSpeed's ZeRO at stages 0 to 3, for any number of processes.
 
-    Its masters are the weights themselves (0), or this rank's flat share of them (1 to 3), in float32 also where the forward
-    pass takes bfloat16 weights (2 and 3).
+    Its masters are the weights themselves (0), or this rank's flat share of them (1 to 3), in
+    float32 also where the forward pass takes bfloat16 weights (2 and 3).
     """
 
     def __init__(
@@ -48,33 +45,26 @@ class DeepSpeedEngine(Engine):
         self.accumulation = accumulation(train, world.world_size)
         self.model = trained_model(module.to(world.device).train())
         self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.shapes = {
-            name: tuple(p.shape) for name, p in self.names.items()
-        }  # stage 3 empties the tensors
+        # Noted now, because stage 3 empties the tensors.
+        self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}
         self.optimizer = make_optimizer(self.model, optim)
-        wrapped = _Autocast(module, world.device.type, train.autocast)
-        settings = deepspeed_config(
-            optim, train, engine, world.world_size, sum(p.numel() for p in self.names.values())
-        )
-        low_memory = train.precision == "bfloat16_weights"
-        exact = (
-            {name: p.detach().to("cpu", copy=True) for name, p in self.names.items()}
-            if low_memory
-            else {}
-        )
+        exact: Tensors = {}
+        if train.precision == "bfloat16_weights":
+            exact = {name: p.detach().to("cpu", copy=True) for name, p in self.names.items()}
+        elements = sum(p.numel() for p in self.names.values())
         self.deepspeed, *_ = deepspeed.initialize(
-            model=wrapped, optimizer=self.optimizer, config=settings
+            model=_Autocast(module, world.device.type, train.autocast),
+            optimizer=self.optimizer,
+            config=deepspeed_config(optim, train, engine, world.world_size, elements),
         )
         self.masters = self._find_masters()
         self.layout = self._find_layout()
-        if low_memory:  # DeepSpeed made its masters of weights that it had rounded
+        if exact:  # DeepSpeed made its masters of weights that it had rounded
             for piece in self.layout:
-                piece.of(self.masters).detach().copy_(
-                    exact[piece.name].flatten()[piece.start : piece.start + piece.count]
-                )
-        fill_moments(self.optimizer, self.masters)
-        self.ema = Ema(self.masters, decays(train))
+                values = exact[piece.name].flatten()[piece.start : piece.start + piece.count]
+                piece.of(self.masters).detach().copy_(values)
         self.micro_steps = 0
+        self._track_masters(train)
 
     def _find_masters(self) -> list[Tensor]:
         if self.stage == 0:
@@ -87,34 +77,36 @@ class DeepSpeedEngine(Engine):
         )
 
     def _find_layout(self) -> list[Piece]:
-        """Where DeepSpeed has put this rank's share of each parameter, if it has any."""
+        """Find where DeepSpeed has put this rank's share of each parameter, if it has any."""
         if self.stage == 0:
             return whole_layout(self.shapes)
-        zero, pieces = self.deepspeed.optimizer, []
-        for name, parameter in self.names.items():
-            if self.stage == 3:  # every rank has an equal share of each parameter
-                master, offset, share = zero.grad_position[zero.get_param_id(parameter)]
-                start, end = (
-                    share * dist.rank(),
-                    min(share * (dist.rank() + 1), math.prod(self.shapes[name])),
-                )
-            else:  # of each group, which is one flat tensor; DeepSpeed's own table of fragments is wrong in round robin
-                master = next(
-                    number
-                    for number, flat in enumerate(zero.bit16_groups_flat)
-                    if 0 <= parameter.data_ptr() - flat.data_ptr() < flat.nbytes
-                )
-                at = (
-                    parameter.data_ptr() - zero.bit16_groups_flat[master].data_ptr()
-                ) // parameter.element_size()
-                first = self.masters[master].numel() * dist.rank() - at
-                start, end = (
-                    max(0, first),
-                    min(parameter.numel(), first + self.masters[master].numel()),
-                )
-                offset = start - first
-            pieces.append(Piece(name, start, end - start, master, offset))
+        find = self._partition_piece if self.stage == 3 else self._group_piece
+        pieces = [find(name, parameter) for name, parameter in self.names.items()]
         return [piece for piece in pieces if piece.count > 0]
+
+    def _partition_piece(self, name: str, parameter: Tensor) -> Piece:
+        """Stage 3: every rank has an equal share of each parameter, and the last may be short."""
+        zero, size = self.deepspeed.optimizer, math.prod(self.shapes[name])
+        master, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+        start, end = share * dist.rank(), min(share * (dist.rank() + 1), size)
+        return Piece(name, start, end - start, master, offset)
+
+    def _group_piece(self, name: str, parameter: Tensor) -> Piece:
+        """Stages 1 and 2: a group of parameters is one flat tensor, of which each rank has a part.
+
+        Found by addresses, because DeepSpeed's own table of fragments is wrong in round robin.
+        """
+        groups, address = self.deepspeed.optimizer.bit16_groups_flat, parameter.data_ptr()
+        master = next(
+            number
+            for number, flat in enumerate(groups)
+            if 0 <= address - flat.data_ptr() < flat.nbytes
+        )
+        at = (address - groups[master].data_ptr()) // parameter.element_size()
+        part = self.masters[master].numel()
+        first = part * dist.rank() - at  # the element of the parameter where the part begins
+        start, end = max(0, first), min(parameter.numel(), first + part)
+        return Piece(name, start, end - start, master, start - first)
 
     def _replicated(self) -> bool:
         return self.stage == 0
@@ -132,22 +124,19 @@ class DeepSpeedEngine(Engine):
         if self.micro_steps % accumulation:
             self.deepspeed.step()  # counts the micro-batch; it updates at the last one only
 
-    def step(self, lr: float, step: int) -> Tensor:
-        self.steps = step + 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # Stage 0 would apply a gradient that is not finite; the others skip the step and go on, for ever if it lasts.
+    def _update(self, step: int) -> Tensor:
+        # Stage 0 would apply a gradient that is not finite. The others skip the step and go on,
+        # for ever if it lasts.
         norm = self._clip(step) if self.stage == 0 else None
         self.deepspeed.step()
         if norm is None:
             norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
             if not self.deepspeed.was_step_applied():
                 raise_unless_finite(math.inf, step)
-        self.ema.update(step)
         return norm
 
     def _clip(self, step: int) -> Tensor:
-        """Stage 0, whose gradients are whole and averaged on every rank by now."""
+        """Clip at stage 0, whose gradients are whole and averaged on every rank by now."""
         norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
         if not math.isfinite(float(norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -156,21 +145,24 @@ class DeepSpeedEngine(Engine):
         clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
         return norm
 
-    def _set_weights(self, source: Source) -> None:
+    def _set_weights(self, source: Source, kind: str) -> None:
         if self.stage in (1, 2):
             for name, parameter in self.names.items():
-                parameter.copy_(source.read("model", name).view(self.shapes[name]))
+                parameter.copy_(source.read(kind, name).view(self.shapes[name]))
         elif self.stage == 3:
             from deepspeed.runtime.zero import GatheredParameters
 
             for name, parameter in self.names.items():
                 with GatheredParameters([parameter], modifier_rank=0):
                     if dist.is_main():
-                        parameter.copy_(source.read("model", name).view(self.shapes[name]))
+                        parameter.copy_(source.read(kind, name).view(self.shapes[name]))
 
 
 class _Autocast(nn.Module):
-    """A module under autocast. DeepSpeed's own also reduces the gradients of linear layers in bfloat16."""
+    """A module under autocast.
+
+    DeepSpeed's own autocast also reduces the gradients of linear layers in bfloat16.
+    """
 
     def __init__(self, module: nn.Module, device_type: str, bfloat16: bool) -> None:
         super().__init__()
@@ -182,7 +174,7 @@ class _Autocast(nn.Module):
 
 
 def _import_deepspeed(world: World) -> Any:
-    """DeepSpeed, on this job's device and process group, with its messages on stderr."""
+    """Import DeepSpeed, on this job's device and process group, with its messages on stderr."""
     # DeepSpeed calls functions that newer versions of torch have renamed: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)

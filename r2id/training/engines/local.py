@@ -1,0 +1,93 @@
+"""Training in one process by plain PyTorch, on a CPU or a GPU. Needs neither compiler nor process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from r2id.checkpoints.state import EngineState, Source, Tensors, whole_layout
+from r2id.config import OptimConfig, TrainConfig
+from r2id.training.engines.base import Engine, make_optimizer, raise_unless_finite, trained_model
+
+
+class LocalEngine(Engine):
+    """Plain PyTorch in one process. Its masters are the model's own parameters."""
+
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig, train: TrainConfig, device: torch.device
+    ) -> None:
+        self.device = device
+        self.module = module.to(device).train()
+        self.model = trained_model(module)
+        self.clip, self.autocast = optim.clip, train.autocast
+        self.optimizer = make_optimizer(self.model, optim)
+        self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}
+        self.masters = list(self.names.values())
+        self.layout = whole_layout(self.shapes)
+        self.guard = _FiniteGuard(device)
+        self._track_masters(train)
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.module(**batch)
+
+    def backward(self, loss: Tensor, accumulation: int) -> None:
+        (loss / accumulation).backward()
+
+    def _update(self, step: int) -> Tensor:
+        self.guard.check()
+        norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
+        clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
+        # The fused update reads this flag on the device and does nothing where it is 1, which is
+        # the protocol of torch's GradScaler. So no host has to wait for the norm.
+        setattr(self.optimizer, "found_inf", self.guard.watch(norm, step))  # noqa: B010
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cpu":  # nothing runs behind: no reason to wait for the next call
+            self.guard.check()
+        return norm
+
+    def state(self) -> EngineState:
+        self.guard.check()
+        return super().state()
+
+    def _replicated(self) -> bool:
+        return True
+
+    def _set_weights(self, source: Source, kind: str) -> None:
+        """Do nothing: the weights are the masters."""
+
+
+class _FiniteGuard:
+    """Watch gradient norms without making the host wait for the GPU.
+
+    A norm is copied to the host while later work is queued, and read at the next step. Until then
+    the flag on the device keeps a norm that is not finite from the weights.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.norm = torch.zeros((), pin_memory=self.cuda)
+        self.copied = torch.cuda.Event() if self.cuda else None
+        self.step: int | None = None
+
+    def watch(self, norm: Tensor, step: int) -> Tensor:
+        """Note the norm of a step; return a flag on the device, 1.0 where it is not finite."""
+        self.norm.copy_(norm, non_blocking=True)
+        self.step = step
+        if self.copied is not None:
+            self.copied.record()
+        return torch.logical_not(torch.isfinite(norm)).float()
+
+    def check(self) -> None:
+        """Raise NonFiniteError when the norm noted last is not finite."""
+        if self.step is None:
+            return
+        if self.copied is not None:
+            self.copied.synchronize()
+        step, self.step = self.step, None
+        raise_unless_finite(float(self.norm), step)
