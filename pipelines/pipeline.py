@@ -247,7 +247,7 @@ def _tracking(verb: str, order: Mapping[str, Any]) -> str | None:
     None when MLflow cannot be reached: the work goes on without it.
     """
     process = subprocess.run(
-        [sys.executable, "-m", "r2id.training.tracking", verb],
+        [sys.executable, "-m", "r2id.training.tracking.pipeline", verb],
         input=json.dumps(order),
         stdout=subprocess.PIPE,
         text=True,

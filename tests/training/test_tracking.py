@@ -21,15 +21,9 @@ from PIL import Image
 from r2id.checkpoints import checkpoint
 from r2id.config import TrackingConfig, load_config
 from r2id.training.loop import train
-from r2id.training.tracking import (
-    PARENT_VARIABLE,
-    NullTracker,
-    Tracker,
-    begin_pipeline,
-    end_pipeline,
-    flatten,
-    git_tags,
-)
+from r2id.training.tracking import PARENT_VARIABLE, NullTracker, Tracker
+from r2id.training.tracking.facts import flatten, git_tags
+from r2id.training.tracking.pipeline import begin_pipeline, end_pipeline
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.loop_ranks import at_step
 
@@ -145,7 +139,7 @@ def test_an_unreachable_store_delays_nothing_and_warns_once(
         "MLFLOW_TRACKING_URI", "http://127.0.0.1:9"
     )  # the discard port: nobody listens
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("r2id.training.tracking._FINISH_SECONDS", 1.0)
+    monkeypatch.setattr("r2id.training.tracking.tracker._FINISH_SECONDS", 1.0)
     tracker = start()
     began = time.monotonic()
     for step in range(1000):
@@ -360,7 +354,7 @@ def test_a_pipeline_has_one_run_with_children(
 def test_a_pipeline_opens_its_run_by_a_process(client: MlflowClient) -> None:
     order = {"experiment": "r2id", "name": "digits", "params": {}, "run": None}
     done = subprocess.run(
-        [sys.executable, "-m", "r2id.training.tracking", "begin"],
+        [sys.executable, "-m", "r2id.training.tracking.pipeline", "begin"],
         input=json.dumps(order),
         capture_output=True,
         text=True,
@@ -385,7 +379,6 @@ def test_the_commit_is_that_of_this_checkout() -> None:
 
 
 def test_importing_it_loads_neither_torch_nor_mlflow() -> None:
-    code = (
-        "import sys, r2id.training.tracking; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
-    )
+    modules = "r2id.training.tracking, r2id.training.tracking.pipeline"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'mlflow'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -175,7 +175,7 @@ class _Autocast(nn.Module):
 
 def _import_deepspeed(world: World) -> Any:
     """Import DeepSpeed, on this job's device and process group, with its messages on stderr."""
-    # DeepSpeed calls functions that newer versions of torch have renamed: nothing a user can act on.
+    # DeepSpeed calls functions that newer torch has renamed: nothing that a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))

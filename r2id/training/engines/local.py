@@ -1,4 +1,7 @@
-"""Training in one process by plain PyTorch, on a CPU or a GPU. Needs neither compiler nor process group."""
+"""Training in one process by plain PyTorch, on a CPU or a GPU.
+
+Needs neither compiler nor process group.
+"""
 
 from __future__ import annotations
 

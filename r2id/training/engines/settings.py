@@ -53,7 +53,7 @@ def deepspeed_config(
     computed = {
         "train_micro_batch_size_per_gpu": micro_batch_size(train, world_size),
         "gradient_accumulation_steps": accumulation(train, world_size),
-        # Unset it is 1. Stage 0 has DeepSpeed clip nothing: its engine does (DeepSpeedEngine._clip).
+        # Unset it would be 1. At stage 0 the engine clips itself (DeepSpeedEngine._clip).
         "gradient_clipping": optim.clip if engine.zero_stage else 0.0,
         "zero_optimization": {
             "stage": engine.zero_stage,

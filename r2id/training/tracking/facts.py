@@ -1,0 +1,44 @@
+"""What is recorded of a run beside its figures: its parameters and the commit of its code."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Turn nested dictionaries into one of ``section.key`` → text."""
+    flat: dict[str, str] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def git_tags() -> dict[str, str]:
+    """Return the commit of the checkout that this file belongs to; nothing when it is installed."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    here = Path(__file__).resolve()
+    try:
+        # An installed copy may lie within someone else's checkout: git must know this very file.
+        git("ls-files", "--error-unmatch", here.name)
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {
+            "mlflow.source.git.commit": git("rev-parse", "HEAD"),
+            "git.dirty": str(dirty).lower(),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {}

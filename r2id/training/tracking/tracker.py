@@ -1,0 +1,223 @@
+"""The tracker of a training run.
+
+Everything is recorded by one background thread, in order. When the store cannot be reached the
+entries wait and are tried again, with one warning: a tracker never stops or slows the training.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from r2id.config import TrackingConfig
+from r2id.progress import say
+from r2id.training.tracking.facts import flatten, git_tags
+from r2id.training.tracking.store import RunOpening, connect, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow import MlflowClient
+    from PIL.Image import Image
+
+PARENT_VARIABLE = "R2ID_PARENT_RUN"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+_START_SECONDS = 60.0  # a new SQLite store takes a few seconds to create its tables
+_FINISH_SECONDS = 20.0
+_KILLED_SECONDS = 4.0  # a scheduler that has sent SIGTERM does not wait for long
+_LONGEST_PAUSE = 30.0
+
+
+class NullTracker:
+    """Records nothing: tracking switched off, and every rank but the first."""
+
+    run_id: str | None = None
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record numbers at a step, but no step that an earlier process of the run recorded."""
+
+    def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
+        """Record a picture: a file, or uint8 [H,W] or [H,W,C].
+
+        The same name and step replace the earlier one.
+        """
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Record a file, or a folder with all that it holds."""
+
+    def tag(self, name: str, value: str) -> None:
+        """Record a fact that may change during the run, such as where the last checkpoint is."""
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Record the end and wait for what is still unrecorded, for a limited time."""
+
+
+class Tracker(NullTracker):
+    """A run in MLflow. ``run_id`` is none as long as the store could not be reached."""
+
+    @classmethod
+    def start(
+        cls,
+        config: TrackingConfig,
+        *,
+        run_name: str,
+        stage: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        dataset: tuple[str, str, str] | None = None,
+        run_id: str | None = None,
+        parent_id: str | None = None,
+        note: Path | None = None,
+    ) -> NullTracker:
+        """Begin a run, or continue ``run_id`` when that run still exists.
+
+        params: a config as nested dictionaries, recorded as ``section.key``. dataset: its name,
+        digest and place. parent_id: the run that this one is a child of; without it the one in
+        R2ID_PARENT_RUN, if any. note: a file that is to hold the run's id as soon as there is one,
+        however late the store is reached.
+        """
+        if not config.enabled:
+            return NullTracker()
+        tags = {"stage": stage, **git_tags(), **(tags or {})}
+        parent_id = parent_id or os.environ.get(PARENT_VARIABLE)
+        if parent_id:
+            tags["mlflow.parentRunId"] = parent_id
+        name, params = config.name or run_name, flatten(params or {})
+        return cls(RunOpening(config.experiment, name, params, tags, dataset, run_id), note)
+
+    def __init__(self, opening: RunOpening, note: Path | None = None) -> None:
+        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._client: MlflowClient | None = None
+        self._note = note
+        self._last_step: dict[str, int] = {}
+        self._warned = False
+        self._deadline = math.inf
+        self._closing = threading.Event()
+        self._tried_once = threading.Event()
+        self._jobs.put(lambda: self._open(opening))
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+        # Wait for the first attempt only, so that a store that answers has the run from the start.
+        self._tried_once.wait(_START_SECONDS)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        numbers = {key: float(value) for key, value in values.items()}
+        self._jobs.put(lambda: self._log_metrics(numbers, step, now))
+
+    def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
+        # Decoded now, because the caller may change the array or the file before the thread comes
+        # to it.
+        image, file = _as_image(picture), f"{name}/{step:08d}.png"
+        self._jobs.put(lambda: self._store().log_image(self._run(), image, artifact_file=file))
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        def log() -> None:
+            record = self._store().log_artifacts if path.is_dir() else self._store().log_artifact
+            record(self._run(), str(path), folder)
+
+        self._jobs.put(log)
+
+    def tag(self, name: str, value: str) -> None:
+        self._jobs.put(lambda: self._store().set_tag(self._run(), name, value))
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        if self._closing.is_set():
+            return
+        self._jobs.put(lambda: self._store().set_terminated(self._run(), status))
+        self._jobs.put(None)
+        limit = _KILLED_SECONDS if status == "KILLED" else _FINISH_SECONDS
+        self._deadline = time.monotonic() + limit
+        self._closing.set()
+        self._thread.join(limit + 1.0)  # and not for an attempt that hangs
+        unrecorded = self._jobs.qsize()
+        if unrecorded or self._thread.is_alive():
+            say(f"tracking: {max(unrecorded, 1)} entries could not be recorded and are lost")
+
+    def _store(self) -> MlflowClient:
+        assert self._client is not None
+        return self._client
+
+    def _run(self) -> str:
+        assert self.run_id is not None
+        return self.run_id
+
+    def _open(self, opening: RunOpening) -> None:
+        self._client = self._client or connect()
+        run_id, self._last_step = opening.open(self._client)
+        if self._note is not None:
+            self._note.write_text(run_id + "\n")
+        self.run_id = run_id
+
+    def _log_metrics(self, values: Mapping[str, float], step: int, now: int) -> None:
+        from mlflow.entities import Metric
+
+        fresh = [
+            Metric(key, value, now, step)
+            for key, value in values.items()
+            if step > self._last_step.get(key, -1)
+        ]
+        if fresh:
+            self._store().log_batch(self._run(), metrics=fresh)
+
+    def _work(self) -> None:
+        """Do the jobs in order: what the thread runs, until ``finish`` ends it."""
+        while (job := self._jobs.get()) is not None:
+            if not self._attempt(job):
+                # Put back for the count of what is lost; the process is about to end.
+                self._jobs.put(job)
+                return
+
+    def _attempt(self, job: Callable[[], object]) -> bool:
+        """Do a job, again and again until it is done; false when the time to finish is over."""
+        pause = 1.0
+        while True:
+            try:
+                job()
+                return True
+            except Exception as error:  # whatever goes wrong in tracking, training goes on
+                if self.run_id is not None and _hopeless(error):
+                    say(f"tracking: an entry is left out: {first_line(error)}")
+                    return True
+                self._warn(error)
+            finally:
+                self._tried_once.set()
+            if time.monotonic() > self._deadline:
+                return False
+            if self._closing.wait(pause):
+                time.sleep(1.0)
+            else:
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            say(
+                "tracking: MLflow cannot be reached, going on and trying again later: "
+                f"{first_line(error)}"
+            )
+
+
+def _as_image(picture: Path | Image | np.ndarray) -> Image:
+    from PIL import Image
+
+    if isinstance(picture, Path):
+        with Image.open(picture) as image:
+            return image.copy()
+    return picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+
+def _hopeless(error: Exception) -> bool:
+    """Tell whether trying again cannot help: the entry itself is wrong, not the store."""
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, TypeError, ValueError)):
+        return True
+    return getattr(error, "error_code", None) in (
+        "INVALID_PARAMETER_VALUE",
+        "RESOURCE_DOES_NOT_EXIST",
+    )
