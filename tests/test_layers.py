@@ -1,7 +1,9 @@
-"""Nothing imports upwards: every import in the product's files is held against the table of layers."""
+"""Who may import whom: layers, cycles, and what has to start without heavy libraries."""
 
 import ast
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -75,21 +77,31 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(file: Path) -> Iterator[str]:
-    """Full names of all that a file imports, at its top or inside functions; ``from a import b`` gives a and a.b."""
-    name = module_name(file)
-    for node in ast.walk(ast.parse(file.read_text())):
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def imported(source: str, where: str = "") -> Iterator[str]:
+    """What a module imports, wherever it does so: at its top, in functions, under TYPE_CHECKING.
+
+    ``from a import b`` gives a.b where that is a module, and a where b is a name in a.
+    """
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, (
-                f"{name}: imports are absolute, so that they can be read and checked"
-            )
-            yield str(node.module)
+            assert node.level == 0, f"{where}: line {node.lineno}: imports are to be absolute"
             for alias in node.names:
-                inner = ROOT.joinpath(*str(node.module).split("."), alias.name)
-                if inner.is_dir() or inner.with_suffix(".py").exists():
-                    yield f"{node.module}.{alias.name}"
+                inner = f"{node.module}.{alias.name}"
+                yield inner if is_module(inner) else str(node.module)
+
+
+# What each of our modules imports.
+IMPORTS = {
+    name: sorted(set(imported(file.read_text(), name)))
+    for name, file in ((module_name(file), file) for file in FILES)
+}
 
 
 def within(name: str, prefixes: tuple[str, ...]) -> bool:
@@ -122,15 +134,41 @@ def complaints(name: str, target: str) -> Iterator[str]:
         if not within(name, ("r2id.cli",)):
             yield f"{name} imports {target}: only r2id.cli may"
     elif within(target, ("r2id",)):
-        above = layer(target) > layer(name)
-        if above:
-            yield f"{name} (layer {layer(name)}) imports {target} (layer {layer(target)}), which is above it"
+        below, above = layer(name), layer(target)
+        if above > below:
+            yield f"{name} (layer {below}) imports {target} (layer {above}), which is above it"
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_imports_nothing_from_above(file: Path) -> None:
-    name = module_name(file)
-    wrong = [complaint for target in imported(file) for complaint in complaints(name, target)]
+def cycles(graph: Mapping[str, Iterable[str]]) -> list[tuple[str, ...]]:
+    """Groups of modules of which each imports, through others, itself and all of its group."""
+
+    def reachable(start: str) -> set[str]:
+        found: set[str] = set()
+        left = list(graph[start])
+        while left:
+            name = left.pop()
+            if name in graph and name not in found:
+                found.add(name)
+                left += graph[name]
+        return found
+
+    reach = {name: reachable(name) for name in graph}
+    return sorted(
+        {
+            tuple(sorted(other for other in reach[name] if name in reach[other]))
+            for name in graph
+            if name in reach[name]
+        }
+    )
+
+
+def test_nothing_imports_from_above() -> None:
+    wrong = [
+        complaint
+        for name, targets in IMPORTS.items()
+        for target in targets
+        for complaint in complaints(name, target)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -143,3 +181,55 @@ def test_the_checker_finds_an_upward_import() -> None:
     assert list(complaints("r2id.training.loop", "pipelines"))
     assert not list(complaints("r2id.cli", "pipelines.pipeline"))
     assert not list(complaints("r2id.training.loop", "r2id.models.riae"))
+
+
+def test_the_reader_finds_imports_wherever_they_are() -> None:
+    source = """
+import torch.nn
+from r2id import rng
+from r2id.errors import InputError
+if TYPE_CHECKING:
+    from r2id.models import coords
+def later():
+    from r2id.data.records import decode
+"""
+    assert set(imported(source)) == {
+        "torch.nn",
+        "r2id.rng",
+        "r2id.errors",
+        "r2id.models.coords",
+        "r2id.data.records",
+    }
+
+
+def test_the_checker_finds_cycles() -> None:
+    package = {"p": ["p.a", "p.b"], "p.a": ["p.b"], "p.b": ["torch"]}
+    assert cycles(package) == []
+    assert cycles(package | {"p.b": ["p"]}) == [("p", "p.a", "p.b")]
+    assert cycles({"a": ["b"], "b": ["a"], "c": ["c"], "d": ["a"]}) == [("a", "b"), ("c",)]
+
+
+@pytest.mark.parametrize(
+    ("start", "forbidden"),
+    [
+        (("-m", "r2id.cli", "--help"), ("torch", "numpy", "mlflow", "prefect", "deepspeed")),
+        (
+            ("-c", "from r2id.sampling import Sampler"),
+            ("r2id.training", "webdataset", "mlflow", "deepspeed", "prefect", "pyarrow"),
+        ),
+    ],
+    ids=["help", "sampling"],
+)
+def test_what_starts_at_once_loads_nothing_heavy(
+    start: tuple[str, ...], forbidden: tuple[str, ...]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *start],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    loaded = [line.split("|")[-1].strip() for line in done.stderr.splitlines()]
+    assert "r2id.errors" in loaded, "the list is that of this process"
+    assert not [name for name in loaded if within(name, forbidden)]
