@@ -41,10 +41,6 @@ def run_stage(
     if code == 0:
         return json.loads(output)
     line = _last_line(tail)
-    if processes > 1:
-        # torchrun exits with 1 whatever happened; its summary names the first failed rank's own code.
-        found = re.search(r"exitcode\s*:\s*(-?\d+)", tail)
-        code = int(found[1]) if found and code == 1 else code
     if code == 2:
         raise InputError(f"{arguments[0]}: {line.removeprefix('error: ')}")
     if code == 75:
@@ -55,8 +51,8 @@ def run_stage(
 
 
 def stage_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
-    """The command that runs ``r2id ARGUMENTS --json``, under torchrun when it is more than one process."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    """The command that runs ``r2id ARGUMENTS --json``, by r2id.torchrun when in many processes."""
+    launcher = ["-m", "r2id.torchrun", "--standalone", "--nproc-per-node", str(processes)]
     return [
         sys.executable,
         *(launcher if processes > 1 else []),
@@ -162,4 +158,6 @@ def _relay(reader: int) -> str:
 def _last_line(tail: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", tail).replace("\r", "\n")
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    # r2id.torchrun ends with which rank failed; what that one said of the cause stands before it.
+    lines = [line for line in lines if not line.startswith("torchrun: ")]
     return lines[-1] if lines else "no message"

@@ -1,8 +1,15 @@
-"""torchrun whose exit code is the ranks' own: python -m r2id.torchrun [torchrun's options] -m r2id.cli train CONFIG …
+"""torchrun with the exit codes of r2id, which lets ranks save for as long as they need.
 
-torchrun ends with 1 whatever its processes ended with, and gives them 30 seconds after a signal. Here a signal is passed on
-to the ranks, which save and end by themselves, however long that takes; the exit code is that of the first rank that failed,
-of those that r2id states (0 done, 1 failed, 2 wrong input, 75 stopped with everything saved), and 1 for any other.
+    python -m r2id.torchrun [torchrun's options] -m r2id.cli train CONFIG …
+
+The exit code is that of the first rank that failed, of those that r2id states (0 done, 1 failed,
+2 wrong input, 75 stopped with everything saved), and 1 for any other. Signals are passed on to the
+ranks, which save and end by themselves.
+
+Plain torchrun does neither. It ends with 1 whatever its ranks ended with; after a signal it raises
+an error of its own and forgets their exit codes. It also kills ranks that still save 30 seconds
+after a signal. PyTorch 2.13 has an option for that time (``--shutdown-timeout``), which neither the
+oldest supported version has nor brings the exit codes back.
 """
 
 from __future__ import annotations
@@ -18,50 +25,53 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-_STATED = (0, 1, 2, 75)
+_DONE, _FAILED, _WRONG_INPUT, _SAVED = 0, 1, 2, 75
+_STATED = (_DONE, _FAILED, _WRONG_INPUT, _SAVED)
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Start the ranks of this host and wait for them; the job's exit code."""
+    """Start the ranks of this host, wait for them and return the job's exit code.
+
+    ``arguments`` are torchrun's. To be called once, in the main thread: takes over its signals.
+    """
     received: list[int] = []
     codes: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
-        # A first Ctrl-C asks to save, as SIGTERM does; a second one interrupts at once.
         ranks = psutil.Process().children()
         if not ranks:
-            sys.exit(75)
+            sys.exit(_SAVED)  # nothing has begun that could be lost
+        # A first Ctrl-C asks to save, as SIGTERM does; a second one interrupts at once.
+        interrupt = bool(received) and number == signal.SIGINT
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):  # it has ended by itself
-                rank.send_signal(
-                    signal.SIGINT if received and number == signal.SIGINT else signal.SIGTERM
-                )
+                rank.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
-    # In the main thread the agent would take over the signals, and end the ranks in its own way.
+    # In the main thread torchrun would take over the signals, and end the ranks in its own way.
     agent = threading.Thread(target=lambda: codes.append(_run(arguments, received)), daemon=True)
     agent.start()
     agent.join()
-    return codes[0] if codes else 1
+    return codes[0] if codes else _FAILED  # none: torchrun itself failed, and has said so
 
 
 def _run(arguments: Sequence[str], received: Sequence[int]) -> int:
-    # The agent warns of the signals that it cannot have, and repeats in its own words what the ranks have said.
+    # torchrun warns of the signals that it cannot have, and repeats what the ranks have said.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args(list(arguments)))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(
-            f"launcher: rank {rank} was the first to end, with exit code {failure.exitcode}",
+            f"torchrun: rank {rank} was the first to end, with exit code {failure.exitcode}",
             file=sys.stderr,
         )
         if received and failure.exitcode == -signal.SIGTERM:
-            return 75  # it had not begun yet, or was done
-        return failure.exitcode if failure.exitcode in _STATED else 1
-    return 0
+            return _SAVED  # the signal came before the rank handled signals, or after it was done
+        return failure.exitcode if failure.exitcode in _STATED else _FAILED
+    return _DONE
 
 
 if __name__ == "__main__":

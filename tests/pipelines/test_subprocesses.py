@@ -57,9 +57,10 @@ def test_much_output_on_both_streams_blocks_nothing() -> None:
     assert (returned, len(output), len(tail)) == (0, 500_001, 4096)
 
 
-def test_a_users_mistake_is_an_input_error_naming_the_stage(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^train: .*nowhere\.toml: no such config file"):
-        run_stage(["train", str(tmp_path / "nowhere.toml")])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_users_mistake_is_an_input_error_naming_the_stage(processes: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^train: .*nowhere\.toml"):
+        run_stage(["train", str(tmp_path / "nowhere.toml")], processes=processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
