@@ -1,5 +1,8 @@
-"""A stage of the pipeline is an ``r2id`` command in a process of its own: this starts it, shows what it says on stderr,
-passes signals on to it and turns its exit code into an error."""
+"""Stages of the pipeline as ``r2id`` commands, each in a process of its own.
+
+Starts them, shows what they say on stderr, passes signals on to them and turns their exit codes into
+errors.
+"""
 
 from __future__ import annotations
 

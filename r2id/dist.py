@@ -1,7 +1,8 @@
 """Rank, world size and device of this process, and the few collectives that the library needs.
 
-Every function works in a process started alone, where there is no process group. In a job started by torchrun (or
-anything that sets its variables: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), init() joins the group.
+Every function works in a process started alone, where there is no process group. In a job started
+by torchrun, or by anything else that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT, init() joins the group.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ class World:
 
 
 def init() -> World:
-    """Join the job that the environment describes; a process alone is rank 0 of 1. May be called again.
+    """Join the job that the environment describes; a process alone is rank 0 of 1.
 
-    NCCL on CUDA, gloo on CPU. Raises InputError when there are more processes on a host than GPUs.
+    Uses NCCL on CUDA and gloo on a CPU. May be called again. Raises InputError when a host has more
+    processes than GPUs.
     """
     number, size, local = (
         int(os.environ.get(name, default))
@@ -54,7 +56,7 @@ def init() -> World:
 
 
 def init_group(world: World) -> None:
-    """A process group even for a process alone, for libraries that cannot do without."""
+    """Make a process group even for a process alone, for libraries that cannot do without one."""
     if world.world_size == 1 and not group.is_initialized():
         _join(world.device, store=group.HashStore(), rank=0, world_size=1)
 
@@ -63,14 +65,16 @@ def _join(device: torch.device, **place: Any) -> None:
     if not group.is_initialized():
         group.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
         if device.type == "cpu":
-            atexit.register(shutdown)
+            atexit.register(shutdown)  # gloo's threads must end before the interpreter does
 
 
 def rank() -> int:
+    """This process's number in the job, from 0."""
     return group.get_rank() if group.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of processes of the job."""
     return group.get_world_size() if group.is_initialized() else 1
 
 
@@ -80,13 +84,13 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has come this far."""
     if world_size() > 1:
         group.barrier()
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank. Sent with pickle: only between ranks of one job."""
     if world_size() == 1:
         return value
     box = [value]
@@ -95,7 +99,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks, on every rank."""
+    """Return every rank's value, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -104,12 +108,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over all ranks; the argument stays as it is."""
+    """Return the sum over all ranks; the argument stays as it is."""
     return _all_reduce(tensor, group.ReduceOp.SUM)
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
-    """Largest over all ranks; the argument stays as it is."""
+    """Return the elementwise maximum over all ranks; the argument stays as it is."""
     return _all_reduce(tensor, group.ReduceOp.MAX)
 
 
@@ -122,11 +126,12 @@ def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
 
 
 def shutdown() -> None:
-    """Leave the process group, if any. A job on CPUs does so by itself when a process ends."""
+    """Leave the process group, if any. On CPUs a process does so by itself when it ends."""
     if group.is_initialized():
         gloo = group.get_backend() == "gloo"
         group.destroy_process_group()
         if gloo:
-            # Its threads may still hold tensors of the last collectives, and abort the process when they let go of them
-            # after the interpreter is gone (pytorch/pytorch#179291). Let them do it now; they need Python's lock.
+            # Its threads may still hold tensors of the last collectives. If they let go of them
+            # after the interpreter is gone, the process aborts (pytorch/pytorch#179291). Sleeping
+            # gives them Python's lock, and with it the chance to do so now.
             time.sleep(0.2)

@@ -2,15 +2,21 @@
 
 
 class InputError(ValueError):
-    """The input or the arguments are wrong: names the thing, the value and what is allowed. Exit code 2."""
+    """The input or the arguments are wrong. Exit code 2.
+
+    The message names the thing, its value and what is allowed.
+    """
 
 
 class WorkError(RuntimeError):
-    """The input was accepted and the work failed all the same. Exit code 1."""
+    """The input was accepted, and the work failed all the same. Exit code 1."""
 
 
 class NonFiniteError(WorkError):
-    """A loss or gradient is not finite; raised before the update of ``step`` (from 0), so that no weight is spoilt."""
+    """A loss or gradient is not finite. Exit code 1.
+
+    Raised before the update of ``step`` (counted from 0), so that no weight is spoilt.
+    """
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -18,4 +24,7 @@ class NonFiniteError(WorkError):
 
 
 class Stopped(Exception):
-    """A signal asked the work to stop and everything is saved: the same command goes on. Exit code 75."""
+    """A signal asked the work to stop, and everything is saved. Exit code 75 (EX_TEMPFAIL).
+
+    The same command goes on from there.
+    """

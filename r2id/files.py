@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written under a temporary name, flushed to disk, then renamed."""
+"""Files that are complete or absent: written under another name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to disk, so that it survives a power cut.
+    """Flush a file's content, or a folder's list of names, to disk: it survives a power cut.
 
     A renamed file is found under its new name for certain only when its folder was flushed too.
     """

@@ -32,7 +32,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Convert float [..., C, H, W] in [−1, 1] to uint8 [..., H, W, C], as picture libraries want it."""
+    """Convert float [..., C, H, W] in [−1, 1] to uint8 [..., H, W, C], as Pillow has its pixels."""
     return to_uint8(images).movedim(-3, -1)
 
 

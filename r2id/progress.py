@@ -1,6 +1,7 @@
-"""One way to show progress, always on stderr: a bar when a person watches, plain lines every few seconds when not.
+"""Progress of long work, on stderr: a bar in a terminal, and elsewhere a line every few seconds.
 
-A process that starts another one names a file in R2ID_PROGRESS, and finds there how far that one is.
+A process that starts another one may name a file in the environment variable R2ID_PROGRESS, and
+finds there how far the other one is.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from r2id.files import write_atomic
 Item = TypeVar("Item")
 
 FILE_VARIABLE = "R2ID_PROGRESS"
+"""Environment variable that names the file to which progress is written too; see _File."""
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
 def say(message: str) -> None:
-    """One line on stderr; above the bar when one is shown."""
+    """Print a line on stderr; above the bar when one is shown."""
     print(message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 8s, 3m05s, 2h04m."""
+    """Write seconds as people read them: 8s, 3m05s, 2h04m."""
     whole = round(max(seconds, 0.0))
     if whole < 60:
         return f"{whole}s"
@@ -42,10 +44,11 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts towards ``total`` (none: unknown), beginning at ``start`` when earlier work is being continued.
+    """Counts what is done, towards a ``total`` if it is known, and shows it while in its block.
 
-    ``per_item`` scales the rate shown: with 64 samples per step and ``unit="images"`` the rate reads images per second.
-    ``shown=False`` counts in silence, for every rank but the first.
+    Begins at ``start`` when earlier work is continued. ``per_item`` scales the rate shown: with 64
+    images per step and ``unit="images"`` it reads images per second. ``shown=False`` counts in
+    silence, for every rank but the first.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Progress:
             display.close(complete=kind is None)
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """``count`` more are done; ``note`` replaces the few words shown at the end (say, the loss)."""
+        """Count more items; ``note`` replaces the few words shown at the end (say, the loss)."""
         self.done += count
         if note is not None:
             self.note = note
@@ -92,6 +95,7 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
+        """Seconds since this process began."""
         return time.monotonic() - self._began
 
     @property
@@ -110,6 +114,8 @@ class Progress:
 
 
 class _Lines:
+    """Lines on stderr, for log files: how far the work is, every few seconds, and at its end."""
+
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
@@ -133,7 +139,10 @@ class _Lines:
 
 
 class _Bar:
+    """A bar at the bottom of a terminal."""
+
     def __init__(self, progress: Progress) -> None:
+        # Imported here: most processes write to a file, and need none of it.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
@@ -164,7 +173,10 @@ class _Bar:
 
 
 class _File:
-    """A JSON object: title, done, total (null: unknown) and status, which is words. Complete whenever it is read."""
+    """A file with one JSON object: title, done, total (null: unknown) and status, in words.
+
+    Complete whenever it is read.
+    """
 
     def __init__(self, progress: Progress, path: Path) -> None:
         self.progress, self.path = progress, path
@@ -196,7 +208,7 @@ class _File:
 def track(
     items: Iterable[Item], title: str, total: int | None = None, *, unit: str = "items"
 ) -> Iterator[Item]:
-    """The same items, counted as they are used up."""
+    """Yield the same items, and show how many have been used up."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(title, total, unit=unit) as progress:
