@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from pipelines.artifacts import TrainingArtifacts
 from pipelines.gpu_count import gpu_count
 from pipelines.subprocesses import StageCrashed, run_stage, stage_command
-from r2id.config import EvaluateConfig, SampleConfig, load_config
+from r2id.config import EncodeConfig, EvaluateConfig, SampleConfig, load_config, to_arguments
 from r2id.errors import InputError
 
 _RESTARTS = 3  # of a training stage that crashed after it had got further
@@ -76,39 +76,25 @@ def train_flow(
 
 @flow(name="encode", validate_parameters=False)
 def encode_flow(
-    riae: Path, shards: Path, out: Path, environment: dict[str, str] | None = None
+    riae: Path,
+    shards: Path,
+    out: Path,
+    config: EncodeConfig,
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Latents of a whole dataset, on every GPU of this machine."""
-    return run_stage_task(
-        ["encode", "--riae", str(riae), "--shards", str(shards), "--out", str(out)],
-        environment or {},
-        max(gpu_count(), 1),
-    )
+    paths = ["--riae", str(riae), "--shards", str(shards), "--out", str(out)]
+    arguments = ["encode", *paths, *to_arguments(config)]
+    return run_stage_task(arguments, environment or {}, max(gpu_count(), 1))
 
 
 @flow(name="sample", validate_parameters=False)
 def sample_flow(
     checkpoint: Path, out: Path, config: SampleConfig, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """One grid of samples per size. Replaces what is at ``out``."""
-    options = [
-        "--out",
-        str(out),
-        "--overwrite",
-        "--count",
-        str(config.count),
-        "--steps",
-        str(config.steps),
-        "--cfg",
-        str(config.guidance),
-        "--solver",
-        config.solver,
-        "--seed",
-        str(config.seed),
-    ]
-    for label in config.labels:
-        options += ["--label", str(label)]
-    return run_stage_task(["sample", str(checkpoint), *options, *_sizes(config)], environment or {})
+    """One grid of samples per size, drawn as the run says where ``config`` does not. Replaces what is at ``out``."""
+    arguments = ["sample", str(checkpoint), "--out", str(out), "--overwrite", *to_arguments(config)]
+    return run_stage_task(arguments, environment or {})
 
 
 @flow(name="evaluate", validate_parameters=False)
@@ -120,21 +106,7 @@ def evaluate_flow(
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Metrics, figures and report of a checkpoint."""
+    paths = ["--shards", str(shards), "--out", str(out)]
     return run_stage_task(
-        [
-            "evaluate",
-            str(checkpoint),
-            "--shards",
-            str(shards),
-            "--out",
-            str(out),
-            "--count",
-            str(config.count),
-            *_sizes(config),
-        ],
-        environment or {},
+        ["evaluate", str(checkpoint), *paths, *to_arguments(config)], environment or {}
     )
-
-
-def _sizes(config: SampleConfig | EvaluateConfig) -> list[str]:
-    return [word for height, width in config.sizes for word in ("--size", f"{height}x{width}")]

@@ -22,7 +22,15 @@ from pipelines.artifacts import how_to_open_mlflow
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
 from pipelines.orchestration import prefect_ready
 from pipelines.preparation import check_engine, prepare_flow
-from r2id.config import PipelineRun, StageConfig, load_config
+from r2id.config import (
+    PipelineRun,
+    R2idRun,
+    SampleConfig,
+    StageConfig,
+    change,
+    load_config,
+    override,
+)
 from r2id.errors import InputError, Stopped
 from r2id.files import write_atomic
 from r2id.progress import duration, say
@@ -56,17 +64,31 @@ class Pipeline:
     ) -> tuple[Path, tuple[str, ...]]:
         """A stage's config file and its overrides; the pipeline's own come last and win."""
         file = self.base / stage.config
+        tracking = self.config.tracking.changes()
+        tracking.pop("name", None)  # is that of the pipeline's run; a stage's run has its own
         values = {
-            **{key: str(path) for key, path in paths.items()},
-            "data.shards": str(self.config.prepare.out),
-            "tracking.experiment": self.config.tracking.experiment,
-            "tracking.enabled": self.config.tracking.enabled,
+            **paths,
+            "data.shards": self.config.prepare.out,
+            **{f"tracking.{name}": value for name, value in tracking.items()},
         }
-        overrides = (*stage.set, *(f"{key}={json.dumps(value)}" for key, value in values.items()))
-        found = load_config(file, overrides).stage
-        if found != kind:
-            raise InputError(f"{kind}.config: {file} is of stage {found!r}, must be {kind!r}")
+        overrides = (*stage.set, *(override(key, value) for key, value in values.items()))
+        run = load_config(file, overrides)
+        if run.stage != kind:
+            raise InputError(f"{kind}.config: {file} is of stage {run.stage!r}, must be {kind!r}")
+        if isinstance(run, R2idRun):
+            self._check_sampling(run)
         return file, overrides
+
+    def _check_sampling(self, run: R2idRun) -> None:
+        """InputError when what the pipeline sets does not go with what it leaves to the R2ID run."""
+        for name in ("sample", "evaluate"):
+            changes = getattr(self.config, name).changes()
+            try:
+                change(
+                    run.sample, {k: v for k, v in changes.items() if k in SampleConfig.model_fields}
+                )
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
 
     def _read_record(self) -> dict[str, Any]:
         if not self.record_file.exists():
@@ -190,20 +212,21 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
     pipeline.stage("train riae", lambda: train_flow(*pipeline.riae_stage, environment))
     encoded = pipeline.stage(
-        "encode", lambda: encode_flow(pipeline.riae, shards, pipeline.latents, environment)
+        "encode",
+        lambda: encode_flow(pipeline.riae, shards, pipeline.latents, config.encode, environment),
     )
     if encoded["reused"] < encoded["images"]:
         pipeline.note("encode", encoded)
     pipeline.stage("train r2id", lambda: train_flow(*pipeline.r2id_stage, environment))
     samples = pipeline.once(
         "sample",
-        config.sample.model_dump(mode="json"),
+        config.sample.changes(mode="json"),
         [pipeline.samples],
         lambda: sample_flow(pipeline.r2id, pipeline.samples, config.sample, environment),
     )
     evaluation = pipeline.once(
         "evaluate",
-        config.evaluate.model_dump(mode="json"),
+        config.evaluate.changes(mode="json"),
         [pipeline.report],
         lambda: evaluate_flow(pipeline.r2id, shards, pipeline.report, config.evaluate, environment),
     )

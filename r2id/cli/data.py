@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from r2id.cli.options import Json, app, parse_size, report
+from r2id.cli.fields import Fields, Given, with_fields
+from r2id.cli.options import Json, app, report
+from r2id.config import DataConfig, PrepareConfig, TrainConfig, build
 from r2id.errors import InputError
 
 data_app = typer.Typer(
@@ -15,73 +17,36 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
+_STATS_FIELDS = ("size", "window", "max_pixels", "batch_pixels")
+"""What decides about the buckets of training."""
+
 
 @app.command()
+@with_fields
 def prepare(
     dataset: Annotated[
         Literal["digits", "mnist", "celeba", "imagenet", "folder", "webdataset"],
         typer.Argument(
-            help="digits: shipped, 8x8; mnist: IDX files; celeba; imagenet: tars, Kaggle, Parquet or folders; folder: any "
-            "folder, tar or zip of images; webdataset: existing tars. NAME.npy beside an image of the last two is the "
-            "embedding of its text."
+            help="digits: shipped, 8x8; mnist: IDX files; celeba; imagenet: tars, Kaggle, Parquet "
+            "or folders; folder: any folder, tar or zip of images; webdataset: existing tars. "
+            "NAME.npy beside an image of the last two is the embedding of its text."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    source: Annotated[
-        Path | None, typer.Option(help="The dataset's files. Without it, mnist is downloaded.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    engine: Annotated[
-        Literal["processes", "dask", "ray"], typer.Option(help="What writes the shards.")
-    ] = "processes",
-    address: Annotated[
-        str | None, typer.Option(help="Of a Dask or Ray cluster. Default: one is started here.")
-    ] = None,
-    shard_mb: Annotated[float, typer.Option(min=0.001, help="Largest shard in megabytes.")] = 256.0,
-    labels: Annotated[
-        Path | None, typer.Option(help="folder: CSV or Parquet of path, label and maybe split.")
-    ] = None,
-    label: Annotated[
-        str, typer.Option(help="celeba: what the class is: none, identity or an attribute.")
-    ] = "none",
-    images: Annotated[
-        Literal["aligned", "wild"], typer.Option(help="celeba: which images.")
-    ] = "aligned",
-    max_megapixels: Annotated[
-        float, typer.Option(min=0.0001, help="Larger images are rejected.")
-    ] = 100.0,
-    max_rejects: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of images that may be unusable.")
-    ] = 0.01,
+    settings: Annotated[Given, Fields(PrepareConfig, without=("dataset",))],
     as_json: Json = False,
 ) -> None:
     """Shard a dataset into webdataset tars at native sizes, with manifest, index and checksums."""
     from data_prep.prepare import prepare as run_prepare
-    from r2id.config import PrepareConfig
     from r2id.data.shards import ShardSet
 
-    if address and engine == "processes":
-        raise InputError(f"address {address!r}: goes with --engine dask or ray")
-    config = PrepareConfig(
-        dataset=dataset,
-        source=source,
-        out=out,
-        workers=workers,
-        engine=engine,
-        address=address,
-        shard_mb=shard_mb,
-        labels=labels,
-        label=label,
-        images=images,
-        max_megapixels=max_megapixels,
-        max_rejects=max_rejects,
-    )
-    if engine == "processes":
+    config = build(PrepareConfig, {"dataset": dataset, **settings})
+    if config.engine == "processes":
         run_prepare(config)
     else:
         from pipelines.preparation import prepare_on_cluster
 
         prepare_on_cluster(config)
+    out = config.out
     report(
         {"out": out, **ShardSet.open(out).summary()},
         as_json,
@@ -139,44 +104,28 @@ def verify(
 
 
 @data_app.command("stats")
+@with_fields
 def data_stats(
     shards: Annotated[Path, typer.Argument(help="Folder written by prepare.")],
+    data: Annotated[Given, Fields(DataConfig, only=_STATS_FIELDS)],
+    train: Annotated[Given, Fields(TrainConfig, only=("batch",))],
     out: Annotated[
         Path | None, typer.Option(help="PNG of the sizes, replaced. Default: NAME-sizes.png here.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="As data.size: resize every image to this.")
-    ] = None,
-    window: Annotated[
-        str | None, typer.Option(metavar="HxW", help="As data.window: train on parts this large.")
-    ] = None,
-    max_pixels: Annotated[
-        int, typer.Option(min=1, help="As data.max_pixels: the largest area.")
-    ] = 65536,
-    batch: Annotated[int, typer.Option(min=1, help="As train.batch: samples per step.")] = 64,
-    batch_pixels: Annotated[
-        int | None, typer.Option(min=1, help="As data.batch_pixels: pixels per step.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Sizes, aspect ratios, classes, and the buckets that training would use with what each cuts off."""
     import numpy as np
 
-    from r2id.config import DataConfig
     from r2id.data.plots import draw_sizes
     from r2id.data.shards import ShardSet
     from r2id.data.stats import describe_stats, split_stats
 
     opened = ShardSet.open(shards)
-    data = DataConfig(
-        shards=shards,
-        size=parse_size(size) if size else None,
-        max_pixels=max_pixels,
-        window=parse_size(window) if window else None,
-        batch_pixels=batch_pixels,
-    )
+    settings = build(DataConfig, {"shards": shards, **data})
+    batch = build(TrainConfig, {"steps": 1, **train}).batch
     splits = {
-        name: split_stats(opened, data, name, batch)
+        name: split_stats(opened, settings, name, batch)
         for name, entry in opened.manifest.splits.items()
         if entry.samples
     }

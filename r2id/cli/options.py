@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from r2id.config.arguments import parse_size
 from r2id.errors import InputError
 
 app = typer.Typer(
@@ -31,16 +32,6 @@ SizeList = Annotated[
     typer.Option("--size", metavar="HxW", help="Image height x width in pixels; may be repeated."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is a GPU.")]
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """'56x42' → (56, 42); InputError for anything else."""
-    match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
-    if not match or not (int(match[1]) and int(match[2])):
-        raise InputError(
-            f"size {text!r}: must be HEIGHTxWIDTH in whole pixels of at least 1, such as 56x42"
-        )
-    return int(match[1]), int(match[2])
 
 
 def parse_sizes(texts: list[str] | None) -> tuple[tuple[int, int], ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import Device, Json, Overrides, app, find_device, report
+from r2id.config import EncodeConfig, PipelineRun, build, load_config
 from r2id.errors import InputError
 
 
@@ -66,7 +68,6 @@ def train(
 ) -> None:
     """Train one stage; goes on by itself where the run directory holds a checkpoint."""
     from r2id import dist
-    from r2id.config import PipelineRun, load_config
     from r2id.training.loop import train as run_train
     from r2id.training.previews import preview
 
@@ -96,17 +97,12 @@ def _train_lines(figures: dict[str, Any]) -> list[str]:
 
 
 @app.command()
+@with_fields
 def encode(
     riae: Annotated[Path, typer.Option(metavar="CKPT", help="RIAE checkpoint or run directory.")],
     shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for the latent cache.")],
-    batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 256,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Loader processes; 0 decodes in the encoding process.")
-    ] = 0,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="Number format on disk.")
-    ] = "float32",
+    settings: Annotated[Given, Fields(EncodeConfig)],
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -114,10 +110,9 @@ def encode(
     from r2id import dist
     from r2id.training.encode import encode as run_encode
 
+    config = build(EncodeConfig, settings)
     try:
-        result = run_encode(
-            riae, shards, out, batch=batch, workers=workers, dtype=dtype, device=find_device(device)
-        )
+        result = run_encode(riae, shards, out, **dict(config), device=find_device(device))
         main_process = dist.is_main()
     finally:
         dist.shutdown()
@@ -140,7 +135,6 @@ def run(
 ) -> None:
     """Run the whole pipeline as a Prefect flow: prepare, train, encode, train, sample, evaluate."""
     from pipelines.pipeline import run_pipeline
-    from r2id.config import PipelineRun, load_config
 
     settings = load_config(config, overrides or ())
     if not isinstance(settings, PipelineRun):

@@ -7,21 +7,27 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import (
     Device,
     Json,
     SizeList,
     app,
     find_device,
-    parse_size,
     parse_sizes,
     parse_window,
     report,
 )
+from r2id.config import EvaluateConfig, SampleConfig, SamplerConfig, build
+from r2id.config.arguments import parse_size
 from r2id.errors import InputError
+
+# How samples are computed is apart from which are drawn or scored: the former is the run's own by default.
+SAMPLER_FIELDS = tuple(SamplerConfig.model_fields)
 
 
 @app.command()
+@with_fields
 def sample(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="R2ID checkpoint or run directory.")
@@ -33,18 +39,16 @@ def sample(
             "or shards a folder, which is gone on with where it is unfinished."
         ),
     ],
-    size: SizeList = None,
+    which: Annotated[Given, Fields(SampleConfig, without=SAMPLER_FIELDS, unset="the run's own")],
+    sampler: Annotated[Given, Fields(SamplerConfig, unset="the run's own")],
     kind: Annotated[
         Literal["grid", "png", "shards"],
         typer.Option(
             "--format",
-            help="One picture of all samples per size; or a PNG file for each sample; or webdataset shards. Under "
-            "torchrun each process draws its share of the last two.",
+            help="One picture of all samples per size; or a PNG file for each sample; or "
+            "webdataset shards. Under torchrun each process draws its share of the last two.",
         ),
     ] = "grid",
-    label: Annotated[
-        list[int] | None, typer.Option(min=0, help="Class; may be repeated. Default: all in turn.")
-    ] = None,
     attribute: Annotated[
         list[str] | None,
         typer.Option(help="NAME that images have, or -NAME that they lack; may be repeated."),
@@ -53,26 +57,10 @@ def sample(
         Path | None,
         typer.Option(
             metavar="FILE.npy",
-            help="Embedding of the text that images are drawn "
-            "under, of the shape trained with; or N of them, in turn.",
+            help="Embedding of the text that images are drawn under, of the shape trained with; "
+            "or N of them, in turn.",
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Images per size.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
-    cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is none.")] = None,
-    cfg_interval: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LOW,HIGH", help="Times between which guidance applies: 0 is data, 1 noise."
-        ),
-    ] = None,
-    solver: Annotated[
-        Literal["ddim", "dpmpp_2m", "euler", "heun"] | None, typer.Option(help="Sampler.")
-    ] = None,
-    eta: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Fresh noise in ddim: 0 none, 1 ancestral.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i has seed SEED + i, at every size.")] = 0,
     grid: Annotated[
         str | None, typer.Option(metavar="hxw", help="Latent grid; default from the size.")
     ] = None,
@@ -81,67 +69,56 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw samples at any sizes from one R2ID checkpoint: grids of them, or thousands into files."""
-    from r2id.sampling.grids import draw_grids
-
-    settings = {
-        "steps": steps,
-        "guidance": cfg,
-        "guidance_interval": _interval(cfg_interval),
-        "solver": solver,
-        "eta": eta,
+    options = {
+        "sizes": (),
+        **which,
+        "grid": parse_size(grid) if grid else None,
+        "device": find_device(device),
     }
     if kind != "grid":
-        for name, given in (("attribute", attribute), ("embedding", embedding)):
-            if given:
-                raise InputError(f"--{name}: goes with --format grid, not {kind}")
-        if overwrite:
-            raise InputError(
-                f"--overwrite: goes with --format grid; --format {kind} goes on with what is at --out"
-            )
-        _draw_many(
-            checkpoint,
-            out,
-            parse_sizes(size),
-            kind=kind,
-            labels=tuple(label or ()),
-            count=count,
-            seed=seed,
-            grid=parse_size(grid) if grid else None,
-            settings=settings,
-            device=find_device(device),
-            as_json=as_json,
-        )
+        _refuse_grid_options(kind, attribute, embedding, overwrite)
+        _draw_many(checkpoint, out, kind, sampler, options, as_json)
         return
+    from r2id.sampling.grids import draw_grids
+
     result = draw_grids(
         checkpoint,
         out,
-        parse_sizes(size),
-        labels=tuple(label or ()),
+        **options,
+        **sampler,
         attributes=tuple(attribute or ()),
         embedding=embedding,
-        count=count,
-        seed=seed,
-        grid=parse_size(grid) if grid else None,
         overwrite=overwrite,
-        device=find_device(device),
-        **settings,
     )
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
+
+
+def _refuse_grid_options(
+    kind: str, attribute: list[str] | None, embedding: Path | None, overwrite: bool
+) -> None:
+    for name, given in (("attribute", attribute), ("embedding", embedding)):
+        if given:
+            raise InputError(f"--{name}: goes with --format grid, not {kind}")
+    if overwrite:
+        raise InputError(
+            f"--overwrite: goes with --format grid; --format {kind} goes on with what is at --out"
+        )
 
 
 def _draw_many(
     checkpoint: Path,
     out: Path,
-    sizes: tuple[tuple[int, int], ...],
-    *,
+    kind: Literal["png", "shards"],
+    sampler: Given,
+    options: dict[str, Any],
     as_json: bool,
-    **options: Any,
 ) -> None:
     from r2id import dist
     from r2id.sampling.files import draw_many
 
     try:
-        result, main_process = draw_many(checkpoint, out, sizes, **options), dist.is_main()
+        result = draw_many(checkpoint, out, **options, kind=kind, settings=sampler)
+        main_process = dist.is_main()
     finally:
         dist.shutdown()
     if main_process:
@@ -153,17 +130,6 @@ def _draw_many(
                 + (f", {r['reused']} found in place" if r["reused"] else "")
             ],
         )
-
-
-def _interval(text: str | None) -> tuple[float, float] | None:
-    """'0.2,0.8' → (0.2, 0.8)."""
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--cfg-interval {text!r}: must be LOW,HIGH, such as 0.2,0.8") from None
-    return low, high
 
 
 @app.command()
@@ -210,66 +176,33 @@ def reconstruct(
 
 
 @app.command()
+@with_fields
 def evaluate(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="R2ID or RIAE checkpoint or run directory.")
     ],
     shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for metrics.json, figures and report.html.")],
-    size: SizeList = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples per size.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="First seed of the samples.")] = 0,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Solver steps; default, here and below, the run's own."),
-    ] = None,
-    cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is none.")] = None,
-    cfg_interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Times between which it applies.")
-    ] = None,
-    solver: Annotated[
-        Literal["ddim", "dpmpp_2m", "euler", "heun"] | None, typer.Option(help="Sampler.")
-    ] = None,
-    invariance: Annotated[
-        bool,
-        typer.Option(
-            "--invariance",
-            help="Measure at fourteen sizes and aspect ratios too, against "
-            "real images stretched to them.",
-        ),
-    ] = False,
-    invariance_count: Annotated[
-        int, typer.Option(min=1, help="Samples per size of --invariance.")
-    ] = 500,
-    extractor: Annotated[
-        str | None,
-        typer.Option(
-            help="TorchScript file or its address, uint8 images [N, 3, H, W] to "
-            "features [N, D], such as Inception-v3 for the FID; its program is "
-            "run, so use one that you trust. Default: the classifier trained "
-            "here."
-        ),
-    ] = None,
+    measured: Annotated[Given, Fields(EvaluateConfig, without=SAMPLER_FIELDS)],
+    sampler: Annotated[Given, Fields(SamplerConfig, unset="the run's own")],
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure a checkpoint and write the report."""
     from r2id.evaluation.run import evaluate as run_evaluate
 
+    config = build(EvaluateConfig, measured)
     result = run_evaluate(
         checkpoint,
         shards,
         out,
-        sizes=parse_sizes(size),
-        count=count,
-        seed=seed,
-        invariance=invariance_count if invariance else 0,
-        extractor=extractor,
+        sizes=config.sizes,
+        count=config.count,
+        seed=config.seed,
+        invariance=config.invariance_count if config.invariance else 0,
+        extractor=config.extractor,
         device=find_device(device),
-        steps=steps,
-        guidance=cfg,
-        guidance_interval=_interval(cfg_interval),
-        solver=solver,
+        **sampler,
     )
     report(result, as_json, lambda r: [*r["headlines"], f"report: {out / 'report.html'}"])
 

@@ -4,10 +4,17 @@ A schema's field is the one owner of a setting's default and of its documentatio
 only what its run changes.
 """
 
-from r2id.config.diffusion import DiffusionConfig, SampleConfig
-from r2id.config.files import Run, change, load_config, parse_config, to_toml
+from r2id.config.arguments import to_arguments
+from r2id.config.diffusion import DiffusionConfig, SampleConfig, SamplerConfig
+from r2id.config.files import Run, build, change, load_config, override, parse_config, to_toml
 from r2id.config.models import R2idConfig, RiaeConfig
-from r2id.config.pipeline import EvaluateConfig, PipelineRun, PrepareConfig, StageConfig
+from r2id.config.pipeline import (
+    EncodeConfig,
+    EvaluateConfig,
+    PipelineRun,
+    PrepareConfig,
+    StageConfig,
+)
 from r2id.config.section import Section, Size
 from r2id.config.training import (
     DataConfig,
@@ -22,6 +29,7 @@ from r2id.config.training import (
 __all__ = [
     "DataConfig",
     "DiffusionConfig",
+    "EncodeConfig",
     "EngineConfig",
     "EvaluateConfig",
     "OptimConfig",
@@ -33,13 +41,17 @@ __all__ = [
     "RiaeRun",
     "Run",
     "SampleConfig",
+    "SamplerConfig",
     "Section",
     "Size",
     "StageConfig",
     "TrackingConfig",
     "TrainConfig",
+    "build",
     "change",
     "load_config",
+    "override",
     "parse_config",
+    "to_arguments",
     "to_toml",
 ]

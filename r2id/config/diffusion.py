@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -32,32 +32,43 @@ class DiffusionConfig(Section):
         return self
 
 
-class SampleConfig(Section):
-    sizes: Sizes = ()
-    """Image sizes (height, width) of the grids; empty is the size of the training images."""
-    count: int = Field(default=40, ge=1)
-    """Images per size."""
-    labels: Labels = ()
-    """Class indices, repeated to fill count; empty takes all classes in turn."""
+class SamplerConfig(Section):
+    """How one sample is computed."""
+
     steps: int = Field(default=30, ge=1)
+    """Steps of the solver."""
     guidance: float = Field(default=2.0, ge=0)
     """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""
     guidance_interval: Annotated[tuple[Fraction0, Fraction0], BeforeValidator(as_tuple)] = (
         0.0,
         1.0,
     )
-    """Times from and to which guidance applies, 0 is data and 1 noise (Kynkäänniemi et al. 2024); the rest of the way is
-    conditional."""
+    """Times from and to which guidance applies, 0 is data and 1 noise (Kynkäänniemi et al. 2024);
+    the rest of the way is conditional."""
     solver: Solver = "ddim"
+    """How the steps are made: DDIM (Song et al. 2021), DPM-Solver++ 2M (Lu et al. 2022), Euler or
+    Heun."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """Share of fresh noise in ddim's steps: 0 is deterministic, 1 ancestral."""
-    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _solver_options(self) -> SampleConfig:
+    def _solver_options(self) -> Self:
         low, high = self.guidance_interval
         if low >= high:
             raise ValueError(f"guidance_interval = {[low, high]}: must rise")
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta = {self.eta}: goes with solver 'ddim', not {self.solver!r}")
         return self
+
+
+class SampleConfig(SamplerConfig):
+    """Which samples are drawn, and how."""
+
+    sizes: Sizes = ()
+    """Image height x width in pixels; empty is the size of the training images."""
+    count: int = Field(default=40, ge=1)
+    """Images per size."""
+    labels: Labels = ()
+    """Class, by its index; they repeat in turn until there are ``count``. Empty takes all."""
+    seed: int = Field(default=0, ge=0)
+    """Image i has seed + i, at every size."""

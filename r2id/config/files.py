@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,7 +20,12 @@ from r2id.errors import InputError
 
 SectionT = TypeVar("SectionT", bound=Section)
 Run = RiaeRun | R2idRun | PipelineRun
-_KINDS: dict[str, type[Run]] = {"riae": RiaeRun, "r2id": R2idRun, "pipeline": PipelineRun}
+_KINDS: dict[str, type[Run]] = {
+    kind: schema
+    for schema in get_args(Run)
+    for kind in get_args(schema.model_fields["stage"].annotation)
+}
+"""The schema of a file by its ``stage``, as each schema declares it."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
@@ -60,12 +67,22 @@ def parse_config(
         raise InputError(f"{where}: {_explain(error, _KINDS[kind])}") from None
 
 
-def change(section: SectionT, changes: Mapping[str, Any]) -> SectionT:
-    """A section with some of its values replaced; InputError when they are not allowed."""
+def build(schema: type[SectionT], values: Mapping[str, Any]) -> SectionT:
+    """Make a section of these values and the defaults; InputError when they are not allowed."""
     try:
-        return type(section).model_validate({**section.model_dump(), **changes})
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise InputError(_explain(error, type(section))) from None
+        raise InputError(_explain(error, schema)) from None
+
+
+def change(section: SectionT, changes: Mapping[str, Any]) -> SectionT:
+    """Replace some of a section's values; InputError when they are not allowed."""
+    return build(type(section), {**section.model_dump(), **changes})
+
+
+def override(key: str, value: Any) -> str:
+    """Write ``section.key=value`` so that parse_config reads this value."""
+    return f"{key}={_value(value)}"
 
 
 def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
@@ -130,20 +147,28 @@ def to_toml(config: BaseModel) -> str:
 
 def _table(table: dict[str, Any], prefix: str = "") -> str:
     lines = [
-        f"{key} = {_value(value)}" for key, value in table.items() if not isinstance(value, dict)
+        f"{_key(key)} = {_value(value)}"
+        for key, value in table.items()
+        if not isinstance(value, dict)
     ]
     for key, value in table.items():
         if isinstance(value, dict) and value:
-            lines += ["", f"[{prefix}{key}]", _table(value, f"{prefix}{key}.").strip("\n")]
+            name = prefix + _key(key)
+            lines += ["", f"[{name}]", _table(value, f"{name}.").strip("\n")]
     return "\n".join(lines) + "\n"
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
-    if isinstance(value, list):
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False)  # TOML has JSON's escapes
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_key(key)} = {_value(item)}' for key, item in value.items())}}}"
     return repr(value)

@@ -37,3 +37,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
+
+    def changes(self, mode: Literal["python", "json"] = "python") -> dict[str, Any]:
+        """The values that were set, by name, without those that were left to their defaults."""
+        return self.model_dump(mode=mode, exclude_unset=True)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from r2id import dist
 from r2id.checkpoints import checkpoint
-from r2id.config import change
+from r2id.config import SamplerConfig, change
 from r2id.data.index import find_intact, read_commit
 from r2id.data.manifest import FORMAT_VERSION as SHARDS_VERSION
 from r2id.data.manifest import Manifest, SplitEntry, shard_file
@@ -52,14 +52,6 @@ _SHARD, _SHARD_PIXELS = (
     512,
     1 << 23,
 )  # in a shard, at most, but always whole batches: what a killed process draws again
-
-_SETTINGS = {
-    "steps",
-    "guidance",
-    "guidance_interval",
-    "solver",
-    "eta",
-}  # of SampleConfig, and of Sampler.sample
 
 
 @dataclass(frozen=True)
@@ -122,7 +114,7 @@ def draw_many(
     kind: Format,
     labels: Sequence[int] = (),
     count: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     grid: Size | None = None,
     settings: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
@@ -174,7 +166,7 @@ def make_plan(
     kind: Format,
     labels: Sequence[int],
     count: int | None,
-    seed: int,
+    seed: int | None,
     grid: Size | None,
     settings: Mapping[str, Any],
 ) -> Plan:
@@ -185,7 +177,9 @@ def make_plan(
     check_samples(sampler, size, grid, sampler.batch_length(size, grid))
     count, batch = count or sampler.defaults.count, sampler.batch_length(size, grid)
     asked = {name: value for name, value in settings.items() if value is not None}
-    resolved = change(sampler.defaults, asked).model_dump(mode="json", include=_SETTINGS)
+    resolved = change(sampler.defaults, asked).model_dump(
+        mode="json", include=set(SamplerConfig.model_fields)
+    )
     chosen = list(labels or sampler.defaults.labels)
     choose_labels(
         chosen, count, sampler.num_classes
@@ -198,7 +192,7 @@ def make_plan(
         "size": list(size),
         "grid": list(grid or sampler.grid_for(size)),
         "count": count,
-        "first_seed": seed,
+        "first_seed": sampler.defaults.seed if seed is None else seed,
         "labels": chosen,
         "classes": sampler.num_classes,
         "shift_exponent": sampler.diffusion.shift_exponent,

@@ -25,7 +25,7 @@ def draw_grids(
     attributes: Sequence[str] = (),
     embedding: Path | None = None,
     count: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     grid: Size | None = None,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
@@ -33,6 +33,7 @@ def draw_grids(
 ) -> dict[str, Any]:
     """Sample a checkpoint at every size and write one PNG grid for each; ``settings`` are those of Sampler.sample.
 
+    What is not given is the run's own setting, from its config's [sample].
     ``embedding`` is a ``.npy`` file, see choose_embeddings; ``out`` a PNG file (one size) or a folder. The same seeds and
     conditions at every size: picture i is one composition.
     """
@@ -51,7 +52,8 @@ def draw_grids(
     )
     if embedding is not None:
         condition = choose_embeddings(embedding, sampler.model, len(chosen))
-    seeds = torch.arange(seed, seed + len(chosen))
+    first = sampler.defaults.seed if seed is None else seed
+    seeds = torch.arange(first, first + len(chosen))
     columns = min(len(chosen), sampler.num_classes or 10)
     for file, size in zip(files, sizes, strict=True):
         images = sampler.sample(condition, seeds, size, grid=grid, **settings)

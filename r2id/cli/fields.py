@@ -1,0 +1,137 @@
+"""Options of a command that are generated from the fields of a config's section.
+
+A field owns its option's name, type, range, default and help; a command only says which sections it takes::
+
+    @app.command()
+    @with_fields
+    def sample(checkpoint: Checkpoint, settings: Annotated[Given, Fields(SampleConfig)]): ...
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args
+
+import annotated_types
+import typer
+
+from r2id.config import Section
+from r2id.config.arguments import Option, find_option
+
+Given = dict[str, Any]
+"""What was given on the command line, by the names of the fields; defaults are not in it."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Stands for the options of a section's fields in a command's signature."""
+
+    section: type[Section]
+    only: tuple[str, ...] = ()
+    """Names of the fields; empty takes them all."""
+    without: tuple[str, ...] = ()
+    """Names of fields that the command takes in another way."""
+    unset: str = ""
+    """What help says that options which are not given take; empty says the field's default."""
+
+    def options(self) -> list[Option]:
+        names = self.only or tuple(self.section.model_fields)
+        return [find_option(self.section, name) for name in names if name not in self.without]
+
+
+def with_fields(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter that is annotated with Fields by options; the command gets those that were given."""
+    signature = inspect.signature(command, eval_str=True)
+    markers = {
+        name: marker
+        for name, parameter in signature.parameters.items()
+        for marker in get_args(parameter.annotation)
+        if isinstance(marker, Fields)
+    }
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        for name, marker in markers.items():
+            asked = {option.name: (option, values.pop(option.name)) for option in marker.options()}
+            # Options that may be repeated are empty where they are not given, all others None.
+            values[name] = {
+                field: option.read(value)
+                for field, (option, value) in asked.items()
+                if value is not None and value != [] and value != ()
+            }
+        command(**values)
+
+    parameters = [
+        replaced.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in signature.parameters.items()
+        for replaced in (_parameters(markers[name]) if name in markers else [parameter])
+    ]
+    # typer makes the options of this signature, and not of the command's own.
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def _parameters(marker: Fields) -> Iterator[inspect.Parameter]:
+    for option in marker.options():
+        yield inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if option.field.is_required() else None,
+            annotation=Annotated[_annotation(option), _typer_option(option, marker.unset)],
+        )
+
+
+def _annotation(option: Option) -> Any:
+    """What typer reads: structured values as text, which Option.read takes apart."""
+    kind = str if option.structured else option.kind
+    if option.repeated:
+        return list[kind] | None  # type: ignore[valid-type]
+    return kind if option.field.is_required() else kind | None
+
+
+def _typer_option(option: Option, unset: str) -> Any:
+    bounds = _bounds(option)
+    return typer.Option(
+        option.flag,
+        metavar=option.form,
+        help=_help(option, unset),
+        show_default=False,
+        min=bounds.get("ge"),
+        max=bounds.get("le"),
+    )
+
+
+def _bounds(option: Option) -> dict[str, Any]:
+    """Inclusive limits of a number; others are found when the section is made."""
+    constraints = [*option.field.metadata]
+    if option.repeated:
+        item = get_args(option.field.annotation)[0]
+        constraints += [
+            inner for meta in get_args(item)[1:] for inner in getattr(meta, "metadata", ())
+        ]
+    if option.kind not in (int, float):
+        return {}
+    return {
+        name: getattr(constraint, name)
+        for constraint in constraints
+        for name, kind in (("ge", annotated_types.Ge), ("le", annotated_types.Le))
+        if isinstance(constraint, kind)
+    }
+
+
+def _help(option: Option, unset: str) -> str:
+    """The field's docstring, and what holds where the option is not given."""
+    field = option.field
+    if not field.description:
+        raise TypeError(f"{option.name}: the field needs a docstring, which is the option's help")
+    default = unset or ("" if field.default in (None, (), False) else str(field.default))
+    sentences = [
+        " ".join(field.description.split()).replace("``", ""),
+        "May be repeated." if option.repeated else "",
+        f"Default: {default}." if default and not field.is_required() else "",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)

@@ -1,0 +1,129 @@
+"""Command-line options of a section's fields: their names, and their values as text and back.
+
+The options of a command are generated from a section (r2id.cli.fields), and so are the arguments with which a
+pipeline starts that command. A field that is added to the section is an option at once, and a pipeline hands it over.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from r2id.config.section import Section, Size
+from r2id.errors import InputError
+
+_SHORT = {"guidance": "--cfg", "guidance_interval": "--cfg-interval"}
+"""Options with a name of their own: classifier-free guidance is known as CFG."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """The option of one field. ``kind`` is the type of a value, or of each where the option may be repeated."""
+
+    name: str
+    kind: Any
+    repeated: bool
+    field: FieldInfo
+
+    @property
+    def flag(self) -> str:
+        """``--max-rejects``; what is given once for each value is named in the singular, ``--size``."""
+        if self.name in _SHORT:
+            return _SHORT[self.name]
+        singular = self.name.removesuffix("s") if self.repeated else self.name
+        return "--" + singular.replace("_", "-")
+
+    @property
+    def structured(self) -> bool:
+        """Whether a value has parts (a size, a range) and is written in one word."""
+        return get_origin(self.kind) is tuple
+
+    def read(self, value: Any) -> Any:
+        """The field's value from what the command line holds: structured values come as text."""
+        if self.repeated:
+            return tuple(map(self._read_one, value))
+        return self._read_one(value)
+
+    def _read_one(self, value: Any) -> Any:
+        if not self.structured:
+            return value
+        if self.kind == _SIZE:
+            return parse_size(value)
+        kinds = get_args(self.kind)
+        try:
+            parts = [_bare(kind)(part) for kind, part in zip(kinds, value.split(","), strict=True)]
+        except ValueError:
+            raise InputError(
+                f"{self.flag} {value!r}: must be {self.form}, such as 0.2,0.8"
+            ) from None
+        return tuple(parts)
+
+    @property
+    def form(self) -> str | None:
+        """How a structured value is written; none for a plain one."""
+        if not self.structured:
+            return None
+        return "HxW" if self.kind == _SIZE else "LOW,HIGH"
+
+    def write(self, value: Any) -> list[str]:
+        """The words that give the field this value; none at all for a value that is empty or none."""
+        if self.kind is bool:
+            return [self.flag] if value else []
+        values = value if self.repeated else () if value is None else (value,)
+        return [word for one in values for word in (self.flag, self._write_one(one))]
+
+    def _write_one(self, value: Any) -> str:
+        if not self.structured:
+            return str(value)
+        return ("x" if self.kind == _SIZE else ",").join(map(str, value))
+
+
+def find_option(schema: type[Section], name: str) -> Option:
+    """The option of a section's field."""
+    field = schema.model_fields[name]
+    kind = _without_none(_bare(field.annotation))
+    if kind is bool and field.default is not False:
+        raise TypeError(f"{name}: an option can only switch on what is off by default")
+    repeated = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+    return Option(name, _bare(get_args(kind)[0]) if repeated else kind, repeated, field)
+
+
+def to_arguments(section: Section) -> list[str]:
+    """The command-line arguments of all that a section sets; what it leaves out is left to the command."""
+    return [
+        word
+        for name, value in section.changes().items()
+        for word in find_option(type(section), name).write(value)
+    ]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'56x42' → (56, 42); InputError for anything else."""
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
+    if not match or not (int(match[1]) and int(match[2])):
+        raise InputError(
+            f"size {text!r}: must be HEIGHTxWIDTH in whole pixels of at least 1, such as 56x42"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without what Annotated adds to it."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _without_none(annotation: Any) -> Any:
+    """The one type that an optional field has beside None."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return annotation
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if len(kinds) != 1:
+        raise TypeError(f"{annotation}: no option can be made of a field of several types")
+    return _bare(kinds[0])
+
+
+_SIZE = _bare(Size)

@@ -1,0 +1,307 @@
+"""Every setting of a pipeline arrives at the stage that it is for, and what is left out is the stage's own.
+
+The flows run as they are, without Prefect's server. What they would start is recorded instead, and read by the commands
+themselves, whose library functions are recorded in turn: what these are called with is what has arrived.
+"""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from pipelines import flows, pipeline, preparation, subprocesses
+from r2id.cli.options import app
+from r2id.config import (
+    EncodeConfig,
+    EvaluateConfig,
+    PipelineRun,
+    PrepareConfig,
+    R2idRun,
+    RiaeRun,
+    SampleConfig,
+    Section,
+    TrackingConfig,
+    load_config,
+    override,
+)
+from r2id.errors import InputError
+
+STAGES: dict[str, type[Section]] = {
+    "prepare": PrepareConfig,
+    "riae": RiaeRun,
+    "encode": EncodeConfig,
+    "r2id": R2idRun,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "tracking": TrackingConfig,
+}
+THE_PIPELINES = {"stage", "run", "codec", "data.shards", "data.latents"}
+"""Settings of training runs that a pipeline decides itself."""
+NOT_WITH_LATENTS = {"r2id.data.window", "r2id.data.flip", "r2id.data.stream"}
+"""Settings that R2ID cannot have in a pipeline, which trains it on cached latents."""
+ALONE: dict[str, list[str]] = {
+    "prepare.address": ["prepare.engine=dask"],
+    "riae.data.window": [],
+    "riae.engine.offload": [],
+    "r2id.engine.offload": [],
+    "r2id.sample.eta": ["r2id.sample.solver=ddim"],
+    "sample.eta": ["sample.solver=ddim"],
+    "evaluate.eta": ["evaluate.solver=ddim"],
+}
+"""Settings that do not go with the other values of others, and what has to be set beside them."""
+
+RIAE = """
+stage = "riae"
+run = "elsewhere"
+[data]
+shards = "elsewhere"
+[train]
+steps = 40
+[tracking]
+experiment = "the stage's own"
+"""
+R2ID = """
+stage = "r2id"
+run = "elsewhere"
+codec = "elsewhere"
+[data]
+shards = "elsewhere"
+[train]
+steps = 40
+[sample]
+solver = "heun"
+guidance = 1.5
+"""
+PIPELINE = """
+stage = "pipeline"
+name = "tiny"
+out = "{out}"
+[prepare]
+dataset = "digits"
+out = "data/digits"
+[riae]
+config = "riae.toml"
+[r2id]
+config = "r2id.toml"
+"""
+
+OWN = {"r2id.sample.solver": "heun", "prepare.dataset": "digits"}
+"""What these files give a setting that has no default, or another."""
+Arrived = dict[str, Any]
+"""Stage → what it was started with: its config, or the arguments of its function."""
+
+
+def candidates(annotation: Any) -> Iterator[Any]:
+    """Some values of a type, whatever its limits."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    plain = {
+        bool: (True, False),
+        int: (1, 2, 3, 16),
+        float: (0.05, 0.2, 0.5, 2.5),
+        str: ("other", "-other words"),
+        Path: (Path("some where"), Path("other")),
+    }
+    if annotation in plain:
+        yield from plain[annotation]
+    elif origin is Literal:
+        yield from arguments
+    elif origin is Annotated:
+        yield from candidates(arguments[0])
+    elif origin is dict:
+        yield {"other": 1}
+    elif origin is tuple and arguments[-1] is Ellipsis:
+        yield from ((one, two) for one, two in zip(*[candidates(arguments[0])] * 2, strict=False))
+    elif origin is tuple:  # its parts differ, and rise
+        choices = [list(candidates(part)) for part in arguments]
+        yield tuple(part[min(place, len(part) - 1)] for place, part in enumerate(choices))
+        yield tuple(part[-1] for part in choices)
+    else:
+        assert arguments, f"{annotation}: a type without candidates"
+        for part in arguments:
+            if part is not type(None):
+                yield from candidates(part)
+
+
+def other_value(name: str, field: FieldInfo) -> Any:
+    """A value that the field may have and does not have by default."""
+    allowed = TypeAdapter(
+        Annotated[(field.annotation, None, *field.metadata)],  # type: ignore[arg-type]
+        config={"strict": True},
+    )
+    for value in candidates(field.annotation):
+        with contextlib.suppress(ValidationError):
+            if allowed.validate_python(value) not in (field.default, OWN.get(name)):
+                return value
+    raise AssertionError(f"{name}: no other value found")
+
+
+def settings(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The names of all fields of a section and of those within it, with dots."""
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        elif prefix + name not in THE_PIPELINES:
+            yield prefix + name, field
+
+
+Run = Callable[..., Arrived]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a pipeline with overrides as far as its stages' functions."""
+    out = tmp_path / "out"
+    for name, text in {"riae": RIAE, "r2id": R2ID, "pipeline": PIPELINE}.items():
+        (tmp_path / f"{name}.toml").write_text(text.format(out=out))
+    # What R2ID's training and the evaluation would have left.
+    for file, text in {"r2id/checkpoints/latest": "step", "report/metrics.json": "{}"}.items():
+        (out / file).parent.mkdir(parents=True)
+        (out / file).write_text(text)
+    (out / "r2id/checkpoints/step").mkdir()
+    (out / "r2id/checkpoints/step/checkpoint.json").write_text("{}")
+
+    commands: list[list[str]] = []
+    arrived: Arrived = {}
+    for name in ("encode_flow", "sample_flow", "evaluate_flow", "train_flow", "prepare_flow"):
+        monkeypatch.setattr(pipeline, name, getattr(pipeline, name).fn)
+    for name in ("run_stage_task", "train_task"):
+        monkeypatch.setattr(flows, name, getattr(flows, name).fn)
+    shown = SimpleNamespace(environment={}, result={})
+    monkeypatch.setattr(flows, "TrainingArtifacts", lambda *_: contextlib.nullcontext(shown))
+    monkeypatch.setattr(pipeline, "create_markdown_artifact", lambda **_: None)
+    monkeypatch.setattr(pipeline, "_tracking", lambda verb, order: arrived.update({verb: order}))
+
+    def prepare(config: PrepareConfig, _write_all: object) -> None:
+        arrived["prepare"] = config
+
+    def run_command(command: list[str], _environment: object) -> tuple[int, str, str]:
+        commands.append(command)
+        result = {"files": [], "headlines": [], "images": 1, "reused": 1}
+        return 0, json.dumps(result), ""
+
+    monkeypatch.setattr(preparation, "prepare", prepare)
+    monkeypatch.setattr(subprocesses, "run_command", run_command)
+    record_stages(monkeypatch, arrived)
+
+    def run(*overrides: str) -> Arrived:
+        commands.clear()
+        arrived.clear()
+        (out / "pipeline.json").unlink(missing_ok=True)
+        config = load_config(tmp_path / "pipeline.toml", overrides)
+        assert isinstance(config, PipelineRun)
+        pipeline.pipeline_flow.fn(config, tmp_path)
+        for command in commands:
+            app(command[command.index("r2id.cli") + 1 :], standalone_mode=False)
+        capsys.readouterr()
+        return dict(arrived)
+
+    return run
+
+
+def record_stages(monkeypatch: pytest.MonkeyPatch, arrived: Arrived) -> None:
+    """Put recorders in the place of the functions that the commands call."""
+    import r2id.evaluation.run
+    import r2id.sampling.grids
+    import r2id.training.encode
+    import r2id.training.loop
+
+    def record(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        def recorder(*arguments: Any, **named: Any) -> dict[str, Any]:
+            bound = signature.bind(*arguments, **named).arguments
+            arrived[name] = {**bound, **bound.pop("settings", {})}
+            return {"out": "", "images": 1, "reused": 1, "files": [], "headlines": []}
+
+        return recorder
+
+    def train(config: RiaeRun | R2idRun, *_: object) -> dict[str, Any]:
+        arrived[config.stage] = config
+        return {"checkpoint": "", "step": 0}
+
+    monkeypatch.setattr(r2id.training.loop, "train", train)
+    for module, function, stage in (
+        (r2id.training.encode, "encode", "encode"),
+        (r2id.sampling.grids, "draw_grids", "sample"),
+        (r2id.evaluation.run, "evaluate", "evaluate"),
+    ):
+        monkeypatch.setattr(module, function, record(stage, getattr(module, function)))
+
+
+def value_at(arrived: Any, name: str) -> Any:
+    for part in name.split("."):
+        arrived = arrived[part] if isinstance(arrived, dict) else getattr(arrived, part)
+    return arrived
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "tracking"])
+def test_every_setting_arrives(stage: str, run: Run) -> None:
+    others = {
+        f"{stage}.{name}": other_value(f"{stage}.{name}", field)
+        for name, field in settings(STAGES[stage])
+    }
+    together = {
+        name: value for name, value in others.items() if name not in {*ALONE, *NOT_WITH_LATENTS}
+    }
+    check_arrival(stage, together, run(*(override(*item) for item in together.items()))[stage])
+    for name in others.keys() & ALONE.keys():
+        alone = run(override(name, others[name]), *ALONE[name])[stage]
+        check_arrival(stage, {name: others[name]}, alone)
+    for name in others.keys() & NOT_WITH_LATENTS:
+        with pytest.raises(InputError, match=name.rpartition(".")[2]):
+            run(override(name, others[name]))
+
+
+def check_arrival(stage: str, expected: dict[str, Any], arrived: Any) -> None:
+    if stage == "evaluate" and expected.pop("evaluate.invariance", False):
+        # The function has one argument for two settings: how many samples it is measured on.
+        expected["evaluate.invariance"] = expected.pop("evaluate.invariance_count")
+    found = {name: value_at(arrived, name.partition(".")[2]) for name in expected}
+    assert found == expected
+
+
+def test_tracking_arrives_at_every_stage_and_at_the_pipelines_own_run(run: Run) -> None:
+    for name, field in settings(TrackingConfig):
+        value = other_value(f"tracking.{name}", field)
+        arrived = run(override(f"tracking.{name}", value))
+        if name == "enabled":
+            assert "begin" not in arrived
+        else:
+            assert arrived["begin"][name] == value
+        for stage in ("riae", "r2id"):
+            own = getattr(arrived[stage].tracking, name)
+            assert own is None if name == "name" else own == value
+
+
+def test_what_a_pipeline_does_not_set_is_the_stages_own(run: Run) -> None:
+    arrived = run()
+    assert set(arrived["sample"]) == {
+        *("path", "out", "sizes", "grid", "device", "attributes", "embedding", "overwrite")
+    }
+    assert arrived["sample"]["sizes"] == ()
+    assert not set(arrived["evaluate"]) & {
+        "steps",
+        "guidance",
+        "guidance_interval",
+        "solver",
+        "eta",
+    }
+    assert arrived["riae"].tracking.experiment == "the stage's own"
+    assert arrived["r2id"].sample.guidance == 1.5
+    assert arrived["riae"].data.shards == arrived["r2id"].data.shards == Path("data/digits")
+
+
+def test_settings_that_do_not_go_with_the_stages_own_are_told_before_anything_starts(
+    run: Run,
+) -> None:
+    for table in ("sample", "evaluate"):
+        with pytest.raises(InputError, match=rf"{table}.*eta = 0\.5.*heun"):
+            run(f"{table}.eta=0.5")
+        assert run(f"{table}.eta=0.5", f"{table}.solver=ddim")[table]["eta"] == 0.5
