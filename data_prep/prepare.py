@@ -20,8 +20,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from data_prep.plan import Plan, is_complete, make_plan
 from data_prep.readers import DOWNLOADS, keep_reader
+from data_prep.shard_plan import Plan, is_complete, make_plan
 from data_prep.tars import free
 from r2id.config import PrepareConfig
 from r2id.data.index import find_intact, read_commit

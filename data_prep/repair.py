@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.plan import Plan, make_plan, read_plan
 from data_prep.prepare import finish, write_shard
+from data_prep.shard_plan import Plan, make_plan, read_plan
 from r2id.config import PrepareConfig
 from r2id.data.index import find_intact, read_commit
 from r2id.data.manifest import MANIFEST, REJECTS, read_manifest

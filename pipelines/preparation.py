@@ -26,9 +26,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
-from data_prep.plan import is_complete
+from data_prep.overview import overview
 from data_prep.prepare import Plan, end_with_parent, prepare, write_shard, write_shards
-from data_prep.show import overview
+from data_prep.shard_plan import is_complete
 from pipelines.artifacts import LiveArtifact
 from pipelines.orchestration import is_prefects, prefect_ready, server_answers, words
 from r2id.config import PrepareConfig

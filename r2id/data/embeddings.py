@@ -1,4 +1,4 @@
-"""Text embeddings as they come in ``.npy`` files.
+"""Read and write text embeddings as ``.npy`` files.
 
 Shape letters: D values · T tokens of a text · N texts.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from r2id.errors import InputError
 
 DTYPE = np.dtype("<f2")
-"""What embeddings are stored as, whatever they came as."""
+"""The type that all embeddings are stored as."""
 
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -24,9 +24,11 @@ _HEADERS = {
 
 
 def parse_npy(data: bytes) -> np.ndarray:
-    """The floats (16, 32 or 64 bits) that a ``.npy`` file holds. ValueError with the reason when it holds anything else.
+    """Parse a ``.npy`` file of 16-, 32- or 64-bit floats; ValueError when it holds anything else.
 
-    Nothing is allocated that the header alone asks for, and no pickle is read."""
+    Unlike numpy.load it never unpickles and never allocates what a forged header asks for: the
+    length of the data must fit the shape first.
+    """
     file = io.BytesIO(data)
     try:
         shape, by_columns, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
@@ -44,22 +46,24 @@ def parse_npy(data: bytes) -> np.ndarray:
 
 
 def to_stored(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """One embedding as it is stored. ValueError when it is of another shape or not finite in float16."""
+    """Convert one embedding to float16; ValueError for another shape or values not finite in it."""
     if list(values.shape) != list(shape):
         raise ValueError(f"of shape {list(values.shape)}, not {list(shape)}")
     return _rounded(values)
 
 
 def npy_bytes(values: np.ndarray) -> bytes:
-    """An array as a ``.npy`` file: the same array gives the same bytes."""
+    """Write an array as ``.npy`` bytes; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0))
     return buffer.getvalue()
 
 
 def read_embeddings(path: Path, shape: Sequence[int]) -> np.ndarray:
-    """A file of one embedding of a shape ([D] or [T, D]), or of N of them: float16 [N, …]. InputError when it holds
-    neither, or values that are not finite in float16."""
+    """Read a file of one embedding of a shape ([D] or [T, D]), or of N of them, as float16 [N, …].
+
+    Raises InputError for any other shape, or values that are not finite in float16.
+    """
     try:
         values = parse_npy(path.read_bytes())
         if list(values.shape) == list(shape):
@@ -75,7 +79,7 @@ def read_embeddings(path: Path, shape: Sequence[int]) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # is found below
+    with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below
         rounded = values.astype(DTYPE)
     if not np.isfinite(rounded).all():
         raise ValueError("values that are not finite in float16")

@@ -1,4 +1,8 @@
-"""The index of one shard: a row per sample, and what commits the shard."""
+"""The index of one shard: a Parquet file with a row per sample that also commits the shard.
+
+Its row (offset, size) makes reading a sample one positioned read of the tar. Its metadata holds the
+tar's hash: an index is written last, so a tar without one is unfinished.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +28,16 @@ SCHEMA = pa.schema(
         ("sha256", pa.binary(32)),
     ]
 )
-ATTRIBUTES = pa.field(
-    "attributes", pa.list_(pa.int8())
-)  # these are the last columns of sets that have them
-EMBEDDING = pa.field("embedding", pa.list_(pa.float16()))  # flat; Manifest.embedding_shape
+# Sets that have attributes or embeddings have these as their last columns.
+ATTRIBUTES = pa.field("attributes", pa.list_(pa.int8()))
+EMBEDDING = pa.field("embedding", pa.list_(pa.float16()))  # flat; see Manifest.embedding_shape
 
 
 def read_commit(folder: Path, file: str) -> tuple[ShardEntry, list[Reject]]:
-    """What a shard's index says of it. Raises FileNotFoundError or ValueError when there is none to read."""
+    """Read a shard's manifest entry and rejects from the metadata of its index.
+
+    Raises FileNotFoundError when there is no index, ValueError when it cannot be read.
+    """
     path = (folder / file).with_suffix(".parquet")
     try:
         with path.open("rb") as raw:
@@ -51,7 +57,7 @@ def read_commit(folder: Path, file: str) -> tuple[ShardEntry, list[Reject]]:
 
 
 def find_intact(folder: Path, file: str) -> ShardEntry | None:
-    """The shard's entry when it is committed and its tar hashes as it should."""
+    """Return a shard's entry if it is committed and its tar has the right hash, else None."""
     try:
         entry, _ = read_commit(folder, file)
         return entry if sha256_file(folder / file) == entry.sha256 else None
@@ -60,7 +66,10 @@ def find_intact(folder: Path, file: str) -> ShardEntry | None:
 
 
 def read_index(folder: Path, entry: ShardEntry, columns: list[str] | None = None) -> pa.Table:
-    """The rows of one shard: key, offset, size, height, width, mode, label (−1: none), ext, sha256 of the image, and
-    attributes (a list of −1 and 1) and embedding (a list of floats) where the set has them."""
+    """Read the rows of one shard, or some columns of them.
+
+    Columns are key, offset and size in the tar, height, width, mode, label (−1: none), ext, sha256
+    of the image, and where the set has them attributes (−1 or 1 each) and embedding (flat).
+    """
     with (folder / entry.index_file).open("rb") as raw:
         return pq.read_table(raw, columns=columns).replace_schema_metadata()

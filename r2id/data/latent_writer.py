@@ -1,4 +1,7 @@
-"""The writer of a latent cache, in any number of processes; what was interrupted goes on."""
+"""Write a latent cache from any number of processes; an interrupted run can be continued.
+
+The format is described in r2id.data.latents.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,24 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from r2id.config import DataConfig
-from r2id.data.latents import MANIFEST, Dtype, Identity, LatentFile, LatentManifest, difference
+from r2id.data.latents import (
+    MANIFEST,
+    CacheIdentity,
+    Dtype,
+    LatentFile,
+    LatentManifest,
+    describe_difference,
+)
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic
 
 
 class LatentWriter:
-    """Writes a cache, file by file.
+    """Writes a cache, one file per image shard.
 
-    One process begins with ``prepare``; then, in any process, for every (split, number of a shard) for which ``done`` says
-    no: ``write``; at the end one process calls ``finish``.
+    One process calls ``prepare`` first. Then any process calls ``write`` for every (split, shard
+    number) that is not ``done``. When all are done, one process calls ``finish``.
     """
 
     def __init__(
@@ -36,7 +46,7 @@ class LatentWriter:
         dtype: Dtype = "float32",
     ) -> None:
         self.folder, self.codec_path = folder, codec_path
-        self.identity = Identity(
+        self.identity = CacheIdentity(
             codec_hash=codec_hash,
             digest=shards.digest,
             latent_channels=latent_channels,
@@ -52,8 +62,10 @@ class LatentWriter:
         self._splits = shards
 
     def prepare(self) -> None:
-        """Remove what killed writers left. InputError when the folder holds something else, or latents of other data or of
-        another RIAE."""
+        """Check the folder and remove what killed writers left.
+
+        Raises InputError when it holds anything else, or latents of other data or another RIAE.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"out {self.folder}: exists and is no folder")
         names = {file for files in self.files.values() for file in files}
@@ -66,24 +78,28 @@ class LatentWriter:
         for path in present:
             if path.relative_to(self.folder).as_posix() not in own and path.suffix != TEMPORARY:
                 raise InputError(
-                    f"out {self.folder}: exists and holds something else ({path.name}): choose another "
-                    "folder"
+                    f"out {self.folder}: exists and holds something else ({path.name}): choose "
+                    "another folder"
                 )
             found = _read_marker(path) if path.suffix == ".json" else None
             if found is not None and found.identity != self.identity:
                 raise InputError(
-                    f"out {self.folder}: {difference(found.identity, self.identity)}: choose another folder, "
-                    "or remove this one"
+                    f"out {self.folder}: {describe_difference(found.identity, self.identity)}: "
+                    "choose another folder, or remove this one"
                 )
         sweep(self.folder)
 
     def done(self, split: str, number: int) -> bool:
-        """Whether that file is there and intact."""
+        """Tell whether a file is there and has the right hash."""
         return self._entry(split, number, rehash=True) is not None
 
     def write(self, split: str, number: int, latents: Sequence[torch.Tensor]) -> None:
-        """The latents [L, h, w] of all samples of one shard, in the index's order: complete or not at all."""
-        expected = len(self._splits.split(split).in_shard(number))
+        """Write the latents [L, h, w] of all samples of one shard, in the order of its index.
+
+        The file appears complete or not at all. Raises WorkError for latents that are not finite in
+        the cache's number format.
+        """
+        expected = len(self._splits.split(split).indices_in_shard(number))
         assert len(latents) == expected, f"{len(latents)} latents for {expected} samples"
         file, dtype = self.files[split][number], getattr(torch, self.identity.dtype)
         parts = [latent.detach().to(dtype).cpu() for latent in latents]
@@ -96,8 +112,8 @@ class LatentWriter:
         }
         if not torch.isfinite(tensors["latents"]).all():
             raise WorkError(
-                f"{file}: latents that are not finite in {self.identity.dtype}: the RIAE at {self.codec_path} "
-                "is not usable, or needs a wider number format"
+                f"{file}: latents that are not finite in {self.identity.dtype}: the RIAE at "
+                f"{self.codec_path} is not usable, or needs a wider number format"
             )
         data = save(tensors)
         write_atomic(self.folder / file, data)
@@ -111,7 +127,7 @@ class LatentWriter:
         write_atomic(self.folder / _marker(file), (entry.model_dump_json(indent=1) + "\n").encode())
 
     def finish(self) -> None:
-        """Commit the cache. Every file must be there."""
+        """Commit the cache by writing its manifest; WorkError when a file is missing."""
         files: dict[str, list[LatentFile]] = {}
         for split, names in self.files.items():
             for number, file in enumerate(names):

@@ -1,13 +1,17 @@
-"""The latent cache: raw latents of every image of a shard set by one RIAE, and the loader that trains from it.
+"""The latent cache: latents of every image of a shard set by one RIAE, and the loader of them.
 
-A cache is a folder::
+Encoding once instead of in every epoch is what makes training an R2ID cheap. A cache is a folder::
 
-    latents.json                       which RIAE, which data, how images were prepared, all files; written last
-    <split>/shard-000000.safetensors   "latents": the samples' [L, h, w] one after the other, flat, float32, float16 or
-                                       bfloat16; "heights", "widths": int64 [samples], their grids
-    <split>/shard-000000.json          what that file is of, its length and hash: its commit marker
+    latents.json                       the RIAE, the data, how images were prepared, and all files;
+                                       written last
+    <split>/shard-000000.safetensors   "latents": [L, h, w] of all samples, concatenated flat, as
+                                       float32, float16 or bfloat16; "heights" and "widths" of
+                                       their grids: int64 [samples]
+    <split>/shard-000000.json          identity, length and hash of that file: its commit marker
 
-There is one file per image shard, with its samples in the index's order. Normalisation is not applied here.
+There is one file per image shard, with the samples in the order of the shard's index. Latents are
+stored raw: the mean and standard deviation they are normalised with belong to the RIAE checkpoint.
+
 Shape letters: b micro-batch · L latent channels · h, w latent grid.
 """
 
@@ -26,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from r2id.config import DataConfig
-from r2id.data.loader import MicroBatch, Schedule, Steps, load_items
+from r2id.data.loader import MicroBatch, RankPlan, StepDataset, load_items
 from r2id.data.shards import ShardSet
 from r2id.data.verify import Damage
 from r2id.errors import InputError
@@ -42,20 +46,21 @@ _STORED: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<i2"),
 }
-"""NumPy lacks bfloat16; torch takes the bits."""
+"""Types of safetensors in NumPy, which has no bfloat16: its bits are read as integers, and torch
+reinterprets them."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Identity(_Strict):
-    """What a cache was made of and how: another one of these is another cache."""
+class CacheIdentity(_Strict):
+    """What the content of a cache depends on; a cache of another identity is not used."""
 
     format_version: int = FORMAT_VERSION
     codec_hash: str
     digest: str
-    """Of the shard set."""
+    """ShardSet.digest of the images."""
     latent_channels: int
     channels: int
     size: tuple[int, int] | None
@@ -64,9 +69,9 @@ class Identity(_Strict):
 
 
 class LatentFile(_Strict):
-    """One file of a cache, as its marker states it; ``file`` is relative to the cache."""
+    """One file of a cache, as its commit marker states it; ``file`` is relative to the cache."""
 
-    identity: Identity
+    identity: CacheIdentity
     file: str
     samples: int
     bytes: int
@@ -74,36 +79,36 @@ class LatentFile(_Strict):
 
 
 class LatentManifest(_Strict):
-    identity: Identity
+    identity: CacheIdentity
     codec: str
-    """Where the RIAE was; for people."""
+    """Path of the RIAE, for people only: codec_hash identifies it."""
     files: dict[str, list[LatentFile]]
-    """Of each split, in shard order."""
+    """The files of each split, in shard order."""
     checksum: str = ""
 
     def expected_checksum(self) -> str:
-        """Of all other fields, so that an edited manifest is noticed."""
+        """Hash all other fields, so that an edited manifest is noticed."""
         content = self.model_dump(exclude={"checksum"}, mode="json")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class LatentSplit:
-    """The latents of one split, mapped from disk."""
+    """The latents of one split of N samples, memory-mapped."""
 
     flat: list[np.ndarray]
-    """Of each shard, as stored."""
+    """For each shard, all values as stored."""
     start: np.ndarray
-    """Of each sample, in its shard's flat array; int64 [N]."""
+    """For each sample, where it begins in its shard's flat array; int64 [N]."""
     height: np.ndarray
     width: np.ndarray
     shard: np.ndarray
-    identity: Identity
+    identity: CacheIdentity
 
     def __call__(
         self, indices: np.ndarray, _height: int, _width: int, _key: torch.Tensor
     ) -> torch.Tensor:
-        """float32 [b, L, h, w] of samples whose images are of one size, and whose grids therefore are too."""
+        """Read float32 [b, L, h, w] of samples of one bucket, whose grids are therefore equal."""
         grid = int(self.height[indices[0]]), int(self.width[indices[0]])
         count = self.identity.latent_channels * grid[0] * grid[1]
         parts = [self.flat[self.shard[i]][self.start[i] : self.start[i] + count] for i in indices]
@@ -114,14 +119,14 @@ class LatentSplit:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """An open cache."""
+    """An open latent cache."""
 
     folder: Path
     manifest: LatentManifest
 
     @classmethod
     def open(cls, folder: Path, expect_codec_hash: str, expect_digest: str) -> LatentCache:
-        """InputError when the folder is no complete cache, or one of another RIAE or of other data."""
+        """Open a cache; InputError when it is incomplete, or of another RIAE or other data."""
         manifest = read_latents(folder)
         expected = manifest.identity.model_copy(
             update={
@@ -132,24 +137,27 @@ class LatentCache:
         )
         if manifest.identity != expected:
             raise InputError(
-                f"{folder}: {difference(manifest.identity, expected)}: run r2id encode again, into "
-                "another folder"
+                f"{folder}: {describe_difference(manifest.identity, expected)}: run r2id encode "
+                "again, into another folder"
             )
         return cls(folder, manifest)
 
     def check(self, data: DataConfig) -> None:
-        """InputError when the images were prepared in another way than this config asks for."""
+        """Raise InputError when images were prepared otherwise than these settings ask for."""
         expected = self.manifest.identity.model_copy(
             update={"channels": data.channels, "size": data.size, "max_pixels": data.max_pixels}
         )
         if self.manifest.identity != expected:
             raise InputError(
-                f"{self.folder}: {difference(self.manifest.identity, expected)}: run r2id encode again, "
-                "into another folder"
+                f"{self.folder}: {describe_difference(self.manifest.identity, expected)}: "
+                "run r2id encode again, into another folder"
             )
 
     def split(self, name: str, shard: np.ndarray) -> LatentSplit:
-        """``shard`` [N] is the image index's column of that name. InputError when a file is missing or damaged."""
+        """Map the latents of a split; ``shard`` [N] is r2id.data.shards.Split.shard.
+
+        Raises InputError when a file is missing or damaged, or does not fit the shard set.
+        """
         flat, heights, widths, starts = [], [], [], []
         files, latent_channels = self.manifest.files[name], self.manifest.identity.latent_channels
         for entry, count in zip(files, np.bincount(shard, minlength=len(files)), strict=True):
@@ -174,7 +182,7 @@ class LatentCache:
 
 
 def read_latents(folder: Path) -> LatentManifest:
-    """InputError when the folder is no complete cache, or its manifest is damaged."""
+    """Read a cache's manifest; InputError when it is missing, damaged or edited."""
     path = folder / MANIFEST
     if not path.is_file():
         state = (
@@ -195,7 +203,7 @@ def read_latents(folder: Path) -> LatentManifest:
 
 
 def verify_latents(folder: Path) -> list[Damage]:
-    """Rehash a cache: all damage found. InputError when the folder is none."""
+    """Rehash a cache and list all damage; InputError when the folder is no cache."""
     try:
         manifest = read_latents(folder)
     except InputError as error:
@@ -235,16 +243,19 @@ def latent_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[MicroBatch]]:
-    """As image_loader, the same samples in the same order, with ``"latent": float32 [b, L, h, w]``, raw, for "image"."""
+    """Load latents: the same samples in the same order as r2id.data.loader.image_loader.
+
+    Micro-batches have ``"latent": float32 [b, L, h, w]``, not normalised, in place of "image".
+    """
     cache.check(data)
     samples = shards.split(split)
-    schedule = Schedule.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
-    steps = Steps(schedule, samples, "latent", cache.split(split, samples.shard))
+    plan = RankPlan.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
+    steps = StepDataset(plan, samples, "latent", cache.split(split, samples.shard))
     return load_items(steps, range(start_step, total_steps), data.workers)
 
 
-def difference(found: Identity, expected: Identity) -> str:
-    """The first way in which a cache is not the expected one, in words."""
+def describe_difference(found: CacheIdentity, expected: CacheIdentity) -> str:
+    """Say in words how a cache first differs from the expected one."""
     words = {
         "codec_hash": "holds latents of another RIAE",
         "digest": "holds latents of another shard set",
@@ -252,7 +263,8 @@ def difference(found: Identity, expected: Identity) -> str:
     for name, value in expected.model_dump().items():
         was = getattr(found, name)
         if was != value:
-            return f"{words.get(name, 'holds latents made otherwise')} ({name} is {_short(was)}, not {_short(value)})"
+            what = words.get(name, "holds latents made otherwise")
+            return f"{what} ({name} is {_short(was)}, not {_short(value)})"
     return "holds the same latents"
 
 
@@ -261,12 +273,16 @@ def _short(value: Any) -> str:
 
 
 def _load(folder: Path, entry: LatentFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(latents as stored, flat and left on disk; heights; widths). Its length is checked; r2id verify rehashes."""
+    """Return (latents, flat and memory-mapped; heights; widths) of a file.
+
+    Only its length is checked, because hashing would read it all; r2id verify does that.
+    """
     path = folder / entry.file
     try:
         if path.stat().st_size != entry.bytes:
             raise InputError(
-                f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run r2id encode again"
+                f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run r2id encode "
+                "again"
             )
         with safe_open(path, "np") as tensors:
             heights, widths = tensors.get_tensor("heights"), tensors.get_tensor("widths")
@@ -276,7 +292,11 @@ def _load(folder: Path, entry: LatentFile) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _map_tensor(path: Path, name: str) -> np.ndarray:
-    """A flat tensor of a safetensors file, left on disk: 8 bytes of header length, JSON header, data."""
+    """Memory-map a flat tensor of a safetensors file.
+
+    The format is 8 bytes with the header's length, a JSON header and the data. safetensors itself
+    would copy the tensor into memory.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         facts = json.loads(file.read(length))[name]

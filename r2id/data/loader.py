@@ -1,6 +1,7 @@
-"""Plan → batches: images decoded and brought to one size per batch.
+"""Turn the plan of an epoch into batches: read, decode and resize the images of every step.
 
-They are bytes until they are where they are used: a quarter of what float32 takes between processes and on the way to a GPU.
+Images stay uint8 until they are on the device that uses them: a quarter of the memory that float32
+would take between loader processes and on the way to a GPU.
 
 Shape letters: b micro-batch · C colours · H, W image.
 """
@@ -20,13 +21,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from r2id import rng
 from r2id.config import DataConfig
-from r2id.data.plan import Batch, Buckets, check_batch, make_buckets, plan_epoch, rank_share
+from r2id.data.epoch_plan import (
+    Batch,
+    Buckets,
+    check_batch,
+    make_buckets,
+    plan_epoch,
+    rank_micro_batches,
+)
 from r2id.data.records import View, decode_view
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import WorkError
 from r2id.images import to_float
 
-_KEPT_BYTES = 256 << 20
+_KEPT_BYTES = 256 << 20  # a split that is smaller than this in decoded pixels is kept in memory
 
 MicroBatch = dict[str, Any]
 
@@ -44,17 +52,24 @@ def image_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[MicroBatch]]:
-    """For every step from ``start_step`` to ``total_steps``: this rank's micro-batches of that step.
+    """Yield this rank's micro-batches of every step from ``start_step`` to ``total_steps``.
 
-    Each is ``{"image": uint8 [b, C, H, W] (see r2id.images.to_float), "label": int64 [b] (−1: none), "index": int64 [b],
-    "epoch": int, "step": int, "keys": list[str]}``, and of sets that have them "attributes": int8 [b, A], −1 or 1, and of
-    sets opened with them "embedding": float16 [b, D] or [b, T, D]. What a step holds depends on the data, the seed and
-    ``batch`` alone.
-    Raises InputError for an unknown split or a batch that does not divide by processes and micro-batch.
+    A micro-batch is a dictionary of
+
+    * ``"image"``: uint8 [b, C, H, W]; see r2id.images.to_float
+    * ``"label"``: int64 [b], −1 where there is none
+    * ``"attributes"``: int8 [b, A], −1 or 1, of sets that have them
+    * ``"embedding"``: float16 [b, D] or [b, T, D], of sets opened with them
+    * ``"index"``: int64 [b], positions in the split, and ``"sample_ids"``: the samples' keys
+    * ``"epoch"`` and ``"step"``: int
+
+    What a step holds depends only on the data, the seed and ``batch``, not on the number of
+    processes. Raises InputError for an unknown split, or a batch that does not divide by processes
+    and micro-batch.
     """
     samples = shards.split(split)
-    schedule = Schedule.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
-    steps = Steps(schedule, samples, "image", ImageReader(samples, schedule.buckets, data))
+    plan = RankPlan.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
+    steps = StepDataset(plan, samples, "image", ImageReader(samples, plan.buckets, data))
     return load_items(steps, range(start_step, total_steps), data.workers)
 
 
@@ -66,11 +81,12 @@ def eval_loader(
     limit: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[MicroBatch]:
-    """Every image of a split once, as image_loader's micro-batches (epoch and step 0), but float32 in [−1, 1].
+    """Yield every image of a split once, in batches as image_loader's, but float32 in [−1, 1].
 
-    In the order of the index, except that images of one size come together; a size's last batch may be smaller.
-    Images are brought to the sizes they have in training, but never mirrored or reduced to a window. ``limit`` takes that
-    many, evenly spaced; ``indices`` those.
+    The order is that of the index, except that images of one size come together; the last batch of
+    a size may be smaller. Images have the sizes they have in training, but are never mirrored or
+    cut to a window. ``indices`` selects samples; ``limit`` takes that many, evenly spaced. Epoch
+    and step are 0.
     """
     samples = shards.split(split)
     data = data.model_copy(update={"window": None, "flip": False})
@@ -78,7 +94,7 @@ def eval_loader(
     chosen = np.arange(len(samples)) if indices is None else np.asarray(indices, dtype=np.int64)
     if limit is not None and limit < len(chosen):
         chosen = chosen[np.arange(limit) * len(chosen) // limit]
-    batches = Batches(
+    batches = EvalDataset(
         _by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data)
     )
     loaded = load_items(batches, range(len(batches.batches)), data.workers)
@@ -86,7 +102,7 @@ def eval_loader(
 
 
 def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[int, int]]:
-    """The size (height, width) of every image of a split as the model sees it, from the smallest area to the largest."""
+    """Return the training size (height, width) of every image of a split, by increasing area."""
     buckets = split_buckets(shards.split(split), data)
     counted = sorted(
         zip(buckets.sizes, buckets.members, strict=True),
@@ -96,7 +112,7 @@ def image_sizes(shards: ShardSet, data: DataConfig, split: str) -> list[tuple[in
 
 
 def split_buckets(samples: Split, data: DataConfig) -> Buckets:
-    """The size that every image of a split is brought to."""
+    """Return the buckets of a split: the size that every image is resized to."""
     return _split_buckets(samples, data.size, data.max_pixels, data.window)
 
 
@@ -108,7 +124,7 @@ def _split_buckets(
 
 
 class ImageReader:
-    """Samples → image tensors. A split that is small as decoded pixels is decoded once and kept."""
+    """Reads samples as image tensors; a split that is small once decoded is kept in memory."""
 
     def __init__(
         self,
@@ -117,21 +133,24 @@ class ImageReader:
         data: DataConfig,
         fetch: Callable[[int], bytes] | None = None,
     ) -> None:
-        """``fetch`` gives a sample's stored bytes; none reads them from the shards."""
+        """``fetch`` returns a sample's stored bytes; None reads them from the shards."""
         self.samples, self.data, self.fetch = samples, data, fetch or samples.read
         pixels = int((buckets.height.astype(np.int64) * buckets.width).sum())
         small = pixels * data.channels <= _KEPT_BYTES and not data.window
         self._kept: dict[int, np.ndarray] | None = {} if small else None
 
     def __call__(
-        self, indices: np.ndarray, height: int, width: int, key: Tensor | None = None
+        self, indices: np.ndarray, height: int, width: int, rng_key: Tensor | None = None
     ) -> Tensor:
-        """uint8 [b, C, H, W]. Windows and mirroring are drawn from ``key`` and the index; none takes the
-        middle, as it is."""
+        """Read uint8 [b, C, H, W]. Window and mirroring are drawn from ``rng_key`` and the index.
+
+        Without one the window is the middle and nothing is mirrored. Drawing from the index, not
+        from the position in the batch, keeps an image the same for any number of processes.
+        """
         draws = np.full((len(indices), 3), 0.5)
-        if key is not None and (self.data.window or self.data.flip):
+        if rng_key is not None and (self.data.window or self.data.flip):
             draws = rng.uniform(
-                rng.fold(key, torch.from_numpy(indices.astype(np.int64))), 3
+                rng.fold(rng_key, torch.from_numpy(indices.astype(np.int64))), 3
             ).numpy()
         pixels = np.stack(
             [
@@ -142,7 +161,8 @@ class ImageReader:
         return torch.from_numpy(pixels).movedim(-1, 1).contiguous()
 
     def _pixels(self, index: int, height: int, width: int, draw: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, C]; an image's size is the same every time."""
+        """Decode one image to uint8 [H, W, C]."""
+        # Kept images need no key of their size: without windows it is the same every time.
         if self._kept is None:
             array = self._decode(index, height, width, draw)
         elif index in self._kept:
@@ -165,14 +185,17 @@ class ImageReader:
             )
         except ValueError as error:
             raise WorkError(
-                f"{self.samples.files[self.samples.shard[index]]}: sample {self.samples.key(index)}: "
-                f"{error}: r2id verify tells more"
+                f"{self.samples.files[self.samples.shard[index]]}: "
+                f"sample {self.samples.key(index)}: {error}: r2id verify tells more"
             ) from None
 
 
 @dataclass
-class Schedule:
-    """Step → this rank's part of the plan. Step s belongs to epoch s // (batches per epoch)."""
+class RankPlan:
+    """This rank's part of the epoch plans: which samples it processes in each step.
+
+    Step s belongs to epoch s // (batches per epoch), so resuming a run takes only a step number.
+    """
 
     buckets: Buckets
     digest: str
@@ -183,7 +206,7 @@ class Schedule:
     world_size: int
     batch_pixels: int | None
     shard: np.ndarray | None
-    """Of each sample, where the order is to go through a few shards at a time."""
+    """The shard of each sample, when the order is to visit a few shards at a time; else None."""
 
     @classmethod
     def of(
@@ -196,8 +219,8 @@ class Schedule:
         micro_batch: int,
         rank: int,
         world_size: int,
-    ) -> Schedule:
-        """InputError for a batch that does not divide by processes and micro-batch."""
+    ) -> RankPlan:
+        """Make the plan; InputError when processes and micro-batch do not divide the batch."""
         check_batch(batch, world_size, micro_batch)
         return cls(
             split_buckets(samples, data),
@@ -216,7 +239,7 @@ class Schedule:
         self._planned: tuple[int, list[Batch]] = (-1, [])
 
     def at(self, step: int) -> tuple[int, list[Batch]]:
-        """(epoch, micro-batches)."""
+        """Return the epoch of a step and this rank's micro-batches in it."""
         epoch, position = divmod(step, self.batches_per_epoch)
         if self._planned[0] != epoch:
             self._planned = (
@@ -232,35 +255,40 @@ class Schedule:
                 ),
             )
         whole = self._planned[1][position]
+        # Steps of small images hold a multiple of ``batch`` samples (see Buckets.batch_sizes); the
+        # number of micro-batches stays the same.
         micro_batch = self.micro_batch * (len(whole.indices) // self.batch)
-        shares = rank_share(whole.indices, self.rank, self.world_size, micro_batch)
+        shares = rank_micro_batches(whole.indices, self.rank, self.world_size, micro_batch)
         return epoch, [Batch(share, whole.height, whole.width) for share in shares]
 
 
 @dataclass
-class Steps(Dataset):
-    """Step number → list of micro-batches. ``read(indices, height, width, key)`` makes the tensor called ``name``."""
+class StepDataset(Dataset):
+    """Maps a step number to its micro-batches.
 
-    schedule: Schedule
+    ``read(indices, height, width, rng_key)`` makes the tensor called ``name``: images or latents.
+    """
+
+    plan: RankPlan
     samples: Split
     name: str
     read: Callable[[np.ndarray, int, int, Tensor], Tensor]
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
-        epoch, parts = self.schedule.at(step)
-        key = rng.fold(self.schedule.seed, epoch)
+        epoch, parts = self.plan.at(step)
+        rng_key = rng.fold(self.plan.seed, epoch)
         return [
             {
-                self.name: self.read(part.indices, part.height, part.width, key),
-                **describe(self.samples, part.indices, epoch, step),
+                self.name: self.read(part.indices, part.height, part.width, rng_key),
+                **batch_metadata(self.samples, part.indices, epoch, step),
             }
             for part in parts
         ]
 
 
 @dataclass
-class Batches(Dataset):
-    """Number → one evaluation batch."""
+class EvalDataset(Dataset):
+    """Maps a number to one batch of an evaluation."""
 
     batches: list[Batch]
     samples: Split
@@ -270,29 +298,29 @@ class Batches(Dataset):
         part = self.batches[number]
         return {
             "image": self.read(part.indices, part.height, part.width),
-            **describe(self.samples, part.indices, 0, 0),
+            **batch_metadata(self.samples, part.indices, 0, 0),
         }
 
 
-def describe(samples: Split, indices: np.ndarray, epoch: int, step: int) -> MicroBatch:
-    """All of a micro-batch but its pixels or latents."""
-    told = {
+def batch_metadata(samples: Split, indices: np.ndarray, epoch: int, step: int) -> MicroBatch:
+    """Return a micro-batch's fields other than its pixels or latents."""
+    optional = {
         name: torch.from_numpy(values[indices])
         for name in ("attributes", "embedding")
         if (values := getattr(samples, name)) is not None
     }
     return {
         "label": torch.from_numpy(samples.label[indices].astype(np.int64)),
-        **told,
+        **optional,
         "index": torch.from_numpy(indices.astype(np.int64)),
         "epoch": epoch,
         "step": step,
-        "keys": [samples.key(index) for index in indices],
+        "sample_ids": [samples.key(index) for index in indices],
     }
 
 
 def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterator[Any]:
-    """The dataset's items of these numbers, in order, made ahead by ``workers`` processes (0: none)."""
+    """Yield a dataset's items in order, loaded ahead by ``workers`` processes (0: none)."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -303,7 +331,7 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
     try:
         yield from loader
     except WorkError as error:
-        # A worker's error comes with its traceback as its message; the last line is the message that it had.
+        # torch makes a worker's traceback the message of its error; the last line is the message.
         raise WorkError(
             str(error).strip().splitlines()[-1].removeprefix("r2id.errors.WorkError: ")
         ) from None

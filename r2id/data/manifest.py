@@ -1,15 +1,15 @@
-"""What a shard set is: its files, and the manifest that says what there is.
+"""The files of a shard set, and the manifest that lists them.
 
-A set is a folder::
+A shard set is a folder::
 
-    manifest.json                      what there is, with checksums; written last
-    plan.json, plan.parquet            what was to go where
-    rejects.csv                        source files that are no images, each with the reason; only when there are any
-    <split>/shard-000000.tar           members KEY.jpg|png|webp, KEY.cls where there is a class, KEY.npy where there is a
-                                       text's embedding, KEY.json for the rest
-    <split>/shard-000000.parquet       index of that tar, one row per sample, and its commit marker
+    manifest.json                  splits, shards, counts and checksums; written last
+    plan.json, plan.parquet        the shard plan: which image goes into which shard
+    rejects.csv                    unusable source files with the reasons, if there are any
+    <split>/shard-000000.tar       members KEY.jpg|png|webp, KEY.cls where there is a class,
+                                   KEY.npy where there is a text embedding, KEY.json for the rest
+    <split>/shard-000000.parquet   index of that tar, one row per sample, and its commit marker
 
-Any webdataset reader streams the tars. Here a sample is one positioned read, its place taken from the index.
+Any webdataset reader can stream the tars. r2id reads single samples at the offsets in the index.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Strict(BaseModel):
 
 
 class ShardEntry(_Strict):
-    """One shard. ``file`` is relative to the set, ``bytes`` and ``sha256`` are the tar's."""
+    """One shard. ``file`` is relative to the set; ``bytes`` and ``sha256`` are the tar's."""
 
     file: str
     samples: int
@@ -53,7 +53,11 @@ class SplitEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """``checksum`` is of all other fields, so that an edited manifest is noticed."""
+    """Everything that a shard set holds.
+
+    ``checksum`` is the hash of all other fields: it reveals an edited manifest and identifies the
+    data (ShardSet.digest).
+    """
 
     format_version: int
     dataset: str
@@ -63,25 +67,28 @@ class Manifest(_Strict):
     splits: dict[str, SplitEntry]
     attribute_names: list[str] = []
     embedding_shape: list[int] = []
-    """[D] or [T, D] of the texts' embeddings, where there are any."""
+    """Shape [D] or [T, D] of the text embeddings; empty where there are none."""
     rejects_sha256: str = ""
     checksum: str = ""
 
     def expected_checksum(self) -> str:
-        content = self.model_dump(exclude={"checksum", *self._absent()})
+        content = self.model_dump(exclude={"checksum", *self._empty_fields()})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> Manifest:
-        """The commit of the whole set. Returns the manifest with its checksum."""
+        """Write manifest.json, which commits the whole set; returns it with its checksum."""
         sealed = self.model_copy(update={"checksum": self.expected_checksum()})
         write_atomic(
             folder / MANIFEST,
-            (sealed.model_dump_json(indent=1, exclude=self._absent()) + "\n").encode(),
+            (sealed.model_dump_json(indent=1, exclude=self._empty_fields()) + "\n").encode(),
         )
         return sealed
 
-    def _absent(self) -> set[str]:
-        """What a set need not have is then not in its manifest."""
+    def _empty_fields(self) -> set[str]:
+        """Return the optional fields that are empty; they are left out of the file and the hash.
+
+        So manifests that were written before these fields existed keep their checksums.
+        """
         return {
             name
             for name in ("attribute_names", "embedding_shape", "rejects_sha256")
@@ -91,7 +98,7 @@ class Manifest(_Strict):
 
 @dataclass(frozen=True)
 class Reject:
-    """A source file that cannot become a sample."""
+    """A source file that cannot become a sample, and why."""
 
     split: str
     source: str
@@ -103,7 +110,10 @@ def shard_file(split: str, number: int) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """InputError when the folder is no shard set, an unfinished one, or one of another format version."""
+    """Read a set's manifest.
+
+    Raises InputError when the folder is no shard set, an unfinished one or of another version.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         if (folder / PLAN).is_file():
@@ -116,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """InputError, naming where the content is from, when it is no manifest, or one of another format version."""
+    """Parse a manifest read from ``where``; InputError when it is damaged or of another version."""
     try:
         table = json.loads(content)
         version = table.get("format_version") if isinstance(table, dict) else None

@@ -1,4 +1,4 @@
-"""Pictures of a shard set: some of its samples, and the sizes of all."""
+"""Draw a shard set: a grid of some of its samples, and a histogram of all image sizes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from PIL import Image
 from r2id.data.records import decode
 from r2id.data.shards import ShardSet, Split
 
-_THUMB, _GAP, _COLUMNS = 96, 4, 12  # pixels, pixels, pictures
+_THUMB, _GAP, _COLUMNS = 96, 4, 12  # pixels, pixels, thumbnails
 
 
 def draw_samples(shards: ShardSet, count: int = 48) -> Image.Image:
-    """A grid of samples in their own shapes, drawn evenly over classes, largest split first."""
+    """Draw a grid of samples of the largest split, spread evenly over its classes."""
     splits = sorted(
         (shards.split(name) for name, entry in shards.manifest.splits.items() if entry.samples),
         key=len,
@@ -40,7 +40,7 @@ def draw_samples(shards: ShardSet, count: int = 48) -> Image.Image:
 
 
 def draw_sizes(heights: np.ndarray, widths: np.ndarray) -> Image.Image:
-    """How many images, of heights [N] and widths [N], are of which size, and of which aspect ratio."""
+    """Plot histograms of sizes and aspect ratios of images with heights [N] and widths [N]."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     sizes, ratios = figure.subplots(1, 2)
     bins = [_edges(widths), _edges(heights)]
@@ -69,13 +69,13 @@ def draw_sizes(heights: np.ndarray, widths: np.ndarray) -> Image.Image:
 
 
 def _spread(samples: Split, count: int) -> np.ndarray:
-    """Evenly spaced in the order of the classes, where there are some; within one, in that of the shards."""
+    """Choose samples, evenly spaced in the order of classes and, within a class, of shards."""
     order = np.argsort(samples.label, kind="stable")
     count = min(count, len(order))
     return order[np.arange(count) * len(order) // count]
 
 
 def _edges(sides: np.ndarray) -> np.ndarray:
-    """Of at most 80 bins, at whole pixels."""
+    """Return the edges of at most 80 bins, centred on whole pixels."""
     low, high = int(sides.min()) - 2, int(sides.max()) + 3
     return np.arange(low, high + 1, max(1, -(-(high - low) // 80))) - 0.5

@@ -1,6 +1,8 @@
 """The record of one sample, and the one place where image bytes become pixels.
 
-Stored bytes are the original ones. Height, width and pixels are always those after the EXIF orientation is applied.
+EXIF policy: image bytes are stored as they came, orientation tag included. Height, width and pixels
+are always those of the upright image. Decoders differ in this (OpenCV rotates, Pillow does not), so
+everything that needs pixels or sizes goes through this module.
 """
 
 from __future__ import annotations
@@ -26,16 +28,18 @@ _EXTENSIONS: dict[str | None, Extension] = {
     "WEBP": "webp",
 }
 _ORIENTATION = 0x0112
-_MOST_PIXELS = 400_000_000  # of an image that nobody has set a limit for: 1.2 GB when decoded
-Image.MAX_IMAGE_PIXELS = (
-    None  # a limit of Pillow's own, which could only be lower than the one that is asked for
-)
-_GAP = 2  # pixels per pixel needed, each way, that a JPEG decoded at a fraction still has
+_MOST_PIXELS = 400_000_000  # where the caller sets no limit; 1.2 GB when decoded
+Image.MAX_IMAGE_PIXELS = None  # the limits here are checked instead of Pillow's own
+_JPEG_MARGIN = 2  # a JPEG is decoded at a fraction only if that is this many times the size needed
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample. ``key`` holds no dot (webdataset splits names at the first one) and is unique in its split."""
+    """One sample as it is stored in a shard.
+
+    ``key`` is unique in its split and holds no dot: webdataset splits names of members at the first
+    dot, so ``img.v2.jpg`` and ``img.v3.jpg`` would become one sample.
+    """
 
     key: str
     image: bytes
@@ -46,14 +50,14 @@ class Record:
     label: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     attributes: tuple[int, ...] | None = None
-    """One value for each of the set's attributes, −1 or 1."""
+    """−1 or 1 for each of the set's attributes."""
     embedding: np.ndarray | None = None
-    """Of a text: float16 [D] or [T, D], of one shape throughout the set."""
+    """Text embedding, float16 [D] or [T, D], of one shape throughout the set."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What inspect finds out. ``ext`` is none when the format is readable but not one that shards store."""
+class ImageFacts:
+    """What ``inspect`` finds; ``ext`` is None for a readable format that shards do not store."""
 
     ext: Extension | None
     height: int
@@ -61,52 +65,59 @@ class Facts:
     mode: str
 
 
-def inspect(data: bytes, max_pixels: int | None = None) -> Facts:
-    """Decode an image completely. Raises ValueError with the reason when that is impossible, or when its header states
-    more than ``max_pixels`` pixels, which are then not decoded."""
+def inspect(data: bytes, max_pixels: int | None = None) -> ImageFacts:
+    """Decode an image completely and return its facts.
+
+    Raises ValueError with the reason when that is impossible, or when its header states more than
+    ``max_pixels`` pixels; those are not decoded.
+    """
     image, facts = _open(data, max_pixels)
     image.close()
     return facts
 
 
 def decode(data: bytes, channels: int | None = None) -> np.ndarray:
-    """Image bytes → uint8 [H, W, C], upright; C is ``channels`` (1 or 3), or what the image has when none.
+    """Decode image bytes to uint8 [H, W, C], upright.
 
-    What is transparent is laid over white; 16-bit values keep their upper eight bits. Raises ValueError with the
-    reason when the bytes are no readable image.
+    C is ``channels`` (1 or 3); None takes 1 for greyscale images and 3 for others. Transparent
+    pixels are blended with white, 16-bit values keep their upper eight bits. Raises ValueError with
+    the reason when the bytes are no readable image.
     """
     return to_array(_convert(_open(data)[0], channels))
 
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of an upright image: ``height`` × ``width`` pixels of it as it is when its sides are scaled."""
+    """A crop of ``height`` × ``width`` pixels out of an upright image that is first scaled."""
 
     height: int
     width: int
     scale: float | None = None
-    """None is the least that lets the image cover the view."""
-    place: tuple[float, float] = (0.5, 0.5)
-    """Where the view lies in what the image has left over, vertically and horizontally: 0 top or left, ½ the middle."""
+    """Factor of both sides; None is the smallest with which the image covers the crop."""
+    position: tuple[float, float] = (0.5, 0.5)
+    """Vertical and horizontal position of the crop: 0 at the top or left edge, 1 at the other."""
     mirrored: bool = False
 
 
 def decode_view(data: bytes, channels: int, view: View) -> np.ndarray:
-    """Image bytes → uint8 [view.height, view.width, channels]; colours and errors as in decode.
+    """Decode a crop: image bytes → uint8 [view.height, view.width, channels].
 
-    A JPEG of more than twice the size that is needed is decoded at 1/2, 1/4 or 1/8 by leaving out frequencies. Bicubic
-    after that, widened where it shrinks, so that nothing aliases; a view that is not scaled is cut out as it is.
+    Colours and errors are those of ``decode``. Scaling is bicubic with antialiasing; a view that is
+    not scaled is cut out unchanged. A JPEG more than twice as large as needed is decoded at 1/2,
+    1/4 or 1/8 of its size, which leaves out high frequencies and saves most of the time.
     """
-    with _reasons():
+    with _as_value_error():
         image = _open_header(data)
-        turned = _is_turned(image)
-        height, width = image.size if turned > 4 else image.size[::-1]
+        orientation = _orientation(image)
+        height, width = image.size if orientation > 4 else image.size[::-1]  # 5 to 8 swap the sides
         scale = view.scale or max(view.height / height, view.width / width)
         extent: tuple[float, float] = (width, height)
-        if turned == 1 and image.format == "JPEG":
-            reduced = image.draft(
-                None, (math.ceil(_GAP * width * scale), math.ceil(_GAP * height * scale))
+        if orientation == 1 and image.format == "JPEG":
+            needed = (
+                math.ceil(_JPEG_MARGIN * width * scale),
+                math.ceil(_JPEG_MARGIN * height * scale),
             )
+            reduced = image.draft(None, needed)
             extent = reduced[1][2:] if reduced else extent
         image.load()
         upright = _convert(_turn_upright(image), channels)
@@ -115,10 +126,13 @@ def decode_view(data: bytes, channels: int, view: View) -> np.ndarray:
 
 
 def _cut(image: Image.Image, extent: tuple[float, float], view: View, shrink: float) -> Image.Image:
-    """The view out of an image, of which ``extent`` (width, height) is the picture; ``shrink`` is its pixels per pixel of
-    the view."""
+    """Cut a view out of an image; ``shrink`` is the image's pixels per pixel of the view.
+
+    ``extent`` (width, height) is the part of the image that is picture: a JPEG that is decoded at a
+    fraction of its size may end in the middle of a pixel.
+    """
     width, height = min(extent[0], view.width * shrink), min(extent[1], view.height * shrink)
-    top, left = (extent[1] - height) * view.place[0], (extent[0] - width) * view.place[1]
+    top, left = (extent[1] - height) * view.position[0], (extent[0] - width) * view.position[1]
     if (width, height) == (view.width, view.height):
         left, top = round(left), round(top)
         return image.crop((left, top, left + view.width, top + view.height))
@@ -127,20 +141,18 @@ def _cut(image: Image.Image, extent: tuple[float, float], view: View, shrink: fl
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """A Pillow image of mode L or RGB → uint8 [H, W, C]."""
-    array = np.array(
-        image
-    )  # a copy: Pillow's own memory cannot be written to, which torch warns of
+    """Convert a Pillow image of mode L or RGB to uint8 [H, W, C]."""
+    array = np.array(image)  # a copy: Pillow's own memory is read-only, which torch warns of
     return array[:, :, None] if array.ndim == 2 else array
 
 
 def encode_png(array: np.ndarray) -> bytes:
-    """uint8 [H, W] or [H, W, 3] → PNG."""
+    """Encode uint8 [H, W] or [H, W, 3] as PNG."""
     return png_bytes(Image.fromarray(array))
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """A Pillow image as PNG, pixels unchanged; modes that PNG lacks become RGB."""
+    """Encode a Pillow image as PNG without loss; modes that PNG lacks become RGB."""
     buffer = io.BytesIO()
     modes = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
     (image if image.mode in modes else image.convert("RGB")).save(buffer, format="PNG")
@@ -148,25 +160,27 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def as_png(data: bytes) -> bytes:
-    """Any readable image, upright, as PNG: for formats that shards do not store (BMP, TIFF, GIF's first frame, …)."""
+    """Convert an image to an upright PNG: for formats that shards do not store (BMP, TIFF, …)."""
     return png_bytes(_open(data)[0])
 
 
-def _open(data: bytes, max_pixels: int | None = None) -> tuple[Image.Image, Facts]:
-    """Decoded and upright, with its facts."""
-    with _reasons():
+def _open(data: bytes, max_pixels: int | None = None) -> tuple[Image.Image, ImageFacts]:
+    """Decode an image, turn it upright and return it with its facts."""
+    with _as_value_error():
         image = _open_header(data, max_pixels)
         image.load()
         upright = _turn_upright(image)
-    return upright, Facts(_EXTENSIONS.get(image.format), upright.height, upright.width, image.mode)
+    return upright, ImageFacts(
+        _EXTENSIONS.get(image.format), upright.height, upright.width, image.mode
+    )
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
-    """Whatever comes out of Pillow for damaged files, as a ValueError with the reason."""
+def _as_value_error() -> Iterator[None]:
+    """Turn all that Pillow raises for damaged files into a ValueError with the reason."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF
+            warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF, which is harmless here
             yield
     except Image.UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
@@ -185,7 +199,7 @@ def _reasons() -> Iterator[None]:
 
 
 def _open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
-    """The image before its pixels are decoded."""
+    """Open an image and check its size before its pixels are decoded."""
     image = Image.open(io.BytesIO(data))
     if image.height < 1 or image.width < 1:
         raise ValueError(f"an image of {image.height}x{image.width} pixels has none")
@@ -197,17 +211,17 @@ def _open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
     return image
 
 
-def _is_turned(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; one that is unreadable is 1, upright."""
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; an unreadable one counts as 1, upright."""
     try:
-        turned = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF fails in many ways, and the pixels are fine
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # corrupt EXIF fails in many ways, and the pixels are fine
         return 1
-    return turned if turned in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if _is_turned(image) != 1 else image
+    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
 
 
 def _convert(image: Image.Image, channels: int | None) -> Image.Image:
@@ -224,7 +238,7 @@ def _convert(image: Image.Image, channels: int | None) -> Image.Image:
 
 
 def _upper_byte(values: np.ndarray) -> np.ndarray:
-    """16-bit values (which Pillow also hands out as 32-bit ones) → uint8."""
+    """Convert 16-bit values, which Pillow may hold in 32 bits, to uint8."""
     return (np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
 
 

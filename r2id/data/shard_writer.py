@@ -1,4 +1,4 @@
-"""The one tar writer: records to a shard and its index."""
+"""Write records to a shard and its index. All tars of shard sets are written here."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from r2id.data.manifest import FORMAT_VERSION, Reject, ShardEntry
 from r2id.data.records import Record
 from r2id.files import atomic_file
 
-_BLOCK = 512  # of a tar: a header is one block, contents are padded to whole ones
+_BLOCK = 512  # bytes: a tar header is one block, and contents are padded to whole blocks
 
 
 def write_shard_files(
     folder: Path, file: str, records: Iterable[Record], rejects: list[Reject]
 ) -> ShardEntry:
-    """Write a tar and, last, its index. Either is complete or absent, and the same records give the same bytes.
+    """Write a tar and, last, its index, which commits it. Equal records give equal bytes.
 
-    ``rejects`` is read when the records are used up: it may be filled while they are made.
-    Raises ValueError for a key that webdataset could not tell from another, WorkError when the disk refuses.
+    Each file appears complete or not at all. ``rejects`` is stored in the index; it is read after
+    the last record, so it may be filled while records are made. Raises ValueError for a key that
+    webdataset could confuse with another, WorkError when the disk refuses.
     """
     rows: dict[str, list[Any]] = {
         name: [] for name in (*SCHEMA.names, ATTRIBUTES.name, EMBEDDING.name)
@@ -54,7 +55,7 @@ def write_shard_files(
 
 
 class _Hashed:
-    """Passes writes on and hashes them."""
+    """Hashes what is written to a file, so that the tar need not be read again."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.written = file, hashlib.sha256(), 0
@@ -68,8 +69,9 @@ class _Hashed:
 def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[Any]]) -> None:
     from webdataset.writer import TarWriter  # imports torch, which nothing else in here needs
 
-    # An integer mtime avoids PAX headers; with it and without names of users the bytes depend on the records alone.
-    # Closed in any case, so that it does not try later; what an error leaves is never renamed to its final name.
+    # A floating-point mtime would add PAX headers, doubling small samples; mtime 0 and no names of
+    # users make the bytes a function of the records alone. When an error occurs inside the block,
+    # TarWriter still closes a valid-looking, short tar: it stays under its temporary name.
     with TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
         seen: set[str] = set()
         offset = 0
@@ -77,7 +79,8 @@ def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[
             _check_key(record.key, seen)
             members = _members(record)
             writer.write({"__key__": record.key, **members})
-            for ext in sorted(members):  # the order in which TarWriter stores them
+            # Offsets follow from the order in which TarWriter stores the members: sorted.
+            for ext in sorted(members):
                 if ext == record.ext:
                     _add_row(rows, record, offset + _BLOCK)
                 offset += _BLOCK + _padded(len(members[ext]))

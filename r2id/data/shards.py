@@ -1,17 +1,17 @@
-"""Shard sets open for reading (r2id.data.manifest says what they are).
+"""Open shard sets and read samples from them (their format: r2id.data.manifest).
 
-Any webdataset reader streams the tars. Here a sample is one positioned read, its place taken from the index.
+A sample is one positioned read of a tar, at the offset in the shard's index. So any order of
+samples costs the same, and a resumed run begins at its step without reading what came before.
 
-What the index costs: 45 to 80 bytes a sample on disk, of which the hash is 32, and 72 in memory, of which 47 are columns
-that are read (offset, size, height, width, label, shard, key) and the rest is the allocator's; the plan of an epoch takes 60
-more. So 1.28 million samples take 92 MB, and 173 MB with a plan (tests/bench/data.py plan). 10⁹ samples would take 72 GB in
-every process, and are split instead: the index is a file per shard (4,000 shards of 250,000 samples), and an order by shards
-(data.shuffle = "shards") needs those of 16 shards at a time, 4 million samples in 290 MB. Global are then only the
-permutation of the shards, the manifest's counts and the sizes of the buckets, which one pass over the indexes gives; the
-step to resume at names a group of shards and a place in it.
+Memory: in every process the index takes 72 bytes per sample, and the plan of an epoch 60 more.
+1.28 million samples take 92 MB, and 173 MB with a plan (tests/bench/data.py plan). On disk the
+index takes 45 to 80 bytes per sample, 32 of them the hash. 10⁹ samples would take 72 GB per
+process; since there is one index file per shard, an order by shards (data.shuffle = "shards") could
+load those of 16 shards at a time.
 
-Text embeddings are in the index too, float16, and where they are asked for they are all kept: N × their shape × 2 bytes in
-every process. So 1.28 million pooled ones of CLIP ([768]) take 2 GB, and as many sequences ([77, 768]) 151 GB.
+Text embeddings are in the index too, as float16. Where they are asked for, every process keeps all
+of them: 1.28 million pooled CLIP embeddings ([768]) take 2 GB, as many sequences ([77, 768]) take
+151 GB.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Split:
     files: list[Path]
     entries: list[ShardEntry]
     address: str | None
-    """Where the tars are when they are not in the folder."""
+    """Where the tars are, if not in the folder; see r2id.data.remote."""
     keys: pa.Array
     shard: np.ndarray
     offset: np.ndarray
@@ -53,9 +53,9 @@ class Split:
     width: np.ndarray
     label: np.ndarray
     attributes: np.ndarray | None = None
-    """int8 [N, A], −1 or 1, of sets that have them (Manifest.attribute_names)."""
+    """int8 [N, A], −1 or 1, for sets that have Manifest.attribute_names."""
     embedding: np.ndarray | None = None
-    """float16 [N, D] or [N, T, D], of sets that have them (Manifest.embedding_shape), where they are asked for."""
+    """float16 [N, D] or [N, T, D], for sets opened with their text embeddings."""
     _open: dict[int, BinaryIO] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -65,15 +65,16 @@ class Split:
         return {**self.__dict__, "_open": {}}  # open files stay in their process
 
     def key(self, index: int) -> str:
+        """Return the key of a sample: the name of its members in the tar, unique in the split."""
         return self.keys[int(index)].as_py()
 
-    def in_shard(self, number: int) -> np.ndarray:
-        """Indices of the samples of one shard, int64."""
+    def indices_in_shard(self, number: int) -> np.ndarray:
+        """Return the indices of the samples of one shard, int64."""
         first, end = np.searchsorted(self.shard, [number, number + 1])
         return np.arange(first, end)
 
     def read(self, index: int) -> bytes:
-        """The stored bytes of one image. WorkError when the shard has been cut short or taken away."""
+        """Read the stored bytes of one image; WorkError when its shard is cut short or gone."""
         number, offset, size = (
             int(self.shard[index]),
             int(self.offset[index]),
@@ -85,7 +86,8 @@ class Split:
             data = read_range(self.address, self.entries[number].file, offset, size)
         if len(data) != size:
             raise WorkError(
-                f"{self.files[number]}: cut short at sample {self.key(index)}: r2id verify tells more"
+                f"{self.files[number]}: cut short at sample {self.key(index)}: "
+                "r2id verify tells more"
             )
         return data
 
@@ -118,10 +120,13 @@ class ShardSet:
 
     @classmethod
     def open(cls, folder: Path, address: str | None = None, embeddings: bool = False) -> ShardSet:
-        """InputError when the folder is no complete shard set, or shards are missing or of another length.
+        """Open a shard set.
 
-        With an address (a folder or URL, see r2id.data.remote) the tars are there, and the folder holds the rest. With
-        ``embeddings`` the splits have those of the texts, where the set does; else their memory is saved."""
+        With ``address`` (a folder or URL, see r2id.data.remote) the tars are there, and the folder
+        holds only manifest and indexes. With ``embeddings`` the splits have their text embeddings,
+        which take memory. Raises InputError when the folder is no complete shard set, or a shard is
+        missing or has another length; hashes are checked by r2id verify only.
+        """
         manifest = read_manifest(folder)
         if manifest.checksum != manifest.expected_checksum():
             raise InputError(
@@ -142,7 +147,7 @@ class ShardSet:
 
     @property
     def digest(self) -> str:
-        """Identity of the data: one hexadecimal digest of all that the manifest states."""
+        """Identity of the data: a hexadecimal digest of everything in the manifest."""
         return self.manifest.checksum
 
     @property
@@ -154,7 +159,7 @@ class ShardSet:
         return len(self.manifest.class_names)
 
     def summary(self) -> dict[str, Any]:
-        """Counts, for people: samples per split, shards, bytes, classes, rejects."""
+        """Return counts for people: samples per split, shards, bytes, classes, rejects."""
         splits = self.manifest.splits
         return {
             "dataset": self.manifest.dataset,
@@ -167,7 +172,7 @@ class ShardSet:
         }
 
     def split(self, name: str) -> Split:
-        """InputError when the set has no such split, or none of its samples."""
+        """Return a split; InputError when the set has no such split, or it has no samples."""
         entry = self.manifest.splits.get(name)
         if entry is None or not entry.samples:
             raise InputError(
@@ -178,7 +183,10 @@ class ShardSet:
         return self._splits[name]
 
     def _load(self, name: str, entry: SplitEntry) -> Split:
-        """Filled shard by shard into arrays of their final size: all tables at once would take twice the memory."""
+        """Load the indexes of a split into arrays of their final size, shard by shard.
+
+        Concatenating all tables at the end would take twice the memory.
+        """
         columns: dict[str, Any] = {
             column: np.empty(entry.samples, SCHEMA.field(column).type.to_pandas_dtype())
             for column in ("offset", "size", "height", "width", "label")
@@ -197,13 +205,13 @@ class ShardSet:
             end = first + shard.samples
             if len(table) != shard.samples or end > entry.samples:
                 raise InputError(
-                    f"{self.folder}/{name}: the indexes do not fit the manifest: r2id verify tells more"
+                    f"{self.folder}/{name}: the indexes do not fit the manifest: "
+                    "r2id verify tells more"
                 )
             for column, values in columns.items():
                 values[first:end] = table[column].to_numpy()
-            for column, values in (
-                lists.items() if shard.samples else ()
-            ):  # an empty index need not have the column
+            # The index of an empty shard need not have the columns of lists.
+            for column, values in lists.items() if shard.samples else ():
                 flat = table[column].combine_chunks().flatten().to_numpy()
                 values[first:end] = flat.reshape(shard.samples, *values.shape[1:])
             number[first:end] = position
@@ -222,7 +230,7 @@ class ShardSet:
         )
 
     def _lists(self, samples: int) -> dict[str, np.ndarray]:
-        """Of each column that holds lists, and that is wanted, the array that it is to fill."""
+        """Allocate the arrays for attributes and embeddings, where they are wanted."""
         named, shape = len(self.manifest.attribute_names), self.manifest.embedding_shape
         lists = {"attributes": np.empty((samples, named), np.int8)} if named else {}
         return (

@@ -1,4 +1,4 @@
-"""What is in a shard set, and what a training would make of it: sizes, shapes, classes, buckets and what they cut off."""
+"""Statistics of a shard set: sizes, classes, and the buckets that training would sort it into."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 
 from r2id.config import DataConfig
+from r2id.data.epoch_plan import Buckets
 from r2id.data.loader import split_buckets
-from r2id.data.plan import Buckets
 from r2id.data.shards import ShardSet, Split
 
 
 def split_stats(shards: ShardSet, data: DataConfig, name: str, batch: int) -> dict[str, Any]:
-    """Figures of one split; sizes are pixels after orientation, ratios are width / height, bytes are of stored images."""
+    """Return statistics of one split for these data settings.
+
+    Heights and widths are those of the upright images, ratios are width / height, bytes those of
+    the stored images. "lost" is the mean share of an image's area that is cut off.
+    """
     samples = shards.split(name)
     buckets = split_buckets(samples, data)
     lost = crop_loss(samples, buckets)
@@ -34,7 +38,10 @@ def split_stats(shards: ShardSet, data: DataConfig, name: str, batch: int) -> di
 
 
 def crop_loss(samples: Split, buckets: Buckets) -> np.ndarray:
-    """The share of each image's area that its bucket's shape cuts off, [N]; shrinking cuts nothing."""
+    """Return the share [N] of each image's area that is cut off to fit its bucket's aspect ratio.
+
+    Shrinking cuts nothing off.
+    """
     heights, widths = samples.height.astype(np.float64), samples.width.astype(np.float64)
     scale = np.maximum(buckets.height / heights, buckets.width / widths)
     return 1 - (buckets.height / scale) * (buckets.width / scale) / (heights * widths)
@@ -46,7 +53,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _classes(samples: Split, names: Sequence[str]) -> dict[str, Any]:
-    """How many there are, and how many samples the rarest, the middle and the most frequent of them have."""
+    """Count classes, and the samples of the rarest, the median and the most frequent class."""
     counts = np.bincount(samples.label[samples.label >= 0], minlength=len(names))
     found: dict[str, Any] = {"count": len(names), "unlabelled": int((samples.label < 0).sum())}
     if len(counts):
@@ -61,7 +68,7 @@ def _classes(samples: Split, names: Sequence[str]) -> dict[str, Any]:
 def _buckets(
     buckets: Buckets, lost: np.ndarray, batch: int, batch_pixels: int | None
 ) -> list[dict[str, Any]]:
-    """From the most frequent size to the rarest."""
+    """Return a row per bucket, from the most frequent size to the rarest."""
     sizes = buckets.batch_sizes(batch, batch_pixels)
     rows = [
         {
@@ -80,10 +87,11 @@ def _buckets(
 
 
 def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str]:
-    """The figures of one split as lines for a person; of the buckets, so many."""
+    """Write the statistics of one split as lines for a person, with at most ``most`` buckets."""
     classes, buckets = stats["classes"], stats["buckets"]
     lines = [
-        f"{name}: {stats['samples']} images in {stats['shards']} shards, {stats['bytes'] / 1e6:.1f} MB"
+        f"{name}: {stats['samples']} images in {stats['shards']} shards, "
+        f"{stats['bytes'] / 1e6:.1f} MB"
     ]
     lines += [
         f"  {key:<8}{_words(stats[key], '.2f' if key == 'ratio' else '.0f')}"
@@ -97,8 +105,8 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
             f"{classes['unlabelled']} images without"
         )
     lines.append(
-        f"  epoch   {stats['steps']} steps in {len(buckets)} buckets, {stats['repeats']} images twice to fill "
-        f"the last steps; {stats['lost']:.1%} of the area cut off"
+        f"  epoch   {stats['steps']} steps in {len(buckets)} buckets, {stats['repeats']} images "
+        f"twice to fill the last steps; {stats['lost']:.1%} of the area cut off"
     )
     lines.append(
         f"    {'bucket':>11} {'images':>9} {'share':>7} {'cut off':>8} {'batch':>6} {'twice':>6}"
@@ -106,8 +114,8 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
     for row in buckets[:most]:
         size = f"{row['height']}x{row['width']}"
         lines.append(
-            f"    {size:>11} {row['samples']:>9} {row['samples'] / stats['samples']:>7.1%} {row['lost']:>8.1%} "
-            f"{row['batch']:>6} {row['repeats']:>6}"
+            f"    {size:>11} {row['samples']:>9} {row['samples'] / stats['samples']:>7.1%} "
+            f"{row['lost']:>8.1%} {row['batch']:>6} {row['repeats']:>6}"
         )
     if len(buckets) > most:
         rest = sum(row["samples"] for row in buckets[most:])
@@ -118,4 +126,5 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
 def _words(spread: dict[str, float], form: str) -> str:
     if spread["min"] == spread["max"]:
         return f"{spread['min']:{form}}"
-    return f"{spread['min']:{form}} to {spread['max']:{form}}, half of them up to {spread['median']:{form}}"
+    ends = f"{spread['min']:{form}} to {spread['max']:{form}}"
+    return f"{ends}, half of them up to {spread['median']:{form}}"

@@ -1,18 +1,19 @@
-"""The second way in: shards streamed by plain webdataset, from a folder or an address, tar after tar.
+"""Stream whole shards with webdataset, from a folder or an address: an alternative to the loader.
 
-For stores that answer slowly to single reads, or where webdataset's habits are wanted. Beside the address it needs the
-set's manifest and indexes on disk (fetch_index gets them), which say how many samples there are, of which sizes. It
-promises less than the indexed loader (r2id.data.loader):
+For stores that are slow at single reads, such as object stores. The manifest and indexes must be on
+disk (``fetch_index`` gets them): they tell how many samples there are and of which sizes.
+It promises less than the indexed loader (r2id.data.loader):
 
-* the order depends on the number of processes and workers, and is as random as webdataset's: shards are shuffled anew in
-  every epoch, samples within a buffer of some hundred;
-* each process sees the shards of its own share in an epoch, which it passes through at its own pace: over an epoch of the
-  job a sample may be met twice or, until a later one, not at all; nothing is left out for good;
-* processes draw sizes independently, so that in one step they may work on different ones;
-* a resumed run begins a fresh pass instead of going on where it was.
+* The order depends on the number of processes and workers, and is only as random as webdataset's:
+  shards are shuffled in every epoch, samples within a buffer of some hundred.
+* Each process streams its own share of the shards at its own pace. Within an epoch of the whole job
+  a sample may occur twice or not at all; over several epochs none is left out.
+* Processes draw sizes independently, so one step may have different sizes on different ranks.
+* A resumed run begins a fresh pass over the shards.
 
-What it keeps: every process makes exactly as many steps, of as many micro-batches; a shard that is cut short or of other
-content than the index says is an error.
+What it keeps: every process makes the same number of steps, with the same number of micro-batches,
+so that no rank waits for ever. A shard that is cut short (which webdataset itself takes for a
+smaller one) or that differs from its index is an error.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from r2id import rng
 from r2id.config import DataConfig
-from r2id.data.loader import ImageReader, MicroBatch, describe, load_items, split_buckets
+from r2id.data.epoch_plan import check_batch
+from r2id.data.loader import ImageReader, MicroBatch, batch_metadata, load_items, split_buckets
 from r2id.data.manifest import MANIFEST, parse_manifest
-from r2id.data.plan import check_batch
 from r2id.data.records import Extension
 from r2id.data.remote import open_stream, read_file
 from r2id.data.shards import ShardSet, Split
@@ -56,26 +57,28 @@ def stream_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[MicroBatch]]:
-    """As r2id.data.loader.image_loader, with this module's promises. ``shards`` was opened with the address.
+    """Yield micro-batches like r2id.data.loader.image_loader, with this module's promises.
 
-    Raises InputError for a batch that does not divide, or when there are fewer shards than loader processes.
+    ``shards`` must be opened with an address. Raises InputError for a batch that does not divide,
+    or when there are fewer shards than loader processes.
     """
     check_batch(batch, world_size, micro_batch)
     samples = shards.split(split)
     readers = world_size * max(1, data.workers)
     if len(samples.entries) < readers:
         raise InputError(
-            f"data.stream: split {split!r} has {len(samples.entries)} shards for {readers} loader processes: "
-            "use fewer data.workers, or prepare with a smaller shard_mb"
+            f"data.stream: split {split!r} has {len(samples.entries)} shards for {readers} loader "
+            "processes: use fewer data.workers, or prepare with a smaller shard_mb"
         )
     stream = Stream(samples, data, batch, micro_batch, (seed, start_step), rank, world_size)
-    return _number(load_items(stream, None, data.workers), range(start_step, total_steps))
+    return _with_steps(load_items(stream, None, data.workers), range(start_step, total_steps))
 
 
 def fetch_index(address: str, out: Path) -> ShardSet:
     """Copy a shard set's manifest and indexes, which is all that streaming needs on disk.
 
-    InputError when there is no shard set at the address or ``out`` holds another; WorkError when it cannot be read.
+    Raises InputError when there is no shard set at the address or ``out`` holds another one, and
+    WorkError when the address cannot be read.
     """
     content = read_file(address, MANIFEST)
     manifest = parse_manifest(content, f"{address}/{MANIFEST}")
@@ -97,7 +100,7 @@ def fetch_index(address: str, out: Path) -> ShardSet:
 
 
 class Stream(IterableDataset):
-    """This rank's steps without end, from this loader process's share of the shards."""
+    """Endless steps of this rank, from this loader process's share of the shards."""
 
     def __init__(
         self,
@@ -105,15 +108,15 @@ class Stream(IterableDataset):
         data: DataConfig,
         batch: int,
         micro_batch: int,
-        keys: tuple[int, int],
+        rng_keys: tuple[int, int],
         rank: int,
         world_size: int,
     ) -> None:
         assert samples.address, "the tars are streamed from an address"
-        self.samples, self.data, self.keys, self.rank, self.world_size = (
+        self.samples, self.data, self.rng_keys, self.rank, self.world_size = (
             samples,
             data,
-            keys,
+            rng_keys,
             rank,
             world_size,
         )
@@ -134,9 +137,12 @@ class Stream(IterableDataset):
             waiting[size].append(index)
             if len(waiting[size]) == self.share[size]:
                 parts = np.array(waiting[size], dtype=np.int64).reshape(self.micro_batches, -1)
-                key = rng.fold(*self.keys, epoch)
+                rng_key = rng.fold(*self.rng_keys, epoch)
                 yield [
-                    {"image": read(part, *size, key), **describe(self.samples, part, epoch, 0)}
+                    {
+                        "image": read(part, *size, rng_key),
+                        **batch_metadata(self.samples, part, epoch, 0),
+                    }
                     for part in parts
                 ]
                 for index in waiting[size]:
@@ -144,27 +150,29 @@ class Stream(IterableDataset):
                 waiting[size] = []
 
     def _samples(self) -> Iterator[tuple[int, int, bytes]]:
-        """(pass, index, image) without end, one pass over the shards after the other."""
+        """Yield (epoch, index, image bytes) without end, in passes over this process's shards."""
         info = get_worker_info()
         reader, readers = (info.id, info.num_workers) if info else (0, 1)
         mine = self.rank * readers + reader
         epoch = 0
         while True:
             order = rng.subset(
-                rng.fold(*self.keys, epoch), len(self.samples.entries), len(self.samples.entries)
+                rng.fold(*self.rng_keys, epoch),
+                len(self.samples.entries),
+                len(self.samples.entries),
             )
             shards = order[mine :: self.world_size * readers].tolist()
             shuffled = wds.filters.shuffle(
-                _BUFFER, initial=_BUFFER // 2, rng=random.Random(f"{self.keys} {epoch} {mine}")
+                _BUFFER, initial=_BUFFER // 2, rng=random.Random(f"{self.rng_keys} {epoch} {mine}")
             )
             yield from ((epoch, index, image) for index, image in shuffled(self._read(shards)))
             epoch += 1
 
     def _read(self, numbers: list[int]) -> Iterator[tuple[int, bytes]]:
-        """(index, image) of every sample of these shards, in the order of the tars."""
+        """Yield (index, image bytes) of every sample of these shards, in the order of the tars."""
         address = self.samples.address
         for number in numbers:
-            file, members = self.samples.entries[number].file, self.samples.in_shard(number)
+            file, members = self.samples.entries[number].file, self.samples.indices_in_shard(number)
             found = 0
             try:
                 with open_stream(str(address), file) as stream:
@@ -184,7 +192,7 @@ class Stream(IterableDataset):
                         found += 1
             except WorkError:
                 raise
-            except Exception as error:  # of tarfile, webdataset and every store
+            except Exception as error:  # tarfile, webdataset and every store raise their own
                 raise WorkError(
                     f"{address}/{file}: cannot be read: {' '.join(str(error).split())}"
                 ) from error
@@ -192,7 +200,7 @@ class Stream(IterableDataset):
                 raise WorkError(f"{address}/{file}: cut short: {found} of {len(members)} samples")
 
 
-def _number(steps: Iterator[list[MicroBatch]], numbers: range) -> Iterator[list[MicroBatch]]:
+def _with_steps(steps: Iterator[list[MicroBatch]], numbers: range) -> Iterator[list[MicroBatch]]:
     for number in numbers:
         step = next(steps)
         for part in step:

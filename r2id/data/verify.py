@@ -1,4 +1,8 @@
-"""Rehash and decode a whole shard set, and list what is damaged."""
+"""Verify a shard set: rehash every file, decode every image, and list all damage.
+
+Tar archives notice little by themselves: a flipped bit in an image goes unseen, and a tar that is
+cut at the border of a member reads as a shorter one.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,12 @@ from r2id.errors import InputError
 from r2id.files import sha256_file
 from r2id.progress import Progress
 
-_CHECKED = [
-    "key",
-    "offset",
-    "size",
-    "height",
-    "width",
-    "sha256",
-]  # columns of the index; the whole of it is hashed
+_CHECKED = ["key", "offset", "size", "height", "width", "sha256"]  # columns of the index
 
 
 @dataclass(frozen=True)
 class Damage:
-    """``file`` is relative to the set; ``key`` names the sample where one is to blame."""
+    """One finding; ``file`` is relative to the set, ``key`` is that of a damaged sample."""
 
     file: str
     what: str
@@ -41,9 +38,9 @@ class Damage:
 
 
 def verify(folder: Path) -> list[Damage]:
-    """All damage found; an empty list means that every byte and every image is as it was written.
+    """List all damage; an empty list means that every byte and image is as it was written.
 
-    InputError when the folder is no shard set at all.
+    Raises InputError when the folder is no shard set at all.
     """
     try:
         manifest = read_manifest(folder)

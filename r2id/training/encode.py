@@ -54,7 +54,7 @@ def encode(
         for name, entry in data_set.manifest.splits.items()
         for number in range(len(entry.shards))
     ][world.rank :: world.world_size]
-    members = {shard: data_set.split(shard[0]).in_shard(shard[1]) for shard in mine}
+    members = {shard: data_set.split(shard[0]).indices_in_shard(shard[1]) for shard in mine}
     reused = 0
     with Progress(
         "encode", sum(map(len, members.values())), unit="images", shown=dist.is_main()

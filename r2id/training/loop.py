@@ -182,7 +182,7 @@ class _Run:
             for batch in micro_batches:
                 self.engine.forward({**self.stage.to_inputs(self._to_device(batch)), "step": step})
 
-        keys = [key for batch in micro_batches for key in batch["keys"]]
+        keys = [key for batch in micro_batches for key in batch["sample_ids"]]
         shown = ", ".join(keys[:3]) + (f", … ({len(keys)})" if len(keys) > 3 else "")
         return f"{blame(self.stage.module, forward)}; samples {shown}"
 

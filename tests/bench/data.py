@@ -23,9 +23,9 @@ import numpy as np
 from data_prep.prepare import prepare
 from r2id.config import DataConfig, PrepareConfig
 from r2id.data import loader
+from r2id.data.epoch_plan import make_buckets, plan_epoch
 from r2id.data.loader import image_loader, split_buckets
 from r2id.data.manifest import FORMAT_VERSION, Manifest, SplitEntry, shard_file
-from r2id.data.plan import make_buckets, plan_epoch
 from r2id.data.records import Record, View, decode_view, encode_png, inspect
 from r2id.data.shard_writer import write_shard_files
 from r2id.data.shards import ShardSet

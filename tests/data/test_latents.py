@@ -43,7 +43,7 @@ def write_cache(folder, shards, data, stop_after=None, codec=CODEC, **options):
                 continue
             if written == stop_after:
                 return written
-            indices = shards.split(split).in_shard(number)
+            indices = shards.split(split).indices_in_shard(number)
             found = {}
             for batch in eval_loader(shards, data, split, 6, indices=indices):
                 found.update(zip(batch["index"].tolist(), encoded(batch["image"]), strict=True))
@@ -84,8 +84,8 @@ def test_the_cache_gives_the_same_batches_as_encoding_on_the_fly(mixed, data, tm
             assert torch.equal(one["label"], two["label"]) and torch.equal(
                 one["index"], two["index"]
             )
-            assert [one[name] for name in ("keys", "epoch", "step")] == [
-                two[name] for name in ("keys", "epoch", "step")
+            assert [one[name] for name in ("sample_ids", "epoch", "step")] == [
+                two[name] for name in ("sample_ids", "epoch", "step")
             ]
 
 

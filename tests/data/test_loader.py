@@ -34,7 +34,7 @@ def load(
 
 
 def keys_of(steps):
-    return [[key for part in step for key in part["keys"]] for step in steps]
+    return [[key for part in step for key in part["sample_ids"]] for step in steps]
 
 
 def test_batches_hold_what_the_index_says(mixed):
@@ -47,7 +47,7 @@ def test_batches_hold_what_the_index_says(mixed):
             assert part["label"].tolist() == split.label[part["index"].numpy()].tolist()
             assert part["label"].dtype == part["index"].dtype == torch.int64
             for key, index, image in zip(
-                part["keys"], part["index"].tolist(), part["image"], strict=True
+                part["sample_ids"], part["index"].tolist(), part["image"], strict=True
             ):
                 assert key == split.key(index)
                 pixels = torch.from_numpy(decode(split.read(index), 1)).movedim(-1, 0)

@@ -36,7 +36,7 @@ def test_png_keeps_pixels(size, mode):
     shape = (*size, 3) if mode == "RGB" else size
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     data = encode_png(pixels)
-    assert inspect(data) == records.Facts("png", *size, mode)
+    assert inspect(data) == records.ImageFacts("png", *size, mode)
     assert np.array_equal(decode(data).squeeze(), pixels.squeeze())
 
 
@@ -111,7 +111,7 @@ def test_gray_and_colour_on_request():
 def test_formats_that_are_not_stored_are_told_apart():
     bitmap = saved(Image.new("RGB", (3, 2), (9, 8, 7)), "BMP")
     assert inspect(bitmap).ext is None
-    assert inspect(as_png(bitmap)) == records.Facts("png", 2, 3, "RGB")
+    assert inspect(as_png(bitmap)) == records.ImageFacts("png", 2, 3, "RGB")
     assert np.array_equal(decode(as_png(bitmap)), decode(bitmap))
 
 

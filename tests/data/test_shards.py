@@ -26,7 +26,7 @@ def test_reads_are_the_original_bytes(mixed):
             records[index].width,
         )
         assert split.label[index] == records[index].label
-    assert split.in_shard(6).tolist() == list(range(120, 138))
+    assert split.indices_in_shard(6).tolist() == list(range(120, 138))
 
 
 def test_any_webdataset_reader_streams_the_tars(mixed):

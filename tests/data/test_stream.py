@@ -73,7 +73,7 @@ def test_streamed_samples_are_those_of_the_index(address, mixed, tmp_path):
     seen = set()
     for part in (part for step in steps for part in step):
         for index, key, label, image in zip(
-            part["index"].tolist(), part["keys"], part["label"], part["image"], strict=True
+            part["index"].tolist(), part["sample_ids"], part["label"], part["image"], strict=True
         ):
             assert (
                 key == mixed.split("train").key(index)
@@ -111,11 +111,16 @@ def test_ranks_and_workers_share_the_shards_and_make_equal_steps(mixed, tmp_path
 def test_epochs_and_resumed_runs_have_orders_of_their_own(mixed, tmp_path):
     remote = fetch_index(str(mixed.folder), tmp_path / "index")
     keys = [
-        [key for step in stream(remote, start, start + 6) for part in step for key in part["keys"]]
+        [
+            key
+            for step in stream(remote, start, start + 6)
+            for part in step
+            for key in part["sample_ids"]
+        ]
         for start in (0, 6)
     ]
     assert keys[0] == [
-        key for step in stream(remote, 0, 6) for part in step for key in part["keys"]
+        key for step in stream(remote, 0, 6) for part in step for key in part["sample_ids"]
     ]
     assert keys[0] != keys[1]
     assert [step[0]["step"] for step in stream(remote, 6, 9)] == [6, 7, 8]

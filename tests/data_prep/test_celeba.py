@@ -129,7 +129,7 @@ def test_attributes_come_with_the_batches(original, tmp_path):
     facts = facts_of(shards)
     by_key = {sample["__key__"]: found["attributes"] for _, found, sample in facts.values()}
     batch = next(eval_loader(shards, DataConfig(shards=shards.folder), "train", 30))
-    assert batch["attributes"].tolist() == [by_key[key] for key in batch["keys"]]
+    assert batch["attributes"].tolist() == [by_key[key] for key in batch["sample_ids"]]
 
 
 def test_kaggles_copy_gives_the_same(original, tmp_path):

@@ -429,6 +429,6 @@ def test_real_photos(real_data, tmp_path):
             total_steps=steps,
         )
         for part in step
-        for key in part["keys"]
+        for key in part["sample_ids"]
     ]
     assert len(set(seen)) == 300 and len(seen) == steps * 4

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data_prep.base import Items
-from data_prep.plan import plan_shards
 from data_prep.prepare import finish, make_plan, pending, prepare, write_shard
+from data_prep.shard_plan import plan_shards
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, WorkError
 from tests.data_prep.conftest import PROCESSES, files_of, make, write_images, write_mnist
@@ -39,7 +39,7 @@ def test_shards_are_as_small_as_asked(source, tmp_path):
 def test_shards_are_fair_samples(source, tmp_path):
     shards = make("mnist", tmp_path / "set", source, **SMALL)
     split = shards.split("train")
-    numbers = [int(split.key(index).split("-")[1]) for index in split.in_shard(0)]
+    numbers = [int(split.key(index).split("-")[1]) for index in split.indices_in_shard(0)]
     assert max(numbers) > 150 and min(numbers) < 50
 
 

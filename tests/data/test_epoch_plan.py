@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r2id.data.plan import check_batch, make_buckets, plan_epoch, rank_share
+from r2id.data.epoch_plan import check_batch, make_buckets, plan_epoch, rank_micro_batches
 from r2id.errors import InputError
 
 DIGEST = "0123456789abcdef" * 4
@@ -127,7 +127,9 @@ def test_the_shape_is_kept_when_the_area_is_capped():
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 24), (2, 4), (4, 3), (3, 8)])
 def test_every_world_sees_the_same_samples(world_size, micro_batch):
     indices = np.arange(100, 124)
-    shares = [rank_share(indices, rank, world_size, micro_batch) for rank in range(world_size)]
+    shares = [
+        rank_micro_batches(indices, rank, world_size, micro_batch) for rank in range(world_size)
+    ]
     assert all(len(part) == micro_batch for share in shares for part in share)
     assert sorted(np.concatenate([part for share in shares for part in share])) == indices.tolist()
 
