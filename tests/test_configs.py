@@ -15,8 +15,8 @@ from r2id.config import PipelineRun, PrepareConfig, R2idRun, RiaeRun, load_confi
 from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.encode import encode
 from r2id.training.loop import train
-from r2id.training.planner import RUNTIME, Facts, Work, elements, memory
-from r2id.training.previews import preview
+from r2id.training.planner import RUNTIME, memory
+from r2id.training.workload import Dimensions, Workload, parameter_count
 from tests.conftest import CONFIGS
 
 STAGES = sorted(
@@ -75,11 +75,11 @@ def riae_of(path: Path) -> Path:
     return path.with_name("-".join(["riae", *path.stem.split("-")[1:][-1:]]) + ".toml")
 
 
-def work_of(path: Path) -> Work:
+def work_of(path: Path) -> Workload:
     config, riae = load_config(path), load_config(riae_of(path))
     assert isinstance(config, RiaeRun | R2idRun) and isinstance(riae, RiaeRun)
-    return Work(
-        config, Facts(LARGEST[name_of(riae_of(path))], 1, CLASSES[path.parent.name], riae.riae)
+    return Workload(
+        config, Dimensions(LARGEST[name_of(riae_of(path))], 1, CLASSES[path.parent.name], riae.riae)
     )
 
 
@@ -99,7 +99,7 @@ def test_a_step_fits_on_1_8_and_64_gpus(path):
 )
 def test_r2id_is_as_large_as_dit(path):
     with torch.device("meta"):
-        found = elements(work_of(path).module())
+        found = parameter_count(work_of(path).module())
     assert found == pytest.approx(DIT[path.stem.split("-")[1]], rel=0.2)
 
 
@@ -169,7 +169,7 @@ def codecs(photos, tmp_path_factory):
             config = load_config(
                 path, [*TINY, *NARROW["riae"], f"run={folder}/riae", f"data.shards={shards}"]
             )
-            assert train(config, preview)["step"] == 3
+            assert train(config)["step"] == 3
             encode(folder / "riae", shards, folder / "latents")
             known[path] = folder / "riae", folder / "latents"
         return known[path]
@@ -194,7 +194,7 @@ def test_it_starts(path, photos, codecs, tmp_path):
                 f"data.latents={latents}",
             ],
         )
-        result = train(config, preview)
+        result = train(config)
         assert result["step"] == 3 and math.isfinite(result["loss"])
     meta = checkpoint.load_meta(run)
     assert meta.step == 3 and meta.samples == 24

@@ -69,7 +69,6 @@ def train(
     """Train one stage; goes on by itself where the run directory holds a checkpoint."""
     from r2id import dist
     from r2id.training.loop import train as run_train
-    from r2id.training.previews import preview
 
     settings = load_config(config, overrides or ())
     if isinstance(settings, PipelineRun):
@@ -77,7 +76,7 @@ def train(
             f"{config}: stage 'pipeline' is for r2id run; r2id train takes 'riae' or 'r2id'"
         )
     try:
-        result, main_process = run_train(settings, preview, profile), dist.is_main()
+        result, main_process = run_train(settings, profile=profile), dist.is_main()
     finally:
         dist.shutdown()
     if main_process:

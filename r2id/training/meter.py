@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2id import dist
 from r2id.models.coords import Size
-from r2id.training.planner import Cost
+from r2id.training.workload import Cost
 
 Figures = dict[str, float]
 

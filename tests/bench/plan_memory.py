@@ -26,7 +26,8 @@ from r2id import dist
 from r2id.config import load_config
 from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.engines import make_engine
-from r2id.training.planner import Work, find_facts, memory
+from r2id.training.planner import find_dimensions, memory
+from r2id.training.workload import Workload
 
 STEPS = 3
 
@@ -58,7 +59,7 @@ def train(work, world):
     )
     inputs = {
         key: value.to(world.device)
-        for key, value in work.inputs(samples * work.facts.copies).items()
+        for key, value in work.inputs(samples * work.dimensions.copies).items()
     }
     for step in range(STEPS):
         for _ in range(count):
@@ -100,7 +101,7 @@ def rank(options):
                 options.config,
                 [*options.overrides, *kind, f"train.activation_checkpointing={checkpointing}"],
             )
-            work = Work(config, find_facts(config, options.riae, options.classes))
+            work = Workload(config, find_dimensions(config, options.riae, options.classes))
             planned = memory(work, world.world_size, as_on_gpu=world.device.type == "cuda")
             if not warm:  # what libraries load and keep at their first use is of no step
                 measure(work, world)

@@ -14,7 +14,6 @@ from r2id.checkpoints import checkpoint
 from r2id.config import load_config
 from r2id.errors import InputError
 from r2id.training.loop import learning_rate, train
-from r2id.training.previews import preview
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 from tests.training import loop_ranks
 
@@ -143,7 +142,7 @@ def test_losses_fall_and_pictures_are_drawn(digits, tmp_path):
     run = tmp_path / "run"
     config = riae_config(digits, run, "train.steps=80", "train.preview_every=40")
     first = train(riae_config(digits, tmp_path / "first", "train.steps=1"))
-    last = train(config, preview)
+    last = train(config)
     assert last["loss"] < 0.6 * first["loss"]
     from PIL import Image
 

@@ -12,7 +12,7 @@ import torch
 from r2id.config import R2idRun, RiaeConfig, load_config
 from r2id.training.loop import train
 from r2id.training.meter import Meter
-from r2id.training.planner import Cost, Facts, Work, image_cost
+from r2id.training.workload import Cost, Dimensions, Workload, image_cost
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 
 RATES = {
@@ -50,7 +50,7 @@ def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
         encoder_blocks=1,
         decoder_blocks=1,
     )
-    found = image_cost(Work(config, Facts((8, 12), 1, 5, riae)))
+    found = image_cost(Workload(config, Dimensions((8, 12), 1, 5, riae)))
     tokens, width, r2id = 24, 32, config.r2id
     hidden = 64  # two thirds of 3 · 32, to the next multiple of 32
     fourier = 8 * (r2id.fourier[1] - r2id.fourier[0] + 1)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from r2id.checkpoints import checkpoint
 from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
 from r2id.training.blocks import prepare_blocks
+from r2id.training.callbacks.watchdog import Watchdog
 from r2id.training.loop import train
 from r2id.training.losses.riae import RiaeLoss
-from r2id.training.watchdog import Watchdog
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.test_loop import assert_same, riae_config
 
@@ -193,13 +194,16 @@ def test_a_rank_that_sleeps_ends_the_job_with_its_stack(digits, tmp_path):
 
 
 def test_the_watchdog_leaves_those_alone_that_move(capfd):
-    with Watchdog(0.5) as watchdog:
+    for limit in (0.5, None):
+        train = TrainConfig(steps=1, stall_seconds=limit)
+        state = SimpleNamespace(config=SimpleNamespace(train=train))
+        watchdog = Watchdog()
+        watchdog.pre_train(state)
         for _ in range(8):
             time.sleep(0.2)
-            watchdog.beat()
-    time.sleep(0.6)
-    with Watchdog(None) as watchdog:
-        watchdog.beat()
+            watchdog.post_step(state)
+        watchdog.close(state, None)
+        time.sleep(0.6)  # long enough for a timer that was left running
     assert "Timeout" not in capfd.readouterr().err
 
 

@@ -11,7 +11,8 @@ import pytest
 from r2id.config import R2idRun, RiaeRun, load_config
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
-from r2id.training.planner import Facts, Work, describe, largest_micro_batch, memory, plan
+from r2id.training.planner import RUNTIME, describe, largest_micro_batch, memory, plan
+from r2id.training.workload import Dimensions, Workload
 from tests.conftest import CONFIGS
 
 PHOTOS = CONFIGS / "imagenet"
@@ -134,18 +135,18 @@ def test_without_a_condition_nobody_asks_for_classes():
 def test_the_largest_micro_batch_is_the_largest_that_fits():
     config, riae = load_config(DIGITS / "r2id.toml"), load_config(DIGITS / "riae.toml")
     assert isinstance(config, R2idRun) and isinstance(riae, RiaeRun)
-    facts = Facts((64, 64), 1, 10, riae.riae)
+    dimensions = Dimensions((64, 64), 1, 10, riae.riae)
 
     def needs(size: int) -> int:
         train = config.train.model_copy(update={"micro_batch": size})
         return (
-            memory(Work(config.model_copy(update={"train": train}), facts), 1)["total"]
-            + 2_000_000_000
+            memory(Workload(config.model_copy(update={"train": train}), dimensions), 1)["total"]
+            + RUNTIME
         )
 
     limit = (needs(16) + needs(32)) / 2
-    assert largest_micro_batch(config, facts, 1, limit) == 16
-    assert largest_micro_batch(config, facts, 1, 2e9) is None
+    assert largest_micro_batch(config, dimensions, 1, limit) == 16
+    assert largest_micro_batch(config, dimensions, 1, 2e9) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""Checkpoints of a run: every so often, at milestones, at its end and when it is stopped."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from r2id.checkpoints import checkpoint
+from r2id.models.riae import RIAE
+from r2id.training.callbacks.base import Callback
+from r2id.training.state import TrainState
+from r2id.training.tasks import RiaeTask
+
+
+class Checkpoints(Callback):
+    """Save to RUN/checkpoints, every rank its share of the state."""
+
+    def post_step(self, state: TrainState) -> None:
+        train = state.config.train
+        milestone = train.milestone_every and state.step % train.milestone_every == 0
+        if not (state.due(train.save_every) or milestone or state.stopping):
+            return
+        state.checkpoint = checkpoint.save(
+            state.folder,
+            state.engine.state(),
+            state.meta(),
+            keep=train.keep,
+            milestone_every=train.milestone_every,
+            stats=_latent_statistics(state),
+        )
+        state.tracker.tag("checkpoint", str(state.checkpoint))
+
+
+def _latent_statistics(state: TrainState) -> dict[str, Tensor] | None:
+    """Measure an RIAE's latents on rank 0; its averages are small enough to be gathered there."""
+    if not isinstance(state.task, RiaeTask):
+        return None
+    model = state.ema_model()
+    if model is None:
+        return None
+    assert isinstance(model, RIAE)
+    return state.task.latent_statistics(model, state.engine.device)

@@ -1,0 +1,35 @@
+"""Means of a run's losses, its rates, and where its time goes."""
+
+from __future__ import annotations
+
+import torch
+
+from r2id.training.callbacks.base import Callback
+from r2id.training.meter import Meter, matmul_peak
+from r2id.training.state import TrainState
+
+
+class Metering(Callback):
+    """Set ``state.figures`` at every step that is logged, and to those of all steps at the end."""
+
+    def pre_train(self, state: TrainState) -> None:
+        device = state.engine.device
+        dtype = torch.bfloat16 if state.config.train.autocast else torch.float32
+        self.meter = Meter(device, state.task.cost, matmul_peak(device, dtype))
+
+    def pre_load(self, state: TrainState) -> None:
+        self.meter.lap("pause")  # what the other callbacks took is no time of training
+
+    def pre_step(self, state: TrainState) -> None:
+        self.meter.lap("data")
+
+    def post_step(self, state: TrainState) -> None:
+        for result in state.results:
+            self.meter.add(*result)
+        self.meter.lap("step")
+        if state.log_due:
+            state.figures |= self.meter.read()
+
+    def close(self, state: TrainState, error: BaseException | None) -> None:
+        if error is None:
+            state.figures |= self.meter.summary()

@@ -1,0 +1,23 @@
+"""Copies of the moving averages, from which an average of any width is made after training."""
+
+from __future__ import annotations
+
+import math
+
+from r2id.checkpoints import checkpoint
+from r2id.training.callbacks.base import Callback
+from r2id.training.state import TrainState
+
+_SNAPSHOTS_PER_RUN = 32
+
+
+class Snapshots(Callback):
+    """Keep the averages of ``train.ema_profiles`` in RUN/ema."""
+
+    def post_step(self, state: TrainState) -> None:
+        train = state.config.train
+        if not train.ema_profiles:
+            return
+        every = train.ema_snapshot_every or math.ceil(train.steps / _SNAPSHOTS_PER_RUN)
+        if state.step % every == 0:
+            checkpoint.save_snapshot(state.folder, state.engine.state(), state.meta())

@@ -1,0 +1,52 @@
+"""MLflow's record of a run: parameters, losses and rates, and where its checkpoint is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from r2id import dist
+from r2id.errors import Stopped
+from r2id.training.callbacks.base import Callback
+from r2id.training.state import TrainState
+from r2id.training.tracking import NullTracker, Tracker
+
+
+class Tracking(Callback):
+    """Give the state its tracker, on rank 0, and record what is logged."""
+
+    def pre_train(self, state: TrainState) -> None:
+        if dist.is_main():
+            state.tracker = _start_tracker(state)
+
+    def post_step(self, state: TrainState) -> None:
+        if state.log_due:
+            figures = {**state.figures, "lr": state.lr, "grad_norm": float(state.grad_norm)}
+            if state.skipped:
+                figures["skipped_steps"] = state.skipped
+            state.tracker.metrics(figures, state.step)
+
+    def close(self, state: TrainState, error: BaseException | None) -> None:
+        if error is None:
+            state.tracker.finish("FINISHED")
+        else:
+            state.tracker.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
+
+
+def _start_tracker(state: TrainState) -> NullTracker:
+    """Begin or continue this run directory's MLflow run, whose id is kept beside the config."""
+    config, shards = state.config, state.task.shards
+    note = state.folder / "mlflow-run-id"
+    return Tracker.start(
+        config.tracking,
+        run_name=state.folder.name,
+        stage=config.stage,
+        params=config.model_dump(mode="json"),
+        run_id=_known_run(note) if state.start else None,
+        tags={f"fact.{key}": str(value) for key, value in state.task.facts.items()},
+        dataset=(shards.manifest.dataset, shards.digest, str(config.data.shards)),
+        note=note,
+    )
+
+
+def _known_run(note: Path) -> str | None:
+    return note.read_text().strip() if note.exists() else None

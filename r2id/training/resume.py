@@ -1,0 +1,98 @@
+"""Where a run begins: at its own newest checkpoint, or at the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from r2id import dist
+from r2id.checkpoints import checkpoint
+from r2id.config import R2idRun, RiaeRun, to_toml
+from r2id.data.shards import ShardSet
+from r2id.errors import InputError
+from r2id.models.codec import PIXELS_HASH
+from r2id.progress import say
+from r2id.training.state import TrainState
+from r2id.training.tasks import Task
+
+_ORDER = ("train_split", "size", "max_pixels", "window", "flip", "batch_pixels", "shuffle")
+"""Settings of the data that decide which samples a step holds."""
+
+
+def find_finished(config: RiaeRun | R2idRun) -> Path | None:
+    """Find the last checkpoint of a run that is done already.
+
+    None where settings, data or codec are others than the run's. Loads none of them, so that a
+    pipeline's second start is quick.
+    """
+    found = checkpoint.latest(config.run)
+    if found is None:
+        return None
+    meta = checkpoint.load_meta(found)
+    facts = {"digest": ShardSet.open(config.data.shards, config.data.stream).digest}
+    if isinstance(config, R2idRun):
+        facts["codec_hash"] = checkpoint.identity(config.codec) if config.codec else PIXELS_HASH
+    if meta.stage != config.stage or meta.step < config.train.steps:
+        return None
+    then = _essentials(meta.config, meta.model)
+    now = _essentials(config.model_dump(mode="json"), facts)
+    return found if all(then.get(name, value) == value for name, value in now.items()) else None
+
+
+def restore(state: TrainState) -> None:
+    """Go on from the run's newest checkpoint, if it has one."""
+    found = _find_checkpoint(state.task)
+    if found is not None:
+        checkpoint.load_into(state.engine, found)
+        meta = checkpoint.load_meta(found)
+        state.start, state.step, state.samples = meta.step, meta.step, meta.samples
+
+
+def start_folder(state: TrainState) -> None:
+    """Make the run directory, with its config; remove what an interrupted process left there."""
+    if dist.is_main():
+        state.folder.mkdir(parents=True, exist_ok=True)
+        (state.folder / "config.toml").write_text(to_toml(state.config))
+        checkpoint.tidy(state.folder, state.start)
+
+
+def _find_checkpoint(task: Task) -> Path | None:
+    """Find the run directory's newest checkpoint; InputError when another run's lies there."""
+    folder = task.config.run
+    found = checkpoint.latest(folder)
+    if found is None:
+        return None
+    meta = checkpoint.load_meta(found)
+    if meta.stage != task.config.stage:
+        raise InputError(
+            f"{folder}: holds a run of stage {meta.stage!r}, not {task.config.stage!r}: "
+            "choose another run directory"
+        )
+    then = _essentials(meta.config, meta.model)
+    for name, value in _essentials(task.config.model_dump(mode="json"), task.facts).items():
+        if then.get(name, value) != value:
+            raise InputError(
+                f"{folder}: holds a run with {name} = {then[name]!r}, not {value!r}: "
+                "choose another run directory, or remove this one to start over"
+            )
+    say(f"{found}: going on from step {meta.step}")
+    return found
+
+
+def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what may not change between two starts of one run, by name."""
+    essentials = {
+        "seed": config["seed"],
+        "train.batch": config["train"]["batch"],
+        "train.ema_profiles": config["train"]["ema_profiles"],
+    }
+    for name in _ORDER:
+        if name in config["data"]:  # a checkpoint from before the setting has none
+            essentials[f"data.{name}"] = config["data"][name]
+    for section in (config["stage"], "diffusion"):
+        for key, value in config.get(section, {}).items():
+            essentials[f"{section}.{key}"] = value
+    for key, value in facts.items():
+        if key != "codec":  # a path, which may change: the codec's hash counts
+            essentials[f"recorded {key}"] = value
+    return essentials

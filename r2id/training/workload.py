@@ -1,0 +1,169 @@
+"""How much work a training run is: a run's module and batches, of the right sizes, to be counted.
+
+Nothing is trained here: models are built on the meta device and operations are counted
+(r2id.models.tracing).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from r2id.config import R2idRun, RiaeConfig, RiaeRun
+from r2id.models.coords import Size
+from r2id.models.pixels import DOWNSAMPLE
+from r2id.models.r2id import R2ID
+from r2id.models.riae import RIAE
+from r2id.models.tracing import Trace, count_flops, trace_step
+from r2id.training.blocks import prepare_blocks
+from r2id.training.losses.r2id import R2idLoss
+from r2id.training.losses.riae import RiaeLoss
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What decides the sizes of a run's tensors beside its config: facts of its data and codec."""
+
+    image: Size
+    """The largest size of the training images, which a step is counted at."""
+    copies: int
+    """How many times ``train.batch`` images a step has at that size (``data.batch_pixels``)."""
+    classes: int = 0
+    """Classes, or attributes where those are the condition."""
+    riae: RiaeConfig | None = None
+    """The codec of an R2ID run; none means that pixels are diffused."""
+    embedding: tuple[int, ...] = ()
+    """Shape of an embedding where embeddings are the condition."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training on one image takes."""
+
+    tokens: int
+    """Latents."""
+    flops: int
+    """Floating-point operations of the model's own work.
+
+    A backward pass costs two forward passes, and what is computed again to save memory does not
+    count (Chowdhery et al. 2022, "PaLM", appendix B)."""
+
+
+class Workload:
+    """A run's module and batches, made to be counted."""
+
+    def __init__(self, config: RiaeRun | R2idRun, dimensions: Dimensions) -> None:
+        self.config, self.dimensions = config, dimensions
+        self._traces: dict[tuple[int, bool], Trace] = {}
+
+    def grid(self) -> Size:
+        """Return the latent grid of the largest images."""
+        codec = self.config.riae if isinstance(self.config, RiaeRun) else self.dimensions.riae
+        downsample = DOWNSAMPLE if codec is None else codec.downsample
+        height, width = (max(1, round(side / downsample)) for side in self.dimensions.image)
+        return height, width
+
+    def module(self, prepared: bool = True) -> RiaeLoss | R2idLoss:
+        """Build the loss module; ``prepared``: with the activation checkpointing of the config."""
+        config = self.config
+        module: RiaeLoss | R2idLoss
+        if isinstance(config, RiaeRun):
+            module = RiaeLoss(RIAE(config.riae, config.data.channels), config.seed)
+        else:
+            classes, embedding = self.dimensions.classes, self.dimensions.embedding
+            model = R2ID(config.r2id, self._channels(), classes, embedding)
+            module = R2idLoss(model, config.diffusion, 1.0, config.seed)
+        if prepared:
+            # Compiled blocks could not be traced.
+            prepare_blocks(
+                module.model.blocks(), config.train.model_copy(update={"compile": False})
+            )
+        return module
+
+    def inputs(self, samples: int) -> dict[str, torch.Tensor]:
+        """Make the keyword arguments of the module for a micro-batch of zeros."""
+        index = torch.zeros(samples, dtype=torch.int64)
+        if isinstance(self.config, RiaeRun):
+            return {"image": self._images(samples), "index": index}
+        latent = torch.zeros(samples, self._channels(), *self.grid())
+        condition = {
+            "attributes": torch.zeros(samples, self.dimensions.classes, dtype=torch.int8),
+            "embedding": torch.zeros(samples, *self.dimensions.embedding, dtype=torch.float16),
+        }.get(self.config.r2id.condition, index - 1)
+        return {"latent": latent, "condition": condition, "index": index}
+
+    def _images(self, samples: int) -> torch.Tensor:
+        return torch.zeros(samples, self.config.data.channels, *self.dimensions.image)
+
+    def _channels(self) -> int:
+        """Return the channels of what is diffused."""
+        riae = self.dimensions.riae
+        return self.config.data.channels if riae is None else riae.latent_channels
+
+    def codec(self) -> RIAE:
+        """Build the codec of an R2ID run that has one."""
+        assert self.dimensions.riae is not None
+        return RIAE(self.dimensions.riae, self.config.data.channels)
+
+    def trace(self, samples: int, as_on_gpu: bool) -> Trace:
+        """Trace one micro-batch with this number of samples."""
+        bfloat16 = self.config.train.precision == "bfloat16_weights"
+
+        def case() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+            with _default_dtype(torch.bfloat16 if bfloat16 else torch.float32):
+                module = self.module()
+            return module, self.inputs(samples)
+
+        key = samples, as_on_gpu
+        if key not in self._traces:
+            self._traces[key] = trace_step(case, self.config.train.autocast, as_on_gpu)
+        return self._traces[key]
+
+    def encodes(self) -> bool:
+        """Tell whether each micro-batch is encoded before R2ID sees it."""
+        return self.dimensions.riae is not None and self.config.data.latents is None
+
+    def encode(self, samples: int) -> Callable[[], object]:
+        """Make a function that encodes so many images by the codec."""
+        codec, image = self.codec(), self._images(samples)
+        bfloat16 = self.config.train.autocast
+
+        def encode() -> object:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                return codec.encode(image)
+
+        return encode
+
+    def forward(self) -> Callable[[], object]:
+        """Make a function of the forward pass of one sample, in which nothing is recomputed."""
+        return partial(self.module(prepared=False), **self.inputs(1), step=0)
+
+
+def image_cost(workload: Workload) -> Cost:
+    """Count what training on one of a workload's largest images takes."""
+    flops = 3 * count_flops(workload.forward)
+    if workload.encodes():
+        flops += count_flops(lambda: workload.encode(1))
+    return Cost(math.prod(workload.grid()), flops)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of a module's parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within this block weights are made in this number format."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
