@@ -21,7 +21,6 @@ from r2id.data.stream import stream_loader
 from r2id.dist import World
 from r2id.errors import InputError
 from r2id.images import to_float
-from r2id.images import to_float
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
