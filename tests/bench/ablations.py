@@ -1,11 +1,14 @@
-"""What the defaults are worth: one config trained with one thing changed at a time, for the same number of steps.
+"""What the defaults are worth: one config trained with one thing changed at a time.
 
-    python tests/bench/ablations.py configs/digits/riae.toml --out FOLDER [--steps 400] [--set section.key=value] [NAME ...]
+    python tests/bench/ablations.py configs/digits/riae.toml --out FOLDER [--steps 400]
+        [--set section.key=value] [NAME ...]
     python tests/bench/ablations.py configs/digits/r2id.toml --out FOLDER …
 
-Of an RIAE: squared error on test images at their own size and at twice of it against the bicubic truth. Of an R2ID: class
-accuracy and Fréchet distance in the eyes of a classifier of real images, at the training images' size and twice of it, or at
-the sizes given by --size. What is finished is not trained again. The table comes out as Markdown.
+All variants train for the same number of steps. Of an RIAE it measures the squared error on test
+images, at their own size and at twice that size against the images resized. Of an R2ID it measures
+class accuracy and Fréchet distance by a classifier of real images, at the training images' size and
+at twice that, or at the sizes given by --size. Variants that are finished are not trained again.
+The table is Markdown; its figures are under "Ablations" in tests/bench/README.md.
 """
 
 import argparse
@@ -31,7 +34,7 @@ IMAGES, SAMPLES = 500, 500
 
 
 def edge_aligned(count, device=None, part=slice(None)):
-    """The original's grid: the first and the last pixel on the edges, wherever that puts the others."""
+    """The original project's grid: the first and the last pixel on the edges."""
     return (
         torch.linspace(-0.5, 0.5, count, device=device)[part]
         if count > 1
@@ -40,7 +43,7 @@ def edge_aligned(count, device=None, part=slice(None)):
 
 
 def independent(coordinates, noise, grid, shape=None):
-    """The absolute and the relative place of a point displaced by different amounts."""
+    """Displace the absolute and the relative place of a point by different amounts."""
     step = noise * torch.tensor([0.5 / grid[1], 0.5 / grid[0]], device=noise.device)
     return coordinates + torch.cat(
         [step, step.roll(1, dims=-2) * coords.relative_scale(shape or grid)], dim=-1
@@ -124,7 +127,7 @@ def arguments():
 
 
 def trained(options, name, changes):
-    """The run's config and its seconds."""
+    """Train a variant: its config, the seconds it took and its figures."""
     run = options.out / "".join(c if c.isalnum() else "-" for c in name)
     fixed = [
         f"run={run}",

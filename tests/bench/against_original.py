@@ -1,14 +1,18 @@
-"""Our training steps against those of the original project, in one run.
+"""Training steps of r2id against those of the original project, in one run.
 
-    OMP_NUM_THREADS=2 python tests/bench/against_original.py --original DIR [--steps 20] [--rounds 3] [--json]
+    OMP_NUM_THREADS=2 python tests/bench/against_original.py --original DIR [--steps 20]
+        [--rounds 3] [--json]
 
-DIR is a checkout of the original project, which is no part of this one. Each step is measured in a process of its own, in
-turn, round after round; what counts is each one's quickest round. Widths, heads, blocks, batch and data shape are the same
-(the reference configs on MNIST at 32×32); theirs makes fewer steps, because its autoencoder takes seconds for one. Memory
-is what a process takes at most beyond what it has before it makes the model.
+DIR is a checkout of the original project, which is no part of this one. Each step is measured in a
+process of its own, in turn, round after round; what counts is each one's quickest round. Widths,
+heads, blocks, batch and data shape are the same (the reference configs on MNIST at 32×32). The
+original makes fewer steps, because its autoencoder takes seconds for one. Memory is what a process
+takes at most beyond what it has before it makes the model.
 
-Ours is shown as configured, and doing the same work: in float32, every pixel decoded, every image under its class and
-under none. The goals are set for the commits with attention per query (fb27a89 to b97e9b7).
+r2id's step is measured as configured, and doing the original's work: in float32, every pixel
+decoded, every image under its class and under none. The goals are set for the original's commits
+with attention per query (fb27a89 to b97e9b7). Its figures are under "Speed and memory" in
+tests/bench/README.md.
 """
 
 import argparse
@@ -37,7 +41,7 @@ class Model:
     fewer: int
     """Steps of ours for one of theirs."""
     ours: dict[str, list[str]]
-    """Arguments of train_step.py for each way to run ours; the first is the config's own and has the goal."""
+    """Arguments of train_step.py for each way to run ours. The first has the goal."""
 
 
 MODELS = {
@@ -102,13 +106,14 @@ def measure(name, options, threads):
 def table(name, found, threads):
     model, original = MODELS[name], next(iter(found.values()))
     print(
-        f"{name} at {model.size}, {threads} threads; original: {original['classes']}; goals for ours as configured: "
-        f"{model.goal:g} times as fast, {MEMORY_GOAL:.2f} of the memory"
+        f"{name} at {model.size}, {threads} threads; original: {original['classes']}; goals for "
+        f"ours as configured: {model.goal:g} times as fast, {MEMORY_GOAL:.2f} of the memory"
     )
     for way, figures in found.items():
         print(
-            f"  {way:52}{figures['parameters'] / 1e6:6.2f} M{figures['ms']:9.1f} ms{figures['images_per_second']:8.1f} /s"
-            f"{figures['times_as_fast']:8.1f} ×{figures['memory'] / 1e9:8.2f} GB{figures['share_of_memory']:7.2f}"
+            f"  {way:52}{figures['parameters'] / 1e6:6.2f} M{figures['ms']:9.1f} ms"
+            f"{figures['images_per_second']:8.1f} /s{figures['times_as_fast']:8.1f} ×"
+            f"{figures['memory'] / 1e9:8.2f} GB{figures['share_of_memory']:7.2f}"
         )
 
 

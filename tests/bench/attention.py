@@ -1,8 +1,8 @@
-"""Time of one attention call, forward and backward, by plain products and by PyTorch's fused kernel.
+"""Time of one attention call, forward and backward: plain products and PyTorch's fused kernel.
 
     python tests/bench/attention.py
 
-Decides r2id.models.attention.attend's choice on a CPU.
+Decides which of them r2id.models.attention.attend takes on a CPU.
 """
 
 import math

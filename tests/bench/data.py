@@ -1,16 +1,18 @@
-"""Rates of preparing and loading against bare decoding of the same bytes, and what an index of 1.28 million samples costs.
+"""Rates of preparing and loading, and what an index of 1.28 million samples costs.
 
-    python tests/bench/data.py photos FOLDER     images at native sizes: prepare and load, beside bare decoding
+    python tests/bench/data.py photos FOLDER     images at native sizes: prepare and load them
     python tests/bench/data.py mnist FOLDER      the IDX files into shards, with two workers
-    python tests/bench/data.py plan              1.28 million samples: index, buckets, the plan of an epoch, resuming
+    python tests/bench/data.py plan              1.28 million samples: index, buckets, the order of
+                                                 an epoch, resuming in the middle of it
 
-Every rate is images per second of wall time; ratios compare measurements of one run, the best of several rounds each.
+Every rate is images per second of wall time; ratios are to bare decoding of the same bytes in the
+same run, the best of several rounds each. Its figures are under "Speed and memory" in
+tests/bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import tempfile
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import resident
 
 from data_prep.prepare import prepare
 from r2id.config import DataConfig, PrepareConfig
@@ -62,9 +65,8 @@ def photos(source: Path, folder: Path, max_pixels: int) -> None:
         prepare(PrepareConfig(dataset="folder", source=source, out=out))
 
     preparing = len(every) / best(prepare_again)
-    print(
-        f"bare decoding {decoding:7.0f}   prepare, 1 worker {preparing:7.0f}   ratio {preparing / decoding:.2f}"
-    )
+    ratio = preparing / decoding
+    print(f"bare decoding {decoding:7.0f}   prepare, 1 worker {preparing:7.0f}   ratio {ratio:.2f}")
 
     buckets = split_buckets(samples, DataConfig(shards=out, max_pixels=max_pixels))
     loader._KEPT_BYTES = 0  # so few images would be kept decoded
@@ -76,9 +78,8 @@ def photos(source: Path, folder: Path, max_pixels: int) -> None:
     bare = len(work) / best(lambda: [decode_view(data, 3, view) for data, view in work])
     print(f"bare decoding and resizing to at most {max_pixels} pixels {bare:7.0f}")
     for workers in (0, 1, 2):
-        print(
-            f"loader, {workers} workers {(rate := load(shards, workers, max_pixels)):7.0f}   ratio {rate / bare:.2f}"
-        )
+        rate = load(shards, workers, max_pixels)
+        print(f"loader, {workers} workers {rate:7.0f}   ratio {rate / bare:.2f}")
 
 
 def epoch(
@@ -150,20 +151,18 @@ def plan(folder: Path, count: int = 1_280_000, per_shard: int = 2560) -> None:
         splits={"train": SplitEntry(samples=count, bytes=0, shards=entries)},
     ).write(folder)
 
-    before = resident()
+    before = megabytes()
     began = time.perf_counter()
     samples = ShardSet.open(folder).split("train")
-    print(
-        f"index of {len(samples)} samples: {time.perf_counter() - began:.2f} s, {resident() - before:.0f} MB"
-    )
+    seconds, taken = time.perf_counter() - began, megabytes() - before
+    print(f"index of {len(samples)} samples: {seconds:.2f} s, {taken:.0f} MB")
     began = time.perf_counter()
     buckets = make_buckets(samples.height, samples.width, None, 1 << 20)
     print(f"{len(buckets.sizes)} buckets: {time.perf_counter() - began:.2f} s")
     began = time.perf_counter()
     steps = plan_epoch(buckets, digest="0" * 64, seed=0, epoch=0, batch=256)
-    print(
-        f"plan of {len(steps)} steps, an epoch: {time.perf_counter() - began:.2f} s; in all {resident() - before:.0f} MB"
-    )
+    seconds, taken = time.perf_counter() - began, megabytes() - before
+    print(f"order of an epoch of {len(steps)} steps: {seconds:.2f} s; in all {taken:.0f} MB")
     began = time.perf_counter()
     step = next(
         image_loader(
@@ -178,15 +177,14 @@ def plan(folder: Path, count: int = 1_280_000, per_shard: int = 2560) -> None:
         )
     )
     print(
-        f"from opening the set to the first batch in the middle of an epoch: {time.perf_counter() - began:.2f} s "
-        f"({len(step[0]['keys'])} images)"
+        "from opening the set to the first batch in the middle of an epoch: "
+        f"{time.perf_counter() - began:.2f} s ({len(step[0]['keys'])} images)"
     )
 
 
-def resident() -> float:
+def megabytes() -> float:
     """Memory of this process now, in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
+    return resident("VmRSS") / 1e6
 
 
 def main() -> None:

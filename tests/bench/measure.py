@@ -1,4 +1,4 @@
-"""What the benchmarks share: a process's memory, the rate of a training step, children that measure in turn."""
+"""What the benchmarks share: memory of a process, rate of a training step, children in turn."""
 
 import json
 import re
@@ -22,13 +22,15 @@ def resident(what: str) -> int:
 
 
 def reset_peak() -> None:
-    """Sets VmHWM to VmRSS."""
+    """Set VmHWM to VmRSS."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def baseline() -> int:
-    """Bytes in memory before a step is made, from which VmHWM grows: with what libraries load and keep at their first use,
-    which is of no step."""
+    """Return the bytes in memory before a step is made, from which VmHWM grows.
+
+    Has libraries load first what they keep after their first use, which belongs to no step.
+    """
     layer = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(layer.parameters())
     for bfloat16 in (False, True):
@@ -42,7 +44,10 @@ def baseline() -> int:
 def rate(
     run: Callable[[int, int], object], steps: int, warmup: int, batch: int
 ) -> dict[str, float]:
-    """``run(count, first)`` makes so many steps → milliseconds of one, and images of the whole job per second."""
+    """Milliseconds of a step, and images per second of the whole job.
+
+    ``run(count, first)`` makes that many steps, numbered from ``first``.
+    """
     run(warmup, 0)
     began = time.perf_counter()
     run(steps, warmup)
@@ -51,7 +56,10 @@ def rate(
 
 
 def child(command: Sequence[str | Path], environment: Mapping[str, str]) -> dict[str, Any]:
-    """What a process prints as its last line, a JSON object. Its failure, which it has told, ends this one alike."""
+    """Run a process and return the JSON object that it prints as its last line.
+
+    When it fails, it has said why, and this process ends with the same code.
+    """
     done = subprocess.run(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
@@ -64,8 +72,11 @@ def child(command: Sequence[str | Path], environment: Mapping[str, str]) -> dict
 def alternate(
     commands: Mapping[str, Callable[[], dict[str, Any]]], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Each measured once a round, one after the other, so that all meet the same machine; of each the quickest round, which
-    others disturbed least, and the least of its peaks of memory."""
+    """Measure each command once a round, one after the other, so that all meet the same machine.
+
+    Returns each one's quickest round, which others disturbed least, with the least of its peaks of
+    memory.
+    """
     best: dict[str, dict[str, Any]] = {}
     for number in range(rounds):
         for name, measured in commands.items():

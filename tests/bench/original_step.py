@@ -1,11 +1,13 @@
-"""Images per second of the original project's training step, from a checkout of it; against_original.py runs this.
+"""Images per second of the original project's training step; against_original.py runs this.
 
     python tests/bench/original_step.py DIR configs/mnist/reference-riae.toml [--steps 2]
 
-Widths, heads, blocks, batch and frequencies are those of our config. A step is what the project's own training scripts do
-with a batch: forward, loss, backward, AdamW and the moving average, in float32. The scripts themselves load data and train
-at import, so that their loop is written anew here. What our step leaves out is left out here too: data loading, the
-learning rate's schedule and, for the diffusion model, the autoencoder that makes the latents.
+DIR is a checkout of the original project. Widths, heads, blocks, batch and frequencies are those of
+our config. A step is what the project's own training scripts do with a batch: forward, loss,
+backward, AdamW and the moving average, in float32. The scripts themselves load data and train at
+import, so that their loop is written anew here. What our step leaves out is left out here too: data
+loading, the learning rate's schedule and, for the diffusion model, the autoencoder that makes the
+latents.
 """
 
 import argparse
@@ -25,13 +27,13 @@ from r2id.errors import InputError
 
 IMAGE, CHANNELS = 32, 1  # the original's MNIST
 LAYOUTS = (
-    "RIAE and RIID in modules/r2id.py (commits fb27a89 to b97e9b7, attention per query), R2IR and RIID or R2ID there "
-    "(4b10a7b to da0b5c9) or in modules/r2ir_r2id.py (7efed8f to b5f134e)"
+    "RIAE and RIID in modules/r2id.py (commits fb27a89 to b97e9b7, attention per query), R2IR and "
+    "RIID or R2ID there (4b10a7b to da0b5c9) or in modules/r2ir_r2id.py (7efed8f to b5f134e)"
 )
 
 
 def find(folder):
-    """The autoencoder's and the diffusion model's classes, and the module of a name below modules/."""
+    """Find the autoencoder's and the diffusion model's classes, and what imports modules/NAME."""
     sys.path.insert(0, str(folder.resolve()))
 
     def module(name):
@@ -101,7 +103,7 @@ def autoencoder_loss(kind, config):
 
 
 def diffusion_loss(kind, module, config, grid, channels):
-    """The diffusion model, what is trained with it and a function of its loss: under the class and under none."""
+    """The diffusion model, what trains with it and its loss, under the class and under none."""
     r2id, batch = config.r2id, config.train.batch
     model = kind(
         **accepted(

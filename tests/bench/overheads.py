@@ -1,14 +1,16 @@
 """What training costs beyond the step itself, on a CPU.
 
-    OMP_NUM_THREADS=2 python tests/bench/overheads.py [deepspeed] [tracking] [processes] [--rounds 3] [--steps 8] [--json]
+    OMP_NUM_THREADS=2 python tests/bench/overheads.py [deepspeed] [tracking] [processes]
+        [--rounds 3] [--steps 8] [--json]
 
-deepspeed: the reference R2ID (22.7 M parameters) by DeepSpeed in one process, ZeRO 1, against the plain engine. processes:
-two processes of one thread, ZeRO 1, against one pinned to one core. Each is measured in processes of their own, in turn;
-what counts is each one's quickest round.
+deepspeed: the reference R2ID (22.7 M parameters) by DeepSpeed in one process, ZeRO 1, against the
+local engine. processes: two processes of one thread, ZeRO 1, against one pinned to one core. Each
+is measured in processes of their own, in turn; what counts is each one's quickest round.
 
-tracking: the whole training loop on cached latents at the default log_every. MLflow and the moving average are switched on
-and off from one stretch of log_every steps to the next, in one process; the stretch with them lasts until MLflow has
-recorded the last entry, which in a run happens beside the next steps.
+tracking: the whole training loop on cached latents at the default log_every. MLflow and the moving
+average are switched on and off from one stretch of log_every steps to the next, in one process. A
+stretch with them lasts until MLflow has recorded the last entry, which in a run happens beside the
+next steps.
 """
 
 import argparse
@@ -118,7 +120,7 @@ def tracking(options):
 
 
 def latents(folder):
-    """The digits' latents on a grid of 8×8, by a codec that has seen a few of them: settings that name both."""
+    """Settings that name the digits' latents on a grid of 8×8 and the codec they are of."""
     data = prepare(PrepareConfig(dataset="digits", out=folder / "data"))
     codec = load_config(
         CONFIGS / "reference-riae.toml",
@@ -141,7 +143,10 @@ def latents(folder):
 
 
 def switch_in_turn():
-    """MLflow and the average on in every other stretch, off in the first; → when each stretch ends, as the run goes on."""
+    """Switch MLflow and the average on in every other stretch, off in the first.
+
+    Returns a list of when each stretch ends, which grows as the run goes on.
+    """
     update, metrics, marks = Ema.update, Tracker.metrics, []
 
     def on(step):

@@ -1,12 +1,14 @@
-"""Local against cloud attention on photos, for the same training time, and what windows teach about whole photos.
+"""Tiled against cloud attention on photos, and what windows teach about whole photos.
 
     python tests/bench/photos.py SHARDS --out FOLDER [--seconds 180] [--rates 1e-3 2e-3 4e-3]
     python tests/bench/photos.py SHARDS --run RUN
 
-The first, into a new folder, trains both kinds on windows of 64×64 of photos brought to 128² pixels, at each peak learning
-rate, for as many steps as fit into the time at the speed of the first ones, and prints PSNR on windows from the middle of
-held-out ones and on whole ones of 256² pixels. The second takes a trained RIAE: PSNR on held-out photos brought to 128×128,
-on windows of 128×128 from their middle, and on whole photos.
+The first trains both kinds, into a new folder, on windows of 64×64 of photos resized to 128²
+pixels, at each peak learning rate, for as many steps as fit into the time at the speed of the first
+ones. It prints PSNR on windows from the middle of held-out photos and on whole ones of 256² pixels.
+The second takes a trained RIAE, and prints PSNR on held-out photos resized to 128×128, on windows
+of 128×128 from their middle, and on whole photos. The figures are under "Reconstruction" in
+tests/bench/README.md.
 """
 
 import argparse
@@ -94,9 +96,8 @@ def quality(codec, image):
 
 
 def compare_kinds(options):
-    print(
-        f"| attention | peak rate | steps | training | held-out windows | whole photos |\n|{'---|' * 6}"
-    )
+    print("| attention | peak rate | steps | training | held-out windows | whole photos |")
+    print(f"|{'---|' * 6}")
     for kind, changes in KINDS.items():
         # The first run of all prepares kernels; of the others each ends in the latents' statistics.
         _, few, more = (
@@ -122,7 +123,8 @@ def compare_kinds(options):
                 )
             )
             print(
-                f"| {kind} | {rate:g} | {steps} | {seconds:.0f} s | {windows:.2f} dB | {whole:.2f} dB |",
+                f"| {kind} | {rate:g} | {steps} | {seconds:.0f} s | {windows:.2f} dB "
+                f"| {whole:.2f} dB |",
                 flush=True,
             )
 
@@ -136,9 +138,8 @@ def whole_photos(options):
         for name, case in zip(found, cases, strict=True):
             found[name].append(quality(codec, case))
         sizes.append((image.shape[2], image.shape[3]))
-    print(
-        f"{len(sizes)} held-out photos of {min(sizes)} to {max(sizes)}, median {sorted(sizes)[len(sizes) // 2]}"
-    )
+    median = sorted(sizes)[len(sizes) // 2]
+    print(f"{len(sizes)} held-out photos of {min(sizes)} to {max(sizes)}, median {median}")
     for name, values in found.items():
         print(f"| {name} | {sum(values) / len(values):.2f} dB |")
 

@@ -1,14 +1,15 @@
 """Memory that `r2id plan` predicts against what real training steps take.
 
-    python tests/bench/plan_memory.py CONFIG [section.key=value ...] [--processes N] [--zero local 0 1 2 3]
-        [--checkpointing none all] [--riae RIAE.toml] [--classes N] [--json]
+    python tests/bench/plan_memory.py CONFIG [section.key=value ...] [--processes N]
+        [--zero local 0 1 2 3] [--checkpointing none all] [--riae RIAE.toml] [--classes N] [--json]
 
-On GPUs the measure is the most that CUDA's allocator handed out, on CPUs the most that the process had in memory, each
-beyond what it had before the engine was made. Inputs are zeros of the config's batch at its largest size; an R2ID run's
-codec is left out on both sides. For ImageNet's R2ID-B on every GPU of a machine, say:
+On GPUs the measure is the most that CUDA's allocator handed out, on CPUs the most that the process
+had in memory, each beyond what it had before the engine was made. Inputs are zeros of the config's
+batch at its largest size; an R2ID run's codec is left out on both sides. For ImageNet's R2ID-B on
+eight GPUs of a machine, say:
 
-    python tests/bench/plan_memory.py configs/imagenet/r2id-b-256.toml --riae configs/imagenet/riae-256.toml --classes 1000 \
-        --processes 8 train.batch=256 train.micro_batch=32
+    python tests/bench/plan_memory.py configs/imagenet/r2id-b-256.toml --processes 8
+        --riae configs/imagenet/riae-256.toml --classes 1000 train.batch=256 train.micro_batch=32
 """
 
 import argparse
@@ -87,7 +88,7 @@ def measure(work, world):
 
 
 def rank(options):
-    """What each process does: the same cases, one after the other; the first prints a line of JSON for each."""
+    """Measure every case in this process, one of many; the first prints a line of JSON for each."""
     world = dist.init()
     for zero in options.zero:
         warm = False
@@ -131,8 +132,8 @@ def main():
     if "R2ID_PLAN_RANK" in os.environ:
         rank(options)
         return
-    # A process's size is that of its tensors when blocks of 64 KiB and more go back to the system at once, and are written
-    # to when they come: as on a GPU, what is allocated counts.
+    # A process is as large as its tensors when blocks of 64 KiB and more go back to the system at
+    # once, and are written to when they come: as on a GPU, what is allocated counts.
     environment = {
         **os.environ,
         "R2ID_PLAN_RANK": "1",
@@ -157,8 +158,8 @@ def main():
                 else "ZeRO {zero:5} checkpointing {checkpointing:4} on {processes}: ".format(
                     **found
                 )
-                + f"planned {found['planned'] / 1e6:.1f} MB, measured {found['measured'] / 1e6:.1f} MB, ratio "
-                f"{found['ratio']:.3f}",
+                + f"planned {found['planned'] / 1e6:.1f} MB, "
+                f"measured {found['measured'] / 1e6:.1f} MB, ratio {found['ratio']:.3f}",
                 flush=True,
             )
     sys.exit(job.returncode)

@@ -1,9 +1,12 @@
 """Time and memory of RIAE's encode and decode from 64×64 to 1024×1024 with tiled attention.
 
-    python tests/bench/riae_scaling.py [--sides 64 128 256 512 1024] [--bfloat16] [--json] [riae.key=value ...]
+    python tests/bench/riae_scaling.py [--sides 64 128 256 512 1024] [--bfloat16] [--json]
+        [riae.key=value ...]
 
-One image, untrained weights, the same size in and out; the least of three times. Memory is what the process takes at most,
-beyond what it has before. Asked: an exponent of at most 1.1 in the number of pixels, and 1024×1024 in at most 2 GiB.
+One image, untrained weights, the same size in and out; the least of three times. Memory is what the
+process takes at most, beyond what it has before. The goal is an exponent of at most 1.1 in the
+number of pixels, and at most 2 GiB at 1024×1024. Its figures are under "Speed and memory" in
+tests/bench/README.md.
 """
 
 import argparse

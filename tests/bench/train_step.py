@@ -1,14 +1,17 @@
 """Images per second of a training step, without data loading, logging and saving.
 
-    python tests/bench/train_step.py configs/mnist/reference-riae.toml --size 32x32 [--steps 20] [--json]
-        [--both-conditions] [section.key=value ...]
+    python tests/bench/train_step.py configs/mnist/reference-riae.toml --size 32x32 [--steps 20]
+        [--both-conditions] [--json] [section.key=value ...]
 
-Random images (or latents) of the config's batch size; the engine is the one that training uses, in as many processes as
-torchrun starts. The share is of what one process reaches in a large matrix product. Memory is what the process takes at
-most, beyond what it has before it makes the model; on a GPU what its tensors take, which may be capped to 16 of 140 GiB so:
+Random images (or latents) of the config's batch size; the engine is the one that training uses, in
+as many processes as torchrun starts. The share is of what one process reaches in a large matrix
+product. Memory is what the process takes at most, beyond what it has before it makes the model; on
+a GPU it is what tensors take, which may be capped, to 16 of 140 GiB for instance:
 
     PYTORCH_CUDA_ALLOC_CONF=per_process_memory_fraction:0.114 python tests/bench/train_step.py
         configs/imagenet/r2id-b-512.toml --size 32x32 --channels 32 train.batch=32
+
+Its figures are under "Speed and memory" in tests/bench/README.md.
 """
 
 import argparse
@@ -37,8 +40,8 @@ WARMUP = 3
 
 
 class BothConditions(R2idLoss):
-    """Every image under its class and under no condition, which is how the original trains: encoder blocks run once for
-    it and decoder blocks twice."""
+    """Every image under its class and under no condition, as the original project trains: encoder
+    blocks run once for it and decoder blocks twice."""
 
     def forward(self, latent, condition, index, step):
         keys, grid = rng.fold(self.seed, step, index), latent.shape[2:]
@@ -153,9 +156,10 @@ def main():
         print(
             json.dumps(found)
             if options.json
-            else f"{options.config}: {parameters / 1e6:.2f} M parameters, batch {config.train.batch}, {size[0]}x{size[1]}: "
-            "{ms:.1f} ms per step, {images_per_second:.1f} images/s, {tflops:.3g} TFLOP/s per process ({mfu:.1%}), "
-            "memory {gib:.2f} GiB".format(**found, gib=found["memory"] / 2**30)
+            else f"{options.config}: {parameters / 1e6:.2f} M parameters, "
+            f"batch {config.train.batch}, {size[0]}x{size[1]}: "
+            "{ms:.1f} ms per step, {images_per_second:.1f} images/s, {tflops:.3g} TFLOP/s per "
+            "process ({mfu:.1%}), memory {gib:.2f} GiB".format(**found, gib=found["memory"] / 2**30)
         )
 
 
