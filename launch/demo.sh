@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to samples and a report on scikit-learn's digits: demo.sh [section.key=value …]
+# Train both models on scikit-learn's digits, from the images to samples and a report:
+#   demo.sh [--dry-run] [section.key=value …]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# An r2id command on many hosts, which all see the same folders under the same names. Either by torchrun, on every host:
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 multinode.sh [--dry-run] train CONFIG [section.key=value …]
-# with NODE_RANK from 0 on, the address of the first host, and optionally MASTER_PORT (29500) and NPROC, the processes of this
-# host (one per GPU). Or by DeepSpeed's launcher, on one host, which starts the others over ssh with pdsh:
-#   multinode.sh [--dry-run] --hostfile FILE train CONFIG [section.key=value …]
-# where FILE has a line "HOST slots=GPUS" for each host. Exit codes are those of the command; under Slurm, see slurm.sh.
+# Run an r2id command on many hosts. All hosts must see the same folders under the same names.
+#
+# With torchrun, start this on every host:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 multinode.sh [--dry-run] train CONFIG [key=value …]
+# NODE_RANK counts the hosts from 0, MASTER_ADDR is the address of the first. Optional: MASTER_PORT
+# (29500) and NPROC, the processes of this host (one per GPU).
+#
+# With DeepSpeed's launcher, start it on one host; it reaches the others over ssh with pdsh:
+#   multinode.sh [--dry-run] --hostfile FILE train CONFIG [key=value …]
+# FILE has a line "HOST slots=GPUS" for each host.
+#
+# Exit codes are those of the command. Under Slurm, use slurm.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -21,7 +27,9 @@ if [ -n "$hostfile" ]; then
     run_last deepspeed --hostfile "$hostfile" --no_local_rank --module r2id.cli "$@"
 fi
 for name in NNODES NODE_RANK MASTER_ADDR; do
-    [ -n "${!name:-}" ] || wrong "$name is not set: NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 multinode.sh train CONFIG"
+    [ -n "${!name:-}" ] ||
+        wrong "$name is not set: NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 multinode.sh train …"
 done
-run_last python -m r2id.torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" \
-    --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$processes" -m r2id.cli "$@"
+run_last python -m r2id.torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+    --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" \
+    --nproc-per-node "$processes" -m r2id.cli "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv with the project and everything it needs, once; when nothing has changed since, it returns at once.
-# The other scripts source it; on its own it only sets up. PYTHON names the interpreter (3.11 or later) to build from.
-# A script that is given --dry-run first prints what it would run, and runs nothing.
+# Install the project and everything it needs into .venv, unless that is done: setup.sh [--dry-run]
+# The other scripts source this one. PYTHON names the interpreter (3.11 or later) to start from.
+# With --dry-run as its first argument, a script prints what it would run and runs nothing.
 set -euo pipefail
 
 dry_run=""
@@ -13,7 +13,7 @@ fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"
 
-# MLflow and Prefect phone home unless they are told not to; whoever wants that sets these beforehand.
+# MLflow and Prefect send usage statistics unless told not to. A value that is already set is kept.
 export DO_NOT_TRACK="${DO_NOT_TRACK:-true}"
 export MLFLOW_DISABLE_TELEMETRY="${MLFLOW_DISABLE_TELEMETRY:-true}"
 export PREFECT_SERVER_ANALYTICS_ENABLED="${PREFECT_SERVER_ANALYTICS_ENABLED:-false}"
@@ -23,7 +23,7 @@ run() {
     [ -n "$dry_run" ] || "$@"
 }
 
-# The last command of a script: it takes the script's place, so that a signal to the script is one to the command.
+# Run the last command of a script in place of the script, so that signals reach the command itself.
 run_last() {
     echo "+ $*" >&2
     [ -z "$dry_run" ] || exit 0
@@ -35,7 +35,7 @@ wrong() {
     exit 2
 }
 
-# How many processes this machine gets, NPROC or one per GPU or one, and the cores of each where there are many.
+# Set `processes`: NPROC, else one per GPU, else one. Several processes share the machine's cores.
 choose_processes() {
     local gpus cores
     gpus="$("$python" "$root/pipelines/gpu_count.py")"
@@ -48,16 +48,14 @@ choose_processes() {
 }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    local candidate candidates="python3 python3.13 python3.12 python3.11"
+    for candidate in ${PYTHON:-$candidates}; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "setup: no Python 3.11 or later among: ${PYTHON:-python3 python3.13 python3.12 python3.11};" \
-        "set PYTHON to one" >&2
-    exit 2
+    wrong "setup: no Python 3.11 or later among: ${PYTHON:-$candidates}; set PYTHON to one"
 }
 
 has_nvidia() {
@@ -68,19 +66,22 @@ install_project() {
     local interpreter
     interpreter="$(find_python)"
     run "$interpreter" -m venv --clear "$root/.venv"
-    # A machine without a GPU may have been given a torch of its own (pip's find-links), usually a CPU build. It is
-    # taken before any larger one from an index; what it needs comes with the project's dependencies.
-    if ! has_nvidia && "$python" -m pip install --quiet --dry-run --no-deps --no-index torch >/dev/null 2>&1; then
+    # Without a GPU, prefer a torch that the machine offers through pip's find-links (usually a CPU
+    # build) to the much larger one of the package index. Its dependencies come with the project's.
+    if ! has_nvidia &&
+        "$python" -m pip install --quiet --dry-run --no-deps --no-index torch >/dev/null 2>&1; then
         run "$python" -m pip install -qq --no-deps --no-index torch
     fi
     run "$python" -m pip install -qq --editable "${root}[dev]"
 }
 
-# The stamp also names the folder: an editable install that was moved would still import from its old place.
+# The stamp also holds the folder's path, because an editable install that was moved would still
+# import from its old place.
 wanted="$(cat "$root/pyproject.toml" <(echo "$root") | cksum)"
 stamp="$root/.venv/complete"
 if [ ! -x "$python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    [ -n "$dry_run" ] || echo "setup: installing into $root/.venv; this takes some minutes, once" >&2
+    [ -n "$dry_run" ] ||
+        echo "setup: installing into $root/.venv; this takes some minutes, once" >&2
     install_project
     if [ -n "$dry_run" ]; then
         python="$(find_python)"

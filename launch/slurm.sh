@@ -4,16 +4,21 @@
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# r2id under Slurm, from the root of the checkout, which all nodes see. A job has one task per node, and that one process per
-# GPU. Two minutes before its time is over, or when it is preempted, it saves, ends with 75 and goes back to the queue.
-#   sbatch --nodes 8 --gpus-per-node 8 --cpus-per-task 64 launch/slurm.sh train CONFIG [section.key=value …]
-#   sbatch --nodes 1 --gpus-per-node 8 --cpus-per-task 64 launch/slurm.sh encode --riae RUN --shards DIR --out DIR
-# Both models in turn, RIAE, its latents (where R2ID's config has data.latents) and R2ID, each job once the one before it has
-# succeeded; OPTIONS are sbatch's, for all three:
-#   OPTIONS="--nodes 8 --gpus-per-node 8" launch/slurm.sh [--dry-run] stages RIAE.toml [key=value …] -- R2ID.toml [key=value …]
+# Run r2id under Slurm. Submit from the root of the checkout, which all nodes must see. A job has
+# one task per node, and in it one process per GPU. Two minutes before its time is over, or when it
+# is preempted, it saves, ends with 75 and is requeued.
+#   sbatch --nodes 8 --gpus-per-node 8 --cpus-per-task 64 launch/slurm.sh \
+#       train CONFIG [section.key=value …]
+#   sbatch --nodes 1 --gpus-per-node 8 --cpus-per-task 64 launch/slurm.sh \
+#       encode --riae RUN --shards DIR --out DIR
+#
+# To train both models, submit three jobs, each of which starts once the one before it succeeded:
+# RIAE, its latents (if R2ID's config has data.latents) and R2ID. OPTIONS are sbatch's, for all:
+#   OPTIONS="--nodes 8 --gpus-per-node 8" \
+#       launch/slurm.sh [--dry-run] stages RIAE.toml [key=value …] -- R2ID.toml [key=value …]
 set -euo pipefail
 
-# A job runs a copy of this script that lies elsewhere.
+# Slurm runs a copy of this script from another folder, so the checkout is where it was submitted.
 here="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
 if [ ! -e "$here/launch/setup.sh" ]; then
     echo "error: $here: not the root of the checkout; submit from there" >&2
@@ -32,7 +37,7 @@ submit() {
     sbatch --parsable ${OPTIONS:-} "$@" | cut -d ';' -f 1
 }
 
-# The encode command of an R2ID run, one argument a line; nothing where its config names no cache of latents.
+# Print the encode command of an R2ID run, one argument a line; nothing if it has no latent cache.
 encode_arguments() {
     python - "$@" <<'PYTHON'
 import sys
@@ -47,7 +52,9 @@ except InputError as error:
 if not isinstance(config, R2idRun):
     sys.exit(f"error: {sys.argv[1]}: stage {config.stage!r}, must be 'r2id'")
 if config.data.latents is not None:
-    print("encode", "--riae", config.codec, "--shards", config.data.shards, "--out", config.data.latents, sep="\n")
+    data = config.data
+    words = ["encode", "--riae", config.codec, "--shards", data.shards, "--out", data.latents]
+    print(*words, sep="\n")
 PYTHON
 }
 
@@ -57,7 +64,8 @@ submit_stages() {
         riae+=("$1")
         shift
     done
-    [ ${#riae[@]} -ge 1 ] && [ $# -ge 2 ] || wrong "stages: slurm.sh stages RIAE.toml [key=value …] -- R2ID.toml [key=value …]"
+    [ ${#riae[@]} -ge 1 ] && [ $# -ge 2 ] ||
+        wrong "stages: slurm.sh stages RIAE.toml [key=value …] -- R2ID.toml [key=value …]"
     shift
     arguments="$(encode_arguments "$@")" || exit 2
     job="$(submit launch/slurm.sh train "${riae[@]}")"
@@ -73,20 +81,22 @@ if [ "$1" = stages ]; then
     submit_stages "${@:2}"
     exit
 fi
-[ -n "${SLURM_JOB_ID:-}" ] || [ -n "$dry_run" ] || wrong "no Slurm job here: sbatch launch/slurm.sh $*"
+[ -n "${SLURM_JOB_ID:-}" ] || [ -n "$dry_run" ] ||
+    wrong "no Slurm job here: sbatch launch/slurm.sh $*"
 
 export NNODES="${SLURM_JOB_NUM_NODES:-1}" MASTER_PORT="$((20000 + ${SLURM_JOB_ID:-0} % 10000))"
 nodes=FIRST_NODE
 [ -n "$dry_run" ] || nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 export MASTER_ADDR="${nodes%%$'\n'*}"
-# Nodes end a moment after one another; one that still runs two minutes after the first is not going to.
-# shellcheck disable=SC2016  # the task has a node's number, this shell has not
-command=(srun --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=0 --wait=120 bash -c
+# --wait: a node that still runs two minutes after the first has ended is stuck, and is ended.
+# shellcheck disable=SC2016  # $SLURM_NODEID is the task's, not this shell's
+command=(srun --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}"
+         --kill-on-bad-exit=0 --wait=120 bash -c
          'NODE_RANK="$SLURM_NODEID" exec bash launch/multinode.sh "$@"' node "$@")
 echo "+ NNODES=$NNODES MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT ${command[*]}" >&2
 [ -z "$dry_run" ] || exit 0
 
-# srun takes SIGTERM as an order to kill its tasks; scancel reaches the tasks themselves, and not this shell.
+# srun would kill its tasks at SIGTERM; scancel passes the signal to the tasks alone, which save.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 "${command[@]}" &
 step=$!
@@ -95,8 +105,9 @@ while kill -0 "$step" 2>/dev/null; do
 done
 code=0
 wait "$step" || code=$?
-# A job that was cancelled is no longer RUNNING, and stays away.
-if [ "$code" -eq 75 ] && [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+# A job that the user cancelled is no longer RUNNING and must not be requeued.
+if [ "$code" -eq 75 ] &&
+    [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
     run scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
