@@ -149,6 +149,10 @@ class TrackingConfig(Section):
 class _StageRun(Section):
     run: PathField
     """Run directory: resolved config, checkpoints, samples."""
+    init_from: PathField | None = None
+    """Checkpoint or run directory whose averaged weights, those that sampling uses, this run begins
+    with. Its model must have the same architecture; loss, data and optimizer are this run's own.
+    None draws weights at random."""
     seed: int = Field(default=0, ge=0)
     data: DataConfig
     optim: OptimConfig = OptimConfig()

@@ -1,4 +1,7 @@
-"""Where a run begins: at its own newest checkpoint, or at the first step."""
+"""Where a run begins: at its own newest checkpoint, or at the first step.
+
+There it begins with random weights, or with those of another run (``init_from``).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from typing import Any
 
 from r2id import dist
 from r2id.checkpoints import checkpoint
+from r2id.checkpoints.state import Source, check_fits
 from r2id.config import R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.models.codec import PIXELS_HASH
 from r2id.progress import say
+from r2id.training.engines import Engine
 from r2id.training.state import TrainState
 from r2id.training.tasks import Task
 
@@ -40,9 +45,11 @@ def find_finished(config: RiaeRun | R2idRun) -> Path | None:
 
 
 def restore(state: TrainState) -> None:
-    """Go on from the run's newest checkpoint, if it has one."""
+    """Go on from the run's newest checkpoint, if it has one; else begin as the config says."""
     found = _find_checkpoint(state.task)
-    if found is not None:
+    if found is None and state.config.init_from is not None:
+        _load_initial_weights(state.engine, state.config, state.config.init_from)
+    elif found is not None:
         checkpoint.load_into(state.engine, found)
         meta = checkpoint.load_meta(found)
         state.start, state.step, state.samples = meta.step, meta.step, meta.samples
@@ -54,6 +61,44 @@ def start_folder(state: TrainState) -> None:
         state.folder.mkdir(parents=True, exist_ok=True)
         (state.folder / "config.toml").write_text(to_toml(state.config))
         checkpoint.tidy(state.folder, state.start)
+
+
+class _InitialWeights:
+    """What an engine takes from another run's checkpoint: the averaged weights and nothing else."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def check(self, source: Source) -> None:
+        check_fits(source, {"ema": ("",)}, self.engine.shapes, self.engine.model)
+
+    def load(self, source: Source) -> None:
+        self.engine.load_weights(source, "ema")
+
+
+def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path) -> None:
+    """Load the averaged weights at a path, as sampling uses them, into an engine at step 0.
+
+    Raises InputError, naming a tensor and a setting, when they are of another architecture.
+    """
+    meta = checkpoint.load_meta(path)
+    if meta.stage != config.stage:
+        raise InputError(
+            f"init_from = {str(path)!r}: has weights of stage {meta.stage!r}, not {config.stage!r}"
+        )
+    try:
+        checkpoint.load_into(_InitialWeights(engine), path)
+    except InputError as error:
+        here = config.model_dump(mode="json")[config.stage]
+        there = meta.config[meta.stage]
+        differing = [
+            f"{config.stage}.{name} = {there[name]!r} there and {value!r} here"
+            for name, value in here.items()
+            if there.get(name, value) != value
+        ]
+        message = "; ".join([f"init_from = {str(path)!r}: {error}", *differing[:1]])
+        raise InputError(message) from None
+    say(f"{path}: beginning with its averaged weights, of step {meta.step}")
 
 
 def _find_checkpoint(task: Task) -> Path | None:
@@ -89,7 +134,7 @@ def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
     for name in _ORDER:
         if name in config["data"]:  # a checkpoint from before the setting has none
             essentials[f"data.{name}"] = config["data"][name]
-    for section in (config["stage"], "diffusion"):
+    for section in (config["stage"], "loss", "diffusion"):
         for key, value in config.get(section, {}).items():
             essentials[f"{section}.{key}"] = value
     for key, value in facts.items():
