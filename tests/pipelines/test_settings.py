@@ -222,7 +222,7 @@ def record_stages(monkeypatch: pytest.MonkeyPatch, arrived: Arrived) -> None:
 
         return recorder
 
-    def train(config: RiaeRun | R2idRun, *_: object) -> dict[str, Any]:
+    def train(config: RiaeRun | R2idRun, **_: object) -> dict[str, Any]:
         arrived[config.stage] = config
         return {"checkpoint": "", "step": 0}
 
