@@ -1,4 +1,4 @@
-"""Datasets that are arrays of pixels, not image files: each image becomes a PNG."""
+"""Read datasets that are arrays of pixels, not image files: each image becomes a PNG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.base import Item, Items, Listing
+from data_prep.items import Item, ItemTableBuilder, Listing
 from r2id.data.manifest import Reject
 from r2id.data.records import Record, encode_png
 from r2id.errors import WorkError
@@ -18,16 +18,16 @@ _PNG_OVERHEAD = 256  # bytes; more than headers and incompressible data can add
 
 @dataclass
 class ArrayReader:
-    """Splits of images uint8 [N, H, W] with labels [N]."""
+    """Reads splits of images uint8 [N, H, W] with labels [N]; see data_prep.items.Reader."""
 
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     class_names: list[str]
     newest: int = 0
-    """When the files were last changed, in nanoseconds."""
+    """Latest modification time of the files, in nanoseconds."""
 
     def listing(self) -> Listing:
-        """In the order of the arrays."""
-        items, content = Items(), hashlib.sha256()
+        """List all images in the order of the arrays."""
+        items, content = ItemTableBuilder(), hashlib.sha256()
         for split, (images, labels) in self.splits.items():
             bound = images[0].size + images.shape[1] + _PNG_OVERHEAD
             for number, label in enumerate(labels):
@@ -43,7 +43,7 @@ class ArrayReader:
             content.hexdigest(),
             self.newest,
             self.class_names,
-            found=[f"arrays of {height}x{width}"],
+            notes=[f"arrays of {height}x{width}"],
         )
 
     def records(

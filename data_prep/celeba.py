@@ -1,7 +1,9 @@
-"""CelebA (Liu et al., "Deep learning face attributes in the wild", ICCV 2015), as published or as copied to Kaggle.
+"""Read CelebA (Liu et al., "Deep learning face attributes in the wild", ICCV 2015).
 
-202,599 faces with 40 attributes (±1), 10,177 identities, landmarks, and a partition into train, val and test. The aligned
-images are 178×218 (width × height); bounding boxes belong to the others, "in the wild".
+202,599 faces with 40 attributes (±1), 10,177 identities, landmarks, and a partition into train, val
+and test. The aligned images are 178×218 (width × height); bounding boxes belong to the other set of
+images, "in the wild". Both the published text files and Kaggle's CSV files are read. The text files
+separate columns by several spaces; some begin with the number of rows and a line of names.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.base import Item, Items, Listing, digest_of
-from data_prep.files import FileRecords, first_existing, read_rows
-from data_prep.sources import is_image, time_of
+from data_prep.file_records import FileRecords
+from data_prep.items import Item, ItemTableBuilder, Listing, digest_of
+from data_prep.sources import is_image, modified_ns
+from data_prep.tables import first_existing, read_rows
 from data_prep.tars import open_source
 from r2id.data.manifest import Reject
 from r2id.data.records import Record
@@ -37,11 +40,8 @@ _TABLES = {
     "identity": "identity_CelebA",
     "box": "list_bbox_celeba",
 }
-_HEADED = (
-    "attributes",
-    "landmarks",
-    "box",
-)  # their text files begin with the number of rows and a line of names
+# Text files that begin with the number of rows and a line of column names; the others have neither.
+_HEADED = ("attributes", "landmarks", "box")
 _COLUMNS = {"identity": 1, "partition": 1, "box": 4, "landmarks": 10}
 _ALLOWED = {"attributes": {-1, 1}, "partition": {0, 1, 2}}
 _SPLITS = ("train", "val", "test")
@@ -49,7 +49,7 @@ _SPLITS = ("train", "val", "test")
 
 @dataclass
 class Table:
-    """One annotation file: rows of integers by image."""
+    """One annotation file: a row of integers per image."""
 
     path: Path
     columns: list[str]
@@ -58,11 +58,16 @@ class Table:
     """int32 [rows, columns]."""
 
     def of(self, name: str) -> np.ndarray:
+        """Return the row of an image, by its file name."""
         return self.values[self.rows[name]]
 
 
 class CelebaReader(FileRecords):
-    """``label`` is what the class of a sample is: "none", "identity", or the name of an attribute (no 0, yes 1)."""
+    """Reads CelebA.
+
+    ``label`` chooses the class of a sample: "none", "identity", or the name of an attribute, which
+    gives the classes 0 (no) and 1 (yes).
+    """
 
     def __init__(
         self,
@@ -79,8 +84,8 @@ class CelebaReader(FileRecords):
         found = first_existing(source, _FOLDERS, _IMAGES[images])
         if found is None:
             raise InputError(
-                f"source {source}: has no {images} images: none of {', '.join(_IMAGES[images])}, also not in "
-                f"{', '.join(filter(None, _FOLDERS))}"
+                f"source {source}: has no {images} images: none of {', '.join(_IMAGES[images])}, "
+                f"also not in {', '.join(filter(None, _FOLDERS))}"
             )
         super().__init__(open_source(found, unpacked), max_pixels)
         self.root, self.images, self.label = source, images, label
@@ -94,7 +99,7 @@ class CelebaReader(FileRecords):
             (tables["attributes"], tables["partition"], labelled),
         )
         files = self.source.files(is_image)
-        rejects, items, seen = list(files.rejects), Items(), set()
+        rejects, items, seen = list(files.rejects), ItemTableBuilder(), set()
         for entry in files:
             name = PurePosixPath(entry.name).name
             missing = next((table.path.name for table in needed if name not in table.rows), None)
@@ -128,12 +133,13 @@ class CelebaReader(FileRecords):
                     *((sha256_file(table.path).encode(), 0) for table in tables.values()),
                 ]
             ),
-            max(files.newest, *(time_of(table.path) for table in tables.values())),
+            max(files.newest, *(modified_ns(table.path) for table in tables.values())),
             class_names,
             tables["attributes"].columns,
             rejects,
             [
-                f"CelebA, {self.images} images in {self.source.path}, with {', '.join(sorted(tables))}",
+                f"CelebA, {self.images} images in {self.source.path}, "
+                f"with {', '.join(sorted(tables))}",
                 files.words(),
             ],
         )
@@ -146,12 +152,15 @@ class CelebaReader(FileRecords):
         embedding_shape: Sequence[int],
     ) -> Iterator[Record]:
         for table in self.tables.values():
-            if time_of(table.path) > newest:
+            if modified_ns(table.path) > newest:
                 raise WorkError(f"{table.path}: changed since the preparation began")
         return super().records(items, rejects, newest, embedding_shape)
 
     def meta(self, name: str) -> dict[str, Any]:
-        """Identity, landmarks (pairs of x, y) and, of images in the wild, the box (x, y, width, height), in pixels."""
+        """Return identity, landmarks (x, y each) and, for images in the wild, the bounding box.
+
+        The box is (x, y, width, height); all coordinates are pixels.
+        """
         key = PurePosixPath(name).name
         found: dict[str, Any] = {}
         for kind in ("identity", "landmarks", "box"):
@@ -173,7 +182,7 @@ class CelebaReader(FileRecords):
     def _read_tables(self) -> dict[str, Table]:
         stems = {**_TABLES, "landmarks": _LANDMARKS[self.images]}
         if self.images != "wild":
-            del stems["box"]  # it is of the images before they were aligned
+            del stems["box"]  # boxes refer to the images before they were aligned
         tables = {}
         for kind, stem in stems.items():
             path = first_existing(self.root, _FOLDERS, (f"{stem}.txt", f"{stem}.csv"))
@@ -184,7 +193,7 @@ class CelebaReader(FileRecords):
         return tables
 
     def _classes(self, tables: dict[str, Table]) -> tuple[list[str], np.ndarray | None, Table]:
-        """(class names, class of every row of a table, that table)."""
+        """Return the class names, the class of every row of a table (or None), and that table."""
         attributes = tables["attributes"]
         if self.label == "none":
             return [], None, attributes
@@ -195,14 +204,15 @@ class CelebaReader(FileRecords):
             near = difflib.get_close_matches(self.label, attributes.columns, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"label {self.label!r}: {hint}must be none, identity or one of {', '.join(attributes.columns)}"
+                f"label {self.label!r}: {hint}must be none, identity or one of "
+                f"{', '.join(attributes.columns)}"
             )
         values = attributes.values[:, attributes.columns.index(self.label)]
         return [f"not {self.label}", self.label], values > 0, attributes
 
 
 def _read(path: Path, kind: str) -> Table:
-    """InputError naming the line of what is wrong."""
+    """Read an annotation file; InputError names the line of what is wrong."""
     lines = read_rows(path) if path.suffix == ".csv" else _text_rows(path)
     count, columns = None, [kind] * _COLUMNS.get(kind, 0)
     if path.suffix == ".csv":
@@ -232,7 +242,7 @@ def _read(path: Path, kind: str) -> Table:
                 f"{path}: line {line}: {column} = {value}: must be one of "
                 f"{', '.join(map(str, sorted(allowed)))}"
             )
-        rows[sys.intern(name)] = len(rows)  # the tables have the same names
+        rows[sys.intern(name)] = len(rows)  # all tables have the same names: keep each once
     if count is not None and count != len(rows):
         raise InputError(f"{path}: line 1 says {count} rows, but there are {len(rows)}")
     if not rows or not width:
@@ -241,7 +251,7 @@ def _read(path: Path, kind: str) -> Table:
 
 
 def _text_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, words) of every line that is not blank."""
+    """Yield (line number, words) of every line that is not blank."""
     try:
         with path.open(encoding="utf-8") as file:
             yield from (

@@ -1,7 +1,7 @@
-"""Scikit-learn's handwritten digits: 1,797 images of 8×8 in ten classes, shipped with the library.
+"""Read scikit-learn's handwritten digits: 1,797 images of 8×8 in ten classes, shipped with it.
 
-They are the test set of Alpaydin & Kaynak, "Optical recognition of handwritten digits" (UCI, 1998); the library holds
-no other part, so a fifth of each class is set aside for testing here.
+They are the test set of Alpaydin & Kaynak, "Optical recognition of handwritten digits" (UCI, 1998).
+The library holds no other part, so a fifth of each class is set aside for testing here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.arrays import ArrayReader
-from data_prep.base import stratified_test
+from data_prep.items import stratified_test
 from r2id.errors import InputError
 
 _TEST_SHARE = 0.2
@@ -19,7 +19,7 @@ _BRIGHTEST = 16
 
 
 def open_digits(source: Path | None) -> ArrayReader:
-    """InputError when a source is given: there is nothing to read it for."""
+    """Open the digits; InputError when a source is given, because they need none."""
     if source is not None:
         raise InputError(f"source {source}: digits come with scikit-learn and take no source")
     from sklearn.datasets import load_digits

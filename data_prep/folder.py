@@ -1,5 +1,8 @@
-"""Any folder, tar or zip of images: flat, or ``class/…``, either of them also below ``train/``, ``val/`` and ``test/``;
-or with the classes in a table."""
+"""Read any folder, tar or zip of images.
+
+Images may lie flat or in a folder per class, either of them also below ``train/``, ``val/`` and
+``test/``; or a table names the class of each.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.base import TEST_SHARE, Items, Listing, digest_of, number_classes, stratified_test
-from data_prep.embeddings import Paired, is_image_or_embedding, pair
-from data_prep.files import FileRecords, column_of, read_rows
+from data_prep.file_records import FileRecords
+from data_prep.items import (
+    TEST_SHARE,
+    ItemTableBuilder,
+    Listing,
+    digest_of,
+    number_classes,
+    stratified_test,
+)
+from data_prep.paired_embeddings import PairedImages, is_image_or_embedding, pair_embeddings
 from data_prep.sources import IMAGE_SUFFIXES, Entry, Files, Folder
+from data_prep.tables import column_of, read_rows
 from data_prep.tars import open_source
 from r2id.data.manifest import Reject
 from r2id.errors import InputError
@@ -25,14 +36,16 @@ SPLITS = {
     "test": "test",
 }
 
-Placed = tuple[str | None, str | None]
-"""(split, class) of an image, as far as they are known."""
+SplitAndClass = tuple[str | None, str | None]
+"""Split and class of an image, as far as they are known."""
 
 
 class FolderReader(FileRecords):
-    """Where every folder at the top is called train, val or test, those are the splits. Otherwise a tenth of each class,
-    or of all images when there are no classes, is set aside as the test split. ``NAME.npy`` beside an image is the embedding
-    of its text.
+    """Reads a folder or archive of images; ``labels`` is a table of their classes.
+
+    Where every folder at the top is called train, val or test, those are the splits. Otherwise a
+    tenth of each class, or of all images when there are no classes, becomes the test split.
+    ``NAME.npy`` beside an image is its text embedding.
     """
 
     def __init__(
@@ -47,7 +60,7 @@ class FolderReader(FileRecords):
 
     def listing(self) -> Listing:
         found = self.source.files(is_image_or_embedding)
-        paired = pair(
+        paired = pair_embeddings(
             self.path, found, lambda place, size: self.source.read(place, size, found.newest)
         )
         files = paired.images
@@ -55,14 +68,16 @@ class FolderReader(FileRecords):
             raise InputError(
                 f"source {self.path}: holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})"
             )
-        listing = self._labelled(paired, self.labels) if self.labels else self._placed(paired)
+        listing = (
+            self._from_table(paired, self.labels) if self.labels else self._from_folders(paired)
+        )
         return replace(listing, embedding_shape=paired.shape)
 
-    def _placed(self, paired: Paired) -> Listing:
-        """With the classes and splits of the folders."""
+    def _from_folders(self, paired: PairedImages) -> Listing:
+        """Make the listing with classes and splits from the folders' names."""
         files = paired.images
-        placed = place(files, archive=not isinstance(self.source, Folder))
-        self._check_layout(files, placed)
+        assigned = assign_from_folders(files, archive=not isinstance(self.source, Folder))
+        self._check_layout(files, assigned)
         kind = " by ".join(
             filter(
                 None,
@@ -70,30 +85,33 @@ class FolderReader(FileRecords):
                     f"{self.source.kind} of images",
                     " and ".join(
                         what
-                        for what, known in zip(("split", "class"), placed[0], strict=True)
+                        for what, known in zip(("split", "class"), assigned[0], strict=True)
                         if known
                     ),
                 ],
             )
         )
         return make_listing(
-            files, placed, paired.digest, files.newest, files.rejects, [kind, files.words()]
+            files, assigned, paired.digest, files.newest, files.rejects, [kind, files.words()]
         )
 
-    def _labelled(self, paired: Paired, labels: Path) -> Listing:
-        """Of the images that the table names; the others, and names without images, are rejects."""
+    def _from_table(self, paired: PairedImages, labels: Path) -> Listing:
+        """Make the listing with classes from a table.
+
+        Images that the table does not name, and names without an image, are rejects.
+        """
         files, table = paired.images, _labels(labels)
-        kept, placed, rejects = [], [], list(files.rejects)
+        kept, assigned, rejects = [], [], list(files.rejects)
         for entry in files:
             if entry.name in table:
                 kept.append(entry)
-                placed.append(table.pop(entry.name))
+                assigned.append(table.pop(entry.name))
             else:
                 rejects.append(Reject("", entry.name, f"no label in {labels.name}"))
         if not kept:
             raise InputError(
-                f"labels {labels}: names none of the {len(files)} images of {self.path}: paths must be "
-                f"relative to it, like {next(iter(files)).name!r}"
+                f"labels {labels}: names none of the {len(files)} images of {self.path}: paths "
+                f"must be relative to it, like {next(iter(files)).name!r}"
             )
         rejects += [
             Reject(split or "", name, f"in {labels.name}, but there is no such image")
@@ -102,17 +120,17 @@ class FolderReader(FileRecords):
         digest = digest_of([(paired.digest.encode(), 0), (labels.read_bytes(), 0)])
         return make_listing(
             kept,
-            placed,
+            assigned,
             digest,
             files.newest,
             rejects,
             [f"{self.source.kind} of images with the classes of {labels.name}", files.words()],
         )
 
-    def _check_layout(self, entries: Iterable[Entry], placed: Sequence[Placed]) -> None:
-        """In each split either all images have a class or none."""
+    def _check_layout(self, entries: Iterable[Entry], assigned: Sequence[SplitAndClass]) -> None:
+        """Raise InputError when only some images of a split are in class folders."""
         first: dict[str | None, tuple[str, bool]] = {}
-        for entry, (split, label) in zip(entries, placed, strict=True):
+        for entry, (split, label) in zip(entries, assigned, strict=True):
             other, classed = first.setdefault(split, (entry.name, label is not None))
             if classed != (label is not None):
                 raise InputError(
@@ -123,31 +141,37 @@ class FolderReader(FileRecords):
 
 def make_listing(
     entries: Iterable[Entry],
-    placed: Sequence[Placed],
+    assigned: Sequence[SplitAndClass],
     digest: str,
     newest: int,
     rejects: list[Reject],
-    found: Sequence[str],
+    notes: Sequence[str],
     class_names: Sequence[str] = (),
 ) -> Listing:
-    """Classes are those that occur, unless they are given; images without a split are parted into train and test."""
-    names = list(class_names) or number_classes(name for _, name in placed if name is not None)
+    """Make a listing of files with known splits and classes.
+
+    Classes are those that occur, unless ``class_names`` are given. Images without a split are
+    divided into train and test.
+    """
+    names = list(class_names) or number_classes(name for _, name in assigned if name is not None)
     odd = next((name for name in names if not _is_text(name)), None)
     if odd is not None:
         raise InputError(f"class {os.fsencode(odd)!r}: the name is not UTF-8: rename the folder")
     numbers = {name: number for number, name in enumerate(names)}
-    labels = [None if name is None else numbers[name] for _, name in placed]
+    labels = [None if name is None else numbers[name] for _, name in assigned]
     test = stratified_test(labels, TEST_SHARE)
-    items = Items()
+    items = ItemTableBuilder()
     for position, entry in enumerate(entries):
-        split = placed[position][0] or ("test" if test[position] else "train")
+        split = assigned[position][0] or ("test" if test[position] else "train")
         items.add(split, labels[position], entry.place, entry.size)
-    return Listing(items.table(), digest, newest, names, rejects=rejects, found=found)
+    return Listing(items.table(), digest, newest, names, rejects=rejects, notes=notes)
 
 
-def place(files: Files, archive: bool = False) -> list[Placed]:
-    """(split, class) of each file, as far as the folders tell. An archive's one top folder, which holds folders, is just
-    its name."""
+def assign_from_folders(files: Files, archive: bool = False) -> list[SplitAndClass]:
+    """Tell the split and class of each file from its folders.
+
+    The only top folder of an archive, if it holds folders itself, is taken for the archive's name.
+    """
     tops, shallowest = set(), 3
     for entry in files:
         parts = _parts(entry)
@@ -159,16 +183,16 @@ def place(files: Files, archive: bool = False) -> list[Placed]:
     nested = all(
         len(parts) > start + 1 and parts[start].lower() in SPLITS for parts in map(_parts, files)
     )
-    shared: dict[Placed, Placed] = {}  # there are many images and few pairs
-    placed = []
+    shared: dict[SplitAndClass, SplitAndClass] = {}  # many images share few pairs: keep each once
+    assigned = []
     for parts in map(_parts, files):
         inner = parts[start + nested :]
         pair = (
             SPLITS[parts[start].lower()] if nested else None,
             inner[0] if len(inner) > 1 else None,
         )
-        placed.append(shared.setdefault(pair, pair))
-    return placed
+        assigned.append(shared.setdefault(pair, pair))
+    return assigned
 
 
 def _parts(entry: Entry) -> list[str]:
@@ -183,8 +207,8 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _labels(path: Path) -> dict[str, Placed]:
-    """Image path → (split, class). InputError naming the line of what is wrong."""
+def _labels(path: Path) -> dict[str, SplitAndClass]:
+    """Read a table of labels: split and class by image path; InputError names the faulty line."""
     rows = read_rows(path)
     _, header = next(rows)
     name = column_of(header, ("path", "file", "filename", "file_name", "image", "image_id"), path)
@@ -192,8 +216,8 @@ def _labels(path: Path) -> dict[str, Placed]:
     split = next(
         (number for number, column in enumerate(header) if column.strip().lower() == "split"), None
     )
-    table: dict[str, Placed] = {}
-    shared: dict[Placed, Placed] = {}
+    table: dict[str, SplitAndClass] = {}
+    shared: dict[SplitAndClass, SplitAndClass] = {}
     for line, row in rows:
         key = os.path.normpath(row[name].strip())
         part = None if split is None else row[split].strip().lower()

@@ -1,4 +1,7 @@
-"""MNIST (LeCun, Cortes & Burges) and its relatives in IDX files: 60,000 + 10,000 images of 28×28."""
+"""Read MNIST (LeCun, Cortes & Burges) and its relatives from IDX files.
+
+MNIST has 60,000 + 10,000 images of 28×28; Fashion-MNIST, KMNIST and EMNIST have the same format.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from r2id.progress import say
 
 _PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
 _NAME = re.compile(
-    r"(emnist-[a-z]+-)?(?P<split>train|t10k|test)-(?P<what>images|labels)[-.](?P<kind>idx[13])-ubyte(\.gz)?"
+    r"(emnist-[a-z]+-)?(?P<split>train|t10k|test)-(?P<what>images|labels)"
+    r"[-.](?P<kind>idx[13])-ubyte(\.gz)?"
 )
 _UNSIGNED_BYTE = 8
 _MIRRORS = (
@@ -38,11 +42,11 @@ _TIMEOUT = 60  # seconds without an answer
 
 
 def open_mnist(source: Path | None, downloads: Path) -> ArrayReader:
-    """Read the four IDX files, ``.gz`` or not, from ``source``, its raw/ or its MNIST/raw, FashionMNIST/raw, …; download
-    MNIST without one.
+    """Read the four IDX files, ``.gz`` or not, from ``source``; download MNIST where it is None.
 
-    Names are those of MNIST or EMNIST (``emnist-letters-train-images-idx3-ubyte``), with ``-idx`` or ``.idx``. Raises
-    InputError naming the file that is missing, truncated or no IDX file.
+    They may lie in ``source`` itself, in raw/, or in MNIST/raw, FashionMNIST/raw and so on. Names
+    are those of MNIST or EMNIST (``emnist-letters-train-images-idx3-ubyte``), with ``-idx`` or
+    ``.idx``. Raises InputError naming the file that is missing, truncated or no IDX file.
     """
     folder = download(downloads) if source is None else _find(source)
     splits, newest = {}, 0
@@ -53,7 +57,8 @@ def open_mnist(source: Path | None, downloads: Path) -> ArrayReader:
         images, labels = read_idx(images_file, dimensions=3), read_idx(labels_file, dimensions=1)
         if len(images) != len(labels):
             raise InputError(
-                f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file.name}"
+                f"{labels_file}: {len(labels)} labels for the {len(images)} images of "
+                f"{images_file.name}"
             )
         if not images.size:
             raise InputError(f"{images_file}: holds no pixels: its sizes are {images.shape}")
@@ -64,9 +69,10 @@ def open_mnist(source: Path | None, downloads: Path) -> ArrayReader:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of unsigned bytes: big-endian magic (0, 0, type, dimensions), sizes as uint32, then the values.
+    """Read an IDX file of unsigned bytes with so many dimensions.
 
-    No more is decompressed than the sizes say.
+    The format is a magic number (0, 0, type, dimensions), the sizes as big-endian uint32, then the
+    values. No more is decompressed than the sizes say, so a forged ``.gz`` cannot fill the memory.
     """
     start = 4 + 4 * dimensions
     try:
@@ -86,14 +92,15 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         raise InputError(f"{path}: truncated or unreadable: {error}") from None
     if len(values) != expected:
         raise InputError(
-            f"{path}: truncated or damaged: {'more' if len(values) > expected else len(values) + start} bytes, "
+            f"{path}: truncated or damaged: "
+            f"{'more' if len(values) > expected else len(values) + start} bytes, "
             f"not {start + expected} bytes"
         )
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
 def _read_up_to(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
-    """In parts: sizes that are wrong may be larger than the memory."""
+    """Read in parts, because wrong sizes may ask for more than the memory holds."""
     parts, left = [], most
     while left and (part := file.read(min(left, _CHUNK))):
         parts.append(part)
@@ -102,7 +109,10 @@ def _read_up_to(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
 
 
 def download(folder: Path) -> Path:
-    """The four files in this folder, fetched where they are missing or damaged. WorkError when no mirror gives them."""
+    """Download those of the four files that are missing or damaged; returns the folder.
+
+    Raises WorkError when no mirror delivers them.
+    """
     for name, checksum in _CHECKSUMS.items():
         path = folder / name
         if not (path.is_file() and sha256_file(path) == checksum):
@@ -112,24 +122,22 @@ def download(folder: Path) -> Path:
 
 
 def _fetch(name: str, checksum: str) -> bytes:
-    """The uncompressed content of a file, from the first mirror that has it right."""
+    """Return the uncompressed content of a file from the first mirror that delivers it intact."""
     reasons = []
     for mirror in _MIRRORS:
         try:
             with urllib.request.urlopen(mirror + name, timeout=_TIMEOUT) as response:
                 data = gzip.decompress(response.read())
-        except (
-            OSError,
-            EOFError,
-            zlib.error,
-        ) as error:  # an HTTP or connection error is an OSError
+        # HTTP and connection errors are OSErrors.
+        except (OSError, EOFError, zlib.error) as error:
             reasons.append(f"{mirror}: {error}")
             continue
         if hashlib.sha256(data).hexdigest() == checksum:
             return data
         reasons.append(f"{mirror}: wrong checksum")
     raise WorkError(
-        f"{name}: cannot be downloaded ({'; '.join(reasons)}): give the folder of the files as source"
+        f"{name}: cannot be downloaded ({'; '.join(reasons)}): give the folder of the files as "
+        "source"
     )
 
 
@@ -143,14 +151,14 @@ def _find(source: Path) -> Path:
     ]
     if len(nested) > 1:
         raise InputError(
-            f"source {source}: holds several datasets ({', '.join(path.parent.name for path in nested)}): "
-            "give the folder of one"
+            f"source {source}: holds several datasets "
+            f"({', '.join(path.parent.name for path in nested)}): give the folder of one"
         )
     return nested[0] if nested else source
 
 
 def _existing(folder: Path, prefixes: tuple[str, ...], part: str) -> Path:
-    """The one file of this split and content."""
+    """Return the only file of this split and content; InputError when there are none or several."""
     found = sorted(
         path
         for path in folder.iterdir()
@@ -164,6 +172,7 @@ def _existing(folder: Path, prefixes: tuple[str, ...], part: str) -> Path:
     kinds = {path.name.removesuffix(".gz") for path in found}
     if len(kinds) > 1:
         raise InputError(
-            f"source {folder}: holds several datasets ({', '.join(sorted(kinds))}): give a folder of one"
+            f"source {folder}: holds several datasets ({', '.join(sorted(kinds))}): give a folder "
+            "of one"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""A finished set at a glance, for whoever orchestrates its preparation."""
+"""Summarise a finished shard set: counts, a table of shards and two pictures, for orchestrators."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from r2id.data.shards import ShardSet
 
 @dataclass(frozen=True)
 class Overview:
-    words: str
+    """What an orchestrator shows of a finished set."""
+
+    summary: str
     table: list[dict[str, Any]]
-    """A row for each shard."""
+    """A row per shard."""
     samples: Image.Image
     sizes: Image.Image
 
 
 def overview(out: Path, rejects: dict[str, int]) -> Overview:
-    """``rejects`` says how many images each shard's file lost."""
+    """Summarise the set in ``out``; ``rejects`` is the number of rejected images by shard file."""
     shards = ShardSet.open(out)
     entries = [entry for split in shards.manifest.splits.values() for entry in split.shards]
     table = [

@@ -1,7 +1,8 @@
-"""Source → shard set: a plan first, then shards as pure functions of the plan, then the manifest.
+"""Prepare a shard set: first a shard plan, then the shards, then the manifest.
 
-A shard has the same bytes whoever writes it and when, so a preparation that was killed is simply run again: what is
-committed and intact stays, the rest is written.
+A shard is a pure function of the shard plan: it has the same bytes whichever process writes it, and
+when. So a preparation that was killed is simply run again: shards that are committed and intact
+stay, the rest is written.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from data_prep.readers import DOWNLOADS, keep_reader
-from data_prep.shard_plan import Plan, is_complete, make_plan
-from data_prep.tars import free
+from data_prep.readers import DOWNLOADS, cached_reader
+from data_prep.shard_plan import ShardPlan, is_complete, make_shard_plan
+from data_prep.tars import remove_decompressed
 from r2id.config import PrepareConfig
 from r2id.data.index import find_intact, read_commit
 from r2id.data.manifest import FORMAT_VERSION, REJECTS, Manifest, Reject, ShardEntry, SplitEntry
@@ -33,31 +34,33 @@ from r2id.files import write_atomic
 from r2id.progress import Progress, say
 
 __all__ = [
-    "Plan",
-    "end_with_parent",
+    "ShardPlan",
+    "exit_with_parent",
     "finish",
-    "make_plan",
-    "pending",
+    "make_shard_plan",
+    "pending_shards",
     "prepare",
     "write_shard",
     "write_shards",
 ]
 
-_AHEAD = 8  # records
+_PREFETCHED = 8  # records
 
-WriteAll = Callable[[Plan, Sequence[int]], Iterator[dict[str, Any]]]
-"""(plan, numbers) → the results of write_shard for these numbers, in any order, as they come."""
+WriteAll = Callable[[ShardPlan, Sequence[int]], Iterator[dict[str, Any]]]
+"""Writes shards of a plan by their numbers; yields results of write_shard in any order."""
 
 
 def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
-    """Shard a dataset; returns its folder, at once when it is already complete.
+    """Write the shard set of a dataset and return its folder; a complete set is left as it is.
 
-    ``write_all`` is for an orchestrator that runs write_shard by itself; none is a pool of ``config.workers`` processes.
-    Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else; WorkError when too
-    many images cannot be read or the disk refuses.
+    ``write_all`` lets an orchestrator distribute write_shard itself; by default it runs in a pool
+    of ``config.workers`` processes.
+
+    Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else;
+    WorkError when too many images cannot be read or the disk refuses.
     """
-    plan = make_plan(config)
-    waiting = pending(plan)
+    plan = make_shard_plan(config)
+    waiting = pending_shards(plan)
     if waiting:
         rejected = len(plan.rejects)
         with Progress(f"prepare {config.dataset}", sum(plan.samples), unit="images") as progress:
@@ -67,48 +70,51 @@ def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
                 progress.advance(result["samples"] + result["rejects"])
         finish(plan)
     else:
-        _free(plan)  # to see that the source was the same it had to be decompressed
+        _remove_decompressed(plan)  # it was decompressed to see that the source is still the same
     return config.out
 
 
-def pending(plan: Plan) -> list[int]:
-    """Numbers of the shards to call write_shard for: none when the set is complete."""
+def pending_shards(plan: ShardPlan) -> list[int]:
+    """Return the numbers of the shards to call write_shard for; none when the set is complete."""
     return [] if is_complete(plan.out) else list(range(len(plan.files)))
 
 
-def write_shard(plan: Plan, number: int) -> dict[str, Any]:
+def write_shard(plan: ShardPlan, number: int) -> dict[str, Any]:
     """Write one shard, unless it is there and intact.
 
-    Returns {"file", "samples", "bytes", "rejects": int, "example": one reject in words, or an empty text}.
+    Returns {"file", "samples", "bytes", "rejects": their number, "example": one of them or ""}.
     """
     file = plan.files[number]
     if find_intact(plan.out, file) is None:
-        reader = keep_reader(plan.config, plan.newest)
-        refused: list[Reject] = []
-        records = reader.records(plan.items(number), refused, plan.newest, plan.embedding_shape)
-        write_shard_files(plan.out, file, _ahead(records), refused)
+        reader = cached_reader(plan.config, plan.newest)
+        rejected: list[Reject] = []
+        records = reader.records(plan.items(number), rejected, plan.newest, plan.embedding_shape)
+        write_shard_files(plan.out, file, _prefetch(records), rejected)
     entry, rejects = read_commit(plan.out, file)
     return {
         "file": file,
         "samples": entry.samples,
         "bytes": entry.bytes,
         "rejects": len(rejects),
-        "example": _words(rejects),
+        "example": _first_reason(rejects),
     }
 
 
-def finish(plan: Plan) -> Manifest:
-    """Commit the set: the rejects table, then the manifest. Every shard must have been written."""
+def finish(plan: ShardPlan) -> Manifest:
+    """Commit the set: write the rejects table, then the manifest.
+
+    Raises WorkError when a shard is missing, or more images were rejected than are allowed.
+    """
     entries: dict[str, list[ShardEntry]] = {}
     rejects = list(plan.rejects)
     for file in plan.files:
         try:
-            entry, refused = read_commit(plan.out, file)
+            entry, rejected = read_commit(plan.out, file)
         except (OSError, ValueError) as error:
             raise WorkError(f"{plan.out / file}: not written: {error}") from None
         entries.setdefault(file.split("/")[0], []).append(entry)
-        rejects += refused
-    plan.check_budget(len(rejects), _words(rejects))
+        rejects += rejected
+    plan.check_budget(len(rejects), _first_reason(rejects))
     table = _rejects_table(rejects) if rejects else b""
     if rejects:
         write_atomic(plan.out / REJECTS, table)
@@ -134,19 +140,19 @@ def finish(plan: Plan) -> Manifest:
         rejects_sha256=hashlib.sha256(table).hexdigest() if rejects else "",
         splits=splits,
     ).write(plan.out)
-    _free(plan)
+    _remove_decompressed(plan)
     return manifest
 
 
-def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Results of write_shard as they come, from as many processes as the config says."""
+def write_shards(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Write shards in ``config.workers`` processes; yield the results as they come."""
     workers = min(plan.config.workers, len(numbers))
     if workers == 1:
         yield from (write_shard(plan, number) for number in numbers)
         return
-    # Processes are started afresh: a copy of one that runs threads may hold a lock for ever.
+    # Processes are spawned, not forked: a fork of a process with threads may inherit a locked lock.
     with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), end_with_parent
+        workers, multiprocessing.get_context("spawn"), exit_with_parent
     ) as pool:
         futures = [pool.submit(write_shard, plan, number) for number in numbers]
         try:
@@ -159,10 +165,11 @@ def write_shards(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def end_with_parent() -> None:
-    """For the start of a worker process: it ends as soon as the process that started it does, even by SIGKILL.
+def exit_with_parent() -> None:
+    """Make this worker process exit as soon as its parent ends, even by SIGKILL.
 
-    Otherwise it would wait for work for ever: the other workers hold its pipe open.
+    To be called when it starts. Otherwise it would wait for work for ever, because the other
+    workers hold its pipe open.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -174,9 +181,9 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
-def _ahead(records: Iterator[Record]) -> Iterator[Record]:
-    """The same records, made by a thread while the ones before them are hashed and written."""
-    made: queue.Queue[Record | BaseException | None] = queue.Queue(_AHEAD)
+def _prefetch(records: Iterator[Record]) -> Iterator[Record]:
+    """Yield the same records, made by a thread while earlier ones are hashed and written."""
+    made: queue.Queue[Record | BaseException | None] = queue.Queue(_PREFETCHED)
     stopped = threading.Event()
 
     def make() -> None:
@@ -199,18 +206,18 @@ def _ahead(records: Iterator[Record]) -> Iterator[Record]:
             raise record
     finally:
         stopped.set()
-        while thread.is_alive():  # it may wait for room
+        while thread.is_alive():  # it may be waiting for room in the queue
             with contextlib.suppress(queue.Empty):
                 made.get(timeout=0.05)
 
 
-def _free(plan: Plan) -> None:
-    """Of what can be had again from the source."""
+def _remove_decompressed(plan: ShardPlan) -> None:
+    """Remove decompressed copies, which can be made again; downloads without a source stay."""
     if plan.config.source is not None:
-        free(plan.out / DOWNLOADS)
+        remove_decompressed(plan.out / DOWNLOADS)
 
 
-def _words(rejects: Sequence[Reject]) -> str:
+def _first_reason(rejects: Sequence[Reject]) -> str:
     return f"{rejects[0].source}: {rejects[0].reason}" if rejects else ""
 
 

@@ -1,4 +1,7 @@
-"""Damaged shards of a set, written again from the source."""
+"""Repair a shard set: write damaged shards again from the source.
+
+This is possible because a shard is a function of the shard plan: the same source gives equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.prepare import finish, write_shard
-from data_prep.shard_plan import Plan, make_plan, read_plan
+from data_prep.shard_plan import ShardPlan, make_shard_plan, read_shard_plan
 from r2id.config import PrepareConfig
 from r2id.data.index import find_intact, read_commit
 from r2id.data.manifest import MANIFEST, REJECTS, read_manifest
@@ -16,16 +19,17 @@ from r2id.progress import track
 
 
 def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) -> dict[str, str]:
-    """Write the files again that verify found damaged; remove shards that do not belong to the set.
+    """Write the damaged files again; remove shards that do not belong to the set.
 
-    Returns what was done to which file: "rebuilt", "removed" or, of the manifest and the rejects table, "rewritten".
-    ``source`` is where the source is now, when it has moved. InputError when the plan is damaged, or the source is gone or
+    ``damages`` come from r2id.data.verify. ``source`` is the path of the source, if it has moved.
+    Returns what was done to each file: "rebuilt", "removed" or, for the manifest and the table of
+    rejects, "rewritten". Raises InputError when the shard plan is damaged, or the source is gone or
     another one; WorkError when it gives other bytes than it once did.
     """
     plan = _plan_of(folder, source)
     blamed = {damage.file for damage in damages}
     broken = [file for file in plan.files if _is_broken(folder, file, blamed)]
-    right = _stated(folder, blamed)
+    expected = _expected_hashes(folder, blamed)
     belong = {name for file in plan.files for name in (file, _index_of(file))}
     present = {
         path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*") if path.is_file()
@@ -36,11 +40,11 @@ def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) 
         _remove(folder, [file, _index_of(file)])
         write_shard(plan, plan.files.index(file))
         rebuilt = read_commit(folder, file)[0].sha256
-        if rebuilt != right.get(file, rebuilt):
+        if rebuilt != expected.get(file, rebuilt):
             _remove(folder, [file, _index_of(file)])
             raise WorkError(
-                f"{folder / file}: cannot be rebuilt: source {plan.config.source} no longer has the images it "
-                "was made of, though their names and lengths are the same"
+                f"{folder / file}: cannot be rebuilt: source {plan.config.source} no longer has "
+                "the images it was made of, though their names and lengths are the same"
             )
     finish(plan)
     return {
@@ -51,16 +55,17 @@ def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) 
 
 
 def _is_broken(folder: Path, file: str, blamed: set[str]) -> bool:
-    """Whether a shard has to be written again."""
-    # Of a key that is there twice, one of the split's shards is to blame, and its hash may agree with an edited manifest.
+    """Tell whether a shard has to be written again."""
+    # A key that occurs twice is reported for the whole split: any of its shards may be wrong, and
+    # have the hash that an edited manifest states.
     if blamed & {file, _index_of(file), file.split("/")[0]}:
         return True
-    # Where the manifest cannot be believed, verify may not have come to the shards.
+    # With an untrustworthy manifest, verify may not have got as far as the shards.
     return MANIFEST in blamed and find_intact(folder, file) is None
 
 
-def _stated(folder: Path, blamed: set[str]) -> dict[str, str]:
-    """SHA-256 of each shard according to the manifest, where that is to be believed."""
+def _expected_hashes(folder: Path, blamed: set[str]) -> dict[str, str]:
+    """Return the SHA-256 of each shard according to the manifest, unless that is damaged."""
     if MANIFEST in blamed:
         return {}
     splits = read_manifest(folder).splits
@@ -72,8 +77,8 @@ def _stated(folder: Path, blamed: set[str]) -> dict[str, str]:
     }
 
 
-def _plan_of(folder: Path, source: Path | None) -> Plan:
-    stored = read_plan(folder)
+def _plan_of(folder: Path, source: Path | None) -> ShardPlan:
+    stored = read_shard_plan(folder)
     settings = {
         name: value for name, value in stored["settings"].items() if name != "format_version"
     }
@@ -81,7 +86,7 @@ def _plan_of(folder: Path, source: Path | None) -> Plan:
     if where is not None and not where.exists():
         raise InputError(f"source {where}: no longer there: say with --source where it is now")
     labels = Path(stored["labels"]) if stored["labels"] else None
-    return make_plan(
+    return make_shard_plan(
         PrepareConfig(
             **settings, labels=labels, source=where, out=folder, max_rejects=stored["max_rejects"]
         )

@@ -1,6 +1,7 @@
-"""The plan of a shard set: which image goes where, decided before anything is written.
+"""The shard plan: which image goes into which shard, decided before any shard is written.
 
-It is kept in the set: ``plan.json`` and, one row group per shard, ``plan.parquet``.
+It is kept in the set as ``plan.json`` and ``plan.parquet``, which has one row group per shard. (The
+order in which training visits samples is another thing: the epoch plan, r2id.data.epoch_plan.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.base import Item, Listing
+from data_prep.items import Item, Listing
 from data_prep.readers import DOWNLOADS, check_options, open_reader
 from r2id.config import PrepareConfig
 from r2id.data.embeddings import DTYPE
@@ -28,25 +29,21 @@ from r2id.files import atomic_file, sha256_file, sweep, write_atomic
 from r2id.progress import say
 
 _ITEMS = "plan.parquet"
-_SHARDS_WANTED, _SMALL_SHARD = (
-    8,
-    16e6,
-)  # per split, so that several workers have something to do; bytes
+# A small split is divided into this many shards, so that several workers have something to do,
+# unless they would be smaller than this many bytes.
+_SHARDS_WANTED, _SMALL_SHARD = 8, 16e6
 _BLOCK, _TAR_END, _NPY_HEADER = 512, 10240, 128  # bytes
-_REJECTS_ALLOWED = 10  # whatever their share
-_KEPT = (
-    "source_digest",
-    "items_sha256",
-    "class_names",
-    "attribute_names",
-    "files",
-    "samples",
-)  # of a plan, as they are
+_REJECTS_ALLOWED = 10  # whatever share of all images that is
+# Fields of a plan that plan.json holds under their own names.
+_KEPT = ("source_digest", "items_sha256", "class_names", "attribute_names", "files", "samples")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be in each shard. The lists of images stay on disk, so that this is light to send to workers."""
+class ShardPlan:
+    """What will be in each shard.
+
+    The tables of images stay on disk, so that a plan is small enough to send to worker processes.
+    """
 
     config: PrepareConfig
     source_digest: str
@@ -54,39 +51,39 @@ class Plan:
     class_names: list[str]
     attribute_names: list[str]
     files: list[str]
-    """Of the shards, relative to the set."""
+    """The shards, relative to the set."""
     samples: list[int]
-    """Planned images of each."""
+    """Number of images planned for each shard."""
     embedding_shape: list[int] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
-    """What was known to be unusable before anything was read."""
+    """Images that the listing already found to be unusable."""
     newest: int = 0
-    """See Listing; of this machine's copy of the source, and therefore not kept."""
+    """See data_prep.items.Listing. Not stored: it belongs to this machine's copy of the source."""
 
     @property
     def out(self) -> Path:
         return self.config.out
 
     def items(self, number: int) -> list[Item]:
-        """The images of one shard, in order."""
+        """Read the images of one shard, in order."""
         table = pq.ParquetFile(self.out / _ITEMS).read_row_group(number)
         return [Item(**row) for row in table.to_pylist()]
 
     def check_budget(self, rejected: int, example: str) -> None:
-        """See _check_budget."""
+        """Raise an error when more images are rejected than allowed; see _check_budget."""
         _check_budget(self.config, sum(self.samples) + len(self.rejects), rejected, example)
 
 
-def make_plan(config: PrepareConfig) -> Plan:
-    """List the source and decide what goes where; or the plan in ``out``, when it is that of the same source.
+def make_shard_plan(config: PrepareConfig) -> ShardPlan:
+    """List the source and make its plan, or return the plan in ``out`` if it is of the same source.
 
     Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else.
     """
     out = config.out
     check_options(config)
-    kept = load_plan(config)
+    kept = load_shard_plan(config)
     if kept and is_complete(out) and (config.source is None or not config.source.exists()):
-        return kept  # a finished set needs its source no more
+        return kept  # a finished set no longer needs its source
     if not kept:
         _check_vacant(out)
     listing = open_reader(config).listing()
@@ -101,20 +98,20 @@ def make_plan(config: PrepareConfig) -> Plan:
     return replace(plan, newest=listing.newest)
 
 
-def load_plan(config: PrepareConfig) -> Plan | None:
-    """The plan in ``out``, if any; InputError when it is damaged or was made with other settings."""
+def load_shard_plan(config: PrepareConfig) -> ShardPlan | None:
+    """Read the plan in ``out``, if any; InputError when it is damaged or of other settings."""
     path = config.out / PLAN
     if not path.is_file():
         return None
-    stored = read_plan(config.out)
+    stored = read_shard_plan(config.out)
     for name, value in _settings(config).items():
         if stored["settings"].get(name) != value:
             raise InputError(
-                f"out {config.out}: was made with {name} = {stored['settings'].get(name)!r}, not {value!r}: "
-                "choose another folder, or remove this one"
+                f"out {config.out}: was made with {name} = {stored['settings'].get(name)!r}, "
+                f"not {value!r}: choose another folder, or remove this one"
             )
     try:
-        return Plan(
+        return ShardPlan(
             config,
             **{name: stored[name] for name in _KEPT},
             embedding_shape=stored.get("embedding_shape", []),
@@ -124,8 +121,8 @@ def load_plan(config: PrepareConfig) -> Plan | None:
         raise InputError(f"{path}: damaged: remove {config.out} and prepare again") from None
 
 
-def read_plan(out: Path) -> dict[str, Any]:
-    """plan.json as it is. InputError when it or the list of images is missing or damaged."""
+def read_shard_plan(out: Path) -> dict[str, Any]:
+    """Read plan.json; InputError when it or the table of images is missing or damaged."""
     try:
         stored = json.loads((out / PLAN).read_bytes())
         intact = sha256_file(out / _ITEMS) == stored["items_sha256"] and isinstance(
@@ -135,14 +132,14 @@ def read_plan(out: Path) -> dict[str, Any]:
         intact = False
     if not intact:
         raise InputError(
-            f"{out / PLAN}: missing or damaged, it or {_ITEMS}, or by another version of r2id: remove {out} "
-            "and prepare again"
+            f"{out / PLAN}: missing or damaged, it or {_ITEMS}, or by another version of r2id: "
+            f"remove {out} and prepare again"
         )
     return stored
 
 
 def is_complete(out: Path) -> bool:
-    """Whether a finished set lies there, with all its shards at their full length."""
+    """Tell whether a folder holds a finished set with all shards at their full length."""
     try:
         ShardSet.open(out)
     except InputError:
@@ -151,20 +148,20 @@ def is_complete(out: Path) -> bool:
 
 
 def _check_budget(config: PrepareConfig, total: int, rejected: int, example: str) -> None:
-    """InputError when nothing is left, WorkError when more cannot be used than may be left out."""
+    """Raise InputError when all images are rejected, WorkError when more are than allowed."""
     if rejected == total:
         raise InputError(
             f"source {config.source}: none of its {total} images can be used: {example}"
         )
     if rejected > max(_REJECTS_ALLOWED, config.max_rejects * total):
         raise WorkError(
-            f"source {config.source}: {rejected} of {total} images cannot be used, more than may be left out "
-            f"(max_rejects {config.max_rejects:g}): {example}"
+            f"source {config.source}: {rejected} of {total} images cannot be used, more than "
+            f"may be left out (max_rejects {config.max_rejects:g}): {example}"
         )
 
 
 def _check_vacant(out: Path) -> None:
-    """There may be downloads and what a killed start left, nothing else."""
+    """Raise InputError if ``out`` holds more than downloads and what a killed start left."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out {out}: exists and is no folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
@@ -176,12 +173,12 @@ def _check_vacant(out: Path) -> None:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """What a plan depends on beside the source."""
+    """Return the settings that a plan depends on, beside its source."""
     names = ("dataset", "shard_mb", "label", "images", "max_megapixels")
     return {"format_version": FORMAT_VERSION, **{name: getattr(config, name) for name in names}}
 
 
-def _write(config: PrepareConfig, listing: Listing) -> Plan:
+def _write(config: PrepareConfig, listing: Listing) -> ShardPlan:
     rejects = listing.rejects
     if rejects:
         _check_budget(
@@ -199,7 +196,7 @@ def _write(config: PrepareConfig, listing: Listing) -> Plan:
     ):
         for _, rows in shards:
             writer.write_table(listing.items.take(rows), row_group_size=max(len(rows), 1))
-    plan = Plan(
+    plan = ShardPlan(
         config,
         listing.digest,
         sha256_file(config.out / _ITEMS),
@@ -229,15 +226,17 @@ def _write(config: PrepareConfig, listing: Listing) -> Plan:
 def plan_shards(
     items: pa.Table, shard_mb: float, attributes: int = 0, embedding_shape: Sequence[int] = ()
 ) -> list[tuple[str, np.ndarray]]:
-    """(file, rows of the items) of every shard: splits apart, each in a fixed random order, so that one is a fair sample.
+    """Distribute items over shards: returns (file, rows of ``items``) of every shard.
 
-    A shard has at most ``shard_mb`` megabytes (10⁶ bytes), unless one image alone has more. Items of a block stay together
-    as far as that allows.
+    Each split is put into a fixed random order, so that every shard is a fair sample of it; items
+    of a block stay together as far as the shards' size allows. A shard has at most ``shard_mb``
+    megabytes (10⁶ bytes), unless a single image has more.
     """
     shards = []
     size = items["size"].to_numpy()
-    # Upper bound of a sample's bytes in a tar: three headers, the image, the class, and the facts, of which six bytes are
-    # what JSON makes of one odd character or of an attribute, with which other annotations come.
+    # Upper bound of a sample's bytes in a tar: three headers, the image, the class, and the JSON.
+    # JSON takes up to six bytes for a character that it escapes, and for an attribute; sets with
+    # attributes have other annotations as well.
     facts = (
         256
         + 6 * pc.binary_length(items["place"]).to_numpy()
@@ -268,7 +267,7 @@ def plan_shards(
 
 
 def _shuffle(block: np.ndarray) -> np.ndarray:
-    """A fixed random order of items; those of a block (−1: none) come one after the other."""
+    """Return a fixed random order of items, in which those of a block (−1: none) are adjacent."""
     generator = np.random.Generator(np.random.PCG64(0))
     own = generator.random(len(block))
     if (block < 0).all():

@@ -1,5 +1,7 @@
-"""Where image files are: in a folder, in a tar (also in tars inside a tar) or in a zip. Nothing is ever unpacked to where
-an archive's names say: members are read by their place.
+"""Sources of image files: folders and zips here, tars in data_prep.tars.
+
+Members of archives are read where they lie. Nothing is ever unpacked to a path that an archive
+names, so a malicious archive cannot write outside its folder.
 """
 
 from __future__ import annotations
@@ -17,21 +19,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.base import Columns, digest_of, rows_of
+from data_prep.items import TableBuilder, digest_of, iter_rows
 from r2id.data.manifest import Reject
 from r2id.errors import InputError, WorkError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 Keep = Callable[[str], bool]
-"""Whether a file of this name is to be listed."""
+"""Tells whether a file of this name is to be listed."""
 
 _SCHEMA = pa.schema([("name", pa.binary()), ("size", pa.int64()), ("place", pa.binary())])
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file of a source: its path inside it, its length, and what it is found by."""
+    """One file of a source: its path in the source, its length, and what locates it for reading."""
 
     name: str
     size: int
@@ -39,32 +41,36 @@ class Entry:
 
 
 class Files:
-    """What a source, or each of its parts, was found to hold. Going through it gives the entries, those of a part sorted by
-    name, byte by byte."""
+    """The files of a source. Iteration yields its entries, sorted by the bytes of their names.
+
+    In a source of several parts the entries are sorted within each part.
+    """
 
     def __init__(self, newest: int = 0) -> None:
         self.newest = newest
-        """When the latest change to the source was made, in nanoseconds."""
+        """Latest modification time in the source, in nanoseconds."""
         self.others = 0
-        """Files that do not look like images by their names."""
+        """Number of files that were left out because of their names."""
         self.rejects: list[Reject] = []
-        self._found = Columns(_SCHEMA)
+        self._found = TableBuilder(_SCHEMA)
         self.table = _SCHEMA.empty_table()
-        """Columns name, size, place."""
+        """TableBuilder name, size, place."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __iter__(self) -> Iterator[Entry]:
-        return (Entry(os.fsdecode(name), size, place) for name, size, place in rows_of(self.table))
+        return (
+            Entry(os.fsdecode(name), size, place) for name, size, place in iter_rows(self.table)
+        )
 
     def add(self, name: str, size: int, place: bytes) -> None:
         self._found.append(os.fsencode(name), size, place)
 
     def sort(self) -> None:
-        """To be called when all of a part are added. Of a name that is there twice the first stays."""
+        """Sort the entries of a part after all were added; repeated names become rejects."""
         table = self._found.table()
-        self._found = Columns(_SCHEMA)
+        self._found = TableBuilder(_SCHEMA)
         table = table.take(pc.sort_indices(table, [("name", "ascending")]))
         names = table["name"].combine_chunks()
         again = np.append(
@@ -80,7 +86,7 @@ class Files:
         self.table = pa.concat_tables([self.table, pa.table(table.columns, schema=_SCHEMA)])
 
     def part(self, keep: Keep) -> Files:
-        """Those entries alone whose names are to be kept."""
+        """Return only the entries whose names are to be kept."""
         part = Files(self.newest)
         part.table = self.table.filter(pa.array([keep(entry.name) for entry in self], pa.bool_()))
         return part
@@ -94,34 +100,42 @@ class Files:
 
 
 class Source(Protocol):
-    """To open one is cheap and lists nothing."""
+    """A folder or archive of files. Opening one is cheap and lists nothing."""
 
     path: Path
     kind: str
-    """In words."""
+    """What it is, in words."""
 
     def files(self, keep: Keep) -> Files:
-        """Everything whose name is to be kept. InputError when the source cannot be listed."""
+        """List the files whose names are to be kept; InputError when that is impossible."""
         ...
 
     def name(self, place: bytes) -> str:
-        """The name in a place."""
+        """Return the name of the file at a place."""
         ...
 
     def read(self, place: bytes, size: int, newest: int) -> bytes:
-        """A place's bytes. ValueError when they cannot be read, WorkError when they were changed after the listing, of
-        which ``newest`` and ``size`` are."""
+        """Read the bytes at a place; ``size`` and ``newest`` are those of the listing.
+
+        Raises ValueError when they cannot be read, WorkError when they have changed since.
+        """
         ...
 
 
 def is_image(name: str) -> bool:
-    """By its suffix; hidden files are none (macOS leaves ``._x.jpg`` beside ``x.jpg``)."""
+    """Tell by its suffix whether a file is an image; hidden ones are not.
+
+    macOS leaves a hidden ``._x.jpg``, which is no image, beside each ``x.jpg`` in an archive.
+    """
     path = PurePosixPath(name)
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 class Folder:
-    """Links are followed, each folder is entered once. A place is the path in the folder."""
+    """A folder and its subfolders; a place is the path in it.
+
+    Links are followed, and each folder is entered once, so that cycles of links end.
+    """
 
     kind = "a folder"
 
@@ -189,7 +203,7 @@ class Folder:
 
 
 class Zip:
-    """A place is ``OFFSET:NAME``: names may be there twice."""
+    """A zip archive; a place is ``OFFSET:NAME``, because a name may occur twice."""
 
     kind = "a zip"
 
@@ -199,7 +213,7 @@ class Zip:
         self._members: dict[int, zipfile.ZipInfo] = {}
 
     def files(self, keep: Keep) -> Files:
-        files = Files(time_of(self.path))
+        files = Files(modified_ns(self.path))
         for member in self._opened().infolist():
             name = member.filename
             if member.is_dir():
@@ -222,7 +236,7 @@ class Zip:
         return os.fsdecode(place.partition(b":")[2])
 
     def read(self, place: bytes, size: int, newest: int) -> bytes:
-        if time_of(self.path) > newest:
+        if modified_ns(self.path) > newest:
             raise WorkError(f"{self.path}: changed since the preparation began")
         archive = self._opened()
         member = self._members.get(int(place.partition(b":")[0]))
@@ -251,8 +265,8 @@ class Zip:
         return self._archive
 
 
-class Several:
-    """Sources side by side: names are ``PART/NAME`` and places ``PART/PLACE``."""
+class CombinedSource:
+    """Several sources as one: names are ``PART/NAME`` and places ``PART/PLACE``."""
 
     kind = "archives"
 
@@ -287,7 +301,7 @@ class Several:
 
 
 def unsafe_name(name: str) -> str:
-    """Why no member of an archive may be called so, or an empty text."""
+    """Say why a member of an archive must not have this name; empty when it may."""
     if "\0" in name:
         return "its name holds a NUL"
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
@@ -295,8 +309,8 @@ def unsafe_name(name: str) -> str:
     return ""
 
 
-def time_of(path: Path) -> int:
-    """When a file was last changed, in nanoseconds. WorkError when it is gone."""
+def modified_ns(path: Path) -> int:
+    """Return a file's modification time in nanoseconds; WorkError when the file is gone."""
     try:
         return path.stat().st_mtime_ns
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Tar archives, plain ones read in place, compressed ones from a plain copy."""
+"""Read tar archives: plain ones in place, compressed ones from a decompressed copy.
+
+Positions inside a compressed stream cannot be reached without decompressing all that precedes them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.sources import Files, Folder, Keep, Source, Zip, time_of, unsafe_name
+from data_prep.sources import Files, Folder, Keep, Source, Zip, modified_ns, unsafe_name
 from r2id.data.manifest import Reject
 from r2id.errors import InputError, WorkError
 from r2id.files import atomic_file
@@ -21,10 +24,9 @@ from r2id.progress import say
 
 _BLOCK = 512
 _CHUNK = 1 << 20
-_EXPANSION, _EXPANSION_FREE = (
-    200,
-    1 << 30,
-)  # archives of images shrink to a half or so; bytes that any may have
+# Limits against decompression bombs: an archive of images shrinks to a half or so. Any archive may
+# expand to the second number of bytes, larger ones to the first number times their size.
+_EXPANSION, _EXPANSION_FREE = 200, 1 << 30
 _DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], Any]] = {  # by an archive's first bytes
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
@@ -33,19 +35,22 @@ _DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], Any]] = {  # by an archive's fi
 
 
 def open_source(path: Path, unpacked: Path) -> Source:
-    """A folder, a zip, or a tar, whose compressed form is first laid down plain in the folder ``unpacked``."""
+    """Open a folder, a zip or a tar; a compressed tar is first copied plain into ``unpacked``."""
     if path.is_dir():
         return Folder(path)
     if not path.is_file():
         raise InputError(f"source {path}: no such file or folder")
     with _opened(path) as file:
         zipped = file.read(2) == b"PK"
-    return Zip(path) if zipped else Tar(plain_tar(path, unpacked))
+    return Zip(path) if zipped else Tar(decompressed_tar(path, unpacked))
 
 
 class Tar:
-    """Members of nested tars are called ``OUTER/MEMBER``, without the ``.tar`` of the outer one. A place is
-    ``OFFSET:NAME``, the offset being that of the member's first header."""
+    """A plain tar, or a tar of tars (``nested``).
+
+    A place is ``OFFSET:NAME`` with the offset of the member's first header. Members of inner tars
+    are named ``OUTER/MEMBER``, without the ``.tar`` of the outer name.
+    """
 
     kind = "a tar"
 
@@ -54,7 +59,7 @@ class Tar:
         self._file: BinaryIO | None = None
 
     def files(self, keep: Keep) -> Files:
-        files = Files(time_of(self.path))
+        files = Files(modified_ns(self.path))
         with _opened(self.path) as file:
             for member, offset, name in _members(file, self.path, self.nested):
                 if not keep(name):
@@ -70,8 +75,8 @@ class Tar:
         return os.fsdecode(place.partition(b":")[2])
 
     def read(self, place: bytes, size: int, newest: int) -> bytes:
-        """Where the place says there must still be a member of this name and length."""
-        changed = time_of(self.path) > newest
+        """See Source.read. The header at the place must still have this name and length."""
+        changed = modified_ns(self.path) > newest
         if self._file is None:
             self._file = _opened(self.path)
         start, name = int(place.partition(b":")[0]), self.name(place)
@@ -94,8 +99,8 @@ class Tar:
         return data
 
 
-def plain_tar(path: Path, unpacked: Path) -> Path:
-    """The tar itself, or, of a compressed one, its content in a file of the folder ``unpacked``."""
+def decompressed_tar(path: Path, unpacked: Path) -> Path:
+    """Return a plain tar: the file itself, or its decompressed copy in the folder ``unpacked``."""
     with _opened(path) as file:
         start = file.read(8)
         file.seek(0)
@@ -104,9 +109,8 @@ def plain_tar(path: Path, unpacked: Path) -> Path:
         )
         if opener is None:
             return path
-        facts = os.fstat(
-            file.fileno()
-        )  # in the name, so that a copy of what was changed since is none
+        # Size and time are part of the name, so that a changed archive does not find an old copy.
+        facts = os.fstat(file.fileno())
         identity = f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}"
         plain = unpacked / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}.tar"
         if not plain.is_file():
@@ -120,8 +124,8 @@ def plain_tar(path: Path, unpacked: Path) -> Path:
         return plain
 
 
-def free(unpacked: Path) -> None:
-    """Remove what plain_tar laid down."""
+def remove_decompressed(unpacked: Path) -> None:
+    """Remove the copies that decompressed_tar made."""
     for plain in unpacked.glob("*.tar"):
         plain.unlink()
     if unpacked.is_dir() and not any(unpacked.iterdir()):
@@ -129,7 +133,7 @@ def free(unpacked: Path) -> None:
 
 
 def _copy(content: BinaryIO, copy: BinaryIO, path: Path, limit: int) -> None:
-    """What is wrong with the content is the archive's fault, not the disk's."""
+    """Copy decompressed content; its faults are InputErrors of the archive, not of the disk."""
     copied = 0
     while True:
         try:
@@ -141,8 +145,8 @@ def _copy(content: BinaryIO, copy: BinaryIO, path: Path, limit: int) -> None:
         copied += len(data)
         if copied > limit:
             raise InputError(
-                f"{path}: expands to more than {limit} bytes, {_EXPANSION} times its size: no archive of "
-                "images does: if this one is sound, decompress it and give the tar"
+                f"{path}: expands to more than {limit} bytes, {_EXPANSION} times its size: no "
+                "archive of images does: if this one is sound, decompress it and give the tar"
             )
         copy.write(data)
 
@@ -150,7 +154,10 @@ def _copy(content: BinaryIO, copy: BinaryIO, path: Path, limit: int) -> None:
 def _members(
     file: BinaryIO, path: Path, nested: bool
 ) -> Iterator[tuple[tarfile.TarInfo, int, str]]:
-    """(member, offset of its first header in the file, name). InputError where the archive does not end as it should."""
+    """Yield (member, offset of its first header, name) of a tar, or of the tars in it.
+
+    Raises InputError when an archive does not end as it should.
+    """
     for member in _walk(file, path, 0, os.fstat(file.fileno()).st_size):
         name = member.name.removeprefix("./")
         if not nested:
@@ -166,12 +173,12 @@ def _members(
 
 
 def _walk(file: BinaryIO, path: Path, start: int, size: int) -> Iterator[tarfile.TarInfo]:
-    """Every member but folders of the tar that is ``size`` bytes of a file."""
+    """Yield every member but folders of the tar in ``size`` bytes of a file, from ``start`` on."""
     part = _Part(file, start, size)
     try:
         with tarfile.open(fileobj=part, mode="r:") as archive:  # type: ignore[call-overload]
             for member in archive:
-                archive.members = []  # it would keep them all
+                archive.members = []  # tarfile would keep all of them in memory
                 if not member.isdir():
                     yield member
             part.seek(archive.offset)
@@ -179,13 +186,14 @@ def _walk(file: BinaryIO, path: Path, start: int, size: int) -> Iterator[tarfile
         raise InputError(
             f"{path}: no tar archive, or a truncated or damaged one: {error}"
         ) from None
-    # The library takes a damaged header, or a cut between two members, for the end.
+    # tarfile takes a damaged header, or a cut between two members, for the end of the archive: the
+    # real end is a block of zeros.
     if part.read(_BLOCK) not in (bytes(_BLOCK), b"") or archive.offset + _BLOCK > size:
         raise InputError(f"{path}: truncated or damaged at byte {archive.offset}")
 
 
 class _Part:
-    """A part of a file, as a file."""
+    """A part of a file, as a readable file."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self.file, self.start, self.size, self.position = file, start, size, 0

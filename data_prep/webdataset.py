@@ -1,4 +1,7 @@
-"""An existing webdataset: tars whose members are grouped into samples by name, up to the first dot after the last slash."""
+"""Read an existing webdataset: tars whose members are grouped into samples by their names.
+
+A sample's key is the name up to the first dot after the last slash; what follows is the extension.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from webdataset.tariterators import base_plus_ext
 
-from data_prep.base import (
+from data_prep.file_records import check_length, embedding_of, image_record
+from data_prep.folder import SPLITS
+from data_prep.items import (
     TEST_SHARE,
-    Columns,
     Item,
-    Items,
+    ItemTableBuilder,
     Listing,
+    TableBuilder,
     digest_of,
-    rows_of,
+    iter_rows,
     stratified_test,
 )
-from data_prep.embeddings import NO_EMBEDDING, common_shape
-from data_prep.files import check_length, embedding_of, image_record
-from data_prep.folder import SPLITS
-from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, time_of
-from data_prep.tars import Tar, plain_tar
+from data_prep.paired_embeddings import NO_EMBEDDING, common_shape
+from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, modified_ns
+from data_prep.tars import Tar, decompressed_tar
 from r2id.data.manifest import MANIFEST, PLAN, Manifest, Reject, read_manifest
 from r2id.data.records import Record
 from r2id.errors import InputError
@@ -41,18 +44,20 @@ _SAMPLES = pa.schema(
         ("size", pa.int64()),
         ("embedding", pa.int64()),
     ]
-)  # the last is a length, none where there is no embedding
+)
+"""``embedding`` is the length of the sample's embedding file; null where there is none."""
 
 Member = tuple[str, int, int]
-"""(extension as it is written, offset in the tar, bytes)."""
+"""Extension as it is written, offset in the tar, and length."""
 
 
 class WebdatasetReader:
-    """Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, embeddings of texts from ``.npy``,
-    the rest from ``.json``.
+    """Reads a tar, or a folder of tars.
 
-    Splits are sub-folders called train, val or test, or words of the tars' names (``imagenet-train-000.tar``); where there
-    are none, a tenth is set aside for testing. A place is [number of the tar, key, the image's member, the others].
+    Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, text embeddings from
+    ``.npy`` and other annotations from ``.json``. Splits are subfolders called train, val or test,
+    or words in the tars' names (``imagenet-train-000.tar``); where there are none, a tenth becomes
+    the test split. A place is JSON: [number of the tar, key, the image's member, other members…].
     """
 
     def __init__(self, source: Path | None, unpacked: Path, max_pixels: int) -> None:
@@ -70,11 +75,11 @@ class WebdatasetReader:
             _split_of(path.relative_to(source) if source.is_dir() else Path(path.name))
             for path in found
         ]
-        self.tars = [Tar(plain_tar(path, unpacked)) for path in found]
+        self.tars = [Tar(decompressed_tar(path, unpacked)) for path in found]
 
     def listing(self) -> Listing:
-        samples, rejects, digests = Columns(_SAMPLES), list[Reject](), list[str]()
-        newest = max(time_of(tar.path) for tar in self.tars)
+        samples, rejects, digests = TableBuilder(_SAMPLES), list[Reject](), list[str]()
+        newest = max(modified_ns(tar.path) for tar in self.tars)
         extensions: set[str] = set()
         others = 0
         for number, tar in enumerate(self.tars):
@@ -135,19 +140,18 @@ class WebdatasetReader:
                     self._attributes(meta),
                     embedding,
                 )
-            except InputError:  # of the source, not of one image
+            except InputError:  # a fault of the whole source, not of one image
                 raise
             except ValueError as error:
                 rejects.append(Reject(item.split, name, str(error)))
 
     def _add(
-        self, samples: Columns, number: int, key: str, members: dict[str, Member], newest: int
+        self, samples: TableBuilder, number: int, key: str, members: dict[str, Member], newest: int
     ) -> str:
-        """Add a sample, or say why not."""
+        """Add a sample and return an empty text, or say why it cannot be used."""
         images = [extension for extension in members if extension not in _KEPT]
-        plain = [
-            extension for extension in images if "." not in extension
-        ]  # beside masks, such as KEY.seg.png
+        # Beside the image there may be others, such as masks called KEY.seg.png.
+        plain = [extension for extension in images if "." not in extension]
         if len(plain or images) != 1:
             return (
                 f"a sample with {len(images)} images ({', '.join(images)})"
@@ -159,42 +163,45 @@ class WebdatasetReader:
             content = self._read(number, key, members["cls"], newest)
             if not re.fullmatch(rb"\s*\d{1,9}\s*", content):
                 raise InputError(
-                    f"{self.tars[number].path}: {key}.cls: {content[:20]!r}: must be a class number, 0 or more"
+                    f"{self.tars[number].path}: {key}.cls: {content[:20]!r}: must be a class "
+                    "number, 0 or more"
                 )
             label = int(content)
         image, others = (
             members[(plain or images)[0]],
             [members[kind] for kind in ("json", "txt") if kind in members],
         )
-        size = image[2] + 6 * sum(
-            other[2] for other in others
-        )  # six is what JSON makes of one odd character
-        told = [members["npy"]] if "npy" in members else []
+        # JSON takes up to six bytes for a character that it escapes.
+        size = image[2] + 6 * sum(other[2] for other in others)
+        embedding = [members["npy"]] if "npy" in members else []
         samples.append(
             number,
             label,
-            json.dumps([number, key, image, *others, *told]).encode(),
+            json.dumps([number, key, image, *others, *embedding]).encode(),
             size,
-            told[0][2] if told else None,
+            embedding[0][2] if embedding else None,
         )
         return ""
 
     def _with_embeddings(
         self, samples: pa.Table, rejects: list[Reject], newest: int
     ) -> tuple[pa.Table, list[int]]:
-        """Where any sample has an embedding, those that have one, and the shape; the others are rejects."""
+        """Return the samples to keep and the shape of their embeddings.
+
+        Where any sample has an embedding, those without one are rejected.
+        """
 
         def read(place: bytes, _size: int) -> bytes:
             number, key, *members = json.loads(place)
             return self._read(number, key, members[-1], newest)
 
-        told = samples["embedding"].is_valid()
-        if not pc.any(told).as_py():
+        has_embedding = samples["embedding"].is_valid()
+        if not pc.any(has_embedding).as_py():
             return samples, []
-        for place in samples.filter(pc.invert(told))["place"].to_pylist():
+        for place in samples.filter(pc.invert(has_embedding))["place"].to_pylist():
             number, key, image, *_ = json.loads(place)
             rejects.append(Reject(self.splits[number] or "", f"{key}.{image[0]}", NO_EMBEDDING))
-        kept = samples.filter(told)
+        kept = samples.filter(has_embedding)
         return kept, common_shape(self.source, kept["embedding"], kept["place"], read)
 
     def _read(self, number: int, key: str, member: Member, newest: int) -> bytes:
@@ -206,15 +213,18 @@ class WebdatasetReader:
     def _items(self, samples: pa.Table) -> pa.Table:
         labels = samples["label"].to_pylist()
         test = stratified_test(labels, TEST_SHARE)
-        items = Items()
-        for position, (number, label, place, size, _) in enumerate(rows_of(samples)):
+        items = ItemTableBuilder()
+        for position, (number, label, place, size, _) in enumerate(iter_rows(samples)):
             items.add(
                 self.splits[number] or ("test" if test[position] else "train"), label, place, size
             )
         return items.table()
 
     def _names(self, samples: pa.Table) -> tuple[list[str], list[str]]:
-        """Of classes and attributes: those of one of our own sets, or numbers and none."""
+        """Return the names of classes and attributes.
+
+        Only a shard set that r2id wrote has names; in others classes are numbers.
+        """
         count = 1 + max(
             (label for label in samples["label"].to_pylist() if label is not None), default=-1
         )
@@ -248,7 +258,7 @@ def _find_tars(folder: Path) -> list[Path]:
 
 
 def _own_manifest(source: Path) -> Manifest | None:
-    """Of a set that r2id wrote, which must be finished. Other programs' files of this name say nothing to it."""
+    """Read the manifest if r2id wrote the set; other programs may use the same file name."""
     path = source / MANIFEST
     own = (source / PLAN).is_file() or (path.is_file() and b'"format_version"' in path.read_bytes())
     return read_manifest(source) if own else None
@@ -265,7 +275,7 @@ def _meta(members: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _group(files: Iterable[Entry]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, member by extension in lower case) of every sample of a tar."""
+    """Group members into samples: yields (key, members by extension in lower case)."""
     samples: dict[str, dict[str, Member]] = {}
     for entry in files:
         key, extension = base_plus_ext(entry.name)

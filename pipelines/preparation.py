@@ -27,7 +27,7 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from data_prep.overview import overview
-from data_prep.prepare import Plan, end_with_parent, prepare, write_shard, write_shards
+from data_prep.prepare import ShardPlan, exit_with_parent, prepare, write_shard, write_shards
 from data_prep.shard_plan import is_complete
 from pipelines.artifacts import LiveArtifact
 from pipelines.orchestration import is_prefects, prefect_ready, server_answers, words
@@ -40,7 +40,7 @@ _SECONDS_TO_RETURN = 30.0  # for a server that is started again
 
 
 @task(name="shard", task_run_name="shard {number}", cache_policy=NO_CACHE)
-def shard_task(plan: Plan, number: int) -> dict[str, Any]:
+def shard_task(plan: ShardPlan, number: int) -> dict[str, Any]:
     return write_shard(plan, number)
 
 
@@ -49,7 +49,7 @@ def prepare_flow(config: PrepareConfig) -> Path:
     """Raw images → shards. Shows progress, a table of the shards, some samples and the sizes as artifacts."""
     results: list[dict[str, Any]] = []
 
-    def write_all(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def write_all(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         done, total = 0, sum(plan.samples)
         shown = LiveArtifact(
             "progress",
@@ -106,7 +106,7 @@ def check_engine(config: PrepareConfig) -> None:
         ) from None
 
 
-def _with_or_without_prefect(plan: Plan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _with_or_without_prefect(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     done = set()
     try:
         for number, result in _by_tasks(plan, numbers):
@@ -123,7 +123,7 @@ def _with_or_without_prefect(plan: Plan, numbers: Sequence[int]) -> Iterator[dic
         yield from write_shards(plan, [number for number in numbers if number not in done])
 
 
-def _by_tasks(plan: Plan, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _by_tasks(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     workers = min(plan.config.workers, len(numbers))
     if plan.config.engine == "processes" and workers == 1:
         yield from ((number, shard_task(plan, number)) for number in numbers)
@@ -164,7 +164,7 @@ def _runner(config: PrepareConfig, workers: int) -> TaskRunner[Any]:
         return RayTaskRunner(
             init_kwargs={**options, "log_to_driver": False, "logging_level": "ERROR"}
         )
-    return ProcessPoolTaskRunner(max_workers=workers, initializer=end_with_parent)
+    return ProcessPoolTaskRunner(max_workers=workers, initializer=exit_with_parent)
 
 
 def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:
@@ -174,10 +174,10 @@ def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:
         return
     shown = overview(config.out, {result["file"]: result["rejects"] for result in results})
     try:
-        create_table_artifact(shown.table, key="prepare-shards", description=shown.words)
+        create_table_artifact(shown.table, key="prepare-shards", description=shown.summary)
         for name, picture in (("samples", shown.samples), ("sizes", shown.sizes)):
             create_markdown_artifact(
-                f"![{name}]({_data_uri(picture)})", key=f"prepare-{name}", description=shown.words
+                f"![{name}]({_data_uri(picture)})", key=f"prepare-{name}", description=shown.summary
             )
     except Exception as error:
         say(f"prefect: no artifacts: {words(error)}")

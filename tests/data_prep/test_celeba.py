@@ -9,7 +9,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep.prepare import make_plan, write_shard
+from data_prep.prepare import make_shard_plan, write_shard
 from r2id.config import DataConfig, PrepareConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
@@ -268,7 +268,7 @@ def test_few_missing_ones_are_rows(original, tmp_path):
 
 @pytest.mark.parametrize("file", ["Anno/identity_CelebA.txt", "Img/img_align_celeba/000001.jpg"])
 def test_files_that_change_after_the_plan(original, tmp_path, file):
-    plan = make_plan(PrepareConfig(dataset="celeba", source=original, out=tmp_path / "set"))
+    plan = make_shard_plan(PrepareConfig(dataset="celeba", source=original, out=tmp_path / "set"))
     (original / file).write_bytes((original / file).read_bytes())
     with pytest.raises(WorkError, match=f"{file}: changed since the preparation began"):
         for number in range(len(plan.files)):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from data_prep.prepare import make_plan, write_shard
+from data_prep.prepare import make_shard_plan, write_shard
 from r2id.config import DataConfig, PrepareConfig
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
@@ -290,7 +290,7 @@ def test_damaged_tars_are_named(tmp_path, damage, words):
 
 def test_a_tar_that_changes_after_the_plan(tmp_path):
     write_tars(tmp_path / "source")
-    plan = make_plan(
+    plan = make_shard_plan(
         PrepareConfig(dataset="imagenet", source=tmp_path / "source", out=tmp_path / "set")
     )
     path = tmp_path / "source/ILSVRC2012_img_train.tar"
@@ -360,7 +360,7 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
 
 def test_an_older_parquet_file_in_its_place(tmp_path):
     write_parquet(tmp_path / "source")
-    plan = make_plan(
+    plan = make_shard_plan(
         PrepareConfig(dataset="imagenet", source=tmp_path / "source", out=tmp_path / "set")
     )
     path = tmp_path / "source/data/test-00000-of-00001.parquet"

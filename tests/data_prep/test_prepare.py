@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from data_prep.base import Items
-from data_prep.prepare import finish, make_plan, pending, prepare, write_shard
+from data_prep.items import ItemTableBuilder
+from data_prep.prepare import finish, make_shard_plan, pending_shards, prepare, write_shard
 from data_prep.shard_plan import plan_shards
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, WorkError
@@ -54,16 +54,16 @@ def test_a_finished_set_is_left_alone_even_without_its_source(source, tmp_path):
 
 def test_the_steps_that_an_orchestrator_takes(source, tmp_path):
     config = PrepareConfig(dataset="mnist", source=source, out=tmp_path / "set", **SMALL)
-    plan = make_plan(config)
-    assert pending(plan) == list(range(len(plan.files))) and sum(plan.samples) == 250
+    plan = make_shard_plan(config)
+    assert pending_shards(plan) == list(range(len(plan.files))) and sum(plan.samples) == 250
     with pytest.raises(WorkError, match="not written"):
         finish(plan)
-    results = [write_shard(plan, number) for number in reversed(pending(plan))]
+    results = [write_shard(plan, number) for number in reversed(pending_shards(plan))]
     assert sum(result["samples"] for result in results) == 250 and not any(
         result["rejects"] for result in results
     )
     finish(plan)
-    assert pending(make_plan(config)) == []
+    assert pending_shards(make_shard_plan(config)) == []
     make("mnist", tmp_path / "other", source, **SMALL)
     assert files_of(tmp_path / "set") == files_of(tmp_path / "other")
 
@@ -187,7 +187,9 @@ def test_a_damaged_plan_is_named(source, tmp_path):
 def test_a_source_that_changes_after_the_plan(tmp_path, content):
     """Also when the length stays the same."""
     write_images(tmp_path / "in", [f"{number}.png" for number in range(4)])
-    plan = make_plan(PrepareConfig(dataset="folder", source=tmp_path / "in", out=tmp_path / "set"))
+    plan = make_shard_plan(
+        PrepareConfig(dataset="folder", source=tmp_path / "in", out=tmp_path / "set")
+    )
     (tmp_path / "in/2.png").write_bytes(content or (tmp_path / "in/3.png").read_bytes())
     with pytest.raises(WorkError, match=r"2\.png: changed"):
         write_shard(plan, 0)
@@ -196,7 +198,7 @@ def test_a_source_that_changes_after_the_plan(tmp_path, content):
         write_shard(plan, 0)
     assert not list((tmp_path / "set").rglob("*.tar*"))
     with pytest.raises(InputError, match="another source"):
-        make_plan(plan.config)
+        make_shard_plan(plan.config)
 
 
 def test_a_full_disk_is_said_and_a_rerun_goes_on(source, tmp_path):
@@ -229,7 +231,7 @@ def test_a_full_disk_is_said_and_a_rerun_goes_on(source, tmp_path):
 
 
 def items_of(sizes, blocks=None):
-    items = Items()
+    items = ItemTableBuilder()
     for number, size in enumerate(sizes):
         items.add("train", None, b"%d" % number, size, blocks[number] if blocks else -1)
     return items.table()
@@ -256,7 +258,7 @@ def test_blocks_stay_together_in_an_order_of_their_own():
 
 
 def test_items_kept_in_columns(monkeypatch):
-    monkeypatch.setattr("data_prep.base._CHUNK", 7)
+    monkeypatch.setattr("data_prep.items._CHUNK", 7)
     table = items_of(range(20))
     assert table["size"].to_pylist() == list(range(20))
     assert table["key"].to_pylist()[19] == "train-00000019"

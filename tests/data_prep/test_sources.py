@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.prepare import make_plan, write_shard
+from data_prep.prepare import make_shard_plan, write_shard
 from r2id.config import PrepareConfig
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
@@ -252,7 +252,9 @@ def test_a_bit_in_a_zip_members_content_is_a_row(tmp_path):
 @pytest.mark.parametrize("name", ["pets.tar", "pets.zip"])
 def test_an_archive_that_changes_after_the_plan(tmp_path, name):
     next(write for known, write in ARCHIVES.values() if known == name)(tmp_path / name)
-    plan = make_plan(PrepareConfig(dataset="folder", source=tmp_path / name, out=tmp_path / "set"))
+    plan = make_shard_plan(
+        PrepareConfig(dataset="folder", source=tmp_path / name, out=tmp_path / "set")
+    )
     os.utime(tmp_path / name)
     with pytest.raises(WorkError, match="changed since the preparation began"):
         write_shard(plan, 0)
@@ -264,7 +266,7 @@ def test_an_archive_that_changes_after_the_plan(tmp_path, name):
 def test_an_older_archive_in_its_place(tmp_path):
     """Its time says nothing, and what it holds has the same lengths at the same places."""
     write_tar(tmp_path / "pets.tar", IMAGES)
-    plan = make_plan(
+    plan = make_shard_plan(
         PrepareConfig(dataset="folder", source=tmp_path / "pets.tar", out=tmp_path / "set")
     )
     write_tar(
@@ -280,13 +282,13 @@ def test_a_compressed_archive_that_changes_is_decompressed_again(tmp_path):
     """As after a killed run, which leaves the plain copy."""
     write_tar(tmp_path / "pets.tar.xz", IMAGES, "w:xz")
     config = PrepareConfig(dataset="folder", source=tmp_path / "pets.tar.xz", out=tmp_path / "set")
-    make_plan(config)
+    make_shard_plan(config)
     others = {name.replace("/0.png", "/x.png"): data for name, data in IMAGES.items()}
     before = (tmp_path / "pets.tar.xz").stat()
     write_tar(tmp_path / "pets.tar.xz", others, "w:xz")
     assert abs((tmp_path / "pets.tar.xz").stat().st_size - before.st_size) < 100
     with pytest.raises(InputError, match="made from another source"):
-        make_plan(config)
+        make_shard_plan(config)
 
 
 def test_an_archive_that_expands_without_end(tmp_path, monkeypatch):

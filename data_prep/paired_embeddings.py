@@ -1,4 +1,4 @@
-"""Embeddings of texts that lie beside images: ``NAME.npy`` beside ``NAME.jpg``."""
+"""Pair images with the text embeddings that lie beside them: ``NAME.npy`` beside ``NAME.jpg``."""
 
 from __future__ import annotations
 
@@ -11,64 +11,68 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.base import digest_of
+from data_prep.items import digest_of
 from data_prep.sources import Files, is_image
 from r2id.data.embeddings import parse_npy
 from r2id.data.manifest import Reject
 from r2id.errors import InputError
 
-_TRIED = 10  # embeddings read to learn the shape of all
+_TRIED = 10  # embeddings that are read at most to learn the shape of all
 NO_EMBEDDING = "no embedding beside it, and other images have one"
 
 Read = Callable[[bytes, int], bytes]
-"""(place, length) → the bytes there."""
+"""Reads the bytes at a place of a source, given its length."""
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The images of a source, each found with its embedding where they have them."""
+class PairedImages:
+    """The images of a source, with their embeddings where there are any."""
 
     images: Files
-    """Places are then ``IMAGE\\0LENGTH\\0EMBEDDING``: no name has a NUL."""
+    """With embeddings a place is ``IMAGE\\0LENGTH\\0EMBEDDING``, the places of both and the length
+    of the embedding's file; no place holds a NUL."""
     digest: str
     shape: list[int]
-    """[D] or [T, D]; of no embeddings empty."""
+    """[D] or [T, D]; empty without embeddings."""
 
 
 def is_image_or_embedding(name: str) -> bool:
     return is_image(name) or _is_embedding(name)
 
 
-def pair(path: Path, found: Files, read: Read) -> Paired:
-    """Images without an embedding where others have one are rejects. InputError when no embedding is of a shape that can
-    be learned from."""
-    # What is wrong with an embedding's file is said of its image.
+def pair_embeddings(path: Path, found: Files, read: Read) -> PairedImages:
+    """Pair the images of a source with their embeddings.
+
+    Where any image has an embedding, images without one are rejected. Raises InputError when no
+    embedding has a usable shape.
+    """
+    # What is wrong with an embedding's file is reported with its image.
     found.rejects = [reject for reject in found.rejects if not _is_embedding(reject.source)]
-    told = found.part(_is_embedding)
-    if not told:
-        return Paired(found, found.digest, [])
+    embeddings = found.part(_is_embedding)
+    if not embeddings:
+        return PairedImages(found, found.digest, [])
     images = found.part(is_image)
     images.rejects = found.rejects
-    where = pc.index_in(_stems(images), value_set=_stems(told))
-    images.others = found.others + len(told) - len(where.drop_null().unique())
+    where = pc.index_in(_stems(images), value_set=_stems(embeddings))
+    images.others = found.others + len(embeddings) - len(where.drop_null().unique())
     if where.null_count == len(images):
-        return Paired(images, images.digest, [])
+        return PairedImages(images, images.digest, [])
     without = images.table.filter(where.is_null())["name"].to_pylist()
     images.rejects += [Reject("", os.fsdecode(name), NO_EMBEDDING) for name in without]
-    digest = digest_of([(images.digest.encode(), 0), (told.digest.encode(), 0)])
-    beside = told.table.take(where.drop_null())
+    digest = digest_of([(images.digest.encode(), 0), (embeddings.digest.encode(), 0)])
+    beside = embeddings.table.take(where.drop_null())
     kept = images.table.filter(where.is_valid())
     places = pc.binary_join_element_wise(
         kept["place"], beside["size"].cast(pa.string()).cast(pa.binary()), beside["place"], b"\0"
     )
     images.table = kept.set_column(kept.column_names.index("place"), "place", places)
-    return Paired(images, digest, common_shape(path, beside["size"], beside["place"], read))
+    return PairedImages(images, digest, common_shape(path, beside["size"], beside["place"], read))
 
 
 def common_shape(
     path: Path, sizes: pa.ChunkedArray, places: pa.ChunkedArray, read: Read
 ) -> list[int]:
-    """The shape of the first readable embedding of the length that most have."""
+    """Return the shape of the embeddings, learned from a readable one of the most common length."""
     common = pc.mode(sizes)[0]["mode"]
     problem = ""
     for place in islice(places.filter(pc.equal(sizes, common)).to_pylist(), _TRIED):
@@ -86,10 +90,10 @@ def common_shape(
 
 
 def split_place(place: bytes) -> tuple[bytes, tuple[bytes, int] | None]:
-    """A place of ``pair`` → (the image's, the embedding's and its length)."""
-    image, _, told = place.partition(b"\0")
-    size, _, embedding = told.partition(b"\0")
-    return image, (embedding, int(size)) if told else None
+    """Split a place into the image's, and the embedding's with its length if there is one."""
+    image, _, rest = place.partition(b"\0")
+    size, _, embedding = rest.partition(b"\0")
+    return image, (embedding, int(size)) if rest else None
 
 
 def _is_embedding(name: str) -> bool:
@@ -98,5 +102,5 @@ def _is_embedding(name: str) -> bool:
 
 
 def _stems(files: Files) -> pa.Array:
-    """Names without their suffixes."""
+    """Return the names without their suffixes."""
     return pa.array([os.fsencode(entry.name.rpartition(".")[0]) for entry in files], pa.binary())

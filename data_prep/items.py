@@ -1,4 +1,8 @@
-"""What a dataset's reader provides: a list of what there is, made without decoding anything, and the records of it."""
+"""The interface of a dataset's reader: a listing of its images, and the records of some of them.
+
+Listing decodes nothing, so it is quick and small even for millions of images. Records are made
+later, shard by shard, in any process.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from r2id.data.manifest import Reject
 from r2id.data.records import Record
 
 TEST_SHARE = 0.1
-"""Share of each class that becomes the test split where the source has none of its own."""
+"""Share of each class that becomes the test split where the source has no splits of its own."""
 
 SCHEMA = pa.schema(
     [
@@ -27,16 +31,18 @@ SCHEMA = pa.schema(
         ("block", pa.int32()),
     ]
 )
-"""Columns of a list of items, one row for each; see Item."""
+"""Columns of a table of items; see Item."""
 
-_CHUNK = 1 << 14  # rows that are Python objects at a time
+_CHUNK = 1 << 14  # rows that exist as Python objects at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One source image. ``place`` is what its reader finds it by; ``size`` is an upper bound of its stored bytes.
+    """One image of a source.
 
-    Items of one ``block`` (−1: none) are read together, so they stay together in the shards.
+    ``place`` locates it in the source, in a form of the reader's own (a path, an offset in a tar…).
+    ``size`` is an upper bound of its stored bytes. Items of one ``block`` (−1: none) can only be
+    read together, so they stay together in the shards.
     """
 
     key: str
@@ -47,8 +53,8 @@ class Item:
     block: int = -1
 
 
-class Columns:
-    """Rows that come one by one, kept in columns, because there may be millions."""
+class TableBuilder:
+    """Builds a table row by row, in little memory: there may be millions of rows."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
@@ -75,14 +81,14 @@ class Columns:
         self._rows = []
 
 
-def rows_of(table: pa.Table) -> Iterator[tuple[Any, ...]]:
-    """The rows of a table, a few of them at a time as Python objects."""
+def iter_rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a table, converting a few at a time to Python objects."""
     for batch in table.to_batches(max_chunksize=_CHUNK):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
-class Items(Columns):
-    """A list of items that grows; ``table`` is as SCHEMA says."""
+class ItemTableBuilder(TableBuilder):
+    """Builds a table of items; see SCHEMA."""
 
     def __init__(self) -> None:
         super().__init__(SCHEMA)
@@ -90,41 +96,43 @@ class Items(Columns):
     def add(
         self, split: str, label: int | None, place: bytes, size: int, block: int = -1, key: str = ""
     ) -> None:
-        """``key`` must be unique in its split; none takes the item's number."""
+        """Add an item. ``key`` must be unique in its split; "" stands for the item's number."""
         self.append(key or f"{split}-{len(self):08d}", split, label, place, size, block)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All that a source holds, in an order that depends on the source alone."""
+    """Everything that a source holds, in an order that depends on the source alone."""
 
     items: pa.Table
-    """As SCHEMA says."""
+    """A row per image; see SCHEMA."""
     digest: str
     """Identity of the source's content."""
     newest: int = 0
-    """When the source was last changed, in nanoseconds: what is newer was changed since it was listed."""
+    """Latest modification time in nanoseconds: a newer file has changed since the listing."""
     class_names: list[str] = field(default_factory=list)
     attribute_names: list[str] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     """What cannot become a sample, as far as that is known without reading it."""
-    found: Sequence[str] = ()
-    """What the source turned out to be, in words; some may be empty."""
+    notes: Sequence[str] = ()
+    """What the source was found to be, as phrases for people; some may be empty."""
     embedding_shape: list[int] = field(default_factory=list)
-    """[D] or [T, D] of the texts' embeddings, where there are any."""
+    """[D] or [T, D] of the text embeddings; empty where there are none."""
 
     def describe(self) -> str:
+        """Describe the listing in a line."""
         counts = [
             f"{part['values']} {part['counts']}"
             for part in pc.value_counts(self.items["split"]).to_pylist()
         ]
         parts = [
-            *self.found,
+            *self.notes,
             f"{len(self.items)} images ({', '.join(counts)})",
             f"{len(self.class_names)} classes",
             f"{len(self.attribute_names)} attributes" if self.attribute_names else "",
             f"embeddings of shape {self.embedding_shape}" if self.embedding_shape else "",
-            f"{len(self.rejects)} rejected so far ({self.rejects[0].source}: {self.rejects[0].reason})"
+            f"{len(self.rejects)} rejected so far "
+            f"({self.rejects[0].source}: {self.rejects[0].reason})"
             if self.rejects
             else "",
         ]
@@ -132,10 +140,13 @@ class Listing:
 
 
 class Reader(Protocol):
-    """A dataset as it lies on disk. To open one is cheap and reads nothing that grows with the number of images."""
+    """A dataset as it lies on disk.
+
+    Opening one is cheap: it reads nothing that grows with the number of images.
+    """
 
     def listing(self) -> Listing:
-        """All images. Raises InputError when the source is missing, empty or of another kind."""
+        """List all images; InputError when the source is missing, empty or of another kind."""
         ...
 
     def records(
@@ -145,15 +156,17 @@ class Reader(Protocol):
         newest: int,
         embedding_shape: Sequence[int],
     ) -> Iterator[Record]:
-        """These items' records, each completely decoded; what cannot be goes to ``rejects`` with the reason.
+        """Yield the records of items; each image is decoded completely to see that it is intact.
 
-        WorkError when the source was changed after it was listed; ``newest`` and ``embedding_shape`` are from the listing.
+        Images that cannot be used are added to ``rejects`` with the reason. ``newest`` and
+        ``embedding_shape`` are those of the listing. Raises WorkError when the source has changed
+        since it was listed.
         """
         ...
 
 
 def digest_of(parts: Iterable[tuple[bytes, int]]) -> str:
-    """Of names and lengths: it takes no reading of the images, and does not change when a source is copied."""
+    """Hash names and lengths: this needs no reading of images, and stays the same for a copy."""
     content = hashlib.sha256()
     for name, size in parts:
         content.update(name + b"\0%d\0" % size)
@@ -161,19 +174,19 @@ def digest_of(parts: Iterable[tuple[bytes, int]]) -> str:
 
 
 def stratified_test(labels: Iterable[int | None], share: float) -> np.ndarray:
-    """Which samples are for testing: bool [N], the same share of every class, the same ones every time."""
-    known = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
-    chosen = np.zeros(len(known), dtype=bool)
+    """Choose a test split: bool [N] with the same share of every class, always the same samples."""
+    classes = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+    chosen = np.zeros(len(classes), dtype=bool)
     generator = np.random.Generator(np.random.PCG64(0))
-    for label in np.unique(known):
-        members = np.flatnonzero(known == label)
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
         order = np.argsort(generator.random(len(members)), kind="stable")
         chosen[members[order[: round(share * len(members))]]] = True
     return chosen
 
 
 def number_classes(names: Iterable[str]) -> list[str]:
-    """Distinct names in order: as numbers when all of them are."""
+    """Return the distinct names in order, numerically when all of them are numbers."""
     distinct = set(names)
     if all(name.removeprefix("-").isdecimal() for name in distinct):
         return sorted(distinct, key=int)
