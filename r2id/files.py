@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -47,6 +48,12 @@ def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
     """Write a whole file; see atomic_file."""
     with atomic_file(path, durable) as file:
         file.write(data)
+
+
+def write_json(path: Path, content: object, *, allow_nan: bool = True) -> None:
+    """Write a JSON file that people may read too; see atomic_file."""
+    text = json.dumps(content, indent=1, allow_nan=allow_nan) + "\n"
+    write_atomic(path, text.encode())
 
 
 def fsync(path: Path) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 from r2id.errors import WorkError
@@ -76,12 +75,7 @@ class Progress:
             display.open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for display in self._displays:
             display.close(complete=kind is None)
 

@@ -63,6 +63,20 @@ def find_device(name: str):
         ) from None
 
 
+def report_job(
+    work: Callable[[], dict[str, Any]], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]
+) -> None:
+    """Do one process's part of a job, and report the result on the first of its processes."""
+    from r2id import dist
+
+    try:
+        result, main_process = work(), dist.is_main()
+    finally:
+        dist.shutdown()
+    if main_process:
+        report(result, as_json, lines)
+
+
 def report(
     result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]
 ) -> None:

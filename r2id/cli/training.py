@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from r2id.cli.fields import Fields, Given, with_fields
-from r2id.cli.options import Device, Json, Overrides, app, find_device, report
+from r2id.cli.options import Device, Json, Overrides, app, find_device, report, report_job
 from r2id.config import EncodeConfig, PipelineRun, build, load_config
 from r2id.errors import InputError
 
@@ -67,7 +67,6 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one stage; goes on by itself where the run directory holds a checkpoint."""
-    from r2id import dist
     from r2id.training.loop import train as run_train
 
     settings = load_config(config, overrides or ())
@@ -75,12 +74,7 @@ def train(
         raise InputError(
             f"{config}: stage 'pipeline' is for r2id run; r2id train takes 'riae' or 'r2id'"
         )
-    try:
-        result, main_process = run_train(settings, profile=profile), dist.is_main()
-    finally:
-        dist.shutdown()
-    if main_process:
-        report(result, as_json, _train_lines)
+    report_job(lambda: run_train(settings, profile=profile), as_json, _train_lines)
 
 
 def _train_lines(figures: dict[str, Any]) -> list[str]:
@@ -106,24 +100,17 @@ def encode(
     as_json: Json = False,
 ) -> None:
     """Encode a whole dataset into a cache of raw latents; under torchrun in as many processes."""
-    from r2id import dist
     from r2id.training.encode import encode as run_encode
 
     config = build(EncodeConfig, settings)
-    try:
-        result = run_encode(riae, shards, out, **dict(config), device=find_device(device))
-        main_process = dist.is_main()
-    finally:
-        dist.shutdown()
-    if main_process:
-        report(
-            result,
-            as_json,
-            lambda r: [
-                f"{r['out']}: {r['images']} images encoded"
-                + (f", {r['reused']} found in place" if r["reused"] else "")
-            ],
-        )
+    report_job(
+        lambda: run_encode(riae, shards, out, **dict(config), device=find_device(device)),
+        as_json,
+        lambda r: [
+            f"{r['out']}: {r['images']} images encoded"
+            + (f", {r['reused']} found in place" if r["reused"] else "")
+        ],
+    )
 
 
 @app.command()

@@ -17,6 +17,7 @@ from r2id.cli.options import (
     parse_sizes,
     parse_window,
     report,
+    report_job,
 )
 from r2id.config import EvaluateConfig, SampleConfig, SamplerConfig, build
 from r2id.config.arguments import parse_size
@@ -113,23 +114,16 @@ def _draw_many(
     options: dict[str, Any],
     as_json: bool,
 ) -> None:
-    from r2id import dist
     from r2id.sampling.files import draw_many
 
-    try:
-        result = draw_many(checkpoint, out, **options, kind=kind, settings=sampler)
-        main_process = dist.is_main()
-    finally:
-        dist.shutdown()
-    if main_process:
-        report(
-            result,
-            as_json,
-            lambda r: [
-                f"{r['out']}: {r['images']} samples of {r['size'][0]}x{r['size'][1]}"
-                + (f", {r['reused']} found in place" if r["reused"] else "")
-            ],
-        )
+    report_job(
+        lambda: draw_many(checkpoint, out, **options, kind=kind, settings=sampler),
+        as_json,
+        lambda r: [
+            f"{r['out']}: {r['images']} samples of {r['size'][0]}x{r['size'][1]}"
+            + (f", {r['reused']} found in place" if r["reused"] else "")
+        ],
+    )
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -49,14 +50,7 @@ def table(
         word.set_axis_off()
         word.text(1, 0.5, name, ha="right", va="center", transform=word.transAxes)
         for image, place in zip(row, places, strict=True):
-            place.imshow(
-                to_bytes(image).squeeze(-1).numpy(),
-                cmap="gray",
-                vmin=0,
-                vmax=255,
-                interpolation="nearest",
-            )
-            place.set(xticks=[], yticks=[])
+            _show(place, image)
             place.spines[:].set_visible(False)
     for place, name in zip(axes[0], columns, strict=False):
         place.set_title(name, fontsize=10)
@@ -166,15 +160,8 @@ def captioned(images: Sequence[Tensor], captions: Sequence[str], columns: int = 
     figure = Figure((_CELL * columns + 0.2, (_CELL * ratio + 0.4) * rows), layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, image, caption in zip(places, images, captions, strict=False):
-        place.imshow(
-            to_bytes(image).squeeze(-1).numpy(),
-            cmap="gray",
-            vmin=0,
-            vmax=255,
-            interpolation="nearest",
-        )
+        _show(place, image)
         place.set_xlabel(caption, fontsize=8)
-        place.set(xticks=[], yticks=[])
     for place in places[len(images) :]:
         place.set_axis_off()
     return _png(figure)
@@ -184,6 +171,13 @@ def _tidy(axes: Any) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _show(place: Axes, image: Tensor) -> None:
+    """Draw an image [C, H, W] in [−1, 1] as it is, without ticks."""
+    pixels = to_bytes(image).squeeze(-1).numpy()
+    place.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    place.set(xticks=[], yticks=[])
 
 
 def _png(figure: Figure) -> bytes:

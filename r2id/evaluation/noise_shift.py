@@ -17,7 +17,6 @@ Shape letters: L latent channels · h, w latent grid · P logSNRs.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from r2id.errors import InputError, WorkError
 from r2id.evaluation import figures
 from r2id.evaluation.r2id import Latents, encode_resized
 from r2id.evaluation.riae import scale_size
-from r2id.files import write_atomic
+from r2id.files import write_atomic, write_json
 from r2id.models.coords import Size
 from r2id.progress import Progress
 from r2id.sampling import noise_shift
@@ -117,7 +116,7 @@ def measure_noise_shift(
         "data": opened.digest,
         "checkpoint": checkpoints.identity(checkpoint),
     }
-    write_atomic(out / noise_shift.NAME, (json.dumps(found, indent=1) + "\n").encode())
+    write_json(out / noise_shift.NAME, found)
     write_atomic(out / "noise-shift.png", figures.noise_shift(found))
     if apply:
         noise_shift.apply(checkpoint, found)

@@ -7,7 +7,6 @@ rests on is recorded by r2id.evaluation.provenance.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from r2id.evaluation.r2id import (
 )
 from r2id.evaluation.report import render
 from r2id.evaluation.riae import measure_riae, reconstruct_examples, scale_size
-from r2id.files import write_atomic
+from r2id.files import write_atomic, write_json
 from r2id.images import to_float
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
@@ -373,7 +372,5 @@ def _write(out: Path, metrics: Metrics, pictures: Pictures) -> None:
     for file in (out / "figures").glob("*.png"):
         if file.stem not in pictures:
             file.unlink()
-    write_atomic(
-        out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode()
-    )
+    write_json(out / "metrics.json", metrics, allow_nan=False)
     write_atomic(out / "report.html", render(metrics, pictures).encode())

@@ -35,7 +35,7 @@ from r2id.data.manifest import Manifest, SplitEntry, shard_file
 from r2id.data.records import Record
 from r2id.data.shard_writer import write_shard_files
 from r2id.errors import InputError, WorkError
-from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic
+from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic, write_json
 from r2id.images import encode_png
 from r2id.models.coords import Size
 from r2id.progress import Progress
@@ -235,14 +235,14 @@ def _begin(plan: Plan) -> list[range]:
     if _read(plan.out / RESULT) is None:
         plan.out.mkdir(parents=True, exist_ok=True)
         sweep(plan.out)
-        _write_json(plan.out / PLAN, plan.facts)
+        write_json(plan.out / PLAN, plan.facts)
     return [part for part in plan.parts if not plan.done(part)]
 
 
 def _finish(plan: Plan) -> str:
     """Commit what was drawn; the digest of it."""
     digest = _seal(plan) if plan.sharded else _digest(plan)
-    _write_json(plan.out / RESULT, {**plan.facts, "digest": digest})
+    write_json(plan.out / RESULT, {**plan.facts, "digest": digest})
     return digest
 
 
@@ -333,7 +333,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not isinstance(stored, dict):
         raise InputError(f"{path}: damaged; remove {path.parent} and sample again")
     return stored
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -14,7 +14,7 @@ from typing import Any
 
 from r2id.checkpoints import checkpoint
 from r2id.errors import InputError, WorkError
-from r2id.files import write_atomic
+from r2id.files import write_json
 from r2id.progress import say
 
 NAME = "noise-shift.json"
@@ -33,7 +33,7 @@ def apply(path: Path, found: Mapping[str, Any]) -> Path:
     if not (math.isfinite(found["k"]) and found["k"] >= 0):
         raise WorkError(f"k = {found['k']:.3f}: cannot be applied; must be at least 0")
     file = applied_file(path)
-    write_atomic(file, (json.dumps(found, indent=1) + "\n").encode())
+    write_json(file, found)
     return file
 
 
