@@ -1,4 +1,4 @@
-"""What the config does to a model's blocks before training."""
+"""Preparing a model's blocks for training: compilation and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from r2id.config import TrainConfig
 
 
 def prepare_blocks(blocks: Sequence[nn.Module], train: TrainConfig) -> None:
-    """Compile a model's blocks, and keep no activations inside those that are to compute them again in the backward
-    pass, as the config says."""
+    """Compile a model's blocks and checkpoint their activations, as the config says.
+
+    A block whose activations are checkpointed keeps none of them: it computes them again in the
+    backward pass, which takes time and saves memory.
+    """
     chosen = train.activation_checkpointing
     every = chosen if isinstance(chosen, int) else {"none": 0, "all": 1}[chosen]
     for number, block in enumerate(blocks, start=1):

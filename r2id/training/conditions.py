@@ -1,4 +1,4 @@
-"""What an R2ID is told of an image: which of a shard set's facts, and how many of them there are.
+"""The conditions of an R2ID: which facts of a shard set it is given, and how many there are.
 
 Shape letters: B batch · A attributes · D width of an embedding · T its tokens.
 """
@@ -17,14 +17,14 @@ from r2id.errors import InputError
 
 
 def known_conditions(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
-    """How many classes or attributes the model is to know, and the names of the attributes or the shape of embeddings.
+    """Return what the model must know of its conditions to be built.
 
-    InputError when the set has none of what the config asks for."""
-    kind, names, shape = (
-        config.r2id.condition,
-        shards.manifest.attribute_names,
-        shards.manifest.embedding_shape,
-    )
+    ``classes`` is the number of classes or attributes; ``attributes`` are their names, or
+    ``embedding`` the shape of embeddings, where those are the condition. Raises InputError when the
+    set has none of what the config asks for.
+    """
+    kind = config.r2id.condition
+    names, shape = shards.manifest.attribute_names, shards.manifest.embedding_shape
     if (kind == "attributes" and not names) or (kind == "embedding" and not shape):
         raise InputError(f"r2id.condition = {kind!r}: {shards.folder} has none")
     if kind == "attributes":
@@ -35,10 +35,11 @@ def known_conditions(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
 
 
 def conditions_of(config: R2idRun, batch: Mapping[str, Tensor]) -> Tensor:
-    """What a batch's images are to be drawn under: classes int64 [B] (−1: none), attributes int8 [B, A], or embeddings
-    float16 [B, D] or [B, T, D]."""
-    if config.r2id.condition in ("attributes", "embedding"):
-        return batch[config.r2id.condition]
-    return (
-        batch["label"] if config.r2id.condition == "class" else torch.full_like(batch["label"], -1)
-    )
+    """Return the conditions of a batch's images.
+
+    Classes int64 [B] (−1: none), attributes int8 [B, A], or embeddings float16 [B, D] or [B, T, D].
+    """
+    kind = config.r2id.condition
+    if kind in ("attributes", "embedding"):
+        return batch[kind]
+    return batch["label"] if kind == "class" else torch.full_like(batch["label"], -1)

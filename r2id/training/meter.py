@@ -1,4 +1,4 @@
-"""What training measures of itself: means of its figures, rates, where the time goes, and memory."""
+"""Measuring a training run: means of its losses, rates, where the time goes, and memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Figures = dict[str, float]
 
 
 class Meter:
-    """Figures since the last reading and of the whole run. Tensors stay on the device until they are read.
+    """Figures since the last reading, and of the whole run.
 
-    ``cost`` tells what an image of a size takes (asked once a size) and ``peak`` is the FLOP/s that one process can reach in
-    matrix products. Saving and drawing do not count as time.
+    ``cost`` counts what training on an image of a size takes (asked once a size); ``peak`` is the
+    FLOP/s that one process can reach in matrix products. Tensors stay on the device until they are
+    read, so that no step waits for them. Saving and drawing do not count as time.
     """
 
     def __init__(self, device: torch.device, cost: Callable[[Size], Cost], peak: float) -> None:
@@ -34,62 +35,66 @@ class Meter:
         self._mark = time.perf_counter()
 
     def lap(self, kind: str) -> None:
-        """The time since the last lap was spent on this: data, step or pause."""
+        """Count the time since the last lap as ``kind``: data, step or pause."""
         now = time.perf_counter()
         self._last.seconds[kind] += now - self._mark
         self._mark = now
 
     def add(self, figures: dict[str, Tensor], images: int, size: Size) -> None:
-        """A micro-batch's figures, and its images of this size in this process."""
+        """Count a micro-batch of this process: its figures, and its images, all of one size."""
         for key, value in figures.items():
-            self._sums[key] = (
-                self._sums.get(key, torch.zeros((), device=self.device)) + value.float()
-            )
+            before = self._sums.get(key, torch.zeros((), device=self.device))
+            self._sums[key] = before + value.float()
         self._micro_batches += 1
         self._last.images[size] += images
 
     def read(self) -> Figures:
-        """Close the interval. Means over micro-batches and ranks, and the interval's rates; see ``rates``."""
+        """Return means over micro-batches and ranks, and rates, since the last reading.
+
+        Every rank must call it, for sums are reduced over all.
+        """
         means = {
             key: float(dist.all_reduce_sum(total / self._micro_batches)) / dist.world_size()
             for key, total in self._sums.items()
         }
-        self.lap("step")  # after the sums were read, so that a GPU has finished its work
+        # After the sums were read, which makes the host wait until a GPU has finished its work.
+        self.lap("step")
         for size in self._last.images.keys() - self._costs.keys():
             self._costs[size] = self._cost(size)
-        self.lap("pause")
+        self.lap("pause")  # counting operations is no time of training
         figures = {**means, **self._rates(self._last)}
         self._run.add(self._last)
         self._last, self._sums, self._micro_batches = _Tally(), {}, 0
         return figures
 
     def summary(self) -> Figures:
-        """Rates of the whole run, as far as it was read."""
+        """Return the rates of the whole run, as far as it was read."""
         return self._rates(self._run)
 
     def _rates(self, tally: _Tally) -> Figures:
-        """Images and tokens (latents) per second of the whole job; TFLOP/s of one process, for the model's own work alone,
-        and its share of the peak (model FLOP/s utilisation, Chowdhery et al. 2022, appendix B); share of time spent waiting
-        for data; peak memory in GiB."""
+        """Compute the rates of a tally.
+
+        Images and tokens (latents) per second are of the whole job. TFLOP/s are of one process, for
+        the model's own work alone, and ``mfu`` is their share of the peak (model FLOP/s
+        utilisation, Chowdhery et al. 2022, appendix B). ``data_wait`` is the share of time spent
+        waiting for data; memory is the peak.
+        """
         busy = tally.seconds["data"] + tally.seconds["step"]
-        images = sum(tally.images.values())
-        tokens, flops = (
-            sum(getattr(self._costs[size], name) * count for size, count in tally.images.items())
-            / busy
-            for name in ("tokens", "flops")
-        )
+        images, counts = sum(tally.images.values()), tally.images.items()
+        tokens = sum(self._costs[size].tokens * count for size, count in counts)
+        flops = sum(self._costs[size].flops * count for size, count in counts)
         return {
             "images_per_second": images * dist.world_size() / busy,
-            "tokens_per_second": tokens * dist.world_size(),
-            "tflops_per_process": flops / 1e12,
-            "mfu": flops / self.peak,
+            "tokens_per_second": tokens * dist.world_size() / busy,
+            "tflops_per_process": flops / busy / 1e12,
+            "mfu": flops / busy / self.peak,
             "data_wait": tally.seconds["data"] / busy,
             "memory_gib": peak_memory(self.device) / 2**30,
         }
 
 
 class _Tally:
-    """Images by size, and seconds by what they were spent on."""
+    """Images counted by their size, and seconds by what they were spent on."""
 
     def __init__(self) -> None:
         self.images: Counter[Size] = Counter()
@@ -102,17 +107,17 @@ class _Tally:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory in bytes so far: of the GPU's allocator, or of the process."""
+    """Return the largest memory in bytes so far: of the GPU's allocator, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes if sys.platform == "darwin" else kibibytes * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024  # Linux counts in KiB
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this process in one large product of square matrices: the best of some, in about a tenth of a second.
+    """Measure the FLOP/s of this process in one large product of square matrices.
 
-    Of 8192 rows on a GPU, 1024 on a CPU.
+    The best of several, in about a tenth of a second; 8192 rows on a GPU, 1024 on a CPU.
     """
     cuda = device.type == "cuda"
     side = 8192 if cuda else 1024

@@ -1,4 +1,4 @@
-"""Where a loss or gradient that is not finite comes from."""
+"""Finding out where a loss or gradient that is not finite comes from."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def blame(loss: nn.Module, forward: Callable[[], Any]) -> str:
-    """The first place that holds a value which is not finite, in words: a parameter, a module's input or output when the
-    stage module ``loss`` (which holds ``model``) runs once more, or else the backward pass. ``forward`` runs the batch that
-    is suspected."""
+    """Name the first place that holds a value which is not finite, in words.
+
+    That is a parameter, or a module's input or output when ``forward`` runs the suspected batch
+    through the loss module once more, or else the backward pass.
+    """
     for name, parameter in loss.named_parameters():
         if not _finite(parameter):
             return f"parameter {name.removeprefix('model.')} holds values that are not finite"
@@ -26,7 +28,7 @@ def blame(loss: nn.Module, forward: Callable[[], Any]) -> str:
 
 @contextmanager
 def _watched(loss: nn.Module, found: list[str]) -> Iterator[None]:
-    """Within this block modules say what goes wrong in them, innermost first."""
+    """Within this block modules note in ``found`` what goes wrong in them, innermost first."""
 
     def watch(name: str) -> Callable[..., None]:
         def look(_module: nn.Module, inputs: Any, output: Any) -> None:

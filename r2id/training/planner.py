@@ -24,7 +24,7 @@ from r2id.training.memory_estimate import Sharding, peak
 from r2id.training.workload import Dimensions, Workload, image_cost, parameter_count
 
 RUNTIME = 2_000_000_000
-"""Bytes of a GPU that no tensor holds: CUDA's context and kernels, NCCL's buffers, fragmentation."""
+"""Bytes of a GPU that no tensor holds: CUDA, kernels, NCCL's buffers, fragmentation."""
 
 
 def find_dimensions(

@@ -26,9 +26,9 @@ from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training.conditions import conditions_of, known_conditions
+from r2id.training.latent_statistics import latent_statistics
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss
-from r2id.training.statistics import latent_statistics
 from r2id.training.workload import Cost, Dimensions, Workload, image_cost
 
 _STATISTICS_IMAGES = 2048  # images from which the latents' mean and deviation are measured

@@ -1,4 +1,4 @@
-"""Mean and spread of an RIAE's latents over the training images, by which diffusion normalises them.
+"""Mean and standard deviation of an RIAE's latents, by which diffusion normalises them.
 
 Shape letters: B batch · L latent channels · h, w latent grid.
 """
@@ -14,8 +14,11 @@ from torch import Tensor
 
 
 def latent_statistics(encode: Any, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Mean and standard deviation per channel of encode(images) over all cells: {"mean": [L], "std": [L]}, in float64
-    sums. A channel that never varies gets standard deviation 1: there is nothing to scale."""
+    """Measure mean and standard deviation per channel of encode(images), over all cells.
+
+    Returns {"mean": [L], "std": [L]}. Sums are float64. A channel that never varies gets standard
+    deviation 1: there is nothing to scale.
+    """
     total = squares = torch.zeros((), dtype=torch.float64)
     count = 0
     for images in batches:
