@@ -83,7 +83,7 @@ def step(state: TrainState) -> None:
 
 
 def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
-    """Return the learning rate of a step (from 0) of so many in total.
+    """Return the learning rate of a step (from 0) of a run of ``total`` steps.
 
     A linear warm-up from 0 to lr, then a cosine (Loshchilov & Hutter 2017) to lr_end at the last.
     """

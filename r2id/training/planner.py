@@ -48,7 +48,7 @@ def find_dimensions(
 def _expected_conditions(
     config: R2idRun, shards: ShardSet | None, classes: int | None
 ) -> dict[str, Any]:
-    """Return known_conditions of the shards, or of so many classes where those are given."""
+    """Return known_conditions of the shards, or ``classes`` where that is given."""
     kind = config.r2id.condition
     missing = f"data.shards = '{config.data.shards}': no shards there yet"
     if kind == "embedding" and shards is None:
@@ -101,7 +101,7 @@ def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
 
 
 def memory(workload: Workload, gpus: int, as_on_gpu: bool = True) -> dict[str, int]:
-    """Estimate the bytes of one of so many processes, by part and in total; see ``peak``."""
+    """Estimate the bytes of one process of ``gpus``, by part and in total; see ``peak``."""
     config = workload.config
     with torch.device("meta"):
         parameters = parameter_count(workload.module())

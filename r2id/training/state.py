@@ -32,7 +32,7 @@ class TrainState:
     task: Task
     engine: Engine
     profile: bool = False
-    """Whether ten steps are to be traced."""
+    """Whether to trace ten steps."""
     start: int = 0
     """The step that this process began at: 0, or that of the checkpoint it went on from."""
     step: int = 0
@@ -45,13 +45,13 @@ class TrainState:
     """Whether the run ends after this step, with everything saved: on all ranks or on none."""
 
     micro_batches: list[Batch] = field(default_factory=list)
-    """Of the last step."""
+    """This process's share of the step in progress, or else of the last one."""
     results: list[MicroBatchResult] = field(default_factory=list)
-    """Of the last step; none when it was left out."""
+    """What each of these micro-batches came to; empty when the step was left out."""
     lr: float = 0.0
-    """Of the last step."""
+    """Learning rate of the last step."""
     grad_norm: Tensor | float = 0.0
-    """Of the last step, before clipping, on the device."""
+    """Gradient norm of the last step before clipping, on the device; NaN when it was left out."""
     figures: dict[str, float] = field(default_factory=dict)
     """Mean losses and rates, as they were logged last."""
     checkpoint: Path | None = None
@@ -73,7 +73,7 @@ class TrainState:
         return self.step >= self.config.train.steps
 
     def due(self, every: int) -> bool:
-        """Tell whether to do now what is done every so many steps, and after the last one."""
+        """Tell whether this step is a multiple of ``every``, or the last one."""
         return self.step % every == 0 or self.finished
 
     @property

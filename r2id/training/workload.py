@@ -130,7 +130,7 @@ class Workload:
         return self.dimensions.riae is not None and self.config.data.latents is None
 
     def encode(self, samples: int) -> Callable[[], object]:
-        """Make a function that encodes so many images by the codec."""
+        """Make a function that encodes this number of images by the codec."""
         codec, image = self.codec(), self._images(samples)
         bfloat16 = self.config.train.autocast
 

@@ -68,7 +68,7 @@ def engine(precision: str = "float32", device: str = "cpu", **optim: float) -> E
 
 
 def test_update_is_clipped_adamw() -> None:
-    """Against torch's plain loop: the unfused optimizer after clip_grad_norm_, and an average by hand."""
+    """Against torch's plain loop: the unfused optimizer after clip_grad_norm_, an average by hand."""
     torch.manual_seed(0)
     loss_module = Loss()
     model = loss_module.model
@@ -131,7 +131,7 @@ def test_not_finite_stops_before_the_update(scale: float) -> None:
     trained.step(0.1, 0)
     before = values(trained)
     trained.backward(trained.forward({"x": X, "scale": scale})[0], 1)
-    with pytest.raises(NonFiniteError, match=r"step 1: .* before the update"):
+    with pytest.raises(NonFiniteError, match="step 1"):
         trained.step(0.1, 1)
     for (name, p), average in zip(trained.names.items(), trained.ema.averages["ema"], strict=True):
         assert torch.equal(p, before["model"][name]) and torch.equal(average, before["ema"][name])

@@ -27,7 +27,7 @@ RATES = {
 
 @pytest.mark.parametrize("latents", [None, "cache"])
 def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
-    """Products of the tokens with every matrix, of the queries with the keys and of the scores with the values."""
+    """Products of tokens and matrices, of queries and keys, and of scores and values."""
     config = load_config(
         CONFIGS / "digits" / "r2id.toml",
         [
@@ -148,10 +148,7 @@ def test_a_trace_has_ten_steps(digits, tmp_path: Path, capfd: pytest.CaptureFixt
         ),
         profile=True,
     )
-    assert (
-        "nothing was traced: that takes 6 steps" in capfd.readouterr().err
-        and not (run / "profile").exists()
-    )
+    assert "6 steps" in capfd.readouterr().err and not (run / "profile").exists()
     train(
         load_config(
             CONFIGS / "digits" / "riae.toml", [*settings, "train.steps=24", "train.batch=16"]

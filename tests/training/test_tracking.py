@@ -1,4 +1,7 @@
-"""Tracking against a real SQLite store: what is recorded, what a continued run skips, what an unreachable store does."""
+"""Tracking against a real SQLite store.
+
+What is recorded, what a continued run skips, and what a store does that cannot be reached.
+"""
 
 import json
 import os
@@ -171,7 +174,7 @@ def test_a_store_that_comes_back_gets_everything(
 
 
 class Trouble:
-    """A run of ten steps, recorded at each, during which the store goes away at step 3 and comes back before step 8."""
+    """A run of ten recorded steps, whose store goes away at step 3 and comes back before step 8."""
 
     def __init__(
         self,
