@@ -18,7 +18,7 @@ _TEST_SHARE = 0.2
 _BRIGHTEST = 16
 
 
-def open_digits(source: Path | None) -> ArrayReader:
+def open_digits(source: Path | None, _downloads: Path, _max_pixels: int) -> ArrayReader:
     """Open the digits; InputError when a source is given, because they need none."""
     if source is not None:
         raise InputError(f"source {source}: digits come with scikit-learn and take no source")

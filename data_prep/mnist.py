@@ -41,7 +41,7 @@ _CHUNK = 1 << 24  # bytes
 _TIMEOUT = 60  # seconds without an answer
 
 
-def open_mnist(source: Path | None, downloads: Path) -> ArrayReader:
+def open_mnist(source: Path | None, downloads: Path, _max_pixels: int) -> ArrayReader:
     """Read the four IDX files, ``.gz`` or not, from ``source``; download MNIST where it is None.
 
     They may lie in ``source`` itself, in raw/, or in MNIST/raw, FashionMNIST/raw and so on. Names

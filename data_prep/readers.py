@@ -1,42 +1,83 @@
-"""The datasets by name: to add one, write its reader in a file of its own and list it here.
+"""The datasets by name, and how each is opened.
 
-Readers are imported only when they are opened, because some need large libraries.
+To add a dataset, write its reader (see data_prep.items.Reader) in a file of its own and add a line to DATASETS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_prep.items import Reader
 from r2id.config import PrepareConfig
 from r2id.errors import InputError
+
+if TYPE_CHECKING:  # the command line lists the datasets without loading what readers need
+    from data_prep.items import Reader
 
 DOWNLOADS = "source"
 """Subfolder of a shard set for downloaded or decompressed files."""
 
-_OPTIONS = {"labels": ("folder",), "label": ("celeba",), "images": ("celeba",)}
-"""The datasets that take each of the options that not all take."""
+
+@dataclass(frozen=True)
+class Dataset:
+    """How a dataset is opened."""
+
+    opener: str
+    """``module:name`` of what makes the Reader from (source, folder for downloads, most pixels of an image, **options).
+
+    It is imported only when the dataset is opened."""
+    about: str
+    """What it is, for the help of ``r2id prepare``."""
+    options: tuple[str, ...] = ()
+    """Fields of PrepareConfig that only some datasets take, this one among them."""
+
+
+DATASETS = {
+    "digits": Dataset("data_prep.digits:open_digits", "shipped, 8x8"),
+    "mnist": Dataset("data_prep.mnist:open_mnist", "IDX files"),
+    "celeba": Dataset(
+        "data_prep.celeba:CelebaReader", "its published or Kaggle's files", ("images", "label")
+    ),
+    "imagenet": Dataset("data_prep.imagenet:open_imagenet", "tars, Kaggle, Parquet or folders"),
+    "folder": Dataset(
+        "data_prep.folder:FolderReader",
+        "any folder, tar or zip of images; NAME.npy beside one is the embedding of its text",
+        ("labels",),
+    ),
+    "webdataset": Dataset(
+        "data_prep.webdataset:WebdatasetReader", "existing tars, embeddings likewise"
+    ),
+}
 
 
 def check_options(config: PrepareConfig) -> None:
-    """Raise InputError for an option that the dataset does not take."""
-    for name, datasets in _OPTIONS.items():
-        if (
-            getattr(config, name) != PrepareConfig.model_fields[name].default
-            and config.dataset not in datasets
-        ):
+    """Raise InputError for an unknown dataset, or an option that the dataset does not take."""
+    if config.dataset not in DATASETS:
+        raise InputError(
+            f"dataset {config.dataset!r}: must be one of {', '.join(map(repr, DATASETS))}"
+        )
+    for name in sorted({name for dataset in DATASETS.values() for name in dataset.options}):
+        value, takers = getattr(config, name), [n for n in DATASETS if name in DATASETS[n].options]
+        if value != PrepareConfig.model_fields[name].default and config.dataset not in takers:
             raise InputError(
-                f"{name} = {getattr(config, name)}: dataset {config.dataset!r} takes no such "
-                f"option, {', '.join(datasets)} does"
+                f"{name} = {value}: dataset {config.dataset!r} takes no such option, "
+                f"{', '.join(takers)} does"
             )
 
 
 def open_reader(config: PrepareConfig) -> Reader:
-    """Open the reader of a dataset; InputError when its source is missing."""
-    max_pixels = round(config.max_megapixels * 1e6)
-    return READERS[config.dataset](config, config.out / DOWNLOADS, max_pixels)
+    """Open a dataset; InputError when its source is missing or it is none of DATASETS."""
+    check_options(config)
+    dataset = DATASETS[config.dataset]
+    module, _, name = dataset.opener.partition(":")
+    return getattr(importlib.import_module(module), name)(
+        config.source,
+        config.out / DOWNLOADS,
+        round(config.max_megapixels * 1e6),
+        **{option: getattr(config, option) for option in dataset.options},
+    )
 
 
 @lru_cache(maxsize=1)
@@ -46,50 +87,3 @@ def cached_reader(config: PrepareConfig, _newest: int) -> Reader:
     ``_newest`` is part of the cache's key: a source that was changed and listed again is reopened.
     """
     return open_reader(config)
-
-
-def _digits(config: PrepareConfig, _downloads: Path, _max_pixels: int) -> Reader:
-    from data_prep.digits import open_digits
-
-    return open_digits(config.source)
-
-
-def _mnist(config: PrepareConfig, downloads: Path, _max_pixels: int) -> Reader:
-    from data_prep.mnist import open_mnist
-
-    return open_mnist(config.source, downloads)
-
-
-def _celeba(config: PrepareConfig, downloads: Path, max_pixels: int) -> Reader:
-    from data_prep.celeba import CelebaReader
-
-    return CelebaReader(config.source, downloads, max_pixels, config.images, config.label)
-
-
-def _imagenet(config: PrepareConfig, downloads: Path, max_pixels: int) -> Reader:
-    from data_prep.imagenet import open_imagenet
-
-    return open_imagenet(config.source, downloads, max_pixels)
-
-
-def _folder(config: PrepareConfig, downloads: Path, max_pixels: int) -> Reader:
-    from data_prep.folder import FolderReader
-
-    return FolderReader(config.source, downloads, max_pixels, config.labels)
-
-
-def _webdataset(config: PrepareConfig, downloads: Path, max_pixels: int) -> Reader:
-    from data_prep.webdataset import WebdatasetReader
-
-    return WebdatasetReader(config.source, downloads, max_pixels)
-
-
-READERS: dict[str, Callable[[PrepareConfig, Path, int], Reader]] = {
-    "digits": _digits,
-    "mnist": _mnist,
-    "celeba": _celeba,
-    "imagenet": _imagenet,
-    "folder": _folder,
-    "webdataset": _webdataset,
-}
-"""By dataset, a function of (config, folder for downloads, pixel limit) that opens its reader."""

@@ -18,6 +18,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from data_prep.readers import check_options
 from pipelines.artifacts import how_to_open_mlflow
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
 from pipelines.orchestration import prefect_ready
@@ -48,6 +49,7 @@ class Pipeline:
         )
         self.samples, self.report = self.out / "samples", self.out / "report"
         self.record_file = self.out / "pipeline.json"
+        check_options(config.prepare)
         self.executed: list[dict[str, Any]] = []
         self.environment: dict[str, str] = {}
         # Both are read now, so that a misspelt option is told before hours of work and not after.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from data_prep.readers import DATASETS
 from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import Json, app, report
 from r2id.config import DataConfig, PrepareConfig, TrainConfig, build
@@ -25,11 +26,10 @@ _STATS_FIELDS = ("size", "window", "max_pixels", "batch_pixels")
 @with_fields
 def prepare(
     dataset: Annotated[
-        Literal["digits", "mnist", "celeba", "imagenet", "folder", "webdataset"],
+        str,
         typer.Argument(
-            help="digits: shipped, 8x8; mnist: IDX files; celeba; imagenet: tars, Kaggle, Parquet "
-            "or folders; folder: any folder, tar or zip of images; webdataset: existing tars. "
-            "NAME.npy beside an image of the last two is the embedding of its text."
+            metavar="DATASET",
+            help=". ".join(f"{name}: {dataset.about}" for name, dataset in DATASETS.items()) + ".",
         ),
     ],
     settings: Annotated[Given, Fields(PrepareConfig, without=("dataset",))],

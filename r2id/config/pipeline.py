@@ -14,7 +14,8 @@ from r2id.config.training import TrackingConfig
 class PrepareConfig(Section):
     """Which dataset becomes shards, and how they are written."""
 
-    dataset: Literal["digits", "mnist", "celeba", "imagenet", "folder", "webdataset"]
+    dataset: str = Field(min_length=1)
+    """Name of the dataset, one of data_prep.readers.DATASETS."""
     source: PathField | None = None
     """The dataset's files; none takes what the library ships (digits) or downloads it (mnist)."""
     out: PathField

@@ -1,0 +1,42 @@
+"""The table of datasets: a line in it is all that the rest of the product needs to know a reader."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.arrays import ArrayReader
+from data_prep.prepare import prepare
+from data_prep.readers import DATASETS, Dataset, check_options, open_reader
+from r2id.config import PrepareConfig
+from r2id.data.shards import ShardSet
+from r2id.errors import InputError
+
+
+def open_dots(source: Path | None, _downloads: Path, _max_pixels: int) -> ArrayReader:
+    assert source is not None
+    images = np.eye(9, dtype=np.uint8).reshape(9, 3, 3) * 255
+    return ArrayReader({"train": (images, np.arange(9))}, [str(place) for place in range(9)])
+
+
+def test_a_reader_and_a_line_are_a_new_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASETS, "dots", Dataset(f"{__name__}:open_dots", "nine dots"))
+    config = PrepareConfig(dataset="dots", source=tmp_path, out=tmp_path / "set")
+    shards = ShardSet.open(prepare(config))
+    assert shards.manifest.dataset == "dots"
+    assert shards.summary()["samples"] == {"train": 9}
+
+
+def test_lines_name_fields_of_the_config() -> None:
+    for dataset in DATASETS.values():
+        assert set(dataset.options) <= PrepareConfig.model_fields.keys()
+
+
+def test_an_unknown_dataset_is_an_input_error(tmp_path: Path) -> None:
+    config = PrepareConfig(dataset="mnits", out=tmp_path / "set")
+    for use in (check_options, open_reader, prepare):
+        with pytest.raises(InputError, match=r"'mnits'.*'mnist'"):
+            use(config)
+    assert not config.out.exists()
