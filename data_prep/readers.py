@@ -1,6 +1,7 @@
 """The datasets by name, and how each is opened.
 
-To add a dataset, write its reader (see data_prep.items.Reader) in a file of its own and add a line to DATASETS.
+To add a dataset, write its reader (see data_prep.items.Reader) in a file of its own and add a line
+to DATASETS.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ class Dataset:
     """How a dataset is opened."""
 
     opener: str
-    """``module:name`` of what makes the Reader from (source, folder for downloads, most pixels of an image, **options).
-
-    It is imported only when the dataset is opened."""
+    """``module:name`` of what makes the Reader, called with the source, a folder for downloads, the
+    most pixels that an image may have, and the ``options``. It is imported when it is called."""
     about: str
     """What it is, for the help of ``r2id prepare``."""
     options: tuple[str, ...] = ()

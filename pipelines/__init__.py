@@ -1,10 +1,16 @@
-"""Prefect flows, one for each stage and one for all of them; they start the stages as processes and pass paths."""
+"""Prefect flows, one for each stage and one for all; stages are processes and are passed paths.
+
+Start at pipeline.py (run_pipeline); flows.py has the stages, subprocesses.py their processes,
+preparation.py the sharding of datasets, artifacts.py what Prefect shows and orchestration.py its
+server.
+"""
 
 import os as _os
 
-# Prefect reads these when it is imported, so they are set before any module of this package can import it.
-# Its console log repeats what the stages say and answers a misspelt option with pages of traceback; the log in its own
-# database is complete. Whoever wants another setting sets the variable beforehand.
+# Prefect reads these when it is imported, so they are set before any module of this package can
+# import it. Its console log repeats what the stages say and answers a misspelt option with pages of
+# traceback; the log in its own database is complete. Whoever wants another setting sets the
+# variable beforehand.
 _os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 _os.environ.setdefault("PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL", "CRITICAL")
 _os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

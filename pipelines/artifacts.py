@@ -1,4 +1,4 @@
-"""What the flows show in Prefect of work that takes long. That it cannot be shown never holds the work up."""
+"""What the flows show in Prefect of long work, which neither waits for this nor fails by it."""
 
 from __future__ import annotations
 
@@ -60,8 +60,11 @@ class LiveArtifact:
 
 
 class TrainingArtifacts:
-    """Two artifacts of a training, kept up to date within this block: how far it is, and a page with its command, MLflow
-    run, checkpoint and figures. The training runs with ``environment``, and what it returns is to be set as ``result``."""
+    """Two artifacts of a training, kept up to date within a ``with`` block.
+
+    They show how far it is, and a page with its command, MLflow run, checkpoint and figures. Run
+    the training with ``environment``, and set ``result`` to what it returns.
+    """
 
     def __init__(
         self, run: RiaeRun | R2idRun, command: Sequence[str], environment: Mapping[str, str]
@@ -102,6 +105,7 @@ class TrainingArtifacts:
         self.folder.cleanup()
 
     def markdown(self) -> str:
+        """Write the page."""
         newest = self._checkpoint()
         rows = {
             "State": self.state,
@@ -139,7 +143,7 @@ class TrainingArtifacts:
         return f"step {done} of {self.run.train.steps}" + (f", {words}" if words else "")
 
     def _done(self) -> tuple[int, str]:
-        """Steps that are done, and words about them."""
+        """Steps that are done, and a few words about them."""
         if "step" in self.result:
             return self.result["step"], ""
         with contextlib.suppress(OSError, ValueError):
@@ -163,7 +167,7 @@ class TrainingArtifacts:
 
 
 def printable(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """A command to be copied into a shell in this folder, whose own paths are relative to it."""
+    """Write a command for a shell in this folder, with paths relative to it."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     return " ".join([*settings, shlex.join(command)]).replace(f"{Path.cwd()}/", "")
 
@@ -179,7 +183,7 @@ def mlflow_run(run_id: str | None) -> str:
 
 
 def how_to_open_mlflow() -> str:
-    """The address of MLflow's server, or the command that starts one on what was recorded; without any password."""
+    """The address of MLflow's server without any password, or the command that starts a server."""
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
     parts = urlsplit(store)
     if parts.scheme in ("http", "https"):

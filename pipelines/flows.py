@@ -1,5 +1,6 @@
-"""Prefect flows, one for each stage. Paths in, results out; the files are the truth, so nothing is cached by Prefect.
+"""Prefect flows, one for each stage: paths in, results out.
 
+Results are files, so Prefect caches nothing.
 Each stage is safe to run again: finished work is found on disk and unfinished work is continued.
 """
 
@@ -30,7 +31,7 @@ def run_stage_task(
 
 
 def _got_further(_task: object, _run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed training is worth another start: it crashed, but not before it had saved a new checkpoint."""
+    """Whether to start a failed training again: if it saved a new checkpoint before it crashed."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, StageCrashed) and error.got_further
 
@@ -67,7 +68,7 @@ def train_task(
 def train_flow(
     config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """One training stage, on every GPU of this machine; started again when it crashes after it got further.
+    """Run a training stage on all GPUs of this machine; again when it crashes after it got further.
 
     Shows progress, command, MLflow run, checkpoint and figures as artifacts, while it goes on.
     """
@@ -82,7 +83,7 @@ def encode_flow(
     config: EncodeConfig,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Latents of a whole dataset, on every GPU of this machine."""
+    """Encode a whole dataset, on every GPU of this machine."""
     paths = ["--riae", str(riae), "--shards", str(shards), "--out", str(out)]
     arguments = ["encode", *paths, *to_arguments(config)]
     return run_stage_task(arguments, environment or {}, max(gpu_count(), 1))
@@ -92,9 +93,14 @@ def encode_flow(
 def sample_flow(
     checkpoint: Path, out: Path, config: SampleConfig, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """One grid of samples per size, drawn as the run says where ``config`` does not. Replaces what is at ``out``."""
-    arguments = ["sample", str(checkpoint), "--out", str(out), "--overwrite", *to_arguments(config)]
-    return run_stage_task(arguments, environment or {})
+    """Draw one grid of samples per size, and replace what is at ``out``.
+
+    What ``config`` does not set is the run's own setting.
+    """
+    paths = [str(checkpoint), "--out", str(out)]
+    return run_stage_task(
+        ["sample", *paths, "--overwrite", *to_arguments(config)], environment or {}
+    )
 
 
 @flow(name="evaluate", validate_parameters=False)
@@ -105,7 +111,7 @@ def evaluate_flow(
     config: EvaluateConfig,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Metrics, figures and report of a checkpoint."""
+    """Measure a checkpoint: metrics, figures and report."""
     paths = ["--shards", str(shards), "--out", str(out)]
     return run_stage_task(
         ["evaluate", str(checkpoint), *paths, *to_arguments(config)], environment or {}

@@ -8,7 +8,10 @@ import subprocess
 
 
 def gpu_count() -> int:
-    """GPUs in CUDA_VISIBLE_DEVICES, else those that the driver lists; asked without torch, which takes seconds."""
+    """Count the GPUs in CUDA_VISIBLE_DEVICES, or else those that the driver lists.
+
+    Importing torch to ask it would take seconds.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])

@@ -19,16 +19,16 @@ from r2id.errors import Stopped, WorkError
 from r2id.progress import say
 
 _RESTARTS = 5  # of a server
-_START_SECONDS = (
-    600.0  # some seconds, minutes on an overloaded machine; a server that died is noticed at once
-)
+# Minutes on an overloaded machine, seconds otherwise; a server that died is noticed at once.
+_START_SECONDS = 600.0
 
 
 @contextlib.contextmanager
 def prefect_ready() -> Iterator[None]:
-    """Within this block flows can run: on the server of PREFECT_API_URL, or on one that lives as long as this process.
+    """Provide a server for the flows in this block: that of PREFECT_API_URL, or one of its own.
 
-    SIGTERM and SIGINT raise Stopped here, so that the process ends in order. WorkError when Prefect's client gives up.
+    SIGTERM and SIGINT raise Stopped here, so that the process ends in order. Raises WorkError when
+    Prefect's client gives up.
     """
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_API_URL
@@ -37,8 +37,8 @@ def prefect_ready() -> Iterator[None]:
         if PREFECT_API_URL.value():
             yield
             return
-        # For the whole process and those it starts: a thread or worker that did not know the address would start a
-        # server of its own, which nobody ends.
+        # For the whole process and those it starts: a thread or worker that did not know the
+        # address would start a server of its own, which nobody ends.
         server = _Server()
         os.environ["PREFECT_API_URL"] = server.address
         refresh_global_settings_context()
@@ -50,7 +50,7 @@ def prefect_ready() -> Iterator[None]:
 
 
 def is_prefects(error: BaseException) -> bool:
-    """Whether an error is of Prefect or of its client's connection, not of the work that it runs."""
+    """Whether an error is Prefect's or its client connection's, not of the work that it runs."""
     from httpx import HTTPError
     from prefect.exceptions import PrefectException
 
@@ -58,7 +58,7 @@ def is_prefects(error: BaseException) -> bool:
 
 
 def server_answers(within: float = 0.0) -> bool:
-    """Whether the server that flows are told to is there, or comes back within so many seconds."""
+    """Whether the server of the flows answers, or does so within this many seconds."""
     from prefect.settings import PREFECT_API_URL
 
     address, end = PREFECT_API_URL.value(), time.monotonic() + within
@@ -70,7 +70,7 @@ def server_answers(within: float = 0.0) -> bool:
 
 
 def words(error: BaseException) -> str:
-    """An error of others in one line."""
+    """Describe another library's error in one line."""
     return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
@@ -86,9 +86,10 @@ def _client_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _messages_end() -> Iterator[None]:
-    """At the end, give up the messages of which Prefect's client has not got rid, if its server is no more.
+    """At the end, drop the messages that Prefect's client has not delivered, if its server is gone.
 
-    When the process ends, it would try ten times to deliver each, a second apart, and there are some for every task.
+    When the process ends, the client would try ten times to deliver each, a second apart, and there
+    are some for every task.
     """
     try:
         yield
@@ -105,10 +106,10 @@ def _messages_end() -> Iterator[None]:
 
 
 class _Server:
-    """A Prefect server on this machine alone, which is started again should it die: its records are on disk.
+    """A Prefect server for this machine, started again should it die: its records are on disk.
 
-    Prefect would start one by itself, in this process's group: a terminal's Ctrl-C or a scheduler's SIGTERM would then
-    end it before the stages have saved, and it would outlive a pipeline that is killed.
+    Prefect would start one by itself, in this process's group: a terminal's Ctrl-C or a scheduler's
+    SIGTERM would then end it before the stages have saved, and it would outlive a killed pipeline.
     """
 
     def __init__(self) -> None:
@@ -147,7 +148,8 @@ class _Server:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )
-        end_with_us(process.pid)  # its only end: after this process has delivered its last messages
+        # Nothing else ends it, so that this process can deliver its last messages.
+        end_with_us(process.pid)
         return process
 
     def _keep(self) -> None:

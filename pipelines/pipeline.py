@@ -1,6 +1,6 @@
-"""The whole pipeline: raw images → shards → RIAE → latents → R2ID → samples → report, as one Prefect flow.
+"""The whole pipeline as a Prefect flow: images → shards → RIAE → latents → R2ID → samples → report.
 
-Where things land, under the pipeline's ``out``: riae/ and r2id/ (run directories), latents/, samples/, report/ and
+Under the pipeline's ``out`` lie riae/ and r2id/ (run directories), latents/, samples/, report/ and
 pipeline.json, which remembers the MLflow run and what samples and report were made from.
 """
 
@@ -82,7 +82,7 @@ class Pipeline:
         return file, overrides
 
     def _check_sampling(self, run: R2idRun) -> None:
-        """InputError when what the pipeline sets does not go with what it leaves to the R2ID run."""
+        """Raise InputError when what the pipeline sets does not fit the R2ID run's own settings."""
         for name in ("sample", "evaluate"):
             changes = getattr(self.config, name).changes()
             try:
@@ -106,7 +106,7 @@ class Pipeline:
         write_atomic(self.record_file, json.dumps(self.record, indent=2).encode())
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do a stage and say how long it took."""
+        """Do a stage, and say how long it took."""
         say(f"── {name}")
         began = time.monotonic()
         result = work()
@@ -116,7 +116,7 @@ class Pipeline:
     def once(
         self, name: str, settings: Mapping[str, Any], artifacts: list[Path], work: Callable[[], Any]
     ) -> Any:
-        """Do a stage unless its result was made with these settings from the present checkpoint and is in place."""
+        """Do a stage unless its result of these settings and the present checkpoint is in place."""
         checkpoint = self.r2id / "checkpoints"
         latest = checkpoint / (checkpoint / "latest").read_text().strip() / "checkpoint.json"
         key = hashlib.sha256(
@@ -155,7 +155,7 @@ class Pipeline:
         )
 
     def begin_tracking(self) -> None:
-        """Open the MLflow run that the stages are children of; without one they are tracked on their own."""
+        """Open the MLflow run whose children the stages' runs are; without it these stand alone."""
         tracking = self.config.tracking
         if tracking.enabled:
             run = _tracking(
@@ -179,10 +179,11 @@ class Pipeline:
 
 
 def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
-    """Run everything that is not done yet. ``base`` is the folder that the stages' config files are relative to.
+    """Run everything that is not done yet.
 
-    Returns paths and figures, and under ``lines`` the words that tell a person about them. Raises InputError, WorkError
-    and Stopped as the stages do.
+    ``base`` is the folder that the stages' config files are relative to. Returns paths and figures,
+    and under ``lines`` what to tell a person. Raises InputError, WorkError and Stopped,
+    as stages do.
     """
     Pipeline(config, base)  # whatever is wrong with the configs is told before anything is started
     check_engine(config.prepare)
@@ -267,9 +268,9 @@ def _summary(
 
 
 def _tracking(verb: str, order: Mapping[str, Any]) -> str | None:
-    """Begin or end the pipeline's MLflow run, in a process of its own: mlflow is imported in one place only.
+    """Begin or end the pipeline's MLflow run in a process, since this package does without mlflow.
 
-    None when MLflow cannot be reached: the work goes on without it.
+    Returns None when MLflow cannot be reached: the work goes on without it.
     """
     process = subprocess.run(
         [sys.executable, "-m", "r2id.training.tracking.pipeline", verb],

@@ -1,7 +1,7 @@
-"""The preparation of a dataset as a Prefect flow: a task is a shard, written by this machine or by a Dask or Ray cluster.
+"""The preparation of a dataset as a Prefect flow, a task for each shard, here or on a cluster.
 
-The files are the truth. Whatever becomes of Prefect's server, shards that were written stay; what its tasks did not write is
-written without it, and a second start goes on where the first one stopped.
+Shards that were written stay, whatever becomes of Prefect's server; those that its tasks did not
+write are written without it, and a second start goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def shard_task(plan: ShardPlan, number: int) -> dict[str, Any]:
 
 @flow(name="prepare", flow_run_name="prepare {config.dataset}", validate_parameters=False)
 def prepare_flow(config: PrepareConfig) -> Path:
-    """Raw images → shards. Shows progress, a table of the shards, some samples and the sizes as artifacts."""
+    """Write a dataset's shards; show progress, a table, some samples and sizes as artifacts."""
     results: list[dict[str, Any]] = []
 
     def write_all(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -70,8 +70,10 @@ def prepare_flow(config: PrepareConfig) -> Path:
 
 
 def prepare_on_cluster(config: PrepareConfig) -> Path:
-    """prepare_flow for a process that has not set Prefect up. InputError when the engine is not installed or its cluster
-    does not answer."""
+    """Run prepare_flow in a process that has not set Prefect up.
+
+    Raises InputError when the engine is not installed or its cluster does not answer.
+    """
     check_engine(config)
     with prefect_ready():
         try:
@@ -84,7 +86,7 @@ def prepare_on_cluster(config: PrepareConfig) -> Path:
 
 
 def check_engine(config: PrepareConfig) -> None:
-    """InputError when the engine's packages are not installed or nothing listens at its address."""
+    """Raise InputError when the engine is not installed or nothing listens at its address."""
     if config.engine == "processes":
         return
     try:
@@ -155,7 +157,7 @@ def _runner(config: PrepareConfig, workers: int) -> TaskRunner[Any]:
     if config.engine == "ray":
         from prefect_ray import RayTaskRunner
 
-        # Given as an option of ray.init: without one, Ray would take whatever cluster it finds on this machine.
+        # Without an address, ray.init would take whatever cluster it finds on this machine.
         options = (
             {"address": config.address}
             if config.address

@@ -1,7 +1,7 @@
 """Stages of the pipeline as ``r2id`` commands, each in a process of its own.
 
-Starts them, shows what they say on stderr, passes signals on to them and turns their exit codes into
-errors.
+Starts them, shows what they say on stderr, passes signals on to them and turns their exit codes
+into errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TAIL = 4096  # bytes of a stage's stderr that are kept to say why it failed
 
 
 class StageCrashed(WorkError):
-    """A stage ended without a result. ``got_further`` says whether it saved a checkpoint before it did."""
+    """A stage ended without a result. ``got_further``: after it had saved a new checkpoint."""
 
     got_further = False
 
@@ -37,8 +37,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Run ``r2id ARGUMENTS --json`` and return the object that it prints.
 
-    Raises InputError (exit code 2), Stopped (75, or a signal that was passed on) or StageCrashed, each with the
-    stage's last line.
+    Raises InputError (exit code 2), Stopped (75, or a signal that was passed on) or StageCrashed,
+    each with the stage's last line.
     """
     code, output, tail = run_command(stage_command(arguments, processes), environment)
     if code == 0:
@@ -69,12 +69,13 @@ def stage_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
 def run_command(
     command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> tuple[int, str, str]:
-    """Run a command, passing its stderr on as it comes; its exit code, stdout and the end of its stderr.
+    """Run a command, passing its stderr on as it comes.
 
-    75 is returned for whatever ends after a signal was passed on to it.
+    Returns its exit code (75 when it failed after a signal was passed on to it), its stdout and the
+    end of its stderr.
     """
     with tempfile.TemporaryFile() as output, _stderr_for_child() as (reader, writer):
-        # A session of its own: a terminal's Ctrl-C then reaches the stage once, through the handler below.
+        # A session of its own: a terminal's Ctrl-C then reaches it once, by the handler below.
         process = subprocess.Popen(
             command,
             stdout=output,
@@ -95,9 +96,10 @@ def run_command(
 
 
 def end_with_us(pid: int) -> subprocess.Popen[bytes]:
-    """Have a process terminated should this one die, even by SIGKILL; the watcher that does it, to be killed before.
+    """Terminate a process should this one die, even by SIGKILL.
 
-    Otherwise a killed pipeline would leave its stage training on, and the next one would write to the same folder.
+    Returns the watcher that does it, to be killed when the process has ended. Without one, the
+    stage of a killed pipeline would train on, and the next pipeline would write to the same folder.
     """
     # The pipe's other end closes when this process is no more, and then read returns.
     return subprocess.Popen(
@@ -110,7 +112,10 @@ def end_with_us(pid: int) -> subprocess.Popen[bytes]:
 
 @contextlib.contextmanager
 def _stderr_for_child() -> Iterator[tuple[int, int]]:
-    """Descriptors (read, write). When a person watches, the child gets a terminal too, and so draws its bars."""
+    """Open descriptors (read, write) for a child's stderr.
+
+    They are a terminal where this process has one, so that the child draws its progress bars.
+    """
     if sys.stderr.isatty():
         reader, writer = pty.openpty()
         with contextlib.suppress(OSError):
@@ -126,7 +131,7 @@ def _stderr_for_child() -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Within this block SIGINT and SIGTERM go to the child, which saves and ends; the list of those that came."""
+    """Pass SIGINT and SIGTERM on to the child, which saves and ends; yield the list of those."""
     came: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
@@ -145,6 +150,7 @@ def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
 
 def _relay(reader: int) -> str:
+    """Copy the child's stderr to this process's, and return its end."""
     tail = b""
     while True:
         try:

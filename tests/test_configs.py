@@ -179,7 +179,7 @@ def codecs(photos, tmp_path_factory):
 
 @pytest.mark.parametrize("path", STAGES, ids=name_of)
 def test_it_starts(path, photos, codecs, tmp_path):
-    """Three steps of the config, narrower and of fewer images, on photos; R2ID's latents are by that RIAE."""
+    """Three steps of the config, narrower, on few photos; R2ID's latents are by that RIAE."""
     run, latents = codecs(riae_of(path))
     if path in R2ID_STAGES:
         shards, codec, run = photos[path.parent.name], run, tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The ``r2id`` command: a thin layer from arguments to the library, with one-line errors and stated exit codes."""
+"""The ``r2id`` command: arguments to library calls, one-line errors and fixed exit codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from r2id.errors import InputError, Stopped, WorkError
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 the work failed, 2 wrong input or arguments, 75 stopped with everything saved."""
+    """Run the command of ``sys.argv``.
+
+    Exit codes: 0 done, 1 the work failed, 2 the input or arguments are wrong, 75 stopped by a
+    signal with everything saved.
+    """
     try:
         app()
     except WorkError as error:

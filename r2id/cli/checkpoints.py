@@ -31,14 +31,16 @@ def _checkpoint_lines(figures: dict[str, Any]) -> list[str]:
     sizes = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in figures["bytes"].items())
     averages = ", ".join(f"{kind} {value}" for kind, value in figures["averages"].items())
     return [
-        f"{figures['checkpoint']}: {figures['stage']}, step {figures['step']} of {figures['steps']}",
+        f"{figures['checkpoint']}: {figures['stage']}, "
+        f"step {figures['step']} of {figures['steps']}",
         f"samples     {figures['samples']}, seed {figures['seed']}, from {figures['data']}",
         f"parameters  {figures['parameters']}",
         f"averages    {averages}; {figures['snapshots']} snapshots",
         "model       " + ", ".join(f"{name} {value}" for name, value in figures["model"].items()),
         "facts       " + ", ".join(f"{name} {value}" for name, value in figures["facts"].items()),
         *([f"codec       {figures['codec']}"] if figures["codec"] else []),
-        f"megabytes   {figures['total_bytes'] / 1e6:.1f}: {sizes}; files of {figures['written_by']} ranks",
+        f"megabytes   {figures['total_bytes'] / 1e6:.1f}: {sizes}; "
+        f"files of {figures['written_by']} ranks",
         f"identity    {figures['identity']}",
     ]
 
@@ -78,7 +80,7 @@ def checkpoint_export(
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One safetensors file of averaged weights with config and facts, for RIAE.from_pretrained and R2ID.from_pretrained."""
+    """Write averaged weights, config and facts into one file, for RIAE and R2ID.from_pretrained."""
     from r2id.checkpoints.export import export
 
     try:
@@ -88,19 +90,17 @@ def checkpoint_export(
             f"--ema {ema!r}: must be default, or a width above 0 and below 0.28"
         ) from None
     result = export(checkpoint, out, dtype=dtype, sigma=sigma, overwrite=overwrite)
-    report(
-        result,
-        as_json,
-        lambda r: (
-            [
-                f"{r['file']}: {r['stage']} of step {r['step']}, {r['dtype']}, {r['bytes'] / 1e6:.1f} MB"
-            ]
-            + (
-                [
-                    f"average of width {r['average']} from {r['snapshots']} snapshots; its profile is off by {r['misfit']:.1%}"
-                ]
-                if sigma
-                else []
-            )
-        ),
-    )
+    report(result, as_json, _export_lines)
+
+
+def _export_lines(done: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{done['file']}: {done['stage']} of step {done['step']}, {done['dtype']}, "
+        f"{done['bytes'] / 1e6:.1f} MB"
+    ]
+    if "misfit" in done:
+        lines.append(
+            f"average of width {done['average']} from {done['snapshots']} snapshots; "
+            f"its profile is off by {done['misfit']:.1%}"
+        )
+    return lines

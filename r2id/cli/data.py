@@ -81,7 +81,8 @@ def verify(
         raise InputError(f"source {source}: goes with --repair")
     if latents and repair:
         raise InputError(
-            f"{folder}: latents are repaired by the r2id encode that wrote them: it rewrites what is damaged"
+            f"{folder}: latents are repaired by the r2id encode that wrote them: "
+            "it rewrites what is damaged"
         )
     damages = verify_latents(folder) if latents else run_verify(folder)
     repaired = run_repair(folder, damages, source) if repair and damages else {}
@@ -114,7 +115,7 @@ def data_stats(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Sizes, aspect ratios, classes, and the buckets that training would use with what each cuts off."""
+    """Show sizes, aspect ratios, classes, and the buckets of training with what each cuts off."""
     import numpy as np
 
     from r2id.data.plots import draw_sizes
@@ -152,7 +153,7 @@ def data_index(
     out: Annotated[Path, typer.Option(help="Folder for its manifest and indexes.")],
     as_json: Json = False,
 ) -> None:
-    """Fetch manifest and indexes of a shard set that is elsewhere: all that data.stream needs on disk."""
+    """Fetch manifest and indexes of a shard set elsewhere: what data.stream needs on disk."""
     from r2id.data.stream import fetch_index
 
     report(

@@ -1,6 +1,7 @@
 """Options of a command that are generated from the fields of a config's section.
 
-A field owns its option's name, type, range, default and help; a command only says which sections it takes::
+A field owns its option's name, type, range, default and help; a command only says which sections
+it takes::
 
     @app.command()
     @with_fields
@@ -43,7 +44,10 @@ class Fields:
 
 
 def with_fields(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter that is annotated with Fields by options; the command gets those that were given."""
+    """Replace each parameter annotated with Fields by options.
+
+    The command is called with what was given on the command line, as a dict by field.
+    """
     signature = inspect.signature(command, eval_str=True)
     markers = {
         name: marker

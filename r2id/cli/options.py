@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from r2id.config.arguments import parse_size
 from r2id.errors import InputError
+
+if TYPE_CHECKING:  # commands that need no torch start without it
+    import torch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +38,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there 
 
 
 def parse_sizes(texts: list[str] | None) -> tuple[tuple[int, int], ...]:
+    """The sizes of a repeated option, none where it was not given."""
     return tuple(parse_size(text) for text in texts or ())
 
 
@@ -45,12 +49,14 @@ def parse_window(text: str | None) -> tuple[int, int, int, int] | None:
     match = re.fullmatch(r"([0-9]+),([0-9]+),([0-9]+),([0-9]+)", text.replace(" ", ""))
     if not match:
         raise InputError(
-            f"window {text!r}: must be y0,x0,y1,x1 in whole pixels of the picture of --size, such as 0,8,32,40"
+            f"window {text!r}: must be y0,x0,y1,x1 in whole pixels of the picture of --size, "
+            "such as 0,8,32,40"
         )
     return int(match[1]), int(match[2]), int(match[3]), int(match[4])
 
 
-def find_device(name: str):
+def find_device(name: str) -> torch.device:
+    """Find a device; ``auto`` is CUDA where there is a GPU. InputError when it is not usable."""
     import torch
 
     if name == "auto":
@@ -80,5 +86,5 @@ def report_job(
 def report(
     result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]
 ) -> None:
-    """One JSON object, or the lines that a person reads."""
+    """Print a result as one JSON object, or as the lines that a person reads."""
     print(json.dumps(result, default=str) if as_json else "\n".join(lines(result)))

@@ -40,7 +40,7 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What training would need, before it starts: parameters, memory by part, FLOPs, the largest micro-batch, days."""
+    """Plan a training: parameters, memory by part, FLOPs, the largest micro-batch, days."""
     from r2id.training.planner import describe
     from r2id.training.planner import plan as run_plan
 
@@ -83,7 +83,8 @@ def _train_lines(figures: dict[str, Any]) -> list[str]:
         return [f"{done}, already finished"]
     return [
         f"{done}, loss {figures['loss']:.4f}, {figures['images_per_second']:.1f} images/s, "
-        f"{figures['tokens_per_second']:.0f} tokens/s, {figures['tflops_per_process']:.3g} TFLOP/s per process "
+        f"{figures['tokens_per_second']:.0f} tokens/s, "
+        f"{figures['tflops_per_process']:.3g} TFLOP/s per process "
         f"({figures['mfu']:.1%} of matrix products), data wait {figures['data_wait']:.1%}, "
         f"{figures['memory_gib']:.2f} GiB"
     ]

@@ -23,8 +23,8 @@ from r2id.config import EvaluateConfig, SampleConfig, SamplerConfig, build
 from r2id.config.arguments import parse_size
 from r2id.errors import InputError
 
-# How samples are computed is apart from which are drawn or scored: the former is the run's own by default.
 SAMPLER_FIELDS = tuple(SamplerConfig.model_fields)
+"""How samples are computed, which is the run's own unless it is said; help lists it last."""
 
 
 @app.command()
@@ -69,7 +69,7 @@ def sample(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw samples at any sizes from one R2ID checkpoint: grids of them, or thousands into files."""
+    """Draw samples at any sizes from an R2ID checkpoint: grids of them, or thousands into files."""
     options = {
         "sizes": (),
         **which,
@@ -227,22 +227,24 @@ def noise_shift(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure by how much larger latent grids need more noise: the exponent k of the noise shift."""
+    """Measure how much more noise larger latent grids need: the exponent k of the noise shift."""
     from r2id.evaluation.noise_shift import measure_noise_shift
 
     result = measure_noise_shift(
         checkpoint, shards, out, images=images, seed=seed, apply=apply, device=find_device(device)
     )
-    report(
-        result,
-        as_json,
-        lambda r: [
-            *(
-                f"{name}: displaced by {grid['displacement']:+.2f} in logSNR; RMS difference {grid['mismatch_unshifted']:.4f}, "
-                f"shifted {grid['mismatch_shifted']:.4f}"
-                + ("" if grid["trained"] else "; a grid that was not trained")
-                for name, grid in r["grids"].items()
-            ),
-            f"k = {r['k']:.3f}, residual {r['residual']:.3f} in logSNR; used so far: {r['used_before']:.3f}",
-        ],
-    )
+    report(result, as_json, _noise_shift_lines)
+
+
+def _noise_shift_lines(found: dict[str, Any]) -> list[str]:
+    grids = [
+        f"{name}: displaced by {grid['displacement']:+.2f} in logSNR; "
+        f"RMS difference {grid['mismatch_unshifted']:.4f}, shifted {grid['mismatch_shifted']:.4f}"
+        + ("" if grid["trained"] else "; a grid that was not trained")
+        for name, grid in found["grids"].items()
+    ]
+    return [
+        *grids,
+        f"k = {found['k']:.3f}, residual {found['residual']:.3f} in logSNR; "
+        f"used so far: {found['used_before']:.3f}",
+    ]

@@ -1,7 +1,8 @@
 """Command-line options of a section's fields: their names, and their values as text and back.
 
-The options of a command are generated from a section (r2id.cli.fields), and so are the arguments with which a
-pipeline starts that command. A field that is added to the section is an option at once, and a pipeline hands it over.
+The options of a command are generated from a section (r2id.cli.fields), and so are the arguments
+with which a pipeline starts that command. A field that is added to the section is therefore an
+option at once, and pipelines hand it over.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _SHORT = {"guidance": "--cfg", "guidance_interval": "--cfg-interval"}
 
 @dataclass(frozen=True)
 class Option:
-    """The option of one field. ``kind`` is the type of a value, or of each where the option may be repeated."""
+    """The option of one field.
+
+    ``kind`` is the type of its value, or of each of them where the option may be ``repeated``.
+    """
 
     name: str
     kind: Any
@@ -31,7 +35,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """``--max-rejects``; what is given once for each value is named in the singular, ``--size``."""
+        """Such as ``--max-rejects``; in the singular, ``--size``, where it may be repeated."""
         if self.name in _SHORT:
             return _SHORT[self.name]
         singular = self.name.removesuffix("s") if self.repeated else self.name
@@ -70,7 +74,7 @@ class Option:
         return "HxW" if self.kind == _SIZE else "LOW,HIGH"
 
     def write(self, value: Any) -> list[str]:
-        """The words that give the field this value; none at all for a value that is empty or none."""
+        """The words that give the field this value; no words for one that is empty or None."""
         if self.kind is bool:
             return [self.flag] if value else []
         values = value if self.repeated else () if value is None else (value,)
@@ -93,7 +97,7 @@ def find_option(schema: type[Section], name: str) -> Option:
 
 
 def to_arguments(section: Section) -> list[str]:
-    """The command-line arguments of all that a section sets; what it leaves out is left to the command."""
+    """The command-line arguments of all that a section sets, and of nothing that it leaves out."""
     return [
         word
         for name, value in section.changes().items()

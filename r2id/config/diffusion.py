@@ -10,17 +10,22 @@ from r2id.config.section import Fraction0, Labels, Section, Sizes, Solver, as_tu
 
 
 class DiffusionConfig(Section):
+    """How R2ID is trained to denoise."""
+
     objective: Literal["epsilon", "x0", "v", "flow"] = "v"
-    """What the network predicts: noise, data, v (Salimans & Ho 2022) or the flow's velocity (Lipman et al. 2023)."""
+    """What the network predicts: noise, data, v (Salimans & Ho 2022) or the flow's velocity (Lipman
+    et al. 2023)."""
     schedule: Literal["cosine", "linear_beta", "flow"] = "cosine"
     time_sampling: Literal["uniform", "logit_normal"] = "uniform"
     """How training draws t: evenly, or bunched in the middle (Esser et al. 2024)."""
     weighting: Literal["uniform", "min_snr", "soft_min_snr"] = "uniform"
-    """min_snr is min-SNR-γ with γ = 5 (Hang et al. 2023), soft_min_snr its smooth form (Crowson et al. 2024)."""
+    """Of the loss over time: min_snr is min-SNR-γ with γ = 5 (Hang et al. 2023), soft_min_snr its
+    smooth form (Crowson et al. 2024)."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of training samples whose condition is dropped, for guidance."""
     shift_exponent: float = Field(default=1.0, ge=0)
-    """k of logSNR_n(t) = logSNR(t) − 2·k·log(n/n_base), n = √(h·w) of the diffused grid (Hoogeboom et al. 2023)."""
+    """k of logSNR_n(t) = logSNR(t) − 2·k·log(n/n_base), n = √(h·w) of the diffused grid (Hoogeboom
+    et al. 2023)."""
 
     @model_validator(mode="after")
     def _flow_goes_with_flow(self) -> DiffusionConfig:

@@ -31,8 +31,9 @@ _KINDS: dict[str, type[Run]] = {
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     """Read a TOML file, apply ``section.key=value`` overrides and validate.
 
-    In a pipeline's file, overrides of the stages are written ``riae.KEY=VALUE`` and ``r2id.KEY=VALUE``, where KEY is a
-    key of that stage's own file. Raises InputError naming the file, the key, the value and what is allowed.
+    In a pipeline's file, overrides of the stages are written ``riae.KEY=VALUE`` and
+    ``r2id.KEY=VALUE``, where KEY is a key of that stage's own file. Raises InputError naming the
+    file, the key, the value and what is allowed.
     """
     try:
         table = tomllib.loads(path.read_text())
@@ -108,7 +109,7 @@ def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML value; what is none is a string, so that paths need no quotes in a shell."""
+    """Read a TOML value, or else a string, so that paths need no quotes in a shell."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -141,7 +142,7 @@ def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:
 
 
 def to_toml(config: BaseModel) -> str:
-    """The whole resolved config as TOML, ready for load_config. Unset (none) fields are left out."""
+    """Write the whole resolved config as TOML for load_config, without fields that are None."""
     return _table(config.model_dump(mode="json", exclude_none=True))
 
 

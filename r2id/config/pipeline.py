@@ -26,8 +26,8 @@ class PrepareConfig(Section):
     """Where shards are written: in processes of this machine, or on a Dask or Ray cluster that sees
     the same folders."""
     address: str | None = None
-    """Of the cluster's scheduler (``tcp://host:8786``) or head (``ray://host:10001``, ``auto``); none
-    starts ``workers`` processes of its kind here."""
+    """Of the cluster's scheduler (``tcp://host:8786``) or head (``ray://host:10001``, ``auto``);
+    none starts ``workers`` processes of its kind here."""
     shard_mb: float = Field(default=256.0, gt=0)
     """Largest shard in megabytes (10⁶ bytes)."""
     labels: PathField | None = None
@@ -110,7 +110,8 @@ class PipelineRun(Section):
 
     @field_serializer("encode", "sample", "evaluate", "tracking")
     def _only_changes(self, section: Section, info: SerializationInfo) -> dict[str, Any]:
-        # A default that is written out would be set where it is read again, and win over a stage's own value.
+        # A default that is written out would be set where it is read again, and win over a
+        # stage's own value.
         return section.model_dump(
             mode=info.mode, exclude_unset=True, exclude_none=info.exclude_none
         )

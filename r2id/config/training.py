@@ -12,10 +12,13 @@ from r2id.config.section import Pair, PathField, Section, Size, Widths
 
 
 class DataConfig(Section):
+    """Which images are trained on, and how they are read."""
+
     shards: PathField
     """Folder written by ``r2id prepare``."""
     latents: PathField | None = None
-    """Cache written by ``r2id encode`` (R2ID only); without one, latents are encoded on the fly, with the same result."""
+    """Cache written by ``r2id encode`` (R2ID only); without one, latents are encoded on the fly,
+    with the same result."""
     train_split: str = "train"
     test_split: str = "test"
     channels: Literal[1, 3] = 1
@@ -23,20 +26,24 @@ class DataConfig(Section):
     size: Size | None = None
     """Resize every image to this height and width; none keeps native sizes."""
     max_pixels: int = Field(default=65536, ge=1)
-    """Images of more pixels are shrunk to this area, aspect ratio kept. Nothing is ever enlarged."""
+    """Images of more pixels are shrunk to this area, aspect ratio kept. None are enlarged."""
     window: Size | None = None
-    """Train on a random part of each image, at most this high and wide, drawn anew every epoch; none takes it whole."""
+    """Train on a random part of each image, at most this high and wide, drawn anew every epoch;
+    none takes images whole."""
     flip: bool = False
-    """Mirror half of the images from left to right, drawn anew every epoch. Not for digits and letters."""
+    """Mirror half of the images from left to right, drawn anew every epoch. Not for digits and
+    letters."""
     batch_pixels: int | None = Field(default=None, ge=1)
-    """Pixels of a training step: a step of small images takes as many times ``train.batch`` of them as keep within it, a
-    whole number, and never less than once. None takes ``train.batch`` of every size."""
+    """Largest number of pixels in a training step: the batch of small images is multiplied by the
+    largest whole number that keeps within it, at least 1. None takes ``train.batch`` images of
+    every size."""
     shuffle: Literal["samples", "shards"] = "samples"
-    """An epoch's order: of all samples, or of shards and then of the samples within some shards at a time, for disks and
-    stores that are slow to jump."""
+    """What an epoch shuffles: all samples, or the shards and then the samples of a few shards at a
+    time, for disks and stores that are slow to seek."""
     stream: str | None = None
-    """Folder or address (http, s3, … as fsspec has them) of the same shards, streamed in the order of the tars instead of
-    read one image at a time; ``shards`` then needs the manifest and the indexes only. See r2id.data.stream."""
+    """Folder or address (http, s3, … as fsspec has them) of the same shards, which are then
+    streamed, tar after tar, instead of read image by image; ``shards`` needs only the manifest and
+    the indexes. See r2id.data.stream."""
     workers: int = Field(default=0, ge=0)
     """Loader processes of each rank; 0 decodes in the training process."""
 
@@ -55,6 +62,8 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
+    """AdamW and its learning rate."""
+
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     lr_end: float = Field(default=1e-4, ge=0)
@@ -69,31 +78,39 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    """Length, batch, number formats, averages and checkpoints of a training run."""
+
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
     batch: int = Field(default=64, ge=1)
     """Samples per optimizer step over all processes; accumulation is computed from it."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Samples per forward pass of one process, fewer where its share of the batch is; none takes its whole share at once."""
+    """Samples per forward pass of one process, or fewer where its share of the batch is smaller;
+    none takes the whole share at once."""
     precision: Literal["float32", "bfloat16", "bfloat16_weights"] = "float32"
-    """bfloat16 is autocast: weights, norms and gradients stay float32. bfloat16_weights needs less memory: the weights of
-    the forward pass and their gradients are bfloat16, beside float32 ones that the processes share out (zero_stage 2, 3)."""
+    """bfloat16 is autocast: weights, norms and gradients stay float32. bfloat16_weights needs less
+    memory: the weights of the forward pass and their gradients are bfloat16, and float32 weights
+    are sharded over the processes (zero_stage 2, 3)."""
     activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=2)] = "none"
-    """Blocks whose activations are computed again in the backward pass instead of kept: all, or every so-manieth."""
+    """Blocks whose activations are computed again in the backward pass instead of kept: none, all,
+    or every n-th."""
     compile: bool = False
-    """torch.compile each block: one compilation for each shape that blocks meet. Needs a C++ compiler on a CPU."""
+    """torch.compile each block, once for each shape that it meets. A CPU needs a C++ compiler."""
     skip_nonfinite: int = Field(default=0, ge=0)
-    """Steps of a run that may be left out because their loss or gradient is not finite; one more ends it."""
+    """Largest number of a run's steps that may be skipped because their loss or gradient is not
+    finite; one more ends the run."""
     stall_seconds: float | None = Field(default=1800.0, gt=0)
-    """A process that makes no step for so long ends, with the stacks of its threads; none waits for ever."""
+    """A process that makes no step for this long ends, and prints the stacks of its threads; none
+    waits for ever."""
     ema: float = Field(default=0.9995, ge=0, lt=1)
     """Decay of the weights' moving average; warmed up as min(ema, (1 + step) / (10 + step))."""
     ema_profiles: Widths = ()
-    """Widths σ_rel of power-function averages (Karras et al. 2024) kept instead of that one, such as [0.05, 0.1]: the
-    average looks back that share of the training. Sampling uses the first; ``r2id checkpoint export --ema`` makes any
-    other width's from two of them."""
+    """Widths σ_rel of power-function averages (Karras et al. 2024) kept instead of that one, as in
+    [0.05, 0.1]: an average looks back over that share of the training. Sampling uses the first;
+    ``r2id checkpoint export --ema`` makes one of any other width from two of them."""
     ema_snapshot_every: int | None = Field(default=None, ge=1)
-    """Steps between the copies of ``ema_profiles`` that this takes, kept in RUN/ema; none: a 32nd of the run."""
+    """Steps between the copies of the ``ema_profiles`` averages that export needs, kept in RUN/ema;
+    none is a 32nd of the run."""
     log_every: int = Field(default=50, ge=1)
     save_every: int = Field(default=1000, ge=1)
     preview_every: int = Field(default=1000, ge=1)
@@ -120,11 +137,15 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
+    """How a run is distributed over processes."""
+
     kind: Literal["auto", "local", "deepspeed"] = "auto"
-    """local is plain PyTorch in one process; auto takes it when there is one process and DeepSpeed when there are more."""
+    """local is plain PyTorch in one process; auto takes it for one process, and DeepSpeed for
+    more."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What lies in the CPU's memory instead of the GPU's: the optimizer's state (stages 1 to 3), or the weights too (3)."""
+    """What is kept in the CPU's memory instead of the GPU's: the optimizer's state (zero_stage 1 to
+    3), or the weights too (3)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the computed DeepSpeed configuration, for experts."""
 
@@ -139,8 +160,10 @@ class EngineConfig(Section):
 
 
 class TrackingConfig(Section):
+    """What MLflow records of a run."""
+
     enabled: bool = True
-    """MLflow; its store is MLFLOW_TRACKING_URI or SQLite in the working directory."""
+    """Whether it does; its store is MLFLOW_TRACKING_URI or SQLite in the working directory."""
     experiment: str = "r2id"
     name: str | None = None
     """Name of the run; none takes the run directory's name."""
@@ -166,8 +189,8 @@ class _StageRun(Section):
             self.engine.kind == "local" or self.engine.zero_stage < 2
         ):
             raise ValueError(
-                f"train.precision 'bfloat16_weights': needs engine.zero_stage 2 or 3, not engine.kind "
-                f"{self.engine.kind!r} with zero_stage {self.engine.zero_stage}"
+                "train.precision 'bfloat16_weights': needs engine.zero_stage 2 or 3, not "
+                f"engine.kind {self.engine.kind!r} with zero_stage {self.engine.zero_stage}"
             )
         return self
 
@@ -180,7 +203,10 @@ class RiaeRun(_StageRun):
 
 
 class R2idRun(_StageRun):
-    """One R2ID training run. Its latent channels, cell and statistics come from the RIAE checkpoint it names."""
+    """One R2ID training run.
+
+    Latent channels, downsampling and statistics come from the RIAE checkpoint that it names.
+    """
 
     stage: Literal["r2id"]
     codec: PathField | None = None

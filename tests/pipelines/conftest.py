@@ -1,4 +1,4 @@
-"""Prefect's files in a temporary folder; set before anything imports Prefect, which reads it then."""
+"""Prefect's files go to a temporary folder, named before anything imports Prefect."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""The flows on a real Prefect server, and the whole pipeline on shipped digits: stopped, killed and run again."""
+"""The flows on a real Prefect server; the whole pipeline on digits: stopped, killed, run again."""
 
 import json
 import os
@@ -92,8 +92,11 @@ def configs(tmp_path: Path) -> Path:
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a process of its own: where a flow has run, Prefect's services make every process forked later fail at its
-    end, loader processes among them."""
+    """Call it in a process of its own.
+
+    Where a flow has run, Prefect's services make every process that is forked later fail at its
+    end, loader processes among them.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -211,7 +214,7 @@ def command_of(pid: int) -> bytes:
 
 
 def test_the_pipeline_survives_what_happens_to_it(tmp_path: Path, configs: Path) -> None:
-    """Stopped by SIGTERM while RIAE trains, run again with R2ID's training killed once, and run a third time."""
+    """Stop it by SIGTERM while RIAE trains, run it with R2ID's training killed, run it again."""
     first = Running(tmp_path, configs)
     first.wait_for("runs/tiny/riae/checkpoints/latest")
     started = first.children()

@@ -1,4 +1,4 @@
-"""Preparation through Prefect: on real clusters, with what it shows, and with its server killed under it."""
+"""Preparation through Prefect: on real clusters, what it shows, and with its server killed."""
 
 import os
 import signal
@@ -185,8 +185,8 @@ from pipelines.preparation import prepare_on_cluster
 from r2id.config import PrepareConfig
 if __name__ == "__main__":
     source, out, workers, shard_mb = sys.argv[1:]
-    prepare_on_cluster(PrepareConfig(dataset="mnist", source=Path(source), out=Path(out), workers=int(workers),
-                                     shard_mb=float(shard_mb)))
+    prepare_on_cluster(PrepareConfig(dataset="mnist", source=Path(source), out=Path(out),
+                                     workers=int(workers), shard_mb=float(shard_mb)))
 """
 
 
@@ -249,7 +249,7 @@ def test_what_prefect_shows(source: Path, ready: None, tmp_path: Path) -> None:
     out = tmp_path / "set"
 
     def prepare_it() -> None:
-        # A process that has run a flow cannot end loader processes well that it forks later: theirs is another.
+        # In another process, since one that has run a flow spoils the processes it forks later.
         code, said = Running(
             tmp_path, source, out, shard_mb=SMALL["shard_mb"], server=PREFECT_API_URL.value()
         ).finish()

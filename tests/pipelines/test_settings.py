@@ -1,7 +1,8 @@
-"""Every setting of a pipeline arrives at the stage that it is for, and what is left out is the stage's own.
+"""Every setting of a pipeline arrives at its stage; what it leaves out is the stage's own.
 
-The flows run as they are, without Prefect's server. What they would start is recorded instead, and read by the commands
-themselves, whose library functions are recorded in turn: what these are called with is what has arrived.
+The flows run as they are, without Prefect's server. The commands that they would start are recorded
+and given to the real command line, whose library functions are recorders too: what these are called
+with is what has arrived.
 """
 
 import contextlib

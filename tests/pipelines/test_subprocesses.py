@@ -1,4 +1,4 @@
-"""Stages as processes: what they print, how they fail, how they are stopped, and that none outlives a killed pipeline."""
+"""Stages as processes: what they print, how they fail and stop; none outlives a killed pipeline."""
 
 import os
 import signal
@@ -41,7 +41,10 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 
 
 def test_output_and_messages_are_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import os, sys; print(os.environ['COLOUR']); print('half way', file=sys.stderr); sys.exit(3)"
+    code = (
+        "import os, sys; print(os.environ['COLOUR']); "
+        "print('half way', file=sys.stderr); sys.exit(3)"
+    )
     assert run_command([sys.executable, "-c", code], {"COLOUR": "blue"}) == (
         3,
         "blue\n",
@@ -74,7 +77,10 @@ def test_a_signal_reaches_the_stage_which_saves(number: int) -> None:
 def test_a_stage_ends_when_its_pipeline_is_killed(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     stage = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = f"import sys; from pipelines.subprocesses import run_command; run_command([sys.executable, '-c', {stage!r}])"
+    code = (
+        "import sys; from pipelines.subprocesses import run_command; "
+        f"run_command([sys.executable, '-c', {stage!r}])"
+    )
     pipeline = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: note.exists() and note.read_text())
     pid = int(note.read_text())
