@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from pipelines.pipeline import Pipeline
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import PipelineRun, PrepareConfig, R2idRun, RiaeRun, load_config
 from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.encode import encode
@@ -196,11 +196,11 @@ def test_it_starts(path, photos, codecs, tmp_path):
         )
         result = train(config)
         assert result["step"] == 3 and math.isfinite(result["loss"])
-    meta = checkpoint.load_meta(run)
+    meta = Checkpoint.open(run).meta
     assert meta.step == 3 and meta.samples == 24
     for kind in ("ema", "ema-0.1"):
         assert all(
-            tensor.isfinite().all() for tensor in checkpoint.load_tensors(run, kind).values()
+            tensor.isfinite().all() for tensor in Checkpoint.open(run).tensors(kind).values()
         )
     with Image.open(run / "samples" / "step-00000003.png") as picture:
         assert picture.mode == "RGB"

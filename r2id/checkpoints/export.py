@@ -1,4 +1,4 @@
-"""What a checkpoint is, in figures, and its averaged weights in one file."""
+"""Figures of a checkpoint, and its averaged weights as one file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2id.checkpoints import checkpoint
 from r2id.checkpoints.averages import Profile, reconstruction, widths
-from r2id.checkpoints.files import Folder, kind_of
+from r2id.checkpoints.files import kind_of
 from r2id.checkpoints.pretrained import About, pack
+from r2id.checkpoints.reading import Checkpoint, list_checkpoints, step_of
 from r2id.checkpoints.state import MOMENTS
 from r2id.config import TrainConfig
 from r2id.errors import InputError
@@ -22,70 +22,69 @@ from r2id.files import write_atomic
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Figures of the checkpoint at a path, without reading its tensors. InputError when it is none or is damaged."""
-    folder = checkpoint.resolve(path)
-    checkpoint.load_meta(folder)
-    opened = Folder(folder)
-    meta, config = opened.meta, opened.meta.config
+def describe(source: Checkpoint | Path) -> dict[str, Any]:
+    """Figures of a checkpoint, without reading its tensors. Raises InputError as Checkpoint.open."""
+    checkpoint = Checkpoint.open(source)
+    meta, config = checkpoint.meta, checkpoint.meta.config
     sizes: dict[str, int] = defaultdict(int)
-    for name, fact in opened.files.items():
+    for name, fact in checkpoint.files.items():
         sizes[kind_of(name)] += fact.bytes
-    moments = opened.shapes("optimizer" if "optimizer" in opened.kinds() else "ema")
+    # The optimizer has moments of every parameter, and of nothing else; model.safetensors also
+    # holds buffers. Snapshots have no optimizer.
+    moments = checkpoint.shapes("optimizer" if "optimizer" in checkpoint.kinds() else "ema")
     parameters = sum(
         math.prod(shape) for name, shape in moments.items() if not name.startswith(f"{MOMENTS[1]}.")
     )
     return {
-        "checkpoint": str(folder),
+        "checkpoint": str(checkpoint.path),
         "stage": meta.stage,
         "step": meta.step,
         "steps": config["train"]["steps"],
         "samples": meta.samples,
         "seed": meta.seed,
         "parameters": parameters,
-        "averages": widths(_train(opened)) or {"ema": config["train"]["ema"]},
-        "snapshots": len(_snapshots(opened)),
+        "averages": widths(_train(checkpoint)) or {"ema": config["train"]["ema"]},
+        "snapshots": len(_snapshots(checkpoint)),
         "model": config[meta.stage],
         "facts": meta.model,
         "data": config["data"]["shards"],
         "codec": config.get("codec"),
         "bytes": dict(sizes),
         "total_bytes": sum(sizes.values()),
-        "written_by": max(sum(kind_of(name) == kind for name in opened.files) for kind in sizes),
-        "identity": checkpoint.identity(folder),
+        "written_by": max(
+            sum(kind_of(name) == kind for name in checkpoint.files) for kind in sizes
+        ),
+        "identity": checkpoint.identity,
     }
 
 
 def export(
-    path: Path,
+    source: Checkpoint | Path,
     out: Path,
     *,
     dtype: str = "float32",
     sigma: float | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write the averaged weights of the checkpoint at a path into one safetensors file; see r2id.checkpoints.pretrained.
+    """Write the averaged weights of a checkpoint into one file; see r2id.checkpoints.pretrained.
 
-    ``sigma``: width σ_rel of the average, reconstructed from the run's snapshots; none is the one that sampling uses.
-    Returns the file, its size, and how well the average was fitted. InputError when the checkpoint is none, is damaged, or
-    does not allow for that; WorkError when the disk is full.
+    ``sigma`` is the width σ_rel of the average, which is reconstructed from the run's snapshots;
+    None is the average that sampling uses.
+    Returns the file, its size, and how well the average was fitted. Raises InputError when there is
+    no checkpoint, it is damaged or has no such average, and WorkError when the disk is full.
     """
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: must be a .safetensors file")
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; choose another, or --overwrite")
-    folder = checkpoint.resolve(path)
-    weights = checkpoint.load_tensors(folder, "ema")
-    opened = Folder(folder)
-    statistics = (
-        checkpoint.load_tensors(folder, "stats")
-        if "stats" in opened.kinds() and sigma is None
-        else None
-    )
+    checkpoint = Checkpoint.open(source)
+    weights, meta = checkpoint.tensors("ema"), checkpoint.meta
+    # Latent statistics were measured with the default average, and are not of another one.
+    measured = "stats" in checkpoint.kinds() and sigma is None
+    statistics = checkpoint.tensors("stats") if measured else None
     fitted: dict[str, Any] = {"average": "default"}
     if sigma is not None:
-        weights, fitted = _reconstruct(opened, weights, sigma)
-    meta = opened.meta
+        weights, fitted = _reconstruct(checkpoint, weights, sigma)
     about = About(
         meta.stage,
         meta.step,
@@ -109,28 +108,28 @@ def export(
 
 
 def _reconstruct(
-    opened: Folder, weights: dict[str, Tensor], sigma: float
+    checkpoint: Checkpoint, weights: dict[str, Tensor], sigma: float
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The average of a width, by the model's names, and how it was fitted."""
+    """The average of a width, by parameter name, and how it was fitted."""
     if not 0 < sigma < 0.28:
         raise InputError(f"--ema {sigma}: must be default, or a width above 0 and below 0.28")
-    kinds = widths(_train(opened))
+    train = _train(checkpoint)
+    kinds = widths(train)
     if not kinds:
         raise InputError(
-            f"--ema {sigma}: {opened.path} has one average, of decay {_train(opened).ema}; train with "
+            f"--ema {sigma}: {checkpoint.path} has one average, of decay {train.ema}; train with "
             "train.ema_profiles to choose the width later, or export --ema default"
         )
-    store: list[tuple[Profile, Folder, str]] = [
+    store: list[tuple[Profile, Checkpoint, str]] = [
         ((width, float(snapshot.step)), snapshot, kind)
-        for snapshot in [*_snapshots(opened), opened]
+        for snapshot in [*_snapshots(checkpoint), checkpoint]
         for kind, width in kinds.items()
     ]
     coefficients, misfit = reconstruction(
-        [profile for profile, _, _ in store], (sigma, float(opened.step))
+        [profile for profile, _, _ in store], (sigma, float(checkpoint.step))
     )
-    averaged = {name.removeprefix(f"{MOMENTS[0]}.") for name in opened.shapes("optimizer")} & set(
-        weights
-    )
+    parameters = {name.removeprefix(f"{MOMENTS[0]}.") for name in checkpoint.shapes("optimizer")}
+    averaged = parameters & set(weights)  # buffers are not averaged: they are as they are
     sums = {name: torch.zeros_like(weights[name], dtype=torch.float64) for name in averaged}
     for coefficient, (_, snapshot, kind) in zip(coefficients, store, strict=True):
         damages = snapshot.damages([kind])
@@ -144,18 +143,14 @@ def _reconstruct(
     )
 
 
-def _snapshots(opened: Folder) -> list[Folder]:
+def _snapshots(checkpoint: Checkpoint) -> list[Checkpoint]:
     """The averages that the checkpoint's run has stored before it."""
-    root = opened.path.parent.parent / "ema"
-    return [
-        Folder(folder)
-        for folder in checkpoint.complete(root)
-        if checkpoint.step_of(folder) < opened.step
-    ]
+    folders = list_checkpoints(checkpoint.run / "ema")
+    return [Checkpoint(folder) for folder in folders if step_of(folder) < checkpoint.step]
 
 
-def _train(opened: Folder) -> TrainConfig:
-    return TrainConfig.model_validate(opened.meta.config["train"])
+def _train(checkpoint: Checkpoint) -> TrainConfig:
+    return TrainConfig.model_validate(checkpoint.meta.config["train"])
 
 
 def _converted(name: str, value: Tensor, dtype: str) -> Tensor:

@@ -48,9 +48,10 @@ def _checkpoint_lines(figures: dict[str, Any]) -> list[str]:
 @checkpoint_app.command("verify")
 def checkpoint_verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Rehash all files; exit 1 and a list when anything is damaged."""
-    from r2id.checkpoints.checkpoint import damages, resolve
+    from r2id.checkpoints.reading import find_checkpoint, find_damages
 
-    folder, found = resolve(checkpoint), damages(checkpoint)
+    folder = find_checkpoint(checkpoint)
+    found = find_damages(folder)
     report(
         {"checkpoint": folder, "intact": not found, "damages": found},
         as_json,

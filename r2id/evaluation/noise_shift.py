@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 
-from r2id.checkpoints import checkpoint as checkpoints
+from r2id.checkpoints import Checkpoint
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
@@ -71,7 +71,7 @@ class Fit:
 
 
 def measure_noise_shift(
-    checkpoint: Path,
+    source: Checkpoint | Path,
     shards: Path,
     out: Path | None = None,
     *,
@@ -89,6 +89,7 @@ def measure_noise_shift(
     Raises InputError when checkpoint, shards or ``out`` are unusable, and WorkError when a curve
     fits the base grid's nowhere.
     """
+    checkpoint = Checkpoint.open(source)
     out = out or noise_shift.applied_file(checkpoint).parent / "report"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; must be a folder")
@@ -97,7 +98,7 @@ def measure_noise_shift(
             f"--out {out}: is the run directory, where --apply writes; choose another folder"
         )
     opened, sampler = ShardSet.open(shards), Sampler.load(checkpoint, device)
-    recorded = DataConfig.model_validate(checkpoints.load_meta(checkpoint).config["data"])
+    recorded = DataConfig.model_validate(checkpoint.meta.config["data"])
     data = recorded.model_copy(update={"shards": opened.folder, "latents": None})
     opened.split(data.test_split)
     sizes = choose_sizes(sampler)
@@ -114,7 +115,7 @@ def measure_noise_shift(
         "seed": seed,
         "split": data.test_split,
         "data": opened.digest,
-        "checkpoint": checkpoints.identity(checkpoint),
+        "checkpoint": checkpoint.identity,
     }
     write_json(out / noise_shift.NAME, found)
     write_atomic(out / "noise-shift.png", figures.noise_shift(found))
@@ -136,7 +137,7 @@ def choose_sizes(sampler: Sampler) -> dict[Size, Size]:
         sizes.setdefault(sampler.codec.grid_for(size), size)
     if len({math.prod(grid) for grid in sizes}) < 2:
         raise InputError(
-            f"{sampler.codec.path}: has one latent grid, {next(iter(sizes))}, for all sizes "
+            f"{sampler.codec.name}: has one latent grid, {next(iter(sizes))}, for all sizes "
             f"around {own}; a shift takes two"
         )
     return dict(sorted(sizes.items(), key=lambda item: math.prod(item[0])))

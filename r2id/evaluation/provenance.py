@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import r2id
-from r2id.checkpoints import checkpoint as checkpoints
+from r2id.checkpoints import Checkpoint
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.evaluation.classifier import Classifier
@@ -28,7 +27,7 @@ Facts = dict[str, Any]
 class Subject:
     """A checkpoint under evaluation, the data it is evaluated on and the networks that score it."""
 
-    checkpoint: Path
+    checkpoint: Checkpoint
     codec: Codec
     sampler: Sampler | None
     shards: ShardSet
@@ -40,22 +39,21 @@ class Subject:
     @property
     def riae_data(self) -> DataConfig:
         """Data settings that the RIAE was trained with, pointed at the evaluated shards."""
-        return self._data(self.codec.path)
+        return self._with_shards(self.codec.data)
 
     @property
     def data(self) -> DataConfig:
         """Data settings that the R2ID was trained with, pointed at the evaluated shards."""
-        return self._data(self.checkpoint)
+        return self._with_shards(DataConfig.model_validate(self.checkpoint.meta.config["data"]))
 
-    def _data(self, path: Path) -> DataConfig:
+    def _with_shards(self, recorded: DataConfig) -> DataConfig:
         # Images are prepared as in training, though the shards may be others.
-        recorded = DataConfig.model_validate(checkpoints.load_meta(path).config["data"])
         return recorded.model_copy(update={"shards": self.shards.folder, "latents": None})
 
 
 def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
     """Describe data, checkpoints, settings and rules, and what each figure rests on."""
-    shards, sampler = subject.shards, subject.sampler
+    shards, sampler, riae = subject.shards, subject.sampler, subject.codec.checkpoint
     splits = shards.manifest.splits
     facts: Facts = {
         "data": {
@@ -64,7 +62,7 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
             "class_names": shards.class_names,
             **{f"{name}_images": split.samples for name, split in splits.items()},
         },
-        **({"riae": _origin(subject.codec.path, shards)} if subject.codec.riae else {}),
+        **({"riae": _origin(riae, shards)} if riae else {}),
     }
     if sampler:
         chosen = sampler.defaults
@@ -96,11 +94,11 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
     }
 
 
-def _origin(path: Path, shards: ShardSet) -> Facts:
-    meta = checkpoints.load_meta(path)
+def _origin(checkpoint: Checkpoint, shards: ShardSet) -> Facts:
+    meta = checkpoint.meta
     return {
-        "checkpoint": str(checkpoints.resolve(path)),
-        "identity": checkpoints.identity(path),
+        "checkpoint": str(checkpoint.path),
+        "identity": checkpoint.identity,
         "steps": meta.step,
         "images_seen": meta.samples,
         "seed": meta.seed,

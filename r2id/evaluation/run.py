@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from r2id.checkpoints import checkpoint as checkpoints
+from r2id.checkpoints import Checkpoint
 from r2id.config import change
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
@@ -120,16 +120,16 @@ def evaluate(
 
 
 def _open(
-    checkpoint: Path,
+    source: Checkpoint | Path,
     shards: Path,
     extractor: str | Path | None,
     device: torch.device | str,
     seed: int,
 ) -> Subject:
     """Open everything; input errors are found here, before anything is computed or written."""
-    meta = checkpoints.load_meta(checkpoint)
+    checkpoint = Checkpoint.open(source)
     opened = ShardSet.open(shards)
-    sampler = Sampler.load(checkpoint, device) if meta.stage == "r2id" else None
+    sampler = Sampler.load(checkpoint, device) if checkpoint.meta.stage == "r2id" else None
     codec = sampler.codec if sampler else Codec.load(checkpoint, device)
     subject = Subject(checkpoint, codec, sampler, opened, seed)
     opened.split(subject.riae_data.test_split)
@@ -137,7 +137,7 @@ def _open(
     conditioned = sampler.model.condition_shape if sampler else ()
     if sampler and not conditioned and sampler.num_classes != opened.num_classes:
         raise InputError(
-            f"{shards}: has {opened.num_classes} classes, and {checkpoint} was trained with "
+            f"{shards}: has {opened.num_classes} classes, and {checkpoint.path} was trained with "
             f"{sampler.num_classes}"
         )
     if extractor is None:
@@ -150,8 +150,8 @@ def _open(
 def _with_sampling(subject: Subject, settings: Mapping[str, Any]) -> Subject:
     if subject.sampler is None:
         raise InputError(
-            f"{', '.join(settings)}: of samples, and {subject.checkpoint} is of an RIAE, which "
-            "draws none"
+            f"{', '.join(settings)}: of samples, and {subject.checkpoint.path} is of an RIAE, "
+            "which draws none"
         )
     return replace(
         subject,

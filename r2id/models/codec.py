@@ -1,4 +1,6 @@
-"""A trained RIAE as a codec: images to latents and back, and the one place where latents are normalised.
+"""A trained RIAE as a codec: images to latents and back.
+
+This is the one place where latents are normalised.
 
 Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -12,77 +14,93 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from r2id.checkpoints import checkpoint
-from r2id.checkpoints.files import Meta
+from r2id.checkpoints import Checkpoint
 from r2id.config import DataConfig, RiaeConfig
 from r2id.errors import InputError
 from r2id.models.coords import Size, Window
 from r2id.models.pixels import DOWNSAMPLE, STD, Pixels
 from r2id.models.riae import RIAE
 
-PIXELS_HASH = "pixels"
+PIXELS = "pixels"
+"""Identity of the codec that is no RIAE."""
 
 
 @dataclass(frozen=True)
 class Codec:
+    """A trained RIAE, or the images themselves in its place."""
+
     model: RIAE | Pixels
     mean: Tensor
     """Mean of the raw latents over the training images, float32 [L]."""
     std: Tensor
     """Their standard deviation, float32 [L]."""
     bfloat16: bool
-    """Computes as the RIAE was trained: in bfloat16 autocast, or in float32."""
-    path: Path
-    """The RIAE's checkpoint; of pixels, the R2ID's own run or checkpoint."""
-    hash: str
-    """Identity of the checkpoint; "pixels" where there is none."""
+    """Compute in bfloat16 autocast, as the RIAE was trained, instead of float32."""
+    checkpoint: Checkpoint | None
+    """The RIAE's; None where the codec is no RIAE."""
     image: Size
     """Size of the training images: their median height and width."""
     data: DataConfig
     """How the training images were prepared."""
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> Codec:
-        """From an RIAE checkpoint or run directory; InputError when it is none or is damaged."""
-        path = checkpoint.resolve(path)
-        meta = checkpoint.load_meta(path)
+    def load(cls, source: Checkpoint | Path | str, device: torch.device | str = "cpu") -> Codec:
+        """Load an RIAE from its checkpoint or run directory.
+
+        Raises InputError when it is no checkpoint of an RIAE, or is damaged.
+        """
+        checkpoint = Checkpoint.open(source)
+        meta = checkpoint.meta
         if meta.stage != "riae":
-            raise InputError(f"{path}: a checkpoint of stage {meta.stage!r}, not 'riae'")
+            raise InputError(f"{checkpoint.path}: a checkpoint of stage {meta.stage!r}, not 'riae'")
         model = RIAE(RiaeConfig.model_validate(meta.config["riae"]), meta.model["channels"])
-        checkpoint.fit(model, checkpoint.load_tensors(path, "ema"), path)
-        stats = checkpoint.load_tensors(path, "stats")
+        checkpoint.load_ema(model)
+        stats = checkpoint.tensors("stats")
         model.to(device).eval().requires_grad_(False)
         return cls(
             model,
             stats["mean"].to(device),
             stats["std"].to(device),
             meta.config["train"]["precision"] != "float32",
-            path,
-            checkpoint.identity(path),
+            checkpoint,
             tuple(meta.model["image"]),
             DataConfig.model_validate(meta.config["data"]),
         )
 
     @classmethod
-    def of_pixels(
-        cls, path: Path, data: DataConfig, image: Size, device: torch.device | str = "cpu"
-    ) -> Codec:
-        """No RIAE: the images themselves, for the R2ID at a path, which was trained on images of this (median) size."""
+    def of_pixels(cls, data: DataConfig, image: Size, device: torch.device | str = "cpu") -> Codec:
+        """The images themselves, where an R2ID diffuses pixels instead of latents.
+
+        ``image`` is the median size of the images that it is trained on.
+        """
         mean = torch.zeros(data.channels, device=device)
         return cls(
-            Pixels(data.channels),
-            mean,
-            torch.full_like(mean, STD),
-            False,
-            path,
-            PIXELS_HASH,
-            image,
-            data,
+            Pixels(data.channels), mean, torch.full_like(mean, STD), False, None, image, data
         )
+
+    @classmethod
+    def of_r2id(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Codec:
+        """The codec that an R2ID was trained with: pixels, or the RIAE that its checkpoint names."""
+        meta = checkpoint.meta
+        if meta.model["codec"] is None:
+            data = DataConfig.model_validate(meta.config["data"])
+            return cls.of_pixels(data, tuple(meta.model["image"]), device)
+        # Recorded relative to the run directory, so that both can be moved together.
+        return cls.load(checkpoint.run / meta.model["codec"], device)
+
+    @property
+    def identity(self) -> str:
+        """Identity of the RIAE's checkpoint, or "pixels"."""
+        return self.checkpoint.identity if self.checkpoint else PIXELS
+
+    @property
+    def name(self) -> str:
+        """How messages call it: the folder of the RIAE's checkpoint, or "pixels"."""
+        return str(self.checkpoint.path) if self.checkpoint else PIXELS
 
     @property
     def riae(self) -> RiaeConfig | None:
-        """None where the codec is no RIAE."""
+        """Config of the RIAE; None where the codec is no RIAE."""
         return self.model.config if isinstance(self.model, RIAE) else None
 
     @property
@@ -113,7 +131,10 @@ class Codec:
             return self.model.encode(images.to(self.device), grid)
 
     def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
-        """Raw latents [B, L, h, w] → images [B, C, H, W] clipped to [−1, 1], or a window of them; see RIAE.decode."""
+        """Raw latents [B, L, h, w] → images [B, C, H, W] clipped to [−1, 1].
+
+        With ``window``, only that part of the images; see RIAE.decode.
+        """
         with self._autocast():
             return self.model.decode(latents.to(self.device), size, window).clamp(-1, 1)
 
@@ -129,13 +150,3 @@ class Codec:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-
-
-def load_codec(path: Path, meta: Meta, device: torch.device | str) -> Codec:
-    """The codec of an R2ID checkpoint: its RIAE, recorded relative to the run directory, so that both move together, or
-    pixels."""
-    if meta.model["codec"] is None:
-        return Codec.of_pixels(
-            path, DataConfig.model_validate(meta.config["data"]), tuple(meta.model["image"]), device
-        )
-    return Codec.load(path.parent.parent / meta.model["codec"], device)

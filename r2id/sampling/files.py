@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from r2id import dist
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import SamplerConfig, change
 from r2id.data.index import find_intact, read_commit
 from r2id.data.manifest import FORMAT_VERSION as SHARDS_VERSION
@@ -107,7 +107,7 @@ def shard_length(size: Size, batch: int) -> int:
 
 
 def draw_many(
-    path: Path,
+    source: Checkpoint | Path,
     out: Path,
     sizes: Sequence[Size],
     *,
@@ -126,10 +126,11 @@ def draw_many(
     place, and the digest of all. InputError when the folder holds something else, or samples of other settings.
     """
     world = dist.init()
-    sampler = Sampler.load(path, world.device if world.world_size > 1 else device)
+    checkpoint = Checkpoint.open(source)
+    sampler = Sampler.load(checkpoint, world.device if world.world_size > 1 else device)
     plan = make_plan(
         sampler,
-        path,
+        checkpoint.identity,
         out,
         sizes,
         kind=kind,
@@ -159,7 +160,7 @@ def draw_many(
 
 def make_plan(
     sampler: Sampler,
-    path: Path,
+    identity: str,
     out: Path,
     sizes: Sequence[Size],
     *,
@@ -187,8 +188,8 @@ def make_plan(
     facts = {
         "format_version": FORMAT_VERSION,
         "format": kind,
-        "checkpoint": checkpoint.identity(path),
-        "riae": sampler.codec.hash,
+        "checkpoint": identity,
+        "riae": sampler.codec.identity,
         "size": list(size),
         "grid": list(grid or sampler.grid_for(size)),
         "count": count,

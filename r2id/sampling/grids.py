@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from r2id.checkpoints import Checkpoint
 from r2id.errors import InputError
 from r2id.images import save_png, tile
 from r2id.models.coords import Size
@@ -17,7 +18,7 @@ from r2id.sampling.sampler import Sampler
 
 
 def draw_grids(
-    path: Path,
+    source: Checkpoint | Path,
     out: Path,
     sizes: Sequence[Size],
     *,
@@ -37,7 +38,7 @@ def draw_grids(
     ``embedding`` is a ``.npy`` file, see choose_embeddings; ``out`` a PNG file (one size) or a folder. The same seeds and
     conditions at every size: picture i is one composition.
     """
-    sampler = Sampler.load(path, device)
+    sampler = Sampler.load(source, device)
     sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
     for size in sizes:
         check_samples(sampler, size, grid, count or sampler.defaults.count)

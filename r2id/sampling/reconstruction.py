@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from r2id.checkpoints import Checkpoint
 from r2id.images import psnr, read_image, save_png
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window, part_of
@@ -17,7 +18,7 @@ from r2id.sampling.memory import check_reconstruction
 
 
 def reconstruct_file(
-    path: Path,
+    source: Checkpoint | Path,
     picture: Path,
     out: Path,
     sizes: Sequence[Size],
@@ -28,7 +29,7 @@ def reconstruct_file(
 ) -> dict[str, Any]:
     """Encode a picture file and decode it, or a window (y0, x0, y1, x1) of it, at every size (default its own) into PNG
     files; PSNR of the whole at its own size. InputError when the window does not lie within a picture of each size."""
-    codec = Codec.load(path, device)
+    codec = Codec.load(source, device)
     image = read_image(picture, codec.channels)
     own: Size = (image.shape[1], image.shape[2])
     sizes = tuple(sizes) or (own,)

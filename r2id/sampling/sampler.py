@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from r2id import rng
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, change
 from r2id.diffusion import objective, schedule, solvers
 from r2id.diffusion.denoising import denoising_loss
 from r2id.diffusion.noise import noise_field
 from r2id.errors import InputError
-from r2id.models.codec import Codec, load_codec
+from r2id.models.codec import Codec
 from r2id.models.conditioning import empty
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
@@ -52,30 +52,33 @@ class Sampler:
 
     @classmethod
     def load(
-        cls, path: Path, device: torch.device | str = "cpu", codec: Codec | None = None
+        cls,
+        source: Checkpoint | Path | str,
+        device: torch.device | str = "cpu",
+        codec: Codec | None = None,
     ) -> Sampler:
-        """From an R2ID checkpoint or run directory; it names its RIAE, unless ``codec`` is given.
+        """Load an R2ID from its checkpoint or run directory, and the RIAE that it names.
 
-        A noise shift that was measured of this checkpoint and applied (see r2id.sampling.noise_shift) replaces the trained.
-        InputError when it is no R2ID checkpoint, is damaged, or the RIAE is not the one it was trained with.
+        ``codec`` is used instead when it is given. A noise shift that was measured of this
+        checkpoint and applied (see r2id.sampling.noise_shift) replaces the trained one.
+        Raises InputError when it is no checkpoint of an R2ID, is damaged, or the RIAE is not the
+        one it was trained with.
         """
-        path = checkpoint.resolve(path)
-        meta = checkpoint.load_meta(path)
+        checkpoint = Checkpoint.open(source)
+        meta = checkpoint.meta
         if meta.stage != "r2id":
-            raise InputError(f"{path}: a checkpoint of stage {meta.stage!r}, not 'r2id'")
-        codec = codec or load_codec(path, meta, device)
-        if codec.hash != meta.model["codec_hash"]:
+            raise InputError(f"{checkpoint.path}: a checkpoint of stage {meta.stage!r}, not 'r2id'")
+        codec = codec or Codec.of_r2id(checkpoint, device)
+        if codec.identity != meta.model["codec_hash"]:
             raise InputError(
-                f"{codec.path}: not the RIAE checkpoint that {path} was trained with "
+                f"{codec.name}: not the RIAE checkpoint that {checkpoint.path} was trained with "
                 f"({meta.model['codec']}, identity {meta.model['codec_hash'][:12]})"
             )
         model = R2ID.of(R2idConfig.model_validate(meta.config["r2id"]), meta.model)
-        checkpoint.fit(model, checkpoint.load_tensors(path, "ema"), path)
+        checkpoint.load_ema(model)
         model.to(device).eval().requires_grad_(False)
-        diffusion, exponent = (
-            DiffusionConfig.model_validate(meta.config["diffusion"]),
-            applied_exponent(path),
-        )
+        diffusion = DiffusionConfig.model_validate(meta.config["diffusion"])
+        exponent = applied_exponent(checkpoint)
         if exponent is not None:
             diffusion = change(diffusion, {"shift_exponent": exponent})
         return cls(

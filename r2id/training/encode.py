@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from r2id import dist
+from r2id.checkpoints import Checkpoint
 from r2id.data.latent_writer import LatentWriter
 from r2id.data.latents import Dtype
 from r2id.data.loader import eval_loader
@@ -34,15 +35,16 @@ def encode(
     do not fit.
     """
     world = dist.init()
-    codec = Codec.load(riae, world.device if world.world_size > 1 else device)
+    checkpoint = Checkpoint.open(riae)
+    codec = Codec.load(checkpoint, world.device if world.world_size > 1 else device)
     data_set = ShardSet.open(shards)
     data = codec.data.model_copy(update={"shards": shards, "workers": workers})
     writer = LatentWriter(
         out,
         data_set,
         data,
-        codec_hash=codec.hash,
-        codec_path=codec.path,
+        codec_hash=codec.identity,
+        codec_path=checkpoint.path,
         latent_channels=codec.latent_channels,
         dtype=dtype,
     )
@@ -83,6 +85,6 @@ def encode(
         "out": str(out),
         "images": total,
         "reused": reused,
-        "codec": str(codec.path),
-        "codec_hash": codec.hash,
+        "codec": str(checkpoint.path),
+        "codec_hash": codec.identity,
     }

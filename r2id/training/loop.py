@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from r2id import dist, rng
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import OptimConfig, R2idRun, RiaeRun
 from r2id.errors import NonFiniteError, Stopped
 from r2id.progress import say
@@ -18,7 +18,7 @@ from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks import Callbacks, make_callbacks
 from r2id.training.engines import make_engine
 from r2id.training.nonfinite import blame
-from r2id.training.resume import find_finished, restore, start_folder
+from r2id.training.resume import is_finished, restore, start_folder
 from r2id.training.state import MicroBatchResult, TrainState
 from r2id.training.tasks import Batch, make_task
 
@@ -32,16 +32,16 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
     or SIGINT with everything saved.
     """
     world = dist.init()
-    finished = find_finished(config)
-    if finished is not None:
-        return {"checkpoint": finished, "step": checkpoint.load_meta(finished).step}
+    newest = Checkpoint.open_newest(config.run)
+    if newest is not None and is_finished(config, newest):
+        return {"checkpoint": newest.path, "step": newest.step}
     task = make_task(config, world, micro_batch_size(config.train, world.world_size))
     prepare_blocks(task.module.model.blocks(), config.train)
     engine = make_engine(
         task.module, optim=config.optim, train=config.train, engine=config.engine, world=world
     )
     state = TrainState(task, engine, profile)
-    restore(state)
+    restore(state, newest)
     start_folder(state)
     run(state, make_callbacks())
     return {"checkpoint": state.checkpoint, "step": state.step, **state.figures}

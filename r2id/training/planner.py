@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun, load_config
 from r2id.data.loader import image_sizes
 from r2id.data.manifest import MANIFEST
@@ -93,7 +93,7 @@ def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
             raise InputError(f"{riae}: stage {found.stage!r}, must be 'riae'")
         return found.riae
     try:
-        return RiaeConfig.model_validate(checkpoint.load_meta(config.codec).config["riae"])
+        return RiaeConfig.model_validate(Checkpoint.open(config.codec).meta.config["riae"])
     except InputError as error:
         raise InputError(
             f"codec: {error}; name the RIAE's config by --riae to plan without one"

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from r2id import dist
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint, writing
+from r2id.checkpoints.reading import resume
 from r2id.checkpoints.state import Source, check_fits
 from r2id.config import R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
-from r2id.models.codec import PIXELS_HASH
+from r2id.models.codec import PIXELS
 from r2id.progress import say
 from r2id.training.engines import Engine
 from r2id.training.state import TrainState
@@ -24,35 +25,31 @@ _ORDER = ("train_split", "size", "max_pixels", "window", "flip", "batch_pixels",
 """Settings of the data that decide which samples a step holds."""
 
 
-def find_finished(config: RiaeRun | R2idRun) -> Path | None:
-    """Find the last checkpoint of a run that is done already.
+def is_finished(config: RiaeRun | R2idRun, newest: Checkpoint) -> bool:
+    """Whether a run whose newest checkpoint this is has been trained to its last step already.
 
-    None where settings, data or codec are others than the run's. Loads none of them, so that a
+    False where settings, data or codec are others than the run's. Loads none of them, so that a
     pipeline's second start is quick.
     """
-    found = checkpoint.latest(config.run)
-    if found is None:
-        return None
-    meta = checkpoint.load_meta(found)
+    meta = newest.meta
     facts = {"digest": ShardSet.open(config.data.shards, config.data.stream).digest}
     if isinstance(config, R2idRun):
-        facts["codec_hash"] = checkpoint.identity(config.codec) if config.codec else PIXELS_HASH
+        facts["codec_hash"] = Checkpoint.open(config.codec).identity if config.codec else PIXELS
     if meta.stage != config.stage or meta.step < config.train.steps:
-        return None
+        return False
     then = _essentials(meta.config, meta.model)
     now = _essentials(config.model_dump(mode="json"), facts)
-    return found if all(then.get(name, value) == value for name, value in now.items()) else None
+    return all(then.get(name, value) == value for name, value in now.items())
 
 
-def restore(state: TrainState) -> None:
+def restore(state: TrainState, newest: Checkpoint | None) -> None:
     """Go on from the run's newest checkpoint, if it has one; else begin as the config says."""
-    found = _find_checkpoint(state.task)
-    if found is None and state.config.init_from is not None:
+    if newest is not None:
+        _check_same_run(state.task, newest)
+        resume(state.engine, newest)
+        state.start, state.step, state.samples = newest.step, newest.step, newest.meta.samples
+    elif state.config.init_from is not None:
         _load_initial_weights(state.engine, state.config, state.config.init_from)
-    elif found is not None:
-        checkpoint.load_into(state.engine, found)
-        meta = checkpoint.load_meta(found)
-        state.start, state.step, state.samples = meta.step, meta.step, meta.samples
 
 
 def start_folder(state: TrainState) -> None:
@@ -60,7 +57,7 @@ def start_folder(state: TrainState) -> None:
     if dist.is_main():
         state.folder.mkdir(parents=True, exist_ok=True)
         (state.folder / "config.toml").write_text(to_toml(state.config))
-        checkpoint.tidy(state.folder, state.start)
+        writing.tidy(state.folder, state.start)
 
 
 class _InitialWeights:
@@ -81,13 +78,14 @@ def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path)
 
     Raises InputError, naming a tensor and a setting, when they are of another architecture.
     """
-    meta = checkpoint.load_meta(path)
+    checkpoint = Checkpoint.open(path)
+    meta = checkpoint.meta
     if meta.stage != config.stage:
         raise InputError(
             f"init_from = {str(path)!r}: has weights of stage {meta.stage!r}, not {config.stage!r}"
         )
     try:
-        checkpoint.load_into(_InitialWeights(engine), path)
+        resume(_InitialWeights(engine), checkpoint)
     except InputError as error:
         here = config.model_dump(mode="json")[config.stage]
         there = meta.config[meta.stage]
@@ -101,13 +99,9 @@ def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path)
     say(f"{path}: beginning with its averaged weights, of step {meta.step}")
 
 
-def _find_checkpoint(task: Task) -> Path | None:
-    """Find the run directory's newest checkpoint; InputError when another run's lies there."""
-    folder = task.config.run
-    found = checkpoint.latest(folder)
-    if found is None:
-        return None
-    meta = checkpoint.load_meta(found)
+def _check_same_run(task: Task, newest: Checkpoint) -> None:
+    """Raise InputError when the run directory's newest checkpoint is another run's."""
+    folder, meta = task.config.run, newest.meta
     if meta.stage != task.config.stage:
         raise InputError(
             f"{folder}: holds a run of stage {meta.stage!r}, not {task.config.stage!r}: "
@@ -120,8 +114,7 @@ def _find_checkpoint(task: Task) -> Path | None:
                 f"{folder}: holds a run with {name} = {then[name]!r}, not {value!r}: "
                 "choose another run directory, or remove this one to start over"
             )
-    say(f"{found}: going on from step {meta.step}")
-    return found
+    say(f"{newest.path}: going on from step {meta.step}")
 
 
 def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

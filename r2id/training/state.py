@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from r2id.checkpoints.checkpoint import Meta
+from r2id.checkpoints.files import Meta
 from r2id.config import R2idRun, RiaeRun
 from r2id.models.coords import Size
 from r2id.training.engines import Engine

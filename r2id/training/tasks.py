@@ -135,17 +135,17 @@ class R2idTask(Task):
         self.config = config
         sizes = image_sizes(shards, config.data, config.data.train_split)
         self.codec = (
-            Codec.of_pixels(config.run, config.data, _median(sizes), world.device)
+            Codec.of_pixels(config.data, _median(sizes), world.device)
             if config.codec is None
             else Codec.load(config.codec, world.device)
         )
         if self.codec.channels != config.data.channels:
             raise InputError(
-                f"data.channels = {config.data.channels}: {self.codec.path} was trained with "
+                f"data.channels = {config.data.channels}: {self.codec.name} was trained with "
                 f"{self.codec.channels}"
             )
         self.cache = (
-            LatentCache.open(config.data.latents, self.codec.hash, shards.digest)
+            LatentCache.open(config.data.latents, self.codec.identity, shards.digest)
             if config.data.latents is not None
             else None
         )
@@ -162,8 +162,8 @@ class R2idTask(Task):
             **known_conditions(config, self.shards),
             "digest": self.shards.digest,
             # Relative, so that a folder with both runs can be moved.
-            "codec": os.path.relpath(codec.path, config.run) if config.codec else None,
-            "codec_hash": codec.hash,
+            "codec": codec.checkpoint and os.path.relpath(codec.checkpoint.path, config.run),
+            "codec_hash": codec.identity,
             "base_side": areas[len(areas) // 2] ** 0.5,
             "areas": [areas[0], areas[-1]],
             "ratios": [ratios[0], ratios[-1]],

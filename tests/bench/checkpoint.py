@@ -17,7 +17,8 @@ import torch
 from measure import reset_peak, resident
 
 from r2id import dist
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import reading, writing
+from r2id.checkpoints.files import Meta
 from r2id.config import DiffusionConfig, EngineConfig, OptimConfig, R2idConfig, TrainConfig
 from r2id.models.r2id import R2ID
 from r2id.training.engines import make_engine
@@ -68,12 +69,12 @@ def main():
     inputs = {"latent": torch.randn(1, 8, 4, 4), "condition": index % 10, "index": index, "step": 0}
     engine.backward(engine.forward(inputs)[0], 1)
     engine.step(1e-4, 0)
-    meta = checkpoint.Meta(stage="r2id", step=1, samples=1, seed=0, config={}, model={})
+    meta = Meta(stage="r2id", step=1, samples=1, seed=0, config={}, model={})
     folder = Path(tempfile.mkdtemp(dir=options.folder)) if dist.is_main() else None
     folder = dist.broadcast_object(folder)
     for _ in range(3):
-        measure("save", lambda: checkpoint.save(folder, engine.state(), meta, keep=1))
-    measure("load", lambda: checkpoint.load_into(engine, folder))
+        measure("save", lambda: writing.save(folder, engine.state(), meta, keep=1))
+    measure("load", lambda: reading.resume(engine, folder))
     dist.shutdown()
 
 

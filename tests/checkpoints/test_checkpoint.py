@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from r2id.checkpoints import checkpoint
-from r2id.checkpoints.checkpoint import Meta
-from r2id.checkpoints.files import Folder, write_document, write_part
+from r2id.checkpoints import Checkpoint, reading, writing
+from r2id.checkpoints.files import Meta, write_description, write_part
 from r2id.errors import InputError
 from tests.training import children
 from tests.training import engine_ranks as job
@@ -27,15 +26,15 @@ KINDS = ("model", "ema", "optimizer", "stats")
 def test_round_trip(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
     assert folder == tmp_path / "checkpoints" / "step-00000003"
-    meta = checkpoint.load_meta(folder)
+    meta = Checkpoint.open(folder).meta
     assert (meta.stage, meta.step, meta.samples, meta.seed) == ("riae", 3, 24, 7)
     assert meta.config == {"train": {"sizes": [[1, 2]], "lr": 1e-3}} and meta.model == {
         "channels": 1
     }
     for kind, parts in state(3).parts.items():
         saved = {name: part.values for name, part in parts.items()}
-        torch.testing.assert_close(checkpoint.load_tensors(folder, kind), saved, rtol=0, atol=0)
-    torch.testing.assert_close(checkpoint.load_tensors(folder, "stats"), STATS, rtol=0, atol=0)
+        torch.testing.assert_close(Checkpoint.open(folder).tensors(kind), saved, rtol=0, atol=0)
+    torch.testing.assert_close(Checkpoint.open(folder).tensors("stats"), STATS, rtol=0, atol=0)
 
 
 def test_only_safetensors_and_json_that_the_umask_lets_others_read(tmp_path: Path) -> None:
@@ -51,29 +50,30 @@ def test_only_safetensors_and_json_that_the_umask_lets_others_read(tmp_path: Pat
 
 
 def test_paths_that_mean_a_checkpoint(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+    assert Checkpoint.open_newest(tmp_path) is None
     save(tmp_path, 9)
     newest = save(tmp_path, 10)
-    assert checkpoint.latest(tmp_path) == newest
+    assert Checkpoint.open_newest(tmp_path).path == newest
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000010\n"
     for path in (tmp_path, tmp_path / "checkpoints", newest):
-        assert checkpoint.resolve(path) == newest
+        assert reading.find_checkpoint(path) == newest
 
 
 def test_identity_is_of_the_content(tmp_path: Path) -> None:
     one, other, third = save(tmp_path / "a", 1), save(tmp_path / "b", 1), save(tmp_path / "b", 2)
-    assert checkpoint.identity(one) == checkpoint.identity(other) != checkpoint.identity(third)
+    assert (
+        Checkpoint.open(one).identity
+        == Checkpoint.open(other).identity
+        != Checkpoint.open(third).identity
+    )
 
 
 def test_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     for step in range(1, 9):
         save(tmp_path, step, keep=2, milestone_every=3)
-    assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path / "checkpoints")] == [
-        3,
-        6,
-        7,
-        8,
-    ]
+    assert [
+        reading.step_of(path) for path in reading.list_checkpoints(tmp_path / "checkpoints")
+    ] == [3, 6, 7, 8]
     save(tmp_path, 9, keep=1)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
@@ -90,22 +90,22 @@ def test_a_step_saved_again_replaces_the_old(tmp_path: Path) -> None:
 def test_tidy_sweeps_and_points_to_the_newest_that_is_left(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     for step in (1, 2):
-        checkpoint.save_snapshot(
-            tmp_path, state(step), checkpoint.load_meta(older).model_copy(update={"step": step})
+        writing.save_snapshot(
+            tmp_path, state(step), Checkpoint.open(older).meta.model_copy(update={"step": step})
         )
     for file in newer.iterdir():
         file.unlink()
     newer.rmdir()
     (tmp_path / "checkpoints" / ".tmp-step-00000003").mkdir()
-    checkpoint.tidy(tmp_path, start=1)
+    writing.tidy(tmp_path, start=1)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
         "step-00000001",
     ]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000001\n"
-    assert [path.name for path in checkpoint.complete(tmp_path / "ema")] == ["step-00000001"], (
-        "2 is of another past"
-    )
+    assert [path.name for path in reading.list_checkpoints(tmp_path / "ema")] == [
+        "step-00000001"
+    ], "2 is of another past"
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -117,10 +117,10 @@ def test_killed_at_any_moment_leaves_whole_checkpoints_alone(tmp_path: Path, bef
         with children.ended(children.start(children.save_and_die, run, 2, moment, before)) as child:
             child.join(60)
         exit_codes.append(child.exitcode)
-        found = checkpoint.resolve(run)
-        assert checkpoint.load_meta(found).step in (1, 2) and not checkpoint.damages(found)
+        found = reading.find_checkpoint(run)
+        assert Checkpoint.open(found).step in (1, 2) and not reading.find_damages(found)
         assert (run / "checkpoints" / "latest").read_text().strip() in {
-            path.name for path in checkpoint.complete(run / "checkpoints")
+            path.name for path in reading.list_checkpoints(run / "checkpoints")
         }
         save(run, 3, keep=1)
         assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
@@ -161,7 +161,7 @@ def ranks_save(
 def test_two_ranks_write_what_one_reads(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert ranks_save(run, 3) == [str(run / "checkpoints" / "step-00000003")] * 2
-    opened = Folder(checkpoint.resolve(run))
+    opened = Checkpoint.open(run)
     assert sorted(opened.files) == [
         "ema-00001-of-00002.safetensors",
         "ema-00002-of-00002.safetensors",
@@ -173,7 +173,7 @@ def test_two_ranks_write_what_one_reads(tmp_path: Path) -> None:
     ]
     for kind, parts in state(3).parts.items():
         saved = {name: part.values for name, part in parts.items()}
-        torch.testing.assert_close(checkpoint.load_tensors(run, kind), saved, rtol=0, atol=0)
+        torch.testing.assert_close(Checkpoint.open(run).tensors(kind), saved, rtol=0, atol=0)
     whole = state(3).parts["optimizer"]["exp_avg_sq.layer.weight"].values.flatten()
     for start in range(6):
         for count in range(1, 7 - start):
@@ -191,7 +191,7 @@ def test_a_full_disk_on_one_rank_stops_both_with_one_reason(tmp_path: Path, full
         and said[0].startswith("WorkError: ")
         and "step-00000002: not written: " in said[0]
     )
-    assert checkpoint.resolve(run) == older and not checkpoint.damages(older)
+    assert reading.find_checkpoint(run) == older and not reading.find_damages(older)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000001"], (
         "nothing takes up space"
     )
@@ -203,14 +203,14 @@ def test_a_rank_killed_in_a_save_leaves_the_older_one(tmp_path: Path, dying: int
     older = save(run, 1)
     ranks_save(run, 2, dying=dying)
     assert (run / "checkpoints" / ".tmp-step-00000002").is_dir(), "killed inside"
-    assert checkpoint.resolve(run) == older and not checkpoint.damages(older)
+    assert reading.find_checkpoint(run) == older and not reading.find_damages(older)
     ranks_save(run, 2)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "latest",
         "step-00000001",
         "step-00000002",
     ]
-    assert not checkpoint.damages(run)
+    assert not reading.find_damages(run)
 
 
 @pytest.mark.parametrize("file", [*(f"{kind}.safetensors" for kind in KINDS), "checkpoint.json"])
@@ -222,10 +222,10 @@ def test_any_flipped_byte_is_noticed_and_the_one_before_offered(tmp_path: Path, 
         data = bytearray(intact)
         data[place] ^= 1 << draw.randrange(8)
         (newer / file).write_bytes(data)
-        assert len(checkpoint.damages(newer)) == 1
+        assert len(reading.find_damages(newer)) == 1
         with pytest.raises(InputError) as caught:
-            checkpoint.load_tensors(
-                tmp_path, "model" if file == "checkpoint.json" else file.split(".")[0]
+            Checkpoint.open(tmp_path).tensors(
+                "model" if file == "checkpoint.json" else file.split(".")[0]
             )
         message = str(caught.value)
         assert str(newer / file) in message and "\n" not in message
@@ -233,7 +233,7 @@ def test_any_flipped_byte_is_noticed_and_the_one_before_offered(tmp_path: Path, 
             f"; {older} is intact: name that one, or remove {newer} to go on from it"
         )
     (newer / file).write_bytes(intact)
-    assert not checkpoint.damages(newer)
+    assert not reading.find_damages(newer)
 
 
 def test_truncated_or_missing_file(tmp_path: Path) -> None:
@@ -243,10 +243,10 @@ def test_truncated_or_missing_file(tmp_path: Path) -> None:
         InputError,
         match=r"ema\.safetensors: damaged: it has \d+ bytes, and \d+ were saved; there is no ",
     ):
-        checkpoint.load_tensors(tmp_path, "ema")
+        Checkpoint.open(tmp_path).tensors("ema")
     file.unlink()
     with pytest.raises(InputError, match=r"ema\.safetensors: missing or unreadable: No such file"):
-        checkpoint.load_tensors(tmp_path, "ema")
+        Checkpoint.open(tmp_path).tensors("ema")
 
 
 def test_one_before_that_is_damaged_too_is_not_offered(tmp_path: Path) -> None:
@@ -254,14 +254,14 @@ def test_one_before_that_is_damaged_too_is_not_offered(tmp_path: Path) -> None:
     for folder in (second, third):
         (folder / "ema.safetensors").unlink()
     with pytest.raises(InputError, match=f"{third}.*; {first} is intact"):
-        checkpoint.load_tensors(tmp_path, "ema")
+        Checkpoint.open(tmp_path).tensors("ema")
 
 
 def test_part_that_the_stage_has_not(tmp_path: Path) -> None:
     meta = Meta(stage="r2id", step=1, samples=8, seed=0, config={}, model={})
-    folder = checkpoint.save(tmp_path, state(1), meta, keep=1)
+    folder = writing.save(tmp_path, state(1), meta, keep=1)
     with pytest.raises(InputError, match=r"holds no stats\.safetensors"):
-        checkpoint.load_tensors(folder, "stats")
+        Checkpoint.open(folder).tensors("stats")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_description_that_is_no_description(tmp_path: Path, text: str, message: 
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     (newer / "checkpoint.json").write_text(text)
     with pytest.raises(InputError, match=f"{message}.*; {older} is intact"):
-        checkpoint.load_meta(tmp_path)
+        Checkpoint.open(tmp_path)
 
 
 def test_description_names_every_file_and_tensor(tmp_path: Path) -> None:
@@ -294,39 +294,33 @@ def test_a_rank_s_file_that_is_not_named_is_missed(tmp_path: Path) -> None:
     """All bytes that are named are as they were saved, and still not all of the tensors are there."""
     run = tmp_path / "run"
     ranks_save(run, 3)
-    folder = checkpoint.resolve(run)
+    folder = reading.find_checkpoint(run)
     files = {
         name: fact
-        for name, fact in Folder(folder).files.items()
+        for name, fact in Checkpoint(folder).files.items()
         if name != "model-00002-of-00002.safetensors"
     }
-    meta = checkpoint.load_meta(folder)
-    write_document(folder, meta, files)
+    meta = Checkpoint.open(folder).meta
+    write_description(folder, meta, files)
     with pytest.raises(InputError, match=r"do not hold all of model layer\.weight"):
-        checkpoint.load_tensors(folder, "ema")
+        Checkpoint.open(folder).tensors("ema")
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no checkpoint here"):
-        checkpoint.resolve(tmp_path)
+        reading.find_checkpoint(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        checkpoint.resolve(tmp_path / "nowhere")
+        reading.find_checkpoint(tmp_path / "nowhere")
 
 
 def test_weights_of_another_model(tmp_path: Path) -> None:
-    folder = save(tmp_path, 1)
+    checkpoint = Checkpoint.open(save(tmp_path, 1))
     model = nn.ModuleDict({"layer": nn.Linear(3, 2)})
-    with pytest.raises(
-        InputError, match=r"do not fit the model.*counts.*; there is no intact one before it"
-    ):
-        checkpoint.fit(model, checkpoint.load_tensors(folder, "ema"), folder)
-    fitting = {
-        name: value
-        for name, value in checkpoint.load_tensors(folder, "ema").items()
-        if name != "counts"
-    }
-    checkpoint.fit(model, fitting, folder)
-    assert torch.equal(model["layer"].weight.detach(), fitting["layer.weight"])
+    with pytest.raises(InputError, match=r"counts.*; there is no intact one before it"):
+        checkpoint.load_ema(model)
+    model.register_buffer("counts", torch.zeros(1))
+    checkpoint.load_ema(model)
+    torch.testing.assert_close(dict(model.state_dict()), checkpoint.tensors("ema"), rtol=0, atol=0)
 
 
 def test_state_of_another_model(tmp_path: Path) -> None:
@@ -334,10 +328,10 @@ def test_state_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"step-00000001: has no .*another model; there is no intact one before it"
     ):
-        checkpoint.load_into(engine, save(tmp_path, 1))
+        reading.resume(engine, save(tmp_path, 1))
     job.save(tmp_path, engine.state())  # step 0, before the other one
     with pytest.raises(InputError, match=r"has no .*another model; .*step-00000000 is intact"):
-        checkpoint.load_into(engine, tmp_path)
+        reading.resume(engine, tmp_path)
 
 
 def test_tensors_that_do_not_fit_the_config(tmp_path: Path) -> None:
@@ -346,17 +340,17 @@ def test_tensors_that_do_not_fit_the_config(tmp_path: Path) -> None:
     job.save(tmp_path, engine.state())
     job.run(engine, 0, 1, job.ALONE)
     job.save(tmp_path, engine.state())
-    newest = checkpoint.resolve(tmp_path)
-    opened, parts = Folder(newest), dict(engine.state().parts["model"])
+    newest = reading.find_checkpoint(tmp_path)
+    opened, parts = Checkpoint(newest), dict(engine.state().parts["model"])
     name = min(parts)
     parts[name] = type(parts[name])(torch.zeros(3, 5), (3, 5))
-    write_document(newest, opened.meta, opened.files | write_part(newest, "model", parts, 0, 1))
-    assert not checkpoint.damages(newest)
+    write_description(newest, opened.meta, opened.files | write_part(newest, "model", parts, 0, 1))
+    assert not reading.find_damages(newest)
     with pytest.raises(
         InputError,
         match=rf"{name} has shape \(3, 5\), the model's is .*; .*step-00000000 is intact",
     ):
-        checkpoint.load_into(job.make("local", 0, job.ALONE), tmp_path)
+        reading.resume(job.make("local", 0, job.ALONE), tmp_path)
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
@@ -364,7 +358,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     torch.save({"layer.weight": torch.zeros(2, 3)}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: damaged"):
-        checkpoint.load_tensors(folder, "model")
+        Checkpoint.open(folder).tensors("model")
     save_file({"layer.weight": torch.zeros(2, 3)}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: damaged"):
-        checkpoint.load_tensors(folder, "model")
+        Checkpoint.open(folder).tensors("model")

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from r2id.checkpoints import checkpoint, pretrained
+from r2id.checkpoints import Checkpoint, pretrained, reading
 from r2id.checkpoints.export import describe, export
 from r2id.config import load_config
 from r2id.errors import InputError
@@ -50,10 +50,10 @@ def profiles_run(digits, tmp_path_factory) -> Path:
 
 def test_snapshots_and_milestones_of_a_run(profiles_run: Path) -> None:
     assert [
-        checkpoint.step_of(path) for path in checkpoint.complete(profiles_run / "checkpoints")
+        reading.step_of(path) for path in reading.list_checkpoints(profiles_run / "checkpoints")
     ] == [48, 96]
-    snapshots = checkpoint.complete(profiles_run / "ema")
-    assert [checkpoint.step_of(path) for path in snapshots] == list(range(3, STEPS + 1, 3))
+    snapshots = reading.list_checkpoints(profiles_run / "ema")
+    assert [reading.step_of(path) for path in snapshots] == list(range(3, STEPS + 1, 3))
     assert {file.name for file in snapshots[0].iterdir()} == {
         "checkpoint.json",
         "ema.safetensors",
@@ -78,7 +78,7 @@ def test_describe(riae_run: Path, r2id_run: Path, profiles_run: Path) -> None:
         and figures["written_by"] == 1
     )
     assert figures["total_bytes"] == sum(
-        file.stat().st_size for file in checkpoint.resolve(r2id_run).glob("*.safetensors")
+        file.stat().st_size for file in reading.find_checkpoint(r2id_run).glob("*.safetensors")
     )
     assert figures["averages"] == {"ema": figures_ema(r2id_run)} and figures["snapshots"] == 0
     figures = describe(profiles_run)
@@ -91,7 +91,7 @@ def test_describe(riae_run: Path, r2id_run: Path, profiles_run: Path) -> None:
 
 
 def figures_ema(run: Path) -> float:
-    return checkpoint.load_meta(run).config["train"]["ema"]
+    return Checkpoint.open(run).meta.config["train"]["ema"]
 
 
 def test_riae_in_three_lines(riae_run: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_riae_in_three_lines(riae_run: Path, tmp_path: Path) -> None:
     about = pretrained.read(tmp_path / "riae.safetensors").about
     assert about.statistics == {"mean": codec.mean.tolist(), "std": codec.std.tolist()}
     assert (about.stage, about.step, about.samples, about.average) == ("riae", 60, 1920, "default")
-    assert about.config == checkpoint.load_meta(riae_run).config
+    assert about.config == Checkpoint.open(riae_run).meta.config
 
 
 def test_r2id_in_three_lines_from_half_precision(r2id_run: Path, tmp_path: Path) -> None:
@@ -135,18 +135,16 @@ def test_r2id_in_three_lines_from_half_precision(r2id_run: Path, tmp_path: Path)
 
 
 def test_values_beyond_half_precision_are_refused(tmp_path: Path, riae_run: Path) -> None:
-    from r2id.checkpoints.files import Folder, write_document, write_part
+    from r2id.checkpoints.files import write_description, write_part
     from r2id.checkpoints.state import whole
 
     folder = tmp_path / "step-00000060"
     folder.mkdir()
-    weights = checkpoint.load_tensors(riae_run, "ema")
+    weights = Checkpoint.open(riae_run).tensors("ema")
     name = min(weights)
     weights[name] = torch.full_like(weights[name], 1e5)
-    write_document(
-        folder,
-        Folder(checkpoint.resolve(riae_run)).meta,
-        write_part(folder, "ema", whole(weights), 0, 1),
+    write_description(
+        folder, Checkpoint.open(riae_run).meta, write_part(folder, "ema", whole(weights), 0, 1)
     )
     with pytest.raises(InputError, match=f"--dtype float16: {name} has values beyond its range"):
         export(folder, tmp_path / "half.safetensors", dtype="float16")
@@ -156,12 +154,12 @@ def test_values_beyond_half_precision_are_refused(tmp_path: Path, riae_run: Path
 
 def test_any_width_is_reconstructed(profiles_run: Path, tmp_path: Path) -> None:
     """Of the widths 0.05 and 0.1 the one of 0.15, which this run has tracked beside them."""
-    exact, last = (checkpoint.load_tensors(profiles_run, kind) for kind in ("ema-0.15", "model"))
+    exact, last = (Checkpoint.open(profiles_run).tensors(kind) for kind in ("ema-0.15", "model"))
     two = two_of(profiles_run, tmp_path / "two")
     result = export(two, tmp_path / "made.safetensors", sigma=0.15)
     assert result["snapshots"] == 2 * 32 and result["misfit"] < 0.05 and not result["statistics"]
     made = pretrained.read(tmp_path / "made.safetensors").weights
-    nearest = checkpoint.load_tensors(profiles_run, "ema-0.1")
+    nearest = Checkpoint.open(profiles_run).tensors("ema-0.1")
 
     def error(weights: dict[str, torch.Tensor]) -> float:
         """Relative to how far the average is from the last weights."""
@@ -180,10 +178,13 @@ def test_any_width_is_reconstructed(profiles_run: Path, tmp_path: Path) -> None:
 
 def two_of(run: Path, out: Path) -> Path:
     """The run as it would be with the widths 0.05 and 0.1 alone."""
-    from r2id.checkpoints.files import Folder, write_document
+    from r2id.checkpoints.files import write_description
 
-    for folder in (*checkpoint.complete(run / "checkpoints"), *checkpoint.complete(run / "ema")):
-        opened, copy = Folder(folder), out / folder.relative_to(run)
+    for folder in (
+        *reading.list_checkpoints(run / "checkpoints"),
+        *reading.list_checkpoints(run / "ema"),
+    ):
+        opened, copy = Checkpoint(folder), out / folder.relative_to(run)
         copy.mkdir(parents=True)
         files = {
             name: fact for name, fact in opened.files.items() if name != "ema-0.15.safetensors"
@@ -192,7 +193,7 @@ def two_of(run: Path, out: Path) -> Path:
             (copy / name).write_bytes((folder / name).read_bytes())
         meta = opened.meta.model_copy(update={"config": json.loads(json.dumps(opened.meta.config))})
         meta.config["train"]["ema_profiles"] = [0.05, 0.1]
-        write_document(copy, meta, files)
+        write_description(copy, meta, files)
     return out
 
 
@@ -200,7 +201,7 @@ def test_a_tracked_width_comes_out_as_it_was_tracked(profiles_run: Path, tmp_pat
     assert export(profiles_run, tmp_path / "a.safetensors", sigma=0.1)["misfit"] < 1e-5
     made = pretrained.read(tmp_path / "a.safetensors").weights
     torch.testing.assert_close(
-        made, checkpoint.load_tensors(profiles_run, "ema-0.1"), rtol=1e-5, atol=1e-6
+        made, Checkpoint.open(profiles_run).tensors("ema-0.1"), rtol=1e-5, atol=1e-6
     )
 
 

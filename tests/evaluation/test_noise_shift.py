@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import R2idConfig
 from r2id.errors import InputError, WorkError
 from r2id.evaluation.noise_shift import (
@@ -140,7 +140,7 @@ def test_what_is_applied_is_used_until_it_is_removed(run, digits, capsys):
     assert (
         found["images"] == 40
         and found["seed"] == 3
-        and found["checkpoint"] == checkpoint.identity(run)
+        and found["checkpoint"] == Checkpoint.open(run).identity
     )
     assert list(found["grids"]) == ["3x3", "4x4", "5x5", "6x6"] and found["base"] == "4x4"
     assert [grid["trained"] for grid in found["grids"].values()] == [False, True, False, False]
@@ -149,13 +149,13 @@ def test_what_is_applied_is_used_until_it_is_removed(run, digits, capsys):
     assert Sampler.load(run).diffusion.shift_exponent == trained, (
         "a measurement alone changes nothing"
     )
-    file = noise_shift.apply(run, {**found, "k": 0.375})
+    file = noise_shift.apply(Checkpoint.open(run), {**found, "k": 0.375})
     capsys.readouterr()
     sampler = Sampler.load(run)
     assert sampler.diffusion.shift_exponent == 0.375
     told = capsys.readouterr().err
     assert str(file) in told and "0.375" in told
-    noise_shift.apply(run, {**found, "k": 0.375, "checkpoint": "0" * 64})
+    noise_shift.apply(Checkpoint.open(run), {**found, "k": 0.375, "checkpoint": "0" * 64})
     assert Sampler.load(run).diffusion.shift_exponent == trained
     assert str(file) in capsys.readouterr().err
     for text in ("{", '{"k": 1.0}', json.dumps({**found, "k": -1.0}), "[]"):
@@ -163,7 +163,7 @@ def test_what_is_applied_is_used_until_it_is_removed(run, digits, capsys):
         with pytest.raises(InputError, match=r"noise-shift\.json"):
             Sampler.load(run)
     with pytest.raises(WorkError, match=r"-0\.2"):
-        noise_shift.apply(run, {**found, "k": -0.2})
+        noise_shift.apply(Checkpoint.open(run), {**found, "k": -0.2})
 
 
 def test_mistakes(r2id_run, riae_run, digits, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from tests.launch.conftest import BASE, bash, training
 
 # The first host is a new namespace, the second one is inside it: both vanish with the shell that made them.
@@ -80,7 +80,7 @@ def test_two_hosts_train_as_one(checkout: Path, digits: Path, tmp_path: Path) ->
     said = "\n".join(log.read_text()[-3000:] for log in sorted(tmp_path.glob("host-*.log")))
     assert done.returncode == 0, done.stderr + said
     weights = sum(
-        value.nbytes for value in checkpoint.load_tensors(tmp_path / "run", "model").values()
+        value.nbytes for value in Checkpoint.open(tmp_path / "run").tensors("model").values()
     )
     cable = json.loads(done.stdout)[0]["stats64"]
     assert min(cable["rx"]["bytes"], cable["tx"]["bytes"]) > 4 * weights / 2, (
@@ -97,6 +97,6 @@ def test_two_hosts_train_as_one(checkout: Path, digits: Path, tmp_path: Path) ->
     )
     assert one.returncode == 0, one.stderr
     for kind in ("model", "ema", "optimizer"):
-        here, there = (checkpoint.load_tensors(tmp_path / run, kind) for run in ("alone", "run"))
+        here, there = (Checkpoint.open(tmp_path / run).tensors(kind) for run in ("alone", "run"))
         assert here.keys() == there.keys()
         assert all(there[name].equal(value) for name, value in here.items()), kind

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint, reading
 from tests.launch.conftest import BASE, Job, bash, executable, training
 
 RANK = """
@@ -86,14 +86,14 @@ def test_two_processes_stop_at_a_signal_and_go_on(
     job = Job(["bash", "launch/train.sh", *arguments], checkout, NPROC="2")
     job.wait_for(tmp_path / "run" / "checkpoints" / "latest")
     assert job.end(signal.SIGTERM) == 75, job.log.read_text()[-4000:]
-    saved = checkpoint.load_meta(tmp_path / "run").step
+    saved = Checkpoint.open(tmp_path / "run").step
     assert f"step {saved} of 100000 saved" in job.log.read_text()
     job = Job(["bash", "launch/train.sh", *arguments], checkout, NPROC="2")
     job.wait_for(tmp_path / "run" / "checkpoints" / f"step-{(saved // 5 + 2) * 5:08d}")
     rank_of(job, 1).send_signal(signal.SIGTERM)
     assert job.end(seconds=30) == 75, job.log.read_text()[-4000:]
-    again = checkpoint.load_meta(tmp_path / "run").step
-    assert again > saved and not checkpoint.damages(tmp_path / "run")
+    again = Checkpoint.open(tmp_path / "run").step
+    assert again > saved and not reading.find_damages(tmp_path / "run")
     said = job.log.read_text()
     assert f"going on from step {saved}" in said and f"step {again} of 100000 saved" in said
 
@@ -125,5 +125,5 @@ def test_deepspeeds_launcher_on_one_host(checkout: Path, digits: Path, tmp_path:
     command = ["bash", "launch/multinode.sh", "--hostfile", "hosts", "train"]
     job = Job([*command, *training(tmp_path / "run", digits, "train.steps=3")], checkout)
     assert job.end() == 0, job.log.read_text()[-4000:]
-    assert checkpoint.load_meta(tmp_path / "run").step == 3
+    assert Checkpoint.open(tmp_path / "run").step == 3
     assert Job([*command, "nowhere.toml"], checkout).end() == 2

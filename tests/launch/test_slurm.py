@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from tests.conftest import CONFIGS
 from tests.launch.conftest import BASE, Job, bash, executable, training
 
@@ -76,7 +76,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_is_requeued(
     job = Job(["bash", str(spooled), "train", *arguments], checkout, **environment)
     job.wait_for(tmp_path / "run" / "checkpoints" / "latest")
     assert job.end(signal.SIGTERM) == 75, job.log.read_text()[-4000:]
-    saved = checkpoint.load_meta(tmp_path / "run").step
+    saved = Checkpoint.open(tmp_path / "run").step
     assert f"step {saved} of 100000 saved" in job.log.read_text()
     assert "scancel --signal=TERM 4242" in notes(slurm)
     assert notes(slurm)[-1] == "scontrol requeue 4242"
@@ -90,7 +90,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_is_requeued(
         **environment,
     )
     assert job.end() == 0, job.log.read_text()[-4000:]
-    assert checkpoint.load_meta(tmp_path / "run").step == saved + 2
+    assert Checkpoint.open(tmp_path / "run").step == saved + 2
     assert notes(slurm).count("scontrol requeue 4242") == 1
 
 

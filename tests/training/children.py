@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from r2id import dist
-from r2id.checkpoints import checkpoint
-from r2id.checkpoints.checkpoint import Meta
+from r2id.checkpoints import writing
+from r2id.checkpoints.files import Meta
 from r2id.checkpoints.state import EngineState, Slice, whole
 from r2id.config import load_config
 from r2id.errors import WorkError
@@ -80,7 +80,7 @@ def save(run: Path, step: int, keep: int = 2, milestone_every: int | None = None
         config={"train": {"sizes": [[1, 2]], "lr": 1e-3}},
         model={"channels": 1},
     )
-    return checkpoint.save(
+    return writing.save(
         run,
         state(step, dist.rank(), dist.world_size()),
         meta,

@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from r2id import dist
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import reading, writing
+from r2id.checkpoints.files import Meta
 from r2id.checkpoints.state import EngineState
 from r2id.config import (
     DiffusionConfig,
@@ -138,10 +139,10 @@ def run(
 
 def save(folder: Path, state: EngineState) -> None:
     """To FOLDER/checkpoints."""
-    meta = checkpoint.Meta(
+    meta = Meta(
         stage="riae", step=state.step, samples=state.step * BATCH, seed=0, config={}, model={}
     )
-    checkpoint.save(folder, state, meta, keep=9)
+    writing.save(folder, state, meta, keep=9)
 
 
 def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[float]]:
@@ -154,7 +155,7 @@ def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[f
     resumed = {}
     for other in (zero_stage, (zero_stage + 1) % 4):
         again = make("deepspeed", other, world)
-        checkpoint.load_into(again, folder / "checkpoints" / f"step-{HALF:08d}")
+        reading.resume(again, folder / "checkpoints" / f"step-{HALF:08d}")
         resumed[other] = run(again, HALF, STEPS, world)
         save(folder / f"resumed-at-{other}", again.state())
     return {"norms": norms, "same": resumed[zero_stage], "other": resumed[(zero_stage + 1) % 4]}
@@ -172,7 +173,7 @@ def train_rounded(zero_stage: int, folder: Path, world: World) -> dict[str, Any]
     )
     norms += run(engine, HALF, STEPS, world)
     again = make("deepspeed", zero_stage, world, precision="bfloat16_weights")
-    checkpoint.load_into(again, folder)
+    reading.resume(again, folder)
     return {"norms": norms, "resumed": run(again, HALF, STEPS, world), "kinds": kinds}
 
 
@@ -188,7 +189,7 @@ def elastic(folder: Path, world: World) -> list[float]:
             continue
         engine = make("deepspeed", zero_stage, world)
         if step:
-            checkpoint.load_into(engine, folder)
+            reading.resume(engine, folder)
         run(engine, step, step + 1, world, losses=losses)
         save(folder, engine.state())
     return losses
@@ -207,7 +208,7 @@ def _step_alone(folder: Path) -> None:
 def step_alone(folder: Path) -> None:
     """One step in one process without DeepSpeed, from the newest checkpoint to the next one."""
     engine, losses = make("local", 0, ALONE), []
-    checkpoint.load_into(engine, folder)
+    reading.resume(engine, folder)
     run(engine, engine.steps, engine.steps + 1, ALONE, losses=losses)
     save(folder, engine.state())
     (folder / "step.json").write_text(json.dumps(losses[0]))
@@ -284,7 +285,7 @@ def main(folder: Path) -> None:
     result["from_local"] = []
     for zero_stage, zero in LAYOUTS:
         from_local = make("deepspeed", zero_stage, world, **zero)
-        checkpoint.load_into(from_local, folder / "local")
+        reading.resume(from_local, folder / "local")
         result["from_local"].append(run(from_local, HALF, STEPS, world))
     result["loop"] = loop_ranks.every_stage(folder / "digits", folder / "loop")
     if dist.is_main():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from r2id import dist
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint, reading
 from r2id.config import RiaeRun, load_config
 from r2id.errors import NonFiniteError, Stopped
 from r2id.training.loop import train
@@ -99,8 +99,8 @@ def stopped_ten_times(shards: Path, folder: Path, rank: int, *more: str) -> dict
     if not dist.is_main():
         return {}
     saved = [
-        checkpoint.load_meta(found)
-        for found in checkpoint.complete(folder / "parts" / "checkpoints")
+        Checkpoint.open(found).meta
+        for found in reading.list_checkpoints(folder / "parts" / "checkpoints")
     ]
     return {
         "said": said,
@@ -108,8 +108,8 @@ def stopped_ten_times(shards: Path, folder: Path, rank: int, *more: str) -> dict
         "differ": [
             f"{kind} {name}"
             for kind in ("model", "ema", "optimizer")
-            for name, value in checkpoint.load_tensors(folder / "whole", kind).items()
-            if not torch.equal(value, checkpoint.load_tensors(folder / "parts", kind)[name])
+            for name, value in Checkpoint.open(folder / "whole").tensors(kind).items()
+            if not torch.equal(value, Checkpoint.open(folder / "parts").tensors(kind)[name])
         ],
     }
 
@@ -159,15 +159,15 @@ def spoilt(shards: Path, folder: Path, how: str, *more: str) -> dict[str, Any]:
     everyone = dist.gather_objects(said)
     if not dist.is_main():
         return {}
-    newest = checkpoint.resolve(folder)
+    newest = reading.find_checkpoint(folder)
     return {
         "said": everyone,
-        "step": checkpoint.load_meta(newest).step,
-        "damages": checkpoint.damages(newest),
+        "step": Checkpoint.open(newest).step,
+        "damages": reading.find_damages(newest),
         "finite": all(
             bool(torch.isfinite(value).all())
             for kind in ("model", "ema", "optimizer")
-            for value in checkpoint.load_tensors(newest, kind).values()
+            for value in Checkpoint.open(newest).tensors(kind).values()
         ),
     }
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from r2id import cli
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.checkpoints.export import export
 from r2id.config import DataConfig, PrepareConfig, load_config
 from r2id.data.latents import LatentCache, latent_loader
@@ -284,7 +284,7 @@ def test_pooled_embeddings_beside_cached_latents(riae_run, tmp_path):
         ],
     )
     train(config)
-    meta = checkpoint.load_meta(checkpoint.resolve(tmp_path / "run"))
+    meta = Checkpoint.open(tmp_path / "run").meta
     tokens = Sampler.load(tmp_path / "run").model.condition(torch.zeros(1, 5))
     assert meta.model["embedding"] == [5] and tokens.shape == (1, 2, 32)
     opened = ShardSet.open(shards, embeddings=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import reading
 from r2id.checkpoints.averages import exponent_of
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
@@ -182,7 +182,7 @@ def test_several_averages_are_tracked_and_go_on(tmp_path: Path) -> None:
         if step == 3:
             job.save(tmp_path, trained.state())
             trained = made()
-            checkpoint.load_into(trained, tmp_path)
+            reading.resume(trained, tmp_path)
         trained.backward(trained.forward({"x": X})[0], 1)
         trained.step(0.1, step)
         sources.append(values(trained)["model"]["layer.weight"].double())
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_other_averages_is_refused(tmp_path: Path) -> None:
         train=TrainConfig(steps=9, batch=4, ema_profiles=(0.05, 0.1)),
     )
     with pytest.raises(InputError, match=r"step-00000000: holds no ema-0\.1\.safetensors"):
-        checkpoint.load_into(other, tmp_path)
+        reading.resume(other, tmp_path)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     job.save(tmp_path, first.state())
     norms = job.run(first, job.HALF, job.STEPS, job.ALONE)
     again = job.make("local", 0, job.ALONE)
-    checkpoint.load_into(again, tmp_path)
+    reading.resume(again, tmp_path)
     assert job.run(again, job.HALF, job.STEPS, job.ALONE) == norms
     torch.testing.assert_close(values(again), values(first), rtol=0, atol=0)
 

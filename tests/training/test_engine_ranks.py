@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint, reading
 from tests.training import engine_ranks as job
 from tests.training import loop_ranks
 
@@ -75,7 +75,7 @@ def weights(folder: Path, step: int = job.STEPS) -> dict[str, torch.Tensor]:
     return {
         f"{kind}.{name}": value
         for kind in ("model", "ema", "optimizer")
-        for name, value in checkpoint.load_tensors(path, kind).items()
+        for name, value in Checkpoint.open(path).tensors(kind).items()
     }
 
 
@@ -165,7 +165,7 @@ def test_one_process_without_deepspeed_goes_on(
 ) -> None:
     folder, norms = local
     engine = job.make("local", 0, job.ALONE)
-    checkpoint.load_into(engine, folder / f"zero-{stage}" / "checkpoints" / f"step-{job.HALF:08d}")
+    reading.resume(engine, folder / f"zero-{stage}" / "checkpoints" / f"step-{job.HALF:08d}")
     assert job.run(engine, job.HALF, job.STEPS, job.ALONE) == pytest.approx(
         norms[job.HALF :], rel=1e-4
     )
@@ -237,8 +237,8 @@ def test_bfloat16_weights_follow_the_local_engine_from_unrounded_masters(
     assert found["norms"] == pytest.approx(norms, rel=2e-2)
     assert found["resumed"] == found["norms"][job.HALF :], "bit for bit"
     torch.testing.assert_close(
-        checkpoint.load_tensors(
-            local[0] / f"rounded-{stage}" / "checkpoints" / "step-00000000", "model"
+        Checkpoint.open(local[0] / f"rounded-{stage}" / "checkpoints" / "step-00000000").tensors(
+            "model"
         ),
         start,
         rtol=0,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from r2id import dist
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import RiaeRun
 from r2id.errors import InputError
 from r2id.training.batch_split import micro_batch_size
@@ -28,7 +28,7 @@ def start(config: RiaeRun) -> TrainState:
         task.module, optim=config.optim, train=config.train, engine=config.engine, world=world
     )
     state = TrainState(task, engine)
-    restore(state)
+    restore(state, Checkpoint.open_newest(config.run))
     return state
 
 
@@ -39,7 +39,7 @@ def test_it_begins_with_the_averaged_weights_and_all_else_is_new(
     state = start(riae_config(digits, tmp_path / "run", f"init_from={riae_run}", *more))
     assert (state.start, state.step, state.samples, state.engine.steps) == (0, 0, 0, 0)
     found = state.engine.state()
-    for name, value in checkpoint.load_tensors(riae_run, "ema").items():
+    for name, value in Checkpoint.open(riae_run).tensors("ema").items():
         for kind in ("model", "ema", "ema-0.1"):
             assert torch.equal(found.parts[kind][name].values, value), f"{kind} {name}"
     assert not any(bool(part.values.any()) for part in found.parts["optimizer"].values())
@@ -52,11 +52,11 @@ def test_a_resumed_run_goes_on_from_its_own(digits: Path, riae_run: Path, tmp_pa
         )
         assert train(config)["step"] == steps
         if steps == 2:
-            own = checkpoint.load_tensors(config.run, "model")
+            own = Checkpoint.open(config.run).tensors("model")
     state = start(config.model_copy(update={"train": config.train.model_copy(update={"steps": 9})}))
     assert state.step == 3
     now = state.engine.state().parts["model"]
-    others = checkpoint.load_tensors(riae_run, "ema")
+    others = Checkpoint.open(riae_run).tensors("ema")
     moved = [name for name, value in others.items() if not torch.equal(now[name].values, value)]
     assert moved and any(not torch.equal(now[name].values, own[name]) for name in own)
 

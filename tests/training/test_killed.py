@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint, reading
 from r2id.config import load_config
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
@@ -62,8 +62,8 @@ def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(
         ) as child:
 
             def advanced(reached: int = reached) -> bool:
-                found = checkpoint.latest(run)
-                return found is not None and checkpoint.step_of(found) > reached
+                found = reading.list_checkpoints(run / "checkpoints")
+                return bool(found) and reading.step_of(found[-1]) > reached
 
             wait_until(advanced, child)
             time.sleep(draw.uniform(0, 0.2))
@@ -73,17 +73,17 @@ def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(
             child.kill()
             child.join()
         inside += inside_a_save(run)
-        newest = checkpoint.resolve(run)
-        assert not checkpoint.damages(newest) and not any(
+        newest = reading.find_checkpoint(run)
+        assert not reading.find_damages(newest) and not any(
             damage
-            for snapshot in checkpoint.complete(run / "ema")
-            for damage in checkpoint.damages(snapshot)
+            for snapshot in reading.list_checkpoints(run / "ema")
+            for damage in reading.find_damages(snapshot)
         )
         assert (run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()).is_dir()
-        assert checkpoint.step_of(newest) > reached, (
+        assert reading.step_of(newest) > reached, (
             "every start goes on from where the one before it was"
         )
-        reached = checkpoint.step_of(newest)
+        reached = reading.step_of(newest)
     assert inside >= IN_A_SAVE
     for folder, save_every in ((run, 1), (tmp_path / "whole", 100_000)):
         train(
@@ -91,13 +91,13 @@ def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(
         )
     for kind in ("model", "ema", "ema-0.1", "optimizer"):
         torch.testing.assert_close(
-            checkpoint.load_tensors(run, kind),
-            checkpoint.load_tensors(tmp_path / "whole", kind),
+            Checkpoint.open(run).tensors(kind),
+            Checkpoint.open(tmp_path / "whole").tensors(kind),
             rtol=0,
             atol=0,
         )
-    assert [path.name for path in checkpoint.complete(run / "ema")] == [
-        path.name for path in checkpoint.complete(tmp_path / "whole" / "ema")
+    assert [path.name for path in reading.list_checkpoints(run / "ema")] == [
+        path.name for path in reading.list_checkpoints(tmp_path / "whole" / "ema")
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import load_config
 from r2id.errors import InputError
 from r2id.training.loop import learning_rate, train
@@ -40,7 +40,7 @@ def r2id_config(digits, codec, run, *more):
 
 
 def weights(run):
-    return {kind: checkpoint.load_tensors(run, kind) for kind in ("model", "ema", "optimizer")}
+    return {kind: Checkpoint.open(run).tensors(kind) for kind in ("model", "ema", "optimizer")}
 
 
 def assert_same(one, other):
@@ -122,20 +122,20 @@ def test_cache_and_on_the_fly_train_alike(digits, riae_run, latents, tmp_path):
         without_cache(r2id_config(digits, riae_run, tmp_path / "flying", "train.steps=8"))
     )
     assert cached["loss"] == pytest.approx(flying["loss"], rel=1e-4)
-    for name, tensor in checkpoint.load_tensors(tmp_path / "cached", "model").items():
+    for name, tensor in Checkpoint.open(tmp_path / "cached").tensors("model").items():
         torch.testing.assert_close(
             tensor,
-            checkpoint.load_tensors(tmp_path / "flying", "model")[name],
+            Checkpoint.open(tmp_path / "flying").tensors("model")[name],
             atol=2e-4,
             rtol=0.01,
         )
 
 
 def test_a_finished_run_is_left_alone(r2id_run):
-    before = checkpoint.identity(r2id_run)
-    meta = checkpoint.load_meta(r2id_run)
+    before = Checkpoint.open(r2id_run).identity
+    meta = Checkpoint.open(r2id_run).meta
     result = train(load_config(r2id_run / "config.toml"))
-    assert result["step"] == meta.step and checkpoint.identity(r2id_run) == before
+    assert result["step"] == meta.step and Checkpoint.open(r2id_run).identity == before
 
 
 def test_losses_fall_and_pictures_are_drawn(digits, tmp_path):
@@ -200,7 +200,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert "the same command goes on" in errors
-    step = checkpoint.load_meta(run).step
+    step = Checkpoint.open(run).step
     assert step >= 1
     again = train(load_config(run / "config.toml", [f"train.steps={step + 2}"]))
     assert again["step"] == step + 2

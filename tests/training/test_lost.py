@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from r2id import cli
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint, reading
 from r2id.config import PrepareConfig, load_config, to_toml
 from r2id.training.loop import train
 from r2id.training.losses.r2id import R2idLoss
@@ -124,8 +124,8 @@ def test_a_shard_deleted_before_it_is_opened(
         code, said = r2id(*command)
     assert gone and code == 1
     assert said in [[f"failed: {file}: cannot be read: No such file or directory"] for file in gone]
-    newest = checkpoint.resolve(tmp_path / "run")
-    assert checkpoint.load_meta(newest).step == SAVED and not checkpoint.damages(newest)
+    newest = reading.find_checkpoint(tmp_path / "run")
+    assert Checkpoint.open(newest).step == SAVED and not reading.find_damages(newest)
     assert r2id(*command) == (
         2,
         [f"error: {gone[0]}: missing, it or its index: run the same r2id prepare again"],

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint, reading
 from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
 from r2id.training.blocks import prepare_blocks
@@ -71,12 +71,10 @@ def test_it_is_stopped_before_the_update_and_the_place_is_named(
         match=rf"step 7: .*{words}.*samples train-\d+, train-\d+, train-\d+, … \(32\)",
     ):
         train(riae_config(digits, tmp_path / "run", "train.steps=12", "train.save_every=5"))
-    found = checkpoint.latest(tmp_path / "run")
-    assert checkpoint.load_meta(found).step == 5
+    found = Checkpoint.open(tmp_path / "run")
+    assert found.step == 5
     for kind in ("model", "ema"):
-        assert all(
-            torch.isfinite(value).all() for value in checkpoint.load_tensors(found, kind).values()
-        )
+        assert all(torch.isfinite(value).all() for value in found.tensors(kind).values())
 
 
 def test_a_module_that_makes_it_is_named(digits, tmp_path, monkeypatch):
@@ -189,8 +187,8 @@ def test_a_rank_that_sleeps_ends_the_job_with_its_stack(digits, tmp_path):
     )
     assert done.returncode == 1, done.stderr
     assert "Timeout (0:00:04)!" in done.stderr and "in sleepy" in done.stderr
-    newest = checkpoint.resolve(tmp_path / "run")
-    assert checkpoint.load_meta(newest).step == 2 and not checkpoint.damages(newest)
+    newest = reading.find_checkpoint(tmp_path / "run")
+    assert Checkpoint.open(newest).step == 2 and not reading.find_damages(newest)
 
 
 def test_the_watchdog_leaves_those_alone_that_move(capfd):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import Checkpoint
 from r2id.config import R2idRun, load_config
 from r2id.errors import InputError
 from r2id.evaluation.run import evaluate
@@ -48,7 +48,7 @@ def run(digits, tmp_path_factory):
 def test_samples_of_other_sizes(run):
     sampler = Sampler.load(run)
     assert (
-        sampler.codec.hash == "pixels"
+        sampler.codec.identity == "pixels"
         and sampler.codec.image == (8, 8)
         and sampler.areas == (64, 64)
     )
@@ -82,7 +82,7 @@ def test_interrupted_equals_uninterrupted(run, digits, tmp_path):
         file.unlink()
     folder.rmdir()
     train(config_of(tmp_path / "run", digits))
-    ours, theirs = (checkpoint.load_tensors(path, "ema") for path in (run, tmp_path / "run"))
+    ours, theirs = (Checkpoint.open(path).tensors("ema") for path in (run, tmp_path / "run"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     before = (run / "checkpoints").stat().st_mtime_ns
     train(config_of(run, digits))

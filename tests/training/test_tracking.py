@@ -21,7 +21,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import reading
 from r2id.config import TrackingConfig, load_config
 from r2id.training.loop import train
 from r2id.training.tracking import PARENT_VARIABLE, NullTracker, Tracker
@@ -225,7 +225,7 @@ class Trouble:
             == self.said.count("MLflow cannot be reached, going on")
             == 1
         ), self.said
-        assert self.result["step"] == 10 and not checkpoint.damages(run)
+        assert self.result["step"] == 10 and not reading.find_damages(run)
         assert steps_of(client, self.run_id, "loss") == list(range(1, 11))
         assert client.get_run(self.run_id).info.status == "FINISHED"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import writing
 from r2id.models.riae import RIAE
 from r2id.training.callbacks.base import Callback
 from r2id.training.state import TrainState
@@ -19,7 +19,7 @@ class Checkpoints(Callback):
         milestone = train.milestone_every and state.step % train.milestone_every == 0
         if not (state.due(train.save_every) or milestone or state.stopping):
             return
-        state.checkpoint = checkpoint.save(
+        state.checkpoint = writing.save(
             state.folder,
             state.engine.state(),
             state.meta(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from r2id.checkpoints import checkpoint
+from r2id.checkpoints import writing
 from r2id.training.callbacks.base import Callback
 from r2id.training.state import TrainState
 
@@ -20,4 +20,4 @@ class Snapshots(Callback):
             return
         every = train.ema_snapshot_every or math.ceil(train.steps / _SNAPSHOTS_PER_RUN)
         if state.step % every == 0:
-            checkpoint.save_snapshot(state.folder, state.engine.state(), state.meta())
+            writing.save_snapshot(state.folder, state.engine.state(), state.meta())

@@ -1,0 +1,298 @@
+"""Reading checkpoints: open one once, then ask it for what it is and for its tensors.
+
+A checkpoint that is damaged or does not fit is refused, and the error names the newest intact one
+before it, so that nobody has to search for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from r2id import dist
+from r2id.checkpoints.files import DESCRIPTION, kind_of, read_description
+from r2id.checkpoints.state import Shape, Source, Tensors
+from r2id.errors import InputError
+from r2id.files import sha256_file
+
+
+class Checkpoint:
+    """An open checkpoint. Its tensors are read from disk when asked for."""
+
+    path: Path
+    """Its folder."""
+    identity: str
+    """sha256 of its description, which holds the hashes of all its files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a checkpoint folder itself; ``open`` also takes run directories.
+
+        Raises InputError when ``checkpoint.json`` is missing, damaged or of another format
+        version, or when its files do not hold every element of its tensors exactly once.
+        """
+        description, self.identity = read_description(folder)
+        self.path, self.meta, self.files = folder, description.meta, description.files
+        self._file = cache(self._open_file)
+        self._shapes: dict[str, dict[str, Shape]] = {}
+        self._places: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        for file, fact in self.files.items():
+            for name, tensor in fact.tensors.items():
+                shape = tuple(tensor.shape)
+                self._shapes.setdefault(kind_of(file), {})[name] = shape
+                first, count = tensor.part or (0, math.prod(shape))
+                self._places.setdefault((kind_of(file), name), []).append((first, count, file))
+        for (kind, name), places in self._places.items():
+            self._check_places(kind, name, places)
+
+    @classmethod
+    def open(cls, source: Checkpoint | Path | str) -> Checkpoint:
+        """Open a checkpoint folder, or the newest one of a run directory.
+
+        An open checkpoint is returned as it is, so that functions can take either.
+        Raises InputError when there is none, or as the constructor does; it then names the newest
+        intact one before it.
+        """
+        if isinstance(source, Checkpoint):
+            return source
+        folder = find_checkpoint(Path(source))
+        with _offering_an_older_one(folder):
+            return cls(folder)
+
+    @classmethod
+    def open_newest(cls, run: Path) -> Checkpoint | None:
+        """Open the newest checkpoint of a run directory; None when it has none yet."""
+        folders = list_checkpoints(run / "checkpoints")
+        return cls.open(folders[-1]) if folders else None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.meta.step
+
+    @property
+    def run(self) -> Path:
+        """The run directory that it lies in."""
+        path = self.path
+        if len(path.parts) < 3 or ".." in path.parts[-2:]:  # has no parents by name alone
+            path = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
+        return path.parent.parent
+
+    def kinds(self) -> list[str]:
+        """Kinds of tensors that it holds: model, ema, optimizer…"""
+        return list(self._shapes)
+
+    def shapes(self, kind: str) -> dict[str, Shape]:
+        """Shapes of a kind's tensors, by name. Raises InputError when it holds none."""
+        if kind not in self._shapes:
+            raise InputError(f"{self.path}: holds no {kind}.safetensors")
+        return self._shapes[kind]
+
+    def tensors(self, kind: str) -> Tensors:
+        """Read a kind's tensors, after checking their files against their hashes.
+
+        Raises InputError when there are none or a file is damaged; see ``open``.
+        """
+        with _offering_an_older_one(self.path):
+            return self._verified(kind)
+
+    def read(self, kind: str, name: str, start: int = 0, count: int | None = None) -> Tensor:
+        """Read ``count`` elements of a flattened tensor from ``start`` on (None: all the rest).
+
+        Hashes are not checked; see ``tensors`` and ``damages``.
+        """
+        end = math.prod(self.shapes(kind)[name]) if count is None else start + count
+        parts = []
+        for first, held, file in self._places[kind, name]:
+            begin, stop = max(start, first), min(end, first + held)
+            if begin < stop or not held:
+                parts.append(self._elements(file, name, begin - first, stop - first))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def load_ema(self, model: nn.Module) -> None:
+        """Load the averaged weights, checked against their hashes, into a model.
+
+        Raises InputError when they are damaged or another model's; see ``open``.
+        """
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+        def check(checkpoint: Checkpoint) -> None:
+            if checkpoint.shapes("ema") != expected:
+                raise InputError(f"{checkpoint.path}: its weights do not fit the model")
+
+        with _offering_an_older_one(self.path, check):
+            try:
+                model.load_state_dict(self._verified("ema"))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise InputError(
+                    f"{self.path}: its weights do not fit the model: {reason}"
+                ) from None
+
+    def damages(self, kinds: list[str] | None = None, rank: int = 0, ranks: int = 1) -> list[str]:
+        """Rehash its files and list what is wrong, one sentence a file; empty when it is intact.
+
+        ``kinds`` limits it to files of these kinds. Ranks share the work: each checks every
+        ``ranks``-th file.
+        """
+        found = []
+        for name in sorted(self.files)[rank::ranks]:
+            if kinds is not None and kind_of(name) not in kinds:
+                continue
+            file, fact = self.path / name, self.files[name]
+            try:
+                size = file.stat().st_size
+                if size != fact.bytes:
+                    found.append(
+                        f"{file}: damaged: it has {size} bytes, and {fact.bytes} were saved"
+                    )
+                elif sha256_file(file) != fact.sha256:
+                    found.append(f"{file}: damaged: its bytes are not those that were saved")
+            except OSError as error:
+                found.append(f"{file}: missing or unreadable: {error.strerror or error}")
+        return found
+
+    def _verified(self, kind: str) -> Tensors:
+        shapes = self.shapes(kind)
+        _raise_first(self.damages([kind]))
+        return {name: self.read(kind, name).view(shape) for name, shape in shapes.items()}
+
+    def _check_places(self, kind: str, name: str, places: list[tuple[int, int, str]]) -> None:
+        """The parts of a tensor must follow each other without gap or overlap."""
+        places.sort()
+        ends = [0, *(first + count for first, count, _ in places)]
+        starts = [first for first, _, _ in places]
+        if starts != ends[:-1] or ends[-1] != math.prod(self._shapes[kind][name]):
+            raise InputError(
+                f"{self.path}: damaged: its files do not hold all of {kind} {name}, "
+                "or some of it twice"
+            )
+
+    def _elements(self, file: str, name: str, begin: int, stop: int) -> Tensor:
+        """Elements ``begin`` to ``stop`` − 1 of the part of a tensor that a file holds, flat."""
+        try:
+            stored = self._file(file).get_slice(name)
+            shape = stored.get_shape()
+            if not shape or not math.prod(shape):
+                return self._file(file).get_tensor(name).reshape(-1)
+            # Slices of safetensors are of rows: read those that the elements lie in, no others.
+            row = math.prod(shape[1:])
+            top = begin // row
+            return stored[top : -(-stop // row)].reshape(-1)[begin - top * row : stop - top * row]
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path / file}: missing or damaged: {error}") from None
+
+    def _open_file(self, file: str) -> Any:
+        return safe_open(self.path / file, framework="pt")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that a path means: itself, or the newest in a run directory.
+
+    A run's ``checkpoints`` folder is understood too. Raises InputError when there is none.
+    """
+    if (path / DESCRIPTION).is_file():
+        return path
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if found:
+        return found[-1]
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; must be a checkpoint or a run directory")
+    raise InputError(
+        f"{path}: no checkpoint here; must be a checkpoint folder or a run directory that holds one"
+    )
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The checkpoint folders in a folder, oldest first."""
+    return sorted(folder for folder in root.glob("step-*") if (folder / DESCRIPTION).is_file())
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def find_damages(path: Path) -> list[str]:
+    """List what is wrong with the checkpoint at a path, its description included."""
+    folder = find_checkpoint(path)
+    try:
+        return Checkpoint(folder).damages()
+    except InputError as error:
+        return [str(error)]
+
+
+class Resumable(Protocol):
+    """What resumes from a checkpoint: an engine of training."""
+
+    def check(self, source: Source) -> None:
+        """Raise InputError when a state is another model's, or holds other averages."""
+
+    def load(self, source: Source) -> None:
+        """Take over a state that fits; each rank reads what it holds."""
+
+
+def resume(engine: Resumable, source: Checkpoint | Path) -> None:
+    """Resume an engine from a checkpoint. Every rank calls it and hashes a share of the files.
+
+    Raises InputError on all ranks when it is damaged or another model's; see Checkpoint.open.
+    """
+    checkpoint = Checkpoint.open(source)
+    with _offering_an_older_one(checkpoint.path, engine.check):
+        try:
+            engine.check(checkpoint)
+        except InputError as error:
+            raise InputError(f"{checkpoint.path}: {error}") from None
+        mine = checkpoint.damages(rank=dist.rank(), ranks=dist.world_size())
+        _raise_first(sorted(damage for damages in dist.gather_objects(mine) for damage in damages))
+        engine.load(checkpoint)
+
+
+@contextmanager
+def _offering_an_older_one(
+    folder: Path, check: Callable[[Checkpoint], None] | None = None
+) -> Iterator[None]:
+    """Add to an InputError about a checkpoint the newest intact one before it that passes a check.
+
+    Without it, a user whose newest checkpoint is damaged would have to try the others in turn.
+    """
+    try:
+        yield
+    except InputError as error:
+        older = next(
+            (
+                older
+                for older in reversed(list_checkpoints(folder.parent))
+                if older.name < folder.name and _is_intact(older, check)
+            ),
+            None,
+        )
+        offer = (
+            f"{older} is intact: name that one, or remove {folder} to go on from it"
+            if older
+            else "there is no intact one before it"
+        )
+        raise InputError(f"{error}; {offer}") from None
+
+
+def _is_intact(folder: Path, check: Callable[[Checkpoint], None] | None) -> bool:
+    try:
+        checkpoint = Checkpoint(folder)
+        if check:
+            check(checkpoint)
+    except InputError:
+        return False
+    return not checkpoint.damages()
+
+
+def _raise_first(damages: list[str]) -> None:
+    if damages:
+        raise InputError(damages[0])

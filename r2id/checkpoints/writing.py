@@ -1,0 +1,170 @@
+"""Writing checkpoints: every rank its share, complete or not at all.
+
+A folder is written under a temporary name, flushed to disk and renamed, so that one that exists is
+whole, whatever interrupts the writing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+
+from r2id import dist
+from r2id.checkpoints.files import FileFact, Meta, write_description, write_part
+from r2id.checkpoints.reading import Checkpoint, list_checkpoints, step_of
+from r2id.checkpoints.state import EngineState, Slices, Tensors, whole
+from r2id.errors import InputError, WorkError
+from r2id.files import fsync, sweep, write_atomic
+
+_TEMPORARY = ".tmp-"
+
+T = TypeVar("T")
+
+
+def save(
+    run_dir: Path,
+    state: EngineState,
+    meta: Meta,
+    *,
+    keep: int,
+    milestone_every: int | None = None,
+    stats: Tensors | None = None,
+) -> Path:
+    """Write a checkpoint of a run, then remove all but the newest ``keep`` and the milestones.
+
+    Every rank calls it with its own share of the state; rank 0's ``stats`` count. Returns the
+    folder. Raises WorkError on every rank when the disk is full or fails for one of them; older
+    checkpoints are then untouched.
+    """
+    root = run_dir / "checkpoints"
+    parts = state.parts | ({"stats": whole(stats)} if stats and dist.is_main() else {})
+    folder = _write(root, parts, state.step, meta)
+
+    def remove_old() -> None:
+        _point_latest_to(folder)
+        for old in list_checkpoints(root)[:-keep]:
+            if not milestone_every or step_of(old) % milestone_every:
+                _remove(old)
+
+    _on_main(folder, remove_old)
+    return folder
+
+
+def save_snapshot(run_dir: Path, state: EngineState, meta: Meta) -> Path:
+    """Write the averages alone, which are kept for good; otherwise as ``save``."""
+    averages = {kind: slices for kind, slices in state.parts.items() if kind.split("-")[0] == "ema"}
+    return _write(run_dir / "ema", averages, state.step, meta)
+
+
+def tidy(run_dir: Path, start: int) -> None:
+    """Prepare a run directory for training from step ``start`` on. One process calls it.
+
+    Removes what interrupted saves left, and snapshots of later steps, which belong to a past that
+    was given up; lets ``latest`` name the newest checkpoint when someone removed what it named.
+    Raises WorkError when the disk does not allow it.
+    """
+    try:
+        for root in (run_dir / "checkpoints", run_dir / "ema"):
+            _sweep(root)
+        for snapshot in list_checkpoints(run_dir / "ema"):
+            if step_of(snapshot) > start:
+                _remove(snapshot)
+        found = list_checkpoints(run_dir / "checkpoints")
+        pointer = run_dir / "checkpoints" / "latest"
+        named = pointer.read_text() if pointer.is_file() else None
+        if found and named != f"{found[-1].name}\n":
+            _point_latest_to(found[-1])
+    except OSError as error:
+        raise WorkError(f"{run_dir}: {error}") from error
+
+
+def _write(root: Path, parts: dict[str, Slices], step: int, meta: Meta) -> Path:
+    """Write a new checkpoint folder, by all ranks in parts; complete or absent."""
+    if step != meta.step:
+        raise ValueError(f"state of step {step}, meta of step {meta.step}")
+    folder = root / f"step-{meta.step:08d}"
+    temporary = root / f"{_TEMPORARY}{folder.name}"
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        temporary.mkdir()
+
+    def write() -> dict[str, FileFact]:
+        files: dict[str, FileFact] = {}
+        for kind, slices in parts.items():
+            files |= write_part(temporary, kind, slices, dist.rank(), dist.world_size())
+        return files
+
+    try:
+        _on_main(folder, begin)
+        files = {name: fact for written in _on_all(folder, write) for name, fact in written.items()}
+        _on_main(folder, lambda: _commit(temporary, folder, meta, files))
+    except WorkError:
+        if dist.is_main():  # what is left takes up a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _commit(temporary: Path, folder: Path, meta: Meta, files: dict[str, FileFact]) -> None:
+    """Check what all ranks wrote, describe it, and rename the folder into place."""
+    for name, fact in files.items():
+        if (temporary / name).stat().st_size != fact.bytes:
+            raise OSError(f"{name} is not whole")
+    write_description(temporary, meta, files)
+    Checkpoint(temporary)  # InputError when an element of a tensor is missing
+    if folder.exists():  # the same step, of a run that was set back
+        _remove(folder)
+    temporary.rename(folder)
+    fsync(folder.parent)
+
+
+def _on_all(folder: Path, work: Callable[[], T]) -> list[T]:
+    """Run ``work`` on each rank; what it returns on each, on every rank.
+
+    Raises WorkError on all ranks when it fails on one: if that one alone stopped, the others would
+    wait for it for ever.
+    """
+    try:
+        mine: tuple[T | None, str | None] = work(), None
+    except (OSError, SafetensorError, InputError, WorkError) as error:
+        mine = None, str(error)
+    results = dist.gather_objects(mine)
+    failure = next((reason for _, reason in results if reason is not None), None)
+    if failure is not None:
+        raise WorkError(
+            f"{folder}: not written: {failure}; older checkpoints are as they were, and the same "
+            "command goes on from the newest"
+        )
+    return [result for result, _ in results]
+
+
+def _on_main(folder: Path, work: Callable[[], None]) -> None:
+    """Run ``work`` on rank 0 alone; errors as of _on_all."""
+    _on_all(folder, work if dist.is_main() else lambda: None)
+
+
+def _point_latest_to(folder: Path) -> None:
+    """Let ``latest`` name a checkpoint."""
+    write_atomic(folder.parent / "latest", f"{folder.name}\n".encode())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; one that is half removed must not keep its name, so it is renamed."""
+    doomed = folder.rename(folder.parent / f"{_TEMPORARY}old-{folder.name}")
+    shutil.rmtree(doomed)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what an interrupted save left."""
+    for left in root.glob(f"{_TEMPORARY}*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    sweep(root)
