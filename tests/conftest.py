@@ -88,6 +88,22 @@ def digits(build_once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def classifier_file(digits, build_once) -> Path:
+    """A classifier of the digits, as an evaluation leaves it in its folder."""
+    from r2id.config import DataConfig
+    from r2id.data.shards import ShardSet
+    from r2id.evaluation.classifier import load_or_train_classifier
+
+    def build(folder: Path) -> None:
+        file = folder / "classifier.safetensors"
+        load_or_train_classifier(
+            ShardSet.open(digits), DataConfig(shards=digits), file, torch.device("cpu")
+        )
+
+    return build_once("classifier", build) / "classifier.safetensors"
+
+
+@pytest.fixture(scope="session")
 def riae_run(digits, build_once) -> Path:
     """Run directory of a small RIAE, trained for 60 steps."""
     from r2id.training.loop import train

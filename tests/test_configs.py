@@ -177,7 +177,14 @@ def codecs(photos, tmp_path_factory):
     return codec
 
 
-@pytest.mark.parametrize("path", STAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.parent.name == "celeba" else pytest.mark.slow)
+        for path in STAGES
+    ],
+    ids=name_of,
+)
 def test_it_starts(path, photos, codecs, tmp_path):
     """Three steps of the config, narrower, on few photos; R2ID's latents are by that RIAE."""
     run, latents = codecs(riae_of(path))

@@ -1,7 +1,6 @@
 """Small sources in the real formats, and the real data where R2ID_DATA says where it is."""
 
 import gzip
-import multiprocessing
 import os
 import struct
 from pathlib import Path
@@ -26,19 +25,6 @@ def real_data():
 
 def make(dataset, out, source=None, **options):
     return ShardSet.open(prepare(PrepareConfig(dataset=dataset, source=source, out=out, **options)))
-
-
-PROCESSES = multiprocessing.get_context("forkserver")
-"""Whose processes start in an instant: all that they need is imported already."""
-PROCESSES.set_forkserver_preload(
-    [
-        "data_prep.prepare",
-        "data_prep.mnist",
-        "data_prep.folder",
-        "webdataset.writer",
-        "tests.data_prep.conftest",
-    ]
-)
 
 
 def prepare_as_nobody(config, said):

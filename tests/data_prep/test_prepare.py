@@ -12,7 +12,8 @@ from data_prep.prepare import finish, make_shard_plan, pending_shards, prepare, 
 from data_prep.shard_plan import plan_shards
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, WorkError
-from tests.data_prep.conftest import PROCESSES, files_of, make, write_images, write_mnist
+from tests.data_prep.conftest import files_of, make, write_images, write_mnist
+from tests.forked import FORKED
 
 SMALL = {"shard_mb": 0.1}
 
@@ -100,8 +101,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
     config = PrepareConfig(dataset="mnist", source=source, out=tmp_path / "whole", **SMALL)
 
     def run(out, moment=None):
-        count = PROCESSES.Value("q", 0)
-        process = PROCESSES.Process(
+        count = FORKED.Value("q", 0)
+        process = FORKED.Process(
             target=prepare_until, args=(config.model_copy(update={"out": out}), moment, count)
         )
         process.start()

@@ -18,7 +18,8 @@ from data_prep.prepare import make_shard_plan, write_shard
 from r2id.config import PrepareConfig
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
-from tests.data_prep.conftest import PROCESSES, make, prepare_as_nobody, write_images
+from tests.data_prep.conftest import make, prepare_as_nobody, write_images
+from tests.forked import FORKED
 
 
 def picture(number, kind="PNG"):
@@ -338,7 +339,7 @@ def test_folders_and_files_without_permission(tmp_path):
 
     def run(name):
         config = PrepareConfig(dataset="folder", source=tmp_path / "in", out=out / name)
-        process = PROCESSES.Process(target=prepare_as_nobody, args=(config, tmp_path / "out/said"))
+        process = FORKED.Process(target=prepare_as_nobody, args=(config, tmp_path / "out/said"))
         process.start()
         process.join()
         assert process.exitcode == 0

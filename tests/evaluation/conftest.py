@@ -1,6 +1,4 @@
-"""Fixtures shared by the evaluation tests: the digits, and a classifier trained on them once."""
-
-from pathlib import Path
+"""Fixtures shared by the evaluation tests: the digits, and the classifier that was trained on them once."""
 
 import pytest
 import torch
@@ -18,16 +16,6 @@ def shards(digits) -> ShardSet:
 @pytest.fixture(scope="session")
 def data(digits) -> DataConfig:
     return DataConfig(shards=digits)
-
-
-@pytest.fixture(scope="session")
-def classifier_file(shards, data, build_once) -> Path:
-    def build(folder: Path) -> None:
-        load_or_train_classifier(
-            shards, data, folder / "classifier.safetensors", torch.device("cpu")
-        )
-
-    return build_once("classifier", build) / "classifier.safetensors"
 
 
 @pytest.fixture(scope="session")

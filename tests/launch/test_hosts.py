@@ -55,6 +55,7 @@ def network(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("network")
 def test_two_hosts_train_as_one(checkout: Path, digits: Path, tmp_path: Path) -> None:
     environment = {

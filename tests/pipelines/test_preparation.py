@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from data_prep.prepare import prepare
-from pipelines.orchestration import prefect_ready
 from pipelines.preparation import prepare_on_cluster
 from r2id.config import PrepareConfig
 from r2id.errors import InputError
@@ -34,12 +33,6 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     out = tmp_path_factory.mktemp("whole") / "set"
     prepare(PrepareConfig(dataset="mnist", source=source, out=out, **SMALL))
     return files_of(out)
-
-
-@pytest.fixture(scope="module")
-def ready() -> Iterator[None]:
-    with prefect_ready():
-        yield
 
 
 def free_port() -> int:
@@ -130,12 +123,13 @@ def by_command(source: Path, out: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["dask", "ray"])
 def test_a_cluster_writes_the_same_bytes(
     engine: str,
     source: Path,
     whole: dict[str, bytes],
-    ready: None,
+    server: None,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -148,8 +142,9 @@ def test_a_cluster_writes_the_same_bytes(
     )
 
 
+@pytest.mark.slow
 def test_a_cluster_of_its_own(
-    source: Path, whole: dict[str, bytes], ready: None, tmp_path: Path
+    source: Path, whole: dict[str, bytes], server: None, tmp_path: Path
 ) -> None:
     by_command(source, tmp_path / "set", "--engine", "dask", "--workers", "2")
     assert files_of(tmp_path / "set") == whole
@@ -242,7 +237,7 @@ class Running:
         raise AssertionError("no server")
 
 
-def test_what_prefect_shows(source: Path, ready: None, tmp_path: Path) -> None:
+def test_what_prefect_shows(source: Path, server: None, tmp_path: Path) -> None:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
@@ -292,6 +287,7 @@ def tiny(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     return files_of(out)
 
 
+@pytest.mark.slow
 def test_its_server_is_killed(source: Path, tiny: dict[str, bytes], tmp_path: Path) -> None:
     running = Running(tmp_path, source, tmp_path / "set")
     running.wait_for(5)
@@ -302,6 +298,7 @@ def test_its_server_is_killed(source: Path, tiny: dict[str, bytes], tmp_path: Pa
     assert files_of(tmp_path / "set") == tiny
 
 
+@pytest.mark.slow
 def test_a_server_of_others_goes_away(source: Path, tiny: dict[str, bytes], tmp_path: Path) -> None:
     """The shards are written all the same."""
     port = free_port()
@@ -330,6 +327,7 @@ def test_a_server_of_others_goes_away(source: Path, tiny: dict[str, bytes], tmp_
     running.process.communicate()
 
 
+@pytest.mark.slow
 def test_its_process_is_killed(source: Path, tiny: dict[str, bytes], tmp_path: Path) -> None:
     running = Running(tmp_path, source, tmp_path / "set", workers=2)
     running.wait_for(3)
@@ -342,6 +340,7 @@ def test_its_process_is_killed(source: Path, tiny: dict[str, bytes], tmp_path: P
     assert files_of(tmp_path / "set") == tiny
 
 
+@pytest.mark.slow
 def test_many_tasks_at_once_do_not_lock_the_database(source: Path, tmp_path: Path) -> None:
     running = Running(tmp_path, source, tmp_path / "set", workers=5, shard_mb=0.04)
     code, said = running.finish()

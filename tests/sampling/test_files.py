@@ -1,10 +1,8 @@
 """Samples by the thousand: the same bytes whoever draws them, when, and however many; killed and gone on with."""
 
 import json
-import os
-import subprocess
-import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from r2id.images import to_bytes
 from r2id.sampling.files import PLAN, RESULT, draw_many, shard_length
 from r2id.sampling.sampler import Sampler
 from tests.training import children
+from tests.training.children import Ranks
 
 COUNT, SIZE = 150, (9, 7)
 """Three batches, the last of which is not whole."""
@@ -102,42 +101,12 @@ def test_shards_hold_the_same_samples_and_are_a_shard_set(pictures, shards):
 
 def test_two_processes_write_the_same(r2id_run, pictures, tmp_path):
     out = tmp_path / "two"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "r2id.cli",
-        "sample",
-        str(r2id_run),
-        "--out",
-        str(out),
-        "--format",
-        "png",
-        "--count",
-        str(COUNT),
-        "--size",
-        "9x7",
-        "--seed",
-        "5",
-        "--steps",
-        "2",
-        "--cfg",
-        "1",
-        "--json",
-    ]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f'"images": {COUNT}') == 1, "the first process alone reports"
+    options = "--format png --size 9x7 --seed 5 --steps 2 --cfg 1 --json --count"
+    with closing(Ranks(2, tmp_path / "said")) as ranks:
+        command = ("sample", r2id_run, "--out", out, *options.split(), COUNT)
+        assert ranks(children.command, *command) == [0, 0]
+    said = (tmp_path / "said").read_text()
+    assert said.count(f'"images": {COUNT}') == 1, "the first process alone reports"
     assert content(out) == content(pictures)
 
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,8 +75,31 @@ def test_a_window_of_what_does_not_fit(riae_run, tmp_path, free):
         )
 
 
-def test_free_memory_is_of_the_machine():
-    assert 1e8 < room.free_memory(torch.device("cpu")) < 1e14
+@pytest.mark.parametrize(
+    ("group", "free"),
+    [
+        ({"memory.max": "5000000000", "memory.current": "2000000000"}, 3e9),
+        ({"memory.max": "5000000000", "memory.current": "6000000000"}, 0),
+        ({"memory.max": "50000000000", "memory.current": "2000000000"}, 8e9),
+        ({"memory.max": "max", "memory.current": "2000000000"}, 8e9),
+        ({}, 8e9),
+    ],
+)
+def test_free_memory_is_what_the_control_group_leaves(group, free, tmp_path, monkeypatch):
+    for name, text in group.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(room, "Path", lambda _folder, name: tmp_path / name)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+    assert room.free_memory(torch.device("cpu")) == free
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/meminfo")
+def test_free_memory_is_of_the_machine(tmp_path, monkeypatch):
+    """What the kernel says is available; other processes may take or free some meanwhile."""
+    monkeypatch.setattr(room, "Path", lambda _folder, name: tmp_path / name)  # no control group
+    said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available, total = (1024 * int(said[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    assert room.free_memory(torch.device("cpu")) == pytest.approx(available, abs=0.2 * total)
 
 
 _MEASURE = """

@@ -1,37 +1,40 @@
-"""What the tests' child processes do: save and die in the middle, save as one of many ranks, train until killed.
+"""What the tests' child processes do: save and die in the middle, work as ranks of one job, train until killed.
 
-A child is forked from a server that has imported everything once, so that it is there at once and ends as a real process
-ends.
+A child is forked from a server that has imported everything once, so that it is there at once and ends as a
+real process ends.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
+import runpy
 import signal
+import socket
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from r2id import dist
+from r2id import cli, dist
 from r2id.checkpoints import writing
 from r2id.checkpoints.files import Meta
 from r2id.checkpoints.state import EngineState, Slice, whole
 from r2id.config import load_config
 from r2id.errors import WorkError
 from r2id.training.loop import train
-
-_SERVED = multiprocessing.get_context("forkserver")
-_SERVED.set_forkserver_preload(["tests.training.children"])
+from tests.forked import FORKED
 
 
 def start(work: Callable[..., None], *arguments: Any) -> Any:
     """A child process that does this work."""
-    process = _SERVED.Process(target=work, args=arguments)
+    process = FORKED.Process(target=work, args=arguments)
     process.start()
     return process
 
@@ -46,8 +49,95 @@ def ended(process: Any) -> Iterator[Any]:
         process.join()
 
 
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _join_job(rank: int, ranks: int, port: int) -> dist.World:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return dist.init()
+
+
+class Ranks:
+    """Ranks of one job, each a process, that stay to do together whatever they are told.
+
+    ``ranks(work, …)`` calls ``work(world, …)`` on every rank and returns what each returned. Where one fails, the
+    job is killed, AssertionError says why, and the next call starts another job. What the ranks write to stdout
+    is in ``output``.
+    """
+
+    def __init__(self, count: int, output: Path) -> None:
+        self.count, self.output = count, output
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+
+    def __call__(
+        self, work: Callable[..., Any], *arguments: Any, seconds: float = 1800
+    ) -> list[Any]:
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((work, arguments))
+        answers: dict[Any, Any] = {}
+        end = time.monotonic() + seconds
+        while waiting := [pipe for pipe in self.pipes if pipe not in answers]:
+            ready = wait(waiting, max(0.0, end - time.monotonic()))
+            if not ready:
+                self.close()
+                raise AssertionError(f"{work.__name__}: no answer within {seconds} seconds")
+            for pipe in ready:
+                try:
+                    done, answers[pipe] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    done, answers[pipe] = False, "the process has ended"
+                if not done:
+                    rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                    self.close()
+                    raise AssertionError(f"rank {rank}: {answers[pipe]}")
+        return [answers[pipe] for pipe in self.pipes]
+
+    def _start(self) -> None:
+        port = free_port()
+        for rank in range(self.count):
+            ours, theirs = FORKED.Pipe()
+            self.processes.append(start(_serve, theirs, rank, self.count, port, self.output))
+            self.pipes.append(ours)
+            theirs.close()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+
+def _serve(pipe: Connection, rank: int, ranks: int, port: int, output: Path) -> None:
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    world = _join_job(rank, ranks, port)
+    while True:
+        work, arguments = pipe.recv()
+        try:
+            pipe.send((True, work(world, *arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
 def state(step: int, rank: int = 0, ranks: int = 1) -> EngineState:
-    """A rank's share of a small state: a weight in flat halves, a bias on the last rank, a buffer on the first."""
+    """A rank's share of a small state.
+
+    The weight is in flat halves, the bias on the last rank, the buffer on the first.
+    """
 
     def part(add: float) -> dict[str, Slice]:
         weight = torch.full((2, 3), float(step)) + add
@@ -116,18 +206,11 @@ def save_as_rank(
     full: int | None = None,
     dying: int | None = None,
 ) -> None:
-    """One of many ranks; on rank ``full`` no file may grow beyond 200 bytes, and rank ``dying`` is killed at its first
-    file. Leaves RUN/said-RANK, what was said."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    dist.init()
+    """Save as one of many ranks, and write what that said to RUN/said-RANK.
+
+    On rank ``full`` no file may grow beyond 200 bytes; rank ``dying`` is killed at its first file.
+    """
+    _join_job(rank, ranks, port)
     if rank == full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
     try:
@@ -138,6 +221,31 @@ def save_as_rank(
         said = f"WorkError: {error}"
     (run / f"said-{rank}").write_text(said[:190])
     dist.shutdown()
+
+
+def command(_world: dist.World | None, *arguments: Any) -> int:
+    """Run the r2id command with these arguments in this process; its exit code."""
+    sys.argv, code = ["r2id", *map(str, arguments)], 0
+    try:
+        cli.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    sys.stdout.flush()
+    return code
+
+
+def command_apart(said: Path, *arguments: Any) -> None:
+    """Run the r2id command as a process of its own would; what it says goes to the file ``said``."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(command(None, *arguments))
+
+
+def torchrun(said: Path, *arguments: Any) -> None:
+    """Do what ``python -m r2id.torchrun`` with these arguments does; what it says goes to the file ``said``."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = ["torchrun", *map(str, arguments)]
+    runpy.run_module("r2id.torchrun", run_name="__main__")
 
 
 def train_until_killed(config: Path, overrides: list[str]) -> None:

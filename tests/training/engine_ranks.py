@@ -1,27 +1,25 @@
-"""What the engine tests train, and what each process of their two-process job does.
+"""What the engine tests train, alone or as ranks of a job (``children.Ranks``): functions of this process's World.
 
-Run by torchrun: engine_ranks.py FOLDER. The job trains at every ZeRO stage, saves, resumes at the same and at another
-stage, stops and spoils the training loop on the shards in FOLDER/digits (see loop_ranks.py), and writes its figures to
-FOLDER/result.json for test_engine_ranks.py to judge. With --alone, one process does
-what it can by itself and writes FOLDER/alone.json; with --step, it goes on from FOLDER for a step.
+Run as a program, engine_ranks.py FOLDER trains with DeepSpeed in a process that no launcher started, and writes
+FOLDER/alone.json.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import math
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from r2id import dist
-from r2id.checkpoints import reading, writing
+from r2id.checkpoints import Checkpoint, reading, writing
 from r2id.checkpoints.files import Meta
 from r2id.checkpoints.state import EngineState
 from r2id.config import (
@@ -39,20 +37,8 @@ from r2id.models.riae import RIAE
 from r2id.training.engines import Engine, make_engine
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss
-from tests.training import loop_ranks
 
 STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
-ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
-"""ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
-LAYOUTS: list[tuple[int, dict[str, Any]]] = [
-    (3, {}),
-    (3, {"sub_group_size": 200}),
-    (3, {"offload_optimizer": {"device": "cpu"}}),
-    (2, {"round_robin_gradients": True}),
-    (1, {"offload_optimizer": {"device": "cpu"}}),
-    (3, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
-]
-"""DeepSpeed's settings that lay the masters out in other ways."""
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
 RIAE_CONFIG = RiaeConfig(
@@ -145,7 +131,7 @@ def save(folder: Path, state: EngineState) -> None:
     writing.save(folder, state, meta, keep=9)
 
 
-def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[float]]:
+def train_stage(world: World, zero_stage: int, folder: Path) -> dict[str, list[float]]:
     """Train through; and again from the half-way checkpoint, at this stage and at the next."""
     engine = make("deepspeed", zero_stage, world)
     norms = run(engine, 0, HALF, world)
@@ -161,8 +147,8 @@ def train_stage(zero_stage: int, folder: Path, world: World) -> dict[str, list[f
     return {"norms": norms, "same": resumed[zero_stage], "other": resumed[(zero_stage + 1) % 4]}
 
 
-def train_rounded(zero_stage: int, folder: Path, world: World) -> dict[str, Any]:
-    """Weights in bfloat16 with float32 masters: saved before the first step, half-way, and gone on from there."""
+def train_rounded(world: World, zero_stage: int, folder: Path) -> dict[str, Any]:
+    """Train bfloat16 weights with float32 masters: save before the first step and half-way, and go on from there."""
     engine = make("deepspeed", zero_stage, world, precision="bfloat16_weights")
     save(folder, engine.state())
     norms = run(engine, 0, HALF, world)
@@ -177,50 +163,38 @@ def train_rounded(zero_stage: int, folder: Path, world: World) -> dict[str, Any]
     return {"norms": norms, "resumed": run(again, HALF, STEPS, world), "kinds": kinds}
 
 
-def elastic(folder: Path, world: World) -> list[float]:
-    """Losses of a run that changes its ZeRO stage at every step, and goes on in one process in between."""
-    losses: list[float] = []
-    for step, zero_stage in enumerate(ELASTIC):
-        if zero_stage is None:
-            if world.rank == 0:
-                _step_alone(folder)
-            dist.barrier()
-            losses.append(json.loads((folder / "step.json").read_text()))
-            continue
-        engine = make("deepspeed", zero_stage, world)
-        if step:
-            reading.resume(engine, folder)
-        run(engine, step, step + 1, world, losses=losses)
-        save(folder, engine.state())
-    return losses
+def train_through(
+    world: World, zero_stage: int, stage: str = "riae", precision: str = "float32"
+) -> list[float]:
+    return run(make("deepspeed", zero_stage, world, stage, precision), 0, STEPS, world, stage)
 
 
-def _step_alone(folder: Path) -> None:
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ours and not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))
-    }
-    subprocess.run([sys.executable, __file__, "--step", str(folder)], env=environment, check=True)
-
-
-def step_alone(folder: Path) -> None:
-    """One step in one process without DeepSpeed, from the newest checkpoint to the next one."""
-    engine, losses = make("local", 0, ALONE), []
+def go_on(world: World, zero_stage: int, zero: dict[str, Any], folder: Path) -> list[float]:
+    """Train from the half-way checkpoint of one process without DeepSpeed."""
+    engine = make("deepspeed", zero_stage, world, **zero)
     reading.resume(engine, folder)
-    run(engine, engine.steps, engine.steps + 1, ALONE, losses=losses)
+    return run(engine, HALF, STEPS, world)
+
+
+def step_once(world: World, zero_stage: int | None, folder: Path) -> float:
+    """Train one step from the newest checkpoint, if there is any, to the next one; the loss."""
+    kind = "local" if zero_stage is None else "deepspeed"
+    engine, losses = make(kind, zero_stage or 0, world), []
+    if Checkpoint.open_newest(folder):
+        reading.resume(engine, folder)
+    run(engine, engine.steps, engine.steps + 1, world, losses=losses)
     save(folder, engine.state())
-    (folder / "step.json").write_text(json.dumps(losses[0]))
+    return losses[0]
 
 
-def spoil(zero_stage: int, world: World) -> bool:
-    """One rank sees a picture that is not finite: both must stop, and no weight may have changed."""
+def spoil(world: World, zero_stage: int) -> tuple[str, bool]:
+    """Train a step where the last rank sees a picture that is not finite; what is said, and whether no weight changed."""
     engine = make("deepspeed", zero_stage, world)
     run(engine, 0, 1, world)
     before = _copied(engine)
-    image = torch.full((MICRO, 1, 5, 4), float("nan") if world.rank == 1 else 0.5)
-    stopped = False
+    spoilt = world.rank == world.world_size - 1
+    image = torch.full((MICRO, 1, 5, 4), math.nan if spoilt else 0.5)
+    said = "not stopped"
     try:
         for _ in range(2):
             engine.backward(
@@ -228,10 +202,9 @@ def spoil(zero_stage: int, world: World) -> bool:
             )
         engine.step(1e-3, 1)
     except NonFiniteError as error:
-        stopped = "step 1" in str(error)
-    everyone = dist.all_reduce_sum(torch.tensor(float(stopped))) == world.world_size
+        said = str(error)
     after = _copied(engine)
-    return bool(everyone) and all(
+    return said, all(
         torch.equal(before[kind][name], after[kind][name])
         for kind in ("model", "ema")
         for name in before[kind]
@@ -245,62 +218,33 @@ def _copied(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def refuses_local(world: World) -> bool:
-    try:
-        make("local", 0, world)
-    except InputError as error:
-        return "one process" in str(error)
-    return False
-
-
-def main(folder: Path) -> None:
-    world = dist.init()
+def collectives(world: World) -> dict[str, Any]:
     dist.barrier()
     number = torch.tensor(float(world.rank))
-    result = {
+    return {
         "sum": float(dist.all_reduce_sum(number)),
         "max": float(dist.all_reduce_max(number)),
         "kept": float(number),
         "broadcast": dist.broadcast_object({"rank": world.rank}),
         "main": dist.is_main(),
         "ranks": dist.world_size(),
-        "refuses_local": refuses_local(world),
-        "stages": {
-            stage: train_stage(stage, folder / f"zero-{stage}", world) for stage in range(4)
-        },
-        "elastic": elastic(folder / "elastic", world),
-        "spoilt": {stage: spoil(stage, world) for stage in range(4)},
-        "bfloat16": {
-            stage: run(make("deepspeed", stage, world, precision="bfloat16"), 0, STEPS, world)
-            for stage in (1, 3)
-        },
-        "bfloat16_weights": {
-            stage: train_rounded(stage, folder / f"rounded-{stage}", world) for stage in (2, 3)
-        },
-        "r2id": {
-            stage: run(make("deepspeed", stage, world, "r2id"), 0, STEPS, world, "r2id")
-            for stage in (2, 3)
-        },
     }
-    result["from_local"] = []
-    for zero_stage, zero in LAYOUTS:
-        from_local = make("deepspeed", zero_stage, world, **zero)
-        reading.resume(from_local, folder / "local")
-        result["from_local"].append(run(from_local, HALF, STEPS, world))
-    result["loop"] = loop_ranks.every_stage(folder / "digits", folder / "loop")
-    if dist.is_main():
-        (folder / "result.json").write_text(json.dumps(result))
-    dist.shutdown()
 
 
-def alone(folder: Path) -> None:
-    """DeepSpeed in a process that no launcher started."""
+def refused(world: World) -> str:
+    """What is said of an engine for one process alone."""
+    with pytest.raises(InputError) as error:
+        make("local", 0, world)
+    return str(error.value)
+
+
+def main(folder: Path) -> None:
+    """Train with DeepSpeed in a process that no launcher started."""
     world = dist.init()
-    norms = {stage: run(make("deepspeed", stage, world), 0, STEPS, world) for stage in range(4)}
+    norms = {stage: train_through(world, stage) for stage in range(4)}
     (folder / "alone.json").write_text(json.dumps(norms))
     dist.shutdown()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"--alone": alone, "--step": step_alone}.get(sys.argv[1], main)(Path(sys.argv[-1]))
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The training loop, stopped and spoilt at chosen moments: in one process, and in each of the two of engine_ranks.py."""
+"""The training loop, stopped and spoilt at chosen moments: in one process, or in each rank of a job."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,12 @@ def stopped(config: RiaeRun, stop: int, rank: int) -> str:
     return "not stopped"
 
 
-def stopped_ten_times(shards: Path, folder: Path, rank: int, *more: str) -> dict[str, Any]:
-    """A run that is stopped at every one of STOPS and goes on, against one that is left alone."""
+def stopped_at(
+    stops: Sequence[int], shards: Path, folder: Path, rank: int, *more: str
+) -> dict[str, Any]:
+    """Train a run that is stopped at each of ``stops`` and goes on, and one that is left alone; how they differ."""
     whole, parts = (config(shards, folder / name, *more) for name in ("whole", "parts"))
-    said = [stopped(parts, stop, rank) for stop in STOPS]
+    said = [stopped(parts, stop, rank) for stop in stops]
     train(parts)
     train(whole)
     if not dist.is_main():
@@ -104,7 +106,7 @@ def stopped_ten_times(shards: Path, folder: Path, rank: int, *more: str) -> dict
     ]
     return {
         "said": said,
-        "saved": [(meta.step, meta.samples) for meta in saved],
+        "saved": [[meta.step, meta.samples] for meta in saved],
         "differ": [
             f"{kind} {name}"
             for kind in ("model", "ema", "optimizer")
@@ -172,17 +174,24 @@ def spoilt(shards: Path, folder: Path, how: str, *more: str) -> dict[str, Any]:
     }
 
 
-def every_stage(shards: Path, folder: Path) -> dict[str, Any]:
-    """Both of the above at every ZeRO stage; stage 3 gathers even small parameters whenever they are used."""
-    result = {}
-    for stage in range(4):
-        more = [f"engine.zero_stage={stage}"]
-        if stage == 3:
-            more.append(
-                "engine.deepspeed={zero_optimization={stage3_param_persistence_threshold=0}}"
-            )
-        result[stage] = {
-            "stopped": stopped_ten_times(shards, folder / f"stopped-{stage}", 1, *more),
-            **{how: spoilt(shards, folder / f"{how}-{stage}", how, *more) for how in HOWS},
-        }
-    return result
+def of_stage(zero_stage: int) -> list[str]:
+    """Settings of a ZeRO stage; stage 3 gathers even small parameters whenever they are used."""
+    settings = [f"engine.zero_stage={zero_stage}"]
+    if zero_stage == 3:
+        settings.append(
+            "engine.deepspeed={zero_optimization={stage3_param_persistence_threshold=0}}"
+        )
+    return settings
+
+
+def ranks_stopped_at(
+    _world: dist.World, zero_stage: int, stops: Sequence[int], shards: Path, folder: Path
+) -> dict[str, Any]:
+    """The signal comes to rank 1 alone."""
+    return stopped_at(stops, shards, folder, 1, *of_stage(zero_stage))
+
+
+def ranks_spoilt(
+    _world: dist.World, zero_stage: int, how: str, shards: Path, folder: Path
+) -> dict[str, Any]:
+    return spoilt(shards, folder, how, *of_stage(zero_stage))

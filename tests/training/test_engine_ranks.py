@@ -1,4 +1,4 @@
-"""Two CPU processes under torchrun, at every ZeRO stage, against one process without DeepSpeed."""
+"""Two CPU processes with DeepSpeed, at every ZeRO stage, against one process without it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,35 @@ import torch
 
 from r2id.checkpoints import Checkpoint, reading
 from tests.training import engine_ranks as job
-from tests.training import loop_ranks
+from tests.training.children import Ranks
 
-STAGES = ("0", "1", "2", "3")
+# Every start of DeepSpeed takes a while: stages 1 and 3, which go on at 2 and 0, stand for all in the fast tests.
+STAGES = [
+    pytest.param(stage, marks=pytest.mark.slow if stage in (0, 2) else ()) for stage in range(4)
+]
 # Between engines and numbers of ranks, only the order of float32 sums differs; Adam magnifies that where a gradient is
 # nearly zero. The last step's learning rate, which is what one update moves a weight, is 4e-3.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
+"""ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (3, {}),
+    (3, {"sub_group_size": 200}),
+    (3, {"offload_optimizer": {"device": "cpu"}}),
+    (2, {"round_robin_gradients": True}),
+    (1, {"offload_optimizer": {"device": "cpu"}}),
+    (3, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+]
+"""DeepSpeed's settings that lay the masters out in other ways."""
+
+Local = tuple[Path, list[float]]
+Trained = Callable[[int], tuple[Path, dict[str, list[float]]]]
 
 
 @pytest.fixture(scope="module")
-def local(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+def local(tmp_path_factory: pytest.TempPathFactory) -> Local:
     """One process without DeepSpeed: folder with checkpoints half-way and at the end, and its norms."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "digits").symlink_to(digits)
+    folder = tmp_path_factory.mktemp("engines")
     engine = job.make("local", 0, job.ALONE)
     norms = job.run(engine, 0, job.HALF, job.ALONE)
     job.save(folder / "local", engine.state())
@@ -37,36 +55,15 @@ def local(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.fixture(scope="module")
-def ranks(local: tuple[Path, list[float]]) -> dict[str, Any]:
-    """What two processes report; see engine_ranks.py."""
-    folder, _ = local
-    _start(
-        [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            job.__file__,
-            str(folder),
-        ]
-    )
-    return json.loads((folder / "result.json").read_text())
+def trained(ranks: Ranks, local: Local) -> Trained:
+    """ZeRO stage → folder and norms of its trainings, see ``engine_ranks.train_stage``."""
 
+    @cache
+    def of(stage: int) -> tuple[Path, dict[str, list[float]]]:
+        folder = local[0] / f"zero-{stage}"
+        return folder, ranks(job.train_stage, stage, folder)[0]
 
-def _start(arguments: list[str]) -> None:
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert not done.stdout, "stdout is for results"
+    return of
 
 
 def weights(folder: Path, step: int = job.STEPS) -> dict[str, torch.Tensor]:
@@ -79,59 +76,62 @@ def weights(folder: Path, step: int = job.STEPS) -> dict[str, torch.Tensor]:
     }
 
 
-def test_collectives(ranks: dict[str, Any]) -> None:
-    assert (ranks["sum"], ranks["max"], ranks["kept"], ranks["ranks"]) == (1, 1, 0, 2)
-    assert ranks["main"] and ranks["broadcast"] == {"rank": 0}
+def local_norms(stage: str = "riae", precision: str = "float32") -> list[float]:
+    engine = job.make("local", 0, job.ALONE, stage, precision)
+    return job.run(engine, 0, job.STEPS, job.ALONE, stage)
 
 
-def test_local_engine_refuses_many_processes(ranks: dict[str, Any]) -> None:
-    assert ranks["refuses_local"]
+def test_collectives(ranks: Ranks) -> None:
+    same = {"sum": 1, "max": 1, "ranks": 2, "broadcast": {"rank": 0}}
+    assert ranks(job.collectives) == [
+        {**same, "kept": rank, "main": rank == 0} for rank in range(2)
+    ]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_trains_as_one_local_process(
-    stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]
-) -> None:
-    folder, norms = local
-    assert ranks["stages"][stage]["norms"] == pytest.approx(norms, rel=1e-4)
-    torch.testing.assert_close(
-        weights(folder / f"zero-{stage}"), weights(folder / "local-end"), **CLOSE
-    )
+def test_local_engine_refuses_many_processes(ranks: Ranks) -> None:
+    assert all("one process" in said for said in ranks(job.refused))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resumed_equals_uninterrupted_bit_for_bit(
-    stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]
-) -> None:
-    folder = local[0] / f"zero-{stage}"
-    assert ranks["stages"][stage]["same"] == ranks["stages"][stage]["norms"][job.HALF :]
+def test_trains_as_one_local_process(stage: int, trained: Trained, local: Local) -> None:
+    folder, norms = trained(stage)
+    assert norms["norms"] == pytest.approx(local[1], rel=1e-4)
+    torch.testing.assert_close(weights(folder), weights(local[0] / "local-end"), **CLOSE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_equals_uninterrupted_bit_for_bit(stage: int, trained: Trained) -> None:
+    folder, norms = trained(stage)
+    assert norms["same"] == norms["norms"][job.HALF :]
     torch.testing.assert_close(
         weights(folder / f"resumed-at-{stage}"), weights(folder), rtol=0, atol=0
     )
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resumes_at_another_stage(
-    stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]
-) -> None:
-    folder, norms = local[0] / f"zero-{stage}", ranks["stages"][stage]
+def test_resumes_at_another_stage(stage: int, trained: Trained) -> None:
+    folder, norms = trained(stage)
     assert norms["other"] == pytest.approx(norms["norms"][job.HALF :], rel=1e-4)
     torch.testing.assert_close(
-        weights(folder / f"resumed-at-{(int(stage) + 1) % 4}"), weights(folder), **CLOSE
+        weights(folder / f"resumed-at-{(stage + 1) % 4}"), weights(folder), **CLOSE
     )
 
 
-def test_elastic_run_follows_the_uninterrupted_loss_curve(
-    ranks: dict[str, Any], local: tuple[Path, list[float]]
-) -> None:
+@pytest.mark.slow
+def test_elastic_run_follows_the_uninterrupted_loss_curve(ranks: Ranks, tmp_path: Path) -> None:
     """Another ZeRO stage at every step, and 2 → 1 → 2 → 1 → 2 processes."""
-    losses: list[float] = []
-    job.run(job.make("local", 0, job.ALONE), 0, len(job.ELASTIC), job.ALONE, losses=losses)
-    assert ranks["elastic"] == pytest.approx(losses, rel=1e-5)
+    expected: list[float] = []
+    job.run(job.make("local", 0, job.ALONE), 0, len(ELASTIC), job.ALONE, losses=expected)
+    losses = [
+        job.step_once(job.ALONE, None, tmp_path)
+        if stage is None
+        else ranks(job.step_once, stage, tmp_path)[0]
+        for stage in ELASTIC
+    ]
+    assert losses == pytest.approx(expected, rel=1e-5)
     written = {
         step: sorted(
-            file.name
-            for file in (local[0] / "elastic" / "checkpoints" / f"step-{step:08d}").glob("model*")
+            file.name for file in (tmp_path / "checkpoints" / f"step-{step:08d}").glob("model*")
         )
         for step in (1, 6)
     }
@@ -141,13 +141,12 @@ def test_elastic_run_follows_the_uninterrupted_loss_curve(
     }
 
 
-@pytest.mark.parametrize("stage", ("1", "2", "3"))
-def test_each_rank_writes_its_own_half(
-    stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]
-) -> None:
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_each_rank_writes_its_own_half(stage: int, trained: Trained) -> None:
     """No element twice, and neither rank writes much more than the other."""
-    folder = local[0] / f"zero-{stage}" / "checkpoints" / f"step-{job.HALF:08d}"
+    folder = trained(stage)[0] / "checkpoints" / f"step-{job.HALF:08d}"
     document = json.loads((folder / "checkpoint.json").read_text())
+    total = sum(p.numel() for p in job.make("local", 0, job.ALONE).model.parameters())
     for kind, copies in (("model", 1), ("ema", 1), ("optimizer", 2)):
         elements = []
         for rank in (1, 2):
@@ -155,107 +154,83 @@ def test_each_rank_writes_its_own_half(
             elements.append(
                 sum(fact["part"][1] if fact["part"] else math.prod(fact["shape"]) for fact in facts)
             )
-        total = sum(p.numel() for p in job.make("local", 0, job.ALONE).model.parameters())
         assert sum(elements) == copies * total and max(elements) < 0.55 * copies * total
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_process_without_deepspeed_goes_on(
-    stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]
-) -> None:
-    folder, norms = local
+def test_one_process_without_deepspeed_goes_on(stage: int, trained: Trained, local: Local) -> None:
     engine = job.make("local", 0, job.ALONE)
-    reading.resume(engine, folder / f"zero-{stage}" / "checkpoints" / f"step-{job.HALF:08d}")
+    reading.resume(engine, trained(stage)[0] / "checkpoints" / f"step-{job.HALF:08d}")
     assert job.run(engine, job.HALF, job.STEPS, job.ALONE) == pytest.approx(
-        norms[job.HALF :], rel=1e-4
+        local[1][job.HALF :], rel=1e-4
     )
 
 
-@pytest.mark.parametrize("number", range(len(job.LAYOUTS)))
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [LAYOUTS[0], *(pytest.param(*it, marks=pytest.mark.slow) for it in LAYOUTS[1:])],
+)
 def test_two_processes_go_on_from_one_without_deepspeed(
-    number: int, ranks: dict[str, Any], local: tuple[Path, list[float]]
+    stage: int, zero: dict[str, Any], ranks: Ranks, local: Local
 ) -> None:
-    assert ranks["from_local"][number] == pytest.approx(local[1][job.HALF :], rel=1e-4)
+    norms = ranks(job.go_on, stage, zero, local[0] / "local")[0]
+    assert norms == pytest.approx(local[1][job.HALF :], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stopped_at_ten_random_steps_by_a_signal_to_one_rank(
-    stage: str, ranks: dict[str, Any]
-) -> None:
-    """The training loop, resumed ten times, equals the uninterrupted one bit for bit. The signal comes to rank 1 amid the
-    accumulation: both stop at that step's end, and a checkpoint holds whole steps only."""
-    result = ranks["loop"][stage]["stopped"]
-    assert result["differ"] == []
-    assert result["saved"] == [[step, step * 64] for step in [*loop_ranks.STOPS, loop_ranks.STEPS]]
-    assert all(
-        f"step {step} of" in said
-        for step, said in zip(loop_ranks.STOPS, result["said"], strict=True)
-    )
+@pytest.mark.parametrize(
+    "stage", [2, *(pytest.param(it, marks=pytest.mark.slow) for it in (0, 1, 3))]
+)
+def test_not_finite_on_one_rank_stops_both_before_the_update(stage: int, ranks: Ranks) -> None:
+    for said, unchanged in ranks(job.spoil, stage):
+        assert "step 1" in said and unchanged
 
 
-@pytest.mark.parametrize("how", loop_ranks.HOWS)
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_is_not_finite_on_one_rank_leaves_a_clean_checkpoint(
-    stage: str, how: str, ranks: dict[str, Any]
-) -> None:
-    """A loss, one rank's gradient, a parameter: the loop ends on both ranks before the update."""
-    result = ranks["loop"][stage][how]
-    assert all(
-        f"step {loop_ranks.SPOILT}: " in said and "before the update" in said
-        for said in result["said"]
-    ), result
-    assert {"loss": "the loss makes", "gradient": "in the backward pass", "parameter": "decoder.0"}[
-        how
-    ] in result["said"][1]
-    assert (result["step"], result["damages"], result["finite"]) == (loop_ranks.SAVED, [], True)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", (1, 3))
+def test_bfloat16_follows_the_local_engine(stage: int, ranks: Ranks, local: Local) -> None:
+    norms = ranks(job.train_through, stage, "riae", "bfloat16")[0]
+    assert norms == pytest.approx(local_norms(precision="bfloat16"), rel=2e-2)
+    assert norms != pytest.approx(local[1], rel=1e-4), "not of float32"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_not_finite_on_one_rank_stops_both_before_the_update(
-    stage: str, ranks: dict[str, Any]
-) -> None:
-    assert ranks["spoilt"][stage]
-
-
-@pytest.mark.parametrize("stage", ("1", "3"))
-def test_bfloat16_follows_the_local_engine(stage: str, ranks: dict[str, Any]) -> None:
-    norms = job.run(job.make("local", 0, job.ALONE, precision="bfloat16"), 0, job.STEPS, job.ALONE)
-    assert ranks["bfloat16"][stage] == pytest.approx(norms, rel=2e-2)
-    assert ranks["bfloat16"][stage] != ranks["stages"][stage]["norms"]
-
-
-@pytest.mark.parametrize("stage", ("2", "3"))
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", (2, 3))
 def test_bfloat16_weights_follow_the_local_engine_from_unrounded_masters(
-    stage: str, ranks: dict[str, Any], local: tuple[Path, list[float]]
+    stage: int, ranks: Ranks, tmp_path: Path
 ) -> None:
-    norms = job.run(job.make("local", 0, job.ALONE, precision="bfloat16"), 0, job.STEPS, job.ALONE)
-    found, start = (
-        ranks["bfloat16_weights"][stage],
-        job.make("local", 0, job.ALONE).model.state_dict(),
-    )
+    found = ranks(job.train_rounded, stage, tmp_path)[0]
     assert found["kinds"] == ["torch.bfloat16", "torch.float32"]
-    assert found["norms"] == pytest.approx(norms, rel=2e-2)
+    assert found["norms"] == pytest.approx(local_norms(precision="bfloat16"), rel=2e-2)
     assert found["resumed"] == found["norms"][job.HALF :], "bit for bit"
     torch.testing.assert_close(
-        Checkpoint.open(local[0] / f"rounded-{stage}" / "checkpoints" / "step-00000000").tensors(
-            "model"
-        ),
-        start,
+        Checkpoint.open(tmp_path / "checkpoints" / "step-00000000").tensors("model"),
+        job.make("local", 0, job.ALONE).model.state_dict(),
         rtol=0,
         atol=0,
     )
 
 
-@pytest.mark.parametrize("stage", ("2", "3"))
-def test_r2id_trains_as_one_local_process(stage: str, ranks: dict[str, Any]) -> None:
-    norms = job.run(job.make("local", 0, job.ALONE, "r2id"), 0, job.STEPS, job.ALONE, "r2id")
-    assert ranks["r2id"][stage] == pytest.approx(norms, rel=1e-4)
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_r2id_trains_as_one_local_process(stage: int, ranks: Ranks) -> None:
+    norms = ranks(job.train_through, stage, "r2id")[0]
+    assert norms == pytest.approx(local_norms("r2id"), rel=1e-4)
 
 
-def test_deepspeed_without_a_launcher_equals_the_local_engine(
-    local: tuple[Path, list[float]],
-) -> None:
+@pytest.mark.slow
+def test_deepspeed_without_a_launcher_equals_the_local_engine(local: Local) -> None:
     folder, norms = local
-    _start([job.__file__, "--alone", str(folder)])
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, job.__file__, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not done.stdout, "stdout is for results"
     for stage, found in json.loads((folder / "alone.json").read_text()).items():
         assert found == pytest.approx(norms, rel=1e-5), f"ZeRO {stage}"

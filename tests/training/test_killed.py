@@ -18,8 +18,6 @@ from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 from tests.training import children
 
-KILLS, IN_A_SAVE = 20, 5
-
 
 def inside_a_save(run: Path) -> bool:
     return any((run / "checkpoints").glob(".tmp-*"))
@@ -34,9 +32,14 @@ def wait_until(condition, process) -> None:
     assert met and process.is_alive()
 
 
-def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(
-    digits, riae_run, latents, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kills", "in_a_save"), [(4, 1), pytest.param(20, 5, marks=pytest.mark.slow)]
+)
+def test_killed_often_the_run_ends_as_if_there_had_been_no_kill(
+    kills: int, in_a_save: int, digits, riae_run, latents, tmp_path: Path
 ) -> None:
+    """Every other kill is meant to come in the middle of a save, and so many at least do."""
+
     def settings(run: Path, steps: int) -> list[str]:
         return [
             *TINY_R2ID,
@@ -56,7 +59,7 @@ def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(
 
     config, run, draw = CONFIGS / "digits" / "r2id.toml", tmp_path / "run", random.Random(0)
     inside, reached = 0, 0
-    for number in range(KILLS):
+    for number in range(kills):
         with children.ended(
             children.start(children.train_until_killed, config, settings(run, 100_000))
         ) as child:
@@ -84,7 +87,7 @@ def test_twenty_sigkills_and_the_run_ends_as_if_there_had_been_none(
             "every start goes on from where the one before it was"
         )
         reached = reading.step_of(newest)
-    assert inside >= IN_A_SAVE
+    assert inside >= in_a_save
     for folder, save_every in ((run, 1), (tmp_path / "whole", 100_000)):
         train(
             load_config(config, [*settings(folder, reached + 2), f"train.save_every={save_every}"])
@@ -128,6 +131,7 @@ cat "$run/checkpoints/latest"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not may_mount(),
     reason="needs a small file system of its own, and this system lets nobody mount one",

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from r2id import cli
-from r2id.checkpoints import Checkpoint, reading
+from r2id.checkpoints import Checkpoint
 from r2id.config import PrepareConfig, load_config, to_toml
 from r2id.training.loop import train
 from r2id.training.losses.r2id import R2idLoss
@@ -123,13 +123,11 @@ def test_a_shard_deleted_before_it_is_opened(
         gone = delete_shards(shards, False, patch)
         code, said = r2id(*command)
     assert gone and code == 1
-    assert said in [[f"failed: {file}: cannot be read: No such file or directory"] for file in gone]
-    newest = reading.find_checkpoint(tmp_path / "run")
-    assert Checkpoint.open(newest).step == SAVED and not reading.find_damages(newest)
-    assert r2id(*command) == (
-        2,
-        [f"error: {gone[0]}: missing, it or its index: run the same r2id prepare again"],
-    )
+    assert len(said) == 1 and any(file in said[0] for file in gone)
+    newest = Checkpoint.open(tmp_path / "run")
+    assert newest.step == SAVED and not newest.damages()
+    code, (said_again,) = r2id(*command)
+    assert code == 2 and gone[0] in said_again and "prepare" in said_again
     assert r2id("verify", shards, "--repair")[0] == 0
     assert r2id(*command) == (0, [])
     assert_same(whole, tmp_path / "run")

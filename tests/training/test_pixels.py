@@ -1,6 +1,7 @@
 """R2ID without an autoencoder: the same training, sampling, planning and evaluation on pixels."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,7 +90,9 @@ def test_interrupted_equals_uninterrupted(run, digits, tmp_path):
     assert (run / "checkpoints").stat().st_mtime_ns == before, "what is done is not trained again"
 
 
-def test_evaluation_leaves_out_what_is_an_autoencoder_s(run, digits, tmp_path):
+def test_evaluation_leaves_out_what_is_an_autoencoder_s(run, digits, classifier_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(classifier_file, tmp_path / "out")
     metrics = evaluate(run, digits, tmp_path / "out", count=20, invariance=2)
     assert (
         list(metrics["invariance"]) == ["r2id"] and "8x8" in metrics["invariance"]["r2id"]["sizes"]

@@ -45,7 +45,7 @@ RIAE_CASE = [
     ("case", "zero", "processes", "checkpointing"),
     [
         (R2ID_CASE, "local", "1", ["none", "2"]),
-        (R2ID_CASE, "2", "2", ["none"]),
+        pytest.param(R2ID_CASE, "2", "2", ["none"], marks=pytest.mark.slow),
         (RIAE_CASE, "local", "1", ["none"]),
     ],
 )

@@ -296,6 +296,7 @@ class Server:
         self.process.wait()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_holds_no_training_up(
     client: MlflowClient,
     store_file: Path,

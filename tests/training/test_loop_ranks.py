@@ -1,0 +1,47 @@
+"""The training loop in two processes with DeepSpeed, stopped by signals and spoilt by values that are not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training import loop_ranks
+from tests.training.children import Ranks
+from tests.training.loop_ranks import STEPS, STOPS
+
+SPOILS = [(stage, how) for stage in range(4) for how in loop_ranks.HOWS]
+
+
+@pytest.mark.parametrize(
+    ("stage", "stops"),
+    [(2, STOPS[:2]), *(pytest.param(it, STOPS, marks=pytest.mark.slow) for it in range(4))],
+)
+def test_stopped_at_random_steps_by_a_signal_to_one_rank(
+    stage: int, stops: list[int], ranks: Ranks, digits: Path, tmp_path: Path
+) -> None:
+    """Resumed as often as it was stopped, it equals the uninterrupted run bit for bit.
+
+    The signal comes to rank 1 amid the accumulation: both stop at that step's end, and a checkpoint holds whole
+    steps only.
+    """
+    result = ranks(loop_ranks.ranks_stopped_at, stage, stops, digits, tmp_path)[0]
+    assert result["differ"] == []
+    assert result["saved"] == [[step, step * 64] for step in [*stops, STEPS]]
+    for step, said in zip(stops, result["said"], strict=True):
+        assert f"step {step} of" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [it if it == (2, "gradient") else pytest.param(*it, marks=pytest.mark.slow) for it in SPOILS],
+)
+def test_what_is_not_finite_on_one_rank_leaves_a_clean_checkpoint(
+    stage: int, how: str, ranks: Ranks, digits: Path, tmp_path: Path
+) -> None:
+    """A loss, one rank's gradient, a parameter: the loop ends on both ranks before the update."""
+    result = ranks(loop_ranks.ranks_spoilt, stage, how, digits, tmp_path)[0]
+    assert all(f"step {loop_ranks.SPOILT}: " in said for said in result["said"]), result
+    named = {"loss": "the loss", "gradient": "backward", "parameter": "decoder.0"}[how]
+    assert named in result["said"][1]
+    assert (result["step"], result["damages"], result["finite"]) == (loop_ranks.SAVED, [], True)
