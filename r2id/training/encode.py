@@ -1,4 +1,4 @@
-"""Latents of a whole dataset by a trained RIAE, into a cache that R2ID trains from."""
+"""``r2id encode``: the latents of a whole dataset by a trained RIAE, in a cache for R2ID."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from r2id import dist
 from r2id.checkpoints import Checkpoint
+from r2id.config import DataConfig
 from r2id.data.latent_writer import LatentWriter
 from r2id.data.latents import Dtype
 from r2id.data.loader import eval_loader
@@ -28,11 +29,12 @@ def encode(
     dtype: Dtype = "float32",
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Encode every image, whole, as it was prepared for the RIAE's training; what an earlier run finished is kept.
+    """Encode every image, whole, as it was prepared for the RIAE's training.
 
-    In a job of several processes (torchrun) each takes its share of the shards, on its own device. Returns the folder, the
-    number of images and how many of them were found in place. InputError when the RIAE, the shards or what is at ``out``
-    do not fit.
+    What an earlier call finished is kept. In a job of several processes (torchrun) each takes its
+    share of the shards, on its own device. Returns the folder, the number of images and how many of
+    them were found in place. Raises InputError when the RIAE, the shards or what is at ``out`` do
+    not fit.
     """
     world = dist.init()
     checkpoint = Checkpoint.open(riae)
@@ -51,40 +53,44 @@ def encode(
     if dist.is_main():
         writer.prepare()
     dist.barrier()
-    mine = [
-        (name, number)
-        for name, entry in data_set.manifest.splits.items()
+    reused = torch.tensor(_encode_share(codec, data_set, data, writer, batch), device=world.device)
+    reused = dist.all_reduce_sum(reused)  # which also waits until every rank has written
+    if dist.is_main():
+        writer.finish()
+    dist.barrier()
+    return {
+        "out": str(out),
+        "images": sum(split.samples for split in data_set.manifest.splits.values()),
+        "reused": int(reused),
+        "codec": str(checkpoint.path),
+        "codec_hash": codec.identity,
+    }
+
+
+def _encode_share(
+    codec: Codec, data_set: ShardSet, data: DataConfig, writer: LatentWriter, batch: int
+) -> int:
+    """Encode this rank's shards; return the number of images whose latents were there already."""
+    shards = [
+        (split, number)
+        for split, entry in data_set.manifest.splits.items()
         for number in range(len(entry.shards))
-    ][world.rank :: world.world_size]
-    members = {shard: data_set.split(shard[0]).indices_in_shard(shard[1]) for shard in mine}
-    reused = 0
-    with Progress(
-        "encode", sum(map(len, members.values())), unit="images", shown=dist.is_main()
-    ) as progress:
-        for (name, number), indices in members.items():
-            if writer.done(name, number):
+    ][dist.rank() :: dist.world_size()]
+    members = {
+        (split, number): data_set.split(split).indices_in_shard(number) for split, number in shards
+    }
+    reused, total = 0, sum(map(len, members.values()))
+    with Progress("encode", total, unit="images", shown=dist.is_main()) as progress:
+        for (split, number), indices in members.items():
+            if writer.done(split, number):
                 reused += len(indices)
                 progress.advance(len(indices))
                 continue
             # Batches come by size, the cache is in the index's order.
             latents: dict[int, Tensor] = {}
-            for part in eval_loader(data_set, data, name, batch, indices=indices):
-                latents.update(
-                    zip(part["index"].tolist(), codec.encode(part["image"]).cpu(), strict=True)
-                )
+            for part in eval_loader(data_set, data, split, batch, indices=indices):
+                encoded = codec.encode(part["image"]).cpu()
+                latents.update(zip(part["index"].tolist(), encoded, strict=True))
                 progress.advance(len(part["index"]))
-            writer.write(name, number, [latents[int(index)] for index in indices])
-    reused = int(
-        dist.all_reduce_sum(torch.tensor(reused, device=world.device))
-    )  # and all have written
-    if dist.is_main():
-        writer.finish()
-    dist.barrier()
-    total = sum(split.samples for split in data_set.manifest.splits.values())
-    return {
-        "out": str(out),
-        "images": total,
-        "reused": reused,
-        "codec": str(checkpoint.path),
-        "codec_hash": codec.identity,
-    }
+            writer.write(split, number, [latents[int(index)] for index in indices])
+    return reused
