@@ -60,7 +60,7 @@ def test_stage_overrides_in_a_pipeline():
         ("train.steps=0", "train.steps = 0: Input should be greater than or equal to 1"),
         ("train.steps=2.5", "train.steps = 2.5: Input should be a valid integer"),
         ("riae.bounded=1", "riae.bounded = 1: Input should be a valid boolean"),
-        ("riae.encode_cloud=0.0", "riae.encode_cloud = 0.0: Input should be greater than 0"),
+        ("loss.encode_cloud=0.0", "loss.encode_cloud = 0.0: Input should be greater than 0"),
         (
             "riae.decode_scales=[2.0, 0.5]",
             "decode_scales = [2.0, 0.5]: must be positive, the smaller first",

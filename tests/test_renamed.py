@@ -13,6 +13,10 @@ OLD = {
     "locality": False,
     "attention": "local",
     "latent_attention": "local",
+    "loss": "l1",
+    "texture": 0.5,
+    "encode_scales": [0.5, 1.0],
+    "decode_cloud": 0.25,
 }
 NEW = {
     "downsample": 8.0,
@@ -23,6 +27,9 @@ NEW = {
 }
 
 
+LOSS = {"pixel": "l1", "texture": 0.5, "encode_scales": [0.5, 1.0], "decode_cloud": 0.25}
+
+
 def changed(config, section="riae"):
     return getattr(config, section).model_dump(exclude_defaults=True)
 
@@ -30,6 +37,7 @@ def changed(config, section="riae"):
 def test_a_table_under_old_names_is_read_and_told(capsys):
     config = parse_config({**RUN, "stage": "riae", "riae": OLD}, where="old.toml")
     assert isinstance(config, RiaeRun) and changed(config) == NEW
+    assert changed(config, "loss") == LOSS | {"encode_scales": (0.5, 1.0)}
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(OLD) and all(line.startswith("old.toml: ") for line in told)
 
@@ -57,7 +65,7 @@ def test_today_s_names_are_silent(capsys):
 
 def test_stored_configs_are_renewed_silently_and_stay_as_they_are(capsys):
     stored = {**RUN, "stage": "riae", "riae": OLD}
-    assert renew_config(stored) == {**RUN, "stage": "riae", "riae": NEW}
+    assert renew_config(stored) == {**RUN, "stage": "riae", "riae": NEW, "loss": LOSS}
     assert stored["riae"] is OLD and "cell" in OLD and capsys.readouterr().err == ""
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from r2id.config.section import Fraction, IntPair, Pair, Section, as_tuple
+from r2id.config.section import IntPair, Scales, Section, as_tuple
 
 
 class RiaeConfig(Section):
@@ -44,39 +44,13 @@ class RiaeConfig(Section):
     """Each head learns how far it looks, in latent cells: a Gaussian window on top of the learned attention."""
     bounded: bool = False
     """Latents through tanh, so that they lie in (−1, 1)."""
-    latent_noise: float = Field(default=0.0, ge=0)
-    """Standard deviation of Gaussian noise added to the latents in training, so that near latents decode alike."""
-    encode_cloud: Fraction = 1 / 16
-    """Share of an image's pixels that the encoder sees in a training step: one random cloud for all queries. With ``tiled``
-    attention it sees them all."""
-    decode_cloud: Fraction = 1.0
-    """Share of the latents that the decoder sees in a training step: one random cloud for all queries. With ``tiled``
-    attention a tile sees all that are near."""
-    decode_pixels: int = Field(default=256, ge=1)
-    """Random output pixels that a training step decodes of each image: its cost does not depend on the image's size. With
-    ``tiled`` attention they come as whole tiles, at least one."""
-    encode_scales: Pair | None = None
-    """Smallest and largest factor between an image's height, and likewise its width, and those at which the encoder sees it
-    in training, drawn anew each step; none is 1."""
-    decode_scales: Pair | None = None
-    """The same for the size at which the decoder is trained to render it. What is rendered at a smaller one is averaged."""
+    decode_scales: Scales | None = None
+    """Smallest and largest factor between an image's height, and likewise its width, and the size at
+    which the decoder renders it: training draws from them anew each step; none is 1. They are the
+    model's because what is rendered at a smaller size is averaged, with no loss at hand."""
     condition_on_pixel_size: bool = False
     """Tell encoder and decoder how large pixels are, in latent cells, beside where they are: a pixel is then what an area
     looks like from afar, not the colour of a point (cell decoding of LIIF, Chen et al. 2021). For training at scales."""
-    jitter: float = Field(default=1.0, ge=0)
-    """Strength of the coordinate jitter in training; 1 is a Gaussian of half a pixel, as published."""
-    loss: Literal["l1", "mse", "charbonnier"] = "mse"
-    texture: float = Field(default=0.0, ge=0)
-    """Weight of a second term: the same error of the differences between each point and one a pixel away, in a direction
-    drawn anew, which is the derivative of the image function. Doubles what the decoder costs."""
-
-    @model_validator(mode="after")
-    def _scales_are_a_range(self) -> RiaeConfig:
-        for name in ("encode_scales", "decode_scales"):
-            scales = getattr(self, name)
-            if scales and not 0 < scales[0] <= scales[1]:
-                raise ValueError(f"{name} = {list(scales)}: must be positive, the smaller first")
-        return self
 
 
 class R2idConfig(Section):

@@ -17,6 +17,14 @@ SETTINGS = {
     "riae.cell": "riae.downsample",
     "riae.cell_size": "riae.condition_on_pixel_size",
     "riae.locality": "riae.gaussian_window",
+    "riae.loss": "loss.pixel",
+    "riae.texture": "loss.texture",
+    "riae.encode_cloud": "loss.encode_cloud",
+    "riae.encode_scales": "loss.encode_scales",
+    "riae.latent_noise": "loss.latent_noise",
+    "riae.decode_cloud": "loss.decode_cloud",
+    "riae.decode_pixels": "loss.decode_pixels",
+    "riae.jitter": "loss.jitter",
 }
 """Old → new name."""
 VALUES = {

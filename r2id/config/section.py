@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def as_path(value: Any) -> Any:
@@ -16,12 +16,20 @@ def as_tuple(value: Any) -> Any:
     return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
+def check_scales(scales: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < scales[0] <= scales[1]:
+        raise ValueError("must be positive, the smaller first")
+    return scales
+
+
 PathField = Annotated[Path, BeforeValidator(as_path)]
 Size = Annotated[
     tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(as_tuple)
 ]
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(as_tuple)]
 Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
+Scales = Annotated[Pair, AfterValidator(check_scales)]
+"""Smallest and largest factor of a side."""
 IntPair = Annotated[tuple[int, int], BeforeValidator(as_tuple)]
 Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]

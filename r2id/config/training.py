@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from r2id.config.diffusion import DiffusionConfig, SampleConfig
+from r2id.config.losses import LossConfig
 from r2id.config.models import R2idConfig, RiaeConfig
 from r2id.config.section import Pair, PathField, Section, Size, Widths
 
@@ -200,6 +201,7 @@ class RiaeRun(_StageRun):
 
     stage: Literal["riae"]
     riae: RiaeConfig = RiaeConfig()
+    loss: LossConfig = LossConfig()
 
 
 class R2idRun(_StageRun):

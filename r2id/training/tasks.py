@@ -104,7 +104,7 @@ class RiaeTask(Task):
             "digest": shards.digest,
             "image": list(_median(image_sizes(shards, config.data, config.data.train_split))),
         }
-        self.module = RiaeLoss(RIAE(config.riae, config.data.channels), config.seed)
+        self.module = RiaeLoss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
 
     def inputs(self, batch: Batch) -> Batch:
         return {"image": to_float(batch["image"]), "index": batch["index"]}

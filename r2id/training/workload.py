@@ -74,7 +74,7 @@ class Workload:
         config = self.config
         module: RiaeLoss | R2idLoss
         if isinstance(config, RiaeRun):
-            module = RiaeLoss(RIAE(config.riae, config.data.channels), config.seed)
+            module = RiaeLoss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
         else:
             classes, embedding = self.dimensions.classes, self.dimensions.embedding
             model = R2ID(config.r2id, self._channels(), classes, embedding)

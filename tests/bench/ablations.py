@@ -53,27 +53,27 @@ def independent(coordinates, noise, grid, shape=None):
 RIAE = {
     "as configured": [],
     "no window (`gaussian_window`)": ["riae.gaussian_window=false"],
-    "no jitter": ["riae.jitter=0.0"],
-    "no jitter, edge-aligned grid": ["riae.jitter=0.0", ("centres", edge_aligned)],
+    "no jitter": ["loss.jitter=0.0"],
+    "no jitter, edge-aligned grid": ["loss.jitter=0.0", ("centres", edge_aligned)],
     "independent jitter": [("displace", independent)],
-    "encoder sees 1/16": ["riae.encode_cloud=0.0625"],
-    "encoder sees 1/4": ["riae.encode_cloud=0.25"],
-    "encoder sees all": ["riae.encode_cloud=1.0"],
-    "decoder sees 1/4 of the latents": ["riae.decode_cloud=0.25"],
+    "encoder sees 1/16": ["loss.encode_cloud=0.0625"],
+    "encoder sees 1/4": ["loss.encode_cloud=0.25"],
+    "encoder sees all": ["loss.encode_cloud=1.0"],
+    "decoder sees 1/4 of the latents": ["loss.decode_cloud=0.25"],
     "tiled attention": ['riae.attention="tiled"', "riae.halo=1.0"],
     "a latent block": ["riae.latent_blocks=1"],
     "at many scales, cells told": [
-        "riae.encode_scales=[0.5,1.0]",
+        "loss.encode_scales=[0.5,1.0]",
         "riae.decode_scales=[0.5,2.0]",
         "riae.condition_on_pixel_size=true",
     ],
     "at many scales, cells not told": [
-        "riae.encode_scales=[0.5,1.0]",
+        "loss.encode_scales=[0.5,1.0]",
         "riae.decode_scales=[0.5,2.0]",
         "riae.condition_on_pixel_size=false",
     ],
-    "l1": ['riae.loss="l1"'],
-    "texture": ["riae.texture=1.0"],
+    "l1": ['loss.pixel="l1"'],
+    "texture": ["loss.texture=1.0"],
 }
 
 

@@ -53,8 +53,8 @@ MODELS = {
         {
             "bfloat16, 256 random pixels (as configured)": [],
             "float32, 256 random pixels": [F32],
-            "bfloat16, every pixel": ["riae.decode_pixels=1024"],
-            "float32, every pixel": [F32, "riae.decode_pixels=1024"],
+            "bfloat16, every pixel": ["loss.decode_pixels=1024"],
+            "float32, every pixel": [F32, "loss.decode_pixels=1024"],
         },
     ),
     "r2id": Model(

@@ -90,11 +90,11 @@ def autoencoder_loss(kind, config):
 
     def loss():
         latents = model.encode(
-            image, **accepted(model.encode, fraction=riae.encode_cloud, scale=ratio)
+            image, **accepted(model.encode, fraction=config.loss.encode_cloud, scale=ratio)
         )
         return F.mse_loss(
             model.decode(
-                latents, **accepted(model.decode, fraction=riae.decode_cloud, scale=ratio)
+                latents, **accepted(model.decode, fraction=config.loss.decode_cloud, scale=ratio)
             ),
             image,
         )

@@ -27,7 +27,7 @@ from r2id.training.loop import train
 CONFIG = Path(__file__).parents[2] / "configs/photos/native-riae.toml"
 KINDS = {
     "tiled": ['riae.attention="tiled"'],
-    "cloud": ['riae.attention="cloud"', "riae.encode_cloud=0.25"],
+    "cloud": ['riae.attention="cloud"', "loss.encode_cloud=0.25"],
 }
 TRIED, WINDOW, LARGE = 12, 64, 128
 SMALL_PHOTO, PHOTO = 128**2, 256**2  # pixels
@@ -56,7 +56,7 @@ def prepared(options, name, steps, changes):
             f"run={options.out / name}",
             f"data.window=[{WINDOW},{WINDOW}]",
             f"data.max_pixels={SMALL_PHOTO}",
-            "riae.decode_pixels=512",
+            "loss.decode_pixels=512",
             "train.batch=16",
             f"train.steps={steps}",
             f"optim.warmup={min(50, steps)}",

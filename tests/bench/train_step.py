@@ -95,7 +95,7 @@ def make_module(config, options, size, batch):
     """The module that a stage trains, and a micro-batch of its inputs."""
     index = torch.arange(batch)
     if isinstance(config, RiaeRun):
-        module = RiaeLoss(RIAE(config.riae, config.data.channels), 0)
+        module = RiaeLoss(RIAE(config.riae, config.data.channels), config.loss, 0)
         return module, {
             "image": torch.rand(batch, config.data.channels, *size) * 2 - 1,
             "index": index,

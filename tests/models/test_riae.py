@@ -2,16 +2,19 @@
 
 import math
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from r2id.config import RiaeConfig
+from r2id.config import LossConfig, RiaeConfig
+from r2id.config.losses import PixelLoss
 from r2id.models import riae
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
-from r2id.training.losses.riae import RiaeLoss, reconstruction_loss, rescaled
+from r2id.training.losses.pixel import PIXEL_LOSSES, reconstruction_loss
+from r2id.training.losses.riae import RiaeLoss, rescaled
 
 SMALL = RiaeConfig(
     latent_channels=4,
@@ -21,10 +24,8 @@ SMALL = RiaeConfig(
     encoder_blocks=1,
     decoder_blocks=1,
     latent_blocks=1,
-    encode_cloud=0.5,
-    decode_cloud=0.5,
-    decode_pixels=40,
 )
+LOSS = LossConfig(encode_cloud=0.5, decode_cloud=0.5, decode_pixels=40)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_bounded_latents():
 
 def test_loss_depends_on_step_and_sample_alone():
     torch.manual_seed(0)
-    loss = RiaeLoss(RIAE(SMALL, 1), seed=3)
+    loss = RiaeLoss(RIAE(SMALL, 1), LOSS, seed=3)
     image, index = torch.rand(4, 1, 10, 8) * 2 - 1, torch.tensor([5, 9, 2, 7])
     whole, _ = loss(image, index, step=11)
     halves = [loss(image[part], index[part], step=11)[0] for part in (slice(0, 2), slice(2, 4))]
@@ -175,18 +176,17 @@ def test_loss_depends_on_step_and_sample_alone():
 def test_a_new_model_s_loss_is_the_colours_mean_square():
     """It starts by guessing 0 everywhere."""
     torch.manual_seed(0)
-    config = SMALL.model_copy(update={"jitter": 0.0, "decode_pixels": 144})
+    config = LOSS.model_copy(update={"jitter": 0.0, "decode_pixels": 144})
     image = torch.rand(8, 1, 12, 12) * 2 - 1
-    value, _ = RiaeLoss(RIAE(config, 1), seed=0)(image, torch.arange(8), step=0)
+    value, _ = RiaeLoss(RIAE(SMALL, 1), config, seed=0)(image, torch.arange(8), step=0)
     torch.testing.assert_close(value, image.square().mean())
 
 
 @pytest.mark.parametrize(("cloud", "left"), [(0.25, 0.4), (1.0, 0.15)])
 def test_overfits_one_batch(cloud, left):
     torch.manual_seed(0)
-    config = SMALL.model_copy(update={"encode_cloud": cloud, "decode_cloud": 1.0, "jitter": 0.0})
-    model = RIAE(config, 3)
-    loss = RiaeLoss(model, seed=0)
+    model = RIAE(SMALL, 3)
+    loss = RiaeLoss(model, LossConfig(encode_cloud=cloud, decode_pixels=40, jitter=0.0), seed=0)
     images = F.interpolate(torch.rand(4, 3, 3, 3) * 2 - 1, (12, 12), mode="bilinear")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(250):
@@ -196,6 +196,10 @@ def test_overfits_one_batch(cloud, left):
         optimizer.step()
     error = F.mse_loss(model.decode(model.encode(images), (12, 12)), images)
     assert error < left * images.var()
+
+
+def test_every_pixel_loss_of_the_config_is_there():
+    assert set(PIXEL_LOSSES) == set(get_args(PixelLoss))
 
 
 def test_losses_at_known_errors():
@@ -208,14 +212,15 @@ def test_losses_at_known_errors():
 @pytest.mark.parametrize("attention", ["cloud", "tiled"])
 def test_texture_is_the_error_of_the_slope(attention):
     """An untrained decoder says 0 everywhere, so that the term is the square of the image's own slope."""
-    changes = {"attention": attention, "jitter": 0.0, "decode_pixels": 400}
+    model = RIAE(SMALL.model_copy(update={"attention": attention}), 1)
+    changes = {"jitter": 0.0, "decode_pixels": 400}
     image = (
         (torch.arange(40.0) / 20 - 1).expand(1, 1, 40, 40).contiguous()
     )  # 1/20 per pixel from left to right
     with torch.no_grad():
         plain, textured = (
             sum(
-                RiaeLoss(RIAE(SMALL.model_copy(update={**changes, "texture": weight}), 1), seed=0)(
+                RiaeLoss(model, LOSS.model_copy(update={**changes, "texture": weight}), seed=0)(
                     image, torch.tensor([0]), step
                 )[0]
                 for step in range(4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from r2id.config import RiaeConfig
+from r2id.config import LossConfig, RiaeConfig
 from r2id.errors import InputError
 from r2id.models import layers, riae
 from r2id.models.attention import plain_up_to
@@ -27,8 +27,8 @@ SMALL = RiaeConfig(
     pixel_width=16,
     heads=2,
     latent_blocks=1,
-    decode_pixels=40,
 )
+LOSS = LossConfig(decode_pixels=40)
 ODD = [
     ((9, 13), (33, 65), 4, 2.0),
     ((5, 3), (7, 11), 2, 0.7),
@@ -266,18 +266,21 @@ def test_both_kernels_agree_on_tiles(model):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "of_model"),
     [
-        {},
-        {"jitter": 0.0},
-        {"decode_scales": (0.5, 2.0), "encode_scales": (0.5, 1.0), "condition_on_pixel_size": True},
-        {"decode_pixels": 10**6},
-        {"texture": 0.5},
-        {"latent_attention": "tiled"},
+        ({}, {}),
+        ({"jitter": 0.0}, {}),
+        (
+            {"encode_scales": (0.5, 1.0)},
+            {"decode_scales": (0.5, 2.0), "condition_on_pixel_size": True},
+        ),
+        ({"decode_pixels": 10**6}, {}),
+        ({"texture": 0.5}, {}),
+        ({}, {"latent_attention": "tiled"}),
     ],
 )
-def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes):
-    loss = RiaeLoss(made(**changes).train(), seed=3)
+def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes, of_model):
+    loss = RiaeLoss(made(**of_model).train(), LOSS.model_copy(update=changes), seed=3)
     image, index = torch.rand(4, 1, 37, 45) * 2 - 1, torch.tensor([5, 9, 2, 7])
     whole, figures = loss(image, index, step=11)
     halves = [loss(image[part], index[part], step=11)[0] for part in (slice(0, 2), slice(2, 4))]
@@ -292,16 +295,14 @@ def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes):
 
 def test_the_loss_is_the_image_s_mean_error():
     """Of all tiles exactly, although those at the edges are smaller; of random ones on average."""
-    model = RIAE(
-        SMALL.model_copy(update={"jitter": 0.0, "decode_pixels": 45 * 37}), 1
-    )  # it starts by guessing 0
+    model = RIAE(SMALL, 1)  # it starts by guessing 0
+    every, some = (LossConfig(jitter=0.0, decode_pixels=count) for count in (45 * 37, 40))
     image = torch.rand(1, 1, 45, 37).cumsum(2) / 20
-    value, _ = RiaeLoss(model, seed=0)(image, torch.arange(1), step=0)
+    value, _ = RiaeLoss(model, every, seed=0)(image, torch.arange(1), step=0)
     torch.testing.assert_close(value, image.square().mean())
-    some = RIAE(SMALL.model_copy(update={"jitter": 0.0}), 1)
     with torch.no_grad():
         drawn = torch.stack(
-            [RiaeLoss(some, seed=0)(image, torch.arange(1), step)[0] for step in range(100)]
+            [RiaeLoss(model, some, seed=0)(image, torch.arange(1), step)[0] for step in range(100)]
         )
     assert (
         abs(drawn.mean() - value) < 4 * drawn.std() / math.sqrt(len(drawn))
@@ -321,7 +322,7 @@ def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
         )[1],
     )
     for side in (32, 64, 128):
-        RiaeLoss(made(decode_pixels=512), seed=0)(
+        RiaeLoss(made(), LossConfig(decode_pixels=512), seed=0)(
             torch.zeros(1, 1, side, side), torch.arange(1), step=0
         )
     assert asked == [512, 512, 512]
@@ -329,8 +330,8 @@ def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
 
 def test_overfits_one_batch():
     torch.manual_seed(0)
-    model = RIAE(SMALL.model_copy(update={"jitter": 0.0, "tile": 2, "halo": 1.0}), 3)
-    loss = RiaeLoss(model, seed=0)
+    model = RIAE(SMALL.model_copy(update={"tile": 2, "halo": 1.0}), 3)
+    loss = RiaeLoss(model, LOSS.model_copy(update={"jitter": 0.0}), seed=0)
     images = F.interpolate(torch.rand(4, 3, 3, 3) * 2 - 1, (12, 12), mode="bilinear")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(250):

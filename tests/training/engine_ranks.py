@@ -25,6 +25,7 @@ from r2id.checkpoints.state import EngineState
 from r2id.config import (
     DiffusionConfig,
     EngineConfig,
+    LossConfig,
     OptimConfig,
     R2idConfig,
     RiaeConfig,
@@ -47,8 +48,6 @@ RIAE_CONFIG = RiaeConfig(
     width=15,
     pixel_width=15,
     heads=1,
-    encode_cloud=0.5,
-    decode_pixels=7,
     fourier=(-1, 2),
     ffn_ratio=1.0,
 )
@@ -69,7 +68,9 @@ def make(
     torch.manual_seed(0)
     module: nn.Module
     if stage == "riae":
-        module = RiaeLoss(RIAE(RIAE_CONFIG, 1), seed=0)
+        module = RiaeLoss(
+            RIAE(RIAE_CONFIG, 1), LossConfig(encode_cloud=0.5, decode_pixels=7), seed=0
+        )
     else:
         module = R2idLoss(R2ID(R2ID_CONFIG, 3, 2), DiffusionConfig(), 4.0, seed=0)
     for block in module.model.blocks():

@@ -33,8 +33,8 @@ RIAE_CASE = [
     "riae.width=384",
     "riae.heads=6",
     "riae.pixel_width=64",
-    "riae.encode_cloud=0.0625",
-    "riae.decode_pixels=1024",
+    "loss.encode_cloud=0.0625",
+    "loss.decode_pixels=1024",
 ]
 
 

@@ -14,11 +14,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from r2id import rng
+from r2id.config import LossConfig
 from r2id.images import resize
 from r2id.models import coords
 from r2id.models.coords import Size
 from r2id.models.riae import RIAE
 from r2id.models.tiles import Tiles
+from r2id.training.losses.pixel import reconstruction_loss
 
 # One stream of random numbers for each purpose.
 _SEEN, _SEEN_JITTER, _ASKED, _ASKED_JITTER, _LATENT_NOISE, _LATENT_CLOUD = range(6)
@@ -52,18 +54,18 @@ class RiaeLoss(nn.Module):
     A jittered point stays with the tile of its pixel: half a pixel is little beside the halo.
     """
 
-    def __init__(self, model: RIAE, seed: int) -> None:
+    def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
         super().__init__()
-        self.model, self.seed = model, seed
+        self.model, self.config, self.seed = model, config, seed
 
     def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
         """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures."""
-        config, size = self.model.config, (image.shape[2], image.shape[3])
+        config, size = self.config, (image.shape[2], image.shape[3])
         keys = rng.fold(self.seed, step, index)
         grid = self.model.grid_for(size)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
         seen = rescaled(image, config.encode_scales, self.seed, step, _ENCODE_SCALE)
-        asked = rescaled(image, config.decode_scales, self.seed, step, _DECODE_SCALE)
+        asked = rescaled(image, self.model.config.decode_scales, self.seed, step, _DECODE_SCALE)
         latents = self._encode(
             seen, max(1, round(config.encode_cloud * size[0] * size[1])), cells, grid, keys
         )
@@ -74,7 +76,7 @@ class RiaeLoss(nn.Module):
         ask = self._ask_tiles if self.model.tiled else self._ask_cloud
         points = ask(latent_keys, cells, grid, asked, keys)
         decoded = self._decode(points, points.at, grid)
-        loss = reconstruction_loss(decoded, points.colours, config.loss, points.weight)
+        loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
         if config.texture:
             loss = loss + config.texture * self._texture_loss(points, decoded, grid, asked, keys)
         return loss, {
@@ -97,7 +99,7 @@ class RiaeLoss(nn.Module):
         )
         change = self._decode(points, beside, grid) - decoded
         true_change = coords.sample_image(image, beside) - points.colours
-        return reconstruction_loss(change, true_change, self.model.config.loss, points.weight)
+        return reconstruction_loss(change, true_change, self.config.pixel, points.weight)
 
     def _encode(self, image: Tensor, count: int, cells: Tensor, grid: Size, keys: Tensor) -> Tensor:
         """From random pixels, as many as there are at most, or with ``tiled`` attention from all: latents [B, M, L]."""
@@ -117,11 +119,9 @@ class RiaeLoss(nn.Module):
         """Random points of the image."""
         size: Size = (image.shape[2], image.shape[3])
         pixels = size[0] * size[1]
-        chosen = rng.subset(
-            rng.fold(keys, _ASKED), pixels, min(self.model.config.decode_pixels, pixels)
-        )
+        chosen = rng.subset(rng.fold(keys, _ASKED), pixels, min(self.config.decode_pixels, pixels))
         at, truth = self._points(image, grid, chosen, rng.fold(keys, _ASKED_JITTER))
-        if self.model.config.decode_cloud < 1:
+        if self.config.decode_cloud < 1:
             latent_keys, cells = self._cloud(latent_keys, cells, keys)
         return _Points(latent_keys, cells, at, truth, size)
 
@@ -134,7 +134,7 @@ class RiaeLoss(nn.Module):
         tiles = self.model.tiles(size, grid, grid, device=image.device)
         assert tiles is not None
         total, pixels = tiles.queries.shape[1], size[0] * size[1]
-        count = min(total, max(1, round(self.model.config.decode_pixels * total / pixels)))
+        count = min(total, max(1, round(self.config.decode_pixels * total / pixels)))
         tiles = tiles.chosen(rng.subset(rng.fold(keys, _ASKED), total, count))
         at, truth = self._points(
             image, grid, tiles.queries.flatten(1), rng.fold(keys, _ASKED_JITTER)
@@ -151,7 +151,7 @@ class RiaeLoss(nn.Module):
         without that would teach a blurred image.
         """
         size: Size = (image.shape[2], image.shape[3])
-        jitter = self.model.config.jitter
+        jitter = self.config.jitter
         at = coords.grid_coordinates(size, shape, image.device)[chosen]
         if not jitter:
             flat = rearrange(image, "b c h w -> b (h w) c")
@@ -161,7 +161,7 @@ class RiaeLoss(nn.Module):
 
     def _cloud(self, latent_keys: Tensor, cells: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """A random share of the decoder's keys [B, M, D] and of their cells."""
-        count = max(1, round(latent_keys.shape[1] * self.model.config.decode_cloud))
+        count = max(1, round(latent_keys.shape[1] * self.config.decode_cloud))
         chosen = rng.subset(rng.fold(keys, _LATENT_CLOUD), latent_keys.shape[1], count)
         gathered = latent_keys.gather(1, chosen.unsqueeze(-1).expand(-1, -1, latent_keys.shape[-1]))
         return gathered, cells[0][chosen]
@@ -181,16 +181,3 @@ def rescaled(image: Tensor, scales: tuple[float, float] | None, *key: int) -> Te
         for side, place in zip(image.shape[2:], places, strict=True)
     )
     return resize(image, (height, width))
-
-
-def reconstruction_loss(
-    decoded: Tensor, truth: Tensor, kind: str, weight: Tensor | None = None
-) -> Tensor:
-    """Mean absolute, squared or Charbonnier error √(e² + 10⁻⁶) (Lai et al. 2017), weighted or not."""
-    error = decoded - truth
-    error = {
-        "l1": error.abs,
-        "mse": error.square,
-        "charbonnier": lambda: (error.square() + 1e-6).sqrt(),
-    }[kind]()
-    return (error if weight is None else error * weight).mean()
