@@ -10,6 +10,8 @@ from r2id.config.section import IntPair, Scales, Section, as_tuple
 
 
 class RiaeConfig(Section):
+    kind: Literal["attention"] = "attention"
+    """Of encoder and decoder, by their registries in r2id.models."""
     latent_channels: int = Field(default=64, ge=1)
     downsample: float = Field(default=4.0, ge=1)
     """Side of one latent cell in pixels: an H×W image has round(H/downsample) × round(W/downsample) latents, at least one."""

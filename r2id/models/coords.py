@@ -143,6 +143,19 @@ def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def in_cells(coordinates: Tensor, grid: Size) -> Tensor:
+    """Absolute coordinates in units of a grid's cells, from the image's centre: [..., 4] → [..., 2]."""
+    extent = torch.tensor([grid[1], grid[0]], dtype=torch.float32, device=coordinates.device)
+    return coordinates[..., :2] * extent
+
+
+def pixel_size(coordinates: Tensor, size: Size, grid: Size) -> Tensor:
+    """Width and height of an image's pixel in cells of a grid, at each point: [..., 4] → float32 [..., 2]."""
+    sides = [grid[1] / size[1], grid[0] / size[0]]
+    pixel = torch.tensor(sides, dtype=torch.float32, device=coordinates.device)
+    return pixel.expand(*coordinates.shape[:-1], -1)
+
+
 def sample_image(image: Tensor, coordinates: Tensor) -> Tensor:
     """Bicubic colours of an image at any points: image [B, C, H, W], coordinates [B, N, 4] → [B, N, C].
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from r2id.config import LossConfig, RiaeConfig
 from r2id.config.losses import PixelLoss
-from r2id.models import riae
+from r2id.models import decoder, visibility
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
 from r2id.training.losses.pixel import PIXEL_LOSSES, reconstruction_loss
@@ -79,7 +79,7 @@ def test_order_of_pixels_does_not_matter(model):
 def test_decoding_in_chunks_changes_nothing(model, monkeypatch):
     latents = torch.randn(2, 4, 3, 3)
     whole = model.decode(latents, (20, 11))
-    monkeypatch.setattr(riae, "_DECODE_CHUNK", 14)
+    monkeypatch.setattr(visibility, "_DECODE_CHUNK", 14)
     torch.testing.assert_close(model.decode(latents, (20, 11)), whole, atol=1e-5, rtol=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
         torch.nn.init.normal_(parameter)
     latents = torch.randn(2, 4, 16, 12)
     whole = model.decode(latents, (8, 7), (1, 0, 8, 5))
-    monkeypatch.setattr(riae, "_BAND", 2 * 3 * 8 * 7 * 35)
+    monkeypatch.setattr(decoder, "_BAND", 2 * 3 * 8 * 7 * 35)
     torch.testing.assert_close(
         model.decode(latents, (8, 7), (1, 0, 8, 5)), whole, atol=1e-5, rtol=1e-4
     )
@@ -116,7 +116,7 @@ def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
     )
 
     def needed(band):
-        monkeypatch.setattr(riae, "_BAND", band)
+        monkeypatch.setattr(decoder, "_BAND", band)
         fresh = partial(RIAE, plain, 3)
         return trace_peak(
             lambda: partial(fresh().requires_grad_(False).decode, torch.zeros(1, 4, 64, 64), (8, 8))
@@ -140,13 +140,13 @@ def test_pixels_as_large_as_in_training_are_points():
 def test_encoding_in_chunks_changes_nothing_but_the_memory(model, monkeypatch):
     images = torch.randn(5, 1, 12, 9)
     whole = model.encode(images)
-    monkeypatch.setattr(riae, "_ENCODE_CHUNK", 2 * 12 * 9)
+    monkeypatch.setattr(visibility, "_ENCODE_CHUNK", 2 * 12 * 9)
     torch.testing.assert_close(model.encode(images), whole, atol=1e-5, rtol=1e-4)
 
     def needed(count):
         return trace_peak(lambda: partial(RIAE(SMALL, 1).encode, torch.zeros(count, 1, 48, 36)))
 
-    monkeypatch.setattr(riae, "_ENCODE_CHUNK", 2 * 48 * 36)
+    monkeypatch.setattr(visibility, "_ENCODE_CHUNK", 2 * 48 * 36)
     pixels = 8 * 48 * 36 * 4
     assert needed(2) > 10 * pixels and needed(10) - needed(2) < 3 * pixels, (
         "images and latents alone grow"

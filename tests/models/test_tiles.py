@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from r2id.config import LossConfig, RiaeConfig
 from r2id.errors import InputError
-from r2id.models import layers, riae
+from r2id.models import layers, visibility
 from r2id.models.attention import plain_up_to
 from r2id.models.coords import grid_coordinates
 from r2id.models.riae import RIAE
@@ -92,8 +92,8 @@ def dense(monkeypatch):
             context_at.expand(len(x), -1, -1),
         )
 
-    plain = riae.CrossBlock.forward
-    monkeypatch.setattr(riae.CrossBlock, "forward", forward)
+    plain = layers.CrossBlock.forward
+    monkeypatch.setattr(layers.CrossBlock, "forward", forward)
     return forward
 
 
@@ -193,8 +193,8 @@ def test_any_size_in_and_out(model, size):
 def test_windows_make_the_whole(kind, grid, size, cuts, monkeypatch):
     model, latents = made(attention=kind), torch.randn(2, 4, *grid)
     whole = model.decode(latents, size)
-    monkeypatch.setattr(riae, "_TILES_CHUNK", 500)
-    monkeypatch.setattr(riae, "_DECODE_CHUNK", 500)
+    monkeypatch.setattr(visibility, "_TILES_CHUNK", 500)
+    monkeypatch.setattr(visibility, "_DECODE_CHUNK", 500)
     ys, xs = sorted({*cuts, size[0]}), sorted({*cuts, size[1]})
     rows = [
         torch.cat([model.decode(latents, size, (y0, x0, y1, x1)) for x0, x1 in pairwise(xs)], dim=3)
@@ -215,7 +215,7 @@ def test_chunks_change_nothing(model, chunk, monkeypatch):
     images = torch.randn(3, 1, 45, 52)
     latents = model.encode(images)
     decoded = model.decode(latents, (70, 31))
-    monkeypatch.setattr(riae, "_TILES_CHUNK", chunk)
+    monkeypatch.setattr(visibility, "_TILES_CHUNK", chunk)
     torch.testing.assert_close(model.encode(images), latents, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.decode(latents, (70, 31)), decoded, atol=1e-5, rtol=1e-4)
 
@@ -234,7 +234,7 @@ def test_memory_grows_with_neither_input_nor_output(monkeypatch):
         return (needed(128) - needed(64)) / (4 * (128**2 - 64**2))
 
     assert growth() > 50, "values per pixel of a picture that is one chunk"
-    monkeypatch.setattr(riae, "_TILES_CHUNK", 1024)
+    monkeypatch.setattr(visibility, "_TILES_CHUNK", 1024)
     assert growth() < 16, "image, latents, keys and output alone grow"
 
 

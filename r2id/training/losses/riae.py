@@ -1,7 +1,13 @@
-"""What RIAE minimises: a module from a batch to (loss, named figures), with every random draw keyed by (seed, step,
-sample).
+"""What RIAE minimises: a module from a batch to (loss, named figures).
 
-Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid · N, P points.
+Every random draw is keyed by (seed, step, sample), so that a loss depends on neither the batch that a
+sample is in nor on how often training was interrupted.
+
+To add a pixel loss, see r2id.training.losses.pixel. To add a term, add its weight to LossConfig in
+r2id/config/losses.py and a method like _texture_loss here.
+
+Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid · N pixels seen
+· M = h·w latents · P points asked for · D width.
 """
 
 from __future__ import annotations
@@ -35,23 +41,27 @@ Figures = dict[str, Tensor]
 class _Points:
     """Points that the decoder is asked for, and what it sees."""
 
-    keys: Tensor
+    kv: Tensor
+    """[B, M, D]."""
     cells: Tensor
+    """Their places, [B or 1, M, 4]."""
     at: Tensor
-    """[B, P, 4]."""
+    """The points' places, [B, P, 4]."""
     colours: Tensor
     """The true ones, [B, P, C]."""
     size: Size
     """Of the image that they are of."""
-    tiles: Tiles | None = None
-    weight: Tensor | None = None
+    tiles: Tiles | None
+    weight: Tensor | None
+    """[B, P, 1], of their errors."""
 
 
 class RiaeLoss(nn.Module):
-    """Reconstruction of random points of an image from a random cloud of its points; with ``tiled`` attention, of random
-    tiles of it from all of its pixels.
+    """Reconstruction of some points of an image from what a training step shows of it.
 
-    A jittered point stays with the tile of its pixel: half a pixel is little beside the halo.
+    Which ones is for the model's visibility to choose: a random cloud of pixels seen and random points
+    asked for, or all pixels seen and random tiles asked for. A jittered point stays with the tile of its
+    pixel: half a pixel is little beside the halo.
     """
 
     def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
@@ -61,39 +71,65 @@ class RiaeLoss(nn.Module):
     def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
         """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures."""
         config, size = self.config, (image.shape[2], image.shape[3])
-        keys = rng.fold(self.seed, step, index)
+        rng_keys = rng.fold(self.seed, step, index)
         grid = self.model.grid_for(size)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
         seen = rescaled(image, config.encode_scales, self.seed, step, _ENCODE_SCALE)
         asked = rescaled(image, self.model.config.decode_scales, self.seed, step, _DECODE_SCALE)
-        latents = self._encode(
-            seen, max(1, round(config.encode_cloud * size[0] * size[1])), cells, grid, keys
-        )
+        count = max(1, round(config.encode_cloud * size[0] * size[1]))
+        latents = self._encode(seen, count, cells, grid, rng_keys)
         if config.latent_noise:
-            noise = rng.normal(rng.fold(keys, _LATENT_NOISE), *latents.shape[1:])
+            noise = rng.normal(rng.fold(rng_keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
-        latent_keys = self.model.spread_latents(latents, cells, grid)
-        ask = self._ask_tiles if self.model.tiled else self._ask_cloud
-        points = ask(latent_keys, cells, grid, asked, keys)
+        kv = self.model.spread_latents(latents, cells, grid)
+        points = self._ask(kv, cells, grid, asked, rng_keys)
         decoded = self._decode(points, points.at, grid)
         loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
         if config.texture:
-            loss = loss + config.texture * self._texture_loss(points, decoded, grid, asked, keys)
+            texture = self._texture_loss(points, decoded, grid, asked, rng_keys)
+            loss = loss + config.texture * texture
         return loss, {
             "mse": reconstruction_loss(decoded.detach(), points.colours, "mse", points.weight),
             "latent_rms": latents.detach().square().mean().sqrt(),
         }
 
+    def _encode(
+        self, image: Tensor, count: int, cells: Tensor, grid: Size, rng_keys: Tensor
+    ) -> Tensor:
+        """Latents [B, M, L] from the pixels that the encoder is shown, about ``count`` of them."""
+        size: Size = (image.shape[2], image.shape[3])
+        visibility = self.model.visibility
+        chosen = visibility.choose_seen(rng.fold(rng_keys, _SEEN), size[0] * size[1], count)
+        at, colours = self._points(image, grid, chosen, rng.fold(rng_keys, _SEEN_JITTER))
+        tiles = visibility.tiles(grid, size, grid, device=image.device)
+        return self.model.encode_points(colours, at, size, cells, grid, tiles)
+
+    def _ask(
+        self, kv: Tensor, cells: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
+    ) -> _Points:
+        """Points of the image, and the latents that the decoder is shown for them."""
+        size: Size = (image.shape[2], image.shape[3])
+        visibility = self.model.visibility
+        asked = visibility.choose_asked(
+            rng.fold(rng_keys, _ASKED), size, grid, self.config.decode_pixels
+        )
+        at, truth = self._points(image, grid, asked.pixels, rng.fold(rng_keys, _ASKED_JITTER))
+        kv, cells = visibility.choose_latents(
+            rng.fold(rng_keys, _LATENT_CLOUD), kv, cells, self.config.decode_cloud
+        )
+        return _Points(kv, cells, at, truth, size, asked.tiles, asked.weight)
+
     def _decode(self, points: _Points, at: Tensor, grid: Size) -> Tensor:
         return self.model.decode_points(
-            points.keys, points.cells, at, points.size, grid, points.tiles
+            points.kv, points.cells, at, points.size, grid, points.tiles
         )
 
     def _texture_loss(
-        self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, keys: Tensor
+        self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
     ) -> Tensor:
         """The error of the differences between points and others one pixel away from them."""
-        angle = (2 * math.pi) * rng.uniform(rng.fold(keys, _DIRECTION), points.at.shape[1])
+        angle = (2 * math.pi) * rng.uniform(rng.fold(rng_keys, _DIRECTION), points.at.shape[1])
+        # Displacements are in halves of a pixel, so 2 is a whole one.
         beside = coords.displace(
             points.at, 2 * torch.stack([angle.cos(), angle.sin()], dim=-1), points.size, grid
         )
@@ -101,54 +137,13 @@ class RiaeLoss(nn.Module):
         true_change = coords.sample_image(image, beside) - points.colours
         return reconstruction_loss(change, true_change, self.config.pixel, points.weight)
 
-    def _encode(self, image: Tensor, count: int, cells: Tensor, grid: Size, keys: Tensor) -> Tensor:
-        """From random pixels, as many as there are at most, or with ``tiled`` attention from all: latents [B, M, L]."""
-        size: Size = (image.shape[2], image.shape[3])
-        pixels = size[0] * size[1]
-        if self.model.tiled:
-            chosen = torch.arange(pixels, device=image.device).expand(len(image), -1)
-        else:
-            chosen = rng.subset(rng.fold(keys, _SEEN), pixels, min(count, pixels))
-        at, colours = self._points(image, grid, chosen, rng.fold(keys, _SEEN_JITTER))
-        tiles = self.model.tiles(grid, size, grid, device=image.device)
-        return self.model.encode_points(colours, at, size, cells, grid, tiles)
-
-    def _ask_cloud(
-        self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor, keys: Tensor
-    ) -> _Points:
-        """Random points of the image."""
-        size: Size = (image.shape[2], image.shape[3])
-        pixels = size[0] * size[1]
-        chosen = rng.subset(rng.fold(keys, _ASKED), pixels, min(self.config.decode_pixels, pixels))
-        at, truth = self._points(image, grid, chosen, rng.fold(keys, _ASKED_JITTER))
-        if self.config.decode_cloud < 1:
-            latent_keys, cells = self._cloud(latent_keys, cells, keys)
-        return _Points(latent_keys, cells, at, truth, size)
-
-    def _ask_tiles(
-        self, latent_keys: Tensor, cells: Tensor, grid: Size, image: Tensor, keys: Tensor
-    ) -> _Points:
-        """Random tiles of the image, with the weights [B, P, 1] with which their mean error is, on average, the mean over
-        the whole image; surplus points have none."""
-        size: Size = (image.shape[2], image.shape[3])
-        tiles = self.model.tiles(size, grid, grid, device=image.device)
-        assert tiles is not None
-        total, pixels = tiles.queries.shape[1], size[0] * size[1]
-        count = min(total, max(1, round(self.config.decode_pixels * total / pixels)))
-        tiles = tiles.chosen(rng.subset(rng.fold(keys, _ASKED), total, count))
-        at, truth = self._points(
-            image, grid, tiles.queries.flatten(1), rng.fold(keys, _ASKED_JITTER)
-        )
-        weight = tiles.asked.flatten(1).unsqueeze(-1) * (total * tiles.queries.shape[2] / pixels)
-        return _Points(latent_keys, cells, at, truth, size, tiles, weight)
-
     def _points(
         self, image: Tensor, shape: Size, chosen: Tensor, jitter_keys: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Points of each image near its chosen pixels, int64 [B, P] → [B, P, 4], and the colours there, [B, P, C].
 
-        Jittered points lie between pixel centres and take the bicubic colour of their place, not the pixel's: jitter
-        without that would teach a blurred image.
+        Jittered points lie between pixel centres and take the bicubic colour of their place, not the
+        pixel's: jitter without that would teach a blurred image.
         """
         size: Size = (image.shape[2], image.shape[3])
         jitter = self.config.jitter
@@ -158,13 +153,6 @@ class RiaeLoss(nn.Module):
             return at, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
         at = coords.displace(at, jitter * rng.normal(jitter_keys, chosen.shape[1], 2), size, shape)
         return at, coords.sample_image(image, at)
-
-    def _cloud(self, latent_keys: Tensor, cells: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """A random share of the decoder's keys [B, M, D] and of their cells."""
-        count = max(1, round(latent_keys.shape[1] * self.config.decode_cloud))
-        chosen = rng.subset(rng.fold(keys, _LATENT_CLOUD), latent_keys.shape[1], count)
-        gathered = latent_keys.gather(1, chosen.unsqueeze(-1).expand(-1, -1, latent_keys.shape[-1]))
-        return gathered, cells[0][chosen]
 
 
 def rescaled(image: Tensor, scales: tuple[float, float] | None, *key: int) -> Tensor:

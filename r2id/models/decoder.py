@@ -1,0 +1,144 @@
+"""RIAE's decoder: points anywhere query the latent cells.
+
+To add a kind, write a module with the methods of AttentionDecoder that RIAE and RiaeLoss call
+(spread_latents, decode_points, decode, points_per_pixel and blocks), add it to DECODERS and add its name
+to RiaeConfig.kind in r2id/config/models.py; an encoder of that name goes with it (r2id.models.encoder).
+
+Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · M = h·w latents
+· P points asked for · D width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from r2id.config import RiaeConfig
+from r2id.models import coords
+from r2id.models.attention import RMSNorm
+from r2id.models.coords import Part, Size, Window
+from r2id.models.latent_blocks import LatentBlocks
+from r2id.models.layers import CrossBlock, zero_linear
+from r2id.models.tiles import Tiles
+from r2id.models.visibility import Visibility
+
+_BAND = 1 << 18
+"""Points, of which pixels are the means, held at once, one row of pixels at least."""
+
+
+class AttentionDecoder(nn.Module):
+    """Points start as coordinates alone and gather latents by cross-attention."""
+
+    stored_as: ClassVar = {"cross_blocks": "decoder", "latent_blocks": "decoder_latent"}
+    """Names in checkpoints of layers that have other names here."""
+
+    def __init__(self, config: RiaeConfig, channels: int, visibility: Visibility) -> None:
+        super().__init__()
+        self.config, self.visibility = config, visibility
+        width, pixel_width = config.width, config.pixel_width
+        # Heads are as wide on the narrow pixel side as on the latent side.
+        heads = max(1, config.heads * pixel_width // width)
+        self.latent_in = nn.Linear(config.latent_channels + visibility.cell_dim, width)
+        self.latent_blocks = LatentBlocks(config, visibility)
+        self.point_in = nn.Sequential(
+            nn.Linear(visibility.point_dim, pixel_width),
+            nn.SiLU(),
+            nn.Linear(pixel_width, pixel_width),
+        )
+        self.cross_blocks = nn.ModuleList(
+            CrossBlock(pixel_width, width, heads, config.ffn_ratio, config.gaussian_window)
+            for _ in range(config.decoder_blocks)
+        )
+        # It starts by saying 0, grey, everywhere.
+        self.to_colour = nn.Sequential(RMSNorm(pixel_width), zero_linear(pixel_width, channels))
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules whose activations may be recomputed."""
+        return [*self.latent_blocks, *self.cross_blocks]
+
+    def spread_latents(self, latents: Tensor, cells: Tensor, grid: Size) -> Tensor:
+        """Make what points will attend to, once per image, however many points.
+
+        Latents [B, M, L] at cells [1, M, 4] → kv [B, M, D].
+        """
+        place = self.visibility.cell_features(cells, grid).expand(latents.shape[0], -1, -1)
+        x = self.latent_in(torch.cat([latents, place], dim=-1))
+        return self.latent_blocks.through(x, cells, grid)
+
+    def decode_points(
+        self,
+        kv: Tensor,
+        cells: Tensor,
+        at: Tensor,
+        size: Size,
+        grid: Size,
+        tiles: Tiles | None = None,
+    ) -> Tensor:
+        """Decode points of an image (H, W).
+
+        kv [B, M, D] of spread_latents at cells [B or 1, M, 4], points [B or 1, P, 4] → colours [B, P, C].
+        With ``tiles``, points are in tile order, and kv and cells those of ``tiles.part``.
+        """
+        x = self.point_in(self.visibility.point_features(at, size, grid))
+        x = x.expand(kv.shape[0], -1, -1)
+        cell_places, point_places = coords.in_cells(cells, grid), coords.in_cells(at, grid)
+        for block in self.cross_blocks:
+            x = block(x, kv, point_places, cell_places, tiles)
+        return self.to_colour(x).float()
+
+    def points_per_pixel(self, grid: Size, size: Size) -> Size:
+        """How many points, down and across, a pixel of an image (H, W) is the mean of.
+
+        As many as it takes for none to stand for more of the picture than the largest pixels of the
+        training did. Half a latent cell is allowed for, since a grid says no better how large the images
+        were.
+        """
+        smallest = self.config.decode_scales[0] if self.config.decode_scales else 1.0
+        down, across = (
+            max(1, math.ceil((smallest * cells - 0.5) * self.config.downsample / side))
+            for cells, side in zip(grid, size, strict=True)
+        )
+        return down, across
+
+    def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
+        """Decode raw latents [B, L, h, w] at any size, or a window of that; see RIAE.decode."""
+        grid: Size = (latents.shape[2], latents.shape[3])
+        part = coords.part_of(size, window)
+        cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
+        points = math.prod(side.stop - side.start for side in part) * math.prod(
+            self.points_per_pixel(grid, size)
+        )
+        at_once = self.visibility.images_decoded_at_once(points, len(latents))
+        parts = []
+        for some in latents.split(at_once):
+            kv = self.spread_latents(rearrange(some, "b l h w -> b (h w) l"), cells, grid)
+            parts.append(self._render(kv, cells, grid, size, part))
+        return torch.cat(parts)
+
+    def _render(self, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
+        """Pixels of a part of an image; where they are means of points, some rows at a time."""
+        down, across = points = self.points_per_pixel(grid, size)
+        if points == (1, 1):
+            return self._draw(kv, cells, grid, size, part)
+        rows, columns = part
+        fine = (size[0] * down, size[1] * across)
+        wide = slice(columns.start * across, columns.stop * across)
+        band = max(1, _BAND // (len(kv) * down * (wide.stop - wide.start)))
+        bands = []
+        for y in range(rows.start, rows.stop, band):
+            high = slice(y * down, min(y + band, rows.stop) * down)
+            bands.append(F.avg_pool2d(self._draw(kv, cells, grid, fine, (high, wide)), points))
+        return torch.cat(bands, dim=2)
+
+    def _draw(self, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
+        """A part of an image (H, W), each pixel one point: [B, C, h', w']."""
+        return self.visibility.decode(self.decode_points, kv, cells, grid, size, part)
+
+
+DECODERS: dict[str, type[AttentionDecoder]] = {"attention": AttentionDecoder}
+"""By ``riae.kind``."""

@@ -1,0 +1,117 @@
+"""RIAE's encoder: latent cells query the pixels of an image.
+
+To add a kind, write a module with the methods of AttentionEncoder that RIAE and RiaeLoss call
+(encode_points, encode and blocks), add it to ENCODERS and add its name to RiaeConfig.kind in
+r2id/config/models.py; a decoder of that name goes with it (r2id.models.decoder).
+
+Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · N pixels seen
+· M = h·w latents · D width.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from r2id.config import RiaeConfig
+from r2id.models import coords
+from r2id.models.attention import RMSNorm
+from r2id.models.coords import Size
+from r2id.models.latent_blocks import LatentBlocks
+from r2id.models.layers import CrossBlock
+from r2id.models.tiles import Tiles
+from r2id.models.visibility import Visibility
+
+
+class AttentionEncoder(nn.Module):
+    """Cells start as coordinates alone and gather colours by cross-attention."""
+
+    stored_as: ClassVar = {"cross_blocks": "encoder", "latent_blocks": "encoder_latent"}
+    """Names in checkpoints of layers that have other names here."""
+
+    def __init__(self, config: RiaeConfig, channels: int, visibility: Visibility) -> None:
+        super().__init__()
+        self.config, self.visibility = config, visibility
+        width, pixel_width = config.width, config.pixel_width
+        self.pixel_in = nn.Sequential(
+            nn.Linear(channels + visibility.point_dim, pixel_width),
+            nn.SiLU(),
+            nn.Linear(pixel_width, pixel_width),
+        )
+        self.cell_in = nn.Linear(visibility.cell_dim, width)
+        self.cross_blocks = nn.ModuleList(
+            CrossBlock(width, pixel_width, config.heads, config.ffn_ratio, config.gaussian_window)
+            for _ in range(config.encoder_blocks)
+        )
+        self.latent_blocks = LatentBlocks(config, visibility)
+        self.to_latent = nn.Sequential(RMSNorm(width), nn.Linear(width, config.latent_channels))
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules whose activations may be recomputed."""
+        return [*self.cross_blocks, *self.latent_blocks]
+
+    def encode(self, images: Tensor, grid: Size) -> Tensor:
+        """Images [B, C, H, W] → raw latents [B, L, h, w], from all pixels of some images at a time."""
+        cells = coords.grid_coordinates(grid, device=images.device).unsqueeze(0)
+        at_once = self.visibility.images_encoded_at_once(images.shape[2] * images.shape[3])
+        latents = torch.cat(
+            [
+                self._to_latents(
+                    self.visibility.encode(self._query_pixels, some, cells, grid), cells, grid
+                )
+                for some in images.split(at_once)
+            ]
+        )
+        return rearrange(latents, "b (h w) l -> b l h w", h=grid[0])
+
+    def encode_points(
+        self,
+        colours: Tensor,
+        at: Tensor,
+        size: Size,
+        cells: Tensor,
+        grid: Size,
+        tiles: Tiles | None = None,
+    ) -> Tensor:
+        """Encode points of images as seen from the cells of a grid (h, w).
+
+        Colours [B, N, C] at [B or 1, N, 4] of an image (H, W), cells [1, M, 4] → latents [B, M, L]. With
+        ``tiled`` attention, cells and points are whole grids, and ``tiles`` those of the cells.
+        """
+        seen = self._query_pixels(colours, at, size, cells, grid, tiles)
+        return self._to_latents(seen, cells, grid)
+
+    def _query_pixels(
+        self,
+        colours: Tensor,
+        at: Tensor,
+        size: Size,
+        cells: Tensor,
+        grid: Size,
+        tiles: Tiles | None,
+    ) -> Tensor:
+        """What the cells [1, M, 4] see: [B, M, D]."""
+        batch = colours.shape[0]
+        place = self.visibility.point_features(at, size, grid).expand(batch, -1, -1)
+        pixels = self.pixel_in(torch.cat([colours, place], dim=-1))
+        if tiles is not None:
+            cells = tiles.in_order(cells[0])
+        x = self.cell_in(self.visibility.cell_features(cells, grid)).expand(batch, -1, -1)
+        cell_places, pixel_places = coords.in_cells(cells, grid), coords.in_cells(at, grid)
+        for block in self.cross_blocks:
+            x = block(x, pixels, cell_places, pixel_places, tiles)
+        return x if tiles is None else tiles.restored(x)
+
+    def _to_latents(self, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
+        """[B, M, D] at all cells [1, M, 4] → latents [B, M, L]."""
+        x = self.latent_blocks.through(x, cells, grid)
+        # Latents are float32 under autocast too: they are stored, and diffusion normalises them.
+        latents = self.to_latent(x).float()
+        return torch.tanh(latents) if self.config.bounded else latents
+
+
+ENCODERS: dict[str, type[AttentionEncoder]] = {"attention": AttentionEncoder}
+"""By ``riae.kind``."""

@@ -1,0 +1,32 @@
+"""Blocks in which the cells of a latent grid see each other, at the end of RIAE's encoder and at the start of its decoder.
+
+Shape letters: B batch · h, w latent grid · M = h·w latents · D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from r2id.config import RiaeConfig
+from r2id.models import coords
+from r2id.models.coords import Size
+from r2id.models.layers import SelfBlock
+from r2id.models.visibility import Visibility
+
+
+class LatentBlocks(nn.ModuleList):
+    """``config.latent_blocks`` self-attention blocks; what a cell sees is the visibility's to say."""
+
+    def __init__(self, config: RiaeConfig, visibility: Visibility) -> None:
+        super().__init__(
+            SelfBlock(config.width, config.heads, config.ffn_ratio, config.gaussian_window)
+            for _ in range(config.latent_blocks)
+        )
+        self.visibility = visibility
+
+    def through(self, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
+        """Pass [B, M, D] at all cells [1, M, 4] of a grid (h, w) through the blocks."""
+        tiles = self.visibility.latent_tiles(grid, x.device) if len(self) else None
+        for block in self:
+            x = block(x, coords.in_cells(cells, grid), tiles)
+        return x
