@@ -140,7 +140,7 @@ class CelebaReader(FileRecords):
             [
                 f"CelebA, {self.images} images in {self.source.path}, "
                 f"with {', '.join(sorted(tables))}",
-                files.words(),
+                files.note(),
             ],
         )
 

@@ -92,7 +92,7 @@ class FolderReader(FileRecords):
             )
         )
         return make_listing(
-            files, assigned, paired.digest, files.newest, files.rejects, [kind, files.words()]
+            files, assigned, paired.digest, files.newest, files.rejects, [kind, files.note()]
         )
 
     def _from_table(self, paired: PairedImages, labels: Path) -> Listing:
@@ -124,7 +124,7 @@ class FolderReader(FileRecords):
             digest,
             files.newest,
             rejects,
-            [f"{self.source.kind} of images with the classes of {labels.name}", files.words()],
+            [f"{self.source.kind} of images with the classes of {labels.name}", files.note()],
         )
 
     def _check_layout(self, entries: Iterable[Entry], assigned: Sequence[SplitAndClass]) -> None:

@@ -54,7 +54,7 @@ def pair_embeddings(path: Path, found: Files, read: Read) -> PairedImages:
     images = found.part(is_image)
     images.rejects = found.rejects
     where = pc.index_in(_stems(images), value_set=_stems(embeddings))
-    images.others = found.others + len(embeddings) - len(where.drop_null().unique())
+    images.skipped = found.skipped + len(embeddings) - len(where.drop_null().unique())
     if where.null_count == len(images):
         return PairedImages(images, images.digest, [])
     without = images.table.filter(where.is_null())["name"].to_pylist()

@@ -49,7 +49,7 @@ class Files:
     def __init__(self, newest: int = 0) -> None:
         self.newest = newest
         """Latest modification time in the source, in nanoseconds."""
-        self.others = 0
+        self.skipped = 0
         """Number of files that were left out because of their names."""
         self.rejects: list[Reject] = []
         self._found = TableBuilder(_SCHEMA)
@@ -95,8 +95,9 @@ class Files:
     def digest(self) -> str:
         return digest_of((os.fsencode(entry.name), entry.size) for entry in self)
 
-    def words(self) -> str:
-        return f"{self.others} other files left out" if self.others else ""
+    def note(self) -> str:
+        """Say how many files were left out, or nothing."""
+        return f"{self.skipped} other files left out" if self.skipped else ""
 
 
 class Source(Protocol):
@@ -184,7 +185,7 @@ class Folder:
                 elif keep(name):
                     self._add(child, name, files)
                 else:
-                    files.others += 1
+                    files.skipped += 1
         except OSError as error:
             raise InputError(
                 f"{error.filename or folder}: cannot be listed: {error.strerror}"
@@ -219,7 +220,7 @@ class Zip:
             if member.is_dir():
                 continue
             if not keep(name):
-                files.others += 1
+                files.skipped += 1
                 continue
             link = stat.S_IFMT(member.external_attr >> 16) == stat.S_IFLNK
             reason = unsafe_name(name) or (
@@ -284,9 +285,9 @@ class CombinedSource:
             files.rejects += [
                 Reject("", f"{part}/{reject.source}", reject.reason) for reject in found.rejects
             ]
-            files.newest, files.others = (
+            files.newest, files.skipped = (
                 max(files.newest, found.newest),
-                files.others + found.others,
+                files.skipped + found.skipped,
             )
             files.sort()
         return files

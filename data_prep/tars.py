@@ -63,7 +63,7 @@ class Tar:
         with _opened(self.path) as file:
             for member, offset, name in _members(file, self.path, self.nested):
                 if not keep(name):
-                    files.others += 1
+                    files.skipped += 1
                 elif reason := _unsafe(member, name):
                     files.rejects.append(Reject("", name, reason))
                 else:

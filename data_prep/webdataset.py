@@ -81,11 +81,11 @@ class WebdatasetReader:
         samples, rejects, digests = TableBuilder(_SAMPLES), list[Reject](), list[str]()
         newest = max(modified_ns(tar.path) for tar in self.tars)
         extensions: set[str] = set()
-        others = 0
+        skipped = 0
         for number, tar in enumerate(self.tars):
             files = tar.files(_is_member)
             digests.append(files.digest)
-            others += files.others
+            skipped += files.skipped
             rejects += [
                 Reject(self.splits[number] or "", reject.source, reject.reason)
                 for reject in files.rejects
@@ -109,7 +109,7 @@ class WebdatasetReader:
         names, attributes = self._names(table)
         found = [
             f"a webdataset of {len(self.tars)} tars with {', '.join(sorted(extensions))}",
-            f"{others} other files left out" if others else "",
+            f"{skipped} other files left out" if skipped else "",
         ]
         return Listing(self._items(table), digest, newest, names, attributes, rejects, found, shape)
 

@@ -25,12 +25,12 @@ class FolderImagenet(FileRecords):
 
     def listing(self) -> Listing:
         files, solution, wnids = self.source.files(is_image), self._solution(), self._wnids()
-        rejects, known, unseen = list(files.rejects), set(wnids), dict(solution)
+        rejects, classes, unseen = list(files.rejects), set(wnids), dict(solution)
         shared: dict[SplitAndClass, SplitAndClass] = {}
         places: list[SplitAndClass | None] = []
         for entry in files:
             pair = self._split_and_class(entry.name, solution)
-            reason = self._refuse(entry.name, *pair, known)
+            reason = self._refuse(entry.name, *pair, classes)
             if reason:
                 rejects.append(Reject(pair[0] or "", entry.name, reason))
             places.append(None if reason else shared.setdefault(pair, pair))
@@ -51,7 +51,7 @@ class FolderImagenet(FileRecords):
                 for split in ("train", "val")
                 if None not in splits and split not in splits
             ),
-            files.words(),
+            files.note(),
         ]
         kept = (entry for entry, pair in zip(files, places, strict=True) if pair)
         return make_listing(kept, assigned, files.digest, files.newest, rejects, found, wnids)
@@ -63,14 +63,14 @@ class FolderImagenet(FileRecords):
         return sorted(line.split()[0] for line in lines if line.strip())
 
     @staticmethod
-    def _refuse(name: str, split: str | None, wnid: str | None, known: set[str]) -> str:
+    def _refuse(name: str, split: str | None, wnid: str | None, classes: set[str]) -> str:
         """Say why an image cannot be used; empty when it can."""
         if wnid is None and split != "test":
             flat = split == "val" and name.count("/") == 1
             return f"no label in {_SOLUTION}" if flat else "not in a folder named by a WordNet id"
         return (
             f"its class {wnid} is not in {_MAPPING}"
-            if known and wnid is not None and wnid not in known
+            if classes and wnid is not None and wnid not in classes
             else ""
         )
 

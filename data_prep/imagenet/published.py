@@ -57,14 +57,14 @@ class TarImagenet(FileRecords):
         # The kit lists the labels in the order of the images' names, which is not that of the tar;
         # ``files`` are sorted by name.
         labels = iter(truth)
-        known = set(wnids)
+        classes = set(wnids)
         shared: dict[SplitAndClass, SplitAndClass] = {}
         assigned = []
         for entry in files:
             split, inner, *_ = entry.name.split("/")
             pair = split, inner if split == "train" else next(labels) if split == "val" else None
             if split == "train":
-                self._check_class(inner, entry.name, known)
+                self._check_class(inner, entry.name, classes)
             assigned.append(shared.setdefault(pair, pair))
         rejects = [
             Reject(reject.source.split("/")[0], reject.source, reject.reason)
@@ -73,20 +73,20 @@ class TarImagenet(FileRecords):
         found = [
             f"ImageNet as published ({', '.join(path.name for path in self.tars.values())})",
             *(f"no {split} images" for split in ("train", "val") if split not in self.tars),
-            files.words(),
+            files.note(),
         ]
         return make_listing(files, assigned, files.digest, files.newest, rejects, found, wnids)
 
-    def _check_class(self, wnid: str, name: str, known: set[str]) -> None:
+    def _check_class(self, wnid: str, name: str, classes: set[str]) -> None:
         if not WNID.fullmatch(wnid):
             raise InputError(
                 f"{self.tars['train']}: {name.removeprefix('train/')!r} is not in a tar named by "
                 "a WordNet id, "
                 "such as n01440764.tar"
             )
-        if known and wnid not in known:
+        if classes and wnid not in classes:
             raise InputError(
-                f"{self.tars['train']}: class {wnid} is none of the {len(known)} of the "
+                f"{self.tars['train']}: class {wnid} is none of the {len(classes)} of the "
                 "development kit"
             )
 

@@ -86,5 +86,5 @@ def test_one_or_several_to_be_told(tmp_path):
         np.save(file, array)
         with pytest.raises(InputError, match=rf"x\.npy: .*{reason}"):
             read_embeddings(file, (2, 3))
-    with pytest.raises(InputError, match=r"none\.npy: cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"none\.npy"):
         read_embeddings(tmp_path / "none.npy", (2, 3))

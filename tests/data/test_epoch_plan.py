@@ -1,3 +1,5 @@
+"""The epoch plan: every sample in every epoch, full batches of one size, sound buckets."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -93,7 +95,7 @@ def test_order_depends_on_epoch_seed_and_data_alone():
 
 
 def test_order_is_random():
-    """The place of a sample is uniform over epochs (mean 49.5, deviation of the mean 28.9/√400 = 1.4)."""
+    """A sample's place is uniform over epochs: mean 49.5, deviation of the mean 28.9/√400 = 1.4."""
     buckets = buckets_of([(8, 8)] * 100)
     places = [
         np.concatenate([part.indices for part in plan(buckets, epoch, batch=10)]).tolist().index(17)
@@ -136,9 +138,7 @@ def test_every_world_sees_the_same_samples(world_size, micro_batch):
 
 def test_a_batch_that_does_not_divide_is_refused():
     check_batch(24, 2, 4)
-    with pytest.raises(
-        InputError, match=r"train\.batch = 20: must be a multiple of 2 processes × 8 .* 16 or 32"
-    ):
+    with pytest.raises(InputError, match=r"train\.batch = 20: .* 16 or 32"):
         check_batch(20, 2, 8)
     with pytest.raises(InputError, match=r"such as 16$"):
         check_batch(3, 2, 8)

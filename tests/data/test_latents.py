@@ -1,3 +1,7 @@
+"""The latent cache equals encoding on the fly; stale or damaged caches are refused."""
+
+import re
+
 import pytest
 import torch
 
@@ -13,7 +17,7 @@ CODEC, CHANNELS = "c" * 64, 2
 
 
 def encoded(images):
-    """Stands in for a codec: two channels on a grid of half the size, told from the pixels alone."""
+    """Stands in for a codec: two channels on a grid of half the size, a function of the pixels."""
     halves = torch.nn.functional.adaptive_avg_pool2d(
         images, [max(1, side // 2) for side in images.shape[-2:]]
     )
@@ -124,7 +128,7 @@ def test_half_precision_takes_half_the_space_and_its_own_cache(
     sizes = [sum(entry.bytes for entry in cache.manifest.files["train"]) for cache in (half, full)]
     values = sum(tensor.nbytes for tensor in full.split("train", mixed.split("train").shard).flat)
     assert sizes[1] - sizes[0] == pytest.approx(values / 2, rel=0.02)
-    with pytest.raises(InputError, match="dtype is float32, not"):
+    with pytest.raises(InputError, match="dtype"):
         writer_of(tmp_path / "full", mixed, data, dtype=dtype)
 
 
@@ -133,7 +137,7 @@ def test_latents_too_large_for_half_precision_are_refused(tmp_path):
     writer = writer_of(
         tmp_path / "cache", shards, DataConfig(shards=shards.folder), dtype="float16"
     )
-    with pytest.raises(WorkError, match="not finite in float16"):
+    with pytest.raises(WorkError, match="float16"):
         writer.write("train", 0, [torch.full((CHANNELS, 1, 1), 1e6)])
 
 
@@ -160,19 +164,17 @@ def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(mixed, data,
 def test_a_stale_cache_is_refused_with_the_reason(mixed, data, tmp_path):
     folder = tmp_path / "cache"
     write_cache(folder, mixed, data)
-    for codec, digest, words in [
-        ("d" * 64, mixed.digest, "another RIAE"),
-        (CODEC, "e" * 64, "another shard set"),
+    for codec, digest, field in [
+        ("d" * 64, mixed.digest, "codec_hash"),
+        (CODEC, "e" * 64, "digest"),
     ]:
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=field):
             LatentCache.open(folder, codec, digest)
-    with pytest.raises(InputError, match="another RIAE"):
+    with pytest.raises(InputError, match="codec_hash"):
         writer_of(folder, mixed, data, codec="d" * 64)
     cache = LatentCache.open(folder, CODEC, mixed.digest)
     for change in ({"size": (4, 4)}, {"max_pixels": 60}, {"channels": 3}):
-        with pytest.raises(
-            InputError, match=f"holds latents made otherwise .{next(iter(change))} is"
-        ):
+        with pytest.raises(InputError, match=rf"\({next(iter(change))} is "):
             latent_loader(cache, mixed, data.model_copy(update=change), **ARGUMENTS)
 
 
@@ -189,28 +191,28 @@ def test_damage_is_noticed(mixed, data, tmp_path):
         "train/shard-000001.safetensors: changed: its hash is not the manifest's",
         "train/shard-000002.safetensors: missing",
     ]
-    with pytest.raises(InputError, match=r"shard-000002\.safetensors: missing"):
+    with pytest.raises(InputError, match=r"shard-000002\.safetensors"):
         latent_loader(cache, mixed, data, **ARGUMENTS)
     (tmp_path / "cache/test/shard-000007.safetensors").unlink()
-    with pytest.raises(WorkError, match=r"shard-000002.*not written"):
+    with pytest.raises(WorkError, match="shard-000002"):
         writer_of(tmp_path / "cache", mixed, data).finish()
     manifest = tmp_path / "cache" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"samples": 20', '"samples": 19', 1))
     assert "edited" in str(verify_latents(tmp_path / "cache")[0])
     manifest.write_text("{}")
-    with pytest.raises(InputError, match="damaged, edited or of another version"):
+    with pytest.raises(InputError, match=re.escape(MANIFEST)):
         LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
 
 
 def test_folders_that_are_something_else(mixed, data, tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="nowhere"):
         LatentCache.open(tmp_path / "nowhere", CODEC, mixed.digest)
-    with pytest.raises(InputError, match="not a latent cache"):
+    with pytest.raises(InputError, match=re.escape(str(mixed.folder))):
         LatentCache.open(mixed.folder, CODEC, mixed.digest)
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match=r"manifest\.json"):
         writer_of(mixed.folder, mixed, data)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="file"):
         writer_of(tmp_path / "file", mixed, data)
 
 

@@ -1,3 +1,5 @@
+"""The loader: one order for any number of processes, resumable; sizes, windows and mirroring."""
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def test_batches_hold_what_the_index_says(mixed):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_audit_of_an_epoch_is_the_same_in_any_world(mixed, world_size, workers):
-    """Ordered keys of a whole epoch and the start of the next: the ranks' parts interleaved are the one rank's."""
+    """All ranks' samples, interleaved, are those of a single process, over an epoch and beyond."""
     expected = keys_of(load(mixed, total=20, batch=12, micro_batch=12))
     data = config(mixed, workers=workers)
     ranks = [
@@ -88,7 +90,7 @@ def test_resuming_is_knowing_the_step(mixed, stop):
 
 
 def test_resuming_in_another_world(mixed):
-    """Begun by one process, continued by four with loader processes, finished by two: the same ordered keys."""
+    """The order is the same if one process begins, four with workers go on, and two finish."""
     whole = keys_of(load(mixed, total=20, batch=12, micro_batch=12))
     found = []
     for start, end, world_size, workers in ((0, 6, 1, 0), (6, 13, 4, 2), (13, 20, 2, 0)):
@@ -120,11 +122,9 @@ def test_channels_and_size(mixed):
 
 
 def test_bad_requests_are_refused_at_once(mixed):
-    with pytest.raises(
-        InputError, match=r"train\.batch = 12: must be a multiple of 2 processes × 5"
-    ):
+    with pytest.raises(InputError, match=r"train\.batch = 12"):
         load(mixed, world_size=2, micro_batch=5)
-    with pytest.raises(InputError, match="no split 'val'"):
+    with pytest.raises(InputError, match="'val'"):
         eval_loader(mixed, config(mixed), "val", 4)
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_image_names_its_sample(mixed):
     with mixed.split("test").files[0].open("r+b") as file:
         file.seek(int(mixed.split("test").offset[2]))
         file.write(b"0000000")
-    with pytest.raises(WorkError, match=r"shard-000000\.tar: sample image-0002: not an image"):
+    with pytest.raises(WorkError, match=r"shard-000000\.tar: .*image-0002"):
         list(eval_loader(mixed, config(mixed), "test", 4))
 
 

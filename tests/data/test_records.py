@@ -1,3 +1,5 @@
+"""Image bytes become pixels: formats, modes, EXIF orientation, crops, and what is no image."""
+
 import io
 import struct
 import zlib
@@ -42,7 +44,7 @@ def test_png_keeps_pixels(size, mode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_everywhere(orientation):
-    """The eight orientations of EXIF, each the inverse of what a camera did to an upright picture."""
+    """Each of the eight EXIF orientations, made as a camera does from an upright picture."""
     upright = np.zeros((4, 6), np.uint8)
     upright[0, 0], upright[0, 5], upright[3, 0] = 250, 150, 50
     undo = {
@@ -137,7 +139,7 @@ def test_what_is_no_image_gives_a_reason(data):
 
 
 def test_an_image_that_would_fill_the_memory_is_refused():
-    with pytest.raises(ValueError, match="60000x60000 pixels, more than"):
+    with pytest.raises(ValueError, match="60000x60000"):
         inspect(png_of_size(60000, 60000))
 
 
@@ -211,7 +213,7 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(monkeypatch):
 def test_pixels_beyond_the_limit_are_not_decoded():
     data = encode_png(np.zeros((30, 40), np.uint8))
     assert inspect(data, max_pixels=1200).height == 30
-    with pytest.raises(ValueError, match="30x40 pixels, more than the 1199 allowed"):
+    with pytest.raises(ValueError, match=r"30x40 .*1199"):
         inspect(data, max_pixels=1199)
-    with pytest.raises(ValueError, match="60000x10 pixels, more than"):
+    with pytest.raises(ValueError, match="60000x10"):
         inspect(png_of_size(10, 60000), max_pixels=1000)

@@ -1,3 +1,5 @@
+"""Writing and opening shards: reproducible bytes, exact offsets, refusals of broken sets."""
+
 import json
 import pickle
 import tarfile
@@ -102,7 +104,7 @@ def test_an_error_halfway_leaves_nothing(tmp_path):
         yield from make_records([(2, 2)] * 3)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(WorkError, match=r"s\.tar: cannot be written: No space left"):
+    with pytest.raises(WorkError, match=r"s\.tar: .*No space left"):
         write_shard_files(tmp_path, "train/s.tar", failing(), [])
     assert list((tmp_path / "train").iterdir()) == []
     assert find_intact(tmp_path, "train/s.tar") is None
@@ -159,9 +161,9 @@ def test_what_is_no_intact_set_is_refused_in_one_line(mixed, breakage, words):
 
 
 def test_a_folder_that_is_missing_or_a_split_that_is(mixed, tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="nowhere"):
         ShardSet.open(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no split 'val': it has train, test"):
+    with pytest.raises(InputError, match=r"'val'.* train, test"):
         mixed.split("val")
 
 
@@ -169,7 +171,7 @@ def test_a_shard_that_shrinks_or_goes_while_it_is_read(mixed):
     split = mixed.split("train")
     with split.files[0].open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(WorkError, match="cut short at sample image-0000"):
+    with pytest.raises(WorkError, match="image-0000"):
         split.read(0)
     split.files[1].unlink()
     with pytest.raises(WorkError, match="cannot be read"):

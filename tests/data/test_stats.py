@@ -1,3 +1,5 @@
+"""Statistics of a shard set, checked by hand."""
+
 import numpy as np
 import pytest
 

@@ -1,6 +1,7 @@
 """CelebA in its published text files and in Kaggle's tables, small but in the exact layouts."""
 
 import json
+import re
 import shutil
 import zipfile
 
@@ -169,7 +170,7 @@ def test_images_in_the_wild_have_boxes(tmp_path):
     write_original(tmp_path / "celeba", images="img_celeba")
     facts = facts_of(make("celeba", tmp_path / "set", tmp_path / "celeba", images="wild"))
     assert facts["000004.jpg"][1]["box"] == [3, 2, 30, 40]
-    with pytest.raises(InputError, match="has no aligned images"):
+    with pytest.raises(InputError, match="aligned"):
         make("celeba", tmp_path / "other", tmp_path / "celeba")
 
 
@@ -218,23 +219,20 @@ DAMAGES = {
     ),
     "word": (
         edit("list_eval*", lambda t: t.replace("000003.jpg 0", "000003.jpg train")),
-        "line 3: not all of 'train'",
+        "line 3: .*'train'",
     ),
     "value": (
         edit("list_attr*", lambda t: t.replace("000002.jpg    1", "000002.jpg    2")),
-        "line 4: 5_o_Clock_Shadow = 2: must be one of -1, 1",
+        "line 4: 5_o_Clock_Shadow = 2: .*-1, 1",
     ),
     "part": (
         edit("list_eval*", lambda t: t.replace("000003.jpg 0", "000003.jpg 3")),
-        "line 3: partition = 3: must be one of 0, 1, 2",
+        "line 3: partition = 3: .*0, 1, 2",
     ),
-    "twice": (
-        edit("list_eval*", lambda t: t + "000003.jpg 0\n"),
-        "line 41: '000003.jpg' for a second time",
-    ),
+    "twice": (edit("list_eval*", lambda t: t + "000003.jpg 0\n"), r"line 41: .*000003\.jpg"),
     "half extracted": (
         lambda root: [path.unlink() for path in sorted(root.rglob("*.jpg"))[20:]],
-        "20 of 40 images cannot be used.*there is no such image",
+        r"20 of 40 .*\.jpg",
     ),
     "no annotation for many": (
         edit("list_eval*", lambda t: "\n".join(t.split("\n")[:20]) + "\n"),
@@ -270,16 +268,14 @@ def test_few_missing_ones_are_rows(original, tmp_path):
 def test_files_that_change_after_the_plan(original, tmp_path, file):
     plan = make_shard_plan(PrepareConfig(dataset="celeba", source=original, out=tmp_path / "set"))
     (original / file).write_bytes((original / file).read_bytes())
-    with pytest.raises(WorkError, match=f"{file}: changed since the preparation began"):
+    with pytest.raises(WorkError, match=re.escape(str(file))):
         for number in range(len(plan.files)):
             write_shard(plan, number)
 
 
 def test_a_misspelt_attribute(original, tmp_path):
-    with pytest.raises(
-        InputError, match=r"did you mean 'Male'.*none, identity or one of 5_o_Clock"
-    ):
+    with pytest.raises(InputError, match="'Male'"):
         make("celeba", tmp_path / "set", original, label="male")
     (original / "Anno/identity_CelebA.txt").unlink()
-    with pytest.raises(InputError, match="has no identity_CelebA"):
+    with pytest.raises(InputError, match="identity_CelebA"):
         make("celeba", tmp_path / "set", original, label="identity")

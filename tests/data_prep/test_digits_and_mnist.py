@@ -1,3 +1,5 @@
+"""The digits, and MNIST and its relatives in IDX files, damaged ones included."""
+
 import gzip
 import hashlib
 import shutil
@@ -132,7 +134,7 @@ def test_names_with_dots_and_of_emnist(tmp_path):
     letters = make("mnist", tmp_path / "two", tmp_path / "emnist")
     assert dots.digest == letters.digest and len(letters.split("test")) == len(arrays["t10k"][0])
     write_mnist(tmp_path / "emnist/KMNIST/raw")
-    with pytest.raises(InputError, match=r"holds several datasets \(emnist, KMNIST\)"):
+    with pytest.raises(InputError, match="emnist, KMNIST"):
         make("mnist", tmp_path / "three", tmp_path / "emnist")
     shutil.copy(
         tmp_path / "dots/train-labels.idx1-ubyte",
@@ -149,19 +151,19 @@ def test_no_more_is_decompressed_than_the_sizes_say(tmp_path):
         for _ in range(200):
             file.write(bytes(1 << 20))
     tracemalloc.start()
-    with pytest.raises(InputError, match="more bytes, not 28"):
+    with pytest.raises(InputError, match="28 bytes"):
         read_idx(path, dimensions=3)
     assert tracemalloc.get_traced_memory()[1] < 1 << 22
     tracemalloc.stop()
 
 
 def test_a_source_that_is_missing(tmp_path):
-    with pytest.raises(InputError, match="nowhere: no such folder"):
+    with pytest.raises(InputError, match="nowhere"):
         make("mnist", tmp_path / "set", tmp_path / "nowhere")
 
 
 def test_without_source_the_files_are_downloaded_and_checked(tmp_path, monkeypatch):
-    """From a mirror on this disk; a mirror that is away and one whose files are wrong are passed over."""
+    """An unreachable mirror and one with wrong files are passed over for a mirror on this disk."""
     write_mnist(tmp_path / "good", packed=True)
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
     (tmp_path / "bad/t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"tampered with"))
@@ -172,10 +174,7 @@ def test_without_source_the_files_are_downloaded_and_checked(tmp_path, monkeypat
     monkeypatch.setattr(mnist, "_CHECKSUMS", sums)
     mirrors = [f"{(tmp_path / name).as_uri()}/" for name in ("away", "bad", "good")]
     monkeypatch.setattr(mnist, "_MIRRORS", mirrors[:2])
-    with pytest.raises(
-        WorkError,
-        match=r"t10k-labels-idx1-ubyte\.gz: cannot be downloaded .*wrong checksum.*as source",
-    ):
+    with pytest.raises(WorkError, match=r"t10k-labels-idx1-ubyte\.gz: .*checksum"):
         make("mnist", tmp_path / "set")
     monkeypatch.setattr(mnist, "_MIRRORS", mirrors)
     shards = make("mnist", tmp_path / "set")

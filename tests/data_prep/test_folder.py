@@ -1,3 +1,5 @@
+"""Folders of images: splits and classes from their names, rejects and their budget."""
+
 import csv
 import json
 
@@ -135,9 +137,7 @@ def test_too_many_rejects_stop_the_work(tmp_path):
     write_images(tmp_path / "in", [f"{number}.png" for number in range(20)])
     for number in range(11):
         (tmp_path / f"in/text{number}.jpg").write_text("no picture")
-    with pytest.raises(
-        WorkError, match=r"11 of 31 images cannot be used.*text\d+\.jpg: not an image"
-    ):
+    with pytest.raises(WorkError, match=r"11 of 31 .*text\d+\.jpg"):
         make("folder", tmp_path / "set", tmp_path / "in")
     assert not (tmp_path / "set/manifest.json").exists()
 
@@ -145,19 +145,17 @@ def test_too_many_rejects_stop_the_work(tmp_path):
 def test_nothing_but_rejects_is_a_wrong_source(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/text.jpg").write_text("no picture")
-    with pytest.raises(
-        InputError, match=r"none of its 1 images can be used: text\.jpg: not an image"
-    ):
+    with pytest.raises(InputError, match=r"text\.jpg"):
         make("folder", tmp_path / "set", tmp_path / "in")
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ([], "holds no image files"),
-        (["notes.txt"], "holds no image files"),
-        (["a/1.png", "2.png"], "some images are in class folders and some are not"),
-        (["train/a/1.png", "train/2.png"], "some images are in class folders and some are not"),
+        ([], r"/in: .*\.png"),
+        (["notes.txt"], r"/in: .*\.png"),
+        (["a/1.png", "2.png"], r"'2\.png', 'a/1\.png'"),
+        (["train/a/1.png", "train/2.png"], r"'train/2\.png', 'train/a/1\.png'"),
     ],
 )
 def test_sources_that_make_no_dataset(tmp_path, names, words):
@@ -173,9 +171,9 @@ def test_sources_that_make_no_dataset(tmp_path, names, words):
 
 
 def test_sources_that_are_missing(tmp_path):
-    with pytest.raises(InputError, match="no such file or folder"):
+    with pytest.raises(InputError, match="nowhere"):
         make("folder", tmp_path / "set", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="needs the folder or archive"):
+    with pytest.raises(InputError, match="source: missing"):
         make("folder", tmp_path / "set")
 
 

@@ -51,7 +51,7 @@ def truncate(path, size):
 
 
 def duplicate(out):
-    """One shard's content in place of another's, with an index and a manifest that agree: only the keys tell."""
+    """A shard has another's content, index and manifest agree: only the repeated keys reveal it."""
     shutil.copy(out / FIRST, out / SECOND)
     shutil.copy((out / FIRST).with_suffix(".parquet"), (out / SECOND).with_suffix(".parquet"))
     manifest = Manifest.model_validate(json.loads((out / "manifest.json").read_bytes()))
@@ -137,7 +137,7 @@ def test_the_source_may_have_moved(out, tmp_path):
     whole = files_of(out)
     (tmp_path / "source").rename(tmp_path / "moved")
     (out / FIRST).unlink()
-    with pytest.raises(InputError, match="no longer there: say with --source"):
+    with pytest.raises(InputError, match="--source"):
         repair(out, verify(out))
     repair(out, verify(out), tmp_path / "moved")
     assert files_of(out) == whole
@@ -150,7 +150,7 @@ def test_what_cannot_be_repaired_says_why(out, tmp_path):
         repair(out, verify(out))
     (tmp_path / "source/a/new.png").unlink()
     flip(out / "plan.parquet", 100)
-    with pytest.raises(InputError, match=r"plan\.json: missing or damaged"):
+    with pytest.raises(InputError, match=r"plan\.json"):
         repair(out, verify(out))
 
 
@@ -173,9 +173,7 @@ def test_a_source_that_gives_other_bytes_is_not_taken(out, tmp_path):
             path.write_bytes(content)
     manifest = (out / "manifest.json").read_bytes()
     (out / FIRST).unlink()
-    with pytest.raises(
-        WorkError, match=r"shard-000000\.tar: cannot be rebuilt: source .* no longer has the images"
-    ):
+    with pytest.raises(WorkError, match=r"shard-000000\.tar"):
         repair(out, verify(out))
     assert (out / "manifest.json").read_bytes() == manifest and not (out / FIRST).exists()
 
@@ -224,5 +222,5 @@ def test_the_command(out, tmp_path, capsys):
         f"{out}: 120 images intact",
     ]
     assert files_of(out) == whole
-    with pytest.raises(InputError, match="goes with --repair"):
+    with pytest.raises(InputError, match="--repair"):
         cli.verify(out, source=tmp_path / "source")

@@ -1,4 +1,4 @@
-"""Fixtures shared by the evaluation tests: the digits, and the classifier that was trained on them once."""
+"""Fixtures of the evaluation tests: the digits, and the classifier trained on them once."""
 
 import pytest
 import torch

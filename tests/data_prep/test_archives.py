@@ -1,0 +1,243 @@
+"""Tars and zips as people have them: read in place, distrusted, and refused when damaged."""
+
+import gzip
+import io
+import os
+import re
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+
+from data_prep.prepare import make_shard_plan, write_shard
+from r2id.config import PrepareConfig
+from r2id.data.verify import verify
+from r2id.errors import InputError, WorkError
+from tests.data_prep.archives import ARCHIVES, IMAGES, picture, rejected, write_tar, write_zip
+from tests.data_prep.conftest import make
+
+
+@pytest.mark.parametrize(("name", "write"), ARCHIVES.values(), ids=ARCHIVES.keys())
+def test_an_archive_is_like_its_folder(tmp_path, name, write):
+    write(tmp_path / name)
+    shards = make("folder", tmp_path / "set", tmp_path / name)
+    assert verify(shards.folder) == [] and shards.class_names == ["cat", "dog"]
+    assert shards.summary()["samples"] == {"test": 18, "train": 18}
+    stored = sorted(
+        split.read(index) for split in map(shards.split, ("train", "test")) for index in range(18)
+    )
+    assert stored == sorted(IMAGES.values())
+    assert not (tmp_path / "set/source").exists(), "what was decompressed is removed"
+    assert make("folder", tmp_path / "set", tmp_path / name).digest == shards.digest
+    assert not (tmp_path / "set/source").exists(), "also when it was only looked at again"
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_dangerous_members_become_rows_and_are_written_nowhere(tmp_path):
+    with tarfile.open(tmp_path / "pets.tar", "w") as archive:
+        for name in (
+            "a/1.png",
+            "a/2.png",
+            "../../out.png",
+            "/abs.png",
+            "a/../../up.png",
+            "a/1.png",
+            "a/nul\0x.png",
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(picture(1))
+            if "\0" in name:
+                info.name, info.pax_headers = "a/nul.png", {"path": name}
+            archive.addfile(info, io.BytesIO(picture(1)))
+        for info in (
+            link("a/soft.png", "/etc/passwd"),
+            link("a/hard.png", "a/1.png", tarfile.LNKTYPE),
+        ):
+            archive.addfile(info)
+        fifo = tarfile.TarInfo("a/fifo.png")
+        fifo.type = tarfile.FIFOTYPE
+        archive.addfile(fifo)
+    before = set(tmp_path.parent.iterdir())
+    shards = make("folder", tmp_path / "set", tmp_path / "pets.tar")
+    assert set(tmp_path.parent.iterdir()) == before and {
+        path.name for path in tmp_path.iterdir()
+    } == {"pets.tar", "set"}
+    assert {path.suffix for path in (tmp_path / "set").rglob("*.*")} == {
+        ".tar",
+        ".parquet",
+        ".json",
+        ".csv",
+    }
+    assert sum(shards.summary()["samples"].values()) == 2 and verify(shards.folder) == []
+    assert rejected(tmp_path / "set") == {
+        "../../out.png": "its name leads out of the archive",
+        "/abs.png": "its name leads out of the archive",
+        "a/../../up.png": "its name leads out of the archive",
+        "a/1.png": "twice in the archive",
+        b"a/nul\0x.png".decode(): "its name holds a NUL",
+        "a/soft.png": "a link",
+        "a/hard.png": "a link",
+        "a/fifo.png": "no regular file",
+    }
+
+
+def test_dangerous_members_of_a_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        for name in ("a/1.png", "../out.png", "/abs.png"):
+            archive.writestr(name, picture(1))
+        info = zipfile.ZipInfo("a/soft.png")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a/1.png", picture(2))
+    make("folder", tmp_path / "set", tmp_path / "pets.zip")
+    assert rejected(tmp_path / "set") == {
+        "../out.png": "its name leads out of the archive",
+        "a/soft.png": "a link",
+        "/abs.png": "its name leads out of the archive",
+        "a/1.png": "twice in the archive",
+    }
+
+
+def test_a_member_that_expands_beyond_what_is_stated(tmp_path):
+    """A zip whose directory says 100 bytes of what expands to 50 MB, and one that says so."""
+    bomb = bytes(50_000_000)
+    write_zip(
+        tmp_path / "pets.zip", {"a/1.png": picture(1), "a/bomb.png": bomb, "a/2.png": picture(2)}
+    )
+    shards = make("folder", tmp_path / "one", tmp_path / "pets.zip", max_megapixels=1)
+    assert rejected(tmp_path / "one") == {
+        "a/bomb.png": "50000000 bytes, more than an image of the pixels allowed can have (16000000)"
+    }
+    data = (tmp_path / "pets.zip").read_bytes()
+    (tmp_path / "lies.zip").write_bytes(
+        data.replace((50_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    )
+    shards = make("folder", tmp_path / "two", tmp_path / "lies.zip", max_megapixels=1)
+    assert (
+        list(rejected(tmp_path / "two")) == ["a/bomb.png"]
+        and sum(shards.summary()["samples"].values()) == 2
+    )
+
+
+def cut(data):
+    return data[: len(data) // 2 + 100]
+
+
+def cut_between_members(path):
+    with tarfile.open(path) as archive:
+        offset = archive.getmembers()[7].offset
+    path.write_bytes(path.read_bytes()[:offset])
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def header_of(path, number):
+    with tarfile.open(path) as archive:
+        return archive.getmembers()[number].offset
+
+
+DAMAGED = {
+    "cut": ("pets.tar", lambda path: path.write_bytes(cut(path.read_bytes()))),
+    "cut between members": ("pets.tar", cut_between_members),
+    "a bit of a header": ("pets.tar", lambda path: flip(path, header_of(path, 8) + 5)),
+    "cut gz": ("pets.tar.gz", lambda path: path.write_bytes(cut(path.read_bytes()))),
+    "a bit of the gz": ("pets.tar.gz", lambda path: flip(path, len(path.read_bytes()) // 2)),
+    "cut xz": ("pets.tar.xz", lambda path: path.write_bytes(cut(path.read_bytes()))),
+    "cut zip": ("pets.zip", lambda path: path.write_bytes(cut(path.read_bytes()))),
+    "text": ("pets.tar", lambda path: path.write_text("this is no archive, " * 100)),
+    "nothing": ("pets.tar", lambda path: path.write_bytes(b"")),
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_archives_are_refused_before_anything_is_written(tmp_path, name, damage):
+    next(write for known, write in ARCHIVES.values() if known == name)(tmp_path / name)
+    damage(tmp_path / name)
+    with pytest.raises(InputError, match=re.escape(name)) as caught:
+        make("folder", tmp_path / "set", tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "set/plan.json").exists()
+
+
+def test_a_bit_in_a_zip_members_content_is_a_row(tmp_path):
+    write_zip(tmp_path / "pets.zip", IMAGES)
+    with zipfile.ZipFile(tmp_path / "pets.zip") as archive:
+        info = archive.infolist()[4]
+    flip(tmp_path / "pets.zip", info.header_offset + 30 + len(info.filename) + 20)
+    make("folder", tmp_path / "set", tmp_path / "pets.zip")
+    assert list(rejected(tmp_path / "set")) == [info.filename]
+
+
+@pytest.mark.parametrize("name", ["pets.tar", "pets.zip"])
+def test_an_archive_that_changes_after_the_plan(tmp_path, name):
+    next(write for known, write in ARCHIVES.values() if known == name)(tmp_path / name)
+    plan = make_shard_plan(
+        PrepareConfig(dataset="folder", source=tmp_path / name, out=tmp_path / "set")
+    )
+    os.utime(tmp_path / name)
+    with pytest.raises(WorkError, match=re.escape(name)):
+        write_shard(plan, 0)
+    (tmp_path / name).unlink()
+    with pytest.raises((WorkError, InputError), match=re.escape(name)):
+        write_shard(plan, 0)
+
+
+def test_an_older_archive_in_its_place(tmp_path):
+    """Its time says nothing, and what it holds has the same lengths at the same places."""
+    write_tar(tmp_path / "pets.tar", IMAGES)
+    plan = make_shard_plan(
+        PrepareConfig(dataset="folder", source=tmp_path / "pets.tar", out=tmp_path / "set")
+    )
+    write_tar(
+        tmp_path / "older.tar", {name.replace("cat", "cow"): data for name, data in IMAGES.items()}
+    )
+    os.utime(tmp_path / "older.tar", (0, 0))
+    (tmp_path / "older.tar").replace(tmp_path / "pets.tar")
+    with pytest.raises(WorkError, match=r"pets\.tar: .*pets/"):
+        write_shard(plan, 0)
+
+
+def test_a_compressed_archive_that_changes_is_decompressed_again(tmp_path):
+    """As after a killed run, which leaves the plain copy."""
+    write_tar(tmp_path / "pets.tar.xz", IMAGES, "w:xz")
+    config = PrepareConfig(dataset="folder", source=tmp_path / "pets.tar.xz", out=tmp_path / "set")
+    make_shard_plan(config)
+    others = {name.replace("/0.png", "/x.png"): data for name, data in IMAGES.items()}
+    before = (tmp_path / "pets.tar.xz").stat()
+    write_tar(tmp_path / "pets.tar.xz", others, "w:xz")
+    assert abs((tmp_path / "pets.tar.xz").stat().st_size - before.st_size) < 100
+    with pytest.raises(InputError, match=r"pets\.tar\.xz"):
+        make_shard_plan(config)
+
+
+def test_an_archive_that_expands_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.tars._EXPANSION_FREE", 1 << 20)
+    write_tar(tmp_path / "bomb.tar.gz", {"a/1.png": bytes(50_000_000)}, "w:gz")
+    with pytest.raises(InputError, match=r"bomb\.tar\.gz: .* 200 "):
+        make("folder", tmp_path / "set", tmp_path / "bomb.tar.gz")
+    assert not list((tmp_path / "set").rglob("*.*"))
+
+
+def test_a_gzip_that_is_no_tar(tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b"no tar" * 1000))
+    with pytest.raises(InputError, match=r"[0-9a-f]+\.tar|x\.tar\.gz"):
+        make("folder", tmp_path / "set", tmp_path / "x.tar.gz")
+
+
+def test_real_archive(real_data, tmp_path):
+    shards = make("folder", tmp_path / "set", real_data / "cifar10-sample.tar.gz", workers=2)
+    assert (
+        shards.summary()["samples"] == {"test": 2000, "train": 20000} and shards.num_classes == 10
+    )
+    assert set(np.bincount(shards.split("train").label)) == {2000}

@@ -1,0 +1,73 @@
+"""Classes from a table of labels, and tables that do not fit the images."""
+
+import csv
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from r2id.errors import InputError
+from tests.data_prep.archives import rejected
+from tests.data_prep.conftest import make, write_images
+
+TABLES = {
+    "csv": lambda path, rows: write_csv(path.with_suffix(".csv"), rows),
+    "parquet": lambda path, rows: pq.write_table(
+        pa.Table.from_pylist(rows), path.with_suffix(".parquet")
+    ),
+}
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("labels", [["ant", "bee"], [10, 9]])
+def test_classes_from_a_table(tmp_path, kind, labels):
+    names = [f"{number}.png" for number in range(20)]
+    write_images(tmp_path / "in", names)
+    rows = [
+        {"filename": name, "label": labels[number % 2], "split": ("train", "val")[number % 5 == 0]}
+        for number, name in enumerate(names)
+    ]
+    TABLES[kind](tmp_path / "labels", rows)
+    shards = make("folder", tmp_path / "set", tmp_path / "in", labels=tmp_path / f"labels.{kind}")
+    assert shards.class_names == sorted(map(str, labels), key=lambda name: (len(name), name))
+    assert shards.summary()["samples"] == {"val": 4, "train": 16}
+    split = shards.split("train")
+    for index in range(len(split)):
+        number = next(
+            n for n in range(20) if (tmp_path / f"in/{n}.png").read_bytes() == split.read(index)
+        )
+        assert shards.class_names[split.label[index]] == str(labels[number % 2])
+
+
+def test_a_table_and_images_that_do_not_fit(tmp_path):
+    write_images(tmp_path / "in", [f"{number}.png" for number in range(6)])
+    good = [{"path": f"{number}.png", "class": number % 2} for number in range(6)]
+    table = tmp_path / "labels.csv"
+
+    def prepare(rows, out="set"):
+        write_csv(table, rows)
+        return make("folder", tmp_path / out, tmp_path / "in", labels=table)
+
+    prepare([*good[1:], {"path": "./9.png", "class": 0}])
+    assert set(rejected(tmp_path / "set")) == {"0.png", "9.png"}
+    for rows, words in (
+        ([*good, good[2]], r"line 8: .*2\.png"),
+        ([*good, {"path": "6.png", "class": ""}], r"line 8: .*6\.png"),
+        ([{"path": "in/1.png", "class": 1}], r"labels\.csv"),
+        ([{"path": "1.png", "kind": 1}], "'label'"),
+        ([{"x": "1.png", "class": 1}], "'path'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            prepare(rows, "other")
+    table.write_text("path,label\n1.png,1,2\n")
+    with pytest.raises(InputError, match="line 2: 3 "):
+        make("folder", tmp_path / "other", tmp_path / "in", labels=table)
+    with pytest.raises(InputError, match=r"none\.csv"):
+        make("folder", tmp_path / "other", tmp_path / "in", labels=tmp_path / "none.csv")
