@@ -1,4 +1,4 @@
-"""The table of datasets: a line in it is all that the rest of the product needs to know a reader."""
+"""The table of datasets: a line in it is all that the rest of r2id needs to know of a reader."""
 
 from pathlib import Path
 
