@@ -175,24 +175,14 @@ def test_samples_of_one_text_and_of_several_in_turn(run, command, tmp_path):
 @pytest.mark.parametrize(
     ("model", "content", "more", "words"),
     [
-        ("run", np.zeros((2, 8)), "", ["of shape [2, 8]", "must be [3, 8] or [N, 3, 8]"]),
-        ("run", np.full(SHAPE, np.nan), "", ["values that are not finite"]),
-        ("run", np.zeros(SHAPE, int), "", ["values of type int64"]),
-        ("run", None, "", ["x.npy", "cannot be read"]),
-        (
-            "run",
-            np.zeros(SHAPE),
-            "--format png",
-            ["--embedding", "goes with --format grid, not png"],
-        ),
-        ("run", np.zeros(SHAPE), "--label 1", ["label 1", "the model has no classes"]),
-        (
-            "run",
-            np.zeros(SHAPE),
-            "--attribute Male",
-            ["attribute 'Male'", "not trained with attributes"],
-        ),
-        ("r2id_run", np.zeros(SHAPE), "", ["x.npy", "the model was not trained with embeddings"]),
+        ("run", np.zeros((2, 8)), "", ["[2, 8]", "[3, 8]", "[N, 3, 8]"]),
+        ("run", np.full(SHAPE, np.nan), "", ["x.npy", "finite"]),
+        ("run", np.zeros(SHAPE, int), "", ["int64"]),
+        ("run", None, "", ["x.npy"]),
+        ("run", np.zeros(SHAPE), "--format png", ["--embedding", "grid", "png"]),
+        ("run", np.zeros(SHAPE), "--label 1", ["label 1"]),
+        ("run", np.zeros(SHAPE), "--attribute Male", ["'Male'"]),
+        ("r2id_run", np.zeros(SHAPE), "", ["x.npy", "embeddings"]),
     ],
 )
 def test_a_mistake_is_one_line(model, content, more, words, request, command, tmp_path):
@@ -220,10 +210,10 @@ def test_a_mistake_is_one_line(model, content, more, words, request, command, tm
 
 def test_a_set_without_embeddings(digits, tmp_path):
     overrides = (*FEW, f"run={tmp_path / 'run'}", f"data.shards={digits}", "data.size=[8, 8]")
-    with pytest.raises(InputError, match=r"r2id\.condition = 'embedding': .* has none"):
+    with pytest.raises(InputError, match=r"r2id\.condition.*'embedding'"):
         train(load_config(PIXELS, overrides))
-    for shards, words in ((digits, "has none"), (tmp_path / "none", "no shards there yet")):
-        with pytest.raises(InputError, match=words):
+    for shards, named in ((digits, r"r2id\.condition"), (tmp_path / "none", r"data\.shards.*none")):
+        with pytest.raises(InputError, match=named):
             plan(
                 PIXELS,
                 (*overrides, f"data.shards={shards}"),

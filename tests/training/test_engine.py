@@ -68,7 +68,7 @@ def engine(precision: str = "float32", device: str = "cpu", **optim: float) -> E
 
 
 def test_update_is_clipped_adamw() -> None:
-    """Against torch's plain loop: the unfused optimizer after clip_grad_norm_, an average by hand."""
+    """Against torch's plain loop: the unfused update after clip_grad_norm_; an average by hand."""
     torch.manual_seed(0)
     loss_module = Loss()
     model = loss_module.model
@@ -164,7 +164,7 @@ def test_state_has_buffers_and_moments_from_the_start_and_copies_nothing() -> No
 
 
 def test_several_averages_are_tracked_and_go_on(tmp_path: Path) -> None:
-    """Each a power function's: the sum over steps i of weights i^(γ+1) − (i−1)^(γ+1), over t^(γ+1)."""
+    """Each of a power function: the sum over steps i of i^(γ+1) − (i−1)^(γ+1), over t^(γ+1)."""
     profiles, sources = (0.05, 0.2), []
 
     def made() -> Engine:

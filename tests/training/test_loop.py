@@ -76,7 +76,7 @@ def test_learning_rate_warms_up_and_ends_where_it_should(digits, tmp_path):
 
 @pytest.mark.parametrize("stage", ["riae", "r2id"])
 def test_resumed_equals_uninterrupted_bit_for_bit(stage, digits, riae_run, tmp_path):
-    """Dropout, jitter, noise, clouds, data order, Adam and the average all go on as if nothing had happened."""
+    """Dropout, jitter, noise, clouds, data order, Adam and the average go on as if untouched."""
 
     def config(run, *more):
         more = (
@@ -182,7 +182,7 @@ def test_another_run_s_directory_is_refused(override, message, digits, riae_run)
 
 
 def test_a_codec_of_the_wrong_stage_is_refused(digits, r2id_run, tmp_path):
-    with pytest.raises(InputError, match="'r2id', not 'riae'"):
+    with pytest.raises(InputError, match=r"'r2id'.*'riae'"):
         train(without_cache(r2id_config(digits, r2id_run, tmp_path / "run")))
 
 
@@ -207,8 +207,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits
         os.kill(process.pid, number)
         process.join(60)
     assert process.exitcode == 75, said.read_text()
-    assert "the same command goes on" in said.read_text()
     step = Checkpoint.open(run).step
-    assert step >= 1
+    assert step >= 1 and f"step {step} of 100000" in said.read_text()
     again = train(load_config(run / "config.toml", [f"train.steps={step + 2}"]))
     assert again["step"] == step + 2

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, steps that never end, and blocks that are compiled or recomputed."""
+"""Losses and gradients that are not finite, steps that never end, blocks that are prepared."""
 
 import os
 import subprocess
