@@ -37,6 +37,7 @@ class PairedImages:
 
 
 def is_image_or_embedding(name: str) -> bool:
+    """Tell whether a file is to be listed: an image, or a ``.npy`` file."""
     return is_image(name) or _is_embedding(name)
 
 

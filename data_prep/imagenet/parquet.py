@@ -124,6 +124,7 @@ def _mean_size(group: pq.RowGroupMetaData) -> int:
 
 
 def parquet_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that are named as Hugging Face names ImageNet's, sorted."""
     return (
         sorted(path for path in folder.glob("*.parquet") if _PARQUET.fullmatch(path.name))
         if folder.is_dir()

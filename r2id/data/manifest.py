@@ -106,6 +106,7 @@ class Reject:
 
 
 def shard_file(split: str, number: int) -> str:
+    """Return the path of a shard in its set."""
     return f"{split}/shard-{number:06d}.tar"
 
 

@@ -350,6 +350,7 @@ def _provenance(facts: Mapping[str, Any]) -> Iterable[str]:
 
 
 def figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
+    """Embed a picture with its caption; empty when there is no such picture."""
     if name not in pictures:
         return ""
     caption = escape(caption or _CAPTIONS[name])
@@ -363,6 +364,7 @@ def figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Render a table that scrolls sideways where it is too wide."""
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -374,10 +376,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def share(value: float | None) -> str:
+    """Write a share in percent; empty for None."""
     return "" if value is None else f"{100 * value:.1f} %"
 
 
 def number(value: float | None) -> str:
+    """Write a number with four digits; empty for None."""
     return "" if value is None else f"{value:.4g}"
 
 
