@@ -1,10 +1,10 @@
 """Checkpoints and exported models: safetensors and JSON, read without running code from them.
 
-A checkpoint is a folder that is complete or absent, and that any engine at any world size resumes from::
+A checkpoint is a folder that is complete or absent. Any engine at any world size resumes from it::
 
     RUN/checkpoints/step-00001000/checkpoint.json        what it is, and a hash of every file
                                  /model.safetensors      weights          float32, by parameter name
-                                 /ema.safetensors        their average    (ema-SIGMA for further ones)
+                                 /ema.safetensors        their average    (more: ema-SIGMA)
                                  /optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME
                                  /stats.safetensors      RIAE only: mean and std of its latents
     RUN/checkpoints/latest                               name of the newest, for other programs

@@ -1,8 +1,11 @@
-"""Power-function averages of weights, of which any other width's is reconstructed after training (Karras et al. 2024,
-"Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696, section 3 and appendix C).
+"""Power-function averages of weights, from which an average of any width is reconstructed later.
 
-A profile is the weight p_γ,t(τ) = (γ + 1)·τ^γ / t^(γ+1) of the weights of step τ in the average of step t. Its width is
-its standard deviation relative to t, σ_rel: 0.05 means that the average looks back about a twentieth of the training.
+Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
+arXiv:2312.02696, section 3 and appendix C.
+
+The average at step t counts the weights of step τ with p_γ,t(τ) = (γ + 1)·τ^γ / t^(γ+1), its
+profile. The profile's width σ_rel is its standard deviation relative to t: 0.05 means that the
+average looks back about a twentieth of the training.
 """
 
 from __future__ import annotations
@@ -38,8 +41,11 @@ def product(one: Profile, other: Profile) -> float:
 
 
 def reconstruction(snapshots: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
-    """Coefficients c, of sum 1, whose Σ c_i·snapshot_i comes nearest to the wanted profile (algorithm 3: least squares);
-    and how far it stays away, ‖Σ c_i·p_i − p‖ / ‖p‖: 0 is exact, 1 is no likeness."""
+    """Fit a wanted profile by a weighted sum of those of snapshots (algorithm 3: least squares).
+
+    Returns the weights c, which sum to 1, and the relative error ‖Σ c_i·p_i − p‖ / ‖p‖: 0 is exact,
+    1 is no likeness.
+    """
     gram = np.array([[product(one, other) for other in snapshots] for one in snapshots])
     towards = np.array([product(one, wanted) for one in snapshots])
     norms = np.sqrt(np.diag(gram))  # with profiles of norm 1 the system is far better conditioned
@@ -51,7 +57,10 @@ def reconstruction(snapshots: Sequence[Profile], wanted: Profile) -> tuple[list[
 
 
 def widths(train: TrainConfig) -> dict[str, float]:
-    """The power-function profiles that a run keeps: kind in its checkpoints → σ_rel. The first is what sampling uses."""
+    """The power-function averages that a run keeps: kind of tensors in its checkpoints → σ_rel.
+
+    Sampling uses the first. Empty for a run with one average of constant decay.
+    """
     return {
         "ema" if number == 0 else f"ema-{sigma}": sigma
         for number, sigma in enumerate(train.ema_profiles)

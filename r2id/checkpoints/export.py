@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def describe(source: Checkpoint | Path) -> dict[str, Any]:
-    """Figures of a checkpoint, without reading its tensors. Raises InputError as Checkpoint.open."""
+    """Figures of a checkpoint, without reading its tensors. Errors are those of Checkpoint.open."""
     checkpoint = Checkpoint.open(source)
     meta, config = checkpoint.meta, checkpoint.meta.config
     sizes: dict[str, int] = defaultdict(int)

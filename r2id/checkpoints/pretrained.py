@@ -1,9 +1,12 @@
-"""A trained model in one file: averaged weights as safetensors, and in the file's metadata all that it takes to use them.
+"""A trained model in one file: averaged weights as safetensors, and metadata to build the model.
 
-The metadata, text by name: ``format`` (r2id-model), ``format_version``, ``sha256`` of all the rest of the file's content,
-and as JSON ``stage``, ``step``, ``samples``, ``average`` (which of the weights' averages), ``config`` (of the whole run),
-``facts`` (beside the config) and, of an RIAE, ``statistics`` (mean and standard deviation of its latents per channel).
-``r2id checkpoint export`` writes it, RIAE.from_pretrained and R2ID.from_pretrained read it; no code is run from it.
+The metadata are text by name: ``format`` (r2id-model), ``format_version``, ``sha256`` of the rest
+of the content; and as JSON ``stage``, ``step``, ``samples``, ``average`` (which of the weights'
+averages), ``config`` (of the whole run), ``facts`` (beside the config) and ``statistics`` (mean and
+standard deviation of an RIAE's latents per channel).
+
+``r2id checkpoint export`` writes such a file, RIAE.from_pretrained and R2ID.from_pretrained read
+it. Reading it runs no code from it.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class About:
-    """What a file says of its weights."""
+    """The metadata: what a file says of its weights."""
 
     stage: str
     step: int
@@ -41,21 +44,25 @@ class About:
     config: dict[str, Any]
     facts: dict[str, Any]
     statistics: dict[str, list[float]] | None
-    """RIAE: {"mean": …, "std": …} of the raw latents, one number per channel; of the default average only."""
+    """{"mean": …, "std": …} of the raw latents, a number per channel; None for an R2ID, and for an
+    average other than the default, with which they were not measured."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
+    """A file's content."""
+
     path: Path
     about: About
     weights: dict[str, Tensor]
 
     @property
     def facts(self) -> dict[str, Any]:
+        """What is needed beside the config to build the model."""
         return self.about.facts
 
     def section(self, name: str, schema: type[S]) -> S:
-        """A table of the run's config. InputError when this version of r2id does not know it so."""
+        """A section of the run's config. Raises InputError when this version cannot read it."""
         try:
             return schema.model_validate(self.about.config[name])
         except (KeyError, ValidationError) as error:
@@ -65,7 +72,10 @@ class Pretrained:
             ) from None
 
     def fill(self, model: M) -> M:
-        """The model with these weights, in evaluation mode. InputError when they are another model's."""
+        """Load the weights into a model, and return it in evaluation mode.
+
+        Raises InputError when they are another model's.
+        """
         try:
             model.load_state_dict(self.weights)
         except RuntimeError as error:
@@ -76,22 +86,24 @@ class Pretrained:
 
 
 def pack(about: About, weights: dict[str, Tensor]) -> bytes:
-    """The content of a file."""
+    """Make the content of a file."""
     metadata = {name: json.dumps(value) for name, value in asdict(about).items()}
     metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION}
     return save(weights, metadata | {"sha256": _digest(metadata, weights)})
 
 
 def read(path: Path, stage: str | None = None) -> Pretrained:
-    """Everything in a file. InputError when it is none of this format, is damaged or is not of the stage asked for."""
+    """Read a file. Raises InputError when it is no such file, is damaged, or of another stage."""
     if path.is_dir():
         raise InputError(
-            f"{path}: a folder; must be a file that r2id checkpoint export wrote (of this folder, perhaps)"
+            f"{path}: a folder; must be a file that r2id checkpoint export wrote (of this folder, "
+            "perhaps)"
         )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            # Copies, because the tensors themselves are the file, mapped into memory: gone when someone rewrites it.
+            # Copies, because the tensors are the file itself, mapped into memory: they would change
+            # when someone rewrites it.
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(
@@ -101,7 +113,8 @@ def read(path: Path, stage: str | None = None) -> Pretrained:
         raise InputError(f"{path}: damaged, or no safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
         raise InputError(
-            f"{path}: not a file that r2id checkpoint export wrote: its metadata has no format {FORMAT!r}"
+            f"{path}: not a file that r2id checkpoint export wrote: its metadata has no format "
+            f"{FORMAT!r}"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise InputError(

@@ -1,5 +1,7 @@
-"""What training needs to go on, in the one form that every engine and the checkpoints share: float32 tensors by the
-model's own parameter names, whole or in the slices that each rank holds."""
+"""Training state, in the one form that all engines and checkpoints share.
+
+float32 tensors by the model's own parameter names, whole or in the slices that each rank holds.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor, or as many of its elements as ``values`` has, in order, from number ``start``."""
+    """A tensor, or a run of its flattened elements: those of ``values``, from ``start`` on."""
 
     values: Tensor
-    """Of the whole tensor's shape when it is the whole, else flat."""
+    """Of the tensor's own shape when it is whole, else flat."""
     shape: Shape
-    """The whole tensor's."""
+    """Shape of the whole tensor."""
     start: int = 0
 
     @property
     def whole(self) -> bool:
+        """Whether it is the whole tensor."""
         return self.values.numel() == math.prod(self.shape)
 
 
@@ -39,9 +42,10 @@ Slices = dict[str, Slice]
 
 @dataclass(frozen=True)
 class EngineState:
-    """One rank's share of all that training needs to go on; the shares of all ranks are the whole, without overlap.
+    """One rank's share of all that training needs to resume.
 
-    Kinds are ``model`` (weights and the model's buffers), ``ema`` and ``ema-SIGMA`` (their averages, and the same
+    The shares of all ranks make up the whole state, without overlap. Kinds are ``model`` (weights
+    and the model's buffers), ``ema`` and ``ema-SIGMA`` (averages of the weights, and the same
     buffers) and ``optimizer`` (names exp_avg.NAME and exp_avg_sq.NAME).
     """
 
@@ -52,23 +56,26 @@ class EngineState:
 
 
 class Source(Protocol):
-    """A whole state that engines read what they hold from, such as a checkpoint."""
+    """A whole state, such as a checkpoint, from which engines read what they hold."""
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
 
     def shapes(self, kind: str) -> dict[str, Shape]:
-        """Whole tensors of a kind. InputError when there are none."""
+        """Shapes of a kind's tensors, by name. Raises InputError when there are none."""
 
     def read(self, kind: str, name: str, start: int = 0, count: int | None = None) -> Tensor:
-        """Elements of a tensor, flat: ``count`` of them (none: all to the end) from number ``start``."""
+        """Read ``count`` elements of a flattened tensor from ``start`` on (None: all the rest)."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a rank holds (part of) a parameter: elements ``offset`` … ``offset + count − 1`` of its tensor number
-    ``master`` are those of the parameter from number ``start``."""
+    """Where a rank holds a parameter, or a part of one.
+
+    ``count`` elements from ``offset`` on in the rank's flattened tensor number ``master`` are the
+    parameter's elements from ``start`` on.
+    """
 
     name: str
     start: int
@@ -77,12 +84,12 @@ class Piece:
     offset: int
 
     def of(self, masters: Sequence[Tensor]) -> Tensor:
-        """The elements themselves, flat, of tensors laid out as the masters."""
+        """The elements themselves, flat, in tensors that are laid out like this; no copy."""
         return masters[self.master].view(-1)[self.offset : self.offset + self.count]
 
 
 def whole_layout(shapes: Mapping[str, Shape]) -> list[Piece]:
-    """Of masters that are the parameters themselves."""
+    """The layout of a rank that holds every parameter as a tensor of its own."""
     return [
         Piece(name, 0, math.prod(shape), number, 0)
         for number, (name, shape) in enumerate(shapes.items())
@@ -95,7 +102,7 @@ def cut(
     shapes: Mapping[str, Shape],
     prefix: str = "",
 ) -> Slices:
-    """Tensors laid out so, as slices by name; no copies."""
+    """Name the elements of tensors that are laid out like this; no copies."""
     slices = {}
     for piece in layout:
         values, shape = piece.of(masters).detach(), shapes[piece.name]
@@ -109,7 +116,7 @@ def cut(
 def fill(
     masters: Sequence[Tensor], layout: Sequence[Piece], source: Source, kind: str, prefix: str = ""
 ) -> None:
-    """The reverse: a source's elements into tensors laid out so."""
+    """Read a source's elements into tensors that are laid out like this: the reverse of ``cut``."""
     for piece in layout:
         piece.of(masters).copy_(source.read(kind, prefix + piece.name, piece.start, piece.count))
 
@@ -120,9 +127,10 @@ def check_fits(
     shapes: Mapping[str, Shape],
     model: nn.Module,
 ) -> None:
-    """InputError when a state is not of this model: names and shapes of its parameters, names of its buffers.
+    """Raise InputError when a state is another model's.
 
-    ``kinds``: kind → prefixes under which it holds every parameter.
+    Names and shapes of parameters are compared, and names of buffers. ``kinds``: kind → prefixes
+    under which it holds every parameter.
     """
     for kind, prefixes in kinds.items():
         found = source.shapes(kind)
@@ -133,7 +141,8 @@ def check_fits(
                 raise InputError(f"has no {name}; it is of another model")
             if found[name] != shape:
                 raise InputError(
-                    f"{name} has shape {found[name]}, the model's is {shape}; it is of another model"
+                    f"{name} has shape {found[name]}, the model's is {shape}; it is of another "
+                    "model"
                 )
     unknown = set(source.shapes("model")) - set(model.state_dict())
     if unknown:
@@ -144,7 +153,7 @@ def check_fits(
 
 
 def buffers(model: nn.Module) -> Tensors:
-    """The model's persistent buffers, by name, as they are: not averaged, for they are not weights."""
+    """The model's persistent buffers, by name. They are not weights, and so never averaged."""
     parameters = {name for name, _ in model.named_parameters()}
     return {
         name: value.detach() for name, value in model.state_dict().items() if name not in parameters
@@ -152,5 +161,5 @@ def buffers(model: nn.Module) -> Tensors:
 
 
 def whole(tensors: Tensors) -> Slices:
-    """Tensors that this rank has all of."""
+    """Slices of tensors that this rank holds all of."""
     return {name: Slice(tensor, tuple(tensor.shape)) for name, tensor in tensors.items()}

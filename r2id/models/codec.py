@@ -80,7 +80,7 @@ class Codec:
 
     @classmethod
     def of_r2id(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Codec:
-        """The codec that an R2ID was trained with: pixels, or the RIAE that its checkpoint names."""
+        """Load the codec of an R2ID: pixels, or the RIAE that its checkpoint names."""
         meta = checkpoint.meta
         if meta.model["codec"] is None:
             data = DataConfig.model_validate(meta.config["data"])

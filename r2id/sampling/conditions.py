@@ -1,4 +1,4 @@
-"""What samples are drawn under: labels, attributes or embeddings, from what a user wrote.
+"""Conditions of samples, from what a user wrote: labels, attributes or embeddings.
 
 Shape letters: A attributes.
 """
@@ -17,9 +17,10 @@ from r2id.models.r2id import R2ID
 
 
 def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
-    """``count`` labels: the given ones in turn, or every class in turn, or −1 where there are no classes: int64 [count].
+    """Choose ``count`` labels: the given ones in turn, else all classes in turn → int64 [count].
 
-    InputError when a label is out of range, or there are more of them than samples.
+    All are −1, which means none, where the model has no classes. Raises InputError when a label is
+    out of range, or when there are more labels than samples.
     """
     if len(labels) > count:
         raise InputError(
@@ -34,8 +35,11 @@ def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
 
 
 def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
-    """The condition that names of attributes say, as in ``["Smiling", "-Male"]``: with, and without; the others are left
-    open: float32 [A]. InputError when the model has none of a name."""
+    """Turn names as in ``["Smiling", "-Male"]`` into a condition → float32 [A].
+
+    1 for a name, −1 for one after a minus, 0 (either) for those that are not named. Raises
+    InputError when the model has no attribute of a name.
+    """
     chosen = torch.zeros(len(names))
     for word in wanted:
         name = word.removeprefix("-")
@@ -47,8 +51,10 @@ def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
 
 
 def choose_embeddings(file: Path, model: R2ID, count: int) -> Tensor:
-    """``count`` embeddings of a ``.npy`` file, one or several in turn: float16 [count, …]. InputError when the model was not
-    trained with embeddings, or with ones of another shape."""
+    """Read embeddings from a ``.npy`` file and use them in turn → float16 [count, …].
+
+    Raises InputError when the model was not trained with embeddings, or with ones of another shape.
+    """
     if model.config.condition != "embedding":
         raise InputError(f"embedding {file}: the model was not trained with embeddings")
     found = torch.from_numpy(read_embeddings(file, model.condition_shape))

@@ -1,17 +1,18 @@
-"""Thousands of samples of one size, by all processes of a job, into PNG files or shards.
+"""Sample files: thousands of samples of one size, as PNG files or shards, by one or many processes.
 
 A folder is::
 
     sampling.json              what is to be drawn: checkpoint, settings, seeds; written first
-    images/00000000.png        of each sample, by its number (format "png")
-    samples/shard-000000.tar   of many, with an index, and in the end manifest.json: a shard set (format "shards")
+    images/00000000.png        format "png": one file per sample, by its number
+    samples/shard-000000.tar   format "shards": a shard set with its manifest.json, see shards.py
     samples.json               what was drawn, and its digest; written last
 
-Sample i has seed ``seed`` + i and the label that its number gives it. Samples are drawn in whole batches that begin at
-multiples of the batch, whose size follows from the image's alone, so that a sample has the same bytes on one kind of device
-however many processes draw, however many samples there are, and whenever it is drawn.
+Sample i has seed ``seed`` + i and the label that its number gives it. Samples are drawn in whole
+batches that begin at multiples of the batch, whose size follows from the image's alone. A sample
+therefore has the same bytes on one kind of device however many processes draw, however many samples
+there are, and whenever it is drawn.
 
-Shape letters: B batch.
+Shape letters: C colours · H, W image.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,11 +30,6 @@ from torch import Tensor
 from r2id import dist
 from r2id.checkpoints import Checkpoint
 from r2id.config import SamplerConfig, change
-from r2id.data.index import find_intact, read_commit
-from r2id.data.manifest import FORMAT_VERSION as SHARDS_VERSION
-from r2id.data.manifest import Manifest, SplitEntry, shard_file
-from r2id.data.records import Record
-from r2id.data.shard_writer import write_shard_files
 from r2id.errors import InputError, WorkError
 from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic, write_json
 from r2id.images import encode_png
@@ -44,66 +40,53 @@ from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
 FORMAT_VERSION = 1
-PLAN, RESULT = "sampling.json", "samples.json"
+REQUEST, RESULT = "sampling.json", "samples.json"
 Format = Literal["png", "shards"]
+Samples = Iterator[tuple[int, Tensor]]
+"""(number, image [C, H, W] in [−1, 1]) of each sample."""
 
-_SPLIT = "samples"
-_SHARD, _SHARD_PIXELS = (
-    512,
-    1 << 23,
-)  # in a shard, at most, but always whole batches: what a killed process draws again
+
+class Writer(Protocol):
+    """How samples are stored: PngFiles, or ShardFiles of r2id.sampling.shards."""
+
+    length: int
+    """Samples of a part, which one process draws and writes in turn: whole batches."""
+
+    def is_done(self, part: range) -> bool:
+        """Whether all samples of a part are there."""
+
+    def write(self, part: range, samples: Samples) -> None:
+        """Write the samples of a part; what is interrupted is no part that is done."""
+
+    def finish(self, parts: Sequence[range]) -> str:
+        """Commit all parts; the digest of all samples."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be drawn, and where."""
+class Request:
+    """The samples that a folder is to hold."""
 
-    out: Path
     facts: dict[str, Any]
-    """Of sampling.json: all that the samples depend on."""
+    """The content of sampling.json: all that the samples depend on."""
     labels: Tensor
-    """int64, one per sample and as many more as the last batch needs to be whole."""
+    """int64 [count, and as many more as the last batch needs to be whole]."""
     settings: dict[str, Any]
-    """Of Sampler.sample; among the facts too."""
+    """Arguments of Sampler.sample; among the facts too."""
 
     @property
     def count(self) -> int:
+        """Number of samples."""
         return self.facts["count"]
 
     @property
     def size(self) -> Size:
+        """Their height and width."""
         return self.facts["size"][0], self.facts["size"][1]
 
-    @property
-    def sharded(self) -> bool:
-        return self.facts["format"] == "shards"
-
-    @property
-    def parts(self) -> list[range]:
-        """Numbers of the samples that are drawn by one process, in turn."""
-        batch = self.facts["batch"]
-        length = shard_length(self.size, batch) if self.sharded else batch
-        return [
-            range(first, min(first + length, self.count)) for first in range(0, self.count, length)
-        ]
-
-    def shard(self, part: range) -> str:
-        """The file of a part."""
-        return shard_file(_SPLIT, part.start // shard_length(self.size, self.facts["batch"]))
-
-    def picture(self, number: int) -> Path:
-        return self.out / "images" / f"{number:08d}.png"
-
-    def done(self, part: range) -> bool:
-        if self.sharded:
-            return find_intact(self.out, self.shard(part)) is not None
-        return all(self.picture(number).is_file() for number in part)
-
-
-def shard_length(size: Size, batch: int) -> int:
-    """Samples of a size in a shard: whole batches, which are a power of two, too."""
-    most = max(1, min(_SHARD, _SHARD_PIXELS // (size[0] * size[1])))
-    return max(batch, 1 << most.bit_length() - 1)
+    def parts(self, length: int) -> list[range]:
+        """Numbers of the samples, in parts of a length."""
+        starts = range(0, self.count, length)
+        return [range(first, min(first + length, self.count)) for first in starts]
 
 
 def draw_many(
@@ -119,20 +102,23 @@ def draw_many(
     settings: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Sample a checkpoint ``count`` times at one size into the folder ``out``; what is there already is kept.
+    """Sample a checkpoint ``count`` times at one size into the folder ``out``.
 
-    ``settings`` are Sampler.sample's own (steps, guidance, solver); what is None is the run's. In a job of several processes
-    (torchrun) each draws its share, on its own device. Returns the folder, the numbers of samples and of those found in
-    place, and the digest of all. InputError when the folder holds something else, or samples of other settings.
+    Samples that are there already are kept. ``settings`` are Sampler.sample's own (steps, guidance,
+    solver…); those that are None are the run's. In a job of several processes (torchrun) each draws
+    its share, on its own device.
+    Returns the folder, the numbers of samples and of those found in place, and the digest of all.
+    Raises InputError when the folder holds something else, or samples of other settings.
     """
     world = dist.init()
     checkpoint = Checkpoint.open(source)
     sampler = Sampler.load(checkpoint, world.device if world.world_size > 1 else device)
-    plan = make_plan(
+    if len(sizes) > 1:
+        raise InputError(f"--format {kind}: takes one --size, and there are {len(sizes)}")
+    request = make_request(
         sampler,
         checkpoint.identity,
-        out,
-        sizes,
+        sizes[0] if sizes else sampler.codec.image,
         kind=kind,
         labels=labels,
         count=count,
@@ -140,29 +126,29 @@ def draw_many(
         grid=grid,
         settings=settings or {},
     )
-    _check(plan)  # on every process, so that every one ends with the error
-    parts = dist.broadcast_object(_begin(plan) if dist.is_main() else None)
-    mine = parts[world.rank :: world.world_size]
+    _check_folder(out, request)  # on every process, so that every one ends with the error
+    writer = _make_writer(out, request)
+    missing = dist.broadcast_object(_begin(out, request, writer) if dist.is_main() else None)
+    mine = missing[world.rank :: world.world_size]
     with Progress("sample", sum(map(len, mine)), unit="images", shown=dist.is_main()) as progress:
         for part in mine:
-            _write(plan, sampler, part, progress)
+            writer.write(part, _draw(request, sampler, part, progress))
     dist.barrier()
-    digest = dist.broadcast_object(_finish(plan) if dist.is_main() else None)
+    digest = dist.broadcast_object(_finish(out, request, writer) if dist.is_main() else None)
     return {
         "out": str(out),
-        "images": plan.count,
-        "size": list(plan.size),
+        "images": request.count,
+        "size": list(request.size),
         "format": kind,
-        "reused": plan.count - sum(map(len, parts)),
+        "reused": request.count - sum(map(len, missing)),
         "digest": digest,
     }
 
 
-def make_plan(
+def make_request(
     sampler: Sampler,
     identity: str,
-    out: Path,
-    sizes: Sequence[Size],
+    size: Size,
     *,
     kind: Format,
     labels: Sequence[int],
@@ -170,21 +156,20 @@ def make_plan(
     seed: int | None,
     grid: Size | None,
     settings: Mapping[str, Any],
-) -> Plan:
-    """With every setting that the samples depend on. InputError for more sizes than one, or labels that are none."""
-    if len(sizes) > 1:
-        raise InputError(f"--format {kind}: takes one --size, and there are {len(sizes)}")
-    size = sizes[0] if sizes else sampler.codec.image
-    check_samples(sampler, size, grid, sampler.batch_length(size, grid))
-    count, batch = count or sampler.defaults.count, sampler.batch_length(size, grid)
+) -> Request:
+    """Resolve every setting that the samples of a checkpoint of this identity depend on.
+
+    Raises InputError for labels that the model does not know, and for what would not fit into
+    memory.
+    """
+    batch = sampler.batch_length(size, grid)
+    check_samples(sampler, size, grid, batch)
+    count = count or sampler.defaults.count
     asked = {name: value for name, value in settings.items() if value is not None}
-    resolved = change(sampler.defaults, asked).model_dump(
-        mode="json", include=set(SamplerConfig.model_fields)
-    )
+    names = set(SamplerConfig.model_fields)
+    resolved = change(sampler.defaults, asked).model_dump(mode="json", include=names)
     chosen = list(labels or sampler.defaults.labels)
-    choose_labels(
-        chosen, count, sampler.num_classes
-    )  # those of the samples asked for; batches are filled up below
+    choose_labels(chosen, count, sampler.num_classes)  # raises where there are more than samples
     facts = {
         "format_version": FORMAT_VERSION,
         "format": kind,
@@ -201,123 +186,99 @@ def make_plan(
         "batch": batch,
         "device": sampler.codec.device.type,
     }
-    return Plan(
-        out, facts, choose_labels(chosen, -(-count // batch) * batch, sampler.num_classes), resolved
-    )
+    whole_batches = -(-count // batch) * batch
+    return Request(facts, choose_labels(chosen, whole_batches, sampler.num_classes), resolved)
 
 
-def _check(plan: Plan) -> None:
-    """InputError when the folder holds something else than these samples, or some of them."""
-    out = plan.out
+class PngFiles:
+    """One PNG file per sample."""
+
+    def __init__(self, out: Path, batch: int) -> None:
+        self.out, self.length = out, batch
+
+    def is_done(self, part: range) -> bool:
+        """See Writer."""
+        return all(self._file(number).is_file() for number in part)
+
+    def write(self, part: range, samples: Samples) -> None:
+        """See Writer."""
+        for number, image in samples:
+            if not self._file(number).is_file():
+                write_atomic(self._file(number), encode_png(image))
+
+    def finish(self, parts: Sequence[range]) -> str:
+        """The digest of all files, in order. Raises WorkError when one is missing."""
+        try:
+            hashes = [sha256_file(self._file(number)) for part in parts for number in part]
+        except OSError as error:
+            raise WorkError(f"{error.filename}: not written: {error.strerror}") from None
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def _file(self, number: int) -> Path:
+        return self.out / "images" / f"{number:08d}.png"
+
+
+def _make_writer(out: Path, request: Request) -> Writer:
+    if request.facts["format"] == "png":
+        return PngFiles(out, request.facts["batch"])
+    # Here, because it loads pyarrow, which nothing else of inference needs.
+    from r2id.sampling.shards import ShardFiles
+
+    return ShardFiles(out, request.facts, request.labels.tolist())
+
+
+def _check_folder(out: Path, request: Request) -> None:
+    """Raise InputError when the folder holds something else than these samples, or some of them."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; must be a folder")
-    stored = _read(out / PLAN)
+    stored = _read(out / REQUEST)
     if stored is None:
-        foreign = (
-            sorted(path.name for path in out.iterdir() if path.suffix != TEMPORARY)
-            if out.is_dir()
-            else []
-        )
+        found = out.iterdir() if out.is_dir() else ()
+        foreign = sorted(path.name for path in found if path.suffix != TEMPORARY)
         if foreign:
             raise InputError(
-                f"--out {out}: exists and holds something else ({foreign[0]}); choose another folder"
+                f"--out {out}: exists and holds something else ({foreign[0]}); "
+                "choose another folder"
             )
         return
-    for name in {**stored, **plan.facts}:
-        if stored.get(name) != plan.facts.get(name):
+    for name in {**stored, **request.facts}:
+        there, asked = stored.get(name), request.facts.get(name)
+        if there != asked:
             raise InputError(
-                f"--out {out}: holds samples of {name} = {stored.get(name)!r}, not {plan.facts.get(name)!r}; "
+                f"--out {out}: holds samples of {name} = {there!r}, not {asked!r}; "
                 "choose another folder, or remove this one"
             )
 
 
-def _begin(plan: Plan) -> list[range]:
-    """Write the plan; the parts that are still to be drawn."""
-    if _read(plan.out / RESULT) is None:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        sweep(plan.out)
-        write_json(plan.out / PLAN, plan.facts)
-    return [part for part in plan.parts if not plan.done(part)]
+def _begin(out: Path, request: Request, writer: Writer) -> list[range]:
+    """Write sampling.json; the parts that are still to be drawn."""
+    if _read(out / RESULT) is None:
+        out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        write_json(out / REQUEST, request.facts)
+    return [part for part in request.parts(writer.length) if not writer.is_done(part)]
 
 
-def _finish(plan: Plan) -> str:
-    """Commit what was drawn; the digest of it."""
-    digest = _seal(plan) if plan.sharded else _digest(plan)
-    write_json(plan.out / RESULT, {**plan.facts, "digest": digest})
+def _finish(out: Path, request: Request, writer: Writer) -> str:
+    """Commit what was drawn; its digest."""
+    digest = writer.finish(request.parts(writer.length))
+    write_json(out / RESULT, {**request.facts, "digest": digest})
     return digest
 
 
-def _digest(plan: Plan) -> str:
-    """Of all pictures, in order."""
-    try:
-        hashes = [sha256_file(plan.picture(number)) for number in range(plan.count)]
-    except OSError as error:
-        raise WorkError(f"{error.filename}: not written: {error.strerror}") from None
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _seal(plan: Plan) -> str:
-    """Write the manifest of the shard set; its checksum."""
-    try:
-        entries = [read_commit(plan.out, plan.shard(part))[0] for part in plan.parts]
-    except (OSError, ValueError) as error:
-        raise WorkError(f"{plan.out}: not written: {error}") from None
-    source = hashlib.sha256(json.dumps(plan.facts, sort_keys=True).encode()).hexdigest()
-    return (
-        Manifest(
-            format_version=SHARDS_VERSION,
-            dataset="samples",
-            source_digest=source,
-            rejects=0,
-            class_names=[str(label) for label in range(plan.facts["classes"])],
-            splits={
-                _SPLIT: SplitEntry(
-                    samples=plan.count, bytes=sum(entry.bytes for entry in entries), shards=entries
-                )
-            },
-        )
-        .write(plan.out)
-        .checksum
-    )
-
-
-def _write(plan: Plan, sampler: Sampler, part: range, progress: Progress) -> None:
-    if plan.sharded:
-        write_shard_files(plan.out, plan.shard(part), _records(plan, sampler, part, progress), [])
-        return
-    for number, image in _draw(plan, sampler, part, progress):
-        if not plan.picture(number).is_file():
-            write_atomic(plan.picture(number), encode_png(image))
-
-
-def _records(plan: Plan, sampler: Sampler, part: range, progress: Progress) -> Iterator[Record]:
-    for number, image in _draw(plan, sampler, part, progress):
-        label = int(plan.labels[number])
-        yield Record(
-            key=f"{number:08d}",
-            image=encode_png(image),
-            ext="png",
-            height=image.shape[1],
-            width=image.shape[2],
-            mode="L" if image.shape[0] == 1 else "RGB",
-            label=None if label < 0 else label,
-            meta={"seed": plan.facts["first_seed"] + number},
-        )
-
-
-def _draw(
-    plan: Plan, sampler: Sampler, part: range, progress: Progress
-) -> Iterator[tuple[int, Tensor]]:
-    """(number, image [C, H, W]) of each sample of a part."""
-    facts, batch = plan.facts, plan.facts["batch"]
+def _draw(request: Request, sampler: Sampler, part: range, progress: Progress) -> Samples:
+    """Draw the samples of a part, a batch at a time."""
+    facts, batch = request.facts, request.facts["batch"]
     for first in range(part.start, part.stop, batch):
+        # The last batch is drawn whole too, and what is too many of it left away: a shorter one
+        # would round differently.
         whole = torch.arange(first, first + batch)
         images = sampler.sample(
-            plan.labels[whole],
+            request.labels[whole],
             facts["first_seed"] + whole,
-            plan.size,
+            request.size,
             grid=(facts["grid"][0], facts["grid"][1]),
-            **plan.settings,
+            **request.settings,
         )
         wanted = range(first, min(first + batch, part.stop))
         yield from zip(wanted, images[: len(wanted)], strict=True)

@@ -32,11 +32,14 @@ def draw_grids(
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Sample a checkpoint at every size and write one PNG grid for each; ``settings`` are those of Sampler.sample.
+    """Sample a checkpoint at every size, and write one PNG file with a grid of samples for each.
 
-    What is not given is the run's own setting, from its config's [sample].
-    ``embedding`` is a ``.npy`` file, see choose_embeddings; ``out`` a PNG file (one size) or a folder. The same seeds and
-    conditions at every size: picture i is one composition.
+    ``out`` is a PNG file (for one size) or a folder. ``embedding`` is a ``.npy`` file, see
+    choose_embeddings. ``settings`` are those of Sampler.sample. What is not given is the run's own
+    setting, from its config's [sample]. Seeds and conditions are the same at every size, so that
+    sample i shows one composition at all of them.
+    Returns files, labels, seeds and latent grids. Raises InputError for what cannot be drawn,
+    before anything is drawn.
     """
     sampler = Sampler.load(source, device)
     sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
@@ -68,9 +71,9 @@ def draw_grids(
 
 
 def output_files(out: Path, names: Sequence[str], overwrite: bool) -> list[Path]:
-    """Where to write one PNG per name: ``out`` itself when it ends in .png, else in a folder of that name.
+    """Choose a file per name: ``out`` itself if it ends in .png, else NAME.png in that folder.
 
-    InputError when something is there already, or when many pictures are to go into one file.
+    Raises InputError when a file exists already, or when several pictures would go into one file.
     """
     if out.suffix.lower() == ".png":
         if len(names) > 1:

@@ -1,7 +1,8 @@
-"""Whether what is asked for fits into memory, told before anything is computed.
+"""Memory check: refuse what would not fit into memory before anything is computed.
 
-Nothing is computed to find out: models run on tensors without data (r2id.models.tracing). What a decoder takes for a
-large picture is what it takes for two small ones, continued: it decodes some points at a time.
+Peaks are predicted by running the models on tensors without data (r2id.models.tracing). The
+decoder's peak is linear in the number of pixels, because it decodes some points at a time; it is
+traced for two small pictures and extrapolated.
 
 Shape letters: C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -12,7 +13,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -24,39 +25,41 @@ from r2id.models.coords import Size, Window
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
+from r2id.sampling.sampler import Sampler
 
-if TYPE_CHECKING:
-    from r2id.sampling.sampler import Sampler
-
-_SURELY = 1 << 28
-"""Bytes that are never too many, so that nobody waits for the answer."""
+_ALWAYS_FITS = 1 << 28
+"""Bytes that are taken to fit without a check, because tracing takes a second."""
 _SMALL, _LARGER = (256, 256), (384, 384)
+"""The sizes at which decoding is traced."""
 
 
 def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -> None:
-    """InputError when ``count`` samples of a size (H, W), by default on its own latent grid, held together, would take more
-    memory than is free."""
+    """Raise InputError when drawing ``count`` samples of a size (H, W) would not fit into memory.
+
+    ``grid`` is their latent grid, None the one that belongs to the size.
+    """
     free, grid = free_memory(sampler.codec.device), grid or sampler.grid_for(size)
-    if (
-        sampler.batch_length((1, 1), grid) == 1
-    ):  # smaller ones are computed in batches that fit everywhere
+    # Grids that are denoised several at a time are so small that they fit everywhere.
+    if sampler.batch_length((1, 1), grid) == 1:
         _check_grid(sampler, grid, free)
     _check_pictures("size", size, sampler.codec, grid, count, free)
 
 
 def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | None) -> None:
-    """InputError when a picture of a size (H, W), or the window of it, decoded from a grid would take more than is free."""
+    """Raise InputError when decoding a grid at a size (H, W) would not fit into memory.
+
+    With ``window`` only that part is decoded, and has to fit.
+    """
     free = free_memory(codec.device)
     if window is None:
         _check_pictures("size", size, codec, grid, 1, free, "; --window decodes a part")
     else:
-        _check_pictures(
-            "window of", (window[2] - window[0], window[3] - window[1]), codec, grid, 1, free
-        )
+        top, left, bottom, right = window
+        _check_pictures("window of", (bottom - top, right - left), codec, grid, 1, free)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device: of a CPU's memory, no more than the process's control group allows."""
+    """Free bytes on a device; on a CPU, no more than the process's control group allows."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
@@ -65,7 +68,7 @@ def free_memory(device: torch.device) -> int:
             int(Path("/sys/fs/cgroup", name).read_text())
             for name in ("memory.max", "memory.current")
         )
-    except (OSError, ValueError):  # no limit, or none that is told there
+    except (OSError, ValueError):  # no control group, or "max": no limit
         return free
     return max(0, min(free, allowed - used))
 
@@ -74,12 +77,12 @@ def _check_grid(sampler: Sampler, grid: Size, free: int) -> None:
     need = _denoising(sampler, grid)
     if need <= free:
         return
+    # The peak is no simple function of the grid: bisect for the largest that fits.
     low, high = 0.0, 1.0
     for _ in range(10):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if _denoising(sampler, _shrunk(grid, middle)) <= free else (low, middle)
-        )
+        fits = _denoising(sampler, _shrunk(grid, middle)) <= free
+        low, high = (middle, high) if fits else (low, middle)
     raise _too_large("grid", grid, need, free, _shrunk(grid, low))
 
 
@@ -87,7 +90,7 @@ def _check_pictures(
     name: str, size: Size, codec: Codec, grid: Size, count: int, free: int, way_out: str = ""
 ) -> None:
     pixels = size[0] * size[1]
-    if 4 * codec.channels * pixels * count <= _SURELY:
+    if 4 * codec.channels * pixels * count <= _ALWAYS_FITS:
         return
     fixed, per_pixel = _decoding(codec, grid)
     per_pixel += count * _held(codec.channels)
@@ -101,8 +104,9 @@ def _too_large(
     name: str, size: Size, need: int, free: int, fits: Size, way_out: str = ""
 ) -> InputError:
     return InputError(
-        f"{name} {size[0]}x{size[1]}: takes about {need / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are "
-        f"free; the largest of this shape that fits is {fits[0]}x{fits[1]}{way_out}"
+        f"{name} {size[0]}x{size[1]}: takes about {need / 1e9:.3g} GB of memory, and "
+        f"{free / 1e9:.3g} GB are free; the largest of this shape that fits is "
+        f"{fits[0]}x{fits[1]}{way_out}"
     )
 
 
@@ -111,15 +115,13 @@ def _shrunk(size: Size, factor: float) -> Size:
 
 
 def _denoising(sampler: Sampler, grid: Size) -> int:
-    """Bytes of one evaluation of the model with guidance on a grid (h, w)."""
-    model, channels, batch = (
-        sampler.model,
-        sampler.codec.latent_channels,
-        sampler.batch_length((1, 1), grid),
-    )
+    """Peak bytes of one evaluation of the model with guidance on a grid (h, w)."""
+    model, channels = sampler.model, sampler.codec.latent_channels
+    batch = sampler.batch_length((1, 1), grid)
 
     def work() -> Callable[[], Any]:
         shape = model.condition_shape
+        # Built anew under trace_peak, so that its weights too are tensors without data.
         fresh = R2ID(model.config, channels, model.classes, shape).eval().requires_grad_(False)
         condition = torch.zeros(2, batch, *shape) if shape else torch.full((2, batch), -1)
         return partial(
@@ -130,7 +132,8 @@ def _denoising(sampler: Sampler, grid: Size) -> int:
 
 
 def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
-    """Bytes of decoding a picture from a grid: those that do not depend on its size, and those per pixel."""
+    """Peak bytes of decoding a grid: those that do not depend on the picture's size, and those per
+    pixel."""
 
     def needed(size: Size) -> int:
         def work() -> Callable[[], Any]:
@@ -138,13 +141,13 @@ def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
             if not isinstance(model, RIAE):
                 return lambda: model.decode(latents, size).clamp(-1, 1)
             fresh = RIAE(model.config, model.channels).eval().requires_grad_(False)
+            # A window of a picture that is no smaller than the grid's own: each pixel takes one
+            # point, as in the large picture, while those of a smaller one would take several.
             height, width = (
                 max(side, math.ceil(codec.downsample * cells))
                 for side, cells in zip(size, grid, strict=True)
             )
-            return lambda: fresh.decode(latents, (height, width), (0, 0, *size)).clamp(
-                -1, 1
-            )  # one point a pixel
+            return lambda: fresh.decode(latents, (height, width), (0, 0, *size)).clamp(-1, 1)
 
         return _traced(codec, work)
 
@@ -154,7 +157,7 @@ def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
 
 
 def _held(channels: int) -> float:
-    """Bytes per pixel of many images that become one picture."""
+    """Bytes per pixel of holding a picture and making a PNG file of it."""
 
     def work() -> Callable[[], Any]:
         images = torch.zeros(1, channels, *_SMALL)

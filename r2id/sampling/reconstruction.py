@@ -1,4 +1,4 @@
-"""A picture file through a codec and back, at any sizes, whole or a window of it."""
+"""Reconstruction: a picture file encoded and decoded at any sizes, whole or a window of it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ def reconstruct_file(
     overwrite: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Encode a picture file and decode it, or a window (y0, x0, y1, x1) of it, at every size (default its own) into PNG
-    files; PSNR of the whole at its own size. InputError when the window does not lie within a picture of each size."""
+    """Encode a picture file, and decode it at every size (default: its own) into PNG files.
+
+    With ``window`` (y0, x0, y1, x1) only that part of each is decoded. Returns the files and the
+    PSNR in dB of the whole picture at its own size. Raises InputError when the window does not lie
+    within a picture of each size, or when one would not fit into memory.
+    """
     codec = Codec.load(source, device)
     image = read_image(picture, codec.channels)
     own: Size = (image.shape[1], image.shape[2])

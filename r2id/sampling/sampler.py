@@ -1,4 +1,4 @@
-"""Seeds to images of any size, and the pictures that a training run shows of itself.
+"""The sampler: seeds and conditions to images of any size.
 
 Shape letters: B samples · C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -27,11 +27,8 @@ from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.sampling.noise_shift import applied_exponent
 
-_BATCH, _BATCH_TOKENS, _BATCH_PIXELS = (
-    64,
-    4096,
-    1 << 20,
-)  # images drawn together, and what they have in all, at most
+# Limits of what is computed together: images, latent cells of all of them, pixels of all of them.
+_BATCH, _BATCH_TOKENS, _BATCH_PIXELS = 64, 4096, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,9 @@ class Sampler:
     ratios: tuple[float, float]
     """Smallest and largest height / width of the latent grids trained on."""
     bfloat16: bool
+    """Compute in bfloat16 autocast, as the R2ID was trained, instead of float32."""
+    attributes: tuple[str, ...] = ()
+    """Names of the attributes that samples can be conditioned on, in order."""
 
     @classmethod
     def load(
@@ -93,17 +93,17 @@ class Sampler:
             tuple(meta.model.get("attributes", ())),
         )
 
-    attributes: tuple[str, ...] = ()
-    """Their names, in order, where those are what samples are drawn under."""
-
     @property
     def num_classes(self) -> int:
-        """Classes that samples can be drawn of; 0 where the condition is another."""
+        """Classes that samples can be conditioned on; 0 where the condition is another."""
         return self.model.classes if self.model.config.condition == "class" else 0
 
     def grid_for(self, size: Size) -> Size:
-        """The latent grid on which an image of this size is diffused: the codec's own, brought within the numbers of
-        cells and the aspect ratios that the model was trained on. The decoder renders it at the size asked for."""
+        """The latent grid (h, w) on which an image of a size (H, W) is diffused.
+
+        It is the codec's own, brought within the areas and aspect ratios that the R2ID was trained
+        on. The decoder renders any grid at any size.
+        """
         height, width = self.codec.grid_for(size)
         area = min(max(height * width, self.areas[0]), self.areas[1])
         ratio = min(max(size[0] / size[1], self.ratios[0]), self.ratios[1])
@@ -112,7 +112,10 @@ class Sampler:
         return max(1, round((area * ratio) ** 0.5)), max(1, round((area / ratio) ** 0.5))
 
     def batch_length(self, size: Size, grid: Size | None = None) -> int:
-        """How many images are computed together, which follows from their size and grid alone: a power of two."""
+        """How many images are computed together; it depends on their size and grid alone.
+
+        A power of two, so that batches fill shards without a rest.
+        """
         return min(
             _batch_length(_BATCH_TOKENS, grid or self.grid_for(size)),
             _batch_length(_BATCH_PIXELS, size),
@@ -132,39 +135,43 @@ class Sampler:
         eta: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Images of any size, one per condition and seed.
+        """Draw images of any size, one per condition and seed.
 
-        condition int64 [B] of classes (−1: none), [B, A] of attributes (−1, 1, or 0 for any), or [B, D] or [B, T, D] of
-        embeddings, seeds int64 [B], size (H, W) in pixels, grid (h, w) of latents (by default grid_for(size)); what is None
-        is the run's own setting → float32 [B, C, H, W] in [−1, 1], on the CPU.
+        condition: int64 [B] of classes (−1: none), float [B, A] of attributes (−1 without, 1 with,
+        0 either), or [B, D] or [B, T, D] of embeddings · seeds: int64 [B] · size: (H, W) in pixels
+        · grid: (h, w) of latent cells, by default grid_for(size). Settings that are None are the
+        run's own, see SampleConfig. → float32 [B, C, H, W] in [−1, 1], on the CPU.
 
-        An image is the same bits whatever is drawn with it: all are computed in batches of one length, since matrix
-        products of another length round differently.
+        An image has the same bits whatever is drawn with it: all are computed in batches of one
+        length, because matrix products of another length round differently.
         """
-        asked = {
+        overrides = {
             "steps": steps,
             "guidance": guidance,
             "solver": solver,
             "eta": eta,
             "guidance_interval": guidance_interval,
         }
-        return self.render(
-            self.latents(condition, seeds, grid or self.grid_for(size), **asked), size
-        )
+        latents = self.latents(condition, seeds, grid or self.grid_for(size), **overrides)
+        return self.render(latents, size)
 
     @torch.no_grad()
-    def latents(self, condition: Tensor, seeds: Tensor, grid: Size, **asked: Any) -> Tensor:
-        """What ``sample`` renders: conditions and seeds on a grid (h, w), settings as there → raw latents [B, L, h, w]."""
-        if asked.get("guidance") not in (None, 0, 1) and not (
-            self.model.classes or self.model.condition_shape
-        ):
+    def latents(self, condition: Tensor, seeds: Tensor, grid: Size, **overrides: Any) -> Tensor:
+        """Draw the latents of ``sample`` on a grid (h, w), without rendering them.
+
+        ``overrides`` are the settings of ``sample``. → raw latents [B, L, h, w]. Raises InputError
+        for guidance of a model that knows no conditions.
+        """
+        guidance = overrides.get("guidance")
+        conditional = self.model.classes or self.model.condition_shape
+        if guidance not in (None, 0, 1) and not conditional:
             raise InputError(
-                f"guidance {asked['guidance']}: the model was trained without conditions; must be 0 or 1"
+                f"guidance {guidance}: the model was trained without conditions; must be 0 or 1"
             )
         settings = change(
-            self.defaults, {name: value for name, value in asked.items() if value is not None}
+            self.defaults, {name: value for name, value in overrides.items() if value is not None}
         )
-        condition, length = self._known(condition), _batch_length(_BATCH_TOKENS, grid)
+        condition, length = self._adapt(condition), _batch_length(_BATCH_TOKENS, grid)
         return _in_batches(
             lambda rows: self._latents(condition[rows], seeds[rows], grid, settings),
             len(seeds),
@@ -173,7 +180,7 @@ class Sampler:
 
     @torch.no_grad()
     def render(self, latents: Tensor, size: Size) -> Tensor:
-        """Raw latents [B, L, h, w] → float32 [B, C, H, W] in [−1, 1], on the CPU."""
+        """Decode raw latents [B, L, h, w] → float32 [B, C, H, W] in [−1, 1], on the CPU."""
         length = _batch_length(_BATCH_PIXELS, size)
         return _in_batches(
             lambda rows: self.codec.decode(latents[rows], size).cpu(), len(latents), length
@@ -184,6 +191,7 @@ class Sampler:
     ) -> Tensor:
         device, channels = self.codec.device, self.codec.latent_channels
         kind, shift = self.diffusion.schedule, self._shift(grid)
+        # Outside the guidance interval, prediction is conditional only, or unconditional at 0.
         guided, plain = (
             _conditions(condition.to(device), scale)
             for scale in (settings.guidance, float(settings.guidance > 0))
@@ -201,20 +209,22 @@ class Sampler:
                 self.diffusion.objective, x, predicted, *schedule.alpha_sigma(log_snr, kind)
             )
 
-        def fresh(step: int) -> Tensor:
+        def fresh_noise(step: int) -> Tensor:
             return noise_field(rng.fold(seeds, step), channels, grid).to(device)
 
         solve = solvers.SOLVERS[settings.solver]
         if settings.eta:
-            solve = partial(solvers.ddim, eta=settings.eta, fresh=fresh)
+            solve = partial(solvers.ddim, eta=settings.eta, fresh=fresh_noise)
         log_snrs = solvers.time_steps(settings.steps, kind, shift).to(device)
         noise = noise_field(rng.fold(seeds), channels, grid).to(device)
         return self.codec.denormalise(solve(denoise, noise, log_snrs, kind))
 
     @torch.no_grad()
     def loss_at(self, latents: Tensor, condition: Tensor, time: float, seed: int = 0) -> Tensor:
-        """Unweighted squared error of the prediction at one time in (0, 1), per sample: raw latents [B, L, h, w] and
-        conditions [B, …] → float32 [B]."""
+        """Unweighted squared error of the prediction at one time in (0, 1), per sample.
+
+        Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
+        """
         noise = rng.normal(rng.fold(seed, torch.arange(len(latents))), *latents.shape[1:])
         with self._autocast():
             return denoising_loss(
@@ -222,7 +232,7 @@ class Sampler:
                 self.diffusion,
                 self.base_side,
                 self.codec.normalise(latents),
-                self._known(condition),
+                self._adapt(condition),
                 torch.full((len(latents),), time, device=latents.device),
                 noise.to(latents.device),
             )[1]
@@ -231,8 +241,11 @@ class Sampler:
     def data_error(
         self, latents: Tensor, condition: Tensor, log_snr: float, seed: int = 0
     ) -> Tensor:
-        """Squared error of the x₀ that the model predicts at a logSNR, which is not shifted and which it is told as it is,
-        per sample: raw latents [B, L, h, w] and conditions [B, …] → float32 [B]."""
+        """Squared error of the x₀ that the model predicts at a logSNR, per sample.
+
+        Neither the noise nor what the model is told of it is shifted with the grid's size.
+        Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
+        """
         data, level = self.codec.normalise(latents), torch.tensor(log_snr, device=latents.device)
         alpha, sigma = schedule.alpha_sigma(level, self.diffusion.schedule)
         noise = rng.normal(rng.fold(seed, torch.arange(len(latents))), *latents.shape[1:]).to(
@@ -241,15 +254,15 @@ class Sampler:
         x = alpha * data + sigma * noise
         with self._autocast():
             predicted = self.model(
-                x, schedule.alpha_bar(level).expand(len(x)), self._known(condition)
+                x, schedule.alpha_bar(level).expand(len(x)), self._adapt(condition)
             )
         found, _ = objective.to_data_and_noise(
             self.diffusion.objective, x, predicted.float(), alpha, sigma
         )
         return (found - data).square().flatten(1).mean(1)
 
-    def _known(self, condition: Tensor) -> Tensor:
-        """A model that knows attributes or embeddings is told none where it would be told a class."""
+    def _adapt(self, condition: Tensor) -> Tensor:
+        """Replace classes by an empty condition where the model knows attributes or embeddings."""
         if condition.dim() == 1 and self.model.condition_shape:
             return torch.zeros(len(condition), *self.model.condition_shape, device=condition.device)
         return condition
@@ -264,12 +277,15 @@ class Sampler:
 
 
 def _batch_length(most: int, side: Size) -> int:
-    """How many grids or images are computed together, of ``most`` tokens or pixels in all: a power of two."""
+    """How many grids or images of ``side`` have ``most`` cells or pixels in all: a power of two."""
     return 1 << max(1, min(_BATCH, most // (side[0] * side[1]))).bit_length() - 1
 
 
 def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) -> Tensor:
-    """compute(rows int64 [length]) of all rows up to ``count``, the last repeated where the last batch has fewer."""
+    """Call compute(rows int64 [length]) for all rows below ``count``, and join the results.
+
+    The last batch is filled up with its last row, so that all have one length; see Sampler.sample.
+    """
     parts = [
         compute(torch.arange(start, start + length).clamp(max=count - 1))[: count - start]
         for start in range(0, count, length)
@@ -278,14 +294,17 @@ def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) ->
 
 
 def _conditions(condition: Tensor, guidance: float) -> Tensor:
-    """The conditions that guidance needs: [1 or 2, B, …]."""
+    """The conditions that guidance needs: [B, …] → [1 or 2, B, …], empty ones first."""
     if guidance == 0:
         return empty(condition).unsqueeze(0)
     return condition.unsqueeze(0) if guidance == 1 else torch.stack([empty(condition), condition])
 
 
 def _guide(predictions: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): empty + scale·(conditional − empty)."""
+    """Classifier-free guidance (Ho & Salimans 2022): empty + guidance·(conditional − empty).
+
+    [1 or 2, B, …] as of _conditions → [B, …].
+    """
     if len(predictions) == 1:
         return predictions[0]
     return torch.lerp(predictions[0], predictions[1], guidance)

@@ -291,7 +291,7 @@ def test_description_names_every_file_and_tensor(tmp_path: Path) -> None:
 
 
 def test_a_rank_s_file_that_is_not_named_is_missed(tmp_path: Path) -> None:
-    """All bytes that are named are as they were saved, and still not all of the tensors are there."""
+    """All bytes that are named are as they were saved, and still a part of a tensor is missing."""
     run = tmp_path / "run"
     ranks_save(run, 3)
     folder = reading.find_checkpoint(run)

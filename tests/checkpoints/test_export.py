@@ -27,8 +27,10 @@ STEPS = 96
 
 @pytest.fixture(scope="module")
 def profiles_run(digits, tmp_path_factory) -> Path:
-    """A small RIAE with two power-function averages, a milestone, and beside its snapshots one average of width 0.15
-    tracked from the first step."""
+    """A small RIAE with a milestone and snapshots of averages of three widths.
+
+    Those of 0.05 and 0.1 are to reconstruct that of 0.15, which was tracked from the first step.
+    """
     run = tmp_path_factory.mktemp("profiles") / "run"
     train(
         load_config(

@@ -1,4 +1,4 @@
-"""Samples by the thousand: the same bytes whoever draws them, when, and however many; killed and gone on with."""
+"""Sample files: the same bytes whoever draws them, when, and however many; killed and resumed."""
 
 import json
 import time
@@ -13,8 +13,9 @@ from r2id.data.shards import ShardSet
 from r2id.data.verify import verify
 from r2id.errors import InputError
 from r2id.images import to_bytes
-from r2id.sampling.files import PLAN, RESULT, draw_many, shard_length
+from r2id.sampling.files import REQUEST, RESULT, draw_many
 from r2id.sampling.sampler import Sampler
+from r2id.sampling.shards import shard_length
 from tests.training import children
 from tests.training.children import Ranks
 
@@ -65,7 +66,7 @@ def test_every_sample_is_the_one_of_its_seed(r2id_run, pictures):
             )
         assert torch.equal(drawn, image[..., 0].int())
     assert len(list((pictures / "images").iterdir())) == COUNT
-    facts = json.loads((pictures / PLAN).read_text())
+    facts = json.loads((pictures / REQUEST).read_text())
     assert (
         facts["count"] == COUNT
         and facts["steps"] == 2
@@ -155,7 +156,7 @@ def test_what_it_refuses(r2id_run, riae_run, pictures, tmp_path):
     with pytest.raises(InputError, match="not 'r2id'"):
         draw(riae_run, tmp_path / "new")
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / PLAN).write_text('{"count"')
+    (tmp_path / "cut" / REQUEST).write_text('{"count"')
     with pytest.raises(InputError, match="damaged; remove"):
         draw(r2id_run, tmp_path / "cut")
     assert content(pictures) == before and not (tmp_path / "new").exists()
