@@ -31,6 +31,7 @@ _ALWAYS_FITS = 1 << 28
 """Bytes that are taken to fit without a check, because tracing takes a second."""
 _SMALL, _LARGER = (256, 256), (384, 384)
 """The sizes at which decoding is traced."""
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -> None:
@@ -65,8 +66,7 @@ def free_memory(device: torch.device) -> int:
     free = int(psutil.virtual_memory().available)
     try:
         allowed, used = (
-            int(Path("/sys/fs/cgroup", name).read_text())
-            for name in ("memory.max", "memory.current")
+            int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current")
         )
     except (OSError, ValueError):  # no control group, or "max": no limit
         return free

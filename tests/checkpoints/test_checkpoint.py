@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import socket
@@ -55,8 +56,19 @@ def test_paths_that_mean_a_checkpoint(tmp_path: Path) -> None:
     newest = save(tmp_path, 10)
     assert Checkpoint.open_newest(tmp_path).path == newest
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000010\n"
-    for path in (tmp_path, tmp_path / "checkpoints", newest):
-        assert reading.find_checkpoint(path) == newest
+    for path in (tmp_path, tmp_path / "checkpoints", newest, str(tmp_path)):
+        assert Checkpoint.open(path).path == newest
+    opened = Checkpoint.open(newest)
+    assert Checkpoint.open(opened) is opened, "what is open is not opened again"
+
+
+@pytest.mark.parametrize("place", [".", "run", "run/checkpoints", "run/checkpoints/step-00000001"])
+def test_the_run_of_a_checkpoint_wherever_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = save(tmp_path / "run", 1)
+    monkeypatch.chdir(tmp_path / place)
+    assert Checkpoint.open(os.path.relpath(folder)).run.samefile(tmp_path / "run")
 
 
 def test_identity_is_of_the_content(tmp_path: Path) -> None:
@@ -186,11 +198,7 @@ def test_a_full_disk_on_one_rank_stops_both_with_one_reason(tmp_path: Path, full
     run = tmp_path / "run"
     older = save(run, 1)
     said = ranks_save(run, 2, full=full)
-    assert (
-        said[0] == said[1]
-        and said[0].startswith("WorkError: ")
-        and "step-00000002: not written: " in said[0]
-    )
+    assert said[0] == said[1] and said[0].startswith("WorkError: ") and "step-00000002" in said[0]
     assert reading.find_checkpoint(run) == older and not reading.find_damages(older)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000001"], (
         "nothing takes up space"
@@ -229,9 +237,7 @@ def test_any_flipped_byte_is_noticed_and_the_one_before_offered(tmp_path: Path, 
             )
         message = str(caught.value)
         assert str(newer / file) in message and "\n" not in message
-        assert message.endswith(
-            f"; {older} is intact: name that one, or remove {newer} to go on from it"
-        )
+        assert str(older) in message
     (newer / file).write_bytes(intact)
     assert not reading.find_damages(newer)
 
@@ -241,11 +247,11 @@ def test_truncated_or_missing_file(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(
         InputError,
-        match=r"ema\.safetensors: damaged: it has \d+ bytes, and \d+ were saved; there is no ",
+        match=rf"ema\.safetensors: .*{file.stat().st_size} bytes, and {file.stat().st_size + 4}",
     ):
         Checkpoint.open(tmp_path).tensors("ema")
     file.unlink()
-    with pytest.raises(InputError, match=r"ema\.safetensors: missing or unreadable: No such file"):
+    with pytest.raises(InputError, match=r"ema\.safetensors: missing"):
         Checkpoint.open(tmp_path).tensors("ema")
 
 
@@ -253,31 +259,31 @@ def test_one_before_that_is_damaged_too_is_not_offered(tmp_path: Path) -> None:
     first, second, third = (save(tmp_path, step, keep=9) for step in (1, 2, 3))
     for folder in (second, third):
         (folder / "ema.safetensors").unlink()
-    with pytest.raises(InputError, match=f"{third}.*; {first} is intact"):
+    with pytest.raises(InputError, match=f"{third}.*{first}"):
         Checkpoint.open(tmp_path).tensors("ema")
 
 
 def test_part_that_the_stage_has_not(tmp_path: Path) -> None:
     meta = Meta(stage="r2id", step=1, samples=8, seed=0, config={}, model={})
     folder = writing.save(tmp_path, state(1), meta, keep=1)
-    with pytest.raises(InputError, match=r"holds no stats\.safetensors"):
+    with pytest.raises(InputError, match=r"stats\.safetensors"):
         Checkpoint.open(folder).tensors("stats")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "missing or damaged"),
-        ("[]", "missing or damaged"),
-        ('{"format_version": 1}', "format_version 1; this version of r2id reads 2"),
-        ('{"format_version": 2}', "damaged: it is not what was saved"),
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"format_version": 1}', "format_version 1.*2"),
+        ('{"format_version": 2}', "damaged"),
         ("{}", "format_version None"),
     ],
 )
 def test_description_that_is_no_description(tmp_path: Path, text: str, message: str) -> None:
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     (newer / "checkpoint.json").write_text(text)
-    with pytest.raises(InputError, match=f"{message}.*; {older} is intact"):
+    with pytest.raises(InputError, match=f"{message}.*{older}"):
         Checkpoint.open(tmp_path)
 
 
@@ -302,21 +308,20 @@ def test_a_rank_s_file_that_is_not_named_is_missed(tmp_path: Path) -> None:
     }
     meta = Checkpoint.open(folder).meta
     write_description(folder, meta, files)
-    with pytest.raises(InputError, match=r"do not hold all of model layer\.weight"):
+    with pytest.raises(InputError, match=r"model layer\.weight"):
         Checkpoint.open(folder).tensors("ema")
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no checkpoint here"):
-        reading.find_checkpoint(tmp_path)
-    with pytest.raises(InputError, match="no such folder"):
-        reading.find_checkpoint(tmp_path / "nowhere")
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=str(path)):
+            Checkpoint.open(path)
 
 
 def test_weights_of_another_model(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save(tmp_path, 1))
     model = nn.ModuleDict({"layer": nn.Linear(3, 2)})
-    with pytest.raises(InputError, match=r"counts.*; there is no intact one before it"):
+    with pytest.raises(InputError, match=r"step-00000001.*counts"):
         checkpoint.load_ema(model)
     model.register_buffer("counts", torch.zeros(1))
     checkpoint.load_ema(model)
@@ -325,12 +330,10 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
 
 def test_state_of_another_model(tmp_path: Path) -> None:
     engine = job.make("local", 0, job.ALONE)
-    with pytest.raises(
-        InputError, match=r"step-00000001: has no .*another model; there is no intact one before it"
-    ):
+    with pytest.raises(InputError, match=r"step-00000001: has no .*another model"):
         reading.resume(engine, save(tmp_path, 1))
     job.save(tmp_path, engine.state())  # step 0, before the other one
-    with pytest.raises(InputError, match=r"has no .*another model; .*step-00000000 is intact"):
+    with pytest.raises(InputError, match=r"step-00000001: has no .*step-00000000"):
         reading.resume(engine, tmp_path)
 
 
@@ -346,10 +349,7 @@ def test_tensors_that_do_not_fit_the_config(tmp_path: Path) -> None:
     parts[name] = type(parts[name])(torch.zeros(3, 5), (3, 5))
     write_description(newest, opened.meta, opened.files | write_part(newest, "model", parts, 0, 1))
     assert not reading.find_damages(newest)
-    with pytest.raises(
-        InputError,
-        match=rf"{name} has shape \(3, 5\), the model's is .*; .*step-00000000 is intact",
-    ):
+    with pytest.raises(InputError, match=rf"{name} has shape \(3, 5\), .*step-00000000"):
         reading.resume(job.make("local", 0, job.ALONE), tmp_path)
 
 

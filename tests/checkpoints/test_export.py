@@ -148,7 +148,7 @@ def test_values_beyond_half_precision_are_refused(tmp_path: Path, riae_run: Path
     write_description(
         folder, Checkpoint.open(riae_run).meta, write_part(folder, "ema", whole(weights), 0, 1)
     )
-    with pytest.raises(InputError, match=f"--dtype float16: {name} has values beyond its range"):
+    with pytest.raises(InputError, match=f"float16: {name} "):
         export(folder, tmp_path / "half.safetensors", dtype="float16")
     assert not (tmp_path / "half.safetensors").exists()
     export(folder, tmp_path / "half.safetensors", dtype="bfloat16")
@@ -211,9 +211,7 @@ def test_a_damaged_snapshot_is_named(profiles_run: Path, tmp_path: Path) -> None
     two = two_of(profiles_run, tmp_path / "two")
     file = two / "ema" / "step-00000042" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(
-        InputError, match=rf"{file}: damaged: .*; remove {file.parent} to do without it"
-    ):
+    with pytest.raises(InputError, match=rf"{file}: .*{file.parent} "):
         export(two, tmp_path / "made.safetensors", sigma=0.15)
 
 
@@ -234,45 +232,41 @@ def test_any_flipped_byte_of_an_exported_file_is_noticed(riae_run: Path, tmp_pat
             RIAE.from_pretrained(file)
         assert "\n" not in str(caught.value)
     file.write_bytes(intact[:-1])
-    with pytest.raises(InputError, match="damaged, or no safetensors file"):
+    with pytest.raises(InputError, match=str(file)):
         RIAE.from_pretrained(file)
 
 
 def test_files_that_are_none(riae_run: Path, tmp_path: Path) -> None:
     file = tmp_path / "riae.safetensors"
     export(riae_run, file)
-    for path, message in (
-        (tmp_path / "no.safetensors", "no such file"),
-        (riae_run, "a folder; must be a file"),
-        (riae_run / "config.toml", "no safetensors file"),
-    ):
-        with pytest.raises(InputError, match=message):
+    for path in (tmp_path / "no.safetensors", riae_run, riae_run / "config.toml"):
+        with pytest.raises(InputError, match=str(path)):
             RIAE.from_pretrained(path)
-    with pytest.raises(InputError, match="a model of stage 'riae', not 'r2id'"):
+    with pytest.raises(InputError, match="'riae', not 'r2id'"):
         R2ID.from_pretrained(file)
     found = pretrained.read(file)
     about = pretrained.About(**{**vars(found.about), "config": {"riae": {"wide": 3}}})
     file.write_bytes(pretrained.pack(about, found.weights))
-    with pytest.raises(InputError, match="config of riae is not of this version"):
+    with pytest.raises(InputError, match=r"config of riae .*wide"):
         RIAE.from_pretrained(file)
     about = pretrained.About(**{**vars(found.about), "facts": {"channels": 3}})
     file.write_bytes(pretrained.pack(about, found.weights))
-    with pytest.raises(InputError, match="do not fit the model"):
+    with pytest.raises(InputError, match=str(file)):
         RIAE.from_pretrained(file)
     save_file(found.weights, file)
-    with pytest.raises(InputError, match="not a file that r2id checkpoint export wrote"):
+    with pytest.raises(InputError, match=f"{file}: .*r2id-model"):
         RIAE.from_pretrained(file)
     save_file(found.weights, file, {"format": "r2id-model", "format_version": "9"})
-    with pytest.raises(InputError, match="format_version 9; this version of r2id reads 1"):
+    with pytest.raises(InputError, match=r"format_version 9.*1"):
         RIAE.from_pretrained(file)
 
 
 @pytest.mark.parametrize(
     ("sigma", "message"),
     [
-        (0.1, r"has one average, of decay .*; train with train\.ema_profiles"),
-        (0.5, "above 0 and below 0.28"),
-        (float("nan"), "above 0 and below 0.28"),
+        (0.1, r"0\.1: .*train\.ema_profiles"),
+        (0.5, r"0\.5: .*0\.28"),
+        (float("nan"), r"nan: .*0\.28"),
     ],
 )
 def test_widths_that_cannot_be_had(
@@ -285,12 +279,12 @@ def test_widths_that_cannot_be_had(
 def test_nothing_is_replaced_unless_asked(riae_run: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_text("precious")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match=str(file)):
         export(riae_run, file)
     assert file.read_text() == "precious"
     export(riae_run, file, overwrite=True)
     assert RIAE.from_pretrained(file)
-    with pytest.raises(InputError, match=r"must be a \.safetensors file"):
+    with pytest.raises(InputError, match=r"a\.pt: .*\.safetensors"):
         export(riae_run, tmp_path / "a.pt")
 
 

@@ -127,7 +127,7 @@ def test_killed_and_gone_on_with(r2id_run, tmp_path, kind):
         child.kill()
         child.join()
     assert written() >= enough and not (out / RESULT).exists()
-    with pytest.raises(InputError, match=f"count = {count}, not 150"):
+    with pytest.raises(InputError, match=f"count = {count}.*150"):
         draw(r2id_run, out, kind)
     result = draw(r2id_run, out, kind, count)
     assert 0 < result["reused"] < count
@@ -142,22 +142,22 @@ def test_what_it_refuses(r2id_run, riae_run, pictures, tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("")
     before = content(pictures)
     for out, options, message in [
-        (tmp_path / "file", {}, "is a file; must be a folder"),
-        (tmp_path / "full", {}, r"holds something else \(letter.txt\)"),
-        (pictures, {"settings": {**SETTINGS, "steps": 3}}, "holds samples of steps = 2, not 3"),
-        (pictures, {"seed": 6}, "holds samples of first_seed = 5, not 6"),
-        (pictures, {"kind": "shards"}, "holds samples of format = 'png', not 'shards'"),
-        (pictures, {"labels": (10,)}, "label 10: must be 0 to 9"),
+        (tmp_path / "file", {}, f"{tmp_path}/file"),
+        (tmp_path / "full", {}, r"letter\.txt"),
+        (pictures, {"settings": {**SETTINGS, "steps": 3}}, "steps = 2.*3"),
+        (pictures, {"seed": 6}, "first_seed = 5.*6"),
+        (pictures, {"kind": "shards"}, "format = 'png'.*'shards'"),
+        (pictures, {"labels": (10,)}, "label 10: .*9"),
     ]:
         with pytest.raises(InputError, match=message):
             draw(r2id_run, out, **options)
-    with pytest.raises(InputError, match="takes one --size, and there are 2"):
+    with pytest.raises(InputError, match=r"--size.* 2"):
         draw_many(r2id_run, tmp_path / "new", [(8, 8), (9, 9)], kind="png")
     with pytest.raises(InputError, match="not 'r2id'"):
         draw(riae_run, tmp_path / "new")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / REQUEST).write_text('{"count"')
-    with pytest.raises(InputError, match="damaged; remove"):
+    with pytest.raises(InputError, match=f"{tmp_path}/cut/{REQUEST}"):
         draw(r2id_run, tmp_path / "cut")
     assert content(pictures) == before and not (tmp_path / "new").exists()
 

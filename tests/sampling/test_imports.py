@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 NOT_NEEDED = (
     "r2id.training",
     "webdataset",
@@ -38,10 +36,6 @@ def loaded_needlessly(code: str, *arguments: Path) -> list[str]:
     ]
 
 
-def test_the_sampler_loads_nothing_of_training():
-    assert loaded_needlessly("from r2id.sampling import Sampler") == []
-
-
 def test_drawing_pictures_loads_nothing_of_training(r2id_run, tmp_path):
     code = """
 import sys
@@ -56,6 +50,5 @@ draw_many(run, out / "many", [(8, 8)], count=1, kind="png")
     assert (tmp_path / "grids" / "8x8.png").is_file()
 
 
-@pytest.mark.parametrize("module", ["webdataset", "pyarrow.parquet"])
-def test_what_is_loaded_needlessly_is_found(module):
-    assert module in loaded_needlessly(f"import r2id.sampling, {module}")
+def test_what_is_loaded_needlessly_is_found():
+    assert "webdataset" in loaded_needlessly("import r2id.sampling, webdataset")

@@ -1,5 +1,6 @@
 """What is too large for the memory is refused before anything is computed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from r2id.errors import InputError
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
-from r2id.sampling import memory as room
+from r2id.sampling import memory
 from r2id.sampling.grids import draw_grids
 from r2id.sampling.reconstruction import reconstruct_file
 from r2id.sampling.sampler import Sampler
@@ -20,35 +21,34 @@ from r2id.sampling.sampler import Sampler
 @pytest.fixture
 def free(monkeypatch):
     """Sets what is free."""
-    return lambda number: monkeypatch.setattr(room, "free_memory", lambda device: int(number))
+    return lambda number: monkeypatch.setattr(memory, "free_memory", lambda device: int(number))
 
 
 def fitting(message: str) -> Size:
-    height, width = message.split("fits is ")[1].split(";")[0].split("x")
+    """The largest size that fits: the last one that the message names."""
+    height, width = re.findall(r"(\d+)x(\d+)", message)[-1]
     return int(height), int(width)
 
 
 def test_samples_that_do_not_fit(r2id_run, tmp_path, free):
     free(2e9)
-    with pytest.raises(
-        InputError, match=r"size 60000x30000: takes about [\d.]+ GB of memory, and 2 GB are free"
-    ) as refused:
+    with pytest.raises(InputError, match=r"size 60000x30000: .* 2 GB") as refused:
         draw_grids(r2id_run, tmp_path / "out", [(8, 8), (60000, 30000)], count=4)
     assert not (tmp_path / "out").exists()
     height, width = fitting(str(refused.value))
     assert height == pytest.approx(2 * width, abs=2)
     sampler = Sampler.load(r2id_run)
-    room.check_samples(sampler, (height, width), None, 4)
+    memory.check_samples(sampler, (height, width), None, 4)
     with pytest.raises(InputError):
-        room.check_samples(sampler, (height + 20, width + 10), None, 4)
+        memory.check_samples(sampler, (height + 20, width + 10), None, 4)
 
 
 def test_a_grid_that_does_not_fit(r2id_run, free):
     free(5e7)
     sampler = Sampler.load(r2id_run)
-    with pytest.raises(InputError, match="grid 900x900: takes about") as refused:
-        room.check_samples(sampler, (8, 8), (900, 900), 1)
-    room.check_samples(sampler, (8, 8), fitting(str(refused.value)), 1)
+    with pytest.raises(InputError, match="grid 900x900") as refused:
+        memory.check_samples(sampler, (8, 8), (900, 900), 1)
+    memory.check_samples(sampler, (8, 8), fitting(str(refused.value)), 1)
 
 
 def test_a_window_of_what_does_not_fit(riae_run, tmp_path, free):
@@ -56,7 +56,7 @@ def test_a_window_of_what_does_not_fit(riae_run, tmp_path, free):
 
     free(1e9)
     Image.radial_gradient("L").resize((21, 13)).save(tmp_path / "in.png")
-    with pytest.raises(InputError, match="--window decodes a part"):
+    with pytest.raises(InputError, match=r"50000x50000.*--window"):
         reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "out.png", [(50000, 50000)])
     reconstruct_file(
         riae_run,
@@ -65,7 +65,7 @@ def test_a_window_of_what_does_not_fit(riae_run, tmp_path, free):
         [(50000, 50000)],
         window=(0, 49990, 20, 50000),
     )
-    with pytest.raises(InputError, match="window of 50000x40000: takes about"):
+    with pytest.raises(InputError, match="window of 50000x40000"):
         reconstruct_file(
             riae_run,
             tmp_path / "in.png",
@@ -88,18 +88,18 @@ def test_a_window_of_what_does_not_fit(riae_run, tmp_path, free):
 def test_free_memory_is_what_the_control_group_leaves(group, free, tmp_path, monkeypatch):
     for name, text in group.items():
         (tmp_path / name).write_text(f"{text}\n")
-    monkeypatch.setattr(room, "Path", lambda _folder, name: tmp_path / name)
-    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
-    assert room.free_memory(torch.device("cpu")) == free
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+    assert memory.free_memory(torch.device("cpu")) == free
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/meminfo")
 def test_free_memory_is_of_the_machine(tmp_path, monkeypatch):
     """What the kernel says is available; other processes may take or free some meanwhile."""
-    monkeypatch.setattr(room, "Path", lambda _folder, name: tmp_path / name)  # no control group
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)  # no control group
     said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available, total = (1024 * int(said[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
-    assert room.free_memory(torch.device("cpu")) == pytest.approx(available, abs=0.2 * total)
+    assert memory.free_memory(torch.device("cpu")) == pytest.approx(available, abs=0.2 * total)
 
 
 _MEASURE = """
@@ -125,8 +125,8 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_the_prediction_is_what_it_takes(riae_run):
     codec = Codec.load(riae_run)
-    fixed, per_pixel = room._decoding(codec, (2, 2))
-    predicted = fixed + 1600 * 1600 * (per_pixel + room._held(codec.channels))
+    fixed, per_pixel = memory._decoding(codec, (2, 2))
+    predicted = fixed + 1600 * 1600 * (per_pixel + memory._held(codec.channels))
     run = subprocess.run(
         [sys.executable, "-c", _MEASURE, riae_run], capture_output=True, check=True, text=True
     )

@@ -105,8 +105,8 @@ def test_solvers_and_grids_by_name(sampler):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eta": 0.5, "solver": "heun"}, "eta = 0.5: goes with solver 'ddim', not 'heun'"),
-        ({"guidance_interval": (0.5, 0.5)}, "must rise"),
+        ({"eta": 0.5, "solver": "heun"}, r"eta = 0\.5.*heun"),
+        ({"guidance_interval": (0.5, 0.5)}, r"0\.5"),
         ({"guidance_interval": (0.5, 2.0)}, "guidance_interval"),
         ({"solver": "rk4"}, "solver"),
     ],
@@ -123,9 +123,7 @@ def test_guidance_needs_a_condition(sampler):
         0,
     )
     free = replace(sampler, model=unconditional.eval())
-    with pytest.raises(
-        InputError, match=r"guidance 3\.0: the model was trained without conditions; must be 0 or 1"
-    ):
+    with pytest.raises(InputError, match=r"guidance 3\.0"):
         free.sample(torch.tensor([-1]), torch.tensor([0]), (8, 8), guidance=3.0)
     assert (
         free.sample(torch.tensor([-1]), torch.tensor([0]), (8, 8), guidance=1.0, steps=1)
@@ -145,13 +143,11 @@ def test_labels():
     assert choose_labels((), 5, 3).tolist() == [0, 1, 2, 0, 1]
     assert choose_labels((2,), 2, 3).tolist() == [2, 2]
     assert choose_labels((), 2, 0).tolist() == [-1, -1]
-    with pytest.raises(InputError, match="label 3: must be 0 to 2"):
+    with pytest.raises(InputError, match=r"label 3: .*2"):
         choose_labels((3,), 1, 3)
-    with pytest.raises(InputError, match="the model has no classes"):
+    with pytest.raises(InputError, match=r"label 0"):
         choose_labels((0,), 1, 0)
-    with pytest.raises(
-        InputError, match="3 labels: must be as many as the samples at most, which are 2"
-    ):
+    with pytest.raises(InputError, match=r"3 labels.*2"):
         choose_labels((0, 1, 2), 2, 3)
 
 
@@ -161,7 +157,7 @@ def test_grids_are_written_once(r2id_run, tmp_path):
     with Image.open(result["files"][1]) as picture:
         assert picture.size == (10 * (6 + 2), 2 * (12 + 2))
     before = (tmp_path / "out" / "8x8.png").read_bytes()
-    with pytest.raises(InputError, match=r"8x8.png: exists already"):
+    with pytest.raises(InputError, match=r"8x8\.png"):
         draw_grids(r2id_run, tmp_path / "out", [(8, 8)], count=20)
     draw_grids(r2id_run, tmp_path / "out", [(8, 8)], count=20, overwrite=True)
     assert (tmp_path / "out" / "8x8.png").read_bytes() == before
@@ -196,9 +192,9 @@ def test_where_output_may_go(tmp_path):
         tmp_path / "new/9x9.png",
     ]
     for out, names, message in [
-        (tmp_path / "a.png", ["1x1", "2x2"], "is one file, and there are 2 sizes"),
-        (tmp_path / "a.jpg", ["1x1"], "must be a .png file or a folder"),
-        (tmp_path / "file", ["1x1"], "is a file"),
+        (tmp_path / "a.png", ["1x1", "2x2"], r"a\.png: .*2"),
+        (tmp_path / "a.jpg", ["1x1"], r"a\.jpg: .*\.png"),
+        (tmp_path / "file", ["1x1"], "file"),
     ]:
         with pytest.raises(InputError, match=message):
             output_files(out, names, False)
