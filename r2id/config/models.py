@@ -55,6 +55,10 @@ class RiaeConfig(Section):
     looks like from afar, not the colour of a point (cell decoding of LIIF, Chen et al. 2021). For training at scales."""
 
 
+AttentionKind = Literal["full", "cloud", "axial", "linear", "tiled"]
+"""How tokens of R2ID attend to each other, each a line of r2id.models.mixing."""
+
+
 class R2idConfig(Section):
     width: int = Field(default=256, ge=8)
     heads: int = Field(default=8, ge=1)
@@ -63,9 +67,7 @@ class R2idConfig(Section):
     decoder_blocks: int = Field(default=8, ge=1)
     """Self-attention and cross-attention blocks, run once per condition."""
     attention: Annotated[
-        tuple[Literal["full", "cloud", "axial", "linear", "tiled"], ...],
-        BeforeValidator(as_tuple),
-        Field(min_length=1),
+        tuple[AttentionKind, ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("full",)
     """Self-attention of the blocks in turn, encoder first, and over again: to all tokens, within random groups (in training;
     else to all), along rows and columns, linear, or within tiles of the grid and a halo."""

@@ -1,12 +1,17 @@
 """How the tokens of a diffusion block attend to each other: all to all, or at less cost.
 
-Shape letters: B batch · H heads · N = h·w tokens of a grid · d width of a head · G groups · S tokens of a group.
+To add a kind, write a function from queries, keys and values to what they become, add a line to
+ATTENTION_KINDS and add its name to AttentionKind in r2id/config/models.py.
+
+Shape letters: B batch · H heads · N = h·w tokens of a grid · d width of a head · G groups · S tokens of a
+group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +20,49 @@ from torch import Tensor
 
 from r2id import rng
 from r2id.config import R2idConfig
+from r2id.config.models import AttentionKind
 from r2id.models.attention import attend
 from r2id.models.coords import Size
 from r2id.models.tiles import Tiles
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [B, H, N, d] → [B, H, N, d]."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the blocks of one pass through the model have in common."""
+
+    config: R2idConfig
+    grid: Size
+    device: torch.device
+    cloud_key: Tensor | None
+    """Random key of cloud attention's groups; without one, as in sampling, tokens see all others."""
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """Made once, for all tiled blocks."""
+        tile, halo = self.config.tile, self.config.halo
+        return Tiles.between(self.grid, self.grid, self.grid, tile, halo, device=self.device)
+
+    def cloud(self, number: int) -> Mix:
+        """Groups of block ``number``, other ones in each block."""
+        tokens = self.grid[0] * self.grid[1]
+        groups = max(1, round(tokens / self.config.cloud_tokens))
+        if self.cloud_key is None or groups == 1:
+            return attend
+        order = rng.subset(rng.fold(self.cloud_key, number), tokens, tokens)
+        return partial(cloud, order=order, groups=groups)
+
+
+ATTENTION_KINDS: dict[AttentionKind, Callable[[Pass, int], Mix]] = {
+    "full": lambda _shared, _number: attend,
+    "cloud": lambda shared, number: shared.cloud(number),
+    "axial": lambda shared, _number: partial(axial, grid=shared.grid),
+    "linear": lambda _shared, _number: linear,
+    "tiled": lambda shared, _number: partial(tiled, tiles=shared.tiles),
+}
+"""Name in ``r2id.attention`` → how block ``number`` of a pass attends."""
 
 
 def mixes(
@@ -30,36 +72,16 @@ def mixes(
     device: torch.device,
     cloud_key: Tensor | None = None,
 ) -> list[Mix]:
-    """How each block's tokens attend, by ``config.attention``; ``cloud_key`` is the key of the random groups, and without it
-    tokens see all others in their stead."""
-    near: Mix = attend
-    if "tiled" in config.attention:
-        near = partial(
-            tiled, tiles=Tiles.between(grid, grid, grid, config.tile, config.halo, device=device)
-        )
-    tokens = grid[0] * grid[1]
-    groups = max(1, round(tokens / config.cloud_tokens))
-
-    def mix(number: int) -> Mix:
-        kind = config.attention[number % len(config.attention)]
-        if kind == "axial":
-            return partial(axial, grid=grid)
-        if kind == "linear":
-            return linear
-        if kind == "tiled":
-            return near
-        if kind == "cloud" and cloud_key is not None and groups > 1:
-            return partial(
-                cloud, order=rng.subset(rng.fold(cloud_key, number), tokens, tokens), groups=groups
-            )
-        return attend
-
-    return [mix(number) for number in range(blocks)]
+    """Choose how each block's tokens attend: the kinds of ``config.attention`` in turn, and over again."""
+    shared, kinds = Pass(config, grid, device, cloud_key), config.attention
+    return [ATTENTION_KINDS[kinds[i % len(kinds)]](shared, i) for i in range(blocks)]
 
 
 def axial(q: Tensor, k: Tensor, v: Tensor, grid: Size) -> Tensor:
-    """Half of the heads see the row of their token, the others its column (Ho et al. 2019, with both in one layer): cost
-    N·(h + w)."""
+    """Half of the heads see the row of their token, the others its column: cost N·(h + w).
+
+    Ho et al. 2019, "Axial attention in multidimensional transformers", with both in one layer.
+    """
     half, rows = q.shape[1] // 2, grid[0]
 
     def along(parts: list[Tensor], lines: str) -> Tensor:
@@ -76,8 +98,10 @@ def axial(q: Tensor, k: Tensor, v: Tensor, grid: Size) -> Tensor:
 
 
 def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """φ(q)·Σφ(k)vᵀ / φ(q)·Σφ(k) with φ = ELU + 1 (Katharopoulos et al. 2020): cost N·d². In float32: the sums are long and
-    the divisor may be small."""
+    """φ(q)·Σφ(k)vᵀ / φ(q)·Σφ(k) with φ = ELU + 1 (Katharopoulos et al. 2020): cost N·d².
+
+    In float32 under autocast too: the sums are long and the divisor may be small.
+    """
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = (F.elu(part.float()) + 1 for part in (q, k))
         total = torch.einsum("bhnd,bhne->bhde", keys, v.float())
@@ -87,8 +111,11 @@ def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor:
-    """Tokens in groups of the random order [N] see their group alone: cost N²/G. The last group is filled up with tokens of
-    the first, which it lets be seen, but whose result is their own group's."""
+    """Split tokens into groups, in a random order [N], that see themselves alone: cost N²/G.
+
+    The last group is filled up with tokens of the first. It sees them, and their results are thrown away
+    in favour of their own group's, so that all groups are of one size.
+    """
     tokens = len(order)
     size = -(-tokens // groups)
     filled = torch.cat([order, order[: groups * size - tokens]])
@@ -100,7 +127,7 @@ def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
-    """Tokens see those of their tile and of a halo around it: cost linear in N."""
+    """Let tokens see those of their tile and of a halo around it: cost linear in N."""
     queries = tiles.split_queries(q[:, :, tiles.queries.flatten()])
     mixed = tiles.joined(
         attend(queries, tiles.gather_keys(k), tiles.gather_keys(v), tiles.mask(len(q)))

@@ -1,10 +1,13 @@
 """How tokens attend: each cheaper way equals dense attention under the mask that it stands for."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from r2id.config import DiffusionConfig, R2idConfig, TrainConfig
+from r2id.config.models import AttentionKind
 from r2id.models import mixing
 from r2id.models.r2id import R2ID
 from r2id.models.tiles import Tiles
@@ -22,7 +25,11 @@ SMALL = {
     "tile": 2,
     "halo": 1,
 }
-KINDS = ["full", "cloud", "axial", "linear", "tiled"]
+KINDS = list(mixing.ATTENTION_KINDS)
+
+
+def test_every_kind_of_the_config_is_there():
+    assert list(get_args(AttentionKind)) == KINDS
 
 
 def draw(grid, heads=4):
