@@ -26,10 +26,11 @@ class LossConfig(Section):
     """Smallest and largest factor between an image's height, and likewise its width, and those at
     which the encoder sees it, drawn anew each step; none is 1."""
     latent_noise: float = Field(default=0.0, ge=0)
-    """Standard deviation of Gaussian noise added to the latents, so that near latents decode alike."""
+    """Standard deviation of Gaussian noise added to the latents, so that near latents decode
+    alike."""
     decode_cloud: Fraction = 1.0
-    """Share of the latents that the decoder sees in a training step: one random cloud for all points.
-    With ``tiled`` attention a tile sees all that are near."""
+    """Share of the latents that the decoder sees in a training step: one random cloud for all
+    points. With ``tiled`` attention a tile sees all that are near."""
     decode_pixels: int = Field(default=256, ge=1)
     """Random output pixels that a training step decodes of each image: its cost does not depend on
     the image's size. With ``tiled`` attention they come as whole tiles, at least one."""

@@ -1,8 +1,8 @@
 """Old names of settings, still read for one version.
 
-TOML files and overrides that use one are read with a word on stderr; configs that checkpoints store are read silently. To
-rename a setting, add a line to SETTINGS (``section.key``) or to VALUES (what it may be set to), and remove it a version
-later.
+TOML files and overrides that use one are read with a word on stderr; configs that checkpoints store
+are read silently. To rename a setting, add a line to SETTINGS (``section.key``) or to VALUES (what
+it may be set to), and remove it a version later.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def renew_setting(name: str, value: Any) -> tuple[str, Any]:
 def renew_config(config: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
     """Replace all old names in the config of a run (not of a pipeline): a copy under today's names.
 
-    With ``where``, the place that the config comes from, each old name is told on stderr. Raises InputError when one setting
-    is given under both its names.
+    With ``where``, the place that the config comes from, each old name is told on stderr. Raises
+    InputError when one setting is given under both its names.
     """
     renewed: dict[str, Any] = {
         name: {} if isinstance(part, dict) else part for name, part in config.items()
@@ -65,8 +65,8 @@ def renew_config(config: Mapping[str, Any], where: str | None = None) -> dict[st
             both = {*part} if new_section == section else {*config.get(new_section, {})}
             if name != f"{section}.{key}" and new_key in both:
                 raise InputError(
-                    f"{where or 'config'}: {section}.{key} is the old name of {name}, and both are set: "
-                    f"remove {section}.{key}"
+                    f"{where or 'config'}: {section}.{key} is the old name of {name}, and both "
+                    f"are set: remove {section}.{key}"
                 )
             if isinstance(target, dict):  # what is none fails validation
                 target[new_key] = value
@@ -78,6 +78,5 @@ def tell_if_renamed(where: str, old_name: str, old: Any, name: str, value: Any) 
     if old_name != name:
         say(f"{where}: {old_name} is called {name} now; the old name is read for one more version")
     if old != value:
-        say(
-            f"{where}: {name} = {old!r} is {value!r} now; the old value is read for one more version"
-        )
+        told = f"{name} = {old!r} is {value!r} now"
+        say(f"{where}: {told}; the old value is read for one more version")

@@ -15,7 +15,7 @@ from r2id.diffusion import objective, schedule
 
 
 def draw_times(rng_keys: Tensor, sampling: str) -> Tensor:
-    """Times in (0, 1), one per key: uniform, or the logistic of a standard normal (Esser et al. 2024, eq. 19)."""
+    """Draw a time in (0, 1) per key: uniform, or logit-normal (Esser et al. 2024, eq. 19)."""
     if sampling == "uniform":
         return rng.uniform(rng_keys, 1).squeeze(-1)
     return torch.sigmoid(rng.normal(rng_keys, 1).squeeze(-1))
@@ -32,7 +32,8 @@ def denoising_loss(
     at: Tensor | None = None,
     cloud_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-sample (weighted, unweighted) squared error of the prediction at times [B]: two tensors [B]."""
+    """Squared error of the prediction at times [B], per sample: (weighted, unweighted), each
+    [B]."""
     side = (latent.shape[2] * latent.shape[3]) ** 0.5
     shift = schedule.size_shift(side, base_side, diffusion.shift_exponent)
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)

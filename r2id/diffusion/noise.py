@@ -2,10 +2,11 @@
 
 Shape letters: B samples · L channels · h, w grid · R side of the field's finest level.
 
-White noise on the unit square is refined level by level, as in a Haar wavelet basis: a cell of side 2⁻ˡ holds a standard
-normal value, which with three more draws becomes its four quarters'. A grid's cell sums the finest cells within it, so its
-values are independent standard normals, and a finer grid's, averaged over a coarser cell and rescaled, are the coarser
-grid's: exactly where the grids nest, and within the rounding of edges to the finest cells elsewhere.
+White noise on the unit square is refined level by level, as in a Haar wavelet basis: a cell of side
+2⁻ˡ holds a standard normal value, which with three more draws becomes its four quarters'. A grid's
+cell sums the finest cells within it, so its values are independent standard normals, and a finer
+grid's, averaged over a coarser cell and rescaled, are the coarser grid's: exactly where the grids
+nest, and within the rounding of edges to the finest cells elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _FINEST_PER_CELL = 4  # finest cells per side of a grid's cell, at least
 def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tensor:
     """Standard normal noise of a grid: rng_keys int64 [B], one per sample → float32 [B, L, h, w].
 
-    A sample's noise depends on its key, not on the batch, the device count or the grid (beyond its resolution).
+    A sample's noise depends on its key, not on the batch, the device count or the grid (beyond its
+    resolution).
     """
     levels = (max(_FINEST_SIDE, _FINEST_PER_CELL * max(grid)) - 1).bit_length()
     field = rng.normal(rng.fold(rng_keys, 0), channels, 1, 1)
@@ -35,7 +37,7 @@ def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tenso
 
 
 def _refine(field: Tensor, rng_keys: Tensor) -> Tensor:
-    """[B, L, R, R] → [B, L, 2R, 2R]: the inverse of an orthonormal Haar transform with random details."""
+    """Invert an orthonormal Haar transform with random details: [B, L, R, R] → [B, L, 2R, 2R]."""
     channels, side = field.shape[1:3]
     details = rng.normal(rng_keys, channels, side, side, 3)
     across, down, both = details.unbind(-1)
@@ -51,7 +53,7 @@ def _refine(field: Tensor, rng_keys: Tensor) -> Tensor:
 
 
 def _cells(field: Tensor, count: int, dim: int) -> Tensor:
-    """Sum runs of the field's finest cells into ``count`` cells along one axis, rescaled to variance 1."""
+    """Sum runs of the finest cells into ``count`` cells along one axis, rescaled to variance 1."""
     side = field.shape[dim]
     edges = (
         torch.round(torch.arange(count + 1, dtype=torch.float64) * side / count)

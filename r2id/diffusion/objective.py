@@ -1,4 +1,4 @@
-"""What the network predicts, how errors are weighted, and the way from a prediction to data and noise.
+"""What the network predicts, how errors are weighted, and what a prediction says of the data.
 
 All functions take amplitudes α, σ that broadcast against the data.
 """
@@ -17,7 +17,11 @@ Weighting = Literal["uniform", "min_snr", "soft_min_snr"]
 def target(
     objective: Objective, data: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """ε or x₀ (Ho et al. 2020), v = α·ε − σ·x₀ (Salimans & Ho 2022) or the velocity ε − x₀ (Lipman et al. 2023)."""
+    """What the network is to predict.
+
+    ε or x₀ (Ho et al. 2020), v = α·ε − σ·x₀ (Salimans & Ho 2022) or the velocity ε − x₀ (Lipman et
+    al. 2023).
+    """
     if objective in ("epsilon", "x0"):
         return noise if objective == "epsilon" else data
     return alpha * noise - sigma * data if objective == "v" else noise - data
@@ -41,9 +45,10 @@ def weight(
 ) -> Tensor:
     """Factor of the squared error of a prediction, the shape of log_snr.
 
-    uniform: 1. min_snr: min(SNR, γ) on the error of x₀ (Hang et al. 2023); soft_min_snr: SNR·γ/(SNR + γ) (Crowson et al.
-    2024), which bends where that breaks. Both are converted to the objective: the error of x₀ is the prediction's own for
-    x₀, and that times 1/√SNR for ε, σ for v and σ for the velocity.
+    uniform: 1. min_snr: min(SNR, γ) on the error of x₀ (Hang et al. 2023); soft_min_snr: SNR·γ/(SNR
+    + γ) (Crowson et al. 2024), which bends where that breaks. Both are converted to the objective:
+    the error of x₀ is the prediction's own for x₀, and that times 1/√SNR for ε, σ for v and σ for
+    the velocity.
     """
     if weighting == "uniform":
         return torch.ones_like(log_snr)

@@ -25,8 +25,9 @@ _BETA_MIN, _BETA_MAX = (
 def log_snr(t: Tensor, kind: Kind, shift: float = 0.0) -> Tensor:
     """logSNR at time t in [0, 1], minus ``shift``, clamped to the limits above; the shape of t.
 
-    cosine: −2·log tan(πt/2) (Nichol & Dhariwal 2021, as in Hoogeboom et al. 2023); linear_beta: ᾱ = exp(−β_min·t −
-    (β_max − β_min)·t²/2) (Song et al. 2021); flow: α = 1 − t, σ = t (Lipman et al. 2023).
+    cosine: −2·log tan(πt/2) (Nichol & Dhariwal 2021, as in Hoogeboom et al. 2023); linear_beta:
+    ᾱ = exp(−β_min·t − (β_max − β_min)·t²/2) (Song et al. 2021); flow: α = 1 − t, σ = t (Lipman et
+    al. 2023).
     """
     t = t.clamp(1e-6, 1 - 1e-6)
     if kind == "cosine":
@@ -40,9 +41,10 @@ def log_snr(t: Tensor, kind: Kind, shift: float = 0.0) -> Tensor:
 
 
 def size_shift(side: float, base_side: float, exponent: float) -> float:
-    """What a grid's logSNR is lowered by: 2·k·log(n/n_base), n = √(h·w) (Hoogeboom et al. 2023, eq. 6).
+    """How much lower a grid's logSNR is: 2·k·log(n/n_base), n = √(h·w).
 
-    Averaging s×s cells divides the noise's variance by s², so a larger grid needs more noise for the same problem.
+    Averaging s×s cells divides the noise's variance by s², so a larger grid needs more noise for
+    the same problem (Hoogeboom et al. 2023, eq. 6).
     """
     return 2.0 * exponent * math.log(side / base_side)
 
@@ -55,5 +57,5 @@ def alpha_sigma(log_snr: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def alpha_bar(log_snr: Tensor) -> Tensor:
-    """Share of signal in the variance, α²/(α² + σ²): what the network is told of the noise, whatever the schedule."""
+    """Share of signal in the variance, α²/(α² + σ²): how the network is told of the noise."""
     return torch.sigmoid(log_snr)

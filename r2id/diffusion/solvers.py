@@ -1,7 +1,8 @@
 """Samplers: functions of (denoise, noise, log_snrs).
 
-``denoise(x, log_snr) → (x₀, ε)`` is the network's opinion of a noised grid; ``log_snrs`` [S + 1] rise from noise to data.
-The last step returns the network's x₀ itself: nothing is divided by a vanishing amplitude, no noise estimate used twice.
+``denoise(x, log_snr) → (x₀, ε)`` is the network's opinion of a noised grid; ``log_snrs`` [S + 1]
+rise from noise to data. The last step returns the network's x₀ itself: nothing is divided by a
+vanishing amplitude, no noise estimate used twice.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def ddim(
     eta: float = 0.0,
     fresh: Fresh | None = None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12): deterministic with η = 0, ancestral sampling (DDPM) with η = 1.
+    """DDIM (Song et al. 2021, eq. 12): deterministic with η = 0, ancestral (DDPM) with η = 1.
 
-    ``fresh(i)`` is the noise that step i adds, of standard deviation η·σ'·√(1 − SNR/SNR'), which is eq. 16 for any schedule.
+    ``fresh(i)`` is the noise that step i adds, of standard deviation η·σ'·√(1 − SNR/SNR'), which is
+    eq. 16 for any schedule.
     """
     x = noise * alpha_sigma(log_snrs[0], kind)[1]
     for step, (here, there) in enumerate(pairwise(log_snrs)):
@@ -47,13 +49,19 @@ def ddim(
 
 
 def euler(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
-    """Euler's method on the probability-flow ODE, along the path that is straight or round where data and noise are fixed:
-    dx/dσ = ε − x₀ for flow (where this is DDIM), dx/dφ = v with tan φ = σ/α for the others."""
+    """Euler's method on the probability-flow ODE.
+
+    It steps along the path that is straight, or round, where data and noise are fixed:
+    dx/dσ = ε − x₀ for flow (where this is DDIM), dx/dφ = v with tan φ = σ/α for the others.
+    """
     return _along_the_path(denoise, noise, log_snrs, kind, correct=False)
 
 
 def heun(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
-    """Heun's method on the ODE of ``euler``: second order, two evaluations per step (Karras et al. 2022, algorithm 1)."""
+    """Heun's method on the ODE of ``euler``: second order, two evaluations per step.
+
+    Karras et al. 2022, algorithm 1.
+    """
     return _along_the_path(denoise, noise, log_snrs, kind, correct=True)
 
 
@@ -84,7 +92,8 @@ def dpmpp_2m(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> T
     for here, there in pairwise(log_snrs):
         data, _ = denoise(x, here)
         step = 0.5 * (there - here)
-        # Clamped ends of the schedule make steps of length 0, over which nothing can be extrapolated.
+        # Clamped ends of the schedule make steps of length 0, over which nothing can be
+        # extrapolated.
         best = data
         if previous is not None and previous[1] > 0:
             best = data + 0.5 * step / previous[1] * (data - previous[0])

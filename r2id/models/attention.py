@@ -29,7 +29,8 @@ _PLAIN_UP_TO: ContextVar[float] = ContextVar("plain_up_to", default=_FAST_PLAIN)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm of the last dimension that stays in its input's dtype, so that the fused kernel applies under autocast too."""
+    """RMSNorm of the last dimension that stays in its input's dtype, so that the fused kernel
+    applies under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and _most_plain_scores():  # 0: as on a GPU
@@ -39,9 +40,12 @@ class RMSNorm(nn.RMSNorm):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x / √(mean(x²) + ε)·weight. A CPU has no fused kernel: PyTorch keeps float32 copies of every intermediate for the
-    backward pass and takes twice as long. This keeps one scale for each row and x, or what it returns where there is no
-    weight, which the next operation keeps anyway."""
+    """x / √(mean(x²) + ε)·weight.
+
+    A CPU has no fused kernel: PyTorch keeps float32 copies of every intermediate for the backward
+    pass and takes twice as long. This keeps one scale for each row and x, or what it returns where
+    there is no weight, which the next operation keeps anyway.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
@@ -75,8 +79,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     ``mask`` bool [B, 1, 1, M]: the keys that are seen, at least one.
 
-    On a CPU the fused kernel's backward pass is 3 to 8 times slower than plain products in bfloat16 on small grids
-    (tests/bench/attention.py); on large ones it alone has constant memory.
+    On a CPU the fused kernel's backward pass is 3 to 8 times slower than plain products in bfloat16
+    on small grids (tests/bench/attention.py); on large ones it alone has constant memory.
     """
     if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= _most_plain_scores():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -108,9 +112,10 @@ def _most_plain_scores() -> float:
 class Attention(nn.Module):
     """Multi-head attention from queries [B, N, D] to context [B, M, D'].
 
-    With ``gaussian_window``, head h adds −s_h·|u_q − u_k|² to its logits, u in cells of the latent grid and s_h learned: a Gaussian
-    window around the query, at no cost: −s|u_q − u_k|² = s(2·u_q·u_k − |u_k|² − |u_q|²) is itself a dot product and takes
-    six dimensions of the head.
+    With ``gaussian_window``, head h adds −s_h·|u_q − u_k|² to its logits, u in cells of the latent
+    grid and s_h learned: a Gaussian window around the query, at no cost: −s|u_q −
+    u_k|² = s(2·u_q·u_k − |u_k|² − |u_q|²) is itself a dot product and takes six dimensions of the
+    head.
     """
 
     def __init__(
@@ -130,7 +135,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.query_norm = RMSNorm(content // heads)
         self.key_norm = RMSNorm(content // heads)
-        # From windows of about one cell to nearly the whole image, so that heads start out different.
+        # Windows of one cell to nearly the whole image, so that heads start out different.
         self.log_reach = nn.Parameter(torch.linspace(0.0, 5.0, heads)) if gaussian_window else None
 
     def forward(
@@ -142,8 +147,12 @@ class Attention(nn.Module):
         tiles: Tiles | None = None,
         mix: Callable[[Tensor, Tensor, Tensor], Tensor] = attend,
     ) -> Tensor:
-        """``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2]: places in cells, for a layer with a Gaussian window. With ``tiles``,
-        queries are in tile order and see the keys of their tile alone; else ``mix`` says who sees whom."""
+        """Let queries x [B, N, D] attend to a context [B, M, D'] → [B, N, D].
+
+        ``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2] are places in cells, which a
+        Gaussian window needs. With ``tiles``, queries are in tile order and see the keys of their
+        tile alone; else ``mix`` says who sees whom.
+        """
         q, k, v = (
             rearrange(part, "b n (h d) -> b h n d", h=self.heads)
             for part in (self.query(x), self.key(context), self.value(context))
@@ -187,8 +196,8 @@ class Attention(nn.Module):
 
 
 def _in_two(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A column as two that sum to it, so that rounding to bfloat16 loses nothing: near its query, a window's value is
-    the small difference of large numbers."""
+    """Split a column into two that sum to it, so that rounding to bfloat16 loses nothing: near its
+    query, a window's value is the small difference of large numbers."""
     coarse = x.to(dtype).to(x.dtype)
     return torch.cat([coarse, x - coarse], dim=-1)
 

@@ -1,7 +1,8 @@
 """Condition tokens, learned together with the diffusion model.
 
-A condition is a class, int64 [B] (−1 is none), or attributes [B, A], each −1, 1 or 0 for unknown: none is all of them 0; or
-the embedding of a text, of D values [B, D] or of D for each of T tokens [B, T, D]: none is all of them 0.
+A condition is a class, int64 [B] (−1 is none), or attributes [B, A], each −1, 1 or 0 for unknown:
+none is all of them 0; or the embedding of a text, of D values [B, D] or of D for each of T tokens
+[B, T, D]: none is all of them 0.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class ClassCondition(nn.Module):
 
 
 class AttributeCondition(nn.Module):
-    """Attributes as a few tokens: [B, A] → [B, tokens, width]. The bias alone is the empty condition."""
+    """Attributes as a few tokens: [B, A] → [B, tokens, width].
+
+    The bias alone is the empty condition.
+    """
 
     def __init__(self, attributes: int, tokens: int, width: int) -> None:
         super().__init__()
@@ -40,7 +44,8 @@ class AttributeCondition(nn.Module):
 
 
 class EmbeddingCondition(nn.Module):
-    """An embedding as tokens: [B, D] → [B, tokens, width], or [B, T, D] → [B, T, width] by one linear layer for all T.
+    """An embedding as tokens: [B, D] → [B, tokens, width], or [B, T, D] → [B, T, width] by one
+    linear layer for all T.
 
     What is added to each token, learned, is alone the empty condition.
     """

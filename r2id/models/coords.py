@@ -2,8 +2,9 @@
 
 Shape letters: B batch · N points · H, W image or grid size.
 
-A point has four coordinates: absolute (ax, ay), which reach the edges of every image, and relative (rx, ry), in which the
-image is inscribed in a unit square, so that a circle stays a circle at any aspect ratio.
+A point has four coordinates: absolute (ax, ay), which reach the edges of every image, and relative
+(rx, ry), in which the image is inscribed in a unit square, so that a circle stays a circle at any
+aspect ratio.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ WHOLE: Part = (slice(None), slice(None))
 PHASE_DIM = 8
 """Length of cell_phase."""
 Window = tuple[int, int, int, int]
-"""A rectangle of a picture, (y0, x0, y1, x1) in its pixels: rows y0 to y1 − 1 and columns x0 to x1 − 1."""
+"""A rectangle of a picture, (y0, x0, y1, x1) in its pixels: rows y0 to y1 − 1 and columns x0 to x1
+− 1."""
 
 
 def part_of(size: Size, window: Window | None) -> Part:
-    """The rows and columns of a window, or all; InputError when it is empty or does not lie within a picture (H, W)."""
+    """The rows and columns of a window, or all of a picture (H, W).
+
+    Raises InputError when the window is empty or does not lie within the picture.
+    """
     if window is None:
         return slice(0, size[0]), slice(0, size[1])
     y0, x0, y1, x1 = window
@@ -49,9 +54,10 @@ def centres(count: int, device: torch.device | None = None, part: slice = slice(
 def grid_coordinates(
     grid: Size, shape: Size | None = None, device: torch.device | None = None, part: Part = WHOLE
 ) -> Tensor:
-    """Coordinates (ax, ay, rx, ry) of the centres of a grid's cells, or of a part of them, row by row: float32 [H·W, 4].
+    """Coordinates (ax, ay, rx, ry) of the centres of a grid's cells, row by row: float32 [H·W, 4].
 
-    ``shape`` is a (height, width) whose ratio the relative coordinates take; by default the grid's own.
+    ``shape`` is a (height, width) whose ratio the relative coordinates take; by default the grid's
+    own. With ``part``, of a part of the cells.
     """
     height, width = grid
     ay, ax = torch.meshgrid(
@@ -70,7 +76,8 @@ def relative_scale(shape: Size, device: torch.device | None = None) -> Tensor:
 def displace(coordinates: Tensor, noise: Tensor, grid: Size, shape: Size | None = None) -> Tensor:
     """Move points by half a cell times noise: one displacement per point, the same in both systems.
 
-    coordinates [..., N, 4], noise [B, N, 2] in (x, y) → [B, N, 4]: ax += ε₁/(2W), rx += ε₁/(2W)·W/m, y likewise.
+    coordinates [..., N, 4], noise [B, N, 2] in (x, y) → [B, N, 4]: ax += ε₁/(2W), rx +=
+    ε₁/(2W)·W/m, y likewise.
     """
     height, width = grid
     step = noise * torch.tensor([0.5 / width, 0.5 / height], device=noise.device)
@@ -85,10 +92,12 @@ def fourier_dim(powers: Size) -> int:
 
 
 def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
-    """sin and cos of π·2^p·coordinate, p from powers[0] to powers[1]: [..., 4] → float32 [..., fourier_dim(powers)].
+    """sin and cos of π·2^p·coordinate, p from powers[0] to powers[1].
 
-    Each system's half is normalised to mean 0 and variance 1, without learned scale. Always float32: bfloat16 has 8
-    significant bits and cannot tell 1,024 positions apart.
+    [..., 4] → float32 [..., fourier_dim(powers)].
+
+    Each system's half is normalised to mean 0 and variance 1, without learned scale. Always
+    float32: bfloat16 has 8 significant bits and cannot tell 1,024 positions apart.
     """
     with torch.autocast(coordinates.device.type, enabled=False):
         exponents = torch.arange(
@@ -110,8 +119,10 @@ def cell_dim(powers: Size) -> int:
 
 
 def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
-    """sin and cos of π·2^p·place, p from powers[0] to powers[1], of a point's place in cells from the grid's top left edge:
-    [..., 4] → float32 [..., cell_dim(powers)].
+    """sin and cos of π·2^p·place, p from powers[0] to powers[1].
+
+    A point's place is in cells from the grid's top left edge: [..., 4] → float32
+    [..., cell_dim(powers)].
 
     They are the same in every image of any size, but for where the grid starts.
     """
@@ -127,9 +138,9 @@ def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
 
 
 def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
-    """Where a point lies inside its cell of a grid: sin and cos of 2π and 4π times its place in cells.
+    """Where a point lies inside its cell of a grid.
 
-    [..., 4] → float32 [..., PHASE_DIM].
+    sin and cos of 2π and 4π times its place in cells: [..., 4] → float32 [..., PHASE_DIM].
     """
     height, width = grid
     cells = coordinates[..., :2] * torch.tensor(
@@ -144,20 +155,22 @@ def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
 
 
 def in_cells(coordinates: Tensor, grid: Size) -> Tensor:
-    """Absolute coordinates in units of a grid's cells, from the image's centre: [..., 4] → [..., 2]."""
+    """Absolute coordinates in cells of a grid, from the image's centre: [..., 4] → [..., 2]."""
     extent = torch.tensor([grid[1], grid[0]], dtype=torch.float32, device=coordinates.device)
     return coordinates[..., :2] * extent
 
 
 def pixel_size(coordinates: Tensor, size: Size, grid: Size) -> Tensor:
-    """Width and height of an image's pixel in cells of a grid, at each point: [..., 4] → float32 [..., 2]."""
+    """Width and height of an image's pixel in cells of a grid: [..., 4] → float32 [..., 2]."""
     sides = [grid[1] / size[1], grid[0] / size[0]]
     pixel = torch.tensor(sides, dtype=torch.float32, device=coordinates.device)
     return pixel.expand(*coordinates.shape[:-1], -1)
 
 
 def sample_image(image: Tensor, coordinates: Tensor) -> Tensor:
-    """Bicubic colours of an image at any points: image [B, C, H, W], coordinates [B, N, 4] → [B, N, C].
+    """Interpolate an image's colours at any points, bicubic.
+
+    image [B, C, H, W], coordinates [B, N, 4] → [B, N, C].
 
     At a pixel's centre this is the pixel's own colour; outside, the border's.
     """

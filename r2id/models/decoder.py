@@ -1,11 +1,12 @@
 """RIAE's decoder: points anywhere query the latent cells.
 
 To add a kind, write a module with the methods of AttentionDecoder that RIAE and RiaeLoss call
-(spread_latents, decode_points, decode, points_per_pixel and blocks), add it to DECODERS and add its name
-to RiaeConfig.kind in r2id/config/models.py; an encoder of that name goes with it (r2id.models.encoder).
+(spread_latents, decode_points, decode, points_per_pixel and blocks), add it to DECODERS and add its
+name to RiaeConfig.kind in r2id/config/models.py; an encoder of that name goes with it
+(r2id.models.encoder).
 
-Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · M = h·w latents
-· P points asked for · D width.
+Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels
+· M = h·w latents · P points asked for · D width.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ class AttentionDecoder(nn.Module):
     ) -> Tensor:
         """Decode points of an image (H, W).
 
-        kv [B, M, D] of spread_latents at cells [B or 1, M, 4], points [B or 1, P, 4] → colours [B, P, C].
-        With ``tiles``, points are in tile order, and kv and cells those of ``tiles.part``.
+        kv [B, M, D] of spread_latents at cells [B or 1, M, 4], points [B or 1, P, 4] → colours
+        [B, P, C]. With ``tiles``, points are in tile order, and kv and cells those of
+        ``tiles.part``.
         """
         x = self.point_in(self.visibility.point_features(at, size, grid))
         x = x.expand(kv.shape[0], -1, -1)
@@ -95,8 +97,8 @@ class AttentionDecoder(nn.Module):
         """How many points, down and across, a pixel of an image (H, W) is the mean of.
 
         As many as it takes for none to stand for more of the picture than the largest pixels of the
-        training did. Half a latent cell is allowed for, since a grid says no better how large the images
-        were.
+        training did. Half a latent cell is allowed for, since a grid says no better how large the
+        images were.
         """
         smallest = self.config.decode_scales[0] if self.config.decode_scales else 1.0
         down, across = (

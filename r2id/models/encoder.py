@@ -4,8 +4,8 @@ To add a kind, write a module with the methods of AttentionEncoder that RIAE and
 (encode_points, encode and blocks), add it to ENCODERS and add its name to RiaeConfig.kind in
 r2id/config/models.py; a decoder of that name goes with it (r2id.models.decoder).
 
-Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · N pixels seen
-· M = h·w latents · D width.
+Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · N
+pixels seen · M = h·w latents · D width.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class AttentionEncoder(nn.Module):
         return [*self.cross_blocks, *self.latent_blocks]
 
     def encode(self, images: Tensor, grid: Size) -> Tensor:
-        """Images [B, C, H, W] → raw latents [B, L, h, w], from all pixels of some images at a time."""
+        """Encode some images at a time: [B, C, H, W] → raw latents [B, L, h, w]."""
         cells = coords.grid_coordinates(grid, device=images.device).unsqueeze(0)
         at_once = self.visibility.images_encoded_at_once(images.shape[2] * images.shape[3])
         latents = torch.cat(
@@ -78,8 +78,9 @@ class AttentionEncoder(nn.Module):
     ) -> Tensor:
         """Encode points of images as seen from the cells of a grid (h, w).
 
-        Colours [B, N, C] at [B or 1, N, 4] of an image (H, W), cells [1, M, 4] → latents [B, M, L]. With
-        ``tiled`` attention, cells and points are whole grids, and ``tiles`` those of the cells.
+        Colours [B, N, C] at [B or 1, N, 4] of an image (H, W), cells [1, M, 4] → latents [B, M, L].
+        With ``tiled`` attention, cells and points are whole grids, and ``tiles`` those of the
+        cells.
         """
         seen = self._query_pixels(colours, at, size, cells, grid, tiles)
         return self._to_latents(seen, cells, grid)

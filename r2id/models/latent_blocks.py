@@ -1,4 +1,4 @@
-"""Blocks in which the cells of a latent grid see each other, at the end of RIAE's encoder and at the start of its decoder.
+"""Blocks on the latent grid, at the end of RIAE's encoder and at the start of its decoder.
 
 Shape letters: B batch · h, w latent grid · M = h·w latents · D width.
 """
@@ -15,7 +15,7 @@ from r2id.models.visibility import Visibility
 
 
 class LatentBlocks(nn.ModuleList):
-    """``config.latent_blocks`` self-attention blocks; what a cell sees is the visibility's to say."""
+    """Self-attention blocks between latent cells; who sees whom is for the visibility to say."""
 
     def __init__(self, config: RiaeConfig, visibility: Visibility) -> None:
         super().__init__(

@@ -18,7 +18,8 @@ from r2id.models.tiles import Tiles
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020) with as many weights as a two-layer network of ``ratio`` times the width."""
+    """SwiGLU (Shazeer 2020) with as many weights as a two-layer network of ``ratio`` times the
+    width."""
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
@@ -48,7 +49,8 @@ class _Gated(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask takes one byte an element on a CPU too, where PyTorch's is of the input's dtype."""
+    """Dropout whose mask takes one byte an element on a CPU too, where PyTorch's is of the input's
+    dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
@@ -107,8 +109,8 @@ def zero_linear(width: int, out: int) -> nn.Linear:
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate of each branch of a block from the time embedding; all zero at the start, so that a block
-    starts as the identity (adaLN-Zero, Peebles & Xie 2023)."""
+    """Shift, scale and gate of each branch of a block from the time embedding; all zero at the
+    start, so that a block starts as the identity (adaLN-Zero, Peebles & Xie 2023)."""
 
     def __init__(self, width: int, branches: int) -> None:
         super().__init__()
@@ -126,7 +128,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiffusionBlock(nn.Module):
-    """Self-attention, cross-attention to condition tokens where ``conditional``, and feed-forward, modulated by time."""
+    """Self-attention, cross-attention to condition tokens where ``conditional``, and feed-forward,
+    modulated by time."""
 
     def __init__(
         self, width: int, heads: int, ffn_ratio: float, dropout: float, conditional: bool
@@ -153,7 +156,8 @@ class DiffusionBlock(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, context: Tensor | None = None, mix: Mix = attend
     ) -> Tensor:
-        """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]; ``mix`` is how tokens attend to each other."""
+        """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]; ``mix`` is how tokens attend to
+        each other."""
         (shift, scale, gate), *cross, (ffn_shift, ffn_scale, ffn_gate) = self.modulation(time)
         normed = modulate(self.norm(x), shift, scale)
         x = x + gate * self.dropout(self.attention(normed, normed, mix=mix))

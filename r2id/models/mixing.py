@@ -3,8 +3,8 @@
 To add a kind, write a function from queries, keys and values to what they become, add a line to
 ATTENTION_KINDS and add its name to AttentionKind in r2id/config/models.py.
 
-Shape letters: B batch · H heads · N = h·w tokens of a grid · d width of a head · G groups · S tokens of a
-group.
+Shape letters: B batch · H heads · N = h·w tokens of a grid · d width of a head · G groups · S
+tokens of a group.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Pass:
     grid: Size
     device: torch.device
     cloud_key: Tensor | None
-    """Random key of cloud attention's groups; without one, as in sampling, tokens see all others."""
+    """Random key of cloud attention's groups; without one, as in sampling, all see all."""
 
     @cached_property
     def tiles(self) -> Tiles:
@@ -72,7 +72,7 @@ def mixes(
     device: torch.device,
     cloud_key: Tensor | None = None,
 ) -> list[Mix]:
-    """Choose how each block's tokens attend: the kinds of ``config.attention`` in turn, and over again."""
+    """Choose how each block's tokens attend: the kinds of ``config.attention`` in turn."""
     shared, kinds = Pass(config, grid, device, cloud_key), config.attention
     return [ATTENTION_KINDS[kinds[i % len(kinds)]](shared, i) for i in range(blocks)]
 
@@ -113,8 +113,8 @@ def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor:
     """Split tokens into groups, in a random order [N], that see themselves alone: cost N²/G.
 
-    The last group is filled up with tokens of the first. It sees them, and their results are thrown away
-    in favour of their own group's, so that all groups are of one size.
+    The last group is filled up with tokens of the first. It sees them, and their results are thrown
+    away in favour of their own group's, so that all groups are of one size.
     """
     tokens = len(order)
     size = -(-tokens // groups)

@@ -1,4 +1,5 @@
-"""No autoencoder: the image is its own latent grid, one cell per pixel, so that R2ID diffuses pixels.
+"""No autoencoder: the image is its own latent grid, one cell per pixel, so that R2ID diffuses
+pixels.
 
 Shape letters: B batch · C colours · H, W image · h, w grid.
 """

@@ -1,6 +1,7 @@
-"""R2ID: a diffusion transformer on a grid of any size, whose tokens know where they are by coordinates alone.
+"""R2ID: a diffusion transformer on a grid of any size, whose tokens know places by coordinates.
 
-Shape letters: B batch · L channels of the diffused grid · h, w its size · N = h·w tokens · D width · K conditions.
+Shape letters: B batch · L channels of the diffused grid · h, w its size · N = h·w tokens · D width
+· K conditions.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ from r2id.models.mixing import mixes
 class R2ID(nn.Module):
     """Predicts the objective's target (ε, v or velocity) of a noised grid.
 
-    Encoder blocks run once per step; decoder blocks attend to condition tokens and run once per condition, so that
-    guidance costs less than two passes.
+    Encoder blocks run once per step; decoder blocks attend to condition tokens and run once per
+    condition, so that guidance costs less than two passes.
     """
 
     def __init__(
         self, config: R2idConfig, channels: int, classes: int, embedding: Sequence[int] = ()
     ) -> None:
-        """For grids of so many channels, under one of so many classes (0: none), or so many attributes if the config's
-        condition is those; or under embeddings of a shape, [D] or [T, D]."""
+        """Build a model for grids of so many channels.
+
+        ``classes`` is how many classes it may be told of (0: none), or attributes, where the
+        config's condition is those; ``embedding`` the shape of one, [D] or [T, D].
+        """
         super().__init__()
         self.config, self.channels, self.classes = config, channels, classes
         width = config.width
@@ -77,7 +81,8 @@ class R2ID(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> R2ID:
-        """A trained model from a file that ``r2id checkpoint export`` wrote: float32, on the CPU, ready for inference.
+        """A trained model from a file that ``r2id checkpoint export`` wrote: float32, on the CPU,
+        ready for inference.
 
         InputError when the file is none, is damaged or holds another model.
         """
@@ -98,9 +103,10 @@ class R2ID(nn.Module):
     ) -> Tensor:
         """One prediction under one condition.
 
-        x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1); condition [B] classes,
-        [B, A] attributes, or [B, D] or [B, T, D] embeddings; at [B or 1, N, 4] coordinates, by default the grid's own;
-        cloud_key the key of cloud attention's groups, by default one group → float32 [B, L, h, w].
+        x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1);
+        condition [B] classes, [B, A] attributes, or [B, D] or [B, T, D] embeddings; at
+        [B or 1, N, 4] coordinates, by default the grid's own; cloud_key the key of cloud
+        attention's groups, by default one group → float32 [B, L, h, w].
         """
         return self.predict(x, alpha_bar, condition.unsqueeze(0), at, cloud_key).squeeze(0)
 
@@ -112,7 +118,7 @@ class R2ID(nn.Module):
         at: Tensor | None = None,
         cloud_key: Tensor | None = None,
     ) -> Tensor:
-        """Predictions of one noised grid under K conditions: [K, B, …] → float32 [K, B, L, h, w]."""
+        """Predict under K conditions of one noised grid: [K, B, …] → float32 [K, B, L, h, w]."""
         grid: Size = (x.shape[2], x.shape[3])
         at = coords.grid_coordinates(grid, device=x.device).unsqueeze(0) if at is None else at
         place = coords.fourier_features(at, self.config.fourier).expand(x.shape[0], -1, -1)

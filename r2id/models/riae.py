@@ -2,14 +2,14 @@
 
 Encoding: a latent grid of any size starts as coordinates only and queries the image's pixels
 (r2id.models.encoder). Decoding: points anywhere, a pixel grid of any size among them, start as
-coordinates only and query the latents (r2id.models.decoder). Who sees whom is r2id.models.visibility's to
-say, for both and for the loss.
+coordinates only and query the latents (r2id.models.decoder). Who sees whom is
+r2id.models.visibility's to say, for both and for the loss.
 
-The latent grid owns the picture's aspect ratio: relative coordinates of cells and points alike take its
-shape, so that decoding 7×7 latents at 42×28 renders a square picture stretched.
+The latent grid owns the picture's aspect ratio: relative coordinates of cells and points alike take
+its shape, so that decoding 7×7 latents at 42×28 renders a square picture stretched.
 
-Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · N pixels seen
-· M = h·w latents · P points asked for · D width.
+Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · N
+pixels seen · M = h·w latents · P points asked for · D width.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class RIAE(nn.Module):
         self.visibility = VISIBILITIES[config.attention](config)
         encoder = ENCODERS[config.kind](config, channels, self.visibility)
         decoder = DECODERS[config.kind](config, channels, self.visibility)
-        # Checkpoints, optimizer states and averages name layers without "encoder." and "decoder." in
-        # front. So the layers are registered here, under those names, and the two parts that own them
-        # are kept in a tuple, where PyTorch does not look for modules.
+        # Checkpoints, optimizer states and averages name layers without "encoder." and "decoder."
+        # in front. So the layers are registered here, under those names, and the two parts that own
+        # them are kept in a tuple, where PyTorch does not look for modules.
         self.parts = (encoder, decoder)
         for part in self.parts:
             for name, layer in part.named_children():
@@ -49,9 +49,9 @@ class RIAE(nn.Module):
     def from_pretrained(cls, path: str | Path) -> RIAE:
         """Load a trained model from a file that ``r2id checkpoint export`` wrote.
 
-        It is float32, on the CPU, ready for inference. r2id.checkpoints.pretrained.read also gives what
-        else the file says, the latents' statistics among it. Raises InputError when the file is none, is
-        damaged or holds another model.
+        It is float32, on the CPU, ready for inference. r2id.checkpoints.pretrained.read also gives
+        what else the file says, the latents' statistics among it. Raises InputError when the file
+        is none, is damaged or holds another model.
         """
         found = pretrained.read(Path(path), "riae")
         return found.fill(cls(found.section("riae", RiaeConfig), found.facts["channels"]))
@@ -61,13 +61,14 @@ class RIAE(nn.Module):
         return [block for part in self.parts for block in part.blocks()]
 
     def grid_for(self, image: Size) -> Size:
-        """Latent grid (h, w) of an image (H, W): a cell per ``config.downsample`` pixels, at least one."""
+        """Latent grid (h, w) of an image (H, W): ``config.downsample`` pixels a cell, at least
+        one."""
         height, width = (max(1, round(side / self.config.downsample)) for side in image)
         return height, width
 
     @torch.no_grad()
     def encode(self, image: Tensor, grid: Size | None = None) -> Tensor:
-        """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w] from all pixels, on any grid."""
+        """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w], on any grid."""
         size: Size = (image.shape[2], image.shape[3])
         return self.parts[0].encode(image, grid or self.grid_for(size))
 
@@ -75,9 +76,10 @@ class RIAE(nn.Module):
     def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
         """Decode raw latents [B, L, h, w] → images [B, C, H, W] of any size.
 
-        They are nominally in [−1, 1], not clipped. With a window (y0, x0, y1, x1), the pixels that lie in
-        it, [B, C, y1 − y0, x1 − x0]. Pixels larger than any that were trained are means of several points
-        (points_per_pixel). Raises InputError when the window is not within the image.
+        They are nominally in [−1, 1], not clipped. With a window (y0, x0, y1, x1), the pixels that
+        lie in it, [B, C, y1 − y0, x1 − x0]. Pixels larger than any that were trained are means of
+        several points (points_per_pixel). Raises InputError when the window is not within the
+        image.
         """
         return self.parts[1].decode(latents, size, window)
 

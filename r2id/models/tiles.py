@@ -1,17 +1,19 @@
 """Attention that is local in coordinates: which keys the queries of a tile see.
 
-A latent grid is cut into square tiles, the last of a row or column smaller where the sides do not divide. The queries that
-lie in a tile see the keys whose centres lie within the tile's extent plus a halo, edges included, and nothing else; where no
-key of an axis is so near, the nearest. What a query sees thus follows from coordinates alone: not from sizes, and not
-from which other queries are asked along with it.
+A latent grid is cut into square tiles, the last of a row or column smaller where the sides do not
+divide. The queries that lie in a tile see the keys whose centres lie within the tile's extent plus
+a halo, edges included, and nothing else; where no key of an axis is so near, the nearest. What a
+query sees thus follows from coordinates alone: not from sizes, and not from which other queries are
+asked along with it.
 
-On a regular grid the keys within reach of a tile are a range of each axis, found by bisection. Every tile takes as many
-keys of an axis as the fullest does; the surplus repeats the last one and is masked.
+On a regular grid the keys within reach of a tile are a range of each axis, found by bisection.
+Every tile takes as many keys of an axis as the fullest does; the surplus repeats the last one and
+is masked.
 
 Positions are in cells from the grid's top or left edge: pixel j of n lies at (j + ½)·cells/n.
 
-Shape letters: B batch · t, T tiles of an axis, of the grid · q, Q queries of a tile · k, K keys of a tile · N queries ·
-M keys · H heads · d width of a head.
+Shape letters: B batch · t, T tiles of an axis, of the grid · q, Q queries of a tile · k, K keys of
+a tile · N queries · M keys · H heads · d width of a head.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ def positions(count: int, cells: int, part: slice = slice(None)) -> np.ndarray:
 
 
 def rectangles(size: Size, grid: Size, tile: int, most: int, part: Part = WHOLE) -> Iterator[Part]:
-    """Cut a grid (H, W) of queries, or a part of it, into rectangles of about ``most`` points, between tiles where whole
-    tiles fit."""
+    """Cut a grid (H, W) of queries, or a part of it, into rectangles of about ``most`` points.
+
+    Cuts lie between tiles where whole tiles fit.
+    """
     rows, columns = (len(range(*part[i].indices(size[i]))) for i in (0, 1))
     width = min(columns, max(1, math.isqrt(most), most // rows))
     for y in _runs(size[0], grid[0], tile, max(1, most // width), part[0]):
@@ -46,7 +50,7 @@ def rectangles(size: Size, grid: Size, tile: int, most: int, part: Part = WHOLE)
 
 
 def _runs(count: int, cells: int, tile: int, most: int, part: slice) -> Iterator[slice]:
-    """Of one axis, at most ``most`` long."""
+    """Cut one axis into runs of at most ``most``, between tiles where whole ones fit."""
     start, last, _ = part.indices(count)
     edges = np.append(
         np.flatnonzero(np.diff(positions(count, cells, part) // tile)) + 1 + start, last
@@ -66,7 +70,8 @@ class _Axis:
     """Index of each tile's queries, int64 [t, q], and which are no surplus, bool [t, q]."""
     asked: np.ndarray
     keys: np.ndarray
-    """Index of each tile's keys among those of ``part``, int64 [t, k], and which are no surplus, bool [t, k]."""
+    """Index of each tile's keys among those of ``part``, int64 [t, k], and which are no surplus,
+    bool [t, k]."""
     seen: np.ndarray
     middle: np.ndarray
     """Of each tile, in cells from the grid's centre, float64 [t]."""
@@ -97,14 +102,18 @@ def _axis(queries: np.ndarray, keys: np.ndarray, cells: int, tile: int, halo: fl
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ranges as rows of one length: indices [t, n], the last repeated as surplus, and which are no surplus, bool [t, n]."""
+    """Make ranges rows of one length, the last index of each repeated as surplus.
+
+    start, stop int64 [t] → indices int64 [t, n], and which of them are no surplus, bool [t, n].
+    """
     index = start[:, None] + np.arange((stop - start).max())
     return np.minimum(index, stop[:, None] - 1), index < stop[:, None]
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of a grid, the same for all samples (B = 1) or each sample's own, and which keys each sees.
+    """Tiles of a grid, the same for all samples (B = 1) or each sample's own, and which keys each
+    sees.
 
     In tile order, queries are the T·Q rows that ``queries`` lists, surplus included.
     """
@@ -135,8 +144,11 @@ class Tiles:
         part: Part = WHOLE,
         device: torch.device | None = None,
     ) -> Tiles:
-        """Of queries that are a grid (H, W) of points, or a part of one, and keys that are another, both over the same
-        picture; tiles of ``tile`` cells and a halo in cells of the latent grid (h, w)."""
+        """Build tiles for a query grid (or a part of it) attending to a key grid over one image.
+
+        queries, keys (H, W) points each; tiles of ``tile`` × ``tile`` cells of the latent grid
+        (h, w), with a halo in such cells.
+        """
         y, x = (
             _axis(
                 positions(queries[i], grid[i], part[i]),
@@ -196,8 +208,11 @@ class Tiles:
         return gathered.view(-1, self.keys.shape[2], heads, dim).transpose(1, 2)
 
     def split_places(self, at: Tensor, context_at: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Places in cells from the grid's centre, of queries [B or 1, T·Q, 2] and keys [B or 1, M, 2], from their tile's
-        centre: [B·T, Q, 2] and [B·T, K, 2]. Near zero, bfloat16 keeps them apart in a grid of any size."""
+        """Measure places from the centre of their tile instead of the grid's, in cells.
+
+        Queries [B or 1, T·Q, 2] and keys [B or 1, M, 2] → [B·T, Q, 2] and [B·T, K, 2]. Near zero,
+        bfloat16 keeps places apart in a grid of any size.
+        """
         own = rearrange(
             at, "b (t q) c -> b t q c", t=self.queries.shape[1]
         ) - self.centre.unsqueeze(2)
@@ -217,7 +232,10 @@ class Tiles:
 
 
 def _crossed(y: np.ndarray, x: np.ndarray, width: int = 0) -> np.ndarray:
-    """What holds on both axes, bool [t_y, n_y] and [t_x, n_x] → [T, n]; or indices of a grid so wide from those of axes."""
+    """Combine what is known of rows and of columns: [t_y, n_y] and [t_x, n_x] → [T, n].
+
+    Of masks, what holds on both axes; with ``width``, of indices, those in a grid so wide.
+    """
     y, x = y[:, None, :, None], x[None, :, None, :]
     both = y * width + x if width else y & x
     return both.reshape(both.shape[0] * both.shape[1], -1)

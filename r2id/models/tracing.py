@@ -1,4 +1,5 @@
-"""Memory and operations of a model's work, counted by running it on tensors that have sizes and no contents.
+"""Memory and operations of a model's work, counted by running it on tensors that have sizes and no
+contents.
 
 The real modules run under FakeTensorMode, and every tensor's storage is noted as it comes and goes.
 
@@ -45,9 +46,11 @@ class Trace:
 
 
 def trace_step(case: Case, bfloat16: bool, as_on_gpu: bool = True) -> Trace:
-    """What a micro-batch's forward and backward pass keeps, moment by moment. Computes nothing and needs no GPU.
+    """What a micro-batch's forward and backward pass keeps, moment by moment. Computes nothing and
+    needs no GPU.
 
-    ``bfloat16`` is autocast. Without ``as_on_gpu``, as on a CPU, whose attention and dropout keep other things.
+    ``bfloat16`` is autocast. Without ``as_on_gpu``, as on a CPU, whose attention and dropout keep
+    other things.
     """
     with ExitStack() as stack:
         ledger = _enter(stack, as_on_gpu)
@@ -72,7 +75,7 @@ def trace_step(case: Case, bfloat16: bool, as_on_gpu: bool = True) -> Trace:
 
 
 def trace_peak(work: Callable[[], Callable[[], Any]], as_on_gpu: bool = True) -> int:
-    """Most bytes that live at once, beside what was there before, in a call of the function that ``work`` makes."""
+    """Most bytes that live at once in a call of what ``work`` makes, beside those from before."""
     with ExitStack() as stack:
         ledger = _enter(stack, as_on_gpu)
         function = work()
@@ -82,8 +85,10 @@ def trace_peak(work: Callable[[], Callable[[], Any]], as_on_gpu: bool = True) ->
 
 
 def count_flops(work: Callable[[], Callable[[], Any]]) -> int:
-    """Floating-point operations of matrix products, attention among them, in a call of the function that ``work`` makes: two
-    for each multiplication with its addition. Computes nothing."""
+    """Count floating-point operations of matrix products in a call of what ``work`` makes.
+
+    Attention is among them, and a multiplication with its addition is two. Computes nothing.
+    """
     with FakeTensorMode(), plain_up_to(math.inf), torch.no_grad():
         function = work()
         with FlopCounterMode(display=False) as counter:
@@ -100,7 +105,8 @@ def _enter(stack: ExitStack, as_on_gpu: bool) -> _Ledger:
 
 
 class _FusedDropout(TorchFunctionMode):
-    """Dropout as on a GPU, where its mask takes one byte an element; on a CPU it is of the input's own type."""
+    """Dropout as on a GPU, where its mask takes one byte an element; on a CPU it is of the input's
+    own type."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

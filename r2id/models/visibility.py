@@ -1,21 +1,21 @@
 """Who sees whom between an image's points and the cells of its latent grid.
 
-One object knows it, for the encoder (cells see pixels), the decoder (points see cells), their blocks on
-the latent grid, and for what a training step draws. With it goes how places are described to the
-network, since that has to suit what is seen:
+One object knows it, for the encoder (cells see pixels), the decoder (points see cells), their
+blocks on the latent grid, and for what a training step draws. With it goes how places are described
+to the network, since that has to suit what is seen:
 
 * ``cloud``: all see all, and places are Fourier features of the whole image. Training shows random
   clouds of pixels and of latents instead.
 * ``tiled``: who lies in a tile of cells sees what lies in it and in a halo around it
-  (r2id.models.tiles). Places are features of cells, the same in a window of an image as in the image,
-  and cost grows linearly with the pixels. The smallest thing that is encoded at once is the
+  (r2id.models.tiles). Places are features of cells, the same in a window of an image as in the
+  image, and cost grows linearly with the pixels. The smallest thing that is encoded at once is the
   surroundings of one tile; a grid of few cells over a large image takes memory accordingly.
 
 To add a kind, write a subclass of Visibility, add it to VISIBILITIES and add its name to
 RiaeConfig.attention in r2id/config/models.py.
 
-Shape letters: B batch · C colours · H, W image size · h, w latent grid · N pixels seen · M = h·w latents
-· P points asked for · D width.
+Shape letters: B batch · C colours · H, W image size · h, w latent grid · N pixels seen · M = h·w
+latents · P points asked for · D width.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ _DECODE_CHUNK = 8192  # cloud: points decoded
 _TILES_CHUNK = 1 << 13  # tiled: pixels encoded or decoded
 
 Look = Callable[[Tensor, Tensor, Size, Tensor, Size, Tiles | None], Tensor]
-"""(colours [B, N, C], their places [1, N, 4], image size, cells [1, M, 4], grid, tiles) → [B, M, D]."""
+"""(colours [B, N, C], their places [1, N, 4], image size, cells [1, M, 4], grid, tiles) →
+[B, M, D]."""
 Draw = Callable[[Tensor, Tensor, Tensor, Size, Size, Tiles | None], Tensor]
-"""(kv [B, M, D], cells [1, M, 4], points [1, P, 4], image size, grid, tiles) → colours [B, P, C]."""
+"""(kv [B, M, D], cells [1, M, 4], points [1, P, 4], image size, grid, tiles) → colours
+[B, P, C]."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Visibility(ABC):
         """Describe the places of cells, or of any points: [..., 4] → [..., cell_dim]."""
 
     def point_features(self, at: Tensor, size: Size, grid: Size) -> Tensor:
-        """Describe the places of an image's pixels, and how large they are: [..., 4] → [..., point_dim]."""
+        """Describe an image's pixels by place and size: [..., 4] → [..., point_dim]."""
         features = self.cell_features(at, grid)
         if not self.config.condition_on_pixel_size:
             return features
@@ -93,7 +95,10 @@ class Visibility(ABC):
         part: Part = WHOLE,
         device: torch.device | None = None,
     ) -> Tiles | None:
-        """Tiles of a query grid (or a part of it) that sees a key grid over the same image; none where all see all."""
+        """Build tiles for a query grid (or a part of it) attending to a key grid over one image.
+
+        None where all see all.
+        """
 
     @abstractmethod
     def latent_tiles(self, grid: Size, device: torch.device) -> Tiles | None:
@@ -119,11 +124,11 @@ class Visibility(ABC):
 
     @abstractmethod
     def choose_seen(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
-        """Choose ``count`` of an image's pixels for the encoder to see in a training step: int64 [B, N]."""
+        """Choose ``count`` pixels for the encoder to see in a training step: int64 [B, N]."""
 
     @abstractmethod
     def choose_asked(self, rng_keys: Tensor, size: Size, grid: Size, count: int) -> Asked:
-        """Choose ``count`` of an image's pixels for the decoder to be asked for in a training step."""
+        """Choose ``count`` pixels to ask the decoder for in a training step."""
 
     @abstractmethod
     def choose_latents(

@@ -50,7 +50,8 @@ def test_flow_at_time_t_is_a_straight_line():
 
 
 def test_shift_makes_a_larger_grid_s_mean_as_noisy():
-    """Averaging s×s cells divides the noise's variance by s²: with k = 1 the averages have the base grid's SNR."""
+    """Averaging s×s cells divides the noise's variance by s²: with k = 1 the averages have the base
+    grid's SNR."""
     shift = schedule.size_shift(14.0, 7.0, 1.0)
     assert shift == pytest.approx(math.log(4))
     t = torch.tensor(0.4)
@@ -137,7 +138,10 @@ def test_second_order_needs_fewer_steps():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_heun_s_error_falls_with_the_square_of_the_steps(kind):
-    """Against Euler's with the steps. Both end with one denoising, whose error does not fall: it is left out."""
+    """Against Euler's with the steps.
+
+    Both end with one denoising, whose error does not fall: it is left out.
+    """
     noise, denoise = torch.randn(1000, dtype=torch.float64), gaussian_denoiser(1.5, 0.5, kind)
 
     def error(solve, steps):
@@ -165,7 +169,8 @@ def test_euler_of_the_flow_is_ddim():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_fresh_noise_keeps_the_marginals(kind, eta):
-    """After every step x is distributed as α·x₀ + σ·ε is, and with η = 1 forgets the noise it came from."""
+    """After every step x is distributed as α·x₀ + σ·ε is, and with η = 1 forgets the noise it came
+    from."""
     torch.manual_seed(0)
     noise, mean, std = torch.randn(40000), 1.5, 0.5
     denoise, seen = gaussian_denoiser(mean, std, kind), []

@@ -59,8 +59,8 @@ def test_dropout_draws_as_pytorch_does_and_scales():
 
 
 def test_blocks_keep_little_for_the_backward_pass():
-    """Of a norm its input and a scale per row; of a gated layer what goes into its three products, and two more; of
-    dropout a byte per element."""
+    """Of a norm its input and a scale per row; of a gated layer what goes into its three products,
+    and two more; of dropout a byte per element."""
 
     def kept(layer, x):
         storages = {}

@@ -59,7 +59,8 @@ def test_fourier_features_tell_neighbours_of_1024_apart():
 
 @pytest.mark.parametrize("grid", [(1, 1), (4, 4), (5, 7)])
 def test_phase_is_the_same_in_every_cell(grid):
-    """The centres of all cells have the phase of the middle of a period: sin π = 0, cos π = −1, sin 2π = 0, cos 2π = 1."""
+    """The centres of all cells have the phase of the middle of a period: sin π = 0, cos π = −1, sin
+    2π = 0, cos 2π = 1."""
     phase = coords.cell_phase(coords.grid_coordinates(grid), grid)
     expected = torch.tensor([0.0, 0, 0, 0, -1, -1, 1, 1]).expand_as(phase)
     torch.testing.assert_close(phase, expected, atol=1e-5, rtol=0)
@@ -72,7 +73,8 @@ def test_sampled_colours_are_the_pixels_at_their_centres():
 
 
 def test_sampled_colours_follow_a_ramp():
-    """Away from the border, bicubic interpolation follows a linear function to a twentieth of a pixel."""
+    """Away from the border, bicubic interpolation follows a linear function to a twentieth of a
+    pixel."""
     ramp = coords.grid_coordinates((16, 16))[:, 0].view(1, 1, 16, 16)
     at = torch.tensor([[[0.1234, -0.2, 0.0, 0.0], [-0.3, 0.05, 0.0, 0.0]]])
     torch.testing.assert_close(

@@ -211,7 +211,8 @@ def test_losses_at_known_errors():
 
 @pytest.mark.parametrize("attention", ["cloud", "tiled"])
 def test_texture_is_the_error_of_the_slope(attention):
-    """An untrained decoder says 0 everywhere, so that the term is the square of the image's own slope."""
+    """An untrained decoder says 0 everywhere, so that the term is the square of the image's own
+    slope."""
     model = RIAE(SMALL.model_copy(update={"attention": attention}), 1)
     changes = {"jitter": 0.0, "decode_pixels": 400}
     image = (

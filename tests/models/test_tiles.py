@@ -1,4 +1,5 @@
-"""Attention that is local in coordinates: what each query sees, at any sizes, and what follows from it."""
+"""Attention that is local in coordinates: what each query sees, at any sizes, and what follows from
+it."""
 
 import math
 from functools import partial
@@ -146,7 +147,8 @@ def test_latent_blocks_may_be_tiled():
 
 
 def test_a_change_of_one_pixel_reaches_no_further_than_tiles_and_halos():
-    """With tiled latent blocks, too: each layer carries it from its tile to the neighbours whose halo it lies in."""
+    """With tiled latent blocks, too: each layer carries it from its tile to the neighbours whose
+    halo it lies in."""
     model, image = made(latent_attention="tiled"), torch.randn(1, 1, 16, 160)
     changed = image.clone()
     changed[..., 0] += 1

@@ -1,7 +1,7 @@
 """Errors of colours.
 
-To add one, write a function from errors to their losses, of the same shape, add it to PIXEL_LOSSES and
-add its name to PixelLoss in r2id/config/losses.py.
+To add one, write a function from errors to their losses, of the same shape, add it to PIXEL_LOSSES
+and add its name to PixelLoss in r2id/config/losses.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What R2ID minimises: a module from a batch to (loss, named figures), with every random draw keyed by (seed, step, sample).
+"""What R2ID minimises: a module from a batch to (loss, named figures).
+
+Every random draw is keyed by (seed, step, sample).
 
 Shape letters: B batch · L latent channels · h, w latent grid.
 """
@@ -33,7 +35,8 @@ class R2idLoss(nn.Module):
     def forward(
         self, latent: Tensor, condition: Tensor, index: Tensor, step: int
     ) -> tuple[Tensor, Figures]:
-        """latent [B, L, h, w] normalised, condition [B, …], index [B] of the samples → scalar loss, figures."""
+        """latent [B, L, h, w] normalised, condition [B, …], index [B] of the samples → scalar loss,
+        figures."""
         rng_keys = rng.fold(self.seed, step, index)
         grid: Size = (latent.shape[2], latent.shape[3])
         dropped = (

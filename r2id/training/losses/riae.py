@@ -1,13 +1,13 @@
 """What RIAE minimises: a module from a batch to (loss, named figures).
 
-Every random draw is keyed by (seed, step, sample), so that a loss depends on neither the batch that a
-sample is in nor on how often training was interrupted.
+Every random draw is keyed by (seed, step, sample), so that a loss depends on neither the batch that
+a sample is in nor on how often training was interrupted.
 
 To add a pixel loss, see r2id.training.losses.pixel. To add a term, add its weight to LossConfig in
 r2id/config/losses.py and a method like _texture_loss here.
 
-Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid · N pixels seen
-· M = h·w latents · P points asked for · D width.
+Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid · N pixels
+seen · M = h·w latents · P points asked for · D width.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class _Points:
 class RiaeLoss(nn.Module):
     """Reconstruction of some points of an image from what a training step shows of it.
 
-    Which ones is for the model's visibility to choose: a random cloud of pixels seen and random points
-    asked for, or all pixels seen and random tiles asked for. A jittered point stays with the tile of its
-    pixel: half a pixel is little beside the halo.
+    Which ones is for the model's visibility to choose: a random cloud of pixels seen and random
+    points asked for, or all pixels seen and random tiles asked for. A jittered point stays with the
+    tile of its pixel: half a pixel is little beside the halo.
     """
 
     def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
@@ -140,10 +140,12 @@ class RiaeLoss(nn.Module):
     def _points(
         self, image: Tensor, shape: Size, chosen: Tensor, jitter_keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Points of each image near its chosen pixels, int64 [B, P] → [B, P, 4], and the colours there, [B, P, C].
+        """Draw points near an image's chosen pixels, and look up the colours there.
 
-        Jittered points lie between pixel centres and take the bicubic colour of their place, not the
-        pixel's: jitter without that would teach a blurred image.
+        int64 [B, P] → [B, P, 4] and [B, P, C].
+
+        Jittered points lie between pixel centres and take the bicubic colour of their place, not
+        the pixel's: jitter without that would teach a blurred image.
         """
         size: Size = (image.shape[2], image.shape[3])
         jitter = self.config.jitter
@@ -156,10 +158,10 @@ class RiaeLoss(nn.Module):
 
 
 def rescaled(image: Tensor, scales: tuple[float, float] | None, *key: int) -> Tensor:
-    """Images [B, C, H, W] at a random height and width within factors of their own, evenly spread by their logarithm:
-    bicubic, averaged where they shrink.
+    """Resize images [B, C, H, W] to a random height and width within factors of their own.
 
-    Of a few factors, since kernels are prepared, and kept, for every shape: on a CPU a gigabyte of them for a thousand.
+    Bicubic, averaged where they shrink. The factors are a few, evenly spread by their logarithm:
+    kernels are prepared, and kept, for every shape, on a CPU a gigabyte of them for a thousand.
     """
     if scales is None:
         return image
