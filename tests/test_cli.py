@@ -117,7 +117,8 @@ def test_results_as_json(r2id, digits, riae_run, r2id_run, latents, tmp_path):
         and json.loads(out)["reused"] == 3
         and (tmp_path / "many" / "images" / "00000002.png").exists()
     )
-    assert "goes with --format grid" in r2id(*many, "--overwrite")[2]
+    code, _, errors = r2id(*many, "--overwrite")
+    assert code == 2 and "--overwrite" in errors and "--format png" in errors
     Image.new("L", (9, 7), 200).save(tmp_path / "in.png")
     code, out, _ = r2id(
         "reconstruct", riae_run, tmp_path / "in.png", "--out", tmp_path / "r.png", "--json"
@@ -257,7 +258,7 @@ MISTAKES = {
         ["train.batch = 0", "greater than or equal to 1"],
     ),
     "config missing": ("train {tmp}/none.toml", ["none.toml", "no such config"]),
-    "pipeline to train": ("train {configs}/digits/pipeline.toml", ["'pipeline' is for r2id run"]),
+    "pipeline to train": ("train {configs}/digits/pipeline.toml", ["'pipeline'", "r2id run"]),
     "stage to run": ("run {configs}/digits/riae.toml", ["r2id run takes 'pipeline'"]),
     "sample of the other stage": ("sample {riae} --out {tmp}/s.png", ["stage 'riae', not 'r2id'"]),
     "encode of the other stage": (
@@ -291,6 +292,12 @@ MISTAKES = {
         "sample {r2id} --out {tmp}/text.jpg",
         ["text.jpg", ".png file or a folder"],
     ),
+    "interval of one": (SAMPLE + " --cfg-interval 0.2", ["--cfg-interval", "'0.2'", "LOW,HIGH"]),
+    "interval that falls": (
+        "sample {r2id} --size 8x8 --out {tmp}/s.png --cfg-interval 0.9,0.1",
+        ["guidance_interval", "[0.9, 0.1]"],
+    ),
+    "unknown dataset": ("prepare mnits --out {tmp}/o", ["'mnits'", "'mnist'"]),
     "unknown solver": (SAMPLE + " --solver rk9", ["rk9", "ddim"]),
     "checkpoint that is none": ("checkpoint show {tmp}/empty", ["empty", "no checkpoint"]),
     "export to another kind": (

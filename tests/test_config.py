@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from r2id.config import PipelineRun, RiaeRun, load_config, parse_config, to_toml
+from r2id.config import (
+    PipelineRun,
+    RiaeRun,
+    load_config,
+    override,
+    parse_config,
+    to_arguments,
+    to_toml,
+)
 from r2id.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
@@ -33,14 +41,7 @@ def test_overrides_are_typed():
 
 
 def test_stage_overrides_in_a_pipeline():
-    pipeline = {
-        "stage": "pipeline",
-        "name": "n",
-        "out": "runs/n",
-        "prepare": {"dataset": "digits", "out": "data/d"},
-        "riae": {"config": "riae.toml"},
-        "r2id": {"config": "r2id.toml", "set": ["train.ema=0.9"]},
-    }
+    pipeline = pipeline_table(r2id={"config": "r2id.toml", "set": ["train.ema=0.9"]})
     config = parse_config(
         pipeline, ["riae.train.steps=3", "r2id.r2id.width=64", "evaluate.count=7"]
     )
@@ -52,48 +53,92 @@ def test_stage_overrides_in_a_pipeline():
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "words"),
     [
-        ("train.stepz=5", "train.stepz: unknown key; did you mean 'steps'?"),
-        ("trian.steps=5", "trian: unknown key; did you mean 'train'?"),
-        ("train.steps=many", "train.steps = 'many': Input should be a valid integer"),
-        ("train.steps=0", "train.steps = 0: Input should be greater than or equal to 1"),
-        ("train.steps=2.5", "train.steps = 2.5: Input should be a valid integer"),
-        ("riae.bounded=1", "riae.bounded = 1: Input should be a valid boolean"),
-        ("loss.encode_cloud=0.0", "loss.encode_cloud = 0.0: Input should be greater than 0"),
-        (
-            "riae.decode_scales=[2.0, 0.5]",
-            "decode_scales = [2.0, 0.5]: must be positive, the smaller first",
-        ),
-        ("riae.attention=near", "riae.attention = 'near': Input should be 'cloud' or 'tiled'"),
-        ("data.size=[0, 4]", "data.size.0 = 0: Input should be greater than or equal to 1"),
-        ("engine.zero_stage=4", "engine.zero_stage = 4: Input should be 0, 1, 2 or 3"),
-        ("train.steps.deep=4", "steps is a value, not a section"),
-        ("nothing", "override 'nothing': must look like section.key=value"),
+        ("train.stepz=5", ["train.stepz", "'steps'"]),
+        ("trian.steps=5", ["trian", "'train'"]),
+        ("train.steps=many", ["train.steps = 'many'", "integer"]),
+        ("train.steps=0", ["train.steps = 0", "1"]),
+        ("train.steps=2.5", ["train.steps = 2.5", "integer"]),
+        ("riae.bounded=1", ["riae.bounded = 1", "boolean"]),
+        ("loss.encode_cloud=0.0", ["loss.encode_cloud = 0.0", "greater than 0"]),
+        ("riae.decode_scales=[2.0, 0.5]", ["decode_scales = [2.0, 0.5]"]),
+        ("riae.attention=near", ["riae.attention = 'near'", "'cloud'", "'tiled'"]),
+        ("data.size=[0, 4]", ["data.size.0 = 0", "1"]),
+        ("engine.zero_stage=4", ["engine.zero_stage = 4", "0, 1, 2 or 3"]),
+        ("train.steps.deep=4", ["train.steps.deep=4", "steps"]),
+        ("nothing", ["'nothing'", "section.key=value"]),
     ],
 )
-def test_mistakes_are_named_in_one_line(override, message):
+def test_mistakes_are_named_in_one_line(override, words):
     with pytest.raises(InputError) as caught:
         parse_config(table(), [override])
     text = str(caught.value)
     assert "\n" not in text
-    assert message in text
+    assert all(word in text for word in words), text
 
 
 def test_objective_and_schedule_must_fit():
     r2id = {**table(), "stage": "r2id", "codec": "runs/riae", "diffusion": {"objective": "flow"}}
-    with pytest.raises(InputError, match="objective 'flow' does not go with schedule 'cosine'"):
+    with pytest.raises(InputError, match=r"'flow'.*'cosine'"):
         parse_config(r2id)
 
 
 def test_files_that_are_no_configs(tmp_path):
-    with pytest.raises(InputError, match="no such config file"):
-        load_config(tmp_path / "none.toml")
-    (tmp_path / "bad.toml").write_text("a = = 1")
-    with pytest.raises(InputError, match=r"bad.toml: not a readable TOML file: .*line 1"):
-        load_config(tmp_path / "bad.toml")
-    (tmp_path / "other.toml").write_text("stage = 'vae'")
-    with pytest.raises(
-        InputError, match="stage = 'vae': must be one of 'riae', 'r2id', 'pipeline'"
+    for name, content, words in (
+        ("none.toml", None, "none.toml"),
+        ("bad.toml", "a = = 1", r"bad\.toml.*line 1"),
+        ("other.toml", "stage = 'vae'", "'vae'.*'riae', 'r2id', 'pipeline'"),
     ):
-        load_config(tmp_path / "other.toml")
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=words):
+            load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["plain", "two words", 'a "b" \\ c\n', "Ünïcode 🙂", "5", "true"])
+def test_an_override_is_read_as_it_was_written(value):
+    assert parse_config(table(), [override("tracking.name", value)]).tracking.name == value
+    options = {"a": {"b c": [1, value]}, "on": True}
+    assert (
+        parse_config(table(), [override("engine.deepspeed", options)]).engine.deepspeed == options
+    )
+    config = parse_config(table(), [override("engine.deepspeed", options)])
+    assert parse_config(tomllib.loads(to_toml(config))) == config
+
+
+def pipeline_table(**tables):
+    return {
+        "stage": "pipeline",
+        "name": "n",
+        "out": "runs/n",
+        "prepare": {"dataset": "digits", "out": "data/d"},
+        "riae": {"config": "riae.toml"},
+        "r2id": {"config": "r2id.toml"},
+        **tables,
+    }
+
+
+def test_what_a_pipeline_sets_is_all_that_it_sets_after_a_round_trip():
+    config = parse_config(pipeline_table(sample={"guidance": 2.0, "labels": [3]}, evaluate={}))
+    for again in (config, parse_config(tomllib.loads(to_toml(config)))):
+        assert again.sample.changes() == {"guidance": 2.0, "labels": (3,)}
+        assert again.evaluate.changes() == again.encode.changes() == again.tracking.changes() == {}
+
+
+def test_arguments_are_of_what_is_set():
+    config = parse_config(
+        pipeline_table(
+            sample={
+                "sizes": [[8, 8], [6, 9]],
+                "labels": [3, 1],
+                "guidance": 2.0,
+                "guidance_interval": [0.25, 1.0],
+            },
+            evaluate={"invariance": True, "extractor": None},
+        )
+    )
+    assert isinstance(config, PipelineRun)
+    sample = "--cfg 2.0 --cfg-interval 0.25,1.0 --size 8x8 --size 6x9 --label 3 --label 1"
+    assert to_arguments(config.sample) == sample.split()
+    assert to_arguments(config.evaluate) == ["--invariance"]
