@@ -235,6 +235,7 @@ def test_a_gzip_that_is_no_tar(tmp_path):
         make("folder", tmp_path / "set", tmp_path / "x.tar.gz")
 
 
+@pytest.mark.slow
 def test_real_archive(real_data, tmp_path):
     shards = make("folder", tmp_path / "set", real_data / "cifar10-sample.tar.gz", workers=2)
     assert (

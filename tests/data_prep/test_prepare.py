@@ -125,6 +125,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
     assert len(stages) > 4, "they fell into different stages of the work"
 
 
+@pytest.mark.slow
 def test_killed_while_several_processes_write(source, tmp_path):
     make("mnist", tmp_path / "whole", source, **SMALL)
     out = tmp_path / "set"

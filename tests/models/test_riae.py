@@ -98,7 +98,7 @@ def test_large_pixels_are_means_of_points(model):
     )
 
 
-@pytest.mark.parametrize("attention", ["cloud", "tiled"])
+@pytest.mark.parametrize("attention", ["cloud", pytest.param("tiled", marks=pytest.mark.slow)])
 def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
     torch.manual_seed(0)
     model = RIAE(SMALL.model_copy(update={"attention": attention}), 1).eval()
