@@ -1,4 +1,4 @@
-"""Prefect flows, one for each stage and one for all; stages are processes and are passed paths.
+"""Prefect flows: one for each stage and one for all. Stages are processes and exchange files.
 
 Start at pipeline.py (run_pipeline); flows.py has the stages, subprocesses.py their processes,
 preparation.py the sharding of datasets, artifacts.py what Prefect shows and orchestration.py its
@@ -8,9 +8,8 @@ server.
 import os as _os
 
 # Prefect reads these when it is imported, so they are set before any module of this package can
-# import it. Its console log repeats what the stages say and answers a misspelt option with pages of
-# traceback; the log in its own database is complete. Whoever wants another setting sets the
-# variable beforehand.
+# import it. Its console log repeats what the stages print and answers a misspelt option with pages
+# of traceback; the log in its own database is complete. A variable that is already set is kept.
 _os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 _os.environ.setdefault("PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL", "CRITICAL")
 _os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

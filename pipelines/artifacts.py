@@ -1,4 +1,4 @@
-"""What the flows show in Prefect of long work, which neither waits for this nor fails by it."""
+"""Show the progress of long work in Prefect; the work never waits for Prefect or fails with it."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.runtime import task_run
 
-from pipelines.orchestration import server_answers, words
+from pipelines.orchestration import describe_error, server_answers
 from r2id.config import R2idRun, RiaeRun
 from r2id.errors import Stopped
 from r2id.progress import FILE_VARIABLE, say
 
 _SECONDS_BETWEEN_UPDATES = 2.0
-_SECONDS_TO_END = 10.0  # for an update that is under way
-_MLFLOW = "http://127.0.0.1:5000"  # where its server is unless told otherwise
+_SECONDS_TO_END = 10.0  # that the end of a training waits for an update under way
+_MLFLOW = "http://127.0.0.1:5000"  # the default address of its server
 
 
 class LiveArtifact:
     """An artifact whose content is replaced as the work goes on: a percentage, or Markdown."""
 
-    def __init__(self, what: str, create: Callable[[], Any]) -> None:
-        self.what, self.next = what, 0.0
+    def __init__(self, name: str, create: Callable[[], Any]) -> None:
+        self.name, self.next_update = name, 0.0
         self.artifact: UUID | None = None
         self.shown: float | str | None = None
         try:
             self.artifact = create()
         except Exception as error:
-            say(f"prefect: no {what} is shown: {words(error)}")
+            say(f"prefect: no {name} is shown: {describe_error(error)}")
 
     def show(self, data: float | str, last: bool = False) -> None:
-        """Replace the content, every few seconds at most, or once more as the last one."""
+        """Replace the content, at most every few seconds; the ``last`` one is shown at once."""
         now = time.monotonic()
-        if self.artifact is None or data == self.shown or (now < self.next and not last):
+        if self.artifact is None or data == self.shown or (now < self.next_update and not last):
             return
-        self.next = now + _SECONDS_BETWEEN_UPDATES
-        if not server_answers():  # Prefect's client would try for a minute, and the work wait
+        self.next_update = now + _SECONDS_BETWEEN_UPDATES
+        if not server_answers():  # its client would retry for a minute and delay the work
             return
         try:
             get_client(sync_client=True).update_artifact(self.artifact, ArtifactUpdate(data=data))
             self.shown = data
         except Exception as error:
             self.artifact = None
-            say(f"prefect: {self.what} is shown no more: {words(error)}")
+            say(f"prefect: {self.name} is shown no more: {describe_error(error)}")
 
 
 class TrainingArtifacts:
-    """Two artifacts of a training, kept up to date within a ``with`` block.
+    """Two artifacts of a training run, updated by a thread within a ``with`` block.
 
-    They show how far it is, and a page with its command, MLflow run, checkpoint and figures. Run
-    the training with ``environment``, and set ``result`` to what it returns.
+    One shows the progress in percent, the other a page with the command, MLflow run, checkpoint and
+    figures. Run the training with ``environment``, and set ``result`` to what it returns.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class TrainingArtifacts:
         self.folder.cleanup()
 
     def markdown(self) -> str:
-        """Write the page."""
+        """Return the page as Markdown."""
         newest = self._checkpoint()
         rows = {
             "State": self.state,
@@ -139,17 +139,18 @@ class TrainingArtifacts:
         )
 
     def _status(self) -> str:
-        done, words = self._done()
-        return f"step {done} of {self.run.train.steps}" + (f", {words}" if words else "")
+        done, status = self._done()
+        return f"step {done} of {self.run.train.steps}" + (f", {status}" if status else "")
 
     def _done(self) -> tuple[int, str]:
-        """Steps that are done, and a few words about them."""
+        """Return the number of finished steps, and a few words about the newest ones."""
         if "step" in self.result:
             return self.result["step"], ""
         with contextlib.suppress(OSError, ValueError):
-            told = json.loads(self.file.read_text())
-            if told["title"] == self.title:  # and not of something else that the process does
-                return told["done"], told["status"]
+            progress = json.loads(self.file.read_text())
+            # The process also reports other work there, such as reading the data.
+            if progress["title"] == self.title:
+                return progress["done"], progress["status"]
         newest = self._checkpoint()
         return (int(newest.name.rpartition("-")[2]) if newest else 0), ""
 
@@ -167,13 +168,13 @@ class TrainingArtifacts:
 
 
 def printable(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Write a command for a shell in this folder, with paths relative to it."""
+    """Format a command for a shell in the current folder, with paths relative to it."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     return " ".join([*settings, shlex.join(command)]).replace(f"{Path.cwd()}/", "")
 
 
 def mlflow_run(run_id: str | None) -> str:
-    """Where a run is in MLflow, as Markdown."""
+    """Return Markdown with a link to a run in MLflow, and how to start a server if needed."""
     if not run_id:
         return "not reached yet"
     place = how_to_open_mlflow()
@@ -183,7 +184,7 @@ def mlflow_run(run_id: str | None) -> str:
 
 
 def how_to_open_mlflow() -> str:
-    """The address of MLflow's server without any password, or the command that starts a server."""
+    """Return the address of MLflow's server, without any password, or a command that starts one."""
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
     parts = urlsplit(store)
     if parts.scheme in ("http", "https"):
@@ -196,7 +197,7 @@ def how_to_open_mlflow() -> str:
 
 
 def _read(file: Path) -> str | None:
-    """A small text file, if it is there."""
+    """Return the content of a small text file; None when it cannot be read."""
     try:
         return file.read_text().strip()
     except OSError:

@@ -1,7 +1,7 @@
 """Prefect flows, one for each stage: paths in, results out.
 
-Results are files, so Prefect caches nothing.
-Each stage is safe to run again: finished work is found on disk and unfinished work is continued.
+Results are files, so Prefect caches nothing. Each stage is safe to run again: it finds finished
+work on disk and continues unfinished work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines.subprocesses import StageCrashed, run_stage, stage_command
 from r2id.config import EncodeConfig, EvaluateConfig, SampleConfig, load_config, to_arguments
 from r2id.errors import InputError
 
-_RESTARTS = 3  # of a training stage that crashed after it had got further
+_RESTARTS = 3  # of a training stage; see _got_further
 
 
 @task(name="stage", task_run_name="{arguments[0]}", cache_policy=NO_CACHE)
@@ -31,7 +31,10 @@ def run_stage_task(
 
 
 def _got_further(_task: object, _run: TaskRun, state: State[Any]) -> bool:
-    """Whether to start a failed training again: if it saved a new checkpoint before it crashed."""
+    """Return whether to restart a failed training: only if it saved a new checkpoint first.
+
+    Without a new checkpoint, it would most likely crash at the same step again.
+    """
     error = state.result(raise_on_failure=False)
     return isinstance(error, StageCrashed) and error.got_further
 
@@ -68,9 +71,9 @@ def train_task(
 def train_flow(
     config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Run a training stage on all GPUs of this machine; again when it crashes after it got further.
+    """Train one stage on all GPUs of this machine; a crash after a new checkpoint restarts it.
 
-    Shows progress, command, MLflow run, checkpoint and figures as artifacts, while it goes on.
+    Shows progress, command, MLflow run, checkpoint and figures as artifacts while it runs.
     """
     return train_task(config, tuple(overrides), environment or {})
 
@@ -83,7 +86,7 @@ def encode_flow(
     config: EncodeConfig,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Encode a whole dataset, on every GPU of this machine."""
+    """Encode a whole dataset into latents, on all GPUs of this machine."""
     paths = ["--riae", str(riae), "--shards", str(shards), "--out", str(out)]
     arguments = ["encode", *paths, *to_arguments(config)]
     return run_stage_task(arguments, environment or {}, max(gpu_count(), 1))
@@ -93,9 +96,9 @@ def encode_flow(
 def sample_flow(
     checkpoint: Path, out: Path, config: SampleConfig, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Draw one grid of samples per size, and replace what is at ``out``.
+    """Draw one grid of samples per size, replacing the files in ``out``.
 
-    What ``config`` does not set is the run's own setting.
+    Settings that ``config`` leaves open come from the run's own config.
     """
     paths = [str(checkpoint), "--out", str(out)]
     return run_stage_task(

@@ -1,4 +1,4 @@
-"""How many training processes a machine gets: one per GPU that this process may use, or one."""
+"""Count the GPUs that this process may use: each gets one training process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 def gpu_count() -> int:
     """Count the GPUs in CUDA_VISIBLE_DEVICES, or else those that the driver lists.
 
-    Importing torch to ask it would take seconds.
+    torch could tell too, but importing it takes seconds.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -1,4 +1,4 @@
-"""Prefect, set up so that a flow runs out of the box and leaves no process behind."""
+"""Set up Prefect so that a flow runs out of the box and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pipelines.subprocesses import end_with_us
 from r2id.errors import Stopped, WorkError
 from r2id.progress import say
 
-_RESTARTS = 5  # of a server
-# Minutes on an overloaded machine, seconds otherwise; a server that died is noticed at once.
+_RESTARTS = 5  # of a server that died
+# A start takes seconds, on an overloaded machine minutes. A server that dies is noticed at once.
 _START_SECONDS = 600.0
 
 
@@ -27,8 +27,8 @@ _START_SECONDS = 600.0
 def prefect_ready() -> Iterator[None]:
     """Provide a server for the flows in this block: that of PREFECT_API_URL, or one of its own.
 
-    SIGTERM and SIGINT raise Stopped here, so that the process ends in order. Raises WorkError when
-    Prefect's client gives up.
+    Within the block SIGTERM and SIGINT raise Stopped, so that the process cleans up before it ends.
+    Raises WorkError when Prefect's client gives up.
     """
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_API_URL
@@ -37,8 +37,8 @@ def prefect_ready() -> Iterator[None]:
         if PREFECT_API_URL.value():
             yield
             return
-        # For the whole process and those it starts: a thread or worker that did not know the
-        # address would start a server of its own, which nobody ends.
+        # The address goes into the environment for all threads and child processes: one that did
+        # not know it would start a server of its own, which nobody ends.
         server = _Server()
         os.environ["PREFECT_API_URL"] = server.address
         refresh_global_settings_context()
@@ -49,8 +49,8 @@ def prefect_ready() -> Iterator[None]:
             del os.environ["PREFECT_API_URL"]
 
 
-def is_prefects(error: BaseException) -> bool:
-    """Whether an error is Prefect's or its client connection's, not of the work that it runs."""
+def is_prefect_error(error: BaseException) -> bool:
+    """Return whether an error comes from Prefect or the connection to it, not from the work."""
     from httpx import HTTPError
     from prefect.exceptions import PrefectException
 
@@ -58,7 +58,7 @@ def is_prefects(error: BaseException) -> bool:
 
 
 def server_answers(within: float = 0.0) -> bool:
-    """Whether the server of the flows answers, or does so within this many seconds."""
+    """Return whether the server of the flows answers now, or within this many seconds."""
     from prefect.settings import PREFECT_API_URL
 
     address, end = PREFECT_API_URL.value(), time.monotonic() + within
@@ -69,7 +69,7 @@ def server_answers(within: float = 0.0) -> bool:
     return True
 
 
-def words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe another library's error in one line."""
     return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
@@ -79,17 +79,19 @@ def _client_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_prefects(error):
+        if not is_prefect_error(error):
             raise
-        raise WorkError(f"prefect: {words(error)}: the same command goes on") from error
+        raise WorkError(
+            f"prefect: {describe_error(error)}: run the same command again to continue"
+        ) from error
 
 
 @contextlib.contextmanager
 def _messages_end() -> Iterator[None]:
-    """At the end, drop the messages that Prefect's client has not delivered, if its server is gone.
+    """Drop undelivered messages of Prefect's client at the end of the block, if its server is gone.
 
-    When the process ends, the client would try ten times to deliver each, a second apart, and there
-    are some for every task.
+    Otherwise the client would try ten times to deliver each one, a second apart, before the process
+    can end, and there are some for every task.
     """
     try:
         yield
@@ -99,17 +101,18 @@ def _messages_end() -> Iterator[None]:
                 _active_services,  # there is no public way
             )
 
-            say("prefect: its server does not answer: what it has not been told is lost")
+            say("prefect: its server does not answer: undelivered messages are lost")
             for service in list(_active_services):
                 if service._loop is not None and service._task is not None:
                     service._loop.call_soon_threadsafe(service._task.cancel)
 
 
 class _Server:
-    """A Prefect server for this machine, started again should it die: its records are on disk.
+    """A Prefect server for this machine. It is started again when it dies: its records are on disk.
 
-    Prefect would start one by itself, in this process's group: a terminal's Ctrl-C or a scheduler's
-    SIGTERM would then end it before the stages have saved, and it would outlive a killed pipeline.
+    Prefect would start one by itself, but in the process group of this process: a terminal's Ctrl-C
+    or a scheduler's SIGTERM would end it before the stages have saved, and it would outlive a
+    killed pipeline.
     """
 
     def __init__(self) -> None:
@@ -148,11 +151,12 @@ class _Server:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )
-        # Nothing else ends it, so that this process can deliver its last messages.
+        # It ends only after this process, which can therefore deliver its last messages.
         end_with_us(process.pid)
         return process
 
     def _keep(self) -> None:
+        """Start the server again when it dies, some times at most."""
         for _ in range(_RESTARTS):
             self.process.wait()
             if self.closing:
@@ -166,18 +170,20 @@ def _answers(url: str) -> bool:
         with urllib.request.urlopen(url, timeout=5) as response:
             return response.status == 200
     except urllib.error.HTTPError as error:
-        return error.code < 500  # a server that wants a password is one
+        return error.code < 500  # one that wants a password is a server too
     except (urllib.error.URLError, OSError):
         return False
 
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise Stopped within the block."""
+
     def stop(number: int, _frame: object) -> None:
         raise Stopped(f"by {signal.Signals(number).name}")
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # only the main thread may set handlers
         return
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,7 +1,7 @@
 """The whole pipeline as a Prefect flow: images → shards → RIAE → latents → R2ID → samples → report.
 
-Under the pipeline's ``out`` lie riae/ and r2id/ (run directories), latents/, samples/, report/ and
-pipeline.json, which remembers the MLflow run and what samples and report were made from.
+The pipeline's ``out`` folder holds riae/ and r2id/ (run directories), latents/, samples/, report/
+and pipeline.json, which records the MLflow run and what the samples and report were made from.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Pipeline:
         check_options(config.prepare)
         self.executed: list[dict[str, Any]] = []
         self.environment: dict[str, str] = {}
-        # Both are read now, so that a misspelt option is told before hours of work and not after.
+        # Both are read now, so that a misspelt option is reported before hours of work, not after.
         self.riae_stage = self._stage("riae", config.riae, {"run": self.riae})
         self.r2id_stage = self._stage(
             "r2id",
@@ -64,10 +64,10 @@ class Pipeline:
     def _stage(
         self, kind: str, stage: StageConfig, paths: Mapping[str, Path]
     ) -> tuple[Path, tuple[str, ...]]:
-        """A stage's config file and its overrides; the pipeline's own come last and win."""
+        """Return a stage's config file and overrides; those of the pipeline come last and win."""
         file = self.base / stage.config
         tracking = self.config.tracking.changes()
-        tracking.pop("name", None)  # is that of the pipeline's run; a stage's run has its own
+        tracking.pop("name", None)  # names the pipeline's run; a stage's run keeps its own name
         values = {
             **paths,
             "data.shards": self.config.prepare.out,
@@ -82,7 +82,7 @@ class Pipeline:
         return file, overrides
 
     def _check_sampling(self, run: R2idRun) -> None:
-        """Raise InputError when what the pipeline sets does not fit the R2ID run's own settings."""
+        """Raise InputError when the pipeline's settings do not fit the R2ID run's own settings."""
         for name in ("sample", "evaluate"):
             changes = getattr(self.config, name).changes()
             try:
@@ -106,7 +106,7 @@ class Pipeline:
         write_atomic(self.record_file, json.dumps(self.record, indent=2).encode())
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do a stage, and say how long it took."""
+        """Run a stage and print how long it took."""
         say(f"── {name}")
         began = time.monotonic()
         result = work()
@@ -116,16 +116,17 @@ class Pipeline:
     def once(
         self, name: str, settings: Mapping[str, Any], artifacts: list[Path], work: Callable[[], Any]
     ) -> Any:
-        """Do a stage unless its result of these settings and the present checkpoint is in place."""
-        checkpoint = self.r2id / "checkpoints"
-        latest = checkpoint / (checkpoint / "latest").read_text().strip() / "checkpoint.json"
+        """Run a stage, or return its recorded result if settings and checkpoint are the same."""
+        checkpoints = self.r2id / "checkpoints"
+        latest = checkpoints / (checkpoints / "latest").read_text().strip() / "checkpoint.json"
+        # checkpoint.json holds the hashes of the checkpoint's files, so it identifies the weights.
         key = hashlib.sha256(
             latest.read_bytes() + json.dumps(settings, sort_keys=True).encode()
         ).hexdigest()
-        known = self.record["stages"].get(name)
-        if known and known["key"] == key and all(path.exists() for path in artifacts):
+        previous = self.record["stages"].get(name)
+        if previous and previous["key"] == key and all(path.exists() for path in artifacts):
             say(f"── {name}: up to date")
-            return known["result"]
+            return previous["result"]
         result = self.stage(name, work)
         self.record["stages"][name] = {"key": key, "result": result}
         self.write_record()
@@ -144,7 +145,7 @@ class Pipeline:
         artifacts: Sequence[Path] = (),
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
-        """Remember a stage that does not track itself, for a child run at the end."""
+        """Remember a stage that does not log to MLflow itself; end_tracking writes a run for it."""
         self.executed.append(
             {
                 "name": name,
@@ -155,7 +156,7 @@ class Pipeline:
         )
 
     def begin_tracking(self) -> None:
-        """Open the MLflow run whose children the stages' runs are; without it these stand alone."""
+        """Open the MLflow run that becomes the parent of the stages' runs, if tracking is on."""
         tracking = self.config.tracking
         if tracking.enabled:
             run = _tracking(
@@ -172,6 +173,7 @@ class Pipeline:
                 self.write_record()
 
     def end_tracking(self, status: str) -> None:
+        """Close the MLflow run with a status, and add the noted stages as its children."""
         if self.environment:
             _tracking(
                 "end", {"run": self.record["mlflow_run"], "status": status, "stages": self.executed}
@@ -182,10 +184,10 @@ def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
     """Run everything that is not done yet.
 
     ``base`` is the folder that the stages' config files are relative to. Returns paths and figures,
-    and under ``lines`` what to tell a person. Raises InputError, WorkError and Stopped,
-    as stages do.
+    and under ``lines`` a summary for people. Raises InputError, WorkError and Stopped, as stages
+    do.
     """
-    Pipeline(config, base)  # whatever is wrong with the configs is told before anything is started
+    Pipeline(config, base)  # reports mistakes in the configs before anything is started
     check_engine(config.prepare)
     with prefect_ready():
         return pipeline_flow(config, base)
@@ -193,7 +195,7 @@ def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
 
 @flow(name="pipeline", flow_run_name="{config.name}", validate_parameters=False)
 def pipeline_flow(config: PipelineRun, base: Path) -> dict[str, Any]:
-    """All stages in turn, each a flow of its own, in one MLflow run; see run_pipeline."""
+    """Run all stages in turn, each as a flow of its own, in one MLflow run; see run_pipeline."""
     pipeline = Pipeline(config, base)
     pipeline.begin_tracking()
     status = "FAILED"
@@ -267,14 +269,15 @@ def _summary(
     return {**summary, "lines": lines}
 
 
-def _tracking(verb: str, order: Mapping[str, Any]) -> str | None:
-    """Begin or end the pipeline's MLflow run in a process, since this package does without mlflow.
+def _tracking(verb: str, request: Mapping[str, Any]) -> str | None:
+    """Begin or end the pipeline's MLflow run, and return what the process for it prints.
 
-    Returns None when MLflow cannot be reached: the work goes on without it.
+    It is a process of its own, because importing mlflow takes seconds. Returns None when MLflow
+    cannot be reached: the work goes on without it.
     """
     process = subprocess.run(
         [sys.executable, "-m", "r2id.training.tracking.pipeline", verb],
-        input=json.dumps(order),
+        input=json.dumps(request),
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -1,7 +1,7 @@
-"""The preparation of a dataset as a Prefect flow, a task for each shard, here or on a cluster.
+"""Prepare a dataset as a Prefect flow with a task for each shard, on this machine or a cluster.
 
-Shards that were written stay, whatever becomes of Prefect's server; those that its tasks did not
-write are written without it, and a second start goes on where the first one stopped.
+Written shards stay, even if Prefect's server dies. Shards that its tasks did not write are then
+written without it, and a second start continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from data_prep.overview import overview
 from data_prep.prepare import ShardPlan, exit_with_parent, prepare, write_shard, write_shards
 from data_prep.shard_plan import is_complete
 from pipelines.artifacts import LiveArtifact
-from pipelines.orchestration import is_prefects, prefect_ready, server_answers, words
+from pipelines.orchestration import describe_error, is_prefect_error, prefect_ready, server_answers
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, Stopped, WorkError
 from r2id.progress import say
@@ -46,7 +46,7 @@ def shard_task(plan: ShardPlan, number: int) -> dict[str, Any]:
 
 @flow(name="prepare", flow_run_name="prepare {config.dataset}", validate_parameters=False)
 def prepare_flow(config: PrepareConfig) -> Path:
-    """Write a dataset's shards; show progress, a table, some samples and sizes as artifacts."""
+    """Write a dataset's shards, and show progress, a table, samples and sizes as artifacts."""
     results: list[dict[str, Any]] = []
 
     def write_all(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -70,7 +70,7 @@ def prepare_flow(config: PrepareConfig) -> Path:
 
 
 def prepare_on_cluster(config: PrepareConfig) -> Path:
-    """Run prepare_flow in a process that has not set Prefect up.
+    """Set up Prefect and run prepare_flow, on the cluster that ``config.engine`` names.
 
     Raises InputError when the engine is not installed or its cluster does not answer.
     """
@@ -79,9 +79,9 @@ def prepare_on_cluster(config: PrepareConfig) -> Path:
         try:
             return prepare_flow(config)
         except Exception as error:
-            if not is_prefects(error) or not is_complete(config.out):
+            if not is_prefect_error(error) or not is_complete(config.out):
                 raise
-            say(f"prefect: {words(error)}; the shards are complete")
+            say(f"prefect: {describe_error(error)}; the shards are complete")
             return config.out
 
 
@@ -109,6 +109,7 @@ def check_engine(config: PrepareConfig) -> None:
 
 
 def _with_or_without_prefect(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Write shards by tasks, and the rest without Prefect when its server fails."""
     done = set()
     try:
         for number, result in _by_tasks(plan, numbers):
@@ -117,15 +118,17 @@ def _with_or_without_prefect(plan: ShardPlan, numbers: Sequence[int]) -> Iterato
     except (InputError, WorkError, Stopped):
         raise
     except Exception as error:
-        if not is_prefects(error):
+        if not is_prefect_error(error):
             raise WorkError(
-                f"{plan.config.engine}: {words(error)}: the same command goes on"
+                f"{plan.config.engine}: {describe_error(error)}: "
+                "run the same command again to continue"
             ) from error
-        say(f"prefect: {words(error)}; going on without it")
+        say(f"prefect: {describe_error(error)}; going on without it")
         yield from write_shards(plan, [number for number in numbers if number not in done])
 
 
 def _by_tasks(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (shard number, result) of each task as it ends."""
     workers = min(plan.config.workers, len(numbers))
     if plan.config.engine == "processes" and workers == 1:
         yield from ((number, shard_task(plan, number)) for number in numbers)
@@ -170,7 +173,7 @@ def _runner(config: PrepareConfig, workers: int) -> TaskRunner[Any]:
 
 
 def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:
-    """Table, samples and sizes of a finished set."""
+    """Show the table, some samples and the sizes of a finished set."""
     if not server_answers(within=_SECONDS_TO_RETURN):
         say("prefect: its server does not answer: no artifacts")
         return
@@ -182,7 +185,7 @@ def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:
                 f"![{name}]({_data_uri(picture)})", key=f"prepare-{name}", description=shown.summary
             )
     except Exception as error:
-        say(f"prefect: no artifacts: {words(error)}")
+        say(f"prefect: no artifacts: {describe_error(error)}")
 
 
 def _data_uri(picture: Image.Image) -> str:

@@ -1,6 +1,6 @@
-"""Stages of the pipeline as ``r2id`` commands, each in a process of its own.
+"""Run the stages of a pipeline as ``r2id`` commands, each in a process of its own.
 
-Starts them, shows what they say on stderr, passes signals on to them and turns their exit codes
+This module starts them, passes their stderr on, forwards signals to them and turns their exit codes
 into errors.
 """
 
@@ -27,7 +27,7 @@ _TAIL = 4096  # bytes of a stage's stderr that are kept to say why it failed
 
 
 class StageCrashed(WorkError):
-    """A stage ended without a result. ``got_further``: after it had saved a new checkpoint."""
+    """A stage ended without a result; ``got_further`` tells whether it saved a new checkpoint."""
 
     got_further = False
 
@@ -54,7 +54,7 @@ def run_stage(
 
 
 def stage_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
-    """The command that runs ``r2id ARGUMENTS --json``, by r2id.torchrun when in many processes."""
+    """Return the command for ``r2id ARGUMENTS --json``; r2id.torchrun starts several processes."""
     launcher = ["-m", "r2id.torchrun", "--standalone", "--nproc-per-node", str(processes)]
     return [
         sys.executable,
@@ -75,7 +75,7 @@ def run_command(
     end of its stderr.
     """
     with tempfile.TemporaryFile() as output, _stderr_for_child() as (reader, writer):
-        # A session of its own: a terminal's Ctrl-C then reaches it once, by the handler below.
+        # In a session of its own, a terminal's Ctrl-C reaches the child only by the handler below.
         process = subprocess.Popen(
             command,
             stdout=output,
@@ -96,12 +96,13 @@ def run_command(
 
 
 def end_with_us(pid: int) -> subprocess.Popen[bytes]:
-    """Terminate a process should this one die, even by SIGKILL.
+    """Terminate a process when this one dies, even by SIGKILL.
 
-    Returns the watcher that does it, to be killed when the process has ended. Without one, the
-    stage of a killed pipeline would train on, and the next pipeline would write to the same folder.
+    Returns the watcher process that does it; kill it once the other process has ended. Without a
+    watcher, the stage of a killed pipeline would train on while the next pipeline writes to the
+    same folder.
     """
-    # The pipe's other end closes when this process is no more, and then read returns.
+    # When this process dies, its end of the pipe closes and the shell's ``read`` returns.
     return subprocess.Popen(
         ["sh", "-c", 'read _; kill "$0"', str(pid)],
         stdin=subprocess.PIPE,
@@ -131,19 +132,22 @@ def _stderr_for_child() -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the child, which saves and ends; yield the list of those."""
-    came: list[int] = []
+    """Pass SIGINT and SIGTERM on to the child, which saves and ends.
+
+    Yields the list of the signals that were passed on.
+    """
+    received: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
-        came.append(number)
+        received.append(number)
         process.send_signal(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield came  # only the main thread may set handlers
+        yield received  # only the main thread may set handlers
         return
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -165,8 +169,10 @@ def _relay(reader: int) -> str:
 
 
 def _last_line(tail: str) -> str:
+    """Return the last line that says why a stage failed."""
+    # Progress bars move the cursor with escape sequences and rewrite their line after a \r.
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", tail).replace("\r", "\n")
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
-    # r2id.torchrun ends with which rank failed; what that one said of the cause stands before it.
+    # r2id.torchrun ends by naming the rank that failed; the rank's own message comes before.
     lines = [line for line in lines if not line.startswith("torchrun: ")]
     return lines[-1] if lines else "no message"

@@ -26,8 +26,8 @@ _HEADERS = {
 def parse_npy(data: bytes) -> np.ndarray:
     """Parse a ``.npy`` file of 16-, 32- or 64-bit floats; ValueError when it holds anything else.
 
-    Unlike numpy.load it never unpickles and never allocates what a forged header asks for: the
-    length of the data must fit the shape first.
+    It is safe for untrusted files, unlike numpy.load: it never unpickles, and it compares the
+    length of the data with the header's shape before it allocates memory.
     """
     file = io.BytesIO(data)
     try:
@@ -46,21 +46,21 @@ def parse_npy(data: bytes) -> np.ndarray:
 
 
 def to_stored(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Convert one embedding to float16; ValueError for another shape or values not finite in it."""
+    """Convert an embedding to float16; ValueError for another shape or values not finite then."""
     if list(values.shape) != list(shape):
         raise ValueError(f"of shape {list(values.shape)}, not {list(shape)}")
     return _rounded(values)
 
 
 def npy_bytes(values: np.ndarray) -> bytes:
-    """Write an array as ``.npy`` bytes; equal arrays give equal bytes."""
+    """Encode an array as ``.npy`` bytes; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0))
     return buffer.getvalue()
 
 
 def read_embeddings(path: Path, shape: Sequence[int]) -> np.ndarray:
-    """Read a file of one embedding of a shape ([D] or [T, D]), or of N of them, as float16 [N, …].
+    """Read one embedding of ``shape`` ([D] or [T, D]), or N of them, from a file: float16 [N, …].
 
     Raises InputError for any other shape, or values that are not finite in float16.
     """

@@ -1,9 +1,11 @@
 """Plan an epoch: which samples make up each step, as pure functions of image sizes, seed and epoch.
 
 Images keep their aspect ratio, so a batch can only hold images of one size: they are sorted into
-buckets, one per training size, and every batch is drawn from one bucket. Every process computes the
-same plan without communicating. So ranks agree on the number and shape of steps, the order does not
-depend on the number of processes or workers, and resuming a run takes only a step number.
+buckets, one per training size, and every batch is drawn from one bucket.
+
+Every process computes the same plan without communicating. So ranks agree on the number and shape
+of steps, the order does not depend on the number of processes or workers, and a resumed run needs
+only its step number.
 
 Shape letters: N samples · K distinct sizes.
 """
@@ -18,19 +20,19 @@ from r2id import rng
 from r2id.errors import InputError
 
 _COMMON, _COMMON_SHARE = 64, 0.01
-"""A size with at least this many samples, and this share of all, has a bucket of its own. Smaller
-buckets are merged, because completing a bucket's last batch repeats samples."""
+"""A size with at least this many samples, and this share of all, has a bucket of its own. Rarer
+sizes are merged, because every bucket repeats samples to complete its last batch."""
 _ALIKE = 1.125
 """Rare sizes within this ratio, in height and in width, share a bucket at the smallest of them."""
 _APART = 2.0
 """Rare sizes further apart than this never share a bucket, however few they are."""
-_SHARDS_AT_A_TIME = 16
+_SHARDS_AT_A_TIME = 16  # when data.shuffle is "shards"
 _SHARD_KEY = 1 << 40  # an rng key that differs from every bucket's number
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one step, and the size they are all resized to. ``indices`` is int64 [batch]."""
+    """The samples of one step (``indices``, int64 [batch]), and the size they are resized to."""
 
     indices: np.ndarray
     height: int
@@ -39,10 +41,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Buckets:
-    """The size that training resizes each image to.
+    """The size that training resizes each image to, and the images of each size.
 
-    ``height`` and ``width`` are [N]. ``sizes`` lists the K distinct sizes, and ``members`` for each
-    of them the indices of its samples.
+    ``height`` and ``width`` [N] are the size of each sample. ``sizes`` lists the K distinct sizes,
+    and ``members`` holds the sample indices of each of them.
     """
 
     height: np.ndarray
@@ -54,8 +56,8 @@ class Buckets:
         """Return the number of samples in a step of each size.
 
         It is ``batch``, or the largest multiple of it whose pixels stay within ``batch_pixels`` and
-        for which the bucket has samples. Only multiples, so that every step can be divided among
-        processes and micro-batches as ``batch`` can.
+        for which the bucket has enough samples. A multiple can be divided among processes and
+        micro-batches just as ``batch`` can.
         """
         allowed = [(batch_pixels or 0) // (batch * height * width) for height, width in self.sizes]
         return [
@@ -85,10 +87,10 @@ def make_buckets(
 ) -> Buckets:
     """Assign a training size to every image of heights [N] and widths [N].
 
-    With ``size`` all images get that size. Otherwise an image keeps its own size, shrunk to an area
-    of ``max_pixels`` where it has more, and cut to ``window`` where it is larger; then rare sizes
-    are merged with similar ones. A bucket is never larger than its images in height or width, so
-    that nothing is enlarged.
+    With ``size`` all images get that size. Otherwise an image keeps its own size, but is shrunk to
+    an area of ``max_pixels`` and cut to ``window`` where it is larger. Then rare sizes are merged
+    with similar ones. A bucket is never larger than its images in height or width, so that no image
+    is enlarged.
     """
     if size is not None:
         heights, widths = np.full_like(heights, size[0]), np.full_like(widths, size[1])
@@ -122,14 +124,15 @@ def plan_epoch(
 
     Every sample is in at least one batch. A bucket's last batch is completed with the first samples
     of the bucket's order in the next epoch. The order depends on ``digest`` (the dataset's
-    identity), ``seed`` and ``epoch``. With ``shard``, the shard of each sample [N], it visits a few
-    shards at a time, for storage on which random reads are slow.
+    identity), ``seed`` and ``epoch``. With ``shard`` [N], the shard number of each sample, it
+    visits a few shards at a time, for storage on which random reads are slow.
     """
     rng_keys = int(digest[:15], 16), seed
     batches = []
     sizes = buckets.batch_sizes(batch, batch_pixels)
     for number, (members, size) in enumerate(zip(buckets.members, sizes, strict=True)):
         needed = -(-len(members) // size) * size
+        # Usually one epoch's order is enough, or two; a bucket smaller than a batch needs more.
         rounds = -(-needed // len(members))
         order = np.concatenate(
             [_order(members, shard, *rng_keys, epoch + later, number) for later in range(rounds)]
@@ -138,8 +141,9 @@ def plan_epoch(
             Batch(part, *buckets.sizes[number]) for part in order[:needed].reshape(-1, size)
         ]
     first = np.array([part.indices[0] for part in batches])
-    turns = _permutation(len(batches), *rng_keys, epoch, len(buckets.members))
-    return [batches[i] for i in _group_by_shards(turns, first, shard, *rng_keys, epoch)]
+    # The number after the last bucket's makes a key of its own for the order of the batches.
+    shuffled = _permutation(len(batches), *rng_keys, epoch, len(buckets.members))
+    return [batches[i] for i in _group_by_shards(shuffled, first, shard, *rng_keys, epoch)]
 
 
 def _order(members: np.ndarray, shard: np.ndarray | None, *rng_keys: int) -> np.ndarray:
@@ -153,13 +157,14 @@ def _group_by_shards(
 ) -> np.ndarray:
     """Sort an order of samples, or of batches, by groups of randomly chosen shards.
 
-    ``sample[i]`` is a sample of thing i: itself, or the first of a batch. Within a group the given
-    random order remains, because the sort is stable.
+    ``sample[i]`` stands for element i of the order: the sample itself, or the first one of a batch.
+    Within a group the given random order remains, because the sort is stable.
     """
     if shard is None:
         return order
-    turns = np.argsort(_permutation(int(shard.max()) + 1, *rng_keys, _SHARD_KEY))
-    group = turns // _SHARDS_AT_A_TIME
+    # argsort inverts the permutation: it gives each shard its position in the random order.
+    position = np.argsort(_permutation(int(shard.max()) + 1, *rng_keys, _SHARD_KEY))
+    group = position // _SHARDS_AT_A_TIME
     return order[np.argsort(group[shard[sample[order]]], kind="stable")]
 
 
@@ -216,10 +221,10 @@ def _cap_area(
 def _merge_rare_sizes(sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Map distinct sizes [2, K] with counts [K] to the sizes [2, K] of their buckets.
 
-    Common sizes keep their own. All others start as one group, which is split at the middle of its
-    log heights or log widths, whichever spreads wider, until a group's sizes are alike or it would
-    get too small. A bucket takes the smallest height and width in its group, so that nothing is
-    enlarged.
+    Common sizes have buckets of their own. All rare sizes start as one group. A group is split at
+    the middle of its log heights or log widths, whichever spreads wider, until its sizes are alike
+    or its parts would get too small. A bucket takes the smallest height and width in its group, so
+    that no image is enlarged.
     """
     merged = sizes.copy()
     rare = counts < max(_COMMON, _COMMON_SHARE * counts.sum())
@@ -229,7 +234,7 @@ def _merge_rare_sizes(sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
         low, high = sizes[:, group].min(1).astype(np.int64), sizes[:, group].max(1).astype(np.int64)
         axis = int(np.argmax(high / low))
         spread = high[axis] / low[axis]
-        # Above the middle of the logs, that is the geometric mean; squared, to stay in integers.
+        # The middle of the logs is the geometric mean; squares avoid a root of integers.
         upper = sizes[axis, group].astype(np.int64) ** 2 > low[axis] * high[axis]
         parts = [group[~upper], group[upper]]
         enough = min(counts[part].sum() for part in parts) >= _COMMON

@@ -1,7 +1,8 @@
 """The index of one shard: a Parquet file with a row per sample that also commits the shard.
 
-Its row (offset, size) makes reading a sample one positioned read of the tar. Its metadata holds the
-tar's hash: an index is written last, so a tar without one is unfinished.
+A row holds the offset and size of the image in the tar, so reading a sample takes one positioned
+read. The metadata holds the tar's hash. The index is written after the tar, so a tar without one is
+unfinished.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SCHEMA = pa.schema(
         ("sha256", pa.binary(32)),
     ]
 )
-# Sets that have attributes or embeddings have these as their last columns.
+# Last columns, only in sets that have attributes or embeddings.
 ATTRIBUTES = pa.field("attributes", pa.list_(pa.int8()))
 EMBEDDING = pa.field("embedding", pa.list_(pa.float16()))  # flat; see Manifest.embedding_shape
 
@@ -68,8 +69,9 @@ def find_intact(folder: Path, file: str) -> ShardEntry | None:
 def read_index(folder: Path, entry: ShardEntry, columns: list[str] | None = None) -> pa.Table:
     """Read the rows of one shard, or some columns of them.
 
-    Columns are key, offset and size in the tar, height, width, mode, label (−1: none), ext, sha256
-    of the image, and where the set has them attributes (−1 or 1 each) and embedding (flat).
+    Columns are key, offset and size (of the image in the tar), height, width, mode, label (−1:
+    none), ext and sha256 (of the image); and, where the set has them, attributes (−1 or 1 each) and
+    embedding (flattened).
     """
     with (folder / entry.index_file).open("rb") as raw:
         return pq.read_table(raw, columns=columns).replace_schema_metadata()

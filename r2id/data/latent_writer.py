@@ -59,12 +59,12 @@ class LatentWriter:
             name: [str(Path(entry.file).with_suffix(".safetensors")) for entry in split.shards]
             for name, split in shards.manifest.splits.items()
         }
-        self._splits = shards
+        self._shards = shards
 
     def prepare(self) -> None:
-        """Check the folder and remove what killed writers left.
+        """Check the folder and remove temporary files of killed writers.
 
-        Raises InputError when it holds anything else, or latents of other data or another RIAE.
+        Raises InputError when it holds other files, or latents of other data or another RIAE.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"out {self.folder}: exists and is no folder")
@@ -81,16 +81,16 @@ class LatentWriter:
                     f"out {self.folder}: exists and holds something else ({path.name}): choose "
                     "another folder"
                 )
-            found = _read_marker(path) if path.suffix == ".json" else None
-            if found is not None and found.identity != self.identity:
+            marker = _read_marker(path) if path.suffix == ".json" else None
+            if marker is not None and marker.identity != self.identity:
                 raise InputError(
-                    f"out {self.folder}: {describe_difference(found.identity, self.identity)}: "
+                    f"out {self.folder}: {describe_difference(marker.identity, self.identity)}: "
                     "choose another folder, or remove this one"
                 )
         sweep(self.folder)
 
     def done(self, split: str, number: int) -> bool:
-        """Tell whether a file is there and has the right hash."""
+        """Return whether a shard's file is there and has the right hash."""
         return self._entry(split, number, rehash=True) is not None
 
     def write(self, split: str, number: int, latents: Sequence[torch.Tensor]) -> None:
@@ -99,7 +99,7 @@ class LatentWriter:
         The file appears complete or not at all. Raises WorkError for latents that are not finite in
         the cache's number format.
         """
-        expected = len(self._splits.split(split).indices_in_shard(number))
+        expected = len(self._shards.split(split).indices_in_shard(number))
         assert len(latents) == expected, f"{len(latents)} latents for {expected} samples"
         file, dtype = self.files[split][number], getattr(torch, self.identity.dtype)
         parts = [latent.detach().to(dtype).cpu() for latent in latents]
@@ -140,6 +140,7 @@ class LatentWriter:
         write_atomic(self.folder / MANIFEST, (sealed.model_dump_json(indent=1) + "\n").encode())
 
     def _entry(self, split: str, number: int, rehash: bool) -> LatentFile | None:
+        """Return a file's commit marker if the file fits it, else None."""
         path = self.folder / self.files[split][number]
         entry = _read_marker(path.with_suffix(".json"))
         if entry is None or entry.identity != self.identity or not path.is_file():
@@ -150,6 +151,7 @@ class LatentWriter:
 
 
 def _marker(file: str) -> str:
+    """Return the path of a file's commit marker, which is written after the file itself."""
     return str(Path(file).with_suffix(".json"))
 
 

@@ -1,6 +1,6 @@
-"""The latent cache: latents of every image of a shard set by one RIAE, and the loader of them.
+"""The latent cache: latents of all images of a shard set, encoded by one RIAE; and its loader.
 
-Encoding once instead of in every epoch is what makes training an R2ID cheap. A cache is a folder::
+R2ID trains much faster when images are encoded once, not in every epoch. A cache is a folder::
 
     latents.json                       the RIAE, the data, how images were prepared, and all files;
                                        written last
@@ -46,8 +46,8 @@ _STORED: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<i2"),
 }
-"""Types of safetensors in NumPy, which has no bfloat16: its bits are read as integers, and torch
-reinterprets them."""
+"""NumPy's types for those of safetensors. NumPy has no bfloat16: its bits are read as integers and
+reinterpreted by torch."""
 
 
 class _Strict(BaseModel):
@@ -55,7 +55,7 @@ class _Strict(BaseModel):
 
 
 class CacheIdentity(_Strict):
-    """What the content of a cache depends on; a cache of another identity is not used."""
+    """Everything that a cache's content depends on; a cache of another identity is refused."""
 
     format_version: int = FORMAT_VERSION
     codec_hash: str
@@ -69,7 +69,7 @@ class CacheIdentity(_Strict):
 
 
 class LatentFile(_Strict):
-    """One file of a cache, as its commit marker states it; ``file`` is relative to the cache."""
+    """The commit marker of one file of a cache; ``file`` is relative to the cache."""
 
     identity: CacheIdentity
     file: str
@@ -99,16 +99,18 @@ class LatentSplit:
     flat: list[np.ndarray]
     """For each shard, all values as stored."""
     start: np.ndarray
-    """For each sample, where it begins in its shard's flat array; int64 [N]."""
+    """For each sample, the position in its shard's flat array where it begins; int64 [N]."""
     height: np.ndarray
+    """For each sample, the height of its latent grid; int64 [N], as ``width``."""
     width: np.ndarray
     shard: np.ndarray
+    """For each sample, the number of its shard; [N]."""
     identity: CacheIdentity
 
     def __call__(
         self, indices: np.ndarray, _height: int, _width: int, _key: torch.Tensor
     ) -> torch.Tensor:
-        """Read float32 [b, L, h, w] of samples of one bucket, whose grids are therefore equal."""
+        """Read latents, float32 [b, L, h, w]. Samples of one bucket have grids of one size."""
         grid = int(self.height[indices[0]]), int(self.width[indices[0]])
         count = self.identity.latent_channels * grid[0] * grid[1]
         parts = [self.flat[self.shard[i]][self.start[i] : self.start[i] + count] for i in indices]
@@ -126,7 +128,7 @@ class LatentCache:
 
     @classmethod
     def open(cls, folder: Path, expect_codec_hash: str, expect_digest: str) -> LatentCache:
-        """Open a cache; InputError when it is incomplete, or of another RIAE or other data."""
+        """Open a cache; InputError when it is unfinished, or of another RIAE or other data."""
         manifest = read_latents(folder)
         expected = manifest.identity.model_copy(
             update={
@@ -143,7 +145,7 @@ class LatentCache:
         return cls(folder, manifest)
 
     def check(self, data: DataConfig) -> None:
-        """Raise InputError when images were prepared otherwise than these settings ask for."""
+        """Raise InputError when the images were prepared with other settings than these."""
         expected = self.manifest.identity.model_copy(
             update={"channels": data.channels, "size": data.size, "max_pixels": data.max_pixels}
         )
@@ -203,7 +205,7 @@ def read_latents(folder: Path) -> LatentManifest:
 
 
 def verify_latents(folder: Path) -> list[Damage]:
-    """Rehash a cache and list all damage; InputError when the folder is no cache."""
+    """Rehash a cache and list all damage; InputError when the folder is not a cache."""
     try:
         manifest = read_latents(folder)
     except InputError as error:
@@ -243,9 +245,9 @@ def latent_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[MicroBatch]]:
-    """Load latents: the same samples in the same order as r2id.data.loader.image_loader.
+    """Yield latents of the same samples in the same order as r2id.data.loader.image_loader.
 
-    Micro-batches have ``"latent": float32 [b, L, h, w]``, not normalised, in place of "image".
+    Micro-batches have ``"latent"``, float32 [b, L, h, w], not normalised, in place of "image".
     """
     cache.check(data)
     samples = shards.split(split)
@@ -255,7 +257,7 @@ def latent_loader(
 
 
 def describe_difference(found: CacheIdentity, expected: CacheIdentity) -> str:
-    """Say in words how a cache first differs from the expected one."""
+    """Describe the first difference of a cache's identity from the expected one."""
     words = {
         "codec_hash": "holds latents of another RIAE",
         "digest": "holds latents of another shard set",
@@ -275,7 +277,7 @@ def _short(value: Any) -> str:
 def _load(folder: Path, entry: LatentFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (latents, flat and memory-mapped; heights; widths) of a file.
 
-    Only its length is checked, because hashing would read it all; r2id verify does that.
+    Only the file's length is checked here. Hashing would read all of it; r2id verify does so.
     """
     path = folder / entry.file
     try:
@@ -294,13 +296,13 @@ def _load(folder: Path, entry: LatentFile) -> tuple[np.ndarray, np.ndarray, np.n
 def _map_tensor(path: Path, name: str) -> np.ndarray:
     """Memory-map a flat tensor of a safetensors file.
 
-    The format is 8 bytes with the header's length, a JSON header and the data. safetensors itself
-    would copy the tensor into memory.
+    safetensors itself would copy the tensor into memory. The format is 8 bytes with the header's
+    length, a JSON header, and the data.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         facts = json.loads(file.read(length))[name]
     (start, end), dtype = facts["data_offsets"], _STORED[facts["dtype"]]
     if start == end:
-        return np.zeros(0, dtype)
+        return np.zeros(0, dtype)  # an empty range cannot be mapped
     return np.memmap(path, dtype, "r", 8 + length + start, ((end - start) // dtype.itemsize,))

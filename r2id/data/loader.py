@@ -1,7 +1,7 @@
 """Turn the plan of an epoch into batches: read, decode and resize the images of every step.
 
-Images stay uint8 until they are on the device that uses them: a quarter of the memory that float32
-would take between loader processes and on the way to a GPU.
+Images stay uint8 until they are on the device that uses them. Between loader processes and on the
+way to a GPU, they take a quarter of the memory of float32.
 
 Shape letters: b micro-batch · C colours · H, W image.
 """
@@ -34,7 +34,7 @@ from r2id.data.shards import ShardSet, Split
 from r2id.errors import WorkError
 from r2id.images import to_float
 
-_KEPT_BYTES = 256 << 20  # a split that is smaller than this in decoded pixels is kept in memory
+_KEPT_BYTES = 256 << 20  # a split whose decoded pixels take less is kept in memory, decoded
 
 MicroBatch = dict[str, Any]
 
@@ -58,14 +58,14 @@ def image_loader(
 
     * ``"image"``: uint8 [b, C, H, W]; see r2id.images.to_float
     * ``"label"``: int64 [b], −1 where there is none
-    * ``"attributes"``: int8 [b, A], −1 or 1, of sets that have them
-    * ``"embedding"``: float16 [b, D] or [b, T, D], of sets opened with them
+    * ``"attributes"``: int8 [b, A], −1 or 1, if the set has them
+    * ``"embedding"``: float16 [b, D] or [b, T, D], if the set was opened with embeddings
     * ``"index"``: int64 [b], positions in the split, and ``"sample_ids"``: the samples' keys
     * ``"epoch"`` and ``"step"``: int
 
     What a step holds depends only on the data, the seed and ``batch``, not on the number of
-    processes. Raises InputError for an unknown split, or a batch that does not divide by processes
-    and micro-batch.
+    processes. Raises InputError for an unknown split, or a batch that is not a multiple of
+    processes × micro-batch.
     """
     samples = shards.split(split)
     plan = RankPlan.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
@@ -83,9 +83,9 @@ def eval_loader(
 ) -> Iterator[MicroBatch]:
     """Yield every image of a split once, in batches as image_loader's, but float32 in [−1, 1].
 
-    The order is that of the index, except that images of one size come together; the last batch of
-    a size may be smaller. Images have the sizes they have in training, but are never mirrored or
-    cut to a window. ``indices`` selects samples; ``limit`` takes that many, evenly spaced. Epoch
+    Images are grouped by size, and ordered as in the index within a size, whose last batch may be
+    smaller. They have the sizes that they have in training, but are never mirrored or cut to a
+    window. ``indices`` selects samples, and ``limit`` takes so many of them, evenly spaced. Epoch
     and step are 0.
     """
     samples = shards.split(split)
@@ -124,7 +124,7 @@ def _split_buckets(
 
 
 class ImageReader:
-    """Reads samples as image tensors; a split that is small once decoded is kept in memory."""
+    """Reads samples as image tensors, and keeps the decoded images of small splits in memory."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class ImageReader:
         data: DataConfig,
         fetch: Callable[[int], bytes] | None = None,
     ) -> None:
-        """``fetch`` returns a sample's stored bytes; None reads them from the shards."""
+        """``fetch`` returns a sample's stored bytes; by default they are read from the shards."""
         self.samples, self.data, self.fetch = samples, data, fetch or samples.read
         pixels = int((buckets.height.astype(np.int64) * buckets.width).sum())
         small = pixels * data.channels <= _KEPT_BYTES and not data.window
@@ -142,11 +142,13 @@ class ImageReader:
     def __call__(
         self, indices: np.ndarray, height: int, width: int, rng_key: Tensor | None = None
     ) -> Tensor:
-        """Read uint8 [b, C, H, W]. Window and mirroring are drawn from ``rng_key`` and the index.
+        """Read images as uint8 [b, C, H, W].
 
-        Without one the window is the middle and nothing is mirrored. Drawing from the index, not
-        from the position in the batch, keeps an image the same for any number of processes.
+        Windows and mirroring are drawn from ``rng_key`` and each sample's index, not from its
+        position in the batch, so that an image is the same for any number of processes. Without a
+        key, windows are centred and nothing is mirrored.
         """
+        # For each image: vertical and horizontal position of the window, and whether to mirror.
         draws = np.full((len(indices), 3), 0.5)
         if rng_key is not None and (self.data.window or self.data.flip):
             draws = rng.uniform(
@@ -162,7 +164,7 @@ class ImageReader:
 
     def _pixels(self, index: int, height: int, width: int, draw: np.ndarray) -> np.ndarray:
         """Decode one image to uint8 [H, W, C]."""
-        # Kept images need no key of their size: without windows it is the same every time.
+        # An index is key enough for kept images: without windows, their size never changes.
         if self._kept is None:
             array = self._decode(index, height, width, draw)
         elif index in self._kept:
@@ -266,7 +268,8 @@ class RankPlan:
 class StepDataset(Dataset):
     """Maps a step number to its micro-batches.
 
-    ``read(indices, height, width, rng_key)`` makes the tensor called ``name``: images or latents.
+    ``read(indices, height, width, rng_key)`` returns the tensor that each micro-batch holds under
+    ``name``: images or latents.
     """
 
     plan: RankPlan
@@ -288,7 +291,7 @@ class StepDataset(Dataset):
 
 @dataclass
 class EvalDataset(Dataset):
-    """Maps a number to one batch of an evaluation."""
+    """Maps the number of an evaluation batch to its content."""
 
     batches: list[Batch]
     samples: Split
@@ -320,7 +323,10 @@ def batch_metadata(samples: Split, indices: np.ndarray, epoch: int, step: int) -
 
 
 def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterator[Any]:
-    """Yield a dataset's items in order, loaded ahead by ``workers`` processes (0: none)."""
+    """Yield a dataset's items in order, loaded ahead by ``workers`` processes (0: by this one).
+
+    ``numbers`` are the items to load; None is for iterable datasets.
+    """
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -331,13 +337,14 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
     try:
         yield from loader
     except WorkError as error:
-        # torch makes a worker's traceback the message of its error; the last line is the message.
+        # torch puts a worker's whole traceback into the message; its last line is the original.
         raise WorkError(
             str(error).strip().splitlines()[-1].removeprefix("r2id.errors.WorkError: ")
         ) from None
 
 
 def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:
+    """Divide samples into batches of one size each."""
     heights, widths = buckets.height[chosen], buckets.width[chosen]
     batches = []
     for height, width in buckets.sizes:

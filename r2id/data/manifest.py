@@ -5,8 +5,8 @@ A shard set is a folder::
     manifest.json                  splits, shards, counts and checksums; written last
     plan.json, plan.parquet        the shard plan: which image goes into which shard
     rejects.csv                    unusable source files with the reasons, if there are any
-    <split>/shard-000000.tar       members KEY.jpg|png|webp, KEY.cls where there is a class,
-                                   KEY.npy where there is a text embedding, KEY.json for the rest
+    <split>/shard-000000.tar       members KEY.jpg|png|webp (image), KEY.cls (class, if any),
+                                   KEY.npy (text embedding, if any), KEY.json (all else)
     <split>/shard-000000.parquet   index of that tar, one row per sample, and its commit marker
 
 Any webdataset reader can stream the tars. r2id reads single samples at the offsets in the index.
@@ -53,10 +53,10 @@ class SplitEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """Everything that a shard set holds.
+    """Describes the whole content of a shard set.
 
-    ``checksum`` is the hash of all other fields: it reveals an edited manifest and identifies the
-    data (ShardSet.digest).
+    ``checksum`` is the hash of all other fields. It reveals an edited manifest, and identifies the
+    data as ShardSet.digest.
     """
 
     format_version: int
@@ -76,7 +76,7 @@ class Manifest(_Strict):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> Manifest:
-        """Write manifest.json, which commits the whole set; returns it with its checksum."""
+        """Write manifest.json, which commits the whole set; return it with its checksum."""
         sealed = self.model_copy(update={"checksum": self.expected_checksum()})
         write_atomic(
             folder / MANIFEST,
@@ -85,9 +85,9 @@ class Manifest(_Strict):
         return sealed
 
     def _empty_fields(self) -> set[str]:
-        """Return the optional fields that are empty; they are left out of the file and the hash.
+        """Return the names of optional fields that are empty: file and hash leave them out.
 
-        So manifests that were written before these fields existed keep their checksums.
+        Manifests that were written before these fields existed therefore keep their checksums.
         """
         return {
             name
@@ -106,14 +106,14 @@ class Reject:
 
 
 def shard_file(split: str, number: int) -> str:
-    """Return the path of a shard in its set."""
+    """Return the path of a shard, relative to its set."""
     return f"{split}/shard-{number:06d}.tar"
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read a set's manifest.
 
-    Raises InputError when the folder is no shard set, an unfinished one or of another version.
+    Raises InputError when the folder is not a shard set, or is unfinished or of another version.
     """
     path = folder / MANIFEST
     if not path.is_file():

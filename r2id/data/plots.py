@@ -13,11 +13,11 @@ from PIL import Image
 from r2id.data.records import decode
 from r2id.data.shards import ShardSet, Split
 
-_THUMB, _GAP, _COLUMNS = 96, 4, 12  # pixels, pixels, thumbnails
+_THUMB, _GAP, _COLUMNS = 96, 4, 12  # side and gap in pixels, thumbnails in a row
 
 
 def draw_samples(shards: ShardSet, count: int = 48) -> Image.Image:
-    """Draw a grid of samples of the largest split, spread evenly over its classes."""
+    """Draw a grid of ``count`` samples of the largest split, evenly spaced over its classes."""
     splits = sorted(
         (shards.split(name) for name, entry in shards.manifest.splits.items() if entry.samples),
         key=len,
@@ -69,7 +69,7 @@ def draw_sizes(heights: np.ndarray, widths: np.ndarray) -> Image.Image:
 
 
 def _spread(samples: Split, count: int) -> np.ndarray:
-    """Choose samples, evenly spaced in the order of classes and, within a class, of shards."""
+    """Return the indices of samples at even distances, in the order of classes, then of shards."""
     order = np.argsort(samples.label, kind="stable")
     count = min(count, len(order))
     return order[np.arange(count) * len(order) // count]

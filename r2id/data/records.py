@@ -1,8 +1,8 @@
-"""The record of one sample, and the one place where image bytes become pixels.
+"""The record of one sample, and the decoding of image bytes into pixels.
 
 EXIF policy: image bytes are stored as they came, orientation tag included. Height, width and pixels
 are always those of the upright image. Decoders differ in this (OpenCV rotates, Pillow does not), so
-everything that needs pixels or sizes goes through this module.
+all code that needs pixels or sizes uses this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXTENSIONS: dict[str | None, Extension] = {
     "PNG": "png",
     "WEBP": "webp",
 }
-_ORIENTATION = 0x0112
+_ORIENTATION = 0x0112  # number of the EXIF tag
 _MOST_PIXELS = 400_000_000  # where the caller sets no limit; 1.2 GB when decoded
 Image.MAX_IMAGE_PIXELS = None  # the limits here are checked instead of Pillow's own
 _JPEG_MARGIN = 2  # a JPEG is decoded at a fraction only if that is this many times the size needed
@@ -37,8 +37,8 @@ _JPEG_MARGIN = 2  # a JPEG is decoded at a fraction only if that is this many ti
 class Record:
     """One sample as it is stored in a shard.
 
-    ``key`` is unique in its split and holds no dot: webdataset splits names of members at the first
-    dot, so ``img.v2.jpg`` and ``img.v3.jpg`` would become one sample.
+    ``key`` is unique in its split and contains no dot: webdataset splits the names of members at
+    the first dot, so ``img.v2.jpg`` and ``img.v3.jpg`` would become one sample.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Record:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What ``inspect`` finds; ``ext`` is None for a readable format that shards do not store."""
+    """What ``inspect`` returns. ``ext`` is None for a readable format that shards do not store."""
 
     ext: Extension | None
     height: int
@@ -68,8 +68,8 @@ class ImageFacts:
 def inspect(data: bytes, max_pixels: int | None = None) -> ImageFacts:
     """Decode an image completely and return its facts.
 
-    Raises ValueError with the reason when that is impossible, or when its header states more than
-    ``max_pixels`` pixels; those are not decoded.
+    Raises ValueError with the reason when it cannot be decoded, or when its header states more than
+    ``max_pixels`` pixels; such an image is not decoded.
     """
     image, facts = _open(data, max_pixels)
     image.close()
@@ -88,12 +88,12 @@ def decode(data: bytes, channels: int | None = None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class View:
-    """A crop of ``height`` × ``width`` pixels out of an upright image that is first scaled."""
+    """How to cut an image: scale it upright, then crop ``height`` × ``width`` pixels."""
 
     height: int
     width: int
     scale: float | None = None
-    """Factor of both sides; None is the smallest with which the image covers the crop."""
+    """Factor for both sides; None is the smallest with which the image still covers the crop."""
     position: tuple[float, float] = (0.5, 0.5)
     """Vertical and horizontal position of the crop: 0 at the top or left edge, 1 at the other."""
     mirrored: bool = False
@@ -126,14 +126,15 @@ def decode_view(data: bytes, channels: int, view: View) -> np.ndarray:
 
 
 def _cut(image: Image.Image, extent: tuple[float, float], view: View, shrink: float) -> Image.Image:
-    """Cut a view out of an image; ``shrink`` is the image's pixels per pixel of the view.
+    """Cut a view out of an image; ``shrink`` is the number of its pixels per pixel of the view.
 
-    ``extent`` (width, height) is the part of the image that is picture: a JPEG that is decoded at a
-    fraction of its size may end in the middle of a pixel.
+    ``extent`` is the true (width, height) of the picture, which may be fractional: a JPEG that is
+    decoded at a fraction of its size may end in the middle of a pixel.
     """
     width, height = min(extent[0], view.width * shrink), min(extent[1], view.height * shrink)
     top, left = (extent[1] - height) * view.position[0], (extent[0] - width) * view.position[1]
     if (width, height) == (view.width, view.height):
+        # Not scaled: whole pixels are copied unchanged.
         left, top = round(left), round(top)
         return image.crop((left, top, left + view.width, top + view.height))
     box = (left, top, min(image.width, left + width), min(image.height, top + height))
@@ -152,7 +153,7 @@ def encode_png(array: np.ndarray) -> bytes:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode a Pillow image as PNG without loss; modes that PNG lacks become RGB."""
+    """Encode a Pillow image as PNG; modes that PNG lacks are converted to RGB."""
     buffer = io.BytesIO()
     modes = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
     (image if image.mode in modes else image.convert("RGB")).save(buffer, format="PNG")
@@ -160,7 +161,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def as_png(data: bytes) -> bytes:
-    """Convert an image to an upright PNG: for formats that shards do not store (BMP, TIFF, …)."""
+    """Convert an image to an upright PNG, if shards do not store its format (BMP, TIFF, …)."""
     return png_bytes(_open(data)[0])
 
 
@@ -177,7 +178,7 @@ def _open(data: bytes, max_pixels: int | None = None) -> tuple[Image.Image, Imag
 
 @contextmanager
 def _as_value_error() -> Iterator[None]:
-    """Turn all that Pillow raises for damaged files into a ValueError with the reason."""
+    """Turn every error that Pillow raises for damaged files into a ValueError with the reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF, which is harmless here
@@ -225,6 +226,7 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _convert(image: Image.Image, channels: int | None) -> Image.Image:
+    """Convert an image to mode L or RGB; see ``decode``."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image)
         if not np.isfinite(values).all():
@@ -243,6 +245,7 @@ def _upper_byte(values: np.ndarray) -> np.ndarray:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
+    """Blend an image with white where it is transparent."""
     gray = image.mode in ("L", "LA", "La")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     flat = Image.alpha_composite(white, image.convert("RGBA"))

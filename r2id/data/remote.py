@@ -1,6 +1,6 @@
 """Read files at an address: a folder, or any URL that fsspec supports (http, s3, gs, …).
 
-Every failure is a WorkError that names the address: the input was right, the store did not answer.
+Every failure is a WorkError that names the address: the store failed, the user's input was right.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_file(address: str, file: str) -> bytes:
 
 
 def read_range(address: str, file: str, start: int, size: int) -> bytes:
-    """Read ``size`` bytes of a file below the address, or fewer where it ends before."""
+    """Read ``size`` bytes of a file below the address from ``start`` on, fewer at its end."""
     with _reading(address, file) as (system, path):
         data = system.cat_file(path, start=start, end=start + size)
     # A server without range requests answers with the whole file.
@@ -36,7 +36,7 @@ def read_range(address: str, file: str, start: int, size: int) -> bytes:
 
 @contextmanager
 def _reading(address: str, file: str) -> Iterator[tuple[Any, str]]:
-    """Give fsspec's file system and the file's path in it; any failure becomes a WorkError."""
+    """Yield fsspec's file system and the file's path in it; turn any failure into a WorkError."""
     where = f"{address.rstrip('/')}/{file}"
     try:
         system, base = _file_system(address, os.getpid())

@@ -1,4 +1,4 @@
-"""Write records to a shard and its index. All tars of shard sets are written here."""
+"""Write a shard, a tar of records, and its index."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write_shard_files(
 ) -> ShardEntry:
     """Write a tar and, last, its index, which commits it. Equal records give equal bytes.
 
-    Each file appears complete or not at all. ``rejects`` is stored in the index; it is read after
-    the last record, so it may be filled while records are made. Raises ValueError for a key that
-    webdataset could confuse with another, WorkError when the disk refuses.
+    Each file appears complete or not at all. ``rejects`` is stored in the index. It is read after
+    the last record, so the iterator of records may add to it. Raises ValueError for a key that
+    webdataset could confuse with another, WorkError when the disk cannot be written.
     """
     rows: dict[str, list[Any]] = {
         name: [] for name in (*SCHEMA.names, ATTRIBUTES.name, EMBEDDING.name)
@@ -55,7 +55,7 @@ def write_shard_files(
 
 
 class _Hashed:
-    """Hashes what is written to a file, so that the tar need not be read again."""
+    """A file that hashes what is written to it, so that the tar need not be read again."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.written = file, hashlib.sha256(), 0
@@ -67,11 +67,13 @@ class _Hashed:
 
 
 def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[Any]]) -> None:
-    from webdataset.writer import TarWriter  # imports torch, which nothing else in here needs
+    """Write records to a tar, and add their rows of the index to ``rows``."""
+    from webdataset.writer import TarWriter  # imports torch, which nothing else here needs
 
-    # A floating-point mtime would add PAX headers, doubling small samples; mtime 0 and no names of
-    # users make the bytes a function of the records alone. When an error occurs inside the block,
-    # TarWriter still closes a valid-looking, short tar: it stays under its temporary name.
+    # mtime 0 and empty user names make the bytes a function of the records alone. A floating-point
+    # mtime would also add PAX headers, which double the size of small samples. When an error occurs
+    # inside the block, TarWriter still closes a short tar that looks valid; atomic_file keeps it
+    # from getting its final name.
     with TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
         seen: set[str] = set()
         offset = 0
@@ -79,7 +81,7 @@ def _write_tar(stream: _Hashed, records: Iterable[Record], rows: dict[str, list[
             _check_key(record.key, seen)
             members = _members(record)
             writer.write({"__key__": record.key, **members})
-            # Offsets follow from the order in which TarWriter stores the members: sorted.
+            # TarWriter stores the members sorted by extension, which determines their offsets.
             for ext in sorted(members):
                 if ext == record.ext:
                     _add_row(rows, record, offset + _BLOCK)
@@ -125,7 +127,7 @@ def _check_key(key: str, seen: set[str]) -> None:
     if not re.fullmatch(r"[\w-]{1,90}", key, re.ASCII):
         raise ValueError(f"key {key!r}: must be 1 to 90 letters, digits, '_' and '-'")
     if key in seen:
-        raise ValueError(f"key {key!r}: twice in one shard")
+        raise ValueError(f"key {key!r}: occurs twice in one shard")
     seen.add(key)
 
 

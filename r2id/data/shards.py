@@ -1,17 +1,17 @@
-"""Open shard sets and read samples from them (their format: r2id.data.manifest).
+"""Open shard sets and read samples from them. r2id.data.manifest describes their format.
 
-A sample is one positioned read of a tar, at the offset in the shard's index. So any order of
-samples costs the same, and a resumed run begins at its step without reading what came before.
+Reading a sample takes one positioned read of a tar, at the offset in the shard's index. So any
+order of samples costs the same, and a resumed run begins at its step without reading earlier ones.
 
 Memory: in every process the index takes 72 bytes per sample, and the plan of an epoch 60 more.
 1.28 million samples take 92 MB, and 173 MB with a plan (tests/bench/data.py plan). On disk the
 index takes 45 to 80 bytes per sample, 32 of them the hash. 10⁹ samples would take 72 GB per
-process; since there is one index file per shard, an order by shards (data.shuffle = "shards") could
-load those of 16 shards at a time.
+process. That could be avoided where training visits a few shards at a time (data.shuffle =
+"shards"), because each shard has an index file of its own.
 
-Text embeddings are in the index too, as float16. Where they are asked for, every process keeps all
-of them: 1.28 million pooled CLIP embeddings ([768]) take 2 GB, as many sequences ([77, 768]) take
-151 GB.
+Text embeddings are in the index too, as float16. When a set is opened with them, every process
+keeps all of them in memory: 1.28 million pooled CLIP embeddings ([768]) take 2 GB, as many
+sequences ([77, 768]) take 151 GB.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ _OPEN_FILES = 256  # per split and process, well below the usual limit of 1024
 class Split:
     """The samples of one split, in shard order: arrays of length N, one element per sample.
 
-    ``label`` is −1 where there is no class; ``height`` and ``width`` are pixels after orientation.
+    ``shard`` is the number of a sample's shard, ``offset`` and ``size`` locate its image in the
+    tar. ``height`` and ``width`` are those of the upright image. ``label`` is −1 without a class.
     """
 
     name: str
     files: list[Path]
     entries: list[ShardEntry]
     address: str | None
-    """Where the tars are, if not in the folder; see r2id.data.remote."""
+    """Where the tars are, if not in the set's folder; see r2id.data.remote."""
     keys: pa.Array
     shard: np.ndarray
     offset: np.ndarray
@@ -65,16 +66,16 @@ class Split:
         return {**self.__dict__, "_open": {}}  # open files stay in their process
 
     def key(self, index: int) -> str:
-        """Return the key of a sample: the name of its members in the tar, unique in the split."""
+        """Return the key of a sample, which names its members in the tar; unique in the split."""
         return self.keys[int(index)].as_py()
 
     def indices_in_shard(self, number: int) -> np.ndarray:
-        """Return the indices of the samples of one shard, int64."""
+        """Return the indices, int64, of the samples in one shard."""
         first, end = np.searchsorted(self.shard, [number, number + 1])
         return np.arange(first, end)
 
     def read(self, index: int) -> bytes:
-        """Read the stored bytes of one image; WorkError when its shard is cut short or gone."""
+        """Read the stored bytes of one image; WorkError when its shard is missing or cut short."""
         number, offset, size = (
             int(self.shard[index]),
             int(self.offset[index]),
@@ -92,6 +93,7 @@ class Split:
         return data
 
     def _file(self, number: int) -> BinaryIO:
+        """Open a shard's tar, or return the open file; the one opened first is closed if needed."""
         if number not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
@@ -122,10 +124,11 @@ class ShardSet:
     def open(cls, folder: Path, address: str | None = None, embeddings: bool = False) -> ShardSet:
         """Open a shard set.
 
-        With ``address`` (a folder or URL, see r2id.data.remote) the tars are there, and the folder
-        holds only manifest and indexes. With ``embeddings`` the splits have their text embeddings,
-        which take memory. Raises InputError when the folder is no complete shard set, or a shard is
-        missing or has another length; hashes are checked by r2id verify only.
+        With ``address`` (a folder or URL, see r2id.data.remote) the tars are read from there, and
+        the folder need only hold the manifest and the indexes. With ``embeddings`` the splits have
+        their text embeddings, which take memory. Raises InputError when the folder is not a
+        complete shard set, or a shard is missing or has a wrong length. Only r2id verify checks
+        hashes.
         """
         manifest = read_manifest(folder)
         if manifest.checksum != manifest.expected_checksum():
@@ -147,7 +150,7 @@ class ShardSet:
 
     @property
     def digest(self) -> str:
-        """Identity of the data: a hexadecimal digest of everything in the manifest."""
+        """Identity of the data: a hexadecimal hash of the manifest's content."""
         return self.manifest.checksum
 
     @property
@@ -159,7 +162,7 @@ class ShardSet:
         return len(self.manifest.class_names)
 
     def summary(self) -> dict[str, Any]:
-        """Return counts for people: samples per split, shards, bytes, classes, rejects."""
+        """Return figures to show: samples per split, shards, bytes, classes and rejects."""
         splits = self.manifest.splits
         return {
             "dataset": self.manifest.dataset,
@@ -172,7 +175,7 @@ class ShardSet:
         }
 
     def split(self, name: str) -> Split:
-        """Return a split; InputError when the set has no such split, or it has no samples."""
+        """Return a split; InputError when the set has no such split, or the split is empty."""
         entry = self.manifest.splits.get(name)
         if entry is None or not entry.samples:
             raise InputError(
@@ -191,9 +194,9 @@ class ShardSet:
             column: np.empty(entry.samples, SCHEMA.field(column).type.to_pandas_dtype())
             for column in ("offset", "size", "height", "width", "label")
         }
-        number, keys, first = np.empty(entry.samples, np.int32), [], 0
+        numbers, keys, first = np.empty(entry.samples, np.int32), [], 0
         lists = self._lists(entry.samples)
-        for position, shard in enumerate(entry.shards):
+        for number, shard in enumerate(entry.shards):
             try:
                 table = read_index(
                     self.folder, shard, ["key", *columns, *(lists if shard.samples else ())]
@@ -210,11 +213,11 @@ class ShardSet:
                 )
             for column, values in columns.items():
                 values[first:end] = table[column].to_numpy()
-            # The index of an empty shard need not have the columns of lists.
+            # The index of an empty shard may lack the attributes and embeddings columns.
             for column, values in lists.items() if shard.samples else ():
                 flat = table[column].combine_chunks().flatten().to_numpy()
                 values[first:end] = flat.reshape(shard.samples, *values.shape[1:])
-            number[first:end] = position
+            numbers[first:end] = number
             keys.append(table["key"].combine_chunks())
             first = end
         return Split(
@@ -223,16 +226,16 @@ class ShardSet:
             entries=entry.shards,
             address=self.address,
             keys=pa.concat_arrays(keys),
-            shard=number,
+            shard=numbers,
             attributes=lists.get("attributes"),
             embedding=lists.get("embedding"),
             **columns,
         )
 
     def _lists(self, samples: int) -> dict[str, np.ndarray]:
-        """Allocate the arrays for attributes and embeddings, where they are wanted."""
-        named, shape = len(self.manifest.attribute_names), self.manifest.embedding_shape
-        lists = {"attributes": np.empty((samples, named), np.int8)} if named else {}
+        """Allocate the arrays of attributes and embeddings, if the splits are to have them."""
+        count, shape = len(self.manifest.attribute_names), self.manifest.embedding_shape
+        lists = {"attributes": np.empty((samples, count), np.int8)} if count else {}
         return (
             {**lists, "embedding": np.empty((samples, *shape), DTYPE)}
             if shape and self.embeddings

@@ -1,4 +1,4 @@
-"""Statistics of a shard set: sizes, classes, and the buckets that training would sort it into."""
+"""Compute statistics of a shard set: sizes, classes, and the buckets that training would use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from r2id.data.shards import ShardSet, Split
 def split_stats(shards: ShardSet, data: DataConfig, name: str, batch: int) -> dict[str, Any]:
     """Return statistics of one split for these data settings.
 
-    Heights and widths are those of the upright images, ratios are width / height, bytes those of
+    "height" and "width" are those of the upright images, "ratio" is width / height, "bytes" counts
     the stored images. "lost" is the mean share of an image's area that is cut off.
     """
     samples = shards.split(name)
@@ -53,22 +53,22 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _classes(samples: Split, names: Sequence[str]) -> dict[str, Any]:
-    """Count classes, and the samples of the rarest, the median and the most frequent class."""
+    """Count classes, and the samples of the rarest, a median and the most frequent class."""
     counts = np.bincount(samples.label[samples.label >= 0], minlength=len(names))
-    found: dict[str, Any] = {"count": len(names), "unlabelled": int((samples.label < 0).sum())}
+    stats: dict[str, Any] = {"count": len(names), "unlabelled": int((samples.label < 0).sum())}
     if len(counts):
-        found |= {
+        stats |= {
             "samples": _spread(counts),
             "rarest": names[int(counts.argmin())],
             "largest": names[int(counts.argmax())],
         }
-    return found
+    return stats
 
 
 def _buckets(
     buckets: Buckets, lost: np.ndarray, batch: int, batch_pixels: int | None
 ) -> list[dict[str, Any]]:
-    """Return a row per bucket, from the most frequent size to the rarest."""
+    """Return one row per bucket, from the most frequent size to the rarest."""
     sizes = buckets.batch_sizes(batch, batch_pixels)
     rows = [
         {
@@ -87,7 +87,7 @@ def _buckets(
 
 
 def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str]:
-    """Write the statistics of one split as lines for a person, with at most ``most`` buckets."""
+    """Format the statistics of one split as lines of text, with at most ``most`` buckets."""
     classes, buckets = stats["classes"], stats["buckets"]
     lines = [
         f"{name}: {stats['samples']} images in {stats['shards']} shards, "

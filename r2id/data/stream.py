@@ -1,8 +1,8 @@
 """Stream whole shards with webdataset, from a folder or an address: an alternative to the loader.
 
-For stores that are slow at single reads, such as object stores. The manifest and indexes must be on
-disk (``fetch_index`` gets them): they tell how many samples there are and of which sizes.
-It promises less than the indexed loader (r2id.data.loader):
+It is meant for stores that are slow at single reads, such as object stores. The manifest and
+indexes must be on disk (``fetch_index`` copies them), because they hold the number and the sizes of
+the samples. Streaming guarantees less than the indexed loader (r2id.data.loader):
 
 * The order depends on the number of processes and workers, and is only as random as webdataset's:
   shards are shuffled in every epoch, samples within a buffer of some hundred.
@@ -11,9 +11,9 @@ It promises less than the indexed loader (r2id.data.loader):
 * Processes draw sizes independently, so one step may have different sizes on different ranks.
 * A resumed run begins a fresh pass over the shards.
 
-What it keeps: every process makes the same number of steps, with the same number of micro-batches,
-so that no rank waits for ever. A shard that is cut short (which webdataset itself takes for a
-smaller one) or that differs from its index is an error.
+It still guarantees that every process makes the same number of steps, with the same number of
+micro-batches, so that no rank waits for ever. A shard that is cut short, which webdataset itself
+would take for a smaller one, or that differs from its index is an error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from r2id.errors import InputError, WorkError
 from r2id.files import atomic_file, sha256_file, write_atomic
 from r2id.progress import track
 
-_BUFFER = 500  # samples, undecoded
+_BUFFER = 500  # samples to shuffle, not decoded yet
 _IMAGES = get_args(Extension)
 
 
@@ -57,10 +57,10 @@ def stream_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[MicroBatch]]:
-    """Yield micro-batches like r2id.data.loader.image_loader, with this module's promises.
+    """Yield micro-batches as r2id.data.loader.image_loader does, but in this module's order.
 
-    ``shards`` must be opened with an address. Raises InputError for a batch that does not divide,
-    or when there are fewer shards than loader processes.
+    ``shards`` must be opened with an address. Raises InputError for a batch that is not a multiple
+    of processes × micro-batch, or when there are fewer shards than loader processes.
     """
     check_batch(batch, world_size, micro_batch)
     samples = shards.split(split)
@@ -75,7 +75,7 @@ def stream_loader(
 
 
 def fetch_index(address: str, out: Path) -> ShardSet:
-    """Copy a shard set's manifest and indexes, which is all that streaming needs on disk.
+    """Copy a shard set's manifest and indexes: all that streaming needs on disk.
 
     Raises InputError when there is no shard set at the address or ``out`` holds another one, and
     WorkError when the address cannot be read.
@@ -100,7 +100,7 @@ def fetch_index(address: str, out: Path) -> ShardSet:
 
 
 class Stream(IterableDataset):
-    """Endless steps of this rank, from this loader process's share of the shards."""
+    """Yields steps of this rank without end, from this loader process's share of the shards."""
 
     def __init__(
         self,
@@ -128,6 +128,7 @@ class Stream(IterableDataset):
         }
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
+        # Every bucket collects samples until they fill this rank's part of a step.
         fetched: dict[int, bytes] = {}
         read = ImageReader(self.samples, self.buckets, self.data, fetched.__getitem__)
         waiting: dict[tuple[int, int], list[int]] = {size: [] for size in self.buckets.sizes}
@@ -173,14 +174,14 @@ class Stream(IterableDataset):
         address = self.samples.address
         for number in numbers:
             file, members = self.samples.entries[number].file, self.samples.indices_in_shard(number)
-            found = 0
+            count = 0  # samples read from this shard
             try:
                 with open_stream(str(address), file) as stream:
                     for sample in group_by_keys(
                         tar_file_expander([{"url": file, "stream": stream}])
                     ):
-                        if found == len(members) or sample["__key__"] != self.samples.key(
-                            members[found]
+                        if count == len(members) or sample["__key__"] != self.samples.key(
+                            members[count]
                         ):
                             raise WorkError(
                                 f"{address}/{file}: holds other samples than its index says"
@@ -188,19 +189,20 @@ class Stream(IterableDataset):
                         image = next((sample[ext] for ext in _IMAGES if ext in sample), None)
                         if image is None:
                             break  # the tar ends inside a sample
-                        yield int(members[found]), image
-                        found += 1
+                        yield int(members[count]), image
+                        count += 1
             except WorkError:
                 raise
             except Exception as error:  # tarfile, webdataset and every store raise their own
                 raise WorkError(
                     f"{address}/{file}: cannot be read: {' '.join(str(error).split())}"
                 ) from error
-            if found != len(members):
-                raise WorkError(f"{address}/{file}: cut short: {found} of {len(members)} samples")
+            if count != len(members):
+                raise WorkError(f"{address}/{file}: cut short: {count} of {len(members)} samples")
 
 
 def _with_steps(steps: Iterator[list[MicroBatch]], numbers: range) -> Iterator[list[MicroBatch]]:
+    """Number the steps: a loader process does not know how many the others yield."""
     for number in numbers:
         step = next(steps)
         for part in step:

@@ -1,7 +1,7 @@
 """Verify a shard set: rehash every file, decode every image, and list all damage.
 
-Tar archives notice little by themselves: a flipped bit in an image goes unseen, and a tar that is
-cut at the border of a member reads as a shorter one.
+The tar format itself reveals little damage: a flipped bit in an image goes unnoticed, and a tar
+that is cut between two members reads as a shorter one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHECKED = ["key", "offset", "size", "height", "width", "sha256"]  # columns of 
 
 @dataclass(frozen=True)
 class Damage:
-    """One finding; ``file`` is relative to the set, ``key`` is that of a damaged sample."""
+    """One finding: ``file`` is relative to the set, ``key`` names the sample if one is damaged."""
 
     file: str
     what: str
@@ -40,7 +40,8 @@ class Damage:
 def verify(folder: Path) -> list[Damage]:
     """List all damage; an empty list means that every byte and image is as it was written.
 
-    Raises InputError when the folder is no shard set at all.
+    Raises InputError when the folder has no manifest. A damaged manifest is listed alone, because
+    nothing else can be checked without it.
     """
     try:
         manifest = read_manifest(folder)
@@ -109,7 +110,7 @@ def _check_index(folder: Path, entry: ShardEntry) -> Iterator[Damage]:
     if stated.index_sha256 != entry.index_sha256:
         yield Damage(entry.index_file, "changed: its hash is not the manifest's")
     elif stated != entry:
-        yield Damage(MANIFEST, f"what it says of {entry.file} is not what its index says")
+        yield Damage(MANIFEST, f"its entry of {entry.file} differs from the index of that shard")
 
 
 def _check_tar(folder: Path, entry: ShardEntry, index: pa.Table) -> Iterator[Damage]:
