@@ -78,6 +78,7 @@ def step(state: TrainState) -> None:
         results.append(MicroBatchResult(figures, len(batch["index"]), state.task.image_size(batch)))
     state.lr = learning_rate(state.step, state.config.optim, state.config.train.steps)
     state.grad_norm = state.engine.step(state.lr, state.step)
+    state.updated = True
     state.results = results
     state.samples += sum(result.images for result in results) * dist.world_size()
 
@@ -99,7 +100,7 @@ def _step_or_skip(state: TrainState, previous: list[Batch]) -> None:
     Raises NonFiniteError, saying where it comes from, when no more steps may be left out.
     """
     allowed = state.config.train.skip_nonfinite
-    state.results = []
+    state.results, state.updated = [], False
     try:
         step(state)
     except NonFiniteError as error:
@@ -112,6 +113,7 @@ def _step_or_skip(state: TrainState, previous: list[Batch]) -> None:
             raise NonFiniteError(message, error.step) from None
         say(f"skipped {state.skipped} of {allowed}: {message}")
         state.grad_norm = state.engine.step(state.lr, state.step) if late else math.nan
+        state.updated = late
 
 
 def _blame(state: TrainState, micro_batches: list[Batch], step: int) -> str:

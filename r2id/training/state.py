@@ -41,6 +41,8 @@ class TrainState:
     """Training samples seen, by all processes."""
     skipped: int = 0
     """Steps left out by this process because their loss or gradient was not finite."""
+    updated: bool = False
+    """Whether the last step changed the weights; not when it was left out."""
     stopping: bool = False
     """Whether the run ends after this step, with everything saved: on all ranks or on none."""
 

@@ -68,6 +68,7 @@ def train(work, world):
             engine.backward(loss, count)
             del loss, _
         engine.step(1e-4, step)
+        engine.ema.update(step)
 
 
 def measure(work, world):

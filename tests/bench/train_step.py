@@ -145,6 +145,7 @@ def main():
                 loss, _ = engine.forward({**inputs, "step": step})
                 engine.backward(loss, count)
             norm = engine.step(1e-4, step)
+            engine.ema.update(step)
         float(norm)
 
     found = {**rate(steps, options.steps, WARMUP, config.train.batch), "parameters": parameters}

@@ -121,6 +121,7 @@ def run(
         if losses is not None:
             losses.append(float(dist.all_reduce_sum(total)))
         norms.append(float(engine.step(1e-3 * (step + 1), step)))
+        engine.ema.update(step)
     return norms
 
 

@@ -99,6 +99,7 @@ def test_update_is_clipped_adamw() -> None:
             average[name].lerp_(p.detach(), 1 - min(0.9995, (1 + step) / (10 + step)))
         trained.backward(trained.forward({"x": X})[0], 1)
         assert float(trained.step(lr, step)) == pytest.approx(float(expected), rel=1e-5)
+        trained.ema.update(step)
     state = values(trained)
     for name, p in model.named_parameters():
         torch.testing.assert_close(state["model"][name], p.detach(), rtol=1e-5, atol=1e-6)
@@ -185,6 +186,7 @@ def test_several_averages_are_tracked_and_go_on(tmp_path: Path) -> None:
             reading.resume(trained, tmp_path)
         trained.backward(trained.forward({"x": X})[0], 1)
         trained.step(0.1, step)
+        trained.ema.update(step)
         sources.append(values(trained)["model"]["layer.weight"].double())
     found = values(trained)
     for kind, sigma in (("ema", 0.05), ("ema-0.2", 0.2)):

@@ -5,6 +5,7 @@ To add a callback: a file with a subclass of ``Callback``, and its line in ``REG
 
 from __future__ import annotations
 
+from r2id.training.callbacks.averages import MovingAverages
 from r2id.training.callbacks.base import Callback, Callbacks
 from r2id.training.callbacks.checkpoints import Checkpoints
 from r2id.training.callbacks.metering import Metering
@@ -20,6 +21,7 @@ __all__ = ["REGISTRY", "Callback", "Callbacks", "make_callbacks"]
 
 REGISTRY: tuple[type[Callback], ...] = (
     StopSignals,  # first: what follows asks whether this is the last step
+    MovingAverages,  # before all that saves or shows them
     Metering,  # before those who read its figures
     Tracking,
     ProgressDisplay,

@@ -53,6 +53,7 @@ class Engine(ABC):
     layout: list[Piece]
     """Which elements of the parameters this rank's masters hold."""
     ema: Ema
+    """Averages of the masters, which a callback moves (r2id.training.callbacks.averages)."""
     steps: int = 0
     """Optimizer steps done."""
 
@@ -65,7 +66,7 @@ class Engine(ABC):
         """Add a micro-batch's share, loss / accumulation, to the step's gradients."""
 
     def step(self, lr: float, step: int) -> Tensor:
-        """Clip the gradients, then update weights and averages of optimizer step ``step`` (from 0).
+        """Clip the gradients, then update the weights: optimizer step ``step`` (from 0).
 
         To be called after the step's last micro-batch. Returns the gradient norm before clipping, a
         scalar on the device. A norm that is not finite never reaches the weights: NonFiniteError on
@@ -75,9 +76,7 @@ class Engine(ABC):
         self.steps = step + 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._update(step)
-        self.ema.update(step)
-        return norm
+        return self._update(step)
 
     def state(self) -> EngineState:
         """Return this rank's share of the state: the very tensors that the next step changes."""
