@@ -18,7 +18,10 @@ _PNG_OVERHEAD = 256  # bytes; more than headers and incompressible data can add
 
 @dataclass
 class ArrayReader:
-    """Reads splits of images uint8 [N, H, W] with labels [N]; see data_prep.items.Reader."""
+    """Reads splits of images uint8 [N, H, W] or [N, H, W, 3] with labels [N].
+
+    The arrays may be memory-mapped; see data_prep.items.Reader.
+    """
 
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     class_names: list[str]
@@ -29,7 +32,7 @@ class ArrayReader:
         """List all images in the order of the arrays."""
         items, content = ItemTableBuilder(), hashlib.sha256()
         for split, (images, labels) in self.splits.items():
-            bound = images[0].size + images.shape[1] + _PNG_OVERHEAD
+            bound = images[0].size + images.shape[1] + _PNG_OVERHEAD  # PNG adds a byte a row
             for number, label in enumerate(labels):
                 items.add(split, int(label), b"%d" % number, bound, key=f"{split}-{number:08d}")
         for name, arrays in sorted(self.splits.items()):
@@ -37,7 +40,7 @@ class ArrayReader:
             for array in arrays:
                 content.update(f"{array.shape}".encode())
                 content.update(np.ascontiguousarray(array).data)
-        height, width = next(iter(self.splits.values()))[0].shape[1:]
+        height, width = next(iter(self.splits.values()))[0].shape[1:3]
         return Listing(
             items.table(),
             content.hexdigest(),
@@ -57,5 +60,6 @@ class ArrayReader:
             raise WorkError("the source changed since the preparation began")
         for item in items:
             image = self.splits[item.split][0][int(item.place)]
-            height, width = image.shape
-            yield Record(item.key, encode_png(image), "png", height, width, "L", item.label)
+            height, width = image.shape[:2]
+            mode = "L" if image.ndim == 2 else "RGB"
+            yield Record(item.key, encode_png(image), "png", height, width, mode, item.label)
