@@ -142,7 +142,8 @@ class Listing:
 class Reader(Protocol):
     """A dataset as it lies on disk.
 
-    Opening one is cheap: it reads nothing that grows with the number of images.
+    Opening one is cheap, because every process that writes shards opens its own: where images are
+    files, it reads nothing that grows with their number.
     """
 
     def listing(self) -> Listing:

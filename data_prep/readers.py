@@ -1,7 +1,16 @@
 """The datasets by name, and how each is opened.
 
-To add a dataset, write its reader (see data_prep.items.Reader) in a file of its own and add a line
-to DATASETS.
+To add a dataset, write its reader in a file of its own and add a line to DATASETS. A reader is a
+data_prep.items.Reader, and there are two to start from:
+
+* of arrays of pixels: a function that loads them into a data_prep.arrays.ArrayReader, as
+  data_prep.digits does;
+* of image files: a subclass of data_prep.file_records.FileRecords that adds the listing, as
+  data_prep.folder does.
+
+Dataset.opener says what it is called with. ``r2id prepare NAME`` and ``prepare.dataset`` of a
+pipeline then take the name. An option that no dataset has had yet is also a field of PrepareConfig,
+in r2id/config/pipeline.py. The tests of a reader are a file in tests/data_prep.
 """
 
 from __future__ import annotations

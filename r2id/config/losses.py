@@ -9,12 +9,15 @@ from pydantic import Field
 from r2id.config.section import Fraction, Scales, Section
 
 PixelLoss = Literal["l1", "mse", "charbonnier"]
-"""Errors of colours, each a function of r2id.training.losses.pixel."""
+"""Errors of colours, each a line of PIXEL_LOSSES in r2id.training.losses.pixel.
+
+l1: the absolute error. mse: the squared error. charbonnier: √(e² + 10⁻⁶), smooth at 0.
+"""
 
 
 class LossConfig(Section):
     pixel: PixelLoss = "mse"
-    """Error of colours: absolute, squared, or Charbonnier √(e² + 10⁻⁶), which is smooth at 0."""
+    """Error of colours that is minimised."""
     texture: float = Field(default=0.0, ge=0)
     """Weight of a second term: the same error of the differences between each point and one a pixel
     away, in a direction drawn anew, which is the derivative of the image function. Doubles what the

@@ -63,7 +63,12 @@ class RiaeConfig(Section):
 
 
 AttentionKind = Literal["full", "cloud", "axial", "linear", "tiled"]
-"""How tokens of R2ID attend to each other, each a line of r2id.models.mixing."""
+"""How tokens of R2ID attend to each other, each a line of ATTENTION_KINDS in r2id.models.mixing.
+
+full: to all tokens. cloud: within random groups in training, else to all. axial: along rows in half
+of the heads, along columns in the others. linear: to all, by a kernel instead of softmax. tiled:
+within tiles of the grid and a halo.
+"""
 
 
 class R2idConfig(Section):
@@ -76,9 +81,7 @@ class R2idConfig(Section):
     attention: Annotated[
         tuple[AttentionKind, ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("full",)
-    """Self-attention of the blocks in turn, encoder first, and over again: to all tokens, within
-    random groups (in training; else to all), along rows and columns, linear, or within tiles of the
-    grid and a halo."""
+    """Kind of self-attention of the blocks in turn, encoder first, and over again."""
     cloud_tokens: int = Field(default=256, ge=1)
     """Tokens of a random group of 'cloud', about."""
     tile: int = Field(default=8, ge=1)

@@ -1,7 +1,11 @@
 """How the tokens of a diffusion block attend to each other: all to all, or at less cost.
 
 To add a kind, write a function from queries, keys and values to what they become, add a line to
-ATTENTION_KINDS and add its name to AttentionKind in r2id/config/models.py.
+ATTENTION_KINDS and add its name to AttentionKind in r2id/config/models.py. It has to work on grids
+of any shape, a single token among them, and the shapes in it must not depend on the values of
+tensors (no ``nonzero``, ``item`` or boolean index): training and ``r2id plan`` count its operations
+on tensors that have no contents (r2id.models.tracing). tests/models/test_mixing.py tries all this
+for every kind in ATTENTION_KINDS; add a test that compares yours with dense attention under a mask.
 
 Shape letters: B batch · H heads · N = h·w tokens of a grid · d width of a head · G groups · S
 tokens of a group.

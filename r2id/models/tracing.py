@@ -2,6 +2,9 @@
 contents.
 
 The real modules run under FakeTensorMode, and every tensor's storage is noted as it comes and goes.
+So no module may let a shape depend on a tensor's values: torch then raises a
+DynamicOutputShapeException (``nonzero``, a boolean index) or DataDependentOutputException
+(``item``), and its traceback names the line.
 
 Letters: T moments of a step. All sizes are bytes.
 """

@@ -12,7 +12,8 @@ to the network, since that has to suit what is seen:
   surroundings of one tile; a grid of few cells over a large image takes memory accordingly.
 
 To add a kind, write a subclass of Visibility, add it to VISIBILITIES and add its name to
-RiaeConfig.attention in r2id/config/models.py.
+RiaeConfig.attention in r2id/config/models.py. Shapes in it must not depend on the values of tensors
+(no ``nonzero``, ``item`` or boolean index), see r2id.models.tracing.
 
 Shape letters: B batch · C colours · H, W image size · h, w latent grid · N pixels seen · M = h·w
 latents · P points asked for · D width.

@@ -1,5 +1,6 @@
 """How tokens attend: each cheaper way equals dense attention under the mask that it stands for."""
 
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ from r2id.config.models import AttentionKind
 from r2id.models import mixing
 from r2id.models.r2id import R2ID
 from r2id.models.tiles import Tiles
+from r2id.models.tracing import count_flops
 from r2id.training.blocks import prepare_blocks
 from r2id.training.losses.r2id import R2idLoss
 
@@ -129,6 +131,17 @@ def test_every_parameter_of_any_grid_gets_a_gradient(kind, grid):
     ]
     assert lacking == []
     assert grid == (1, 1) or all(p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_of_every_kind_can_be_counted(kind):
+    """Training and the planner run the loss on tensors without contents."""
+
+    def work():
+        loss = R2idLoss(build([kind]), DiffusionConfig(), base_side=3.0, seed=0)
+        return partial(loss, torch.zeros(2, 4, 5, 3), torch.arange(2), torch.arange(2), step=0)
+
+    assert count_flops(work) > 0
 
 
 def test_blocks_take_turns():

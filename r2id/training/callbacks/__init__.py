@@ -1,6 +1,8 @@
 """What a training run does beside training, one file for each thing.
 
-To add a callback: a file with a subclass of ``Callback``, and its line in ``REGISTRY``.
+To add a callback, write a subclass of ``Callback`` in a file of its own and add it to ``REGISTRY``.
+Every run has all of them: one that is for some runs alone asks a setting in ``state.config``, which
+may be a new field in r2id/config/training.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,13 @@ class Callback:
     """Something that a run does beside training. Each method does nothing unless overridden.
 
     Every process calls every method, so that collective operations are allowed, and what is for one
-    process alone must ask ``dist.is_main()``. Callbacks keep no state that a resumed run needs.
+    process alone must ask ``dist.is_main()``. Callbacks keep no state that a resumed run needs. A
+    resumed run goes on from ``state.start``: a file that grows with the steps may hold later ones,
+    of a process that was killed, which are made again.
+
+    ``state.results`` has the losses of the last step, micro-batch by micro-batch, of this process
+    alone and on its device; to read them makes a GPU wait. ``state.figures`` has their means over
+    all processes since the last reading, new only where ``state.log_due``.
     """
 
     def pre_train(self, state: TrainState) -> None:

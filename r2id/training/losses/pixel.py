@@ -1,7 +1,8 @@
 """Errors of colours.
 
 To add one, write a function from errors to their losses, of the same shape, add it to PIXEL_LOSSES
-and add its name to PixelLoss in r2id/config/losses.py.
+and add its name to PixelLoss in r2id/config/losses.py. ``loss.pixel`` then takes it. Its test is a
+line in tests/training/test_pixel_losses.py.
 """
 
 from __future__ import annotations
