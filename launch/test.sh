@@ -12,5 +12,6 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 run ruff check .
+run ruff format --check --quiet .
 run mypy
 run pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"

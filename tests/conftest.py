@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-# The models are so small that more threads would only wait for each other; set before torch reads it, and for the
-# processes that tests start.
+# The models are so small that more threads would only wait for each other; set before torch reads
+# it, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -47,7 +47,7 @@ TINY_R2ID = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first, so that no test process is left with a long file at the end."""
+    """Put files with slow tests first: no process is left with a long file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -57,7 +57,7 @@ Build = Callable[[Path], None]
 
 @pytest.fixture(scope="session")
 def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Build], Path]:
-    """Return the folder ``name`` that all test processes share; the first one to ask for it builds it."""
+    """Return the folder ``name`` that all test processes share; the first to ask builds it."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent

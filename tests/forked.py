@@ -1,7 +1,8 @@
 """The context of the tests' child processes.
 
-They are forked from a server that has imported everything once, so that one is there at once, and ends as a real
-process ends. Python has one such server for all contexts, and whoever sets its imports last wins: hence one list.
+They are forked from a server that has imported everything once, so that one is there at once, and
+ends as a real process ends. Python has one such server for all contexts, and whoever sets its
+imports last wins: hence one list.
 """
 
 import multiprocessing

@@ -1,4 +1,6 @@
-"""The documents: their paths, configs, settings and commands exist, and their Python examples run as printed."""
+"""The documents: their paths, configs, settings and commands exist, and their Python examples run
+as printed.
+"""
 
 import re
 import shlex
@@ -38,14 +40,18 @@ def spans(document: Path) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """The words of every command: the lines of shell blocks, and spans that name more than a command."""
+    """The words of every command: the lines of shell blocks, and spans that name more than a
+    command.
+    """
     lines = "".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
     lines += [span for span in spans(document) if re.match(r"(r2id|bash|torchrun|sbatch) ", span)]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def r2id_arguments(words: list[str]) -> list[str] | None:
-    """What the r2id command is given, where a command line starts it by itself, by torchrun or by a script."""
+    """What the r2id command is given, where a command line starts it by itself, by torchrun or by
+    a script.
+    """
     if words[0] == "r2id":
         return words[1:]
     if "r2id.cli" in words:
@@ -74,7 +80,9 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def check_overrides(words: list[str]) -> None:
-    """Load the config that ``train``, ``plan`` or ``run`` is given, with its overrides and those of a pipeline's stages."""
+    """Load the config that ``train``, ``plan`` or ``run`` is given, with its overrides and those
+    of a pipeline's stages.
+    """
     config = ROOT / words[0]
     loaded = load_config(config, [word for word in words[1:] if re.match(r"[\w.]+=", word)])
     if isinstance(loaded, PipelineRun):

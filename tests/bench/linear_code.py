@@ -1,9 +1,10 @@
-"""Error of a linear code with as many values as an RIAE's latents: PCA of the pixels of each latent cell.
+"""Error of a linear code with as many values as an RIAE's latents: PCA of the pixels of each
+latent cell.
 
     python tests/bench/linear_code.py RIAE.toml [section.key=value ...]
 
-The code is fitted to training images, which takes seconds, and measured on the test images, cropped to whole cells: what an
-autoencoder of the same size should surpass.
+The code is fitted to training images, which takes seconds, and measured on the test images,
+cropped to whole cells: what an autoencoder of the same size should surpass.
 """
 
 import argparse

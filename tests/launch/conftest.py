@@ -1,4 +1,6 @@
-"""The launch scripts in a folder of their own, with a .venv that starts this interpreter, and small jobs for them."""
+"""The launch scripts in a folder of their own, with a .venv that starts this interpreter, and
+small jobs for them.
+"""
 
 import os
 import shutil

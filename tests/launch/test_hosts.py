@@ -1,4 +1,6 @@
-"""Two hosts for real: two network namespaces that a pair of virtual cables joins, each with one process of the job."""
+"""Two hosts for real: two network namespaces that a pair of virtual cables joins, each with one
+process of the job.
+"""
 
 import json
 import os
@@ -11,7 +13,8 @@ import pytest
 from r2id.checkpoints import Checkpoint
 from tests.launch.conftest import BASE, bash, training
 
-# The first host is a new namespace, the second one is inside it: both vanish with the shell that made them.
+# The first host is a new namespace, the second one is inside it: both vanish with the shell that
+# made them.
 NETWORK = """
 set -euo pipefail
 unshare --net sleep 600 & second=$!
@@ -25,7 +28,10 @@ for place in "" on_second; do $place ip link set lo up; done
 ip link set r2id0 up
 on_second ip link set r2id1 up
 """
-HOST = "env NODE_RANK={rank} GLOO_SOCKET_IFNAME=r2id{rank} bash launch/multinode.sh train {arguments} > {log} 2>&1"
+HOST = (
+    "env NODE_RANK={rank} GLOO_SOCKET_IFNAME=r2id{rank} "
+    "bash launch/multinode.sh train {arguments} > {log} 2>&1"
+)
 
 
 def in_new_network(

@@ -107,7 +107,9 @@ def test_two_processes_of_wrong_input_end_with_2(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_deepspeeds_launcher_on_one_host(checkout: Path, digits: Path, tmp_path: Path) -> None:
-    """It first asks every host of the file over ssh whether it is there; here ssh runs what it is given."""
+    """It first asks every host of the file over ssh whether it is there; here ssh runs what it is
+    given.
+    """
     executable(
         checkout / ".venv" / "bin" / "ssh",
         '#!/bin/sh\nwhile [ "$1" != localhost ]; do shift; done\nshift\nexec "$@"\n',

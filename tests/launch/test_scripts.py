@@ -1,4 +1,6 @@
-"""The launch scripts: sound shell, one owner of every setting, a set-up that is done once, and what they would run."""
+"""The launch scripts: sound shell, one owner of every setting, a set-up that is done once, and
+what they would run.
+"""
 
 import os
 import shutil
@@ -68,7 +70,8 @@ def test_training_takes_the_processes_asked_for(checkout: Path) -> None:
 def test_many_processes_share_the_cores(checkout: Path) -> None:
     executable(checkout / ".venv" / "bin" / "nproc", "#!/bin/sh\necho 12\n")
     told = bash(
-        "source launch/setup.sh; choose_processes; echo $processes $DS_ACCELERATOR $OMP_NUM_THREADS",
+        "source launch/setup.sh; choose_processes; "
+        "echo $processes $DS_ACCELERATOR $OMP_NUM_THREADS",
         checkout,
         CUDA_VISIBLE_DEVICES="",
         NPROC="3",
@@ -89,7 +92,8 @@ def test_one_of_many_hosts(checkout: Path) -> None:
         command, checkout, **BASE, NNODES="4", NODE_RANK="2", MASTER_ADDR="10.0.0.1", NPROC="8"
     )
     assert done.stderr == (
-        "+ python -m r2id.torchrun --nnodes 4 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 "
+        "+ python -m r2id.torchrun --nnodes 4 --node-rank 2 "
+        "--master-addr 10.0.0.1 --master-port 29500 "
         "--nproc-per-node 8 -m r2id.cli train a.toml optim.lr=1e-4\n"
     )
     for missing in ("NNODES", "NODE_RANK", "MASTER_ADDR"):

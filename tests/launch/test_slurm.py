@@ -1,5 +1,7 @@
-"""launch/slurm.sh on a machine without Slurm: srun, scontrol, scancel, squeue and sbatch are small programs that do what
-the script relies on and write down how they were called. The job inside, on two nodes of one process each, is real."""
+"""launch/slurm.sh on a machine without Slurm: srun, scontrol, scancel, squeue and sbatch are small
+programs that do what the script relies on and write down how they were called. The job inside, on
+two nodes of one process each, is real.
+"""
 
 import os
 import shutil
@@ -15,7 +17,8 @@ from tests.launch.conftest import BASE, Job, bash, executable, training
 
 NOTE = 'echo "$(basename "$0") $*" >> "$SLURM_NOTES"\n'
 PROGRAMS = {
-    # One task per node, each in a session of its own, as Slurm's daemons start them; the highest exit code.
+    # One task per node, each in a session of its own, as Slurm's daemons start them; the highest
+    # exit code.
     "srun": NOTE
     + """
 while [ "$1" != bash ]; do shift; done
@@ -126,7 +129,8 @@ def test_stages_wait_for_one_another(checkout: Path, slurm: dict[str, str], tmp_
     first = "sbatch --parsable --nodes 2 --time 60 "
     assert notes(slurm) == [
         f"{first}launch/slurm.sh train {riae} optim.lr=1e-4",
-        f"{first}--dependency afterok:1 launch/slurm.sh encode --riae runs/digits/riae --shards data/digits "
+        f"{first}--dependency afterok:1 launch/slurm.sh encode "
+        "--riae runs/digits/riae --shards data/digits "
         "--out runs/digits/latents",
         f"{first}--dependency afterok:2 launch/slurm.sh train {r2id} run=runs/x",
     ]

@@ -1,7 +1,8 @@
-"""What the tests' child processes do: save and die in the middle, work as ranks of one job, train until killed.
+"""What the tests' child processes do: save and die in the middle, work as ranks of one job, train
+until killed.
 
-A child is forked from a server that has imported everything once, so that it is there at once and ends as a
-real process ends.
+A child is forked from a server that has imported everything once, so that it is there at once and
+ends as a real process ends.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def _join_job(rank: int, ranks: int, port: int) -> dist.World:
 class Ranks:
     """Ranks of one job, each a process, that stay to do together whatever they are told.
 
-    ``ranks(work, …)`` calls ``work(world, …)`` on every rank and returns what each returned. Where one fails, the
-    job is killed, AssertionError says why, and the next call starts another job. What the ranks write to stdout
-    is in ``output``.
+    ``ranks(work, …)`` calls ``work(world, …)`` on every rank and returns what each returned. Where
+    one fails, the job is killed, AssertionError says why, and the next call starts another job.
+    What the ranks write to stdout is in ``output``.
     """
 
     def __init__(self, count: int, output: Path) -> None:
@@ -235,14 +236,16 @@ def command(_world: dist.World | None, *arguments: Any) -> int:
 
 
 def command_apart(said: Path, *arguments: Any) -> None:
-    """Run the r2id command as a process of its own would; what it says goes to the file ``said``."""
+    """Run the r2id command as a process of its own would; its words go to the file ``said``."""
     torch.set_num_threads(1)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     sys.exit(command(None, *arguments))
 
 
 def torchrun(said: Path, *arguments: Any) -> None:
-    """Do what ``python -m r2id.torchrun`` with these arguments does; what it says goes to the file ``said``."""
+    """Do what ``python -m r2id.torchrun`` with these arguments does; what it says goes to the file
+    ``said``.
+    """
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     sys.argv = ["torchrun", *map(str, arguments)]
     runpy.run_module("r2id.torchrun", run_name="__main__")

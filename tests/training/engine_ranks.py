@@ -1,7 +1,8 @@
-"""What the engine tests train, alone or as ranks of a job (``children.Ranks``): functions of this process's World.
+"""What the engine tests train, alone or as ranks of a job (``children.Ranks``): functions of this
+process's World.
 
-Run as a program, engine_ranks.py FOLDER trains with DeepSpeed in a process that no launcher started, and writes
-FOLDER/alone.json.
+Run as a program, engine_ranks.py FOLDER trains with DeepSpeed in a process that no launcher
+started, and writes FOLDER/alone.json.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def run(
     stage: str = "riae",
     losses: list[float] | None = None,
 ) -> list[float]:
-    """Gradient norms of steps first … last − 1. Step i's samples depend on i alone, and are dealt out to the ranks.
+    """Gradient norms of steps first … last − 1. Step i's samples depend on i alone, and are dealt
+    out to the ranks.
 
     ``losses`` takes each step's, averaged over the whole batch.
     """
@@ -150,7 +152,9 @@ def train_stage(world: World, zero_stage: int, folder: Path) -> dict[str, list[f
 
 
 def train_rounded(world: World, zero_stage: int, folder: Path) -> dict[str, Any]:
-    """Train bfloat16 weights with float32 masters: save before the first step and half-way, and go on from there."""
+    """Train bfloat16 weights with float32 masters: save before the first step and half-way, and go
+    on from there.
+    """
     engine = make("deepspeed", zero_stage, world, precision="bfloat16_weights")
     save(folder, engine.state())
     norms = run(engine, 0, HALF, world)
@@ -190,7 +194,9 @@ def step_once(world: World, zero_stage: int | None, folder: Path) -> float:
 
 
 def spoil(world: World, zero_stage: int) -> tuple[str, bool]:
-    """Train a step where the last rank sees a picture that is not finite; what is said, and whether no weight changed."""
+    """Train a step where the last rank sees a picture that is not finite; what is said, and
+    whether no weight changed.
+    """
     engine = make("deepspeed", zero_stage, world)
     run(engine, 0, 1, world)
     before = _copied(engine)

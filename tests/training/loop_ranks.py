@@ -1,4 +1,6 @@
-"""The training loop, stopped and spoilt at chosen moments: in one process, or in each rank of a job."""
+"""The training loop, stopped and spoilt at chosen moments: in one process, or in each rank of a
+job.
+"""
 
 from __future__ import annotations
 
@@ -72,8 +74,9 @@ def at_step(chosen: int, change: Change) -> Iterator[None]:
 
 
 def stopped(config: RiaeRun, stop: int, rank: int) -> str:
-    """What the loop says when one rank alone is sent SIGTERM before the first backward pass of step ``stop`` (from 1), and
-    so amid the accumulation of its gradient."""
+    """What the loop says when one rank alone is sent SIGTERM before the first backward pass of
+    step ``stop`` (from 1), and so amid the accumulation of its gradient.
+    """
     sent: list[int] = []
 
     def terminate(_module: RiaeLoss, run: Callable[[], Any]) -> Any:
@@ -93,7 +96,9 @@ def stopped(config: RiaeRun, stop: int, rank: int) -> str:
 def stopped_at(
     stops: Sequence[int], shards: Path, folder: Path, rank: int, *more: str
 ) -> dict[str, Any]:
-    """Train a run that is stopped at each of ``stops`` and goes on, and one that is left alone; how they differ."""
+    """Train a run that is stopped at each of ``stops`` and goes on, and one that is left alone;
+    how they differ.
+    """
     whole, parts = (config(shards, folder / name, *more) for name in ("whole", "parts"))
     said = [stopped(parts, stop, rank) for stop in stops]
     train(parts)

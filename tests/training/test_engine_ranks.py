@@ -19,15 +19,19 @@ from r2id.checkpoints import Checkpoint, reading
 from tests.training import engine_ranks as job
 from tests.training.children import Ranks
 
-# Every start of DeepSpeed takes a while: stages 1 and 3, which go on at 2 and 0, stand for all in the fast tests.
+# Every start of DeepSpeed takes a while: stages 1 and 3, which go on at 2 and 0, stand for all in
+# the fast tests.
 STAGES = [
     pytest.param(stage, marks=pytest.mark.slow if stage in (0, 2) else ()) for stage in range(4)
 ]
-# Between engines and numbers of ranks, only the order of float32 sums differs; Adam magnifies that where a gradient is
-# nearly zero. The last step's learning rate, which is what one update moves a weight, is 4e-3.
+# Between engines and numbers of ranks, only the order of float32 sums differs; Adam magnifies that
+# where a gradient is nearly zero. The last step's learning rate, which is what one update moves a
+# weight, is 4e-3.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 ELASTIC = (1, 2, 3, 2, 1, None, 3, None, 0)
-"""ZeRO stage of each step of a run that never goes on as it was; None is one process without DeepSpeed."""
+"""ZeRO stage of each step of a run that never goes on as it was; None is one process without
+DeepSpeed.
+"""
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (3, {}),
     (3, {"sub_group_size": 200}),
@@ -44,7 +48,9 @@ Trained = Callable[[int], tuple[Path, dict[str, list[float]]]]
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Local:
-    """One process without DeepSpeed: folder with checkpoints half-way and at the end, and its norms."""
+    """One process without DeepSpeed: folder with checkpoints half-way and at the end, and its
+    norms.
+    """
     folder = tmp_path_factory.mktemp("engines")
     engine = job.make("local", 0, job.ALONE)
     norms = job.run(engine, 0, job.HALF, job.ALONE)

@@ -1,4 +1,6 @@
-"""Training killed at any moment, or on a disk that is full: what is left is whole, and the same command goes on."""
+"""Training killed at any moment, or on a disk that is full: what is left is whole, and the same
+command goes on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The training loop in two processes with DeepSpeed, stopped by signals and spoilt by values that are not finite."""
+"""The training loop in two processes with DeepSpeed, stopped by signals and spoilt by values that
+are not finite.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ def test_stopped_at_random_steps_by_a_signal_to_one_rank(
 ) -> None:
     """Resumed as often as it was stopped, it equals the uninterrupted run bit for bit.
 
-    The signal comes to rank 1 amid the accumulation: both stop at that step's end, and a checkpoint holds whole
-    steps only.
+    The signal comes to rank 1 amid the accumulation: both stop at that step's end, and a
+    checkpoint holds whole steps only.
     """
     result = ranks(loop_ranks.ranks_stopped_at, stage, stops, digits, tmp_path)[0]
     assert result["differ"] == []

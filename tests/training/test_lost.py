@@ -85,8 +85,9 @@ def open_files() -> Counter[str]:
 
 
 def delete_shards(shards: Path, are_open: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """In the step after SAVED, delete the training shards that the training has open already, or those that it has not;
-    the list that is to have their names."""
+    """In the step after SAVED, delete the training shards that the training has open already, or
+    those that it has not; the list that is to have their names.
+    """
     forward, gone, before = (
         R2idLoss.forward,
         [],
@@ -117,7 +118,9 @@ def test_a_shard_deleted_before_it_is_opened(
     r2id: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ends the training with its name and leaves the last checkpoint; once it is rebuilt, the same command goes on."""
+    """Ends the training with its name and leaves the last checkpoint; once it is rebuilt, the same
+    command goes on.
+    """
     command = ("train", config_file(shards, riae_run, tmp_path / "run"))
     with monkeypatch.context() as patch:
         gone = delete_shards(shards, False, patch)
@@ -141,8 +144,9 @@ def test_a_shard_deleted_while_it_is_open(
     r2id: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The system keeps it for those who have it open: this training ends as if nothing had happened, the next one does not
-    begin."""
+    """The system keeps it for those who have it open: this training ends as if nothing had
+    happened, the next one does not begin.
+    """
     command = ("train", config_file(shards, riae_run, tmp_path / "run"))
     with monkeypatch.context() as patch:
         gone = delete_shards(shards, True, patch)
