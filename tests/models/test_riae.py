@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -29,6 +30,11 @@ LOSS = LossConfig(encode_cloud=0.5, decode_cloud=0.5, decode_pixels=40)
 def model():
     torch.manual_seed(0)
     return RIAE(SMALL, channels=1).eval()
+
+
+def test_every_attention_kind_of_the_config_is_there():
+    kinds = get_args(RiaeConfig.model_fields["attention"].annotation)
+    assert set(visibility.VISIBILITIES) == set(kinds)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (28, 28), (30, 17)])
