@@ -1,4 +1,4 @@
-"""Prepare datasets: readers of published image sets, and the sharding of their records.
+"""Prepare datasets: read published image sets, and write their records to shards.
 
-``readers.py`` lists the datasets; ``prepare.py`` writes a shard set from one (r2id.data.manifest).
+``readers.py`` lists the datasets; ``prepare.py`` writes a shard set (r2id.data.manifest) from one.
 """

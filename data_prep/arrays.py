@@ -13,7 +13,7 @@ from r2id.data.manifest import Reject
 from r2id.data.records import Record, encode_png
 from r2id.errors import WorkError
 
-_PNG_OVERHEAD = 256  # bytes; more than its headers
+_PNG_OVERHEAD = 256  # bytes: more than a PNG's headers take
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ArrayReader:
         items, content = ItemTableBuilder(), hashlib.sha256()
         for split, (images, labels) in self.splits.items():
             pixels = images[0].size
-            # PNG adds a byte a row, and less than a thousandth where pixels cannot be compressed.
+            # PNG adds one byte per row, and less than a thousandth if pixels are incompressible.
             bound = pixels + images.shape[1] + pixels // 1000 + _PNG_OVERHEAD
             for number, label in enumerate(labels):
                 items.add(split, int(label), b"%d" % number, bound, key=f"{split}-{number:08d}")
@@ -58,6 +58,7 @@ class ArrayReader:
         newest: int,
         _embedding_shape: Sequence[int],
     ) -> Iterator[Record]:
+        """See data_prep.items.Reader."""
         if self.newest > newest:
             raise WorkError("the source changed since the preparation began")
         for item in items:

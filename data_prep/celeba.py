@@ -40,7 +40,7 @@ _TABLES = {
     "identity": "identity_CelebA",
     "box": "list_bbox_celeba",
 }
-# Text files that begin with the number of rows and a line of column names; the others have neither.
+# These text files begin with the number of rows and a line of column names, the others do not.
 _HEADED = ("attributes", "landmarks", "box")
 _COLUMNS = {"identity": 1, "partition": 1, "box": 4, "landmarks": 10}
 _ALLOWED = {"attributes": {-1, 1}, "partition": {0, 1, 2}}
@@ -92,6 +92,7 @@ class CelebaReader(FileRecords):
         self._tables: dict[str, Table] | None = None
 
     def listing(self) -> Listing:
+        """List the images that the partition, the attributes and the table of labels all name."""
         tables = self.tables
         class_names, labels, labelled = self._classes(tables)
         partition, needed = (
@@ -151,6 +152,7 @@ class CelebaReader(FileRecords):
         newest: int,
         embedding_shape: Sequence[int],
     ) -> Iterator[Record]:
+        """See data_prep.items.Reader."""
         for table in self.tables.values():
             if modified_ns(table.path) > newest:
                 raise WorkError(f"{table.path}: changed since the preparation began")
@@ -162,19 +164,21 @@ class CelebaReader(FileRecords):
         The box is (x, y, width, height); all coordinates are pixels.
         """
         key = PurePosixPath(name).name
-        found: dict[str, Any] = {}
+        meta: dict[str, Any] = {}
         for kind in ("identity", "landmarks", "box"):
             table = self.tables.get(kind)
             if table and key in table.rows:
                 values = table.of(key).tolist()
-                found[kind] = values[0] if kind == "identity" else values
-        return found
+                meta[kind] = values[0] if kind == "identity" else values
+        return meta
 
     def attributes(self, name: str) -> tuple[int, ...]:
+        """Return an image's 40 attributes, each −1 or 1."""
         return tuple(self.tables["attributes"].of(PurePosixPath(name).name).tolist())
 
     @property
     def tables(self) -> dict[str, Table]:
+        """The annotation files by kind, read when they are first needed."""
         if self._tables is None:
             self._tables = self._read_tables()
         return self._tables
@@ -212,7 +216,7 @@ class CelebaReader(FileRecords):
 
 
 def _read(path: Path, kind: str) -> Table:
-    """Read an annotation file; InputError names the line of what is wrong."""
+    """Read an annotation file; InputError names the faulty line."""
     lines = read_rows(path) if path.suffix == ".csv" else _text_rows(path)
     count, columns = None, [kind] * _COLUMNS.get(kind, 0)
     if path.suffix == ".csv":
@@ -242,7 +246,7 @@ def _read(path: Path, kind: str) -> Table:
                 f"{path}: line {line}: {column} = {value}: must be one of "
                 f"{', '.join(map(str, sorted(allowed)))}"
             )
-        rows[sys.intern(name)] = len(rows)  # all tables have the same names: keep each once
+        rows[sys.intern(name)] = len(rows)  # keeps one copy of the names, which all tables share
     if count is not None and count != len(rows):
         raise InputError(f"{path}: line 1 says {count} rows, but there are {len(rows)}")
     if not rows or not width:
@@ -264,6 +268,7 @@ def _text_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _heading(path: Path, lines: Iterator[tuple[int, list[str]]]) -> tuple[int, list[str]]:
+    """Read the number of rows and the column names from the first two lines."""
     _, first = next(lines, (1, []))
     if len(first) != 1 or not first[0].isdecimal():
         raise InputError(f"{path}: line 1: must be the number of rows")

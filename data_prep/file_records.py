@@ -1,4 +1,4 @@
-"""Make records of images that are files: what readers of folders and archives have in common."""
+"""Make records of image files. Readers of folders and of archives share this module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from r2id.data.records import Record, as_png, inspect
 from r2id.errors import InputError
 
 _BYTES_PER_PIXEL = 16
-"""More than any format needs per pixel, even uncompressed; a file that is larger is not read."""
+"""More than any format takes per pixel, even uncompressed; larger files are not read."""
 
 
 def image_record(
@@ -30,7 +30,7 @@ def image_record(
     """Make an item's record from the bytes of its image, which is decoded completely.
 
     JPEG, PNG and WebP keep their bytes, whatever their names say; other formats become PNG. Raises
-    ValueError with the reason when the bytes are no readable image of at most ``max_pixels``.
+    ValueError with the reason when the bytes are not a readable image of at most ``max_pixels``.
     """
     facts = inspect(data, max_pixels)
     if facts.ext is None:
@@ -50,7 +50,7 @@ def image_record(
 
 
 def embedding_of(data: bytes, shape: Sequence[int]) -> np.ndarray:
-    """Parse the content of a ``.npy`` file; ValueError when it is no embedding of this shape."""
+    """Parse the content of a ``.npy`` file; ValueError when its embedding has another shape."""
     try:
         return to_stored(parse_npy(data), shape)
     except ValueError as error:
@@ -96,7 +96,7 @@ class FileRecords:
                 rejects.append(Reject(item.split, name, str(error)))
 
     def meta(self, _name: str) -> dict[str, Any]:
-        """Return what else is known of a file; it is stored in the sample's JSON."""
+        """Return further facts about a file, to be stored in the sample's JSON."""
         return {}
 
     def attributes(self, _name: str) -> tuple[int, ...] | None:

@@ -1,7 +1,7 @@
 """Read any folder, tar or zip of images.
 
-Images may lie flat or in a folder per class, either of them also below ``train/``, ``val/`` and
-``test/``; or a table names the class of each.
+Images may lie flat or in one folder per class. Either layout may also lie below ``train/``,
+``val/`` and ``test/``. Instead of folders, a table may name the class of each image.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SPLITS = {
 }
 
 SplitAndClass = tuple[str | None, str | None]
-"""Split and class of an image, as far as they are known."""
+"""Split and class of an image; None where they are unknown."""
 
 
 class FolderReader(FileRecords):
-    """Reads a folder or archive of images; ``labels`` is a table of their classes.
+    """Reads a folder or archive of images; ``labels`` is the path of a table of their classes.
 
-    Where every folder at the top is called train, val or test, those are the splits. Otherwise a
-    tenth of each class, or of all images when there are no classes, becomes the test split.
+    If all folders at the top are called train, val or test, those are the splits. Otherwise a tenth
+    of each class, or of all images when there are no classes, becomes the test split.
     ``NAME.npy`` beside an image is its text embedding.
     """
 
@@ -59,6 +59,7 @@ class FolderReader(FileRecords):
         self.path, self.labels = source, labels
 
     def listing(self) -> Listing:
+        """List the images, with classes and splits from the folders' names or the table."""
         found = self.source.files(is_image_or_embedding)
         paired = pair_embeddings(
             self.path, found, lambda place, size: self.source.read(place, size, found.newest)
@@ -84,9 +85,9 @@ class FolderReader(FileRecords):
                 [
                     f"{self.source.kind} of images",
                     " and ".join(
-                        what
-                        for what, known in zip(("split", "class"), assigned[0], strict=True)
-                        if known
+                        part
+                        for part, name in zip(("split", "class"), assigned[0], strict=True)
+                        if name
                     ),
                 ],
             )
@@ -98,7 +99,7 @@ class FolderReader(FileRecords):
     def _from_table(self, paired: PairedImages, labels: Path) -> Listing:
         """Make the listing with classes from a table.
 
-        Images that the table does not name, and names without an image, are rejects.
+        Images that are not in the table are rejected, and so are its rows without an image.
         """
         files, table = paired.images, _labels(labels)
         kept, assigned, rejects = [], [], list(files.rejects)
@@ -150,8 +151,8 @@ def make_listing(
 ) -> Listing:
     """Make a listing of files with known splits and classes.
 
-    Classes are those that occur, unless ``class_names`` are given. Images without a split are
-    divided into train and test.
+    Without ``class_names``, the classes are those that occur. Images without a split are divided
+    into train and test.
     """
     names = list(class_names) or number_classes(name for _, name in assigned if name is not None)
     odd = next((name for name in names if not _is_text(name)), None)
@@ -168,9 +169,10 @@ def make_listing(
 
 
 def assign_from_folders(files: Files, archive: bool = False) -> list[SplitAndClass]:
-    """Tell the split and class of each file from its folders.
+    """Return the split and class of each file, from the names of its folders.
 
-    The only top folder of an archive, if it holds folders itself, is taken for the archive's name.
+    An archive often has one folder at the top that holds everything. If that folder holds folders
+    itself, its name is ignored.
     """
     tops, shallowest = set(), 3
     for entry in files:
@@ -183,7 +185,8 @@ def assign_from_folders(files: Files, archive: bool = False) -> list[SplitAndCla
     nested = all(
         len(parts) > start + 1 and parts[start].lower() in SPLITS for parts in map(_parts, files)
     )
-    shared: dict[SplitAndClass, SplitAndClass] = {}  # many images share few pairs: keep each once
+    # Many images share few pairs: one copy of each saves memory.
+    shared: dict[SplitAndClass, SplitAndClass] = {}
     assigned = []
     for parts in map(_parts, files):
         inner = parts[start + nested :]

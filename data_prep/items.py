@@ -1,7 +1,7 @@
 """The interface of a dataset's reader: a listing of its images, and the records of some of them.
 
-Listing decodes nothing, so it is quick and small even for millions of images. Records are made
-later, shard by shard, in any process.
+A listing decodes no image, so it takes little time and memory even for millions of them. Records
+are made later, shard by shard, in any process.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _CHUNK = 1 << 14  # rows that exist as Python objects at a time
 class Item:
     """One image of a source.
 
-    ``place`` locates it in the source, in a form of the reader's own (a path, an offset in a tar…).
-    ``size`` is an upper bound of its stored bytes. Items of one ``block`` (−1: none) can only be
-    read together, so they stay together in the shards.
+    ``place`` locates it in the source, in the reader's own format (a path, an offset in a tar, …).
+    ``size`` is an upper bound of its stored bytes. Items of one ``block`` can only be read
+    together, so they stay together in the shards; −1 stands for no block.
     """
 
     key: str
@@ -54,7 +54,7 @@ class Item:
 
 
 class TableBuilder:
-    """Builds a table row by row, in little memory: there may be millions of rows."""
+    """Builds a table row by row in little memory, because there may be millions of rows."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
@@ -96,31 +96,31 @@ class ItemTableBuilder(TableBuilder):
     def add(
         self, split: str, label: int | None, place: bytes, size: int, block: int = -1, key: str = ""
     ) -> None:
-        """Add an item. ``key`` must be unique in its split; "" stands for the item's number."""
+        """Add an item. ``key`` must be unique in its split; by default it is the item's number."""
         self.append(key or f"{split}-{len(self):08d}", split, label, place, size, block)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Everything that a source holds, in an order that depends on the source alone."""
+    """The content of a source, in an order that depends on the source alone."""
 
     items: pa.Table
     """A row per image; see SCHEMA."""
     digest: str
     """Identity of the source's content."""
     newest: int = 0
-    """Latest modification time in nanoseconds: a newer file has changed since the listing."""
+    """Latest modification time, in nanoseconds; a later one shows that a file has changed since."""
     class_names: list[str] = field(default_factory=list)
     attribute_names: list[str] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
-    """What cannot become a sample, as far as that is known without reading it."""
+    """Files that cannot become samples, as far as this is known without reading them."""
     notes: Sequence[str] = ()
-    """What the source was found to be, as phrases for people; some may be empty."""
+    """Phrases for people that describe the source; some may be empty."""
     embedding_shape: list[int] = field(default_factory=list)
     """[D] or [T, D] of the text embeddings; empty where there are none."""
 
     def describe(self) -> str:
-        """Describe the listing in a line."""
+        """Describe the listing in one line."""
         counts = [
             f"{part['values']} {part['counts']}"
             for part in pc.value_counts(self.items["split"]).to_pylist()
@@ -140,9 +140,9 @@ class Listing:
 
 
 class Reader(Protocol):
-    """A dataset as it lies on disk.
+    """Reads a dataset from the files that it is distributed as.
 
-    Opening one is cheap, because every process that writes shards opens its own: where images are
+    Opening a reader is cheap, because every process that writes shards opens one: if images are
     files, it reads nothing that grows with their number.
     """
 
@@ -167,7 +167,7 @@ class Reader(Protocol):
 
 
 def digest_of(parts: Iterable[tuple[bytes, int]]) -> str:
-    """Hash names and lengths: this needs no reading of images, and stays the same for a copy."""
+    """Hash names and lengths. This reads no images, and gives the same for a copy of the source."""
     content = hashlib.sha256()
     for name, size in parts:
         content.update(name + b"\0%d\0" % size)
@@ -175,7 +175,7 @@ def digest_of(parts: Iterable[tuple[bytes, int]]) -> str:
 
 
 def stratified_test(labels: Iterable[int | None], share: float) -> np.ndarray:
-    """Choose a test split: bool [N] with the same share of every class, always the same samples."""
+    """Choose a share of every class for testing: bool [N], the same for the same labels."""
     classes = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
     chosen = np.zeros(len(classes), dtype=bool)
     generator = np.random.Generator(np.random.PCG64(0))

@@ -1,6 +1,7 @@
-"""Read MNIST (LeCun, Cortes & Burges) and its relatives from IDX files.
+"""Read MNIST (LeCun, Cortes & Burges) and similar datasets from IDX files.
 
-MNIST has 60,000 + 10,000 images of 28×28; Fashion-MNIST, KMNIST and EMNIST have the same format.
+MNIST has 60,000 training and 10,000 test images of 28×28 pixels. Fashion-MNIST, KMNIST and EMNIST
+have the same format.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _NAME = re.compile(
     r"(emnist-[a-z]+-)?(?P<split>train|t10k|test)-(?P<what>images|labels)"
     r"[-.](?P<kind>idx[13])-ubyte(\.gz)?"
 )
-_UNSIGNED_BYTE = 8
+_UNSIGNED_BYTE = 8  # IDX's code of the type
 _MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -44,9 +45,9 @@ _TIMEOUT = 60  # seconds without an answer
 def open_mnist(source: Path | None, downloads: Path, _max_pixels: int) -> ArrayReader:
     """Read the four IDX files, ``.gz`` or not, from ``source``; download MNIST where it is None.
 
-    They may lie in ``source`` itself, in raw/, or in MNIST/raw, FashionMNIST/raw and so on. Names
-    are those of MNIST or EMNIST (``emnist-letters-train-images-idx3-ubyte``), with ``-idx`` or
-    ``.idx``. Raises InputError naming the file that is missing, truncated or no IDX file.
+    The files may lie in ``source`` itself, in raw/, or in MNIST/raw, FashionMNIST/raw and so on.
+    Their names are those of MNIST or EMNIST (``emnist-letters-train-images-idx3-ubyte``), with
+    ``-idx`` or ``.idx``. Raises InputError that names a missing, truncated or wrong file.
     """
     folder = download(downloads) if source is None else _find(source)
     splits, newest = {}, 0
@@ -69,10 +70,11 @@ def open_mnist(source: Path | None, downloads: Path, _max_pixels: int) -> ArrayR
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read an IDX file of unsigned bytes with so many dimensions.
+    """Read an IDX file of unsigned bytes as an array of this number of dimensions.
 
     The format is a magic number (0, 0, type, dimensions), the sizes as big-endian uint32, then the
-    values. No more is decompressed than the sizes say, so a forged ``.gz`` cannot fill the memory.
+    values. Only as many bytes are decompressed as the sizes state, so a forged ``.gz`` cannot fill
+    the memory.
     """
     start = 4 + 4 * dimensions
     try:
@@ -84,7 +86,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
                     f"{head[:4].hex(' ') or 'nothing'}, not 00 00 08 {dimensions:02x}"
                 )
             if len(head) < start:
-                raise InputError(f"{path}: truncated or damaged: {len(head)} bytes, not its sizes")
+                raise InputError(
+                    f"{path}: truncated or damaged: ends in its header, after {len(head)} bytes"
+                )
             shape = np.frombuffer(head[4:], dtype=">u4").astype(np.int64)
             expected = math.prod(shape.tolist())
             values = _read_up_to(file, expected + 1)
@@ -100,7 +104,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _read_up_to(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
-    """Read in parts, because wrong sizes may ask for more than the memory holds."""
+    """Read at most ``most`` bytes, in parts: a forged header may ask for more than fits memory."""
     parts, left = [], most
     while left and (part := file.read(min(left, _CHUNK))):
         parts.append(part)
@@ -109,7 +113,7 @@ def _read_up_to(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
 
 
 def download(folder: Path) -> Path:
-    """Download those of the four files that are missing or damaged; returns the folder.
+    """Download those of the four files that are missing or damaged, and return the folder.
 
     Raises WorkError when no mirror delivers them.
     """
@@ -142,6 +146,7 @@ def _fetch(name: str, checksum: str) -> bytes:
 
 
 def _find(source: Path) -> Path:
+    """Return the folder of the IDX files in or below the source."""
     if not source.is_dir():
         raise InputError(f"source {source}: no such folder")
     if any(_NAME.fullmatch(path.name) for path in source.iterdir()):

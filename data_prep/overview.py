@@ -1,4 +1,4 @@
-"""Summarise a finished shard set: counts, a table of shards and two pictures, for orchestrators."""
+"""Summarise a finished shard set for orchestrators: counts, a table of shards and two pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from r2id.data.shards import ShardSet
 
 @dataclass(frozen=True)
 class Overview:
-    """What an orchestrator shows of a finished set."""
+    """The summary of a finished set that an orchestrator shows."""
 
     summary: str
     table: list[dict[str, Any]]
@@ -25,7 +25,7 @@ class Overview:
 
 
 def overview(out: Path, rejects: dict[str, int]) -> Overview:
-    """Summarise the set in ``out``; ``rejects`` is the number of rejected images by shard file."""
+    """Summarise the set in ``out``; ``rejects`` maps a shard file to its number of rejects."""
     shards = ShardSet.open(out)
     entries = [entry for split in shards.manifest.splits.values() for entry in split.shards]
     table = [

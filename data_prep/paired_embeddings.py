@@ -1,4 +1,4 @@
-"""Pair images with the text embeddings that lie beside them: ``NAME.npy`` beside ``NAME.jpg``."""
+"""Pair images with the text embeddings beside them: ``NAME.npy`` belongs to ``NAME.jpg``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from r2id.data.embeddings import parse_npy
 from r2id.data.manifest import Reject
 from r2id.errors import InputError
 
-_TRIED = 10  # embeddings that are read at most to learn the shape of all
+_TRIED = 10  # at most so many embeddings are read to learn the shape of all
 NO_EMBEDDING = "no embedding beside it, and other images have one"
 
 Read = Callable[[bytes, int], bytes]
@@ -29,31 +29,32 @@ class PairedImages:
     """The images of a source, with their embeddings where there are any."""
 
     images: Files
-    """With embeddings a place is ``IMAGE\\0LENGTH\\0EMBEDDING``, the places of both and the length
-    of the embedding's file; no place holds a NUL."""
+    """With embeddings, a place is ``IMAGE\\0LENGTH\\0EMBEDDING``: the image's place, the length of
+    the embedding's file and its place. No place itself contains a NUL."""
     digest: str
     shape: list[int]
     """[D] or [T, D]; empty without embeddings."""
 
 
 def is_image_or_embedding(name: str) -> bool:
-    """Tell whether a file is to be listed: an image, or a ``.npy`` file."""
+    """Return whether to list a file: it is an image or a ``.npy`` file."""
     return is_image(name) or _is_embedding(name)
 
 
 def pair_embeddings(path: Path, found: Files, read: Read) -> PairedImages:
     """Pair the images of a source with their embeddings.
 
-    Where any image has an embedding, images without one are rejected. Raises InputError when no
+    If any image has an embedding, images without one are rejected. Raises InputError when no
     embedding has a usable shape.
     """
-    # What is wrong with an embedding's file is reported with its image.
+    # An unusable embedding is not a reject of its own: its image is rejected for lack of one.
     found.rejects = [reject for reject in found.rejects if not _is_embedding(reject.source)]
     embeddings = found.part(_is_embedding)
     if not embeddings:
         return PairedImages(found, found.digest, [])
     images = found.part(is_image)
     images.rejects = found.rejects
+    # For each image, the row of its embedding, or null.
     where = pc.index_in(_stems(images), value_set=_stems(embeddings))
     images.skipped = found.skipped + len(embeddings) - len(where.drop_null().unique())
     if where.null_count == len(images):
@@ -73,7 +74,7 @@ def pair_embeddings(path: Path, found: Files, read: Read) -> PairedImages:
 def common_shape(
     path: Path, sizes: pa.ChunkedArray, places: pa.ChunkedArray, read: Read
 ) -> list[int]:
-    """Return the shape of the embeddings, learned from a readable one of the most common length."""
+    """Return the shape of the embeddings: that of a readable one of the most common length."""
     common = pc.mode(sizes)[0]["mode"]
     problem = ""
     for place in islice(places.filter(pc.equal(sizes, common)).to_pylist(), _TRIED):
@@ -91,7 +92,7 @@ def common_shape(
 
 
 def split_place(place: bytes) -> tuple[bytes, tuple[bytes, int] | None]:
-    """Split a place into the image's, and the embedding's with its length if there is one."""
+    """Split a place into the image's place and, if any, the embedding's (place, length)."""
     image, _, rest = place.partition(b"\0")
     size, _, embedding = rest.partition(b"\0")
     return image, (embedding, int(size)) if rest else None
@@ -103,5 +104,5 @@ def _is_embedding(name: str) -> bool:
 
 
 def _stems(files: Files) -> pa.Array:
-    """Return the names without their suffixes."""
+    """Return the files' names without their suffixes."""
     return pa.array([os.fsencode(entry.name.rpartition(".")[0]) for entry in files], pa.binary())

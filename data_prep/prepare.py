@@ -1,8 +1,8 @@
 """Prepare a shard set: first a shard plan, then the shards, then the manifest.
 
-A shard is a pure function of the shard plan: it has the same bytes whichever process writes it, and
-when. So a preparation that was killed is simply run again: shards that are committed and intact
-stay, the rest is written.
+A shard is a pure function of the shard plan: its bytes do not depend on when and by which process
+it is written. So a preparation that was killed is simply run again: it keeps the shards that are
+committed and intact, and writes the others.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ __all__ = [
     "write_shards",
 ]
 
-_PREFETCHED = 8  # records
+_PREFETCHED = 8  # records that are made ahead of writing
 
 WriteAll = Callable[[ShardPlan, Sequence[int]], Iterator[dict[str, Any]]]
-"""Writes shards of a plan by their numbers; yields results of write_shard in any order."""
+"""Writes the shards of a plan with these numbers; yields results of write_shard in any order."""
 
 
 def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
     """Write the shard set of a dataset and return its folder; a complete set is left as it is.
 
-    ``write_all`` lets an orchestrator distribute write_shard itself; by default it runs in a pool
-    of ``config.workers`` processes.
+    By default write_shard runs in a pool of ``config.workers`` processes. ``write_all`` lets an
+    orchestrator distribute the calls itself.
 
     Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else;
-    WorkError when too many images cannot be read or the disk refuses.
+    WorkError when too many images cannot be read or the disk cannot be written.
     """
     plan = make_shard_plan(config)
     waiting = pending_shards(plan)
@@ -70,19 +70,19 @@ def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
                 progress.advance(result["samples"] + result["rejects"])
         finish(plan)
     else:
-        _remove_decompressed(plan)  # it was decompressed to see that the source is still the same
+        _remove_decompressed(plan)  # which listing the source again may have made
     return config.out
 
 
 def pending_shards(plan: ShardPlan) -> list[int]:
-    """Return the numbers of the shards to call write_shard for; none when the set is complete."""
+    """Return the numbers of the shards that write_shard is to write; none for a complete set."""
     return [] if is_complete(plan.out) else list(range(len(plan.files)))
 
 
 def write_shard(plan: ShardPlan, number: int) -> dict[str, Any]:
     """Write one shard, unless it is there and intact.
 
-    Returns {"file", "samples", "bytes", "rejects": their number, "example": one of them or ""}.
+    Returns its "file", "samples", "bytes", the number of "rejects" and an "example" of them or "".
     """
     file = plan.files[number]
     if find_intact(plan.out, file) is None:
@@ -145,7 +145,7 @@ def finish(plan: ShardPlan) -> Manifest:
 
 
 def write_shards(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Write shards in ``config.workers`` processes; yield the results as they come."""
+    """Write shards in ``config.workers`` processes; yield each result when it is ready."""
     workers = min(plan.config.workers, len(numbers))
     if workers == 1:
         yield from (write_shard(plan, number) for number in numbers)
@@ -159,7 +159,8 @@ def write_shards(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, 
             yield from (future.result() for future in as_completed(futures))
         except BrokenProcessPool:
             raise WorkError(
-                "a worker process was killed, perhaps for want of memory: the same command goes on"
+                "a worker process was killed, perhaps for lack of memory: run the same command "
+                "again to continue"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -168,8 +169,8 @@ def write_shards(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, 
 def exit_with_parent() -> None:
     """Make this worker process exit as soon as its parent ends, even by SIGKILL.
 
-    To be called when it starts. Otherwise it would wait for work for ever, because the other
-    workers hold its pipe open.
+    Call this when the worker starts. Without it, the worker would wait for work for ever, because
+    the other workers hold its pipe open.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -182,7 +183,7 @@ def exit_with_parent() -> None:
 
 
 def _prefetch(records: Iterator[Record]) -> Iterator[Record]:
-    """Yield the same records, made by a thread while earlier ones are hashed and written."""
+    """Yield the same records; a thread makes them while earlier ones are hashed and written."""
     made: queue.Queue[Record | BaseException | None] = queue.Queue(_PREFETCHED)
     stopped = threading.Event()
 
@@ -212,7 +213,7 @@ def _prefetch(records: Iterator[Record]) -> Iterator[Record]:
 
 
 def _remove_decompressed(plan: ShardPlan) -> None:
-    """Remove decompressed copies, which can be made again; downloads without a source stay."""
+    """Remove decompressed copies, which can be made again; downloaded files stay."""
     if plan.config.source is not None:
         remove_decompressed(plan.out / DOWNLOADS)
 

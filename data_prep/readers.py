@@ -1,4 +1,4 @@
-"""The datasets by name, and how each is opened.
+"""List the datasets by name, and open them.
 
 To add a dataset, write its reader in a file of its own and add a line to DATASETS. A reader is a
 data_prep.items.Reader, and there are two to start from:
@@ -35,12 +35,13 @@ class Dataset:
     """How a dataset is opened."""
 
     opener: str
-    """``module:name`` of what makes the Reader, called with the source, a folder for downloads, the
-    most pixels that an image may have, and the ``options``. It is imported when it is called."""
+    """``module:name`` of the function that makes the Reader, imported when it is called. Its
+    arguments are the source, a folder for downloads, the largest number of pixels that an image may
+    have, and the ``options``."""
     about: str
-    """What it is, for the help of ``r2id prepare``."""
+    """A few words for the help of ``r2id prepare``."""
     options: tuple[str, ...] = ()
-    """Fields of PrepareConfig that only some datasets take, this one among them."""
+    """The fields of PrepareConfig that this dataset takes and not all others do."""
 
 
 DATASETS = {
@@ -68,7 +69,8 @@ def check_options(config: PrepareConfig) -> None:
             f"dataset {config.dataset!r}: must be one of {', '.join(map(repr, DATASETS))}"
         )
     for name in sorted({name for dataset in DATASETS.values() for name in dataset.options}):
-        value, takers = getattr(config, name), [n for n in DATASETS if name in DATASETS[n].options]
+        value = getattr(config, name)
+        takers = [dataset for dataset in DATASETS if name in DATASETS[dataset].options]
         if value != PrepareConfig.model_fields[name].default and config.dataset not in takers:
             raise InputError(
                 f"{name} = {value}: dataset {config.dataset!r} takes no such option, "
@@ -77,7 +79,7 @@ def check_options(config: PrepareConfig) -> None:
 
 
 def open_reader(config: PrepareConfig) -> Reader:
-    """Open a dataset; InputError when its source is missing or it is none of DATASETS."""
+    """Open a dataset; InputError when its source is missing, or it is not in DATASETS."""
     check_options(config)
     dataset = DATASETS[config.dataset]
     module, _, name = dataset.opener.partition(":")
@@ -91,8 +93,8 @@ def open_reader(config: PrepareConfig) -> Reader:
 
 @lru_cache(maxsize=1)
 def cached_reader(config: PrepareConfig, _newest: int) -> Reader:
-    """Open a reader, or return the last one for the next shard of the same listing.
+    """Open a reader, or return the last one if it has the same arguments.
 
-    ``_newest`` is part of the cache's key: a source that was changed and listed again is reopened.
+    ``_newest`` is only part of the cache's key: a source that has changed since is opened again.
     """
     return open_reader(config)

@@ -1,6 +1,7 @@
 """Repair a shard set: write damaged shards again from the source.
 
-This is possible because a shard is a function of the shard plan: the same source gives equal bytes.
+This is possible because a shard depends on the shard plan alone: the same source gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from r2id.progress import track
 
 
 def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) -> dict[str, str]:
-    """Write the damaged files again; remove shards that do not belong to the set.
+    """Write damaged files again, and remove shards that do not belong to the set.
 
     ``damages`` come from r2id.data.verify. ``source`` is the path of the source, if it has moved.
     Returns what was done to each file: "rebuilt", "removed" or, for the manifest and the table of
-    rejects, "rewritten". Raises InputError when the shard plan is damaged, or the source is gone or
-    another one; WorkError when it gives other bytes than it once did.
+    rejects, "rewritten". Raises InputError when the shard plan is damaged, or the source is missing
+    or another one; WorkError when the source gives other bytes than before.
     """
     plan = _plan_of(folder, source)
     blamed = {damage.file for damage in damages}
@@ -56,16 +57,16 @@ def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) 
 
 def _is_broken(folder: Path, file: str, blamed: set[str]) -> bool:
     """Tell whether a shard has to be written again."""
-    # A key that occurs twice is reported for the whole split: any of its shards may be wrong, and
-    # have the hash that an edited manifest states.
+    # A key that occurs twice is reported for the whole split. Any of its shards may be the wrong
+    # one, even if its hash is in the manifest, which may have been edited.
     if blamed & {file, _index_of(file), file.split("/")[0]}:
         return True
-    # With an untrustworthy manifest, verify may not have got as far as the shards.
+    # When the manifest is damaged, verify may have stopped before it checked the shards.
     return MANIFEST in blamed and find_intact(folder, file) is None
 
 
 def _expected_hashes(folder: Path, blamed: set[str]) -> dict[str, str]:
-    """Return the SHA-256 of each shard according to the manifest, unless that is damaged."""
+    """Return the SHA-256 of each shard according to the manifest; none if that is damaged."""
     if MANIFEST in blamed:
         return {}
     splits = read_manifest(folder).splits
@@ -78,6 +79,7 @@ def _expected_hashes(folder: Path, blamed: set[str]) -> dict[str, str]:
 
 
 def _plan_of(folder: Path, source: Path | None) -> ShardPlan:
+    """Load a set's plan, and check that the source is still the same."""
     stored = read_shard_plan(folder)
     settings = {
         name: value for name, value in stored["settings"].items() if name != "format_version"

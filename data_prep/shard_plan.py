@@ -1,7 +1,7 @@
 """The shard plan: which image goes into which shard, decided before any shard is written.
 
-It is kept in the set as ``plan.json`` and ``plan.parquet``, which has one row group per shard. (The
-order in which training visits samples is another thing: the epoch plan, r2id.data.epoch_plan.)
+A set keeps its plan as ``plan.json`` and ``plan.parquet``, which has one row group per shard. (The
+order in which training visits samples is another matter: see r2id.data.epoch_plan.)
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from r2id.files import atomic_file, sha256_file, sweep, write_atomic
 from r2id.progress import say
 
 _ITEMS = "plan.parquet"
-# A small split is divided into this many shards, so that several workers have something to do,
-# unless they would be smaller than this many bytes.
+# A small split is divided into 8 shards, so that several workers have something to do, unless the
+# shards would be smaller than 16 MB.
 _SHARDS_WANTED, _SMALL_SHARD = 8, 16e6
 _BLOCK, _TAR_END, _NPY_HEADER = 512, 10240, 128  # bytes
-_REJECTS_ALLOWED = 10  # whatever share of all images that is
+_REJECTS_ALLOWED = 10  # images, even if max_rejects allows fewer
 # Fields of a plan that plan.json holds under their own names.
 _KEPT = ("source_digest", "items_sha256", "class_names", "attribute_names", "files", "samples")
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What will be in each shard.
+    """The images that go into each shard.
 
     The tables of images stay on disk, so that a plan is small enough to send to worker processes.
     """
@@ -56,7 +56,7 @@ class ShardPlan:
     """Number of images planned for each shard."""
     embedding_shape: list[int] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
-    """Images that the listing already found to be unusable."""
+    """Files that the listing already rejected."""
     newest: int = 0
     """See data_prep.items.Listing. Not stored: it belongs to this machine's copy of the source."""
 
@@ -70,12 +70,12 @@ class ShardPlan:
         return [Item(**row) for row in table.to_pylist()]
 
     def check_budget(self, rejected: int, example: str) -> None:
-        """Raise an error when more images are rejected than allowed; see _check_budget."""
+        """Raise InputError or WorkError when too many images are rejected; see _check_budget."""
         _check_budget(self.config, sum(self.samples) + len(self.rejects), rejected, example)
 
 
 def make_shard_plan(config: PrepareConfig) -> ShardPlan:
-    """List the source and make its plan, or return the plan in ``out`` if it is of the same source.
+    """List the source and plan its shards, or return the plan in ``out`` for the same source.
 
     Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else.
     """
@@ -139,7 +139,7 @@ def read_shard_plan(out: Path) -> dict[str, Any]:
 
 
 def is_complete(out: Path) -> bool:
-    """Tell whether a folder holds a finished set with all shards at their full length."""
+    """Return whether a folder holds a finished set with all shards at their full length."""
     try:
         ShardSet.open(out)
     except InputError:
@@ -161,7 +161,7 @@ def _check_budget(config: PrepareConfig, total: int, rejected: int, example: str
 
 
 def _check_vacant(out: Path) -> None:
-    """Raise InputError if ``out`` holds more than downloads and what a killed start left."""
+    """Raise InputError if ``out`` holds more than downloads and the rest of a killed start."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out {out}: exists and is no folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
@@ -173,12 +173,13 @@ def _check_vacant(out: Path) -> None:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """Return the settings that a plan depends on, beside its source."""
+    """Return the settings that a plan depends on, apart from its source."""
     names = ("dataset", "shard_mb", "label", "images", "max_megapixels")
     return {"format_version": FORMAT_VERSION, **{name: getattr(config, name) for name in names}}
 
 
 def _write(config: PrepareConfig, listing: Listing) -> ShardPlan:
+    """Make the plan of a listing and write it to ``config.out``."""
     rejects = listing.rejects
     if rejects:
         _check_budget(
@@ -226,17 +227,17 @@ def _write(config: PrepareConfig, listing: Listing) -> ShardPlan:
 def plan_shards(
     items: pa.Table, shard_mb: float, attributes: int = 0, embedding_shape: Sequence[int] = ()
 ) -> list[tuple[str, np.ndarray]]:
-    """Distribute items over shards: returns (file, rows of ``items``) of every shard.
+    """Distribute items over shards; return (file, rows of ``items``) of every shard.
 
-    Each split is put into a fixed random order, so that every shard is a fair sample of it; items
-    of a block stay together as far as the shards' size allows. A shard has at most ``shard_mb``
+    Each split is put into a fixed random order, so that every shard is a fair sample of it. Items
+    of a block stay adjacent, in one shard if its size allows. A shard has at most ``shard_mb``
     megabytes (10⁶ bytes), unless a single image has more.
     """
     shards = []
     size = items["size"].to_numpy()
-    # Upper bound of a sample's bytes in a tar: three headers, the image, the class, and the JSON.
-    # JSON takes up to six bytes for a character that it escapes, and for an attribute; sets with
-    # attributes have other annotations as well.
+    # An upper bound of a sample's bytes in a tar: three headers, the image, the class (one block)
+    # and the JSON. JSON takes up to six bytes for an escaped character, and as many for an
+    # attribute. Sets with attributes have other annotations as well.
     facts = (
         256
         + 6 * pc.binary_length(items["place"]).to_numpy()
@@ -253,7 +254,7 @@ def plan_shards(
         limit = min(
             shard_mb * 1e6 - _TAR_END, max(float(sizes.sum()) / _SHARDS_WANTED, _SMALL_SHARD)
         )
-        starts, filled = [], limit
+        starts, filled = [], limit  # as if full, so that the first item starts a shard
         for position, footprint in enumerate(sizes.tolist()):
             if filled + footprint > limit:
                 starts.append(position)
@@ -267,7 +268,7 @@ def plan_shards(
 
 
 def _shuffle(block: np.ndarray) -> np.ndarray:
-    """Return a fixed random order of items, in which those of a block (−1: none) are adjacent."""
+    """Return a fixed random order of items; those of one block (−1: none) are adjacent."""
     generator = np.random.Generator(np.random.PCG64(0))
     own = generator.random(len(block))
     if (block < 0).all():

@@ -1,7 +1,7 @@
 """Sources of image files: folders and zips here, tars in data_prep.tars.
 
-Members of archives are read where they lie. Nothing is ever unpacked to a path that an archive
-names, so a malicious archive cannot write outside its folder.
+Archives are read without unpacking them. No file is ever written to a path that an archive names,
+so a malicious archive cannot write outside its folder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from r2id.errors import InputError, WorkError
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 Keep = Callable[[str], bool]
-"""Tells whether a file of this name is to be listed."""
+"""Returns whether to list a file with this name."""
 
 _SCHEMA = pa.schema([("name", pa.binary()), ("size", pa.int64()), ("place", pa.binary())])
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file of a source: its path in the source, its length, and what locates it for reading."""
+    """One file of a source: its path in the source, its length, and the place to read it from."""
 
     name: str
     size: int
@@ -41,7 +41,7 @@ class Entry:
 
 
 class Files:
-    """The files of a source. Iteration yields its entries, sorted by the bytes of their names.
+    """The files of a source. Iteration yields an Entry for each, sorted by the bytes of the names.
 
     In a source of several parts the entries are sorted within each part.
     """
@@ -54,7 +54,7 @@ class Files:
         self.rejects: list[Reject] = []
         self._found = TableBuilder(_SCHEMA)
         self.table = _SCHEMA.empty_table()
-        """TableBuilder name, size, place."""
+        """Columns name, size and place, a row per file."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,35 +68,36 @@ class Files:
         self._found.append(os.fsencode(name), size, place)
 
     def sort(self) -> None:
-        """Sort the entries of a part after all were added; repeated names become rejects."""
+        """Sort the entries of a part once all are added; repeated names become rejects."""
         table = self._found.table()
         self._found = TableBuilder(_SCHEMA)
         table = table.take(pc.sort_indices(table, [("name", "ascending")]))
         names = table["name"].combine_chunks()
-        again = np.append(
+        repeated = np.append(
             False,
             pc.equal(names[1:], names[: max(len(names) - 1, 0)]).to_numpy(zero_copy_only=False),
         )
-        if again.any():
+        if repeated.any():
             self.rejects += [
                 Reject("", os.fsdecode(name), "twice in the archive")
-                for name in names.filter(pa.array(again[: len(names)])).to_pylist()
+                for name in names.filter(pa.array(repeated[: len(names)])).to_pylist()
             ]
-            table = table.filter(pa.array(~again))
+            table = table.filter(pa.array(~repeated))
         self.table = pa.concat_tables([self.table, pa.table(table.columns, schema=_SCHEMA)])
 
     def part(self, keep: Keep) -> Files:
-        """Return only the entries whose names are to be kept."""
+        """Return the entries with names to keep, as Files of their own."""
         part = Files(self.newest)
         part.table = self.table.filter(pa.array([keep(entry.name) for entry in self], pa.bool_()))
         return part
 
     @property
     def digest(self) -> str:
+        """Hash of all names and lengths."""
         return digest_of((os.fsencode(entry.name), entry.size) for entry in self)
 
     def note(self) -> str:
-        """Say how many files were left out, or nothing."""
+        """Return a note on how many files were left out; empty if none were."""
         return f"{self.skipped} other files left out" if self.skipped else ""
 
 
@@ -105,10 +106,10 @@ class Source(Protocol):
 
     path: Path
     kind: str
-    """What it is, in words."""
+    """A few words for people, such as "a zip"."""
 
     def files(self, keep: Keep) -> Files:
-        """List the files whose names are to be kept; InputError when that is impossible."""
+        """List the files with names to keep; InputError when the source cannot be listed."""
         ...
 
     def name(self, place: bytes) -> str:
@@ -118,13 +119,13 @@ class Source(Protocol):
     def read(self, place: bytes, size: int, newest: int) -> bytes:
         """Read the bytes at a place; ``size`` and ``newest`` are those of the listing.
 
-        Raises ValueError when they cannot be read, WorkError when they have changed since.
+        Raises ValueError when they cannot be read, WorkError when they have changed since then.
         """
         ...
 
 
 def is_image(name: str) -> bool:
-    """Tell by its suffix whether a file is an image; hidden ones are not.
+    """Return whether a file is an image, by its suffix; hidden files are not.
 
     macOS leaves a hidden ``._x.jpg``, which is no image, beside each ``x.jpg`` in an archive.
     """
@@ -133,9 +134,9 @@ def is_image(name: str) -> bool:
 
 
 class Folder:
-    """A folder and its subfolders; a place is the path in it.
+    """A folder and its subfolders; a place is a path relative to it.
 
-    Links are followed, and each folder is entered once, so that cycles of links end.
+    Links are followed. Each folder is entered only once, so that cycles of links end.
     """
 
     kind = "a folder"
@@ -204,7 +205,7 @@ class Folder:
 
 
 class Zip:
-    """A zip archive; a place is ``OFFSET:NAME``, because a name may occur twice."""
+    """A zip archive; a place is ``OFFSET:NAME``, because names need not be unique."""
 
     kind = "a zip"
 
@@ -302,7 +303,7 @@ class CombinedSource:
 
 
 def unsafe_name(name: str) -> str:
-    """Say why a member of an archive must not have this name; empty when it may."""
+    """Return why a member of an archive must not have this name; empty when it may."""
     if "\0" in name:
         return "its name holds a NUL"
     if name.startswith("/") or ".." in PurePosixPath(name).parts:

@@ -1,4 +1,4 @@
-"""Read tables of labels and annotations (CSV or Parquet), and find files by several names."""
+"""Read tables of labels and annotations (CSV or Parquet), and find files in several places."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from r2id.errors import InputError
 def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values as text) of a CSV or Parquet file, the header first.
 
-    Every row is as long as the header. Raises InputError when the file is neither kind or ragged.
+    Every row is as long as the header. Raises InputError when the file is neither CSV nor Parquet,
+    or has a row of another length.
     """
     try:
         yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
@@ -49,7 +50,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def column_of(header: Sequence[str], names: Sequence[str], path: Path) -> int:
-    """Return the number of the first column with one of these (lower-case) names.
+    """Return the number, from 0, of the first column with one of these (lower-case) names.
 
     Raises InputError when there is none.
     """
@@ -64,6 +65,6 @@ def column_of(header: Sequence[str], names: Sequence[str], path: Path) -> int:
 
 
 def first_existing(root: Path, folders: Sequence[str], names: Sequence[str]) -> Path | None:
-    """Return the first of these files or folders that exists below any of the folders."""
+    """Return the first of these names, of files or folders, that exists in any of the folders."""
     paths = (root / folder / name for name in names for folder in folders)
     return next((path for path in paths if path.exists()), None)

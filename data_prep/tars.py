@@ -1,6 +1,7 @@
 """Read tar archives: plain ones in place, compressed ones from a decompressed copy.
 
-Positions inside a compressed stream cannot be reached without decompressing all that precedes them.
+A copy is needed because a position in a compressed stream can only be reached by decompressing
+everything before it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from r2id.errors import InputError, WorkError
 from r2id.files import atomic_file
 from r2id.progress import say
 
-_BLOCK = 512
-_CHUNK = 1 << 20
-# Limits against decompression bombs: an archive of images shrinks to a half or so. Any archive may
-# expand to the second number of bytes, larger ones to the first number times their size.
+_BLOCK = 512  # bytes: the unit of the tar format
+_CHUNK = 1 << 20  # bytes
+# Limits against decompression bombs: any archive may expand to 1 GiB, larger ones to 200 times
+# their size. Archives of images shrink by compression to a half or so at most.
 _EXPANSION, _EXPANSION_FREE = 200, 1 << 30
 _DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], Any]] = {  # by an archive's first bytes
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
@@ -35,7 +36,7 @@ _DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], Any]] = {  # by an archive's fi
 
 
 def open_source(path: Path, unpacked: Path) -> Source:
-    """Open a folder, a zip or a tar; a compressed tar is first copied plain into ``unpacked``."""
+    """Open a folder, a zip or a tar; a compressed tar is first decompressed into ``unpacked``."""
     if path.is_dir():
         return Folder(path)
     if not path.is_file():
@@ -48,8 +49,8 @@ def open_source(path: Path, unpacked: Path) -> Source:
 class Tar:
     """A plain tar, or a tar of tars (``nested``).
 
-    A place is ``OFFSET:NAME`` with the offset of the member's first header. Members of inner tars
-    are named ``OUTER/MEMBER``, without the ``.tar`` of the outer name.
+    A place is ``OFFSET:NAME`` with the offset of the member's first header. A member of an inner
+    tar is named ``INNER/MEMBER``, where ``INNER`` is the inner tar's name without ``.tar``.
     """
 
     kind = "a tar"
@@ -133,7 +134,7 @@ def remove_decompressed(unpacked: Path) -> None:
 
 
 def _copy(content: BinaryIO, copy: BinaryIO, path: Path, limit: int) -> None:
-    """Copy decompressed content; its faults are InputErrors of the archive, not of the disk."""
+    """Copy decompressed content; InputError when the archive is damaged or expands too much."""
     copied = 0
     while True:
         try:
@@ -156,7 +157,7 @@ def _members(
 ) -> Iterator[tuple[tarfile.TarInfo, int, str]]:
     """Yield (member, offset of its first header, name) of a tar, or of the tars in it.
 
-    Raises InputError when an archive does not end as it should.
+    Raises InputError when an archive is truncated or damaged.
     """
     for member in _walk(file, path, 0, os.fstat(file.fileno()).st_size):
         name = member.name.removeprefix("./")
@@ -173,7 +174,7 @@ def _members(
 
 
 def _walk(file: BinaryIO, path: Path, start: int, size: int) -> Iterator[tarfile.TarInfo]:
-    """Yield every member but folders of the tar in ``size`` bytes of a file, from ``start`` on."""
+    """Yield all members except folders of the tar in ``size`` bytes of a file from ``start``."""
     part = _Part(file, start, size)
     try:
         with tarfile.open(fileobj=part, mode="r:") as archive:  # type: ignore[call-overload]
@@ -186,14 +187,14 @@ def _walk(file: BinaryIO, path: Path, start: int, size: int) -> Iterator[tarfile
         raise InputError(
             f"{path}: no tar archive, or a truncated or damaged one: {error}"
         ) from None
-    # tarfile takes a damaged header, or a cut between two members, for the end of the archive: the
+    # tarfile takes a damaged header, or a cut between two members, for the end of the archive. The
     # real end is a block of zeros.
     if part.read(_BLOCK) not in (bytes(_BLOCK), b"") or archive.offset + _BLOCK > size:
         raise InputError(f"{path}: truncated or damaged at byte {archive.offset}")
 
 
 class _Part:
-    """A part of a file, as a readable file."""
+    """A part of a file that can be read like a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self.file, self.start, self.size, self.position = file, start, size, 0
@@ -215,6 +216,7 @@ class _Part:
 
 
 def _unsafe(member: tarfile.TarInfo, name: str) -> str:
+    """Return why a member must not be read; empty when it may."""
     if member.issym() or member.islnk():
         return "a link"
     return unsafe_name(name) or ("" if member.isreg() else "no regular file")

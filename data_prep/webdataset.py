@@ -1,6 +1,6 @@
 """Read an existing webdataset: tars whose members are grouped into samples by their names.
 
-A sample's key is the name up to the first dot after the last slash; what follows is the extension.
+A sample's key is the name up to the first dot after the last slash; the rest is the extension.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _SAMPLES = pa.schema(
         ("embedding", pa.int64()),
     ]
 )
-"""``embedding`` is the length of the sample's embedding file; null where there is none."""
+"""``embedding`` is the length of a sample's embedding file; null if it has none."""
 
 Member = tuple[str, int, int]
-"""Extension as it is written, offset in the tar, and length."""
+"""Extension as written in the tar, offset in the tar, and length."""
 
 
 class WebdatasetReader:
@@ -56,8 +56,8 @@ class WebdatasetReader:
 
     Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, text embeddings from
     ``.npy`` and other annotations from ``.json``. Splits are subfolders called train, val or test,
-    or words in the tars' names (``imagenet-train-000.tar``); where there are none, a tenth becomes
-    the test split. A place is JSON: [number of the tar, key, the image's member, other members…].
+    or words in the tars' names (``imagenet-train-000.tar``). Without either, a tenth becomes the
+    test split. A place is JSON: [number of the tar, key, the image's member, other members, …].
     """
 
     def __init__(self, source: Path | None, unpacked: Path, max_pixels: int) -> None:
@@ -78,6 +78,7 @@ class WebdatasetReader:
         self.tars = [Tar(decompressed_tar(path, unpacked)) for path in found]
 
     def listing(self) -> Listing:
+        """List the samples. Class numbers are read, images and annotations are not."""
         samples, rejects, digests = TableBuilder(_SAMPLES), list[Reject](), list[str]()
         newest = max(modified_ns(tar.path) for tar in self.tars)
         extensions: set[str] = set()
@@ -120,18 +121,21 @@ class WebdatasetReader:
         newest: int,
         embedding_shape: Sequence[int],
     ) -> Iterator[Record]:
+        """See data_prep.items.Reader."""
         for item in items:
             number, key, *members = json.loads(item.place)
             name = f"{key}.{members[0][0]}"
             try:
                 check_length(members[0][2], self.max_pixels)
                 data, *others = (self._read(number, key, member, newest) for member in members)
-                found = {
+                contents = {
                     member[0].lower(): content
                     for member, content in zip(members[1:], others, strict=True)
                 }
-                meta = _meta(found)
-                embedding = embedding_of(found["npy"], embedding_shape) if embedding_shape else None
+                meta = _meta(contents)
+                embedding = (
+                    embedding_of(contents["npy"], embedding_shape) if embedding_shape else None
+                )
                 yield image_record(
                     item,
                     data,
@@ -148,9 +152,9 @@ class WebdatasetReader:
     def _add(
         self, samples: TableBuilder, number: int, key: str, members: dict[str, Member], newest: int
     ) -> str:
-        """Add a sample and return an empty text, or say why it cannot be used."""
+        """Add a sample and return "", or return why it cannot be used."""
         images = [extension for extension in members if extension not in _KEPT]
-        # Beside the image there may be others, such as masks called KEY.seg.png.
+        # There may be other images beside the main one, such as masks called KEY.seg.png.
         plain = [extension for extension in images if "." not in extension]
         if len(plain or images) != 1:
             return (
@@ -188,7 +192,7 @@ class WebdatasetReader:
     ) -> tuple[pa.Table, list[int]]:
         """Return the samples to keep and the shape of their embeddings.
 
-        Where any sample has an embedding, those without one are rejected.
+        If any sample has an embedding, those without one are rejected.
         """
 
         def read(place: bytes, _size: int) -> bytes:
@@ -223,7 +227,7 @@ class WebdatasetReader:
     def _names(self, samples: pa.Table) -> tuple[list[str], list[str]]:
         """Return the names of classes and attributes.
 
-        Only a shard set that r2id wrote has names; in others classes are numbers.
+        Only a shard set that r2id wrote has names. In others, classes are named by their numbers.
         """
         count = 1 + max(
             (label for label in samples["label"].to_pylist() if label is not None), default=-1
@@ -249,6 +253,7 @@ class WebdatasetReader:
 
 
 def _find_tars(folder: Path) -> list[Path]:
+    """Return the tars in a folder and its subfolders, sorted."""
     files = Folder(folder).files(
         lambda name: name.endswith(_TARS) and not PurePosixPath(name).name.startswith(".")
     )
@@ -258,13 +263,14 @@ def _find_tars(folder: Path) -> list[Path]:
 
 
 def _own_manifest(source: Path) -> Manifest | None:
-    """Read the manifest if r2id wrote the set; other programs may use the same file name."""
+    """Read the manifest if r2id wrote the set. Other programs use this file name too."""
     path = source / MANIFEST
     own = (source / PLAN).is_file() or (path.is_file() and b'"format_version"' in path.read_bytes())
     return read_manifest(source) if own else None
 
 
 def _meta(members: dict[str, bytes]) -> dict[str, Any]:
+    """Parse a sample's annotations: the JSON's fields, and the text as its "caption"."""
     meta: dict[str, Any] = {}
     if "json" in members:
         content = json.loads(members["json"])
@@ -275,7 +281,7 @@ def _meta(members: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _group(files: Iterable[Entry]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Group members into samples: yields (key, members by extension in lower case)."""
+    """Group members into samples; yield (key, members by extension in lower case)."""
     samples: dict[str, dict[str, Member]] = {}
     for entry in files:
         key, extension = base_plus_ext(entry.name)
@@ -295,5 +301,6 @@ def _is_member(name: str) -> bool:
 
 
 def _split_of(path: Path) -> str | None:
+    """Return the split that a folder, or a word in the name, of a tar stands for; None if none."""
     words = [*(part.lower() for part in path.parts[:-1]), *re.split(r"[^a-z]+", path.name.lower())]
     return next((SPLITS[word] for word in words if word in SPLITS), None)

@@ -1,4 +1,4 @@
-"""ImageNet-1k (Russakovsky et al. 2015) in the four layouts in which it is handed on.
+"""Read ImageNet-1k (Russakovsky et al. 2015) in the four layouts in which it is distributed.
 
 * As published (published.py): ``ILSVRC2012_img_train.tar``, a tar of one tar per class,
   ``ILSVRC2012_img_val.tar``, and the development kit with the labels of the validation images. The
@@ -6,11 +6,11 @@
 * Kaggle's (folders.py): ``ILSVRC/Data/CLS-LOC/{train/<wnid>,val,test}`` with
   ``LOC_val_solution.csv`` and ``LOC_synset_mapping.txt``.
 * Folders (folders.py): ``<wnid>/``, or ``train/<wnid>/`` and ``val/<wnid>/``.
-* Hugging Face's (parquet.py): ``{train,validation,test}-00000-of-00294.parquet``, in ``data/`` or
-  not.
+* Hugging Face's (parquet.py): ``{train,validation,test}-00000-of-00294.parquet``, at the top or in
+  ``data/``.
 
-Classes are WordNet ids in sorted order, 0 to 999. This is not the order of the development kit,
-whose ids are numbered from 1 and mapped to WordNet ids by its ``meta.mat``.
+Classes are numbered from 0 to 999 in the sorted order of their WordNet ids. The development kit
+numbers them from 1 in another order, and maps its numbers to WordNet ids in ``meta.mat``.
 """
 
 from __future__ import annotations

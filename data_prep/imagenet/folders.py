@@ -24,6 +24,7 @@ class FolderImagenet(FileRecords):
         self.root, self.images = root, images
 
     def listing(self) -> Listing:
+        """List the images; those without a known class are rejected, except in the test split."""
         files, solution, wnids = self.source.files(is_image), self._solution(), self._wnids()
         rejects, classes, unseen = list(files.rejects), set(wnids), dict(solution)
         shared: dict[SplitAndClass, SplitAndClass] = {}
@@ -64,7 +65,7 @@ class FolderImagenet(FileRecords):
 
     @staticmethod
     def _refuse(name: str, split: str | None, wnid: str | None, classes: set[str]) -> str:
-        """Say why an image cannot be used; empty when it can."""
+        """Return why an image cannot be used; empty when it can."""
         if wnid is None and split != "test":
             flat = split == "val" and name.count("/") == 1
             return f"no label in {_SOLUTION}" if flat else "not in a folder named by a WordNet id"
@@ -75,6 +76,7 @@ class FolderImagenet(FileRecords):
         )
 
     def _split_and_class(self, name: str, solution: dict[str, str]) -> SplitAndClass:
+        """Return an image's split and WordNet id, from its folders or Kaggle's table."""
         parts = PurePosixPath(name).parts
         split = SPLITS.get(parts[0].lower()) if len(parts) > 1 else None
         inner = parts[1:] if split else parts
@@ -83,7 +85,7 @@ class FolderImagenet(FileRecords):
         return split, solution.get(PurePosixPath(name).stem) if split == "val" else None
 
     def _solution(self) -> dict[str, str]:
-        """Read Kaggle's table: WordNet ids by the names of the validation images."""
+        """Read Kaggle's table: the WordNet id of each validation image, by its name."""
         # Kaggle's archive has the table beside ILSVRC/, which may itself be the source.
         path = first_existing(self.root, ("", ".."), (_SOLUTION,))
         if path is None:

@@ -1,4 +1,4 @@
-"""ImageNet as Hugging Face has it: Parquet files with columns image{bytes,path} and label."""
+"""Read ImageNet from Hugging Face's Parquet files, with columns image{bytes,path} and label."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class ParquetImagenet:
         self.folder, self.max_pixels, self.files = folder, max_pixels, parquet_files(folder)
 
     def listing(self) -> Listing:
+        """List all rows. Only the labels are read; sizes are means over a row group."""
         items, names, newest, block = ItemTableBuilder(), list[str](), 0, 0
         parts: list[tuple[bytes, int]] = []
         for number, path in enumerate(self.files):
@@ -78,6 +79,7 @@ class ParquetImagenet:
         newest: int,
         _embedding_shape: Sequence[int],
     ) -> Iterator[Record]:
+        """See data_prep.items.Reader. Each row group is read once, as long as its items adjoin."""
         held: tuple[int, int] | None = None
         images: list[dict[str, Any] | None] = []
         for item in items:
@@ -105,7 +107,7 @@ class ParquetImagenet:
             return _read_column(file, path, group, "image")
 
     def _missing(self) -> list[str]:
-        """Say how many of the files promised by their names are there, and which splits are not."""
+        """Return notes on how many files of each split are there, and on missing splits."""
         parts = Counter(
             (found[1], int(found[2]))
             for path in self.files
@@ -119,7 +121,7 @@ class ParquetImagenet:
 
 
 def _mean_size(group: pq.RowGroupMetaData) -> int:
-    """Return the mean size of a row group's images: single sizes are known only after reading."""
+    """Return the mean size of a row group's images; single sizes are only known after reading."""
     return -(-group.total_byte_size // max(group.num_rows, 1))
 
 

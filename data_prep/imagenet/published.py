@@ -1,4 +1,4 @@
-"""ImageNet as published: two or three tars, and the development kit with the validation labels."""
+"""Read ImageNet as published: two or three tars, and the development kit, which has the labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARS = {
 }
 _KIT = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-_KIT_LARGEST = 10**8  # bytes of one file of the kit; the real ones have less than a hundredth of it
+_KIT_LARGEST = 10**8  # bytes of one file of the kit; the real ones take less than 10⁶
 
 
 class TarImagenet(FileRecords):
@@ -46,6 +46,7 @@ class TarImagenet(FileRecords):
         )
 
     def listing(self) -> Listing:
+        """List all images; InputError when the validation images and labels differ in number."""
         files = self.source.files(is_image)
         wnids, truth = self._kit() if "val" in self.tars else ([], [])
         images = sum(entry.name.startswith("val/") for entry in files)
@@ -93,8 +94,8 @@ class TarImagenet(FileRecords):
     def _kit(self) -> tuple[list[str], list[str]]:
         """Read the development kit.
 
-        Returns all WordNet ids, sorted, and that of each validation image in the order of their
-        names.
+        Returns all WordNet ids, sorted, and the WordNet id of each validation image, in the order
+        of the images' names.
         """
         kit = first_existing(self.root, ("",), _KIT)
         if kit is None:

@@ -1,8 +1,8 @@
-"""A small convolutional classifier, trained on real images of the shard set that is evaluated.
+"""Train a small convolutional classifier on real images of the evaluated shard set.
 
-It measures the class accuracy of samples, and its features serve as the default feature extractor
-for Fréchet distances, precision and recall (r2id.evaluation.extractor). Its own accuracy on real
-test images is reported beside every figure that depends on it.
+It measures the class accuracy of samples. It is also the default feature extractor for Fréchet
+distances, precision and recall (r2id.evaluation.extractor). Its own accuracy on real test images is
+reported beside every figure that depends on it.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -31,20 +31,21 @@ from r2id.images import to_float
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
 
-_VERSION = 1  # of the training recipe below: raise it when the recipe changes, so that saved
-# classifiers are trained again
-_WIDTHS = (32, 64, 128)
+# Version of the training recipe below: raise it when the recipe changes, so that saved classifiers
+# are trained again.
+_VERSION = 1
+_WIDTHS = (32, 64, 128)  # channels of the three stages
 _LARGEST_AREA = 64 * 64  # pixels: larger images are shrunk to this area before they are classified
-_MOST_IMAGES = 200_000  # images of a split, evenly spaced, that are held in memory
+_MOST_IMAGES = 200_000  # of a split, evenly spaced: they are held in memory
 _BATCH = 128
 _EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 6, 400, 4000
 _LEARNING_RATE, _WEIGHT_DECAY, _WARM_UP, _SMOOTHING = 3e-3, 0.05, 0.15, 0.05
-_ROTATION, _SCALE, _SHIFT = 0.2, 0.15, 0.12  # radians, log of the factor, halves of the side
+_ROTATION, _SCALE, _SHIFT = 0.2, 0.15, 0.12  # radians, log of the factor, share of half a side
 _SEED = 0
 
 
 class ClassifierNetwork(nn.Module):
-    """Three stages of two convolutions; a stage halves the image as long as it is large enough."""
+    """Three stages of two convolutions; each stage halves the image if it is large enough."""
 
     def __init__(self, channels: int, classes: int, size: Size) -> None:
         super().__init__()
@@ -58,14 +59,14 @@ class ClassifierNetwork(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [−1, 1] → float32 [N, D], the spatial means of the last stage.
+        """Compute the spatial means of the last stage: images [N, C, H, W] → float32 [N, D].
 
-        The logits are a linear function of them.
+        Images are in [−1, 1]. The logits are a linear function of the features.
         """
         return self.body(images.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] → logits [N, classes]."""
+        """Classify images in [−1, 1]: [N, C, H, W] → logits [N, classes]."""
         return self.head(self.features(images))
 
 
@@ -79,7 +80,7 @@ def _convolution(channels: int, width: int, stride: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier and how well it does on real test images.
+    """A trained classifier, with its accuracy on real test images.
 
     It is also a feature extractor (r2id.evaluation.extractor.FeatureExtractor).
     """
@@ -99,23 +100,21 @@ class Classifier:
         return hashlib.sha256(save(_tensors(self.model))).hexdigest()
 
     def classify(self, images: Tensor, batch: int = 500) -> Tensor:
-        """Images [N, C, H, W] in [−1, 1] or uint8, of any size → classes int64 [N], on the CPU."""
-        features = torch.cat([self.features(some) for some in images.split(batch)])
+        """Classify images [N, C, H, W] of any size, in [−1, 1] or uint8 → int64 [N] on the CPU."""
+        features = torch.cat([self.features(part) for part in images.split(batch)])
         return self.probabilities(features).argmax(1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [−1, 1] or uint8, of any size → float32 [N, D], on the CPU."""
+        """Extract features, of images as in ``classify``: [N, C, H, W] → float32 [N, D] on CPU."""
         device = self.model.head.weight.device
-        seen = resize(to_float(images) if images.dtype == torch.uint8 else images, self.size).to(
-            device
-        )
+        inputs = resize(to_float(images) if images.dtype == torch.uint8 else images, self.size)
         with torch.autocast(device.type, torch.bfloat16):
-            return self.model.features(seen).cpu()
+            return self.model.features(inputs.to(device)).cpu()
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor:
-        """Features [N, D] → class probabilities, float32 [N, classes], on the CPU."""
+        """Return class probabilities: features [N, D] → float32 [N, classes], on the CPU."""
         return self.model.head(features.to(self.model.head.weight.device)).softmax(1).cpu()
 
 
@@ -124,10 +123,10 @@ def load_or_train_classifier(
 ) -> Classifier:
     """Return the classifier of a shard set.
 
-    It is read from ``file`` when that holds one trained on the same data by the same recipe;
-    otherwise it is trained and saved there.
+    It is read from ``file`` if that holds one trained on the same data by the same recipe.
+    Otherwise it is trained and saved there.
 
-    Raises InputError when the training split has fewer than two classes, or the test split no
+    Raises InputError when the training split has fewer than two classes, or the test split has no
     labels.
     """
     size = frequent_size(shards.split(data.train_split))
@@ -155,9 +154,9 @@ def frequent_size(split: Split) -> Size:
 def train_network(
     images: Tensor, labels: Tensor, classes: int, device: torch.device
 ) -> ClassifierNetwork:
-    """Train on uint8 images [N, C, H, W] with labels [N] in range(classes).
+    """Train a classifier on uint8 images [N, C, H, W] with labels [N] in range(classes).
 
-    The same input gives the same weights. The global random stream is not touched.
+    The same input gives the same weights. The global random state stays as it is.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
@@ -175,10 +174,10 @@ def train_network(
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
     with Progress("train classifier", steps, unit="images", per_item=_BATCH) as progress:
         for chosen in order[: steps * _BATCH].split(_BATCH):
-            seen = augment(to_float(images[chosen]), generator).to(device)
+            inputs = augment(to_float(images[chosen]), generator).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 loss = F.cross_entropy(
-                    model(seen), labels[chosen].to(device), label_smoothing=_SMOOTHING
+                    model(inputs), labels[chosen].to(device), label_smoothing=_SMOOTHING
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -200,8 +199,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         ],
         1,
     )
-    where = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images, where, padding_mode="border", align_corners=False)
+    coords = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, coords, padding_mode="border", align_corners=False)
 
 
 def _train_and_test(shards: ShardSet, data: DataConfig, device: torch.device) -> Classifier:
@@ -230,7 +229,7 @@ def _labelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _identity(shards: ShardSet, data: DataConfig) -> str:
-    """Hash the data and the recipe that a classifier is trained from."""
+    """Hash what a classifier depends on: the data and the recipe."""
     facts = [_VERSION, shards.digest, data.size, data.channels, data.train_split, data.test_split]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -250,7 +249,7 @@ def _tensors(model: ClassifierNetwork) -> dict[str, Tensor]:
 
 
 def _read(file: Path, identity: str, channels: int, classes: int, size: Size) -> Classifier | None:
-    """Read a saved classifier; None when there is none, or it is another's or damaged."""
+    """Read a saved classifier; None when there is none, or it is damaged or of other data."""
     try:
         with safe_open(file, "pt") as opened:
             facts = json.loads(opened.metadata()["r2id"])

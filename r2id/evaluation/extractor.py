@@ -1,7 +1,7 @@
-"""Feature extractors: networks whose features distributions of images are compared in.
+"""Feature extractors: networks that map images to features, in which sets of images are compared.
 
-Two kinds satisfy the protocol: the classifier that r2id trains (r2id.evaluation.classifier), and a
-TorchScript file that the user names, such as the Inception-v3 of the published FID.
+There are two kinds: the classifier that r2id trains (r2id.evaluation.classifier), and a TorchScript
+file that the user names, such as the Inception-v3 of the published FID.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -39,15 +39,15 @@ class FeatureExtractor(Protocol):
         """Height and width that every image is resized to (by r2id.evaluation.images.resize)."""
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [−1, 1] of any size → float32 [N, D], on the CPU."""
+        """Extract features: images [N, C, H, W] in [−1, 1] of any size → float32 [N, D] on CPU."""
 
 
 @dataclass(frozen=True)
 class TorchScriptExtractor:
     """A TorchScript program that maps uint8 images [N, 3, H, W] to features [N, D].
 
-    The Inception-v3 that StyleGAN's authors publish for the FID (``inception-2015-12-05.pt``) is
-    one. Grey images are repeated to three channels.
+    An example is the Inception-v3 that StyleGAN's authors publish for the FID
+    (``inception-2015-12-05.pt``). Grey images are repeated to three channels.
     """
 
     name: str
@@ -56,14 +56,14 @@ class TorchScriptExtractor:
     program: torch.jit.ScriptModule
     device: torch.device
     options: dict[str, bool]
-    """Keyword arguments of the program; Inception returns logits without return_features."""
+    """Keyword arguments of the program. Inception returns logits unless return_features is set."""
 
     @classmethod
     def load(cls, place: str | Path, size: Size, device: torch.device) -> TorchScriptExtractor:
-        """Load from a file or a URL.
+        """Load an extractor from a file or a URL.
 
-        Raises InputError when it is no TorchScript program, or its output is not one row of finite
-        numbers per image; WorkError when it cannot be downloaded.
+        Raises InputError when it is not a TorchScript program, or its output is not one row of
+        finite numbers per image; WorkError when it cannot be downloaded.
         """
         file = (
             download(str(place)) if str(place).startswith(("http://", "https://")) else Path(place)
@@ -88,31 +88,31 @@ class TorchScriptExtractor:
     def check(self, file: Path) -> None:
         """Raise InputError unless two grey images give [2, D] of finite numbers."""
         try:
-            made = self.features(torch.zeros(2, 1, *self.size))
+            features = self.features(torch.zeros(2, 1, *self.size))
         except RuntimeError as error:
             raise InputError(
                 f"--extractor {file}: takes no uint8 images "
                 f"[N, 3, {self.size[0]}, {self.size[1]}]: {str(error).strip().splitlines()[-1]}"
             ) from None
-        if made.dim() != 2 or len(made) != 2 or not made.isfinite().all():
+        if features.dim() != 2 or len(features) != 2 or not features.isfinite().all():
             raise InputError(
-                f"--extractor {file}: makes {list(made.shape)} of 2 images; must be finite "
+                f"--extractor {file}: makes {list(features.shape)} of 2 images; must be finite "
                 "numbers [2, D]"
             )
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [−1, 1] of any size → float32 [N, D], on the CPU."""
+        """See FeatureExtractor.features."""
         return torch.cat(
             [
-                self.program(self._bytes(some), **self.options).float().cpu()
-                for some in images.split(_BATCH)
+                self.program(self._bytes(part), **self.options).float().cpu()
+                for part in images.split(_BATCH)
             ]
         )
 
     def _bytes(self, images: Tensor) -> Tensor:
-        seen = resize(images.to(self.device), self.size)
-        return to_uint8(seen).expand(-1, 3, -1, -1)
+        resized = resize(images.to(self.device), self.size)
+        return to_uint8(resized).expand(-1, 3, -1, -1)
 
 
 def download(url: str) -> Path:
@@ -124,7 +124,8 @@ def download(url: str) -> Path:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(file), progress=False)  # complete or not at all
+            # It writes the whole file or none.
+            torch.hub.download_url_to_file(url, str(file), progress=False)
         except OSError as error:
             raise WorkError(f"--extractor {url}: cannot be downloaded: {error}") from None
     return file

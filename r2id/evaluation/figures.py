@@ -18,8 +18,8 @@ from torch import Tensor
 
 from r2id.images import encode_png, tile, to_bytes
 
-_GRID_SIDE = 960  # pixels of a grid's longer side, about
-_CELL = 0.95  # inches of a table's column, about
+_GRID_SIDE = 960  # pixels: about the longer side of a grid
+_CELL = 0.95  # inches: about the width of a table's column
 _COLOURS = ("#0b5fa5", "#8a8a8a", "#c4511d")
 
 
@@ -36,29 +36,29 @@ def table(
 ) -> bytes:
     """Draw a table of images [C, H, W] in [−1, 1] with row and column labels.
 
-    All are drawn at one height and at their own aspect ratio, so that one picture at many sizes
-    compares at a glance.
+    All images are drawn at the same height and at their own aspect ratio, so that one picture at
+    many sizes can be compared at a glance.
     """
     ratios = [max(row[k].shape[2] / row[k].shape[1] for row in cells) for k in range(len(cells[0]))]
     figure = Figure((_CELL * sum(ratios) + 1.0, _CELL * len(cells) + 0.3), layout="constrained")
-    words, axes = np.split(
+    names, axes = np.split(
         figure.subplots(len(cells), 1 + len(ratios), squeeze=False, width_ratios=[0.8, *ratios]),
         [1],
         1,
     )
-    for row, name, word, places in zip(cells, rows, words[:, 0], axes, strict=True):
-        word.set_axis_off()
-        word.text(1, 0.5, name, ha="right", va="center", transform=word.transAxes)
+    for row, text, name, places in zip(cells, rows, names[:, 0], axes, strict=True):
+        name.set_axis_off()
+        name.text(1, 0.5, text, ha="right", va="center", transform=name.transAxes)
         for image, place in zip(row, places, strict=True):
             _show(place, image)
             place.spines[:].set_visible(False)
-    for place, name in zip(axes[0], columns, strict=False):
-        place.set_title(name, fontsize=10)
+    for place, text in zip(axes[0], columns, strict=False):
+        place.set_title(text, fontsize=10)
     return _png(figure)
 
 
 def latents(cells: Sequence[Tensor], most: int = 8) -> bytes:
-    """Draw the first channels of latents [L, h, w], one row per image; red is above zero."""
+    """Draw the first ``most`` channels of latents [L, h, w], a row per image; red is above zero."""
     count = min(most, cells[0].shape[0])
     figure = Figure((_CELL * count + 0.8, _CELL * len(cells) + 0.3), layout="constrained")
     axes = figure.subplots(len(cells), count, squeeze=False)
@@ -76,7 +76,7 @@ def latents(cells: Sequence[Tensor], most: int = 8) -> bytes:
 
 
 def loss_by_time(measured: Mapping[str, Any]) -> bytes:
-    """Plot what r2id.evaluation.r2id.measure_loss_by_time returns."""
+    """Plot the result of r2id.evaluation.r2id.measure_loss_by_time."""
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for (name, losses), colour in zip(measured["loss"].items(), _COLOURS, strict=False):
@@ -92,7 +92,7 @@ def loss_by_time(measured: Mapping[str, Any]) -> bytes:
 
 
 def loss_by_grid(measured: Mapping[str, Any]) -> bytes:
-    """Plot what r2id.evaluation.r2id.measure_loss_by_grid returns."""
+    """Plot the result of r2id.evaluation.r2id.measure_loss_by_grid."""
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for (name, curve), colour in zip(measured["grids"].items(), _COLOURS, strict=False):
@@ -113,10 +113,10 @@ def loss_by_grid(measured: Mapping[str, Any]) -> bytes:
 
 
 def noise_shift(found: Mapping[str, Any]) -> bytes:
-    """Plot what measure_noise_shift returns.
+    """Plot the result of r2id.evaluation.noise_shift.measure_noise_shift.
 
-    On the left each grid's curve as measured, on the right shifted by the fitted k, where all
-    curves should lie on the base grid's.
+    The left plot shows each grid's curve as measured, the right one shifts it by the fitted k, so
+    that all curves should coincide with the base grid's.
     """
     figure = Figure((9.6, 3.6), layout="constrained")
     places = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -142,7 +142,7 @@ def noise_shift(found: Mapping[str, Any]) -> bytes:
 
 
 def size_curves(names: Sequence[str], lines: Mapping[str, Sequence[float]], words: str) -> bytes:
-    """Plot one metric against the size, for samples and for the images they are compared with."""
+    """Plot one metric (in ``words``) against the size, a line for each set of images."""
     figure = Figure((7.6, 3.2), layout="constrained")
     axes = figure.subplots()
     for (name, values), colour in zip(lines.items(), _COLOURS, strict=False):
@@ -174,7 +174,7 @@ def _tidy(axes: Any) -> None:
 
 
 def _show(place: Axes, image: Tensor) -> None:
-    """Draw an image [C, H, W] in [−1, 1] as it is, without ticks."""
+    """Draw an image [C, H, W] in [−1, 1] without interpolation and ticks."""
     pixels = to_bytes(image).squeeze(-1).numpy()
     place.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     place.set(xticks=[], yticks=[])

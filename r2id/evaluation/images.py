@@ -1,4 +1,4 @@
-"""Load images of a shard set into memory, and resize them as every part of the evaluation does.
+"""Load images of a shard set into memory, and resize images by the evaluation's one rule.
 
 Shape letters: N images · C colours · H, W image.
 """
@@ -21,8 +21,8 @@ RESIZE_RULE = "bicubic, antialiased, clipped to [−1, 1]"
 def resize(images: Tensor, size: Size) -> Tensor:
     """Resize float images [N, C, H, W] in [−1, 1] bicubically and clip them to [−1, 1].
 
-    The filter is that of r2id.images.resize. One rule for truth, samples and feature extractors
-    keeps their figures comparable.
+    The filter is that of r2id.images.resize. All figures are comparable because truth, samples and
+    inputs of feature extractors are resized by this one rule.
     """
     if tuple(images.shape[2:]) == size:
         return images
@@ -32,9 +32,9 @@ def resize(images: Tensor, size: Size) -> Tensor:
 def load_images(
     shards: ShardSet, data: DataConfig, split: str, limit: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Load a split, or ``limit`` of its images evenly spaced.
+    """Load a split, or ``limit`` of its images, evenly spaced.
 
-    Returns uint8 images [N, C, H, W] of ``data.size`` and labels int64 [N], −1 where there is none.
+    Returns uint8 images [N, C, H, W] of ``data.size``, and labels int64 [N], −1 without a class.
     """
     assert data.size is not None
     batches = list(eval_loader(shards, data, split=split, batch=500, limit=limit))

@@ -1,9 +1,9 @@
 """Measure resolution invariance: samples and reconstructions at many sizes and aspect ratios.
 
-Every metric of samples is reported beside the same metric of real test images that were resized
-("stretched") to that size, because shrinking alone costs detail: a model can be asked for no more
-than what the real images keep. Pictures of every size and aspect ratio are resized to the feature
-extractor's input by r2id.evaluation.images.resize, which stretches other aspect ratios back.
+Every metric of samples is reported beside the same metric of real test images that are resized
+("stretched") to the same size. Shrinking alone costs detail, so a model cannot be expected to do
+better than real images. r2id.evaluation.images.resize brings pictures of every size to the feature
+extractor's input, and thereby stretches other aspect ratios back.
 
 Shape letters: N images · C colours · H, W image.
 """
@@ -39,7 +39,7 @@ from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.progress import Progress
 
-_SIDE = 28  # the sizes below are for MNIST; other data takes the same factors of its own size
+_SIDE = 28  # the sizes below are for MNIST; other data is measured at the same ratios to its size
 _SIZES = (
     (10, 10),
     (14, 14),
@@ -63,7 +63,7 @@ SIZE_RULE = (
 )
 
 _MOST_PIXELS = 1 << 20
-_PAIRED = 100  # samples that are drawn at twice the size too, for the consistency
+_PAIRED = 100  # samples that are also drawn at twice the size, to measure consistency
 _RECONSTRUCTED = 100  # test images, evenly spaced
 _RECONSTRUCTED_BATCH, _STRETCHED_BATCH = 20, 16
 
@@ -90,11 +90,11 @@ def measure_samples(
     shards: ShardSet,
     data: DataConfig,
 ) -> dict[str, Any]:
-    """Score samples at every size beside real images stretched to it, and their consistency.
+    """Score samples and stretched real images at every size, and the consistency of the samples.
 
-    The reference that both are compared with is every other image of the test split; the stretched
-    images come from the rest. So the native size's row shows the distance between two halves of
-    the real data: the best that samples can reach.
+    Both are compared with one half of the test split (every other image); the stretched images come
+    from the other half. At the native size, their scores therefore compare two halves of the real
+    data, which is the best that samples can reach.
     """
     native = samples.sampler.codec.image
     indices = np.arange(len(shards.split(data.test_split)))
@@ -126,13 +126,13 @@ def score_stretched(
 
     def stretch() -> Iterator[Tensor]:
         for images, labels in batches:
-            for some, known in zip(
+            for part, truth in zip(
                 images.split(_STRETCHED_BATCH), labels.split(_STRETCHED_BATCH), strict=True
             ):
-                stretched = resize(some, size)
+                stretched = resize(part, size)
                 if classifier:
                     predicted = classifier.classify(stretched)
-                    correct.append((predicted == known)[known >= 0])
+                    correct.append((predicted == truth)[truth >= 0])
                 yield stretched
 
     features = extract_features(extractor, stretch())
@@ -145,10 +145,10 @@ def score_stretched(
 
 
 def score_consistency(samples: Samples, classifier: Classifier | None, size: Size) -> Row:
-    """Compare the same seeds at a size and at twice the size.
+    """Compare samples of the same seeds at a size and at twice the size.
 
-    Returns the mean PSNR in dB of the larger images, averaged down, against the smaller ones, and
-    the share of seeds that the classifier assigns the same class at both sizes.
+    Returns the mean PSNR in dB of the larger images, averaged down 2×2, against the smaller ones,
+    and the share of seeds that the classifier assigns the same class at both sizes.
     """
     twice = 2 * size[0], 2 * size[1]
     length, errors, same = samples.sampler.batch_length(twice), [], []
@@ -175,10 +175,11 @@ def measure_reconstructions(
 ) -> dict[str, Any]:
     """Encode test images at their own size and decode them at each size of SIZE_RULE.
 
-    The truth is the image resized bicubically. For each size it returns means over images of PSNR,
-    SSIM and consistency (PSNR of a decoding at twice the size, averaged down, against that at the
-    size), all on [−1, 1], and with an extractor the Fréchet distance to the originals. For all
-    sizes together it returns the error of encoding at half and decoding at double the size.
+    The truth is the image resized bicubically. For each size it returns the means over images of
+    squared error, PSNR, SSIM and consistency: the PSNR of the image decoded at twice the size,
+    averaged down 2×2, against the one decoded at the size. All are on [−1, 1]. With an extractor it
+    also returns the Fréchet distance to the originals. "half_to_double" is the error of encoding at
+    half and decoding at double the own size.
     """
     native = codec.image
     sizes = invariance_sizes(native)
@@ -194,21 +195,21 @@ def measure_reconstructions(
             latents = codec.encode(images)
             own: Size = (images.shape[2], images.shape[3])
             for size in sizes:
-                at = scale_size(own, (size[0] / native[0], size[1] / native[1]))
-                for name, values in _reconstruct(codec, images, latents, at, extractor).items():
+                target = scale_size(own, (size[0] / native[0], size[1] / native[1]))
+                for name, values in _reconstruct(codec, images, latents, target, extractor).items():
                     figures.setdefault((size, name), []).append(values)
             originals += [extractor.features(images)] if extractor else []
             halved.append(_half_to_double(codec, images, latents))
             progress.advance(len(images))
     rows = {f"{size[0]}x{size[1]}": _row(size, figures, originals) for size in sizes}
-    wide, plain = torch.cat(halved).double().mean(0).tolist()
+    enlarged, same_size = torch.cat(halved).double().mean(0).tolist()
     return {
         "sizes": rows,
         "half_to_double": {
             "images": total,
-            "mse": wide,
-            "native_mse": plain,
-            "relative": wide / plain,
+            "mse": enlarged,
+            "native_mse": same_size,
+            "relative": enlarged / same_size,
         },
     }
 
@@ -216,14 +217,15 @@ def measure_reconstructions(
 def _reconstruct(
     codec: Codec, images: Tensor, latents: Tensor, size: Size, extractor: FeatureExtractor | None
 ) -> dict[str, Tensor]:
+    """Decode latents at a size; return figures [N] by name, and features with an extractor."""
     truth, decoded = resize(images, size), codec.decode(latents, size).cpu()
     larger = codec.decode(latents, (2 * size[0], 2 * size[1])).cpu()
-    found = {
+    values = {
         "mse": mse(decoded, truth),
         "ssim": ssim(decoded, truth),
         "consistency": psnr(mse(halve(larger), decoded)),
     }
-    return found | ({"features": extractor.features(decoded)} if extractor else {})
+    return values | ({"features": extractor.features(decoded)} if extractor else {})
 
 
 def _row(size: Size, figures: dict[tuple[Size, str], list[Tensor]], originals: list[Tensor]) -> Row:
@@ -243,15 +245,16 @@ def _row(size: Size, figures: dict[tuple[Size, str], list[Tensor]], originals: l
 
 
 def _half_to_double(codec: Codec, images: Tensor, latents: Tensor) -> Tensor:
-    """Return squared errors [N, 2]: half-size in, double-size out; and native size in and out.
+    """Return squared errors [N, 2]: half size in, double size out; and own size in and out.
 
-    The half-size image is encoded on the native latent grid, so that both use as many cells.
+    The half-size image is encoded on the latent grid of the own size, so that both have the same
+    number of cells.
     """
     own: Size = (images.shape[2], images.shape[3])
     half, double = (scale_size(own, (factor, factor)) for factor in (0.5, 2.0))
-    wide = codec.decode(
+    enlarged = codec.decode(
         codec.encode(resize(images, half), (latents.shape[2], latents.shape[3])), double
     ).cpu()
     return torch.stack(
-        [mse(wide, resize(images, double)), mse(codec.decode(latents, own).cpu(), images)], 1
+        [mse(enlarged, resize(images, double)), mse(codec.decode(latents, own).cpu(), images)], 1
     )

@@ -1,4 +1,4 @@
-"""Image metrics as pure functions of tensors; each names its equation and paper.
+"""Image metrics as pure functions of tensors. Each names its equation and paper.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 _SSIM_SIDE, _SSIM_SIGMA, _SSIM_K = 11, 1.5, (0.01, 0.03)  # Wang et al. 2004, section III-B
-_SSIM_PIXELS = 1 << 20  # pixels compared at once; each takes several float64 values of memory
+_SSIM_PIXELS = 1 << 20  # compared at once: each takes several float64 values of memory
 _NEIGHBOUR = 3  # k of Kynkäänniemi et al. 2019
-_ROWS = 1000  # features whose distances to all others are in memory at once
+_ROWS = 1000  # features at once: their distances to all others are held in memory
 
 
 def mse(images: Tensor, truth: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     """
     step = max(1, _SSIM_PIXELS // images[0, 0].numel())
     return torch.cat(
-        [_ssim(*some) for some in zip(images.split(step), truth.split(step), strict=True)]
+        [_ssim(*parts) for parts in zip(images.split(step), truth.split(step), strict=True)]
     )
 
 
@@ -50,15 +50,15 @@ def _ssim(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """Average under the Gaussian window where it fits: [N, C, H, W] → [N, C, H', W'].
+    """Average under the Gaussian window wherever it fits: [N, C, H, W] → [N, C, H', W'].
 
     The window is separable, so it is applied along the height and then along the width.
     """
     channels = images.shape[1]
     for axis in (2, 3):
         length = min(_SSIM_SIDE, images.shape[axis] - (images.shape[axis] + 1) % 2)
-        at = torch.arange(length, dtype=images.dtype, device=images.device) - length // 2
-        window = torch.exp(-at.square() / (2 * _SSIM_SIGMA**2))
+        offset = torch.arange(length, dtype=images.dtype, device=images.device) - length // 2
+        window = torch.exp(-offset.square() / (2 * _SSIM_SIGMA**2))
         shape = (1, 1, length, 1) if axis == 2 else (1, 1, 1, length)
         kernel = (window / window.sum()).reshape(shape).expand(channels, -1, -1, -1)
         images = F.conv2d(images, kernel, groups=channels)
@@ -112,26 +112,26 @@ def _covered(points: Tensor, centres: Tensor) -> float:
     # k + 1, because each centre's nearest neighbour is the centre itself at distance 0.
     radii = torch.cat(
         [
-            _distances(some, centres).kthvalue(_NEIGHBOUR + 1, dim=1).values
-            for some in centres.split(_ROWS)
+            _distances(part, centres).kthvalue(_NEIGHBOUR + 1, dim=1).values
+            for part in centres.split(_ROWS)
         ]
     )
     return float(
-        torch.cat([(_distances(some, centres) <= radii).any(1) for some in points.split(_ROWS)])
+        torch.cat([(_distances(part, centres) <= radii).any(1) for part in points.split(_ROWS)])
         .double()
         .mean()
     )
 
 
 def _distances(one: Tensor, other: Tensor) -> Tensor:
-    # The faster way by a matrix product cancels badly: a feature would not be at distance 0 from
-    # itself, and duplicates would fall outside their own balls.
+    # The faster way, by a matrix product, loses precision by cancellation: a feature would not be
+    # at distance 0 from itself, and duplicates would fall outside their own balls.
     return torch.cdist(one.double(), other.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def class_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> list[float | None]:
     """Return the accuracy within each class; None for a class without images."""
-    right = (predicted == labels).double()
+    correct = (predicted == labels).double()
     return [
-        float(right[labels == k].mean()) if (labels == k).any() else None for k in range(classes)
+        float(correct[labels == k].mean()) if (labels == k).any() else None for k in range(classes)
     ]

@@ -1,16 +1,18 @@
 """Measure the noise shift between latent grids: the exponent k that makes error curves coincide.
 
-A larger image needs more noise to hide as much, because neighbouring pixels repeat each other:
+A larger image needs more noise to hide the same content, because neighbouring pixels are alike:
 logSNR_n(t) = logSNR_base(t) − 2·k·log(n/n_base), n = √(h·w) (Hoogeboom et al. 2023, "Simple
-diffusion"). k is 1 for pixels, where a larger grid only repeats what a smaller one shows, and 0 for
-latents whose every cell is new information. Where between these a codec lies is measured here.
+diffusion"). k is 1 for pixels, if a larger grid only repeats what a smaller one shows, and 0 for
+latents in which every cell holds new information. This module measures where between these a codec
+lies.
 
 The same test images are encoded on several grids, and the network denoises all of them at the same
-logSNRs. Whatever the training objective, the error is that of x₀ divided by the mean square of x₀:
-it rises from 0 to 1 as noise takes over, so curves of different grids can be laid on each other
-even if the latents of one grid are larger than those of another.
+logSNRs. For every training objective, the error is that of x₀ divided by the mean square of x₀. It
+rises from 0 to 1 with the noise, so the curves of different grids are comparable even if the
+latents of one grid are larger than those of another.
 
-Grids that were not trained also show the network's own failings; the result says which were.
+On grids that the network was not trained on, its error also counts; the result tells which these
+are.
 
 Shape letters: L latent channels · h, w latent grid · P logSNRs.
 """
@@ -43,30 +45,28 @@ from r2id.sampling.sampler import Sampler
 FORMAT_VERSION = 1
 LOG_SNRS = tuple(0.5 * step for step in range(-12, 13))
 FACTORS = (0.75, 1.0, 1.25, 1.5)
-"""Sides of the encoded images relative to the training images; the extreme trained grids are added
-to the grids that these give."""
+"""Sides of the encoded images relative to the training images. The smallest and the largest trained
+grid are measured too."""
 
-_FARTHEST, _FINENESS = (
-    4.0,
-    0.01,
-)  # displacements tried, in logSNR: to either side, and their spacing
+_FARTHEST, _FINENESS = 4.0, 0.01  # displacements tried, in logSNR: the largest, and their spacing
 
 Curves = Mapping[Size, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The fitted exponent, and how well each grid's curve then agrees with the base grid's."""
+    """The fitted exponent, and how well each grid's curve agrees with the base grid's."""
 
     k: float
     displacements: dict[Size, float]
-    """By how much logSNR, towards noise, each curve is best displaced onto the base grid's."""
+    """The logSNR by which each curve, moved towards noise, fits the base grid's best."""
     mismatches: dict[Size, float]
     """RMS difference of the two curves at that displacement."""
     residual: float
-    """RMS of displacement − 2·k·log(n/n_base)."""
+    """RMS over grids of displacement − 2·k·log(n/n_base)."""
 
     def shift(self, grid: Size, base: Size) -> float:
+        """Return the displacement in logSNR that the fitted k gives for a grid."""
         return self.k * _log_ratio(grid, base)
 
 
@@ -83,11 +83,11 @@ def measure_noise_shift(
     """Measure k of an R2ID checkpoint on some test images of a shard set.
 
     Writes noise-shift.json and noise-shift.png into ``out`` (by default ``report`` in the run
-    directory) and returns the content of the JSON file. With ``apply``, samples of this checkpoint
-    are drawn with the measured k from now on; see r2id.sampling.noise_shift.
+    directory) and returns the content of the JSON file. With ``apply``, sampling from this
+    checkpoint uses the measured k from now on; see r2id.sampling.noise_shift.
 
     Raises InputError when checkpoint, shards or ``out`` are unusable, and WorkError when a curve
-    fits the base grid's nowhere.
+    does not fit the base grid's at any displacement.
     """
     checkpoint = Checkpoint.open(source)
     out = out or noise_shift.applied_file(checkpoint).parent / "report"
@@ -109,7 +109,7 @@ def measure_noise_shift(
             curves[grid] = measure_curve(sampler, latents, seed, progress)
     base = sampler.codec.grid_for(sampler.codec.image)
     fit = fit_exponent(curves, base)
-    found = {
+    result = {
         **_describe(sampler, fit, curves, base, sizes),
         "images": sum(len(label) for _, label in latents),
         "seed": seed,
@@ -117,17 +117,17 @@ def measure_noise_shift(
         "data": opened.digest,
         "checkpoint": checkpoint.identity,
     }
-    write_json(out / noise_shift.NAME, found)
-    write_atomic(out / "noise-shift.png", figures.noise_shift(found))
+    write_json(out / noise_shift.NAME, result)
+    write_atomic(out / "noise-shift.png", figures.noise_shift(result))
     if apply:
-        noise_shift.apply(checkpoint, found)
-    return found
+        noise_shift.apply(checkpoint, result)
+    return result
 
 
 def choose_sizes(sampler: Sampler) -> dict[Size, Size]:
     """Return the latent grids to measure, each with the image size that is encoded onto it.
 
-    Raises InputError when all image sizes give one and the same grid.
+    Raises InputError when all image sizes give the same grid.
     """
     own = sampler.codec.image
     base = math.prod(sampler.codec.grid_for(own))
@@ -148,7 +148,7 @@ def measure_curve(
 ) -> list[float]:
     """Return the squared error of x₀ over its mean square at each of LOG_SNRS.
 
-    The model is given the true class where it is conditioned on classes.
+    A model that is conditioned on classes is given the true class.
     """
     errors = []
     power = sum(
@@ -169,7 +169,7 @@ def measure_curve(
 def fit_exponent(curves: Curves, base: Size) -> Fit:
     """Fit k by least squares through the origin: displacement against 2·log(n/n_base).
 
-    Raises WorkError when a curve agrees with the base grid's at no displacement.
+    Raises WorkError when a curve does not fit the base grid's at any displacement.
     """
     displacements, mismatches = {}, {}
     for grid, curve in curves.items():
@@ -193,11 +193,11 @@ def find_displacement(base: Sequence[float], curve: Sequence[float]) -> tuple[fl
     The difference is taken over the overlap of the two. Between the measured points both curves are
     interpolated by monotone cubics (Fritsch & Carlson 1980), which do not overshoot.
     """
-    still, moving = PchipInterpolator(LOG_SNRS, base), PchipInterpolator(LOG_SNRS, curve)
-    tried = np.arange(-_FARTHEST, _FARTHEST + _FINENESS / 2, _FINENESS)
-    found = [_mismatch(still, moving, d) for d in tried]
-    best = int(np.argmin(found))
-    return float(tried[best]), found[best]
+    fixed, moving = PchipInterpolator(LOG_SNRS, base), PchipInterpolator(LOG_SNRS, curve)
+    displacements = np.arange(-_FARTHEST, _FARTHEST + _FINENESS / 2, _FINENESS)
+    mismatches = [_mismatch(fixed, moving, d) for d in displacements]
+    best = int(np.argmin(mismatches))
+    return float(displacements[best]), mismatches[best]
 
 
 def mismatch(base: Sequence[float], curve: Sequence[float], d: float) -> float:

@@ -1,4 +1,4 @@
-"""Record what every figure of the report rests on: images, seeds, extractor, rules, reference."""
+"""Record how every figure of the report was made: its images, seeds, extractor and reference."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class Subject:
     seed: int
     classifier: Classifier | None = None
     extractor: FeatureExtractor | None = None
-    """Whose features images are compared in: a TorchScript file's, or the classifier's."""
+    """The network in whose features images are compared: a TorchScript file or the classifier."""
 
     @property
     def riae_data(self) -> DataConfig:
-        """Data settings that the RIAE was trained with, pointed at the evaluated shards."""
+        """Data settings that the RIAE was trained with, but with the evaluated shards."""
         return self._with_shards(self.codec.data)
 
     @property
     def data(self) -> DataConfig:
-        """Data settings that the R2ID was trained with, pointed at the evaluated shards."""
+        """Data settings that the R2ID was trained with, but with the evaluated shards."""
         return self._with_shards(DataConfig.model_validate(self.checkpoint.meta.config["data"]))
 
     def _with_shards(self, recorded: DataConfig) -> DataConfig:
-        # Images are prepared as in training, though the shards may be others.
+        # Images are prepared as in training, even if the shards are others.
         return recorded.model_copy(update={"shards": self.shards.folder, "latents": None})
 
 
 def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
-    """Describe data, checkpoints, settings and rules, and what each figure rests on."""
+    """Describe data, checkpoints, settings and rules, and how each figure was made."""
     shards, sampler, riae = subject.shards, subject.sampler, subject.codec.checkpoint
     splits = shards.manifest.splits
     facts: Facts = {
@@ -77,11 +77,11 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
                 "shift_exponent": sampler.diffusion.shift_exponent,
             },
         }
-    seen = {"classifier": subject.classifier, "extractor": subject.extractor}
+    networks = {"classifier": subject.classifier, "extractor": subject.extractor}
     facts |= {
-        name: {"name": one.name, "hash": one.hash, "size": list(one.size)}
-        for name, one in seen.items()
-        if one
+        name: {"name": network.name, "hash": network.hash, "size": list(network.size)}
+        for name, network in networks.items()
+        if network
     }
     return facts | {
         "rules": {"resize": RESIZE_RULE, "windows": WINDOW_RULE, "invariance_sizes": SIZE_RULE},
@@ -95,6 +95,7 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
 
 
 def _origin(checkpoint: Checkpoint, shards: ShardSet) -> Facts:
+    """Describe a checkpoint and its training."""
     meta = checkpoint.meta
     return {
         "checkpoint": str(checkpoint.path),
@@ -133,19 +134,18 @@ def _figures(subject: Subject, metrics: Mapping[str, Any]) -> Iterator[tuple[str
                 f"{metrics['r2id']['real']['test_images']} images of {data}",
             )
     if "invariance" in metrics:
-        found = metrics["invariance"]
-        if "riae" in found:
-            images = found["riae"]["half_to_double"]["images"]
+        invariance = metrics["invariance"]
+        if "riae" in invariance:
+            images = invariance["riae"]["half_to_double"]["images"]
             yield (
                 "invariance: reconstructions",
                 _fact(f"{images} test images per size", "", extractor, data),
             )
-        if "r2id" in found:
-            reference = f"{found['r2id']['reference_images']} images (every other one) of {data}"
-            yield from _of_samples(
-                "invariance: samples", subject, found["r2id"]["sizes"], reference
-            )
-            row = next(iter(found["r2id"]["sizes"].values()))
+        if "r2id" in invariance:
+            measured = invariance["r2id"]
+            reference = f"{measured['reference_images']} images (every other one) of {data}"
+            yield from _of_samples("invariance: samples", subject, measured["sizes"], reference)
+            row = next(iter(measured["sizes"].values()))
             yield (
                 "invariance: real images stretched",
                 _fact(f"{row['stretched']['images']} per size", "", extractor, reference),

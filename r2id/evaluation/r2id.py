@@ -40,7 +40,7 @@ TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
 """Diffusion times at which the loss is measured, from nearly data to nearly noise."""
 
 CONDITIONS = ("its class", "no class", "another class")
-"""What the network is given about a test image whose loss is measured."""
+"""The classes given to the network with a test image, to measure its loss with each."""
 
 _LOSS_IMAGES = 256  # test images, evenly spaced
 _LOWEST = 20  # samples with the lowest scores that are listed
@@ -50,7 +50,7 @@ Latents = Sequence[tuple[Tensor, Tensor]]
 
 
 def encode_test_images(sampler: Sampler, shards: ShardSet, data: DataConfig) -> Latents:
-    """Encode a few test images; returns latents and labels on the codec's device."""
+    """Encode some test images; return latents and labels on the codec's device."""
     return [
         (sampler.codec.encode(batch["image"]), batch["label"].to(sampler.codec.device))
         for batch in eval_loader(
@@ -84,8 +84,8 @@ def measure_loss_by_time(
 ) -> dict[str, Any]:
     """Measure the mean loss of test latents at each time, given their class, none, or a wrong one.
 
-    All conditions share the same noise, so their curves differ by the condition alone: where they
-    part, the class matters. A model that is not conditioned on classes is measured with none.
+    All conditions share the same noise, so their curves differ by the condition alone: the class
+    matters where the curves part. A model that is not conditioned on classes is measured without.
     """
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "no class": lambda label: torch.full_like(label, -1)
@@ -121,7 +121,7 @@ def measure_loss_by_grid(
     """Measure the mean loss against logSNR on three latent grids, given the class.
 
     The grids are those of the images at half, at their own and at double size. Where the curves
-    coincide, a given amount of noise poses the same problem on every grid: the noise shift fits.
+    coincide, denoising is equally hard on every grid at the same logSNR.
     """
     curves = {}
     for factor in (0.5, 1.0, 2.0):
@@ -157,7 +157,7 @@ def measure_real_baseline(
     """Extract features of real test images, and measure what perfect samples would score.
 
     The baseline compares ``count`` real training images (all, if there are fewer) with the test
-    images: samples cannot be expected to come closer.
+    images. Samples cannot be expected to come closer.
     """
 
     def read(split: str, limit: int) -> ImageFeatures:
@@ -177,9 +177,9 @@ def measure_real_baseline(
 
 
 class Samples:
-    """``count`` samples at any sizes, with all classes in turn and seeds from ``seed`` on.
+    """``count`` samples of all classes in turn, with seeds from ``seed`` on, at any size.
 
-    Latents are sampled once per latent grid and decoded at every image size that uses the grid.
+    Latents are sampled once per latent grid, and decoded at every image size that uses the grid.
     """
 
     def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
@@ -188,37 +188,36 @@ class Samples:
             choose_labels((), count, sampler.num_classes),
             torch.arange(seed, seed + count),
         )
-        self._latents: dict[
-            Size, Tensor
-        ] = {}  # by grid, for the first seeds: as many as needed yet
+        # By grid: latents of the first seeds, as many as were needed so far.
+        self._latents: dict[Size, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def first(self, count: int) -> Samples:
-        """Return the first ``count`` samples (or more than these); both share their latents."""
+        """Return ``count`` samples that share seeds, labels and computed latents with these."""
         samples = Samples(self.sampler, count, int(self.seeds[0]))
         samples._latents = self._latents
         return samples
 
     def batches(self, size: Size, length: int | None = None) -> Iterator[Tensor]:
-        """Yield images [N, C, H, W] of a size, ``length`` at a time (default: what fits memory)."""
+        """Yield images [N, C, H, W] of a size, ``length`` at a time (default: as memory allows)."""
         latents = self._sampled(self.sampler.grid_for(size))
         with Progress(f"render {size[0]}x{size[1]}", len(self), unit="images") as progress:
-            for some in latents.split(length or self.sampler.batch_length(size)):
-                yield self.sampler.render(some, size)
-                progress.advance(len(some))
+            for part in latents.split(length or self.sampler.batch_length(size)):
+                yield self.sampler.render(part, size)
+                progress.advance(len(part))
 
     def _sampled(self, grid: Size) -> Tensor:
-        """Return this object's latents on a grid, sampling those that are not there yet."""
+        """Return the latents on a grid, sampling those that were not needed before."""
         parts = [self._latents[grid]] if grid in self._latents else []
-        known = sum(map(len, parts))
-        if known < len(self):
+        done = sum(map(len, parts))
+        if done < len(self):
             with Progress(
-                f"sample {grid[0]}x{grid[1]} latents", len(self) - known, unit="samples"
+                f"sample {grid[0]}x{grid[1]} latents", len(self) - done, unit="samples"
             ) as progress:
                 for labels, seeds in zip(
-                    self.labels[known:].split(BATCH), self.seeds[known:].split(BATCH), strict=True
+                    self.labels[done:].split(BATCH), self.seeds[done:].split(BATCH), strict=True
                 ):
                     parts.append(self.sampler.latents(labels, seeds, grid))
                     progress.advance(len(seeds))
@@ -259,23 +258,24 @@ def score_samples(
 
 
 def _class_scores(probabilities: Tensor | None, samples: Samples) -> dict[str, Any]:
+    """Compare the classifier's probabilities [N, classes] with the classes asked for."""
     labels, seeds, classes = samples.labels, samples.seeds, samples.sampler.num_classes
     if probabilities is None:
         return {"accuracy": None, "accuracy_per_class": None, "lowest": []}
-    found = probabilities.argmax(1)
+    predicted = probabilities.argmax(1)
     score = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     lowest = [
         {
             "seed": int(seeds[i]),
             "label": int(labels[i]),
-            "predicted": int(found[i]),
+            "predicted": int(predicted[i]),
             "score": float(score[i]),
         }
         for i in score.argsort(stable=True)[:_LOWEST]
     ]
     return {
-        "accuracy": float((found == labels).double().mean()),
-        "accuracy_per_class": class_accuracy(found, labels, classes),
+        "accuracy": float((predicted == labels).double().mean()),
+        "accuracy_per_class": class_accuracy(predicted, labels, classes),
         "lowest": lowest,
     }
 

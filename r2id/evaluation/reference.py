@@ -1,4 +1,4 @@
-"""Extract features of image sets, of whole images and of windows, and compare two sets.
+"""Extract features of sets of images and of windows in them, and compare two sets.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -21,7 +21,7 @@ from r2id.evaluation.metrics import frechet_distance, precision_and_recall
 from r2id.models.coords import Size
 
 BATCH = 100
-MOST_REAL = 10_000  # images that samples are compared with
+MOST_REAL = 10_000  # real images that samples are compared with
 
 WINDOW_RULE = (
     "one window of half the height and half the width per image, at a place drawn by its number"
@@ -32,7 +32,7 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features float32 [N, D] of N images, and of one window of each."""
+    """Features, float32 [N, D], of N images, and of one window of each."""
 
     whole: Tensor
     windows: Tensor
@@ -58,9 +58,9 @@ def cut_windows(images: Tensor, first: int = 0) -> Tensor:
     """Cut a window of half the sides out of each image: [N, C, H, W] → [N, C, ⌈H/2⌉, ⌈W/2⌉].
 
     Features of windows show detail that is lost when a large image is shrunk to the extractor's
-    input (patch-FID: Chai et al. 2022, "Any-resolution training"). The position, relative to the
-    room there is, depends only on the image's number (counted from ``first``), so image i is cut at
-    the same part of the picture at every size.
+    input (patch-FID: Chai et al. 2022, "Any-resolution training"). Images are numbered from
+    ``first``. The relative position of the window depends only on the image's number, so that it
+    shows the same part of the picture at every size.
     """
     height, width = images.shape[2:]
     sides = -(-height // 2), -(-width // 2)
@@ -74,22 +74,22 @@ def cut_windows(images: Tensor, first: int = 0) -> Tensor:
     return images[number, colour, rows, columns]
 
 
-def compare_features(found: ImageFeatures, real: ImageFeatures) -> Figures:
-    """Return Fréchet distances of images and of windows, precision and recall of found to real.
+def compare_features(features: ImageFeatures, real: ImageFeatures) -> Figures:
+    """Compare images with real ones: Fréchet distances of both features, precision and recall.
 
-    A metric is None where there are too few images for it. Precision and recall depend on the
-    numbers of images, so both sets are thinned evenly to the size of the smaller.
+    A metric is None if there are too few images for it. Precision and recall depend on the numbers
+    of images, so the larger set is thinned evenly to the size of the smaller.
     """
     figures: Figures = {"frechet": None, "patch_frechet": None, "precision": None, "recall": None}
-    count = min(len(found), len(real))
+    count = min(len(features), len(real))
     if count > 1:
         figures |= {
-            "frechet": frechet_distance(found.whole, real.whole),
-            "patch_frechet": frechet_distance(found.windows, real.windows),
+            "frechet": frechet_distance(features.whole, real.whole),
+            "patch_frechet": frechet_distance(features.windows, real.windows),
         }
     if count > 3:
         figures["precision"], figures["recall"] = precision_and_recall(
-            _evenly(found.whole, count), _evenly(real.whole, count)
+            _evenly(features.whole, count), _evenly(real.whole, count)
         )
     return figures
 
@@ -112,4 +112,5 @@ def real_batches(
 
 
 def _evenly(features: Tensor, count: int) -> Tensor:
+    """Choose ``count`` features, evenly spaced."""
     return features[torch.arange(count) * len(features) // count]

@@ -1,6 +1,6 @@
-"""Render the evaluation report: one HTML file that embeds its style and figures.
+"""Render the evaluation report: one HTML file that contains its style and figures.
 
-It refers to nothing outside itself, so it can be read without a network and moved anywhere.
+It needs no other file and no network, so it can be moved anywhere.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
 """
 
 _CAPTIONS = {
-    "reconstructions": "Test images (top) and what RIAE makes of them from the latents of their "
-    "own size, at that size and at others.",
+    "reconstructions": "Test images (top), and RIAE's reconstructions at their own size and at "
+    "others. The latents are always those of the own size.",
     "latents": "Latents of the same images, as they come out of the encoder.",
     "ladder": "One seed and one class per row, at every size of the columns.",
-    "loss_by_time": "Loss against time on test images. The distance between the curves is what "
-    "the class is worth.",
+    "loss_by_time": "Loss against time on test images. The distance between the curves shows how "
+    "much the class helps.",
     "real": "For comparison, real test images.",
     "loss_by_grid": "Loss against logSNR on test latents of three grids. Where the curves "
-    "coincide, one amount of noise is one problem on every grid.",
+    "coincide, denoising is equally hard on every grid.",
     "invariance_accuracy": "Class accuracy by size.",
     "invariance_frechet": "Fréchet distance to real test images by size.",
     "invariance_patch_frechet": "Fréchet distance of windows to windows of real test images, by "
@@ -57,7 +57,7 @@ COMPARED = {
 
 
 def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """Render the HTML from what r2id.evaluation.run.evaluate returns and PNG figures by name."""
+    """Render the HTML from the result of r2id.evaluation.run.evaluate, and PNG figures by name."""
     parts = [_head(metrics)]
     if "r2id" in metrics:
         parts += _r2id(metrics, pictures)
@@ -75,7 +75,7 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 
 
 def size_name(size: Sequence[int]) -> str:
-    """Write a size (height, width) as text: (42, 28) → '42×28'."""
+    """Format a size (height, width): (42, 28) → '42×28'."""
     return f"{size[0]}×{size[1]}"
 
 
@@ -136,8 +136,8 @@ def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable
                 name,
                 pictures,
                 f"Samples at {name.removeprefix('failures_').replace('x', '×')} with the lowest "
-                "probability of the class asked for: that class, its probability, the class they "
-                "are taken for.",
+                "probability of the class asked for: that class, its probability, and the class "
+                "that the classifier chose.",
             )
             for name in pictures
             if name.startswith("failures_")
@@ -180,9 +180,9 @@ def _samples_table(metrics: Mapping[str, Any]) -> str:
     return table(["size", "latent grid", "images", "class accuracy", *COMPARED.values()], rows) + (
         f'<p class="sub">{_classifier_note(metrics)} Fréchet distances, precision and recall '
         f"(k = 3) are to {real['test_images']:,} real test images in the features of "
-        f"{escape(extractor['name'])}, which sees everything at {size_name(extractor['size'])}; "
-        "those of real training images are what perfect samples would have. Windows are of half "
-        f"the height and width. {sampling['steps']} steps of {sampling['solver']}, guidance "
+        f"{escape(extractor['name'])}, whose input is {size_name(extractor['size'])}; those of "
+        "real training images are what perfect samples would have. Windows have half the height "
+        f"and width. {sampling['steps']} steps of {sampling['solver']}, guidance "
         f"{sampling['guidance']:g}.</p>"
     )
 
@@ -192,10 +192,10 @@ def _classifier_note(metrics: Mapping[str, Any]) -> str:
         return ""
     classifier = metrics["classifier"]
     return (
-        "Class accuracy is that of a classifier trained on real images alone: "
-        f"{classifier['train_images']:,} of the training split; it has "
+        "Class accuracy is measured by a classifier that was trained on real images only, "
+        f"{classifier['train_images']:,} of the training split. Its own accuracy is "
         f"{share(classifier['test_accuracy'])} on {classifier['test_images']:,} test images. "
-        f"Samples are brought to its size, {size_name(classifier['size'])}."
+        f"Samples are resized to its input, {size_name(classifier['size'])}."
     )
 
 
@@ -273,8 +273,9 @@ def _reconstructions(found: Mapping[str, Any]) -> Iterable[str]:
     half = found["half_to_double"]
     yield (
         '<p class="sub">Encoded at the native size and decoded at each; the truth is the image '
-        "resized by a bicubic filter. Consistency: what is decoded at twice the size, averaged "
-        "down, against what is decoded at the size. Encoded at half and decoded at double, the "
+        "resized by a bicubic filter. Consistency: PSNR of the image decoded at twice the size, "
+        "averaged down, against the one decoded at the size. Encoded at half and decoded at double "
+        "the size, the "
         f"squared error is {half['mse']:.4f}, {half['relative']:.2f} times that at the native "
         f"size, {half['native_mse']:.4f}.</p>"
     )
@@ -284,12 +285,12 @@ def _invariance_words(found: Mapping[str, Any]) -> str:
     row = next(iter(found["sizes"].values()))
     return (
         f'<p class="sub">{row["samples"]:,} samples per size. Of real: '
-        f"{row['stretched']['images']:,} real test images stretched to the size and scored in the "
-        "same way; every picture, of whatever aspect ratio, is stretched back to the size of the "
-        f"feature extractor. Both are compared with {found['reference_images']:,} other real test "
+        f"{row['stretched']['images']:,} real test images, stretched to the size and scored in the "
+        "same way. All pictures are then resized to the input of the feature extractor, whatever "
+        f"their aspect ratio. Both are compared with {found['reference_images']:,} other real test "
         f"images. Consistency: PSNR of the same {row['consistency']['samples']:,} seeds at twice "
-        "the size, averaged down, against those at the size, and the share that is classified "
-        "alike at both.</p>"
+        "the size, averaged down, against those at the size, and the share that is classified the "
+        "same at both.</p>"
     )
 
 
@@ -321,10 +322,10 @@ def _riae(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[s
         ],
     )
     yield (
-        '<p class="sub">On [−1, 1], means over test images. From own size: latents of the image as '
-        "it is, decoded at this size. From this size: latents of the image resized to this size, "
-        "on as many cells. The truth is the image resized by a bicubic filter; Fréchet distances "
-        "are to the images as they are.</p>"
+        '<p class="sub">Means over test images, with values in [−1, 1]. From own size: latents of '
+        "the original image, decoded at this size. From this size: latents of the image resized to "
+        "this size, with the same number of cells. The truth is the image resized by a bicubic "
+        "filter; Fréchet distances are to the original images.</p>"
     )
     yield figure("reconstructions", pictures)
     yield figure("latents", pictures)
@@ -335,7 +336,7 @@ def _reconstruction(row: Mapping[str, Any], kind: str) -> list[str]:
 
 
 def _provenance(facts: Mapping[str, Any]) -> Iterable[str]:
-    yield "<h2>What this was made from</h2>"
+    yield "<h2>How each figure was made</h2>"
     figures = facts["figures"]
     names = list(next(iter(figures.values())))
     each = table(["figure", *names], [[name, *row.values()] for name, row in figures.items()])
@@ -350,7 +351,7 @@ def _provenance(facts: Mapping[str, Any]) -> Iterable[str]:
 
 
 def figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
-    """Embed a picture with its caption; empty when there is no such picture."""
+    """Return the HTML of a picture with its caption; empty when there is no such picture."""
     if name not in pictures:
         return ""
     caption = escape(caption or _CAPTIONS[name])
@@ -364,7 +365,7 @@ def figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Render a table that scrolls sideways where it is too wide."""
+    """Return the HTML of a table, which scrolls sideways if it is too wide."""
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -376,12 +377,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def share(value: float | None) -> str:
-    """Write a share in percent; empty for None."""
+    """Format a share in percent; empty for None."""
     return "" if value is None else f"{100 * value:.1f} %"
 
 
 def number(value: float | None) -> str:
-    """Write a number with four digits; empty for None."""
+    """Format a number with four digits; empty for None."""
     return "" if value is None else f"{value:.4g}"
 
 

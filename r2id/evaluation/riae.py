@@ -1,4 +1,4 @@
-"""Measure reconstructions of an RIAE at the image's own size, at others and at other aspect ratios.
+"""Measure an RIAE's reconstructions at the image's own size, other sizes and aspect ratios.
 
 Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -34,7 +34,7 @@ SCALES = {
 
 _MOST_NATIVE, _MOST_RESIZED = 10_000, 1000  # test images, evenly spaced
 _BATCH = 50
-_SHOWN = 8
+_SHOWN = 8  # test images in the figures
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ReconstructionExamples:
 
     originals: list[Tensor]
     rendered: dict[str, list[Tensor]]
-    """Name of a scale → all images decoded at that scale, from latents of their own size."""
+    """By the name of a scale: all images decoded at that scale, from latents of their own size."""
     latents: list[Tensor]
     """Raw latents [L, h, w]."""
 
@@ -89,9 +89,9 @@ def _measure(
     progress: Progress,
     extractor: FeatureExtractor | None,
 ) -> dict[str, dict[str, Any]]:
-    # Of decoded images by scale; of the originals under "".
+    # Features of decoded images by scale, and those of the originals under "".
     features: dict[str, list[Tensor]] = defaultdict(list)
-    # Of (scale, "" or "_encoded"): batches of [B, 2], squared error and SSIM.
+    # By (scale, "" or "_encoded"): batches of [B, 2], squared error and SSIM.
     errors: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     sizes: dict[str, Counter[Size]] = defaultdict(Counter)
     for batch in eval_loader(shards, data, split=data.test_split, batch=_BATCH, limit=limit):
@@ -105,10 +105,10 @@ def _measure(
             features[name] += [extractor.features(decoded)] if extractor else []
             errors[name, ""].append(_compare(decoded, truth))
             if name != "native":
-                again = codec.decode(
+                from_resized = codec.decode(
                     codec.encode(truth, (latents.shape[2], latents.shape[3])), size
                 )
-                errors[name, "_encoded"].append(_compare(again, truth))
+                errors[name, "_encoded"].append(_compare(from_resized, truth))
             sizes[name][size] += len(images)
         progress.advance(len(images))
     return {
@@ -118,8 +118,8 @@ def _measure(
             "frechet": frechet_of_batches(features[name], features[""]),
             **{
                 f"{figure}{kind}": float(value)
-                for (at, kind), parts in errors.items()
-                if at == name
+                for (scale, kind), parts in errors.items()
+                if scale == name
                 for figure, value in zip(
                     ("mse", "psnr", "ssim"), _means(torch.cat(parts)), strict=True
                 )
@@ -129,18 +129,21 @@ def _measure(
     }
 
 
-def frechet_of_batches(some: list[Tensor], others: list[Tensor]) -> float | None:
-    """Return the Fréchet distance of features given in batches; None where there are too few."""
-    if sum(map(len, some)) < 2 or sum(map(len, others)) < 2:
+def frechet_of_batches(one: list[Tensor], other: list[Tensor]) -> float | None:
+    """Return the Fréchet distance of features given in batches; None if there are too few."""
+    if sum(map(len, one)) < 2 or sum(map(len, other)) < 2:
         return None
-    return frechet_distance(torch.cat(some), torch.cat(others))
+    return frechet_distance(torch.cat(one), torch.cat(other))
 
 
 def _compare(images: Tensor, truth: Tensor) -> Tensor:
+    """Return squared error and SSIM of each image: [B, 2]."""
     return torch.stack([mse(images, truth), ssim(images, truth)], 1).cpu()
 
 
 def _means(errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the means of squared error, PSNR and SSIM."""
+    # PSNR is averaged over images, not computed from the mean error.
     return errors[:, 0].mean(), psnr(errors[:, 0]).mean(), errors[:, 1].mean()
 
 

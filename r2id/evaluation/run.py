@@ -1,8 +1,8 @@
 """Evaluate a checkpoint on a shard set: write metrics.json, figures and report.html.
 
 ``evaluate`` measures what the checkpoint allows: reconstructions (r2id.evaluation.riae), loss and
-samples (r2id.evaluation.r2id) and both at many sizes (r2id.evaluation.invariance). What each figure
-rests on is recorded by r2id.evaluation.provenance.
+samples (r2id.evaluation.r2id) and both at many sizes (r2id.evaluation.invariance).
+r2id.evaluation.provenance records how each figure was made.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from r2id.sampling.sampler import Sampler
 
 FORMAT_VERSION = 2  # 2: "t_scrape" and "grid_scrape" became "loss_by_time" and "loss_by_grid"
 _GRID_COUNT = 100  # samples shown per size
-_LADDER_ROWS = 5
+_LADDER_ROWS = 5  # seeds in the figure of one seed at many sizes
 _SHOWN_BY_SIZE = {
     "accuracy": "class accuracy",
     "frechet": "Fréchet distance",
@@ -79,9 +79,9 @@ def evaluate(
         count: samples scored at each size, with seeds from ``seed`` on.
         invariance: samples at each of the sizes of r2id.evaluation.invariance, where
             reconstructions are measured too; 0 leaves this part out.
-        extractor: path or URL of a TorchScript file whose features images are compared in;
-            None uses the classifier's.
-        settings: fields of SampleConfig that replace the run's own; None changes nothing.
+        extractor: path or URL of a TorchScript file, in whose features images are compared;
+            None uses the classifier.
+        settings: fields of SampleConfig that replace the run's own; None keeps a field.
 
     Raises InputError, before anything is written, when checkpoint, shards, extractor or ``out`` are
     unusable, and WorkError when an extractor cannot be downloaded.
@@ -126,14 +126,14 @@ def _open(
     device: torch.device | str,
     seed: int,
 ) -> Subject:
-    """Open everything; input errors are found here, before anything is computed or written."""
+    """Open everything. Input errors are raised here, before anything is computed or written."""
     checkpoint = Checkpoint.open(source)
     opened = ShardSet.open(shards)
     sampler = Sampler.load(checkpoint, device) if checkpoint.meta.stage == "r2id" else None
     codec = sampler.codec if sampler else Codec.load(checkpoint, device)
     subject = Subject(checkpoint, codec, sampler, opened, seed)
     opened.split(subject.riae_data.test_split)
-    # A model of another condition than classes is sampled without any condition.
+    # A model that is not conditioned on classes (but on embeddings) is sampled unconditionally.
     conditioned = sampler.model.condition_shape if sampler else ()
     if sampler and not conditioned and sampler.num_classes != opened.num_classes:
         raise InputError(
@@ -150,7 +150,7 @@ def _open(
 def _with_sampling(subject: Subject, settings: Mapping[str, Any]) -> Subject:
     if subject.sampler is None:
         raise InputError(
-            f"{', '.join(settings)}: of samples, and {subject.checkpoint.path} is of an RIAE, "
+            f"{', '.join(settings)}: for samples only, but {subject.checkpoint.path} is an RIAE, "
             "which draws none"
         )
     return replace(
@@ -168,17 +168,17 @@ def _with_classifier(subject: Subject, kept: Path) -> Subject:
 
 
 def _riae_pictures(subject: Subject) -> Pictures:
-    drawn = reconstruct_examples(subject.codec, subject.shards, subject.riae_data)
+    examples = reconstruct_examples(subject.codec, subject.shards, subject.riae_data)
     return {
         "reconstructions": figures.table(
-            [drawn.originals, *drawn.rendered.values()], ["original", *drawn.rendered]
+            [examples.originals, *examples.rendered.values()], ["original", *examples.rendered]
         ),
-        "latents": figures.latents(drawn.latents[:4]),
+        "latents": figures.latents(examples.latents[:4]),
     }
 
 
 def _score(subject: Subject, samples: Samples, sizes: Sequence[Size]) -> Metrics:
-    """Measure an R2ID. Without a feature extractor only the loss is measured."""
+    """Measure an R2ID: its loss and, with a feature extractor, its samples."""
     sampler = samples.sampler
     shards, data, classifier, extractor = (
         subject.shards,
@@ -244,6 +244,7 @@ def _show_samples(
     others = [
         scale_size(own, scale) for scale in ((0.5, 0.5), (1, 1), (2, 2), (4, 4), (1.5, 1), (1, 1.5))
     ]
+    # Sizes of the native aspect ratio come first, each group by increasing area.
     ladder = sorted(
         {*sizes, *others},
         key=lambda size: (size[0] * own[1] != size[1] * own[0], size[0] * size[1], size),
@@ -305,7 +306,7 @@ def _show_invariance(found: Metrics) -> Pictures:
 
 
 def _headlines(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the results that a reader asks for first, as sentences."""
+    """Return the main results as lines of text."""
     lines = []
     if "r2id" in metrics:
         for name, row in metrics["r2id"]["sizes"].items():
@@ -335,7 +336,7 @@ def _headlines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _invariance_headlines(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the worst of all sizes."""
+    """Yield the worst result of all sizes, for each kind of result."""
     rows, riae = (found[name]["sizes"] if name in found else {} for name in ("r2id", "riae"))
     ratios = {
         name: row["accuracy"] / row["stretched"]["accuracy"]
@@ -345,7 +346,7 @@ def _invariance_headlines(found: Mapping[str, Any]) -> Iterator[str]:
     if ratios:
         worst = min(ratios, key=lambda name: ratios[name])
         yield (
-            "least accuracy over that of real images stretched to the size: "
+            "lowest accuracy relative to real images stretched to the size: "
             f"{ratios[worst]:.3f} at {worst}"
         )
     for kind, pairs in (
@@ -355,13 +356,14 @@ def _invariance_headlines(found: Mapping[str, Any]) -> Iterator[str]:
         if pairs:
             worst = min(pairs, key=lambda name: pairs[name])
             yield (
-                f"least consistency of {kind} with twice the size: {pairs[worst]:.2f} dB at {worst}"
+                f"lowest consistency of {kind} with twice the size: "
+                f"{pairs[worst]:.2f} dB at {worst}"
             )
     if riae:
         relative = found["riae"]["half_to_double"]["relative"]
         yield (
-            f"RIAE, encoded at half and decoded at double: {relative:.2f} times the native squared "
-            "error"
+            f"RIAE encoded at half and decoded at double size: {relative:.2f} times the native "
+            "squared error"
         )
 
 
