@@ -4,9 +4,14 @@ From the command to a step it is four calls::
 
     r2id train CONFIG → loop.train(config) → loop.run(state, callbacks) → loop.step(state)
 
-``loop.py`` is the loop · ``state.py`` what it changes and its callbacks read · ``callbacks/`` all
-that a run does beside training: logs, checkpoints, pictures, signals · ``tasks.py`` what is trained
-· ``losses/`` what is minimised · ``engines/`` forward, backward and update, in one process or many
-· ``resume.py`` where a run begins · ``tracking/`` MLflow · ``workload.py``, ``planner.py`` and
-``memory_estimate.py`` what a run will need, for ``r2id plan``.
+* ``loop.py``: the loop
+* ``state.py``: the state that the loop changes and its callbacks read
+* ``callbacks/``: all that a run does beside training: logs, checkpoints, pictures, signals
+* ``tasks.py``: what is trained (RIAE or R2ID), on which data
+* ``losses/``: what is minimised
+* ``engines/``: forward, backward and update, in one process or many
+* ``resume.py``: where a run begins
+* ``tracking/``: MLflow
+* ``encode.py``: the cache of a dataset's latents, for ``r2id encode``
+* ``workload.py``, ``memory_estimate.py``, ``planner.py``: what a run will need, for ``r2id plan``
 """

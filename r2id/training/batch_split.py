@@ -1,4 +1,4 @@
-"""How the global batch is split: into one share per process, and each share into micro-batches."""
+"""Splitting the global batch into one share per process, and each share into micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conditions of an R2ID: which facts of a shard set it is given, and how many there are.
+"""The conditions of an R2ID: which facts of its shards it is given as conditions, and their sizes.
 
 Shape letters: B batch · A attributes · D width of an embedding · T its tokens.
 """
@@ -16,12 +16,12 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 
 
-def known_conditions(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
-    """Return what the model must know of its conditions to be built.
+def condition_facts(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
+    """Return the facts of the conditions that are needed to build and use the model.
 
-    ``classes`` is the number of classes or attributes; ``attributes`` are their names, or
-    ``embedding`` the shape of embeddings, where those are the condition. Raises InputError when the
-    set has none of what the config asks for.
+    ``classes`` is the number of classes or attributes (0: neither). ``attributes`` holds the names
+    of attributes, ``embedding`` the shape of one embedding, where these are the condition. Raises
+    InputError when the shards lack what ``r2id.condition`` asks for.
     """
     kind = config.r2id.condition
     names, shape = shards.manifest.attribute_names, shards.manifest.embedding_shape

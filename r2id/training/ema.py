@@ -1,6 +1,7 @@
 """Exponential moving averages (EMA) of weights.
 
-A run keeps one with a fixed decay, or several by power functions (r2id.checkpoints.averages).
+A run keeps one average with a fixed decay, or several with power-function profiles
+(r2id.checkpoints.averages).
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from r2id.checkpoints.averages import exponent_of, widths
 from r2id.config import TrainConfig
 
 Decay = Callable[[int], float]
-"""Step (from 0) → decay of the update after it."""
+"""Maps an optimizer step (from 0) to the decay of the average's update after that step."""
 
 
 def decay_at(step: int, limit: float) -> float:
     """Return the decay of the update after step ``step`` (from 0), warmed up to ``limit``.
 
-    min(limit, (1 + step) / (10 + step)), as in the exponential moving average of TensorFlow's
-    ``num_updates``: early weights, which are noise, are soon forgotten.
+    min(limit, (1 + step) / (10 + step)), as ``num_updates`` does in TensorFlow's
+    ExponentialMovingAverage: the early weights, which are noise, are soon forgotten.
     """
     return min(limit, (1 + step) / (10 + step))
 
@@ -30,16 +31,17 @@ def decay_at(step: int, limit: float) -> float:
 def power_decay(step: int, exponent: float) -> float:
     """Return the decay β = (1 − 1/t)^(γ+1) at t = step + 1, for an exponent γ.
 
-    It makes the average of step t exactly the sum over steps of their weights times the integral of
-    the profile p_γ,t over the step.
+    With it the average at step t is a weighted sum of the weights of all steps, where the weight of
+    a step is exactly the integral of the profile p_γ,t over that step (Karras et al. 2024,
+    arXiv:2312.02696, section 3.1).
     """
     return (1 - 1 / (step + 1)) ** (exponent + 1)
 
 
 def decays(train: TrainConfig) -> dict[str, Decay]:
-    """Return the averages that a run keeps: kind in its checkpoints → decay.
+    """Return the decay of each average that a run keeps, by the average's kind in checkpoints.
 
-    ``ema`` is the one that sampling uses.
+    Sampling uses the kind ``ema``.
     """
     if not train.ema_profiles:
         return {"ema": partial(decay_at, limit=train.ema)}
@@ -52,10 +54,9 @@ def decays(train: TrainConfig) -> dict[str, Decay]:
 class Ema:
     """Averages of float tensors, kept beside them on the same device.
 
-    Which tensors is up to the caller: a model's parameters, or, where an optimizer's state is
-    spread over ranks, this rank's share of them: averaging is elementwise and needs no
-    communication. A model's buffers are state and not weights: who exports an average takes them
-    from the model as they are.
+    The tensors are a model's parameters, or this rank's share of them when ranks share the
+    optimizer's state: averaging is elementwise and needs no communication. A model's buffers are
+    not averaged; an exported average takes them from the model as they are.
     """
 
     def __init__(self, sources: Sequence[Tensor], decays: Mapping[str, Decay]) -> None:

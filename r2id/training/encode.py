@@ -1,4 +1,4 @@
-"""``r2id encode``: the latents of a whole dataset by a trained RIAE, in a cache for R2ID."""
+"""``r2id encode``: encoding a whole dataset with a trained RIAE, into a cache for R2ID."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def encode(
     dtype: Dtype = "float32",
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Encode every image, whole, as it was prepared for the RIAE's training.
+    """Encode every image of the shards and write the latents to the cache ``out``.
 
-    What an earlier call finished is kept. In a job of several processes (torchrun) each takes its
+    Images are prepared as for the RIAE's training, but whole, not in windows. Shards that an
+    earlier call has finished are kept. In a job of several processes (torchrun) each encodes its
     share of the shards, on its own device. Returns the folder, the number of images and how many of
-    them were found in place. Raises InputError when the RIAE, the shards or what is at ``out`` do
-    not fit.
+    them were kept. Raises InputError when the RIAE, the shards and the cache do not fit together.
     """
     world = dist.init()
     checkpoint = Checkpoint.open(riae)
@@ -54,7 +54,7 @@ def encode(
         writer.prepare()
     dist.barrier()
     reused = torch.tensor(_encode_share(codec, data_set, data, writer, batch), device=world.device)
-    reused = dist.all_reduce_sum(reused)  # which also waits until every rank has written
+    reused = dist.all_reduce_sum(reused)  # also waits until every rank has written
     if dist.is_main():
         writer.finish()
     dist.barrier()
@@ -70,7 +70,7 @@ def encode(
 def _encode_share(
     codec: Codec, data_set: ShardSet, data: DataConfig, writer: LatentWriter, batch: int
 ) -> int:
-    """Encode this rank's shards; return the number of images whose latents were there already."""
+    """Encode this rank's shards; return the number of images whose latents were cached already."""
     shards = [
         (split, number)
         for split, entry in data_set.manifest.splits.items()
@@ -86,11 +86,11 @@ def _encode_share(
                 reused += len(indices)
                 progress.advance(len(indices))
                 continue
-            # Batches come by size, the cache is in the index's order.
+            # Batches are grouped by image size, but the cache keeps the order of the shard's index.
             latents: dict[int, Tensor] = {}
-            for part in eval_loader(data_set, data, split, batch, indices=indices):
-                encoded = codec.encode(part["image"]).cpu()
-                latents.update(zip(part["index"].tolist(), encoded, strict=True))
-                progress.advance(len(part["index"]))
+            for images in eval_loader(data_set, data, split, batch, indices=indices):
+                encoded = codec.encode(images["image"]).cpu()
+                latents.update(zip(images["index"].tolist(), encoded, strict=True))
+                progress.advance(len(images["index"]))
             writer.write(split, number, [latents[int(index)] for index in indices])
     return reused

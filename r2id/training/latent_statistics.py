@@ -1,23 +1,24 @@
-"""Mean and standard deviation of an RIAE's latents, by which diffusion normalises them.
+"""The mean and standard deviation of an RIAE's latents, which diffusion normalises them with.
 
 Shape letters: B batch · L latent channels · h, w latent grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 
-def latent_statistics(encode: Any, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Measure mean and standard deviation per channel of encode(images), over all cells.
+def latent_statistics(
+    encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """Measure the mean and standard deviation of each channel of encode(images), over all cells.
 
-    Returns {"mean": [L], "std": [L]}. Sums are float64. A channel that never varies gets standard
-    deviation 1: there is nothing to scale.
+    Returns {"mean": [L], "std": [L]}. Sums are float64. A channel that never varies gets the
+    standard deviation 1, so that normalising does not divide by zero.
     """
     total = squares = torch.zeros((), dtype=torch.float64)
     count = 0

@@ -1,4 +1,4 @@
-"""The one training loop: batches → loss → engine. All else that a run does is a callback."""
+"""The training loop: batches → loss → engine. Everything else that a run does is a callback."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from r2id.training.tasks import Batch, make_task
 
 
 def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]:
-    """Train one model to its last step, from its run's newest checkpoint when there is one.
+    """Train one model to its last step, going on from its run's newest checkpoint if there is one.
 
-    ``profile`` writes a trace of ten steps to RUN/profile. Returns the last checkpoint, step and
-    loss, and rates of all the steps made now (see Meter). Raises InputError when config, data and
-    run directory do not fit together, NonFiniteError before a spoilt update, Stopped after SIGTERM
-    or SIGINT with everything saved.
+    ``profile`` writes a trace of ten steps to RUN/profile. Returns the path of the last checkpoint,
+    its step, the last figures logged (losses) and the rates of this call's steps (see Meter); only
+    checkpoint and step when the run was finished before.
+
+    Raises InputError when config, data and run directory do not fit together, NonFiniteError when a
+    gradient is not finite, before it reaches the weights, and Stopped after SIGTERM or SIGINT, with
+    everything saved.
     """
     world = dist.init()
     newest = Checkpoint.open_newest(config.run)
@@ -48,11 +51,16 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
 
 
 def run(state: TrainState, callbacks: Callbacks) -> None:
-    """Train from the step that the state is at to the last one."""
+    """Train from the state's step to the last one.
+
+    Raises Stopped after the step in which a signal came.
+    """
     with callbacks.around(state):
         batches = state.task.loader(state.step)
         while not state.finished:
             callbacks.pre_load(state)
+            # The previous batches are kept for one more step: a gradient that is not finite may be
+            # found one step late, and its samples are then named.
             state.micro_batches, previous = next(batches), state.micro_batches
             callbacks.pre_step(state)
             _step_or_skip(state, previous)
@@ -66,9 +74,9 @@ def run(state: TrainState, callbacks: Callbacks) -> None:
 
 
 def step(state: TrainState) -> None:
-    """Make one optimizer step of the state's micro-batches."""
-    # Every draw that is not keyed by sample (dropout) is keyed by step and rank, so that a resumed
-    # run draws what an uninterrupted one does.
+    """Make one optimizer step on the state's micro-batches."""
+    # Random draws are keyed by sample, except those of torch's own generator (dropout). These are
+    # keyed by step and rank, so that a resumed run draws the same as an uninterrupted one.
     torch.manual_seed(int(rng.fold(state.config.seed, state.step, dist.rank())))
     results = []
     for batch in state.micro_batches:
@@ -84,28 +92,31 @@ def step(state: TrainState) -> None:
 
 
 def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
-    """Return the learning rate of a step (from 0) of a run of ``total`` steps.
+    """Return the learning rate of step ``step`` (from 0) of a run with ``total`` steps.
 
-    A linear warm-up from 0 to lr, then a cosine (Loshchilov & Hutter 2017) to lr_end at the last.
+    It rises linearly to ``lr`` within the first ``warmup`` steps, and then falls along a cosine to
+    ``lr_end`` at the last step (Loshchilov & Hutter 2017, "SGDR", arXiv:1608.03983).
     """
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
-    done = (step - optim.warmup) / max(1, total - 1 - optim.warmup)
-    return optim.lr_end + 0.5 * (optim.lr - optim.lr_end) * (1 + math.cos(math.pi * min(1.0, done)))
+    progress = min(1.0, (step - optim.warmup) / max(1, total - 1 - optim.warmup))
+    return optim.lr_end + 0.5 * (optim.lr - optim.lr_end) * (1 + math.cos(math.pi * progress))
 
 
 def _step_or_skip(state: TrainState, previous: list[Batch]) -> None:
-    """Make a step, or leave it out where its gradient is not finite and the config allows that.
+    """Make a step, or skip it when its gradient is not finite and the config allows that.
 
-    Raises NonFiniteError, saying where it comes from, when no more steps may be left out.
+    ``previous``: the micro-batches of the step before. Raises NonFiniteError, naming the module and
+    the samples at fault, when ``train.skip_nonfinite`` steps have been skipped already.
     """
     allowed = state.config.train.skip_nonfinite
     state.results, state.updated = [], False
     try:
         step(state)
     except NonFiniteError as error:
-        # On a GPU an engine finds out one step late. Then the culprit is the step before, which has
-        # left the weights alone, and this step's own gradients are whole and wait.
+        # On a GPU the local engine finds out one step late (see Engine.step). Then the previous
+        # step is the culprit; the device has already kept it from the weights. The gradients of
+        # this step are complete and not yet applied, so that this step is made after all.
         late = error.step < state.step
         message = f"{error}; {_blame(state, previous if late else state.micro_batches, error.step)}"
         state.skipped += 1
@@ -117,9 +128,10 @@ def _step_or_skip(state: TrainState, previous: list[Batch]) -> None:
 
 
 def _blame(state: TrainState, micro_batches: list[Batch], step: int) -> str:
-    """Say in which module of this rank, and in which samples, a step went wrong."""
+    """Describe where a step went wrong: the module, found on this rank, and the samples."""
 
     def forward() -> None:
+        # The seed that ``step`` used, so that dropout draws the same again.
         torch.manual_seed(int(rng.fold(state.config.seed, step, dist.rank())))
         for batch in micro_batches:
             _forward(state, batch, step)
@@ -130,6 +142,7 @@ def _blame(state: TrainState, micro_batches: list[Batch], step: int) -> str:
 
 
 def _forward(state: TrainState, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Move a micro-batch to the device and compute its loss and figures."""
     device = state.engine.device
     batch = {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

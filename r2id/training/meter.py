@@ -19,11 +19,12 @@ Figures = dict[str, float]
 
 
 class Meter:
-    """Figures since the last reading, and of the whole run.
+    """Collects figures of a run: since the last reading, and from its start.
 
-    ``cost`` counts what training on an image of a size takes (asked once a size); ``peak`` is the
-    FLOP/s that one process can reach in matrix products. Tensors stay on the device until they are
-    read, so that no step waits for them. Saving and drawing do not count as time.
+    ``cost`` counts what training on one image of a given size takes, and is called once per size;
+    ``peak`` is the FLOP/s that one process can reach in matrix products. Tensors stay on the device
+    until they are read, so that no step waits for them. Rates count the time spent on data and
+    steps, not that of saving and drawing.
     """
 
     def __init__(self, device: torch.device, cost: Callable[[Size], Cost], peak: float) -> None:
@@ -41,7 +42,7 @@ class Meter:
         self._mark = now
 
     def add(self, figures: dict[str, Tensor], images: int, size: Size) -> None:
-        """Count a micro-batch of this process: its figures, and its images, all of one size."""
+        """Add a micro-batch of this process: its figures, and its images, which have one size."""
         for key, value in figures.items():
             before = self._sums.get(key, torch.zeros((), device=self.device))
             self._sums[key] = before + value.float()
@@ -49,35 +50,35 @@ class Meter:
         self._last.images[size] += images
 
     def read(self) -> Figures:
-        """Return means over micro-batches and ranks, and rates, since the last reading.
+        """Return the means over micro-batches and ranks, and the rates, since the last reading.
 
-        Every rank must call it, for sums are reduced over all.
+        Every rank must call it, because sums are reduced over all of them.
         """
         means = {
             key: float(dist.all_reduce_sum(total / self._micro_batches)) / dist.world_size()
             for key, total in self._sums.items()
         }
-        # After the sums were read, which makes the host wait until a GPU has finished its work.
+        # Only now, because reading the sums has made the host wait until the GPU's work is done.
         self.lap("step")
         for size in self._last.images.keys() - self._costs.keys():
             self._costs[size] = self._cost(size)
-        self.lap("pause")  # counting operations is no time of training
+        self.lap("pause")  # the time of counting operations is not training time
         figures = {**means, **self._rates(self._last)}
         self._run.add(self._last)
         self._last, self._sums, self._micro_batches = _Tally(), {}, 0
         return figures
 
     def summary(self) -> Figures:
-        """Return the rates of the whole run, as far as it was read."""
+        """Return the rates from the start of the run to the last reading."""
         return self._rates(self._run)
 
     def _rates(self, tally: _Tally) -> Figures:
         """Compute the rates of a tally.
 
-        Images and tokens (latents) per second are of the whole job. TFLOP/s are of one process, for
-        the model's own work alone, and ``mfu`` is their share of the peak (model FLOP/s
-        utilisation, Chowdhery et al. 2022, appendix B). ``data_wait`` is the share of time spent
-        waiting for data; memory is the peak.
+        Images and tokens (latents) per second are those of the whole job. TFLOP/s are those of one
+        process and count the model's own work only; ``mfu`` (model FLOP/s utilisation, Chowdhery et
+        al. 2022, "PaLM", appendix B) is their share of the peak. ``data_wait`` is the share of time
+        spent waiting for data, ``memory_gib`` the peak memory of this process.
         """
         busy = tally.seconds["data"] + tally.seconds["step"]
         images, counts = sum(tally.images.values()), tally.images.items()
@@ -94,7 +95,7 @@ class Meter:
 
 
 class _Tally:
-    """Images counted by their size, and seconds by what they were spent on."""
+    """The number of images by their size, and the seconds spent by what they were spent on."""
 
     def __init__(self) -> None:
         self.images: Counter[Size] = Counter()
@@ -107,7 +108,7 @@ class _Tally:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest memory in bytes so far: of the GPU's allocator, or of the process."""
+    """Return the peak memory so far, in bytes: of the GPU's allocator, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -115,23 +116,25 @@ def peak_memory(device: torch.device) -> int:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of this process in one large product of square matrices.
+    """Measure the FLOP/s that this process reaches in one large product of square matrices.
 
-    The best of several, in about a tenth of a second; 8192 rows on a GPU, 1024 on a CPU.
+    The matrices have 8192 rows on a GPU and 1024 on a CPU. Takes about a tenth of a second, and
+    returns the best of several products, because the first ones include start-up work.
     """
     cuda = device.type == "cuda"
     side = 8192 if cuda else 1024
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
-    best, begun = float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < 0.1 or best == float("inf"):
-        began = time.perf_counter()
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < 0.1 or best == float("inf"):
+        before = time.perf_counter()
         torch.mm(left, right, out=out)
         if cuda:
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - before)
     del left, right, out
     if cuda:
+        # The run's own memory figures must not include these matrices.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return 2 * side**3 / best

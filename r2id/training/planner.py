@@ -1,4 +1,4 @@
-"""``r2id plan``: what a run will need and how long it will take, told before anything starts."""
+"""``r2id plan``: estimating what a run will need and how long it will take, before it starts."""
 
 from __future__ import annotations
 
@@ -17,53 +17,57 @@ from r2id.errors import InputError
 from r2id.models.coords import Size
 from r2id.models.tracing import trace_peak
 from r2id.training.batch_split import accumulation, micro_batch_size
-from r2id.training.conditions import known_conditions
+from r2id.training.conditions import condition_facts
 from r2id.training.ema import decays
 from r2id.training.engines.settings import deepspeed_config, engine_kind
 from r2id.training.memory_estimate import Sharding, peak
 from r2id.training.workload import Dimensions, Workload, image_cost, parameter_count
 
 RUNTIME = 2_000_000_000
-"""Bytes of a GPU that no tensor holds: CUDA, kernels, NCCL's buffers, fragmentation."""
+"""Bytes of a GPU set aside for all but tensors: CUDA, kernels, NCCL's buffers, fragmentation."""
 
 
 def find_dimensions(
     config: RiaeRun | R2idRun, riae: Path | None = None, classes: int | None = None
 ) -> Dimensions:
-    """Find the dimensions of a run, from its shards and codec where those exist already.
+    """Find the dimensions of a run from its shards and its codec.
 
-    ``riae``, a config, and ``classes`` stand in for a codec and for shards that are not there yet.
-    Raises InputError where they are needed and missing.
+    Where these do not exist yet, ``riae`` (the path of an RIAE's config) stands in for the codec,
+    and ``classes`` for what the shards would say. Raises InputError where a stand-in is needed and
+    not given.
     """
     prepared = (config.data.shards / MANIFEST).is_file()
     shards = ShardSet.open(config.data.shards) if prepared else None
     image, copies = _largest_step(config, shards)
     if isinstance(config, RiaeRun):
         return Dimensions(image, copies)
-    known = _expected_conditions(config, shards, classes)
+    facts = _expected_conditions(config, shards, classes)
     codec = _codec_config(config, riae)
-    return Dimensions(image, copies, known["classes"], codec, tuple(known.get("embedding", ())))
+    return Dimensions(image, copies, facts["classes"], codec, tuple(facts.get("embedding", ())))
 
 
 def _expected_conditions(
     config: R2idRun, shards: ShardSet | None, classes: int | None
 ) -> dict[str, Any]:
-    """Return known_conditions of the shards, or ``classes`` where that is given."""
+    """Return the condition_facts of the shards, or those that ``classes`` implies, where given."""
     kind = config.r2id.condition
     missing = f"data.shards = '{config.data.shards}': no shards there yet"
     if kind == "embedding" and shards is None:
-        raise InputError(f"{missing}, and they alone say of what shape embeddings are")
+        raise InputError(f"{missing}, and the shape of embeddings is known from them alone")
     if kind in ("class", "attributes") and classes is not None:
         return {"classes": classes}
     if shards is not None:
-        return known_conditions(config, shards)
+        return condition_facts(config, shards)
     if kind != "none":
         raise InputError(f"{missing}; give their number of classes by --classes")
     return {"classes": 0}
 
 
 def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[Size, int]:
-    """Find the size whose steps have the most pixels, and copies of the batch in such a step."""
+    """Find the image size whose steps have the most pixels → (size, batches per such a step).
+
+    With ``data.batch_pixels`` a step of small images has several times ``train.batch`` images.
+    """
     data, batch = config.data, config.train.batch
     if shards is None:
         sizes = {_size_without_shards(data)}
@@ -78,20 +82,21 @@ def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[S
 
 
 def _size_without_shards(data: DataConfig) -> Size:
-    """Return the fixed size, or a square of the most pixels, or what a window takes of it."""
+    """Return the config's fixed size, or else the largest square, cut to the window if any."""
     side = math.isqrt(data.max_pixels)
     height, width = data.size or data.window or (side, side)
     return (height, width) if data.size else (min(height, side), min(width, side))
 
 
 def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
+    """Return the architecture of a run's codec; None when the run diffuses pixels."""
     if config.codec is None:
         return None
     if riae is not None:
-        found = load_config(riae)
-        if not isinstance(found, RiaeRun):
-            raise InputError(f"{riae}: stage {found.stage!r}, must be 'riae'")
-        return found.riae
+        loaded = load_config(riae)
+        if not isinstance(loaded, RiaeRun):
+            raise InputError(f"{riae}: stage {loaded.stage!r}, must be 'riae'")
+        return loaded.riae
     try:
         return RiaeConfig.model_validate(Checkpoint.open(config.codec).meta.config["riae"])
     except InputError as error:
@@ -101,7 +106,7 @@ def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
 
 
 def memory(workload: Workload, gpus: int, as_on_gpu: bool = True) -> dict[str, int]:
-    """Estimate the bytes of one process of ``gpus``, by part and in total; see ``peak``."""
+    """Estimate the bytes of each of ``gpus`` processes, by part and in total; see ``peak``."""
     config = workload.config
     with torch.device("meta"):
         parameters = parameter_count(workload.module())
@@ -129,17 +134,17 @@ def memory(workload: Workload, gpus: int, as_on_gpu: bool = True) -> dict[str, i
 def largest_micro_batch(
     config: RiaeRun | R2idRun, dimensions: Dimensions, gpus: int, limit: float
 ) -> int | None:
-    """Find the largest micro-batch that divides the global batch and fits into ``limit`` bytes.
+    """Find the largest micro-batch that divides a process's share and fits into ``limit`` bytes.
 
-    CUDA's own memory counts. None when not even one sample fits.
+    The limit includes RUNTIME. None when not even one sample fits.
     """
     share = config.train.batch // gpus
     sizes = [size for size in range(1, share + 1) if share % size == 0]
 
     def fits(size: int) -> bool:
         train = config.train.model_copy(update={"micro_batch": size})
-        tried = Workload(config.model_copy(update={"train": train}), dimensions)
-        return memory(tried, gpus)["total"] + RUNTIME <= limit
+        workload = Workload(config.model_copy(update={"train": train}), dimensions)
+        return memory(workload, gpus)["total"] + RUNTIME <= limit
 
     low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
     while low < high:
@@ -161,10 +166,10 @@ def plan(
 ) -> dict[str, Any]:
     """Compute everything that ``r2id plan`` prints.
 
-    Sizes are bytes, FLOPs those of one optimizer step of the whole job. ``gigabytes`` (10⁹ bytes)
-    and ``teraflops`` (10¹² per second) are of one GPU; ``share`` is the part of them that training
-    reaches. Raises InputError for a pipeline, a batch that does not divide, and facts that are
-    missing.
+    ``gigabytes`` (10⁹ bytes) and ``teraflops`` (10¹² FLOP/s) are those of one GPU; ``share`` is the
+    part of its FLOP/s that training reaches. For ``riae`` and ``classes`` see find_dimensions. In
+    the result memory is in bytes, and FLOPs are those of one optimizer step of the whole job.
+    Raises InputError for a pipeline's config, a batch that does not divide, and missing facts.
     """
     config = load_config(path, overrides)
     if isinstance(config, PipelineRun):
@@ -208,7 +213,7 @@ def plan(
 
 
 def describe(result: dict[str, Any]) -> list[str]:
-    """Put what ``plan`` found into lines for a person."""
+    """Describe the result of ``plan`` in lines for people."""
     (height, width), (rows, columns) = result["image"], result["grid"]
     memory = {name: value for name, value in result["memory"].items() if name != "total" and value}
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())

@@ -1,6 +1,6 @@
-"""Where a run begins: at its own newest checkpoint, or at the first step.
+"""Where a run begins: at its own newest checkpoint, or else at step 0.
 
-There it begins with random weights, or with those of another run (``init_from``).
+At step 0 the weights are random, or those of another run (``init_from``).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from r2id.training.engines import Engine
 from r2id.training.state import TrainState
 from r2id.training.tasks import Task
 
-_ORDER = ("train_split", "size", "max_pixels", "window", "flip", "batch_pixels", "shuffle")
-"""Settings of the data that decide which samples a step holds."""
+_SELECTION = ("train_split", "size", "max_pixels", "window", "flip", "batch_pixels", "shuffle")
+"""Settings of the data section that decide which samples a step holds, and in which form."""
 
 
 def is_finished(config: RiaeRun | R2idRun, newest: Checkpoint) -> bool:
-    """Whether a run whose newest checkpoint this is has been trained to its last step already.
+    """Tell whether a run with this newest checkpoint has been trained to its last step already.
 
-    False where settings, data or codec are others than the run's. Loads none of them, so that a
-    pipeline's second start is quick.
+    False when settings, data or codec have changed since. Neither data nor weights are loaded, so
+    that a pipeline that is started again passes a finished stage quickly.
     """
     meta = newest.meta
     facts = {"digest": ShardSet.open(config.data.shards, config.data.stream).digest}
@@ -37,13 +37,18 @@ def is_finished(config: RiaeRun | R2idRun, newest: Checkpoint) -> bool:
         facts["codec_hash"] = Checkpoint.open(config.codec).identity if config.codec else PIXELS
     if meta.stage != config.stage or meta.step < config.train.steps:
         return False
-    then = _essentials(meta.config, meta.model)
-    now = _essentials(config.model_dump(mode="json"), facts)
-    return all(then.get(name, value) == value for name, value in now.items())
+    recorded = _essentials(meta.config, meta.model)
+    current = _essentials(config.model_dump(mode="json"), facts)
+    # A setting that the checkpoint lacks is newer than the checkpoint, and is not compared.
+    return all(recorded.get(name, value) == value for name, value in current.items())
 
 
 def restore(state: TrainState, newest: Checkpoint | None) -> None:
-    """Go on from the run's newest checkpoint, if it has one; else begin as the config says."""
+    """Load the run's newest checkpoint if there is one, or else the weights of ``init_from``.
+
+    With neither, the weights stay as the task has drawn them. Raises InputError when a checkpoint
+    does not fit the config.
+    """
     if newest is not None:
         _check_same_run(state.task, newest)
         resume(state.engine, newest)
@@ -53,7 +58,7 @@ def restore(state: TrainState, newest: Checkpoint | None) -> None:
 
 
 def start_folder(state: TrainState) -> None:
-    """Make the run directory, with its config; remove what an interrupted process left there."""
+    """Make the run directory, write its config, and remove what an interrupted process left."""
     if dist.is_main():
         state.folder.mkdir(parents=True, exist_ok=True)
         (state.folder / "config.toml").write_text(to_toml(state.config))
@@ -61,7 +66,7 @@ def start_folder(state: TrainState) -> None:
 
 
 class _InitialWeights:
-    """What an engine takes from another run's checkpoint: the averaged weights and nothing else."""
+    """Loads into an engine nothing but the averaged weights of another run's checkpoint."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -74,9 +79,9 @@ class _InitialWeights:
 
 
 def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path) -> None:
-    """Load the averaged weights at a path, as sampling uses them, into an engine at step 0.
+    """Load the averaged weights of the checkpoint at ``path`` into an engine at step 0.
 
-    Raises InputError, naming a tensor and a setting, when they are of another architecture.
+    Raises InputError, naming a tensor and a setting that differs, when its architecture differs.
     """
     checkpoint = Checkpoint.open(path)
     meta = checkpoint.meta
@@ -100,37 +105,37 @@ def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path)
 
 
 def _check_same_run(task: Task, newest: Checkpoint) -> None:
-    """Raise InputError when the run directory's newest checkpoint is another run's."""
+    """Raise InputError when the newest checkpoint in the run directory belongs to another run."""
     folder, meta = task.config.run, newest.meta
     if meta.stage != task.config.stage:
         raise InputError(
             f"{folder}: holds a run of stage {meta.stage!r}, not {task.config.stage!r}: "
             "choose another run directory"
         )
-    then = _essentials(meta.config, meta.model)
+    recorded = _essentials(meta.config, meta.model)
     for name, value in _essentials(task.config.model_dump(mode="json"), task.facts).items():
-        if then.get(name, value) != value:
+        if recorded.get(name, value) != value:
             raise InputError(
-                f"{folder}: holds a run with {name} = {then[name]!r}, not {value!r}: "
+                f"{folder}: holds a run with {name} = {recorded[name]!r}, not {value!r}: "
                 "choose another run directory, or remove this one to start over"
             )
     say(f"{newest.path}: going on from step {meta.step}")
 
 
 def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what may not change between two starts of one run, by name."""
+    """Return the settings and facts that may not change between two starts of a run, by name."""
     essentials = {
         "seed": config["seed"],
         "train.batch": config["train"]["batch"],
         "train.ema_profiles": config["train"]["ema_profiles"],
     }
-    for name in _ORDER:
-        if name in config["data"]:  # a checkpoint from before the setting has none
+    for name in _SELECTION:
+        if name in config["data"]:  # absent from a checkpoint older than the setting
             essentials[f"data.{name}"] = config["data"][name]
     for section in (config["stage"], "loss", "diffusion"):
         for key, value in config.get(section, {}).items():
             essentials[f"{section}.{key}"] = value
     for key, value in facts.items():
-        if key != "codec":  # a path, which may change: the codec's hash counts
+        if key != "codec":  # its path may change; codec_hash tells whether it is the same
             essentials[f"recorded {key}"] = value
     return essentials

@@ -17,12 +17,14 @@ from r2id.training.tracking import NullTracker
 
 
 class MicroBatchResult(NamedTuple):
-    """What one forward pass of this process came to."""
+    """The result of one forward pass of this process."""
 
     figures: dict[str, Tensor]
     """Named scalars on the device, the loss among them."""
     images: int
+    """Number of images in the micro-batch."""
     size: Size
+    """Height and width of these images."""
 
 
 @dataclass
@@ -34,32 +36,32 @@ class TrainState:
     profile: bool = False
     """Whether to trace ten steps."""
     start: int = 0
-    """The step that this process began at: 0, or that of the checkpoint it went on from."""
+    """The step at which this process began: 0, or the step of the checkpoint that it resumed."""
     step: int = 0
-    """Optimizer steps done, those that were left out included."""
+    """Optimizer steps done, skipped ones included."""
     samples: int = 0
     """Training samples seen, by all processes."""
     skipped: int = 0
-    """Steps left out by this process because their loss or gradient was not finite."""
+    """Steps that this process has skipped because their gradient was not finite."""
     updated: bool = False
-    """Whether the last step changed the weights; not when it was left out."""
+    """Whether the last step updated the weights; false when it was skipped."""
     stopping: bool = False
-    """Whether the run ends after this step, with everything saved: on all ranks or on none."""
+    """Whether the run ends after this step, with everything saved. The same on all ranks."""
 
     micro_batches: list[Batch] = field(default_factory=list)
-    """This process's share of the step in progress, or else of the last one."""
+    """This process's micro-batches of the step in progress, or of the last one between steps."""
     results: list[MicroBatchResult] = field(default_factory=list)
-    """What each of these micro-batches came to; empty when the step was left out."""
+    """The results of these micro-batches, in their order; empty when the step was skipped."""
     lr: float = 0.0
     """Learning rate of the last step."""
     grad_norm: Tensor | float = 0.0
-    """Gradient norm of the last step before clipping, on the device; NaN when it was left out."""
+    """Gradient norm of the last step before clipping, on the device; NaN when it was skipped."""
     figures: dict[str, float] = field(default_factory=dict)
-    """Mean losses and rates, as they were logged last."""
+    """The mean losses and rates that were logged last."""
     checkpoint: Path | None = None
-    """The last checkpoint that this process has helped to write."""
+    """The last checkpoint that this process has taken part in writing."""
     tracker: NullTracker = field(default_factory=NullTracker)
-    """Takes figures, pictures and facts; does nothing on all ranks but the first."""
+    """Records figures, pictures and facts; does nothing except on rank 0."""
 
     @property
     def config(self) -> RiaeRun | R2idRun:
@@ -80,11 +82,14 @@ class TrainState:
 
     @property
     def log_due(self) -> bool:
-        """Whether this step's figures are read, shown and recorded."""
+        """Whether figures are read, shown and recorded after this step.
+
+        Not after every step, because reading makes the host wait for a GPU.
+        """
         return self.due(self.config.train.log_every) or self.stopping
 
     def meta(self) -> Meta:
-        """Describe the run as a checkpoint of this step does."""
+        """Return the metadata of a checkpoint of this step."""
         return Meta(
             stage=self.config.stage,
             step=self.step,
@@ -97,7 +102,7 @@ class TrainState:
     def ema_model(self) -> nn.Module | None:
         """Build the model with the averaged weights, as sampling uses it, on the device.
 
-        None on all ranks but the first; all must call it, for the weights are gathered.
+        Every rank must call it, because the weights are gathered; all but rank 0 get None.
         """
         weights = self.engine.ema_state()
         if weights is None:

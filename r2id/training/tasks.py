@@ -1,6 +1,7 @@
-"""The two tasks that are trained: an RIAE, and an R2ID on its latents.
+"""The two training tasks: an RIAE on images, and an R2ID on an RIAE's latents.
 
-A task is what differs between them: model, loss, batches, and the facts that a checkpoint records.
+A task holds what differs between them: the model, its loss, the batches, and the facts that a
+checkpoint records.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
-from r2id.training.conditions import conditions_of, known_conditions
+from r2id.training.conditions import condition_facts, conditions_of
 from r2id.training.latent_statistics import latent_statistics
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss
 from r2id.training.workload import Cost, Dimensions, Workload, image_cost
 
-_STATISTICS_IMAGES = 2048  # images from which the latents' mean and deviation are measured
+_STATISTICS_IMAGES = 2048  # images from which the mean and deviation of latents are measured
 
 Batch = dict[str, Any]
 
 
 class Task(ABC):
-    """What is trained, on which data."""
+    """A model to train and the data to train it on."""
 
     config: RiaeRun | R2idRun
     module: RiaeLoss | R2idLoss
-    """``module(**inputs, step=…)`` → (loss, figures); holds the model as ``module.model``."""
+    """The loss module: ``module(**inputs, step=…)`` → (loss, figures), with its ``model``."""
     facts: dict[str, Any]
-    """What it takes to build the model and use it, beside its config."""
+    """What is needed, beside the config, to build the model and use it. Checkpoints record it."""
 
     def __init__(
         self, config: RiaeRun | R2idRun, shards: ShardSet, world: World, micro_batch: int
@@ -60,21 +61,21 @@ class Task(ABC):
         }
 
     def loader(self, start: int) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of every step from ``start``, still on the CPU."""
+        """Yield this rank's micro-batches, step by step from step ``start``, on the CPU."""
         load = stream_loader if self.config.data.stream else image_loader
         return load(self.shards, self.config.data, start_step=start, **self._loading)
 
     @abstractmethod
     def inputs(self, batch: Batch) -> Batch:
-        """Turn a loaded batch, on the device, into keyword arguments of the module."""
+        """Turn a loaded batch, moved to the device, into keyword arguments of the module."""
 
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """Build a fresh model, for weights that are not the ones in training."""
+        """Build another model of the same architecture, for weights other than the trained ones."""
 
     @abstractmethod
     def image_size(self, batch: Batch) -> Size:
-        """Return the height and width of a batch's images, or of those its latents stand for."""
+        """Return the height and width of the images in a batch, or of those behind its latents."""
 
     def cost(self, size: Size) -> Cost:
         """Count what training on one image of this size takes."""
@@ -116,7 +117,10 @@ class RiaeTask(Task):
         return batch["image"].shape[2], batch["image"].shape[3]
 
     def latent_statistics(self, model: RIAE, device: torch.device) -> dict[str, Tensor]:
-        """Measure mean and standard deviation of a model's latents, which R2ID normalises by."""
+        """Measure the mean and standard deviation of a model's latents, per channel.
+
+        R2ID normalises latents with them.
+        """
         data = self.config.data
         batches = eval_loader(
             self.shards, data, split=data.train_split, batch=128, limit=_STATISTICS_IMAGES
@@ -126,7 +130,7 @@ class RiaeTask(Task):
 
 
 class R2idTask(Task):
-    """An R2ID that denoises the latents of a trained codec, or pixels where the config has none."""
+    """An R2ID that denoises the latents of a trained codec, or pixels without a codec."""
 
     config: R2idRun
 
@@ -154,16 +158,22 @@ class R2idTask(Task):
         self.module = R2idLoss(model, config.diffusion, self.facts["base_side"], config.seed)
 
     def _find_facts(self, sizes: Sequence[Size]) -> dict[str, Any]:
+        """Return the facts of a run whose training images have these sizes.
+
+        ``base_side`` is the side of a square latent grid of the median area; ``areas`` and
+        ``ratios`` are the least and the greatest area and height / width of latent grids.
+        """
         config, codec = self.config, self.codec
         grids = [codec.grid_for(size) for size in sizes]
         areas, ratios = sorted(h * w for h, w in grids), sorted(h / w for h, w in grids)
         return {
             "latent_channels": codec.latent_channels,
-            **known_conditions(config, self.shards),
+            **condition_facts(config, self.shards),
             "digest": self.shards.digest,
-            # Relative, so that a folder with both runs can be moved.
+            # Relative to the run, so that a folder with both runs can be moved.
             "codec": codec.checkpoint and os.path.relpath(codec.checkpoint.path, config.run),
             "codec_hash": codec.identity,
+            # Noise schedules are shifted relative to a grid of this side.
             "base_side": areas[len(areas) // 2] ** 0.5,
             "areas": [areas[0], areas[-1]],
             "ratios": [ratios[0], ratios[-1]],
@@ -199,18 +209,19 @@ class R2idTask(Task):
 
 
 def make_task(config: RiaeRun | R2idRun, world: World, micro_batch: int) -> Task:
-    """Open the data and build model and loss.
+    """Open the data and build the model and its loss.
 
     Raises InputError when the data or the codec do not fit the config.
     """
     embedded = isinstance(config, R2idRun) and config.r2id.condition == "embedding"
     shards = ShardSet.open(config.data.shards, config.data.stream, embeddings=embedded)
-    torch.manual_seed(config.seed)  # weights are drawn from here on
+    torch.manual_seed(config.seed)  # what is drawn from here on: the initial weights
     if isinstance(config, RiaeRun):
         return RiaeTask(config, shards, world, micro_batch)
     return R2idTask(config, shards, world, micro_batch)
 
 
 def _median(sizes: Sequence[Size]) -> Size:
+    """Return the middle one of sizes that are in order."""
     height, width = (int(side) for side in sizes[len(sizes) // 2])
     return height, width

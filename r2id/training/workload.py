@@ -1,7 +1,7 @@
-"""How much work a training run is: a run's module and batches, of the right sizes, to be counted.
+"""How much work a training run is.
 
-Nothing is trained here: models are built on the meta device and operations are counted
-(r2id.models.tracing).
+Builds the loss module and the batches of a run, and counts their operations and memory
+(r2id.models.tracing). Nothing is computed: tensors have sizes and no contents.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from r2id.training.losses.riae import RiaeLoss
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What decides the sizes of a run's tensors beside its config: facts of its data and codec."""
+    """Facts of a run's data and codec that, beside its config, decide the sizes of its tensors."""
 
     image: Size
-    """The largest size of the training images, which a step is counted at."""
+    """Height and width of the training images whose steps have the most pixels."""
     copies: int
-    """How many times ``train.batch`` images a step has at that size (``data.batch_pixels``)."""
+    """How many times ``train.batch`` images a step at that size has (``data.batch_pixels``)."""
     classes: int = 0
-    """Classes, or attributes where those are the condition."""
+    """Number of classes, or of attributes where these are the condition."""
     riae: RiaeConfig | None = None
-    """The codec of an R2ID run; none means that pixels are diffused."""
+    """Architecture of the codec of an R2ID run; None when pixels are diffused."""
     embedding: tuple[int, ...] = ()
-    """Shape of an embedding where embeddings are the condition."""
+    """Shape of one embedding where embeddings are the condition."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,17 @@ class Cost:
     """What training on one image takes."""
 
     tokens: int
-    """Latents."""
+    """Latents of the image."""
     flops: int
     """Floating-point operations of the model's own work.
 
-    A backward pass costs two forward passes, and what is computed again to save memory does not
-    count (Chowdhery et al. 2022, "PaLM", appendix B)."""
+    A backward pass counts as two forward passes. Recomputing activations to save memory does not
+    count (Chowdhery et al. 2022, "PaLM", appendix B).
+    """
 
 
 class Workload:
-    """A run's module and batches, made to be counted."""
+    """Builds the loss module and the inputs of a run, for counting."""
 
     def __init__(self, config: RiaeRun | R2idRun, dimensions: Dimensions) -> None:
         self.config, self.dimensions = config, dimensions
@@ -70,7 +71,7 @@ class Workload:
         return height, width
 
     def module(self, prepared: bool = True) -> RiaeLoss | R2idLoss:
-        """Build the loss module; ``prepared``: with the activation checkpointing of the config."""
+        """Build the loss module, ``prepared`` with the config's activation checkpointing or not."""
         config = self.config
         module: RiaeLoss | R2idLoss
         if isinstance(config, RiaeRun):
@@ -80,7 +81,7 @@ class Workload:
             model = R2ID(config.r2id, self._channels(), classes, embedding)
             module = R2idLoss(model, config.diffusion, 1.0, config.seed)
         if prepared:
-            # Compiled blocks could not be traced.
+            # Not compiled, because compiled blocks cannot be traced.
             prepare_blocks(
                 module.model.blocks(), config.train.model_copy(update={"compile": False})
             )
@@ -88,7 +89,7 @@ class Workload:
 
     def inputs(self, samples: int) -> dict[str, torch.Tensor]:
         """Make the keyword arguments of the module for a micro-batch of zeros."""
-        index = torch.zeros(samples, dtype=torch.int64)
+        index = torch.zeros(samples, dtype=torch.int64)  # of the samples in their data set
         if isinstance(self.config, RiaeRun):
             return {"image": self._images(samples), "index": index}
         latent = torch.zeros(samples, self._channels(), *self.grid())
@@ -102,17 +103,17 @@ class Workload:
         return torch.zeros(samples, self.config.data.channels, *self.dimensions.image)
 
     def _channels(self) -> int:
-        """Return the channels of what is diffused."""
+        """Return the number of channels of what is diffused: latents, or pixels without a codec."""
         riae = self.dimensions.riae
         return self.config.data.channels if riae is None else riae.latent_channels
 
     def codec(self) -> RIAE:
-        """Build the codec of an R2ID run that has one."""
+        """Build the codec; only for an R2ID run that has one."""
         assert self.dimensions.riae is not None
         return RIAE(self.dimensions.riae, self.config.data.channels)
 
     def trace(self, samples: int, as_on_gpu: bool) -> Trace:
-        """Trace one micro-batch with this number of samples."""
+        """Trace one micro-batch with this number of samples; see trace_step. Traces are kept."""
         bfloat16 = self.config.train.precision == "bfloat16_weights"
 
         def case() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -126,11 +127,11 @@ class Workload:
         return self._traces[key]
 
     def encodes(self) -> bool:
-        """Tell whether each micro-batch is encoded before R2ID sees it."""
+        """Tell whether training encodes each micro-batch: it has a codec and no cached latents."""
         return self.dimensions.riae is not None and self.config.data.latents is None
 
     def encode(self, samples: int) -> Callable[[], object]:
-        """Make a function that encodes this number of images by the codec."""
+        """Make a function that encodes this number of images with the codec."""
         codec, image = self.codec(), self._images(samples)
         bfloat16 = self.config.train.autocast
 
@@ -141,13 +142,13 @@ class Workload:
         return encode
 
     def forward(self) -> Callable[[], object]:
-        """Make a function of the forward pass of one sample, in which nothing is recomputed."""
+        """Make a function that runs one sample's forward pass, without recomputing anything."""
         return partial(self.module(prepared=False), **self.inputs(1), step=0)
 
 
 def image_cost(workload: Workload) -> Cost:
-    """Count what training on one of a workload's largest images takes."""
-    flops = 3 * count_flops(workload.forward)
+    """Count what training on one image of a workload's size takes."""
+    flops = 3 * count_flops(workload.forward)  # forward, and backward as two of it
     if workload.encodes():
         flops += count_flops(lambda: workload.encode(1))
     return Cost(math.prod(workload.grid()), flops)
@@ -160,7 +161,7 @@ def parameter_count(module: nn.Module) -> int:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within this block weights are made in this number format."""
+    """Within this block, make new tensors in this number format by default."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

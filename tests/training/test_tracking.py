@@ -161,15 +161,15 @@ def test_a_store_that_comes_back_gets_everything(
     place = store_file.parent / "place"
     place.touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
-    note = store_file.parent / "note"
-    tracker = start(note=note)
+    id_file = store_file.parent / "id_file"
+    tracker = start(id_file=id_file)
     tracker.metrics({"loss": 1.0}, 1)
-    assert tracker.run_id is None and not note.exists()
+    assert tracker.run_id is None and not id_file.exists()
     place.unlink()
     place.symlink_to(store_file.parent)
     tracker.metrics({"loss": 0.5}, 2)
     tracker.finish()
-    assert tracker.run_id is not None and note.read_text().strip() == tracker.run_id
+    assert tracker.run_id is not None and id_file.read_text().strip() == tracker.run_id
     assert steps_of(client, tracker.run_id, "loss") == [1, 2]
 
 

@@ -1,8 +1,8 @@
-"""What a training run does beside training, one file for each thing.
+"""Callbacks: what a training run does beside training, one file for each.
 
 To add a callback, write a subclass of ``Callback`` in a file of its own and add it to ``REGISTRY``.
-Every run has all of them: one that is for some runs alone asks a setting in ``state.config``, which
-may be a new field in r2id/config/training.py.
+Every run has all callbacks. One that only some runs need asks for a setting in ``state.config``,
+which may be a new field in r2id/config/training.py.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from r2id.training.callbacks.watchdog import Watchdog
 __all__ = ["REGISTRY", "Callback", "Callbacks", "make_callbacks"]
 
 REGISTRY: tuple[type[Callback], ...] = (
-    StopSignals,  # first: what follows asks whether this is the last step
-    MovingAverages,  # before all that saves or shows them
-    Metering,  # before those who read its figures
+    StopSignals,  # first, because the others ask whether this step is the last one
+    MovingAverages,  # before the callbacks that save or show them
+    Metering,  # before the callbacks that read its figures
     Tracking,
     ProgressDisplay,
     Watchdog,
-    Snapshots,  # before the checkpoint, so that none lacks the snapshots of its past
+    Snapshots,  # before the checkpoint, so that a resumed run lacks no earlier snapshot
     Checkpoints,
-    Previews,  # after the checkpoint, which a picture that fails must not cost
+    Previews,  # after the checkpoint, which must not be lost when drawing fails
     Profiling,
 )
-"""All callbacks of a run, in the order in which they are called after a step."""
+"""All callbacks of a run, in the order in which they are called."""
 
 
 def make_callbacks() -> Callbacks:

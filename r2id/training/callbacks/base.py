@@ -13,14 +13,14 @@ from r2id.training.state import TrainState
 class Callback:
     """Something that a run does beside training. Each method does nothing unless overridden.
 
-    Every process calls every method, so that collective operations are allowed, and what is for one
-    process alone must ask ``dist.is_main()``. Callbacks keep no state that a resumed run needs. A
-    resumed run goes on from ``state.start``: a file that grows with the steps may hold later ones,
-    of a process that was killed, which are made again.
+    Every process calls every method. So collective operations are allowed, and work for one process
+    only must ask ``dist.is_main()``. Callbacks keep no state that a resumed run needs. A resumed
+    run goes on from ``state.start``: a file that grows with the steps may already hold later ones,
+    from a process that was killed, and these steps are made again.
 
-    ``state.results`` has the losses of the last step, micro-batch by micro-batch, of this process
-    alone and on its device; to read them makes a GPU wait. ``state.figures`` has their means over
-    all processes since the last reading, new only where ``state.log_due``.
+    ``state.results`` has the losses of the last step for each micro-batch, of this process only and
+    on its device; reading them makes the host wait for a GPU. ``state.figures`` has their means
+    over all processes since the last reading, and is new only where ``state.log_due``.
     """
 
     def pre_train(self, state: TrainState) -> None:
@@ -30,24 +30,24 @@ class Callback:
         """Run before a step's micro-batches are loaded."""
 
     def pre_step(self, state: TrainState) -> None:
-        """Run when ``state.micro_batches`` are there, before their forward passes."""
+        """Run when ``state.micro_batches`` are loaded, before their forward passes."""
 
     def post_step(self, state: TrainState) -> None:
-        """Run after a step, made or left out; ``state.step`` counts it already."""
+        """Run after a step, made or skipped; ``state.step`` counts it already."""
 
     def close(self, state: TrainState, error: BaseException | None) -> None:
-        """Run once when training ends, by an error (Stopped after a signal) or none."""
+        """Run once when training ends, with the error that ended it if any (Stopped: a signal)."""
 
 
 class Callbacks:
-    """Several callbacks, called in their order, and closed in the reverse one."""
+    """Several callbacks, called in order and closed in reverse order."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.callbacks = list(callbacks)
 
     @contextmanager
     def around(self, state: TrainState) -> Iterator[None]:
-        """Within this block all callbacks are at work; each one that began is closed at its end."""
+        """Begin all callbacks; at the end of this block, close each one that has begun."""
         with ExitStack() as stack:
             for callback in self.callbacks:
                 callback.pre_train(state)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: every so often, at milestones, at its end and when it is stopped."""
+"""Checkpoints of a run: at intervals, at milestones, at the end, and when it is stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from r2id.training.tasks import RiaeTask
 
 
 class Checkpoints(Callback):
-    """Save to RUN/checkpoints, every rank its share of the state."""
+    """Save checkpoints to RUN/checkpoints; every rank writes its share of the state."""
 
     def post_step(self, state: TrainState) -> None:
         train = state.config.train
@@ -31,7 +31,10 @@ class Checkpoints(Callback):
 
 
 def _latent_statistics(state: TrainState) -> dict[str, Tensor] | None:
-    """Measure an RIAE's latents on rank 0; its averages are small enough to be gathered there."""
+    """Measure the latents of an RIAE's averaged model on rank 0; None on other ranks and for R2ID.
+
+    An RIAE is small enough to be gathered on one rank.
+    """
     if not isinstance(state.task, RiaeTask):
         return None
     model = state.ema_model()

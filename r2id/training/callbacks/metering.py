@@ -1,4 +1,4 @@
-"""Means of a run's losses, its rates, and where its time goes."""
+"""Measuring a run: means of its losses, its rates, and where its time goes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from r2id.training.state import TrainState
 
 
 class Metering(Callback):
-    """Set ``state.figures`` at every step that is logged, and to those of all steps at the end."""
+    """Update ``state.figures`` at every logged step, and its rates at the end of the run."""
 
     def pre_train(self, state: TrainState) -> None:
         device = state.engine.device
@@ -18,7 +18,7 @@ class Metering(Callback):
         self.meter = Meter(device, state.task.cost, matmul_peak(device, dtype))
 
     def pre_load(self, state: TrainState) -> None:
-        self.meter.lap("pause")  # what the other callbacks took is no time of training
+        self.meter.lap("pause")  # the time that other callbacks took is not training time
 
     def pre_step(self, state: TrainState) -> None:
         self.meter.lap("data")

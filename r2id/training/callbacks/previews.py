@@ -1,4 +1,4 @@
-"""Pictures that a run shows of itself: reconstructions under their originals, or samples."""
+"""Pictures of a run's progress: reconstructions under their originals, or samples."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from r2id.training.callbacks.base import Callback
 from r2id.training.state import TrainState
 from r2id.training.tasks import R2idTask, RiaeTask, Task
 
-_IMAGES = 10
+_IMAGES = 10  # in a row
 
 
 class Previews(Callback):
     """Draw RUN/samples/step-STEP.png every ``train.preview_every`` steps and at the end."""
 
     def post_step(self, state: TrainState) -> None:
-        # A process that was told to stop may have little time left.
+        # After a signal there may be little time left.
         if state.stopping or not state.due(state.config.train.preview_every):
             return
         model = state.ema_model()
         if model is not None:
             file = state.folder / "samples" / f"step-{state.step:08d}.png"
             state.tracker.image(preview(state.task, model, file), "samples", state.step)
-        dist.barrier()  # the others would wait in the next step, where no one knows what for
+        dist.barrier()  # the other ranks wait for rank 0 here, and not somewhere in the next step
 
 
 def preview(task: Task, model: nn.Module, file: Path) -> Path:
-    """Write what a model of the task makes: reconstructions, or samples at three sizes."""
+    """Write a picture of an RIAE's reconstructions, or of an R2ID's samples at three sizes."""
     if isinstance(task, RiaeTask):
         assert isinstance(model, RIAE)
         return save_png(_reconstructions(task, model), file)
@@ -46,9 +46,9 @@ def preview(task: Task, model: nn.Module, file: Path) -> Path:
 
 
 def _reconstructions(task: RiaeTask, model: RIAE) -> Tensor:
-    """Tile some images, and under them their reconstructions."""
+    """Tile images in one row, and their reconstructions in a row under it."""
     data, device = task.config.data, next(model.parameters()).device
-    # A small folder of images may have no test split; its pictures then show what training sees.
+    # A small folder of images may have no test split. The pictures then show training images.
     split = data.test_split if data.test_split in task.shards.manifest.splits else data.train_split
     batches = eval_loader(task.shards, data, split=split, batch=_IMAGES, limit=_IMAGES)
     images = next(iter(batches))["image"].to(device)
@@ -58,7 +58,7 @@ def _reconstructions(task: RiaeTask, model: RIAE) -> Tensor:
 
 
 def _samples(task: R2idTask, model: R2ID) -> Tensor:
-    """Tile the same samples at the codec's image size, half as high again, and twice as large."""
+    """Tile the same samples at the codec's image size, at 1.5 times its height, and at twice it."""
     config, facts = task.config, task.facts
     sampler = Sampler(
         model,
@@ -77,5 +77,6 @@ def _samples(task: R2idTask, model: R2ID) -> Tensor:
     rows = [
         tile(sampler.sample(labels, torch.arange(len(labels)), size), len(labels)) for size in sizes
     ]
+    # Rows differ in width: pad them with black (−1) on the right.
     widest = max(row.shape[2] for row in rows)
     return torch.cat([F.pad(row, (0, widest - row.shape[2]), value=-1.0) for row in rows], dim=1)

@@ -1,4 +1,4 @@
-"""A trace of some training steps, by torch's profiler."""
+"""Tracing some training steps with torch's profiler."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from r2id.training.callbacks.base import Callback
 from r2id.training.state import TrainState
 
 _SKIPPED, _WARM, _TRACED = 3, 2, 10
-"""Steps that are left alone, that the profiler warms up in, and that it traces."""
+"""Numbers of steps that the profiler skips, warms up in, and traces, one after the other."""
 
 
 class Profiling(Callback):
-    """Trace ten steps, after five for warming up, where the run was started with ``profile``.
+    """Trace ten steps, after five others, when the run was started with ``profile``.
 
     Every process writes RUN/profile/rank-R.json.gz, for chrome://tracing or
-    https://ui.perfetto.dev, and RUN/profile/rank-R.txt, the operations that took the longest.
+    https://ui.perfetto.dev, and RUN/profile/rank-R.txt, a table of the slowest operations.
     """
 
     def __init__(self) -> None:
@@ -47,15 +47,17 @@ class Profiling(Callback):
             return
         self.profile.stop()
         if not self.written and error is None:
+            # The profiler hands over its trace at the end, but only if it has begun to trace.
             least, best = _SKIPPED + _WARM + 1, _SKIPPED + _WARM + _TRACED
-            say(f"nothing was traced: that takes {least} steps, better {best}")
+            say(f"nothing was traced: tracing takes at least {least} steps, or {best} for all")
 
-    def _write(self, found: profile) -> None:
+    def _write(self, profiler: profile) -> None:
+        """Write the trace and the table; the profiler calls it when it has traced its steps."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file: Path = self.folder / f"rank-{dist.rank()}"
-        found.export_chrome_trace(f"{file}.json.gz")
-        on_gpu = ProfilerActivity.CUDA in found.activities
-        table = found.key_averages().table(
+        profiler.export_chrome_trace(f"{file}.json.gz")
+        on_gpu = ProfilerActivity.CUDA in profiler.activities
+        table = profiler.key_averages().table(
             sort_by="self_cuda_time_total" if on_gpu else "self_cpu_time_total",
             row_limit=40,
             max_name_column_width=60,

@@ -1,4 +1,4 @@
-"""How far a run is, for a person or for the pipeline that started it."""
+"""Showing how far a run is, to a person or to the pipeline that started it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of the moving averages, from which an average of any width is made after training."""
+"""Copies of the moving averages, from which averages of other widths are made after training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SNAPSHOTS_PER_RUN = 32
 
 
 class Snapshots(Callback):
-    """Keep the averages of ``train.ema_profiles`` in RUN/ema."""
+    """Save the averages of ``train.ema_profiles`` to RUN/ema, at intervals."""
 
     def post_step(self, state: TrainState) -> None:
         train = state.config.train

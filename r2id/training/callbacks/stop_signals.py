@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop at the end of a step, with everything saved."""
+"""Stopping at the end of a step, with everything saved, after SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from r2id.training.state import TrainState
 
 
 class StopSignals(Callback):
-    """Let a signal stop the run after the step in progress; a second SIGINT interrupts at once."""
+    """Stop the run after the step in which a signal comes; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received = False
 
     def pre_train(self, state: TrainState) -> None:
-        self.before = {
+        self.handlers = {  # those from before, to be put back at the end
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }
 
@@ -32,7 +32,7 @@ class StopSignals(Callback):
         state.stopping = stopping
 
     def close(self, state: TrainState, error: BaseException | None) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:

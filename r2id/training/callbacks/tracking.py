@@ -1,4 +1,4 @@
-"""MLflow's record of a run: parameters, losses and rates, and where its checkpoint is."""
+"""Recording a run in MLflow: its parameters, losses and rates, and where its checkpoint is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from r2id.training.tracking import NullTracker, Tracker
 
 
 class Tracking(Callback):
-    """Give the state its tracker, on rank 0, and record what is logged."""
+    """Give the state of rank 0 a tracker, and record the figures of logged steps."""
 
     def pre_train(self, state: TrainState) -> None:
         if dist.is_main():
@@ -33,20 +33,20 @@ class Tracking(Callback):
 
 
 def _start_tracker(state: TrainState) -> NullTracker:
-    """Begin or continue this run directory's MLflow run, whose id is kept beside the config."""
+    """Begin or continue the MLflow run of the run directory, which keeps its id in a file."""
     config, shards = state.config, state.task.shards
-    note = state.folder / "mlflow-run-id"
+    id_file = state.folder / "mlflow-run-id"
     return Tracker.start(
         config.tracking,
         run_name=state.folder.name,
         stage=config.stage,
         params=config.model_dump(mode="json"),
-        run_id=_known_run(note) if state.start else None,
+        run_id=_recorded_run_id(id_file) if state.start else None,
         tags={f"fact.{key}": str(value) for key, value in state.task.facts.items()},
         dataset=(shards.manifest.dataset, shards.digest, str(config.data.shards)),
-        note=note,
+        id_file=id_file,
     )
 
 
-def _known_run(note: Path) -> str | None:
-    return note.read_text().strip() if note.exists() else None
+def _recorded_run_id(id_file: Path) -> str | None:
+    return id_file.read_text().strip() if id_file.exists() else None

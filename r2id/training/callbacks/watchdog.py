@@ -1,6 +1,6 @@
-"""Ends a process that makes no progress, where it would hang for ever.
+"""Ending a process that makes no progress, which would otherwise hang for ever.
 
-A rank may wait for another that is stuck, or for a disk or a store that does not answer.
+It may wait for another rank that is stuck, or for a disk that does not answer.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import time
 from r2id.training.callbacks.base import Callback
 from r2id.training.state import TrainState
 
-_STDERR = 2  # by its number, whatever stands in for sys.stderr
+_STDERR = 2  # its file descriptor, because sys.stderr may be replaced by something without one
 
 
 class Watchdog(Callback):
     """End the process when ``train.stall_seconds`` pass within a step or within saving.
 
-    The stacks of all its threads go to stderr, and it exits with 1: a launcher then ends the other
-    ranks. The timer is a thread of the interpreter's own, which needs no lock of Python's and so
-    also ends code that never gives it back.
+    It prints the stacks of all threads to stderr and exits with 1; a launcher then ends the other
+    ranks. The timer is faulthandler's own thread, which needs no GIL, so that it also ends code
+    that never releases the GIL.
     """
 
     def __init__(self) -> None:

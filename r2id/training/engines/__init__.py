@@ -1,6 +1,7 @@
 """Engines: forward, backward and update behind one interface, in one process or in many.
 
-``LocalEngine`` is plain PyTorch in one process, ``DeepSpeedEngine`` is ZeRO in any number of them.
+``LocalEngine`` is plain PyTorch in one process, ``DeepSpeedEngine`` is ZeRO in any number of
+processes.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ def make_engine(
 ) -> Engine:
     """Make the engine that the config asks for.
 
-    Raises InputError when it does not fit the number of processes.
+    Raises InputError when that engine does not fit the number of processes.
     """
     if engine_kind(train, engine, world.world_size) == "deepspeed":
-        # DeepSpeed takes seconds to import, and a run in one process does without it.
+        # Imported here, because it takes seconds and a run in one process does without DeepSpeed.
         from r2id.training.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(module, optim, train, engine, world)

@@ -1,9 +1,10 @@
-"""What every engine does: state in and out by the model's own names, averages, clipping and AdamW.
+"""What all engines share: saving and loading state under the model's own names, averages, AdamW.
 
 An engine trains a *loss module*: ``module(**batch)`` returns (scalar loss, dict of detached
-figures), and ``module.model`` holds the trained weights. Masters, moments and averages are float32
-everywhere; bfloat16 is autocast of the forward pass. Each rank saves and loads its own share, so
-any engine at any number of ranks goes on from any other's checkpoint and none gathers the whole.
+figures), and ``module.model`` holds the trained weights. Masters, moments and averages are always
+float32; bfloat16 is used in the forward pass only. Each rank saves and loads its own share, so that
+any engine, with any number of ranks, can go on from any other's checkpoint, and no rank needs the
+memory for the whole state.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from r2id.training.ema import Ema, decays
 
 
 class Engine(ABC):
-    """What the training loop knows of an engine. In a job of many processes all call every method.
+    """The interface between the training loop and an engine.
 
-    An engine updates float32 *masters*: the weights themselves, or flat shares of them. Moments and
-    averages are laid out as the masters are, so that one list of pieces tells where each
-    parameter's elements are in all of them.
+    In a job of several processes every process calls every method. An engine updates float32
+    *masters*: the weights themselves, or flat shares of them. Moments and averages have the layout
+    of the masters, so that one list of pieces tells where a parameter's elements are in all three.
     """
 
     device: torch.device
@@ -59,19 +60,19 @@ class Engine(ABC):
 
     @abstractmethod
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
-        """Run one micro-batch that is on the device → (loss, figures)."""
+        """Run the forward pass of a micro-batch that is on the device → (loss, figures)."""
 
     @abstractmethod
     def backward(self, loss: Tensor, accumulation: int) -> None:
-        """Add a micro-batch's share, loss / accumulation, to the step's gradients."""
+        """Add the gradients of loss / accumulation to those of the step."""
 
     def step(self, lr: float, step: int) -> Tensor:
-        """Clip the gradients, then update the weights: optimizer step ``step`` (from 0).
+        """Clip the gradients and update the weights, in optimizer step ``step`` (from 0).
 
-        To be called after the step's last micro-batch. Returns the gradient norm before clipping, a
-        scalar on the device. A norm that is not finite never reaches the weights: NonFiniteError on
-        every rank, here or, on a GPU in one process, at the next call, before that does anything.
-        The engine is good for more steps afterwards.
+        Call it after the step's last micro-batch. Returns the gradient norm before clipping, a
+        scalar on the device. Gradients that are not finite never reach the weights: every rank
+        raises NonFiniteError, and the engine can make more steps afterwards. On a GPU in one
+        process, the error comes with the next call, before that call changes anything.
         """
         self.steps = step + 1
         for group in self.optimizer.param_groups:
@@ -79,7 +80,10 @@ class Engine(ABC):
         return self._update(step)
 
     def state(self) -> EngineState:
-        """Return this rank's share of the state: the very tensors that the next step changes."""
+        """Return this rank's share of the state.
+
+        Its tensors are not copies: the next step changes them.
+        """
         parts: dict[str, Slices] = {}
         for kind, prefix, values in self._tracked():
             parts.setdefault(kind, {}).update(cut(values, self._own(), self.shapes, prefix))
@@ -89,13 +93,13 @@ class Engine(ABC):
         return EngineState(parts, self.steps)
 
     def check(self, source: Source) -> None:
-        """Raise InputError when a state is another model's, or has other averages."""
+        """Raise InputError when a state belongs to another model or has other averages."""
         kinds = {"optimizer": tuple(f"{moment}." for moment in MOMENTS), "model": ("",)}
         check_fits(source, kinds | dict.fromkeys(self.ema.averages, ("",)), self.shapes, self.model)
 
     @torch.no_grad()
     def load(self, source: Source) -> None:
-        """Take over a state that fits; each rank reads what it holds."""
+        """Load a state that has passed ``check``; each rank reads what it holds."""
         for kind, prefix, values in self._tracked():
             fill(values, self.layout, source, kind, prefix)
         for master in self.masters:
@@ -106,9 +110,9 @@ class Engine(ABC):
 
     @torch.no_grad()
     def load_weights(self, source: Source, kind: str) -> None:
-        """Begin with the weights of a kind (``model``, ``ema``) of another run, which must fit.
+        """Load one kind of weights (``model`` or ``ema``) of another run, which must fit.
 
-        Averages begin there too. Moments and steps stay those of a run that has not begun.
+        The averages begin with the same weights. Moments and steps stay as they are at step 0.
         """
         for values in (self.masters, *self.ema.averages.values()):
             fill(values, self.layout, source, kind)
@@ -119,11 +123,12 @@ class Engine(ABC):
     def ema_state(self) -> Tensors | None:
         """Gather the averaged weights that sampling uses, with the model's buffers.
 
-        Whole, on rank 0's CPU; None on the other ranks, which must call it too.
+        Returns whole tensors on the CPU of rank 0, and None on other ranks, which must call it too.
         """
         pieces = {piece.name: piece for piece in self.layout}
         averages: Tensors = {}
         for name, shape in self.shapes.items():
+            # One parameter at a time, so that no rank's device holds the whole model once more.
             full = torch.zeros(math.prod(shape), device=self.device)
             if name in pieces:
                 piece = pieces[name]
@@ -134,12 +139,12 @@ class Engine(ABC):
         return {**averages, **buffers(self.model)} if dist.is_main() else None
 
     def _track_masters(self, train: TrainConfig) -> None:
-        """Make the moments and averages of the masters: the last thing that a constructor does."""
+        """Make the moments and averages of the masters; constructors call it at their end."""
         fill_moments(self.optimizer, self.masters)
         self.ema = Ema(self.masters, decays(train))
 
     def _tracked(self) -> list[tuple[str, str, list[Tensor]]]:
-        """List all that is saved: (kind, prefix of the names, tensors laid out as the masters)."""
+        """List what is saved → (kind, prefix of names, tensors with the layout of the masters)."""
         state = self.optimizer.state
         moments = [
             ("optimizer", f"{moment}.", [state[master][moment] for master in self.masters])
@@ -149,39 +154,41 @@ class Engine(ABC):
         return [("model", "", self.masters), *moments, *averages]
 
     def _own(self) -> list[Piece]:
-        """Return the pieces that this rank saves: each parameter's elements are saved once."""
+        """Return the pieces that this rank saves, so that every element is saved by one rank."""
         return self.layout[dist.rank() :: dist.world_size()] if self._replicated() else self.layout
 
     def _set_buffers(self, source: Source, kind: str) -> None:
         shapes = source.shapes(kind)
-        held = {name: source.read(kind, name).view(shapes[name]) for name in buffers(self.model)}
-        self.model.load_state_dict(held, strict=False)
+        values = {name: source.read(kind, name).view(shapes[name]) for name in buffers(self.model)}
+        self.model.load_state_dict(values, strict=False)  # not strict: there are no parameters
 
     @abstractmethod
     def _update(self, step: int) -> Tensor:
-        """Clip the gradients, update the masters and forget the gradients; see ``step``."""
+        """Clip the gradients, update the masters and drop the gradients; see ``step``."""
 
     @abstractmethod
     def _replicated(self) -> bool:
-        """Tell whether every rank holds everything."""
+        """Tell whether every rank holds all masters, rather than a share of them."""
 
     @abstractmethod
     def _set_weights(self, source: Source, kind: str) -> None:
-        """Set the weights that the forward pass uses, where they are not the masters."""
+        """Set the weights of the forward pass, where they are not the masters themselves."""
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Make an AdamW (Loshchilov & Hutter 2019) that decays matrices alone.
+    """Make AdamW (Loshchilov & Hutter 2019) with weight decay for matrices only.
 
-    Norms, biases and embeddings are left as they are.
+    Parameters of norms, biases and embeddings do not decay.
     """
-    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or id(parameter) in embeddings
-            (others if plain else decayed).append(parameter)
+            exempt = parameter.ndim < 2 or id(parameter) in embeddings
+            (others if exempt else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -194,7 +201,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 def fill_moments(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor]) -> None:
     """Give every tensor its Adam state before the first step.
 
-    Torch makes it at that step only, and a state is to be loaded or saved before.
+    Torch makes it in the first step, which is too late for loading and saving a state before that.
     """
     for tensor in tensors:
         optimizer.state[tensor] = {
@@ -213,7 +220,7 @@ def trained_model(module: nn.Module) -> nn.Module:
 
 
 def raise_unless_finite(norm: float, step: int) -> None:
-    """Raise NonFiniteError for the gradient norm of a step that is infinite or not a number."""
+    """Raise NonFiniteError when the gradient norm of a step is infinite or not a number."""
     if not math.isfinite(norm):
         raise NonFiniteError(
             f"step {step}: the gradient norm is {norm}; stopped before the update, the last "

@@ -1,6 +1,7 @@
-"""Training in many processes by DeepSpeed.
+"""Training in any number of processes with DeepSpeed's ZeRO.
 
-ZeRO at stages 0 to 3: Rajbhandari et al. 2020, arXiv:1910.02054.
+Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+arXiv:1910.02054.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from r2id.training.engines.settings import deepspeed_config
 class DeepSpeedEngine(Engine):
     """DeepSpeed's ZeRO at stages 0 to 3, for any number of processes.
 
-    Its masters are the weights themselves (0), or this rank's flat share of them (1 to 3), in
-    float32 also where the forward pass takes bfloat16 weights (2 and 3).
+    Its masters are the weights themselves (stage 0), or this rank's flat share of them (1 to 3).
+    They are float32 even where the forward pass uses bfloat16 weights (2 and 3).
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class DeepSpeedEngine(Engine):
         )
         self.masters = self._find_masters()
         self.layout = self._find_layout()
-        if exact:  # DeepSpeed made its masters of weights that it had rounded
+        if exact:  # DeepSpeed has made its masters from weights that it had rounded to bfloat16
             for piece in self.layout:
                 values = exact[piece.name].flatten()[piece.start : piece.start + piece.count]
                 piece.of(self.masters).detach().copy_(values)
@@ -67,6 +68,7 @@ class DeepSpeedEngine(Engine):
         self._track_masters(train)
 
     def _find_masters(self) -> list[Tensor]:
+        """Find the float32 tensors that DeepSpeed updates on this rank."""
         if self.stage == 0:
             return list(self.names.values())
         zero = self.deepspeed.optimizer
@@ -77,7 +79,7 @@ class DeepSpeedEngine(Engine):
         )
 
     def _find_layout(self) -> list[Piece]:
-        """Find where DeepSpeed has put this rank's share of each parameter, if it has any."""
+        """Find where this rank's share of each parameter is in its masters, if it has one."""
         if self.stage == 0:
             return whole_layout(self.shapes)
         find = self._partition_piece if self.stage == 3 else self._group_piece
@@ -85,16 +87,21 @@ class DeepSpeedEngine(Engine):
         return [piece for piece in pieces if piece.count > 0]
 
     def _partition_piece(self, name: str, parameter: Tensor) -> Piece:
-        """Stage 3: every rank has an equal share of each parameter, and the last may be short."""
+        """Find a parameter's piece at stage 3, where ranks share each parameter equally.
+
+        The last shares may be shorter or empty.
+        """
         zero, size = self.deepspeed.optimizer, math.prod(self.shapes[name])
         master, offset, share = zero.grad_position[zero.get_param_id(parameter)]
         start, end = share * dist.rank(), min(share * (dist.rank() + 1), size)
         return Piece(name, start, end - start, master, offset)
 
     def _group_piece(self, name: str, parameter: Tensor) -> Piece:
-        """Stages 1 and 2: a group of parameters is one flat tensor, of which each rank has a part.
+        """Find a parameter's piece at stages 1 and 2, where ranks share flat tensors of parameters.
 
-        Found by addresses, because DeepSpeed's own table of fragments is wrong in round robin.
+        There is one flat tensor for each group of the optimizer's parameters. The place in it is
+        found by addresses, because DeepSpeed's own table of fragments is wrong when its
+        ``round_robin_gradients`` is on.
         """
         groups, address = self.deepspeed.optimizer.bit16_groups_flat, parameter.data_ptr()
         master = next(
@@ -102,10 +109,12 @@ class DeepSpeedEngine(Engine):
             for number, flat in enumerate(groups)
             if 0 <= address - flat.data_ptr() < flat.nbytes
         )
-        at = (address - groups[master].data_ptr()) // parameter.element_size()
-        part = self.masters[master].numel()
-        first = part * dist.rank() - at  # the element of the parameter where the part begins
-        start, end = max(0, first), min(parameter.numel(), first + part)
+        offset = (address - groups[master].data_ptr()) // parameter.element_size()
+        share = self.masters[master].numel()
+        # This rank's share of the flat tensor begins at this element of the parameter; before it
+        # where the number is negative.
+        first = share * dist.rank() - offset
+        start, end = max(0, first), min(parameter.numel(), first + share)
         return Piece(name, start, end - start, master, start - first)
 
     def _replicated(self) -> bool:
@@ -117,7 +126,8 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor, accumulation: int) -> None:
         if accumulation != self.accumulation:
             raise ValueError(
-                f"accumulation {accumulation}, and DeepSpeed was told {self.accumulation}"
+                f"accumulation = {accumulation}: must be {self.accumulation}, for which "
+                "DeepSpeed was configured"
             )
         self.deepspeed.backward(loss)  # divides by the accumulation
         self.micro_steps += 1
@@ -125,8 +135,8 @@ class DeepSpeedEngine(Engine):
             self.deepspeed.step()  # counts the micro-batch; it updates at the last one only
 
     def _update(self, step: int) -> Tensor:
-        # Stage 0 would apply a gradient that is not finite. The others skip the step and go on,
-        # for ever if it lasts.
+        # At stage 0 DeepSpeed would apply a gradient that is not finite, so that it is checked
+        # before. At the other stages it skips the step by itself, without an error.
         norm = self._clip(step) if self.stage == 0 else None
         self.deepspeed.step()
         if norm is None:
@@ -136,11 +146,11 @@ class DeepSpeedEngine(Engine):
         return norm
 
     def _clip(self, step: int) -> Tensor:
-        """Clip at stage 0, whose gradients are whole and averaged on every rank by now."""
+        """Clip the gradients at stage 0, where every rank has them whole and averaged by now."""
         norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
         if not math.isfinite(float(norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            self.deepspeed.micro_steps += 1  # which its step would have counted, and goes by
+            self.deepspeed.micro_steps += 1  # its own step, which is not called now, would count
         raise_unless_finite(float(norm), step)
         clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
         return norm
@@ -159,9 +169,10 @@ class DeepSpeedEngine(Engine):
 
 
 class _Autocast(nn.Module):
-    """A module under autocast.
+    """Runs a module under autocast.
 
-    DeepSpeed's own autocast also reduces the gradients of linear layers in bfloat16.
+    DeepSpeed's own autocast is not used, because it also reduces the gradients of linear layers in
+    bfloat16.
     """
 
     def __init__(self, module: nn.Module, device_type: str, bfloat16: bool) -> None:
@@ -174,15 +185,16 @@ class _Autocast(nn.Module):
 
 
 def _import_deepspeed(world: World) -> Any:
-    """Import DeepSpeed, on this job's device and process group, with its messages on stderr."""
-    # DeepSpeed calls functions that newer torch has renamed: nothing that a user can act on.
+    """Import DeepSpeed and have it use this job's device and process group."""
+    # DeepSpeed calls functions that newer versions of torch have renamed; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     dist.init_group(world)
-    with redirect_stdout(sys.stderr):  # its logger keeps the stream that it finds at import
+    # Its logger writes to the stdout that it finds at import, and stdout is for results.
+    with redirect_stdout(sys.stderr):
         import deepspeed
-    # Shared memory serves its inference only, and would be compiled at the first start.
+    # This extension serves inference only, and would be compiled at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False

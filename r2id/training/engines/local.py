@@ -1,6 +1,6 @@
-"""Training in one process by plain PyTorch, on a CPU or a GPU.
+"""Training in one process with plain PyTorch, on a CPU or a GPU.
 
-Needs neither compiler nor process group.
+It needs neither a compiler nor a process group.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class LocalEngine(Engine):
         self.guard.check()
         norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
         clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
-        # The fused update reads this flag on the device and does nothing where it is 1, which is
-        # the protocol of torch's GradScaler. So no host has to wait for the norm.
+        # torch's fused AdamW reads ``found_inf`` on the device and changes nothing where it is 1
+        # (the protocol of torch's GradScaler), so that the host need not wait for the norm.
         setattr(self.optimizer, "found_inf", self.guard.watch(norm, step))  # noqa: B010
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cpu":  # nothing runs behind: no reason to wait for the next call
+        if self.device.type == "cpu":  # the norm is there already
             self.guard.check()
         return norm
 
@@ -66,10 +66,10 @@ class LocalEngine(Engine):
 
 
 class _FiniteGuard:
-    """Watch gradient norms without making the host wait for the GPU.
+    """Checks gradient norms without making the host wait for the GPU.
 
-    A norm is copied to the host while later work is queued, and read at the next step. Until then
-    the flag on the device keeps a norm that is not finite from the weights.
+    A norm is copied to the host in the background and checked there at the next step. Meanwhile a
+    flag on the device keeps gradients that are not finite from the weights.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class _FiniteGuard:
         self.step: int | None = None
 
     def watch(self, norm: Tensor, step: int) -> Tensor:
-        """Note the norm of a step; return a flag on the device, 1.0 where it is not finite."""
+        """Start copying a step's norm; return a flag on the device, 1.0 if it is not finite."""
         self.norm.copy_(norm, non_blocking=True)
         self.step = step
         if self.copied is not None:
@@ -87,7 +87,7 @@ class _FiniteGuard:
         return torch.logical_not(torch.isfinite(norm)).float()
 
     def check(self) -> None:
-        """Raise NonFiniteError when the norm noted last is not finite."""
+        """Raise NonFiniteError, once, when the last norm that was watched is not finite."""
         if self.step is None:
             return
         if self.copied is not None:

@@ -1,4 +1,4 @@
-"""Which engine a config means for a number of processes, and DeepSpeed's configuration."""
+"""Choosing an engine for a number of processes, and computing DeepSpeed's configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OWNERS = {
     "torch_autocast": "train.precision",
     "data_types": "train.precision",
 }
-"""Key of DeepSpeed's configuration → the setting of a run that it is computed from."""
+"""Keys of DeepSpeed's configuration that may not be set, and the settings that decide them."""
 
 _OFFLOADED = {
     "none": (),
@@ -33,7 +33,7 @@ _OFFLOADED = {
 def engine_kind(
     train: TrainConfig, engine: EngineConfig, world_size: int
 ) -> Literal["local", "deepspeed"]:
-    """Return the kind of engine that this number of processes trains with."""
+    """Return the kind of engine for this number of processes."""
     if engine.kind == "auto":
         return "local" if world_size == 1 and train.precision != "bfloat16_weights" else "deepspeed"
     return engine.kind
@@ -44,16 +44,17 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Compute DeepSpeed's configuration for a model with this number of parameters.
 
-    ``engine.deepspeed`` is merged over it; InputError where that sets what another setting owns.
+    ``engine.deepspeed`` is merged over it. Raises InputError when it has a key that another setting
+    decides.
     """
     _refuse_owned(engine.deepspeed)
-    # The default allocates 2 GB at once, whatever the model. DeepSpeed asks for a multiple of its
-    # alignment.
+    # DeepSpeed's default bucket takes 2 GB however small the model is. This one is at most as large
+    # as the model, rounded up because DeepSpeed wants a multiple of its alignment.
     bucket = min(math.ceil(parameters / 1024) * 1024, 50_000_000)
     computed = {
         "train_micro_batch_size_per_gpu": micro_batch_size(train, world_size),
         "gradient_accumulation_steps": accumulation(train, world_size),
-        # Unset it would be 1. At stage 0 the engine clips itself (DeepSpeedEngine._clip).
+        # DeepSpeed's default is 1. At stage 0 the engine clips by itself (DeepSpeedEngine._clip).
         "gradient_clipping": optim.clip if engine.zero_stage else 0.0,
         "zero_optimization": {
             "stage": engine.zero_stage,
@@ -61,13 +62,13 @@ def deepspeed_config(
             "allgather_bucket_size": bucket,
             **{key: {"device": "cpu", "pin_memory": True} for key in _OFFLOADED[engine.offload]},
         },
-        # With offload, too, the update is torch's fused AdamW, as everywhere else.
+        # With offload, too, use torch's fused AdamW as everywhere else, and not DeepSpeed's own.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
     if train.precision == "bfloat16_weights":
-        # Left to itself, DeepSpeed would add up and reduce the gradients of bfloat16 weights in
-        # bfloat16.
+        # By default DeepSpeed would accumulate and reduce the gradients of bfloat16 weights in
+        # bfloat16, which loses small contributions.
         computed |= {
             "bf16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "fp32"},
@@ -77,6 +78,7 @@ def deepspeed_config(
 
 
 def _refuse_owned(deepspeed: dict[str, Any]) -> None:
+    """Raise InputError for the first key that another setting decides."""
     for key, owner in _OWNERS.items():
         if key in deepspeed:
             raise InputError(f"engine.deepspeed.{key}: is computed; set it by {owner}")
@@ -88,10 +90,10 @@ def _refuse_owned(deepspeed: dict[str, Any]) -> None:
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Merge nested tables key by key; where both have a value, take that of ``over``."""
-    both = {
+    merged = {
         key: _merge(under[key], value)
         if isinstance(value, dict) and isinstance(under.get(key), dict)
         else value
         for key, value in over.items()
     }
-    return {**under, **both}
+    return {**under, **merged}

@@ -1,8 +1,9 @@
-"""Experiment tracking: the only package that imports mlflow, and only rank 0 has a Tracker.
+"""Experiment tracking: the only package that imports mlflow. Only rank 0 has a Tracker.
 
-``tracker.py`` records from a training run without ever stopping or slowing it · ``store.py`` opens
-runs in MLflow · ``pipeline.py`` opens and closes the run that a pipeline's stages are children of ·
-``facts.py`` makes a run's parameters and tags.
+* ``tracker.py``: records a training run without ever stopping or slowing it
+* ``store.py``: opens runs in MLflow
+* ``pipeline.py``: opens and closes the run of a pipeline, whose stages are its child runs
+* ``facts.py``: a run's parameters and tags
 """
 
 from r2id.training.tracking.tracker import PARENT_VARIABLE, NullTracker, Status, Tracker

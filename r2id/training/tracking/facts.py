@@ -1,4 +1,4 @@
-"""What is recorded of a run beside its figures: its parameters and the commit of its code."""
+"""Facts that are recorded of a run beside its figures: its parameters and its code's commit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Turn nested dictionaries into one of ``section.key`` → text."""
+    """Turn nested dictionaries into one flat one: ``section.key`` → the value as text."""
     flat: dict[str, str] = {}
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
@@ -20,7 +20,8 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def git_tags() -> dict[str, str]:
-    """Return the commit of the checkout that this file belongs to; nothing when it is installed."""
+    """Return the commit of the checkout that this file belongs to; {} for an installed package."""
+    here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -31,9 +32,9 @@ def git_tags() -> dict[str, str]:
             timeout=10,
         ).stdout.strip()
 
-    here = Path(__file__).resolve()
     try:
-        # An installed copy may lie within someone else's checkout: git must know this very file.
+        # An installed copy may lie in another project's checkout, so ask whether git knows this
+        # file.
         git("ls-files", "--error-unmatch", here.name)
         dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
         return {

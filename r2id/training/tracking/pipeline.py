@@ -1,8 +1,8 @@
-"""The MLflow run of a pipeline, which its stages are child runs of.
+"""The MLflow run of a pipeline; the runs of its stages are child runs of it.
 
-``python -m r2id.training.tracking.pipeline begin|end`` takes its order as JSON on stdin and prints
-the run's id. A pipeline starts it as a process, because a pipeline itself imports no mlflow; its
-training stages find the run's id in the variable R2ID_PARENT_RUN.
+``python -m r2id.training.tracking.pipeline begin|end`` reads a request as JSON from stdin and
+prints the run's id. A pipeline runs it in a process of its own, because pipelines import no mlflow.
+Its training stages find the run's id in the environment variable R2ID_PARENT_RUN.
 """
 
 from __future__ import annotations
@@ -26,27 +26,31 @@ if TYPE_CHECKING:
 _MAX_METRICS_PER_BATCH = 1000  # limit of MLflow's own stores
 
 
-def begin_pipeline(order: Mapping[str, Any]) -> str:
-    """Begin the run of a pipeline, or continue ``order["run"]``; return its id.
+def begin_pipeline(request: Mapping[str, Any]) -> str:
+    """Begin the run of a pipeline, or continue ``request["run"]``; return its id.
 
-    ``order`` also has experiment, name and params.
+    ``request`` also has experiment, name and params.
     """
     tags = {"stage": "pipeline", **git_tags()}
     opening = RunOpening(
-        order["experiment"], order["name"], flatten(order["params"]), tags, run_id=order["run"]
+        request["experiment"],
+        request["name"],
+        flatten(request["params"]),
+        tags,
+        run_id=request["run"],
     )
     return opening.open(connect())[0]
 
 
-def end_pipeline(order: Mapping[str, Any]) -> str:
-    """End the run of a pipeline and record the stages that do not track themselves.
+def end_pipeline(request: Mapping[str, Any]) -> str:
+    """End the run of a pipeline, and record the stages that do not record themselves.
 
-    ``order`` has run, status and stages. Each stage has name, params, metrics and artifacts
+    ``request`` has run, status and stages. Each stage has name, params, metrics and artifacts
     (paths), and becomes a child run. Its metrics are recorded in the pipeline's own run too.
     """
     client = connect()
-    parent = client.get_run(order["run"])
-    for stage in order["stages"]:
+    parent = client.get_run(request["run"])
+    for stage in request["stages"]:
         child = _open_child(client, parent, stage)
         for run_id in (child, parent.info.run_id):
             _log_numbers(client, run_id, stage["metrics"])
@@ -54,14 +58,14 @@ def end_pipeline(order: Mapping[str, Any]) -> str:
             record = client.log_artifacts if path.is_dir() else client.log_artifact
             record(child, str(path))
         client.set_terminated(child)
-    client.set_terminated(parent.info.run_id, order["status"])
+    client.set_terminated(parent.info.run_id, request["status"])
     return parent.info.run_id
 
 
 def _open_child(client: MlflowClient, parent: Any, stage: Mapping[str, Any]) -> str:
-    """Open a stage's run: the one that an earlier start of the pipeline made, else a new one."""
+    """Open a stage's run: the one from an earlier start of the pipeline, or else a new one."""
     parent_id, name = parent.info.run_id, stage["name"]
-    known = client.search_runs(
+    existing = client.search_runs(
         [parent.info.experiment_id],
         max_results=1,
         filter_string=f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.stage = '{name}'",
@@ -71,25 +75,25 @@ def _open_child(client: MlflowClient, parent: Any, stage: Mapping[str, Any]) -> 
         name,
         flatten(stage["params"]),
         {"stage": name, "mlflow.parentRunId": parent_id, **git_tags()},
-        run_id=known[0].info.run_id if known else None,
+        run_id=existing[0].info.run_id if existing else None,
     )
     return opening.open(client)[0]
 
 
 def _log_numbers(client: MlflowClient, run_id: str, table: Mapping[str, Any]) -> None:
-    """Record what in a nested table is a number, under names that MLflow allows."""
+    """Record the numbers of a nested table, under names that MLflow allows."""
     from mlflow.entities import Metric
 
     now, numbers = int(time.time() * 1000), {}
     for key, text in flatten(table).items():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # raised by text that is no number
             numbers[re.sub(r"[^\w./ -]", "_", key)] = float(text)
     metrics = [Metric(key, value, now, 0) for key, value in numbers.items()]
     client.log_batch(run_id, metrics=metrics[:_MAX_METRICS_PER_BATCH])
 
 
 def main() -> int:
-    """Do the order on stdin; return the exit code, 1 when MLflow cannot do it."""
+    """Carry out the request on stdin; return the exit code: 0, or 1 when MLflow fails."""
     try:
         print({"begin": begin_pipeline, "end": end_pipeline}[sys.argv[1]](json.load(sys.stdin)))
         return 0

@@ -1,4 +1,4 @@
-"""The MLflow store: how it is reached, and how a run in it is opened."""
+"""The MLflow store: reaching it, and opening a run in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _DEFAULT_STORE = "sqlite:///mlflow.db"
-_MAX_PARAM_LENGTH = 500  # limits of MLflow's own stores
+# Limits of MLflow's own stores.
+_MAX_PARAM_LENGTH = 500
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_DIGEST_LENGTH = 36
 
@@ -25,7 +26,8 @@ def store_uri() -> str:
 def connect() -> MlflowClient:
     """Make a client of the store.
 
-    It neither phones home nor waits minutes for a dead server, unless the user says so.
+    Unless environment variables say otherwise, it sends no telemetry, and gives up on a dead server
+    within seconds rather than minutes.
     """
     for name, value in {
         "DO_NOT_TRACK": "true",
@@ -38,33 +40,33 @@ def connect() -> MlflowClient:
 
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow"):  # pages of migrations at the first start
+    for name in ("alembic", "mlflow"):  # they log pages of migrations at the first start
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=store_uri())
 
 
 @dataclass
 class RunOpening:
-    """How a run begins or is continued; kept until the store can be reached."""
+    """What is needed to begin or continue a run, kept until the store can be reached."""
 
     experiment: str
     name: str
     params: Mapping[str, str]
     tags: Mapping[str, str]
     dataset: tuple[str, str, str] | None = None
-    """Name, digest and place."""
+    """Its name, digest and location."""
     run_id: str | None = None
-    """The run to continue, where it still exists."""
+    """The run to continue, if it still exists."""
 
     def open(self, client: MlflowClient) -> tuple[str, dict[str, int]]:
-        """Return the run's id, and for each metric the last step that it already has."""
-        # Kept at once, so that another try after a failure below goes on with the run just created.
+        """Begin or continue the run → (its id, the last recorded step of each of its metrics)."""
+        # Kept at once: after a failure below, the next attempt must not create a second run.
         run_id = self.run_id = self._existing(client) or self._create(client)
         run = client.get_run(run_id)
         client.update_run(run_id, status="RUNNING", name=self.name)
         for key, value in self.tags.items():
             client.set_tag(run_id, key, value)
-        self._log_params(client, run_id, known=run.data.params)
+        self._log_params(client, run_id, recorded=run.data.params)
         if self.dataset and not (run.inputs and run.inputs.dataset_inputs):
             self._log_dataset(client, run_id, *self.dataset)
         last = {
@@ -74,6 +76,7 @@ class RunOpening:
         return run_id, last
 
     def _existing(self, client: MlflowClient) -> str | None:
+        """Return the id of the run to continue; None when there is none or it was deleted."""
         from mlflow.exceptions import MlflowException
 
         if self.run_id is None:
@@ -87,13 +90,14 @@ class RunOpening:
         return self.run_id if run.info.lifecycle_stage == "active" else None
 
     def _create(self, client: MlflowClient) -> str:
+        """Create a run, and its experiment if need be; return the run's id."""
         from mlflow.exceptions import MlflowException
 
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
             try:
                 experiment_id = client.create_experiment(self.experiment)
-            except MlflowException:  # another process was faster
+            except MlflowException:  # another process may have created it meanwhile
                 experiment = client.get_experiment_by_name(self.experiment)
                 if experiment is None:
                     raise
@@ -101,32 +105,32 @@ class RunOpening:
             experiment_id = experiment.experiment_id
         return client.create_run(experiment_id, run_name=self.name).info.run_id
 
-    def _log_params(self, client: MlflowClient, run_id: str, known: Mapping[str, str]) -> None:
+    def _log_params(self, client: MlflowClient, run_id: str, recorded: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        # A parameter cannot change in MLflow; a continued run keeps those of its beginning.
+        # MLflow refuses to change a parameter, so that a continued run keeps its first values.
         params = [
             Param(key, value[:_MAX_PARAM_LENGTH])
             for key, value in self.params.items()
-            if key not in known
+            if key not in recorded
         ]
         for begin in range(0, len(params), _MAX_PARAMS_PER_BATCH):
             client.log_batch(run_id, params=params[begin : begin + _MAX_PARAMS_PER_BATCH])
 
     def _log_dataset(
-        self, client: MlflowClient, run_id: str, name: str, digest: str, place: str
+        self, client: MlflowClient, run_id: str, name: str, digest: str, location: str
     ) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source = json.dumps({"uri": place})
+        source = json.dumps({"uri": location})
         dataset = Dataset(
             name=name, digest=digest[:_MAX_DIGEST_LENGTH], source_type="local", source=source
         )
-        used = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
-        client.log_inputs(run_id, datasets=[used])
-        client.set_tag(run_id, "dataset.digest", digest)
+        dataset_input = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+        client.log_inputs(run_id, datasets=[dataset_input])
+        client.set_tag(run_id, "dataset.digest", digest)  # in full
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its type where it says nothing."""
+    """Return the first line of an error's message, or its type when the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

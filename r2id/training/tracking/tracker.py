@@ -1,7 +1,7 @@
 """The tracker of a training run.
 
-Everything is recorded by one background thread, in order. When the store cannot be reached the
-entries wait and are tried again, with one warning: a tracker never stops or slows the training.
+One background thread records everything, in order. When the store cannot be reached, it warns once,
+and the entries wait and are tried again: a tracker never stops or slows the training.
 """
 
 from __future__ import annotations
@@ -26,40 +26,41 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PARENT_VARIABLE = "R2ID_PARENT_RUN"
+"""Environment variable with the id of the MLflow run that a new run is a child of."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _START_SECONDS = 60.0  # a new SQLite store takes a few seconds to create its tables
 _FINISH_SECONDS = 20.0
 _KILLED_SECONDS = 4.0  # a scheduler that has sent SIGTERM does not wait for long
-_LONGEST_PAUSE = 30.0
+_LONGEST_PAUSE = 30.0  # seconds between attempts
 
 
 class NullTracker:
-    """Records nothing: tracking switched off, and every rank but the first."""
+    """Records nothing. Used where tracking is switched off, and on every rank but the first."""
 
     run_id: str | None = None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step, but no step that an earlier process of the run recorded."""
+        """Record numbers at a step, unless an earlier process of the run has recorded that step."""
 
     def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
-        """Record a picture: a file, or uint8 [H,W] or [H,W,C].
+        """Record a picture: a file, an image, or an array uint8 [H, W] or [H, W, C].
 
-        The same name and step replace the earlier one.
+        It replaces an earlier picture of the same name and step.
         """
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Record a file, or a folder with all that it holds."""
+        """Record a file, or a folder with all its files."""
 
     def tag(self, name: str, value: str) -> None:
         """Record a fact that may change during the run, such as where the last checkpoint is."""
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Record the end and wait for what is still unrecorded, for a limited time."""
+        """Record how the run ended, and wait a limited time until everything is recorded."""
 
 
 class Tracker(NullTracker):
-    """A run in MLflow. ``run_id`` is none as long as the store could not be reached."""
+    """A run in MLflow. ``run_id`` is None until the store has been reached."""
 
     @classmethod
     def start(
@@ -73,14 +74,14 @@ class Tracker(NullTracker):
         dataset: tuple[str, str, str] | None = None,
         run_id: str | None = None,
         parent_id: str | None = None,
-        note: Path | None = None,
+        id_file: Path | None = None,
     ) -> NullTracker:
         """Begin a run, or continue ``run_id`` when that run still exists.
 
-        params: a config as nested dictionaries, recorded as ``section.key``. dataset: its name,
-        digest and place. parent_id: the run that this one is a child of; without it the one in
-        R2ID_PARENT_RUN, if any. note: a file that is to hold the run's id as soon as there is one,
-        however late the store is reached.
+        ``params`` is a config as nested dictionaries, recorded as ``section.key``. ``dataset`` is
+        its name, digest and location. ``parent_id`` is the run that this one is a child of, by
+        default the one in R2ID_PARENT_RUN, if any. The run's id is written to ``id_file`` as soon
+        as it is known, however late the store is reached.
         """
         if not config.enabled:
             return NullTracker()
@@ -89,12 +90,12 @@ class Tracker(NullTracker):
         if parent_id:
             tags["mlflow.parentRunId"] = parent_id
         name, params = config.name or run_name, flatten(params or {})
-        return cls(RunOpening(config.experiment, name, params, tags, dataset, run_id), note)
+        return cls(RunOpening(config.experiment, name, params, tags, dataset, run_id), id_file)
 
-    def __init__(self, opening: RunOpening, note: Path | None = None) -> None:
+    def __init__(self, opening: RunOpening, id_file: Path | None = None) -> None:
         self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._client: MlflowClient | None = None
-        self._note = note
+        self._id_file = id_file
         self._last_step: dict[str, int] = {}
         self._warned = False
         self._deadline = math.inf
@@ -112,8 +113,8 @@ class Tracker(NullTracker):
         self._jobs.put(lambda: self._log_metrics(numbers, step, now))
 
     def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
-        # Decoded now, because the caller may change the array or the file before the thread comes
-        # to it.
+        # Copied now, because the caller may change the array or the file before the thread records
+        # it.
         image, file = _as_image(picture), f"{name}/{step:08d}.png"
         self._jobs.put(lambda: self._store().log_image(self._run(), image, artifact_file=file))
 
@@ -135,7 +136,7 @@ class Tracker(NullTracker):
         limit = _KILLED_SECONDS if status == "KILLED" else _FINISH_SECONDS
         self._deadline = time.monotonic() + limit
         self._closing.set()
-        self._thread.join(limit + 1.0)  # and not for an attempt that hangs
+        self._thread.join(limit + 1.0)  # no longer, even if an attempt hangs
         unrecorded = self._jobs.qsize()
         if unrecorded or self._thread.is_alive():
             say(f"tracking: {max(unrecorded, 1)} entries could not be recorded and are lost")
@@ -151,8 +152,8 @@ class Tracker(NullTracker):
     def _open(self, opening: RunOpening) -> None:
         self._client = self._client or connect()
         run_id, self._last_step = opening.open(self._client)
-        if self._note is not None:
-            self._note.write_text(run_id + "\n")
+        if self._id_file is not None:
+            self._id_file.write_text(run_id + "\n")
         self.run_id = run_id
 
     def _log_metrics(self, values: Mapping[str, float], step: int, now: int) -> None:
@@ -167,15 +168,15 @@ class Tracker(NullTracker):
             self._store().log_batch(self._run(), metrics=fresh)
 
     def _work(self) -> None:
-        """Do the jobs in order: what the thread runs, until ``finish`` ends it."""
+        """Do the jobs in order until ``finish`` ends it. The thread runs this method."""
         while (job := self._jobs.get()) is not None:
             if not self._attempt(job):
-                # Put back for the count of what is lost; the process is about to end.
+                # Put back, so that ``finish`` counts it as lost. The process is about to end.
                 self._jobs.put(job)
                 return
 
     def _attempt(self, job: Callable[[], object]) -> bool:
-        """Do a job, again and again until it is done; false when the time to finish is over."""
+        """Try a job until it is done → True, or until the time to finish is over → False."""
         pause = 1.0
         while True:
             try:
@@ -191,7 +192,7 @@ class Tracker(NullTracker):
             if time.monotonic() > self._deadline:
                 return False
             if self._closing.wait(pause):
-                time.sleep(1.0)
+                time.sleep(1.0)  # ``wait`` returns at once from now on; keep trying every second
             else:
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -214,7 +215,7 @@ def _as_image(picture: Path | Image | np.ndarray) -> Image:
 
 
 def _hopeless(error: Exception) -> bool:
-    """Tell whether trying again cannot help: the entry itself is wrong, not the store."""
+    """Tell whether trying again is of no use, because the entry is wrong and not the store."""
     if isinstance(error, (FileNotFoundError, IsADirectoryError, TypeError, ValueError)):
         return True
     return getattr(error, "error_code", None) in (
