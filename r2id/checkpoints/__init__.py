@@ -1,18 +1,25 @@
-"""Checkpoints and exported models: safetensors and JSON, read without running code from them.
+"""Checkpoints and exported models: safetensors and JSON, so that reading them runs no code.
 
-A checkpoint is a folder that is complete or absent. Any engine at any world size resumes from it::
+A checkpoint is a folder that is either complete or absent. Any engine, with any number of ranks,
+can resume from it::
 
     RUN/checkpoints/step-00001000/checkpoint.json        what it is, and a hash of every file
                                  /model.safetensors      weights          float32, by parameter name
-                                 /ema.safetensors        their average    (more: ema-SIGMA)
+                                 /ema.safetensors        their average    (others: ema-SIGMA)
                                  /optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME
                                  /stats.safetensors      RIAE only: mean and std of its latents
     RUN/checkpoints/latest                               name of the newest, for other programs
-    RUN/ema/step-00000500/                               averages alone, to reconstruct others from
+    RUN/ema/step-00000500/                               averages only, to make other widths from
 
-Ranks write one file each, KIND-00001-of-00002.safetensors, with the elements that each holds.
-``reading`` opens checkpoints, ``writing`` saves them, ``files`` knows the format, ``state`` is what
-training hands over, and ``export`` and ``pretrained`` write and read a trained model as one file.
+In a job of several ranks each rank writes the elements that it holds into a file of its own,
+KIND-00001-of-00002.safetensors.
+
+* ``files``: the format of a checkpoint's folder
+* ``reading``: opens checkpoints
+* ``writing``: saves checkpoints
+* ``state``: the state that engines hand over and take back
+* ``averages``: the mathematics of averages of any width
+* ``export`` and ``pretrained``: write and read a trained model as one file
 """
 
 from r2id.checkpoints.reading import Checkpoint

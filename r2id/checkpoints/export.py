@@ -1,4 +1,4 @@
-"""Figures of a checkpoint, and its averaged weights as one file."""
+"""Describing a checkpoint, and exporting its averaged weights as one file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def describe(source: Checkpoint | Path) -> dict[str, Any]:
-    """Figures of a checkpoint, without reading its tensors. Errors are those of Checkpoint.open."""
+    """Describe a checkpoint without reading its tensors. Raises errors like Checkpoint.open."""
     checkpoint = Checkpoint.open(source)
     meta, config = checkpoint.meta, checkpoint.meta.config
     sizes: dict[str, int] = defaultdict(int)
     for name, fact in checkpoint.files.items():
         sizes[kind_of(name)] += fact.bytes
-    # The optimizer has moments of every parameter, and of nothing else; model.safetensors also
-    # holds buffers. Snapshots have no optimizer.
+    # Parameters are counted by their moments, because the weights' file also holds buffers.
+    # Snapshots have no optimizer.
     moments = checkpoint.shapes("optimizer" if "optimizer" in checkpoint.kinds() else "ema")
     parameters = sum(
         math.prod(shape) for name, shape in moments.items() if not name.startswith(f"{MOMENTS[1]}.")
@@ -68,10 +68,10 @@ def export(
 ) -> dict[str, Any]:
     """Write the averaged weights of a checkpoint into one file; see r2id.checkpoints.pretrained.
 
-    ``sigma`` is the width σ_rel of the average, which is reconstructed from the run's snapshots;
-    None is the average that sampling uses.
-    Returns the file, its size, and how well the average was fitted. Raises InputError when there is
-    no checkpoint, it is damaged or has no such average, and WorkError when the disk is full.
+    ``sigma`` is the width σ_rel of an average to be reconstructed from the run's snapshots; None is
+    the average that sampling uses. Returns the file, its size, and how well the average was fitted.
+    Raises InputError when there is no checkpoint, or it is damaged or has no such average, and
+    WorkError when the disk is full.
     """
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: must be a .safetensors file")
@@ -79,7 +79,7 @@ def export(
         raise InputError(f"{out}: exists already; choose another, or --overwrite")
     checkpoint = Checkpoint.open(source)
     weights, meta = checkpoint.tensors("ema"), checkpoint.meta
-    # Latent statistics were measured with the default average, and are not of another one.
+    # Latent statistics were measured with the default average, and hold for no other.
     measured = "stats" in checkpoint.kinds() and sigma is None
     statistics = checkpoint.tensors("stats") if measured else None
     fitted: dict[str, Any] = {"average": "default"}
@@ -110,8 +110,8 @@ def export(
 def _reconstruct(
     checkpoint: Checkpoint, weights: dict[str, Tensor], sigma: float
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The average of a width, by parameter name, and how it was fitted."""
-    if not 0 < sigma < 0.28:
+    """Reconstruct the average of a width → (its weights by name, how it was fitted)."""
+    if not 0 < sigma < 0.28:  # a power-function profile is narrower than 1/√12
         raise InputError(f"--ema {sigma}: must be default, or a width above 0 and below 0.28")
     train = _train(checkpoint)
     kinds = widths(train)
@@ -129,8 +129,9 @@ def _reconstruct(
         [profile for profile, _, _ in store], (sigma, float(checkpoint.step))
     )
     parameters = {name.removeprefix(f"{MOMENTS[0]}.") for name in checkpoint.shapes("optimizer")}
-    averaged = parameters & set(weights)  # buffers are not averaged: they are as they are
+    averaged = parameters & set(weights)  # buffers are copied, not averaged
     sums = {name: torch.zeros_like(weights[name], dtype=torch.float64) for name in averaged}
+    # Summed in float64, because coefficients of both signs nearly cancel.
     for coefficient, (_, snapshot, kind) in zip(coefficients, store, strict=True):
         damages = snapshot.damages([kind])
         if damages:
@@ -144,7 +145,7 @@ def _reconstruct(
 
 
 def _snapshots(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """The averages that the checkpoint's run has stored before it."""
+    """Open the snapshots that the checkpoint's run has made before it."""
     folders = list_checkpoints(checkpoint.run / "ema")
     return [Checkpoint(folder) for folder in folders if step_of(folder) < checkpoint.step]
 
@@ -154,6 +155,7 @@ def _train(checkpoint: Checkpoint) -> TrainConfig:
 
 
 def _converted(name: str, value: Tensor, dtype: str) -> Tensor:
+    """Convert a float tensor. Raises InputError when a value would become infinite."""
     if not value.is_floating_point():
         return value.contiguous()
     converted = value.to(DTYPES[dtype]).contiguous()

@@ -1,6 +1,6 @@
 """The format of a checkpoint folder: ``checkpoint.json`` and the safetensors files that it names.
 
-``checkpoint.json`` holds the hash of every file and of itself, so that no byte changes unnoticed.
+``checkpoint.json`` holds the hashes of all files and of itself, so that damage is always noticed.
 """
 
 from __future__ import annotations
@@ -27,33 +27,35 @@ _NO_DIGEST = "0" * 64
 
 
 class Meta(Section):
-    """What a checkpoint is."""
+    """Metadata of a checkpoint."""
 
     stage: str
     step: int
-    """Optimizer steps done. Data order and random streams are keyed by step, so this is their
-    position too."""
+    """Optimizer steps done.
+
+    Data order and random streams are keyed by step, so that their positions need not be stored.
+    """
     samples: int
     """Training samples seen."""
     seed: int
     config: dict[str, Any]
     """The whole resolved config of the run."""
     model: dict[str, Any]
-    """Facts beside the config that are needed to build the model and to use it."""
+    """Facts that are needed, beside the config, to build and use the model."""
 
 
 class TensorFact(Section):
-    """A tensor, or a part of one, in a file."""
+    """Describes a tensor, or a part of one, in a file."""
 
     shape: list[int]
     """Shape of the whole tensor."""
     dtype: str
     part: list[int] | None = None
-    """[first, count] of its flattened elements when the file does not hold all of them."""
+    """[first, count] of its flattened elements, when the file does not hold all of them."""
 
 
 class FileFact(Section):
-    """A safetensors file of a checkpoint."""
+    """Describes a safetensors file of a checkpoint."""
 
     bytes: int
     sha256: str
@@ -65,12 +67,12 @@ class Description(Meta):
 
     format_version: int
     digest: str
-    """sha256 of this file with zeros in the place of the digest."""
+    """sha256 of this file, with zeros in place of the digest itself."""
     files: dict[str, FileFact] = Field(default_factory=dict)
 
     @property
     def meta(self) -> Meta:
-        """What the checkpoint is, without its files; settings by the names that they have now."""
+        """The metadata without the files, with settings under their current names."""
         facts = {name: getattr(self, name) for name in Meta.model_fields}
         return Meta(**facts | {"config": renew_config(self.config)})
 
@@ -78,10 +80,10 @@ class Description(Meta):
 def write_part(
     folder: Path, kind: str, slices: Slices, rank: int, ranks: int
 ) -> dict[str, FileFact]:
-    """Write one rank's tensors of a kind into a file, flushed to disk.
+    """Write one rank's tensors of a kind into a file, and flush it to disk.
 
-    Returns {file name: facts}, empty when the rank holds no such tensors.
-    Raises OSError or SafetensorError when the file cannot be written.
+    Returns {file name: facts}, which is empty when the rank holds no such tensors. Raises OSError
+    or SafetensorError when the file cannot be written.
     """
     if not slices:
         return {}
@@ -90,7 +92,7 @@ def write_part(
     )
     file = folder / name
     save_file({key: part.values.to("cpu").contiguous() for key, part in slices.items()}, file)
-    # safetensors makes its files readable by their owner alone, whatever the umask.
+    # safetensors ignores the umask and makes files that only their owner can read.
     file.chmod(folder.stat().st_mode & 0o666)
     fsync(file)
     tensors = {
@@ -105,7 +107,7 @@ def write_part(
 
 
 def write_description(folder: Path, meta: Meta, files: dict[str, FileFact]) -> None:
-    """Write ``checkpoint.json``, which makes a folder of files a checkpoint; flush both to disk."""
+    """Write ``checkpoint.json``, which turns the folder into a checkpoint; flush both to disk."""
     description = Description(
         **dict(meta), format_version=FORMAT_VERSION, digest=_NO_DIGEST, files=files
     )
@@ -117,7 +119,7 @@ def write_description(folder: Path, meta: Meta, files: dict[str, FileFact]) -> N
 
 
 def read_description(folder: Path) -> tuple[Description, str]:
-    """Read ``checkpoint.json`` of a folder: its content, and the sha256 of the file.
+    """Read the ``checkpoint.json`` of a folder → (its content, sha256 of the file).
 
     Raises InputError when it is missing, damaged or of another format version.
     """
@@ -135,7 +137,7 @@ def read_description(folder: Path) -> tuple[Description, str]:
         )
     digest = content.get("digest")
     if not isinstance(digest, str) or _digest(text.replace(digest, _NO_DIGEST, 1)) != digest:
-        raise InputError(f"{file}: damaged: it is not what was saved")
+        raise InputError(f"{file}: damaged: its content is not what was saved")
     try:
         return Description.model_validate_json(text), hashlib.sha256(raw).hexdigest()
     except ValidationError as error:
@@ -146,7 +148,7 @@ def read_description(folder: Path) -> tuple[Description, str]:
 
 
 def kind_of(file: str) -> str:
-    """The kind of tensors in a file: 'ema-00001-of-00002.safetensors' → 'ema'."""
+    """Return the kind of tensors in a file: 'ema-00001-of-00002.safetensors' → 'ema'."""
     return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", file)
 
 

@@ -1,12 +1,13 @@
 """A trained model in one file: averaged weights as safetensors, and metadata to build the model.
 
-The metadata are text by name: ``format`` (r2id-model), ``format_version``, ``sha256`` of the rest
-of the content; and as JSON ``stage``, ``step``, ``samples``, ``average`` (which of the weights'
-averages), ``config`` (of the whole run), ``facts`` (beside the config) and ``statistics`` (mean and
-standard deviation of an RIAE's latents per channel).
+The metadata are texts by name. Three are plain: ``format`` (r2id-model), ``format_version``, and
+``sha256`` of the rest of the content. The others are JSON: ``stage``, ``step``, ``samples``,
+``average`` (which average of the weights it is), ``config`` (of the whole run), ``facts`` (what
+else is needed to build the model) and ``statistics`` (mean and standard deviation of an RIAE's
+latents, per channel).
 
-``r2id checkpoint export`` writes such a file, RIAE.from_pretrained and R2ID.from_pretrained read
-it. Reading it runs no code from it.
+``r2id checkpoint export`` writes such a file; RIAE.from_pretrained and R2ID.from_pretrained read
+it. Reading it runs no code.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class About:
-    """The metadata: what a file says of its weights."""
+    """The metadata of a file."""
 
     stage: str
     step: int
@@ -44,13 +45,15 @@ class About:
     config: dict[str, Any]
     facts: dict[str, Any]
     statistics: dict[str, list[float]] | None
-    """{"mean": …, "std": …} of the raw latents, a number per channel; None for an R2ID, and for an
-    average other than the default, with which they were not measured."""
+    """{"mean": …, "std": …} of the raw latents, a number per channel.
+
+    None for an R2ID, and for any average but the default, because only its latents were measured.
+    """
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A file's content."""
+    """The content of a file."""
 
     path: Path
     about: About
@@ -58,11 +61,11 @@ class Pretrained:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is needed beside the config to build the model."""
+        """Facts that are needed, beside the config, to build the model."""
         return self.about.facts
 
     def section(self, name: str, schema: type[S]) -> S:
-        """A section of the run's config. Raises InputError when this version cannot read it."""
+        """Return a section of the run's config. Raises InputError when it cannot be read."""
         try:
             return schema.model_validate(self.about.config[name])
         except (KeyError, ValidationError) as error:
@@ -74,7 +77,7 @@ class Pretrained:
     def fill(self, model: M) -> M:
         """Load the weights into a model, and return it in evaluation mode.
 
-        Raises InputError when they are another model's.
+        Raises InputError when they belong to another model.
         """
         try:
             model.load_state_dict(self.weights)
@@ -86,7 +89,7 @@ class Pretrained:
 
 
 def pack(about: About, weights: dict[str, Tensor]) -> bytes:
-    """Make the content of a file."""
+    """Return the bytes of a file with this content."""
     metadata = {name: json.dumps(value) for name, value in asdict(about).items()}
     metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION}
     return save(weights, metadata | {"sha256": _digest(metadata, weights)})
@@ -96,13 +99,13 @@ def read(path: Path, stage: str | None = None) -> Pretrained:
     """Read a file. Raises InputError when it is no such file, is damaged, or of another stage."""
     if path.is_dir():
         raise InputError(
-            f"{path}: a folder; must be a file that r2id checkpoint export wrote (of this folder, "
-            "perhaps)"
+            f"{path}: is a folder; must be a file that r2id checkpoint export wrote (perhaps from "
+            "this folder)"
         )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            # Copies, because the tensors are the file itself, mapped into memory: they would change
+            # Copies, because the tensors are the file itself, mapped into memory, and would change
             # when someone rewrites it.
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -131,6 +134,7 @@ def read(path: Path, stage: str | None = None) -> Pretrained:
 
 
 def _digest(metadata: dict[str, str], weights: dict[str, Tensor]) -> str:
+    """Compute the sha256 of metadata and weights, whatever their order in the file."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -1,7 +1,7 @@
-"""Reading checkpoints: open one once, then ask it for what it is and for its tensors.
+"""Reading checkpoints: open one once, then ask it for its metadata and its tensors.
 
-A checkpoint that is damaged or does not fit is refused, and the error names the newest intact one
-before it, so that nobody has to search for it.
+A checkpoint that is damaged or does not fit is refused. The error names the newest intact one
+before it, so that users need not search for it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from r2id.files import sha256_file
 
 
 class Checkpoint:
-    """An open checkpoint. Its tensors are read from disk when asked for."""
+    """An open checkpoint. Its tensors are read from disk when they are asked for."""
 
     path: Path
-    """Its folder."""
+    """Its folder, as it was named."""
     identity: str
-    """sha256 of its description, which holds the hashes of all its files."""
+    """sha256 of ``checkpoint.json``, which holds the hashes of all other files."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a checkpoint folder itself; ``open`` also takes run directories.
+        """Open a checkpoint folder. ``open`` takes run directories too.
 
         Raises InputError when ``checkpoint.json`` is missing, damaged or of another format
         version, or when its files do not hold every element of its tensors exactly once.
@@ -57,14 +57,14 @@ class Checkpoint:
     def open(cls, source: Checkpoint | Path | str) -> Checkpoint:
         """Open a checkpoint folder, or the newest one of a run directory.
 
-        An open checkpoint is returned as it is, so that functions can take either.
-        Raises InputError when there is none, or as the constructor does; it then names the newest
-        intact one before it.
+        A checkpoint that is open already is returned as it is, so that functions can take either.
+        Raises InputError when there is none, and when the constructor does; the error then names
+        the newest intact checkpoint before it.
         """
         if isinstance(source, Checkpoint):
             return source
         folder = find_checkpoint(Path(source))
-        with _offering_an_older_one(folder):
+        with _suggesting_an_older_one(folder):
             return cls(folder)
 
     @classmethod
@@ -80,18 +80,18 @@ class Checkpoint:
 
     @property
     def run(self) -> Path:
-        """The run directory that it lies in."""
+        """The run directory that holds it."""
         path = self.path
-        if len(path.parts) < 3 or ".." in path.parts[-2:]:  # has no parents by name alone
-            path = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
+        if len(path.parts) < 3 or ".." in path.parts[-2:]:  # its name does not tell its parents
+            path = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would follow links)
         return path.parent.parent
 
     def kinds(self) -> list[str]:
-        """Kinds of tensors that it holds: model, ema, optimizer…"""
+        """Return the kinds of tensors that it holds: model, ema, optimizer…"""
         return list(self._shapes)
 
     def shapes(self, kind: str) -> dict[str, Shape]:
-        """Shapes of a kind's tensors, by name. Raises InputError when it holds none."""
+        """Return the shapes of a kind's tensors, by name. Raises InputError when it holds none."""
         if kind not in self._shapes:
             raise InputError(f"{self.path}: holds no {kind}.safetensors")
         return self._shapes[kind]
@@ -101,26 +101,27 @@ class Checkpoint:
 
         Raises InputError when there are none or a file is damaged; see ``open``.
         """
-        with _offering_an_older_one(self.path):
+        with _suggesting_an_older_one(self.path):
             return self._verified(kind)
 
     def read(self, kind: str, name: str, start: int = 0, count: int | None = None) -> Tensor:
-        """Read ``count`` elements of a flattened tensor from ``start`` on (None: all the rest).
+        """Read ``count`` elements (None: all the rest) of a flattened tensor from ``start`` on.
 
         Hashes are not checked; see ``tensors`` and ``damages``.
         """
         end = math.prod(self.shapes(kind)[name]) if count is None else start + count
         parts = []
+        # Each file holds the elements first … first + held − 1; join those that were asked for.
         for first, held, file in self._places[kind, name]:
             begin, stop = max(start, first), min(end, first + held)
-            if begin < stop or not held:
+            if begin < stop or not held:  # nothing is held of a tensor without elements
                 parts.append(self._elements(file, name, begin - first, stop - first))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def load_ema(self, model: nn.Module) -> None:
         """Load the averaged weights, checked against their hashes, into a model.
 
-        Raises InputError when they are damaged or another model's; see ``open``.
+        Raises InputError when they are damaged or belong to another model; see ``open``.
         """
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
@@ -128,7 +129,7 @@ class Checkpoint:
             if checkpoint.shapes("ema") != expected:
                 raise InputError(f"{checkpoint.path}: its weights do not fit the model")
 
-        with _offering_an_older_one(self.path, check):
+        with _suggesting_an_older_one(self.path, check):
             try:
                 model.load_state_dict(self._verified("ema"))
             except RuntimeError as error:
@@ -138,12 +139,12 @@ class Checkpoint:
                 ) from None
 
     def damages(self, kinds: list[str] | None = None, rank: int = 0, ranks: int = 1) -> list[str]:
-        """Rehash its files and list what is wrong, one sentence a file; empty when it is intact.
+        """Rehash its files and list what is wrong, one sentence per file; empty when it is intact.
 
-        ``kinds`` limits it to files of these kinds. Ranks share the work: each checks every
-        ``ranks``-th file.
+        ``kinds`` limits it to files of these kinds. Ranks share the work: each of ``ranks`` ranks
+        checks other files.
         """
-        found = []
+        damages = []
         for name in sorted(self.files)[rank::ranks]:
             if kinds is not None and kind_of(name) not in kinds:
                 continue
@@ -151,22 +152,23 @@ class Checkpoint:
             try:
                 size = file.stat().st_size
                 if size != fact.bytes:
-                    found.append(
+                    damages.append(
                         f"{file}: damaged: it has {size} bytes, and {fact.bytes} were saved"
                     )
                 elif sha256_file(file) != fact.sha256:
-                    found.append(f"{file}: damaged: its bytes are not those that were saved")
+                    damages.append(f"{file}: damaged: its bytes are not those that were saved")
             except OSError as error:
-                found.append(f"{file}: missing or unreadable: {error.strerror or error}")
-        return found
+                damages.append(f"{file}: missing or unreadable: {error.strerror or error}")
+        return damages
 
     def _verified(self, kind: str) -> Tensors:
+        """Read a kind's tensors after checking the hashes of their files."""
         shapes = self.shapes(kind)
         _raise_first(self.damages([kind]))
         return {name: self.read(kind, name).view(shape) for name, shape in shapes.items()}
 
     def _check_places(self, kind: str, name: str, places: list[tuple[int, int, str]]) -> None:
-        """The parts of a tensor must follow each other without gap or overlap."""
+        """Raise InputError unless a tensor's parts follow each other without gap or overlap."""
         places.sort()
         ends = [0, *(first + count for first, count, _ in places)]
         starts = [first for first, _, _ in places]
@@ -177,13 +179,13 @@ class Checkpoint:
             )
 
     def _elements(self, file: str, name: str, begin: int, stop: int) -> Tensor:
-        """Elements ``begin`` to ``stop`` − 1 of the part of a tensor that a file holds, flat."""
+        """Read elements ``begin`` … ``stop`` − 1 of the part of a tensor in a file, flat."""
         try:
             stored = self._file(file).get_slice(name)
             shape = stored.get_shape()
             if not shape or not math.prod(shape):
                 return self._file(file).get_tensor(name).reshape(-1)
-            # Slices of safetensors are of rows: read those that the elements lie in, no others.
+            # safetensors reads whole rows: read only those that hold these elements.
             row = math.prod(shape[1:])
             top = begin // row
             return stored[top : -(-stop // row)].reshape(-1)[begin - top * row : stop - top * row]
@@ -195,15 +197,15 @@ class Checkpoint:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that a path means: itself, or the newest in a run directory.
+    """Return the checkpoint folder for a path: itself, or the newest one of a run directory.
 
-    A run's ``checkpoints`` folder is understood too. Raises InputError when there is none.
+    The path may also be a run's ``checkpoints`` folder. Raises InputError when there is none.
     """
     if (path / DESCRIPTION).is_file():
         return path
-    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
-    if found:
-        return found[-1]
+    folders = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if folders:
+        return folders[-1]
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; must be a checkpoint or a run directory")
     raise InputError(
@@ -212,17 +214,17 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The checkpoint folders in a folder, oldest first."""
+    """List the checkpoint folders in a folder, the oldest first."""
     return sorted(folder for folder in root.glob("step-*") if (folder / DESCRIPTION).is_file())
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """Return the step in a checkpoint folder's name."""
     return int(folder.name.removeprefix("step-"))
 
 
 def find_damages(path: Path) -> list[str]:
-    """List what is wrong with the checkpoint at a path, its description included."""
+    """List what is wrong with the checkpoint at a path, one sentence per file."""
     folder = find_checkpoint(path)
     try:
         return Checkpoint(folder).damages()
@@ -231,22 +233,23 @@ def find_damages(path: Path) -> list[str]:
 
 
 class Resumable(Protocol):
-    """What resumes from a checkpoint: an engine of training."""
+    """Something that resumes from a checkpoint, such as a training engine."""
 
     def check(self, source: Source) -> None:
-        """Raise InputError when a state is another model's, or holds other averages."""
+        """Raise InputError when a state belongs to another model or has other averages."""
 
     def load(self, source: Source) -> None:
-        """Take over a state that fits; each rank reads what it holds."""
+        """Load a state that has passed ``check``; each rank reads what it holds."""
 
 
 def resume(engine: Resumable, source: Checkpoint | Path) -> None:
-    """Resume an engine from a checkpoint. Every rank calls it and hashes a share of the files.
+    """Resume an engine from a checkpoint. Every rank calls it, and hashes its share of the files.
 
-    Raises InputError on all ranks when it is damaged or another model's; see Checkpoint.open.
+    Raises InputError on all ranks when the checkpoint is damaged or belongs to another model; see
+    Checkpoint.open.
     """
     checkpoint = Checkpoint.open(source)
-    with _offering_an_older_one(checkpoint.path, engine.check):
+    with _suggesting_an_older_one(checkpoint.path, engine.check):
         try:
             engine.check(checkpoint)
         except InputError as error:
@@ -257,12 +260,13 @@ def resume(engine: Resumable, source: Checkpoint | Path) -> None:
 
 
 @contextmanager
-def _offering_an_older_one(
+def _suggesting_an_older_one(
     folder: Path, check: Callable[[Checkpoint], None] | None = None
 ) -> Iterator[None]:
-    """Add to an InputError about a checkpoint the newest intact one before it that passes a check.
+    """Within this block, extend InputErrors by the newest intact checkpoint before ``folder``.
 
-    Without it, a user whose newest checkpoint is damaged would have to try the others in turn.
+    It has to pass ``check`` too. Without it, a user whose newest checkpoint is damaged would have
+    to try the others in turn.
     """
     try:
         yield

@@ -1,6 +1,7 @@
-"""Training state, in the one form that all engines and checkpoints share.
+"""Training state, in the form that all engines and checkpoints share.
 
-float32 tensors by the model's own parameter names, whole or in the slices that each rank holds.
+It consists of float32 tensors under the model's own parameter names, whole or in the slices that
+each rank holds.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor, or a run of its flattened elements: those of ``values``, from ``start`` on."""
+    """A tensor, or consecutive elements of it."""
 
     values: Tensor
-    """Of the tensor's own shape when it is whole, else flat."""
+    """The elements: in the tensor's own shape when they are all of it, or else flat."""
     shape: Shape
     """Shape of the whole tensor."""
     start: int = 0
+    """Index of the first of these elements in the flattened tensor."""
 
     @property
     def whole(self) -> bool:
-        """Whether it is the whole tensor."""
+        """Whether these are all elements of the tensor."""
         return self.values.numel() == math.prod(self.shape)
 
 
@@ -42,39 +44,40 @@ Slices = dict[str, Slice]
 
 @dataclass(frozen=True)
 class EngineState:
-    """One rank's share of all that training needs to resume.
+    """One rank's share of everything that training needs to resume.
 
-    The shares of all ranks make up the whole state, without overlap. Kinds are ``model`` (weights
-    and the model's buffers), ``ema`` and ``ema-SIGMA`` (averages of the weights, and the same
-    buffers) and ``optimizer`` (names exp_avg.NAME and exp_avg_sq.NAME).
+    The shares of all ranks make up the whole state, without overlap. Its kinds of tensors are
+    ``model`` (the weights and the model's buffers), ``ema`` and ``ema-SIGMA`` (averages of the
+    weights, and the same buffers) and ``optimizer`` (Adam's moments, under the names exp_avg.NAME
+    and exp_avg_sq.NAME).
     """
 
     parts: dict[str, Slices]
-    """Kind → name → elements."""
+    """Kind → name → the elements that this rank holds."""
     step: int
     """Optimizer steps done."""
 
 
 class Source(Protocol):
-    """A whole state, such as a checkpoint, from which engines read what they hold."""
+    """A whole state, such as a checkpoint, from which each rank reads what it holds."""
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
 
     def shapes(self, kind: str) -> dict[str, Shape]:
-        """Shapes of a kind's tensors, by name. Raises InputError when there are none."""
+        """Return the shapes of a kind's tensors, by name. Raises InputError when there are none."""
 
     def read(self, kind: str, name: str, start: int = 0, count: int | None = None) -> Tensor:
-        """Read ``count`` elements of a flattened tensor from ``start`` on (None: all the rest)."""
+        """Read ``count`` elements (None: all the rest) of a flattened tensor from ``start`` on."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a rank holds a parameter, or a part of one.
+    """Where a rank holds a parameter, or consecutive elements of it.
 
-    ``count`` elements from ``offset`` on in the rank's flattened tensor number ``master`` are the
-    parameter's elements from ``start`` on.
+    The ``count`` elements of parameter ``name`` from ``start`` on are those from ``offset`` on in
+    the rank's tensor number ``master``; both are flattened.
     """
 
     name: str
@@ -84,12 +87,12 @@ class Piece:
     offset: int
 
     def of(self, masters: Sequence[Tensor]) -> Tensor:
-        """The elements themselves, flat, in tensors that are laid out like this; no copy."""
+        """Return these elements, flat, of tensors with this layout; a view, not a copy."""
         return masters[self.master].view(-1)[self.offset : self.offset + self.count]
 
 
 def whole_layout(shapes: Mapping[str, Shape]) -> list[Piece]:
-    """The layout of a rank that holds every parameter as a tensor of its own."""
+    """Return the layout of a rank that holds every parameter as a tensor of its own."""
     return [
         Piece(name, 0, math.prod(shape), number, 0)
         for number, (name, shape) in enumerate(shapes.items())
@@ -102,7 +105,7 @@ def cut(
     shapes: Mapping[str, Shape],
     prefix: str = "",
 ) -> Slices:
-    """Name the elements of tensors that are laid out like this; no copies."""
+    """Cut tensors with this layout into slices, by parameter name; views, not copies."""
     slices = {}
     for piece in layout:
         values, shape = piece.of(masters).detach(), shapes[piece.name]
@@ -116,7 +119,7 @@ def cut(
 def fill(
     masters: Sequence[Tensor], layout: Sequence[Piece], source: Source, kind: str, prefix: str = ""
 ) -> None:
-    """Read a source's elements into tensors that are laid out like this: the reverse of ``cut``."""
+    """Read the elements of tensors with this layout from a source: the reverse of ``cut``."""
     for piece in layout:
         piece.of(masters).copy_(source.read(kind, prefix + piece.name, piece.start, piece.count))
 
@@ -127,21 +130,21 @@ def check_fits(
     shapes: Mapping[str, Shape],
     model: nn.Module,
 ) -> None:
-    """Raise InputError when a state is another model's.
+    """Raise InputError when a state belongs to another model.
 
-    Names and shapes of parameters are compared, and names of buffers. ``kinds``: kind → prefixes
-    under which it holds every parameter.
+    Compares the names and shapes of parameters, and the names of buffers. ``kinds`` maps each kind
+    to the prefixes under which it holds every parameter.
     """
     for kind, prefixes in kinds.items():
-        found = source.shapes(kind)
+        stored = source.shapes(kind)
         for name, shape in (
             (prefix + name, shape) for prefix in prefixes for name, shape in shapes.items()
         ):
-            if name not in found:
+            if name not in stored:
                 raise InputError(f"has no {name}; it is of another model")
-            if found[name] != shape:
+            if stored[name] != shape:
                 raise InputError(
-                    f"{name} has shape {found[name]}, the model's is {shape}; it is of another "
+                    f"{name} has shape {stored[name]}, the model's is {shape}; it is of another "
                     "model"
                 )
     unknown = set(source.shapes("model")) - set(model.state_dict())
@@ -153,7 +156,7 @@ def check_fits(
 
 
 def buffers(model: nn.Module) -> Tensors:
-    """The model's persistent buffers, by name. They are not weights, and so never averaged."""
+    """Return the model's persistent buffers, by name. They are no weights, so never averaged."""
     parameters = {name for name, _ in model.named_parameters()}
     return {
         name: value.detach() for name, value in model.state_dict().items() if name not in parameters
@@ -161,5 +164,5 @@ def buffers(model: nn.Module) -> Tensors:
 
 
 def whole(tensors: Tensors) -> Slices:
-    """Slices of tensors that this rank holds all of."""
+    """Make slices of tensors that this rank holds as a whole."""
     return {name: Slice(tensor, tuple(tensor.shape)) for name, tensor in tensors.items()}

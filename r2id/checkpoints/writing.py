@@ -1,7 +1,7 @@
-"""Writing checkpoints: every rank its share, complete or not at all.
+"""Writing checkpoints: every rank writes its share, and the folder is either complete or absent.
 
-A folder is written under a temporary name, flushed to disk and renamed, so that one that exists is
-whole, whatever interrupts the writing.
+A folder is written under a temporary name, flushed to disk, and then renamed. So a checkpoint that
+exists is complete, whatever interrupts the writing.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def save(
     milestone_every: int | None = None,
     stats: Tensors | None = None,
 ) -> Path:
-    """Write a checkpoint of a run, then remove all but the newest ``keep`` and the milestones.
+    """Write a checkpoint of a run, then remove all others but the newest ``keep`` and milestones.
 
-    Every rank calls it with its own share of the state; rank 0's ``stats`` count. Returns the
-    folder. Raises WorkError on every rank when the disk is full or fails for one of them; older
-    checkpoints are then untouched.
+    Every rank calls it with its share of the state; ``stats`` are taken from rank 0 alone. Returns
+    the folder. Raises WorkError on every rank when the disk is full or fails for one of them; older
+    checkpoints then stay as they were.
     """
     root = run_dir / "checkpoints"
     parts = state.parts | ({"stats": whole(stats)} if stats and dist.is_main() else {})
@@ -55,17 +55,17 @@ def save(
 
 
 def save_snapshot(run_dir: Path, state: EngineState, meta: Meta) -> Path:
-    """Write the averages alone, which are kept for good; otherwise as ``save``."""
+    """Write the averages only, to RUN/ema, where they stay; otherwise like ``save``."""
     averages = {kind: slices for kind, slices in state.parts.items() if kind.split("-")[0] == "ema"}
     return _write(run_dir / "ema", averages, state.step, meta)
 
 
 def tidy(run_dir: Path, start: int) -> None:
-    """Prepare a run directory for training from step ``start`` on. One process calls it.
+    """Prepare a run directory for training from step ``start`` on. Only one process calls it.
 
-    Removes what interrupted saves left, and snapshots of later steps, which belong to a past that
-    was given up; lets ``latest`` name the newest checkpoint when someone removed what it named.
-    Raises WorkError when the disk does not allow it.
+    Removes the remains of interrupted saves, and snapshots of later steps, which the run is about
+    to make again. Has ``latest`` name the newest checkpoint, in case that was removed by hand.
+    Raises WorkError when the disk fails.
     """
     try:
         for root in (run_dir / "checkpoints", run_dir / "ema"):
@@ -73,17 +73,17 @@ def tidy(run_dir: Path, start: int) -> None:
         for snapshot in list_checkpoints(run_dir / "ema"):
             if step_of(snapshot) > start:
                 _remove(snapshot)
-        found = list_checkpoints(run_dir / "checkpoints")
+        folders = list_checkpoints(run_dir / "checkpoints")
         pointer = run_dir / "checkpoints" / "latest"
         named = pointer.read_text() if pointer.is_file() else None
-        if found and named != f"{found[-1].name}\n":
-            _point_latest_to(found[-1])
+        if folders and named != f"{folders[-1].name}\n":
+            _point_latest_to(folders[-1])
     except OSError as error:
         raise WorkError(f"{run_dir}: {error}") from error
 
 
 def _write(root: Path, parts: dict[str, Slices], step: int, meta: Meta) -> Path:
-    """Write a new checkpoint folder, by all ranks in parts; complete or absent."""
+    """Write a new checkpoint folder, complete or absent; every rank writes its parts."""
     if step != meta.step:
         raise ValueError(f"state of step {step}, meta of step {meta.step}")
     folder = root / f"step-{meta.step:08d}"
@@ -105,7 +105,7 @@ def _write(root: Path, parts: dict[str, Slices], step: int, meta: Meta) -> Path:
         files = {name: fact for written in _on_all(folder, write) for name, fact in written.items()}
         _on_main(folder, lambda: _commit(temporary, folder, meta, files))
     except WorkError:
-        if dist.is_main():  # what is left takes up a full disk
+        if dist.is_main():  # the disk may be full, and this is of no use
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
@@ -117,17 +117,17 @@ def _commit(temporary: Path, folder: Path, meta: Meta, files: dict[str, FileFact
         if (temporary / name).stat().st_size != fact.bytes:
             raise OSError(f"{name} is not whole")
     write_description(temporary, meta, files)
-    Checkpoint(temporary)  # InputError when an element of a tensor is missing
-    if folder.exists():  # the same step, of a run that was set back
+    Checkpoint(temporary)  # raises InputError when an element of a tensor is missing
+    if folder.exists():  # of a run that went back to an earlier step
         _remove(folder)
     temporary.rename(folder)
     fsync(folder.parent)
 
 
 def _on_all(folder: Path, work: Callable[[], T]) -> list[T]:
-    """Run ``work`` on each rank; what it returns on each, on every rank.
+    """Run ``work`` on every rank, and return the results of all ranks on each of them.
 
-    Raises WorkError on all ranks when it fails on one: if that one alone stopped, the others would
+    Raises WorkError on all ranks when it fails on one. If that one alone stopped, the others would
     wait for it for ever.
     """
     try:
@@ -145,26 +145,26 @@ def _on_all(folder: Path, work: Callable[[], T]) -> list[T]:
 
 
 def _on_main(folder: Path, work: Callable[[], None]) -> None:
-    """Run ``work`` on rank 0 alone; errors as of _on_all."""
+    """Run ``work`` on rank 0 only; raises errors like _on_all."""
     _on_all(folder, work if dist.is_main() else lambda: None)
 
 
 def _point_latest_to(folder: Path) -> None:
-    """Let ``latest`` name a checkpoint."""
+    """Have ``latest`` name this checkpoint."""
     write_atomic(folder.parent / "latest", f"{folder.name}\n".encode())
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; one that is half removed must not keep its name, so it is renamed."""
+    """Remove a checkpoint. It is renamed first, so that no half of one keeps its name."""
     doomed = folder.rename(folder.parent / f"{_TEMPORARY}old-{folder.name}")
     shutil.rmtree(doomed)
 
 
 def _sweep(root: Path) -> None:
-    """Remove what an interrupted save left."""
-    for left in root.glob(f"{_TEMPORARY}*"):
-        if left.is_dir():
-            shutil.rmtree(left)
+    """Remove the remains of interrupted saves."""
+    for path in root.glob(f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            left.unlink()
+            path.unlink()
     sweep(root)

@@ -1,4 +1,4 @@
-"""Conditions of samples, from what a user wrote: labels, attributes or embeddings.
+"""Conditions of samples, made from what a user gives: labels, attributes or embeddings.
 
 Shape letters: A attributes.
 """
@@ -17,15 +17,13 @@ from r2id.models.r2id import R2ID
 
 
 def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
-    """Choose ``count`` labels: the given ones in turn, else all classes in turn → int64 [count].
+    """Choose ``count`` labels: the given ones in turn, or else all classes in turn → int64 [count].
 
-    All are −1, which means none, where the model has no classes. Raises InputError when a label is
-    out of range, or when there are more labels than samples.
+    They are all −1 (none) when the model has no classes. Raises InputError when a label is out of
+    range, or when there are more labels than samples.
     """
     if len(labels) > count:
-        raise InputError(
-            f"{len(labels)} labels: must be as many as the samples at most, which are {count}"
-        )
+        raise InputError(f"{len(labels)} labels: must be at most {count}, the number of samples")
     for label in labels:
         if not 0 <= label < classes:
             allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
@@ -35,10 +33,11 @@ def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
 
 
 def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
-    """Turn names as in ``["Smiling", "-Male"]`` into a condition → float32 [A].
+    """Turn attributes such as ``["Smiling", "-Male"]`` into a condition → float32 [A].
 
-    1 for a name, −1 for one after a minus, 0 (either) for those that are not named. Raises
-    InputError when the model has no attribute of a name.
+    It is 1 for a name (with the attribute), −1 for a name after a minus (without it), and 0
+    (either) for names that are not given. ``names`` are those of the model's attributes, in order.
+    Raises InputError for other names.
     """
     chosen = torch.zeros(len(names))
     for word in wanted:
@@ -51,11 +50,11 @@ def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
 
 
 def choose_embeddings(file: Path, model: R2ID, count: int) -> Tensor:
-    """Read embeddings from a ``.npy`` file and use them in turn → float16 [count, …].
+    """Read embeddings from a ``.npy`` file, and repeat them in turn → float16 [count, …].
 
-    Raises InputError when the model was not trained with embeddings, or with ones of another shape.
+    Raises InputError when the model was trained without embeddings, or with another shape of them.
     """
     if model.config.condition != "embedding":
         raise InputError(f"embedding {file}: the model was not trained with embeddings")
-    found = torch.from_numpy(read_embeddings(file, model.condition_shape))
-    return found[torch.arange(count) % len(found)]
+    embeddings = torch.from_numpy(read_embeddings(file, model.condition_shape))
+    return embeddings[torch.arange(count) % len(embeddings)]

@@ -1,16 +1,16 @@
-"""Sample files: thousands of samples of one size, as PNG files or shards, by one or many processes.
+"""Sample files: thousands of samples of one size, as PNG files or shards, drawn by many processes.
 
 A folder is::
 
-    sampling.json              what is to be drawn: checkpoint, settings, seeds; written first
+    sampling.json              the request: checkpoint, settings, seeds; written first
     images/00000000.png        format "png": one file per sample, by its number
     samples/shard-000000.tar   format "shards": a shard set with its manifest.json, see shards.py
-    samples.json               what was drawn, and its digest; written last
+    samples.json               the request again, with the digest of all samples; written last
 
-Sample i has seed ``seed`` + i and the label that its number gives it. Samples are drawn in whole
-batches that begin at multiples of the batch, whose size follows from the image's alone. A sample
-therefore has the same bytes on one kind of device however many processes draw, however many samples
-there are, and whenever it is drawn.
+Sample i has the seed ``seed`` + i, and its label depends on i alone. Samples are drawn in whole
+batches that begin at multiples of the batch length, which depends on the size of image and grid
+alone. So, on one kind of device, a sample has the same bytes however many processes draw, however
+many samples there are, and whether or not drawing was interrupted.
 
 Shape letters: C colours · H, W image.
 """
@@ -47,31 +47,35 @@ Samples = Iterator[tuple[int, Tensor]]
 
 
 class Writer(Protocol):
-    """How samples are stored: PngFiles, or ShardFiles of r2id.sampling.shards."""
+    """How samples are stored: PngFiles, or ShardFiles of r2id.sampling.shards.
+
+    Samples are drawn in parts: a part is a range of sample numbers that one process draws and
+    writes as a whole.
+    """
 
     length: int
-    """Samples of a part, which one process draws and writes in turn: whole batches."""
+    """Samples per part, a multiple of the batch length."""
 
     def is_done(self, part: range) -> bool:
-        """Whether all samples of a part are there."""
+        """Tell whether all samples of a part have been written."""
 
     def write(self, part: range, samples: Samples) -> None:
-        """Write the samples of a part; what is interrupted is no part that is done."""
+        """Write the samples of a part. It is not done when this is interrupted."""
 
     def finish(self, parts: Sequence[range]) -> str:
-        """Commit all parts; the digest of all samples."""
+        """Commit all parts; return the digest of all samples."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The samples that a folder is to hold."""
+    """Which samples a folder is to hold."""
 
     facts: dict[str, Any]
-    """The content of sampling.json: all that the samples depend on."""
+    """The content of sampling.json: everything that the samples depend on."""
     labels: Tensor
-    """int64 [count, and as many more as the last batch needs to be whole]."""
+    """Labels of all samples, int64 [count, rounded up to whole batches]."""
     settings: dict[str, Any]
-    """Arguments of Sampler.sample; among the facts too."""
+    """Keyword arguments of Sampler.sample. ``facts`` has them too."""
 
     @property
     def count(self) -> int:
@@ -80,11 +84,11 @@ class Request:
 
     @property
     def size(self) -> Size:
-        """Their height and width."""
+        """Height and width of the samples."""
         return self.facts["size"][0], self.facts["size"][1]
 
     def parts(self, length: int) -> list[range]:
-        """Numbers of the samples, in parts of a length."""
+        """Split the sample numbers into parts of this length; the last may be shorter."""
         starts = range(0, self.count, length)
         return [range(first, min(first + length, self.count)) for first in starts]
 
@@ -102,12 +106,14 @@ def draw_many(
     settings: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Sample a checkpoint ``count`` times at one size into the folder ``out``.
+    """Draw ``count`` samples of one size from a checkpoint into the folder ``out``.
 
-    Samples that are there already are kept. ``settings`` are Sampler.sample's own (steps, guidance,
-    solver…); those that are None are the run's. In a job of several processes (torchrun) each draws
-    its share, on its own device.
-    Returns the folder, the numbers of samples and of those found in place, and the digest of all.
+    Samples that are in the folder already are kept. ``settings`` are those of Sampler.sample
+    (steps, guidance, solver…). The run's own setting replaces one that is None, and so for
+    ``labels``, ``count`` and ``seed``. In a job of several processes (torchrun) each draws its
+    share, on its own device.
+
+    Returns the folder, the number of samples, how many of them were kept, and the digest of all.
     Raises InputError when the folder holds something else, or samples of other settings.
     """
     world = dist.init()
@@ -126,8 +132,9 @@ def draw_many(
         grid=grid,
         settings=settings or {},
     )
-    _check_folder(out, request)  # on every process, so that every one ends with the error
+    _check_folder(out, request)  # on every process, so that all of them end with the error
     writer = _make_writer(out, request)
+    # The main process alone looks and decides, so that all agree on what is missing.
     missing = dist.broadcast_object(_begin(out, request, writer) if dist.is_main() else None)
     mine = missing[world.rank :: world.world_size]
     with Progress("sample", sum(map(len, mine)), unit="images", shown=dist.is_main()) as progress:
@@ -157,19 +164,19 @@ def make_request(
     grid: Size | None,
     settings: Mapping[str, Any],
 ) -> Request:
-    """Resolve every setting that the samples of a checkpoint of this identity depend on.
+    """Resolve every setting that the samples depend on. ``identity`` is that of the checkpoint.
 
-    Raises InputError for labels that the model does not know, and for what would not fit into
+    Raises InputError for labels that the model does not have, and when a batch would not fit into
     memory.
     """
     batch = sampler.batch_length(size, grid)
     check_samples(sampler, size, grid, batch)
     count = count or sampler.defaults.count
-    asked = {name: value for name, value in settings.items() if value is not None}
+    overrides = {name: value for name, value in settings.items() if value is not None}
     names = set(SamplerConfig.model_fields)
-    resolved = change(sampler.defaults, asked).model_dump(mode="json", include=names)
+    resolved = change(sampler.defaults, overrides).model_dump(mode="json", include=names)
     chosen = list(labels or sampler.defaults.labels)
-    choose_labels(chosen, count, sampler.num_classes)  # raises where there are more than samples
+    choose_labels(chosen, count, sampler.num_classes)  # InputError for more labels than samples
     facts = {
         "format_version": FORMAT_VERSION,
         "format": kind,
@@ -186,7 +193,7 @@ def make_request(
         "batch": batch,
         "device": sampler.codec.device.type,
     }
-    whole_batches = -(-count // batch) * batch
+    whole_batches = -(-count // batch) * batch  # count, rounded up
     return Request(facts, choose_labels(chosen, whole_batches, sampler.num_classes), resolved)
 
 
@@ -207,7 +214,7 @@ class PngFiles:
                 write_atomic(self._file(number), encode_png(image))
 
     def finish(self, parts: Sequence[range]) -> str:
-        """The digest of all files, in order. Raises WorkError when one is missing."""
+        """Compute the digest of all files, in order. Raises WorkError when one is missing."""
         try:
             hashes = [sha256_file(self._file(number)) for part in parts for number in part]
         except OSError as error:
@@ -219,22 +226,23 @@ class PngFiles:
 
 
 def _make_writer(out: Path, request: Request) -> Writer:
+    """Make the writer for the request's format."""
     if request.facts["format"] == "png":
         return PngFiles(out, request.facts["batch"])
-    # Here, because it loads pyarrow, which nothing else of inference needs.
+    # Imported here, because it loads pyarrow, which nothing else in inference needs.
     from r2id.sampling.shards import ShardFiles
 
     return ShardFiles(out, request.facts, request.labels.tolist())
 
 
 def _check_folder(out: Path, request: Request) -> None:
-    """Raise InputError when the folder holds something else than these samples, or some of them."""
+    """Raise InputError when the folder holds anything but samples of this request."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; must be a folder")
     stored = _read(out / REQUEST)
     if stored is None:
-        found = out.iterdir() if out.is_dir() else ()
-        foreign = sorted(path.name for path in found if path.suffix != TEMPORARY)
+        paths = out.iterdir() if out.is_dir() else ()
+        foreign = sorted(path.name for path in paths if path.suffix != TEMPORARY)
         if foreign:
             raise InputError(
                 f"--out {out}: exists and holds something else ({foreign[0]}); "
@@ -242,16 +250,16 @@ def _check_folder(out: Path, request: Request) -> None:
             )
         return
     for name in {**stored, **request.facts}:
-        there, asked = stored.get(name), request.facts.get(name)
-        if there != asked:
+        existing, requested = stored.get(name), request.facts.get(name)
+        if existing != requested:
             raise InputError(
-                f"--out {out}: holds samples of {name} = {there!r}, not {asked!r}; "
+                f"--out {out}: holds samples of {name} = {existing!r}, not {requested!r}; "
                 "choose another folder, or remove this one"
             )
 
 
 def _begin(out: Path, request: Request, writer: Writer) -> list[range]:
-    """Write sampling.json; the parts that are still to be drawn."""
+    """Write sampling.json, and return the parts that are still to be drawn."""
     if _read(out / RESULT) is None:
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
@@ -260,7 +268,7 @@ def _begin(out: Path, request: Request, writer: Writer) -> list[range]:
 
 
 def _finish(out: Path, request: Request, writer: Writer) -> str:
-    """Commit what was drawn; its digest."""
+    """Commit all samples and write samples.json; return the digest."""
     digest = writer.finish(request.parts(writer.length))
     write_json(out / RESULT, {**request.facts, "digest": digest})
     return digest
@@ -270,12 +278,12 @@ def _draw(request: Request, sampler: Sampler, part: range, progress: Progress) -
     """Draw the samples of a part, a batch at a time."""
     facts, batch = request.facts, request.facts["batch"]
     for first in range(part.start, part.stop, batch):
-        # The last batch is drawn whole too, and what is too many of it left away: a shorter one
-        # would round differently.
-        whole = torch.arange(first, first + batch)
+        # The last batch is drawn whole too, and its surplus dropped: in a shorter one, matrix
+        # products would round differently.
+        numbers = torch.arange(first, first + batch)
         images = sampler.sample(
-            request.labels[whole],
-            facts["first_seed"] + whole,
+            request.labels[numbers],
+            facts["first_seed"] + numbers,
             request.size,
             grid=(facts["grid"][0], facts["grid"][1]),
             **request.settings,
@@ -286,6 +294,7 @@ def _draw(request: Request, sampler: Sampler, part: range, progress: Progress) -
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Read sampling.json or samples.json; None if missing. Raises InputError when it is damaged."""
     try:
         stored = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Grids of samples in PNG files, one per size."""
+"""Drawing samples into PNG files: a grid of samples for each size."""
 
 from __future__ import annotations
 
@@ -32,46 +32,49 @@ def draw_grids(
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Sample a checkpoint at every size, and write one PNG file with a grid of samples for each.
+    """Draw samples of a checkpoint at every size, and write a PNG file with a grid for each size.
 
-    ``out`` is a PNG file (for one size) or a folder. ``embedding`` is a ``.npy`` file, see
-    choose_embeddings. ``settings`` are those of Sampler.sample. What is not given is the run's own
-    setting, from its config's [sample]. Seeds and conditions are the same at every size, so that
-    sample i shows one composition at all of them.
-    Returns files, labels, seeds and latent grids. Raises InputError for what cannot be drawn,
-    before anything is drawn.
+    ``out`` is a PNG file (for one size) or a folder. ``attributes`` are names, see
+    choose_attributes; ``embedding`` is a ``.npy`` file, see choose_embeddings. ``settings`` are
+    those of Sampler.sample. Settings that are not given are the run's own, from [sample] in its
+    config. Seeds and conditions are the same at every size, so that sample i shows the same
+    composition at all of them.
+
+    Returns the files, labels, seeds and latent grids. Raises InputError before anything is drawn
+    when a request cannot be met.
     """
     sampler = Sampler.load(source, device)
     sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
     for size in sizes:
         check_samples(sampler, size, grid, count or sampler.defaults.count)
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
-    chosen = choose_labels(
+    chosen_labels = choose_labels(
         labels or sampler.defaults.labels, count or sampler.defaults.count, sampler.num_classes
     )
     condition = (
-        choose_attributes(attributes, sampler.attributes).expand(len(chosen), -1)
+        choose_attributes(attributes, sampler.attributes).expand(len(chosen_labels), -1)
         if attributes
-        else chosen
+        else chosen_labels
     )
     if embedding is not None:
-        condition = choose_embeddings(embedding, sampler.model, len(chosen))
+        condition = choose_embeddings(embedding, sampler.model, len(chosen_labels))
     first = sampler.defaults.seed if seed is None else seed
-    seeds = torch.arange(first, first + len(chosen))
-    columns = min(len(chosen), sampler.num_classes or 10)
+    seeds = torch.arange(first, first + len(chosen_labels))
+    # One column per class (ten without classes), so that each row shows every class once.
+    columns = min(len(chosen_labels), sampler.num_classes or 10)
     for file, size in zip(files, sizes, strict=True):
         images = sampler.sample(condition, seeds, size, grid=grid, **settings)
         save_png(tile(images, columns), file)
     return {
         "files": [str(file) for file in files],
-        "labels": chosen.tolist(),
+        "labels": chosen_labels.tolist(),
         "seeds": seeds.tolist(),
         "grids": [list(grid or sampler.grid_for(size)) for size in sizes],
     }
 
 
 def output_files(out: Path, names: Sequence[str], overwrite: bool) -> list[Path]:
-    """Choose a file per name: ``out`` itself if it ends in .png, else NAME.png in that folder.
+    """Choose a file for each name: ``out`` if it ends in .png, or else NAME.png in that folder.
 
     Raises InputError when a file exists already, or when several pictures would go into one file.
     """

@@ -1,8 +1,8 @@
-"""Memory check: refuse what would not fit into memory before anything is computed.
+"""Memory check: refuse samples that would not fit into memory, before anything is computed.
 
 Peaks are predicted by running the models on tensors without data (r2id.models.tracing). The
-decoder's peak is linear in the number of pixels, because it decodes some points at a time; it is
-traced for two small pictures and extrapolated.
+decoder's peak is linear in the number of pixels, because it decodes a limited number of points at a
+time. So it is traced for two small pictures and extrapolated.
 
 Shape letters: C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -28,19 +28,20 @@ from r2id.models.tracing import trace_peak
 from r2id.sampling.sampler import Sampler
 
 _ALWAYS_FITS = 1 << 28
-"""Bytes that are taken to fit without a check, because tracing takes a second."""
+"""Bytes that are assumed to fit without a check, because tracing takes a second."""
 _SMALL, _LARGER = (256, 256), (384, 384)
 """The sizes at which decoding is traced."""
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells the memory limit of a container."""
 
 
 def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -> None:
     """Raise InputError when drawing ``count`` samples of a size (H, W) would not fit into memory.
 
-    ``grid`` is their latent grid, None the one that belongs to the size.
+    ``grid`` is their latent grid, by default the one for their size.
     """
     free, grid = free_memory(sampler.codec.device), grid or sampler.grid_for(size)
-    # Grids that are denoised several at a time are so small that they fit everywhere.
+    # Grids that are so small that several are denoised at a time fit everywhere.
     if sampler.batch_length((1, 1), grid) == 1:
         _check_grid(sampler, grid, free)
     _check_pictures("size", size, sampler.codec, grid, count, free)
@@ -49,7 +50,7 @@ def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -
 def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | None) -> None:
     """Raise InputError when decoding a grid at a size (H, W) would not fit into memory.
 
-    With ``window`` only that part is decoded, and has to fit.
+    With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit.
     """
     free = free_memory(codec.device)
     if window is None:
@@ -60,7 +61,7 @@ def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | 
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on a device; on a CPU, no more than the process's control group allows."""
+    """Return the free bytes of a device; for a CPU, at most what the process's container allows."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
@@ -68,16 +69,17 @@ def free_memory(device: torch.device) -> int:
         allowed, used = (
             int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current")
         )
-    except (OSError, ValueError):  # no control group, or "max": no limit
+    except (OSError, ValueError):  # there is no such file, or it says "max": no limit
         return free
     return max(0, min(free, allowed - used))
 
 
 def _check_grid(sampler: Sampler, grid: Size, free: int) -> None:
+    """Raise InputError when denoising a grid would not fit."""
     need = _denoising(sampler, grid)
     if need <= free:
         return
-    # The peak is no simple function of the grid: bisect for the largest that fits.
+    # The peak is no simple function of the grid, so bisect for the largest that fits.
     low, high = 0.0, 1.0
     for _ in range(10):
         middle = (low + high) / 2
@@ -89,10 +91,15 @@ def _check_grid(sampler: Sampler, grid: Size, free: int) -> None:
 def _check_pictures(
     name: str, size: Size, codec: Codec, grid: Size, count: int, free: int, way_out: str = ""
 ) -> None:
+    """Raise InputError when decoding and holding ``count`` pictures would not fit.
+
+    The error calls their size ``name``, and ends with ``way_out``.
+    """
     pixels = size[0] * size[1]
     if 4 * codec.channels * pixels * count <= _ALWAYS_FITS:
         return
     fixed, per_pixel = _decoding(codec, grid)
+    # Pictures are decoded one at a time, and all are held.
     per_pixel += count * _held(codec.channels)
     need = int(fixed + per_pixel * pixels)
     if need > free:
@@ -115,13 +122,13 @@ def _shrunk(size: Size, factor: float) -> Size:
 
 
 def _denoising(sampler: Sampler, grid: Size) -> int:
-    """Peak bytes of one evaluation of the model with guidance on a grid (h, w)."""
+    """Predict the peak bytes of evaluating the model once, with guidance, on a grid (h, w)."""
     model, channels = sampler.model, sampler.codec.latent_channels
     batch = sampler.batch_length((1, 1), grid)
 
     def work() -> Callable[[], Any]:
         shape = model.condition_shape
-        # Built anew under trace_peak, so that its weights too are tensors without data.
+        # Built anew under trace_peak, so that its weights are tensors without data too.
         fresh = R2ID(model.config, channels, model.classes, shape).eval().requires_grad_(False)
         condition = torch.zeros(2, batch, *shape) if shape else torch.full((2, batch), -1)
         return partial(
@@ -132,8 +139,7 @@ def _denoising(sampler: Sampler, grid: Size) -> int:
 
 
 def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
-    """Peak bytes of decoding a grid: those that do not depend on the picture's size, and those per
-    pixel."""
+    """Predict the peak bytes of decoding a grid → (bytes for any size, bytes per pixel of it)."""
 
     def needed(size: Size) -> int:
         def work() -> Callable[[], Any]:
@@ -141,8 +147,8 @@ def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
             if not isinstance(model, RIAE):
                 return lambda: model.decode(latents, size).clamp(-1, 1)
             fresh = RIAE(model.config, model.channels).eval().requires_grad_(False)
-            # A window of a picture that is no smaller than the grid's own: each pixel takes one
-            # point, as in the large picture, while those of a smaller one would take several.
+            # Decode a window of a picture that is at least as large as the grid's own. There a
+            # pixel takes one point, as in large pictures; in smaller ones it would take several.
             height, width = (
                 max(side, math.ceil(codec.downsample * cells))
                 for side, cells in zip(size, grid, strict=True)
@@ -157,7 +163,7 @@ def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
 
 
 def _held(channels: int) -> float:
-    """Bytes per pixel of holding a picture and making a PNG file of it."""
+    """Predict the bytes per pixel of holding a picture and making a PNG file of it."""
 
     def work() -> Callable[[], Any]:
         images = torch.zeros(1, channels, *_SMALL)
@@ -167,5 +173,6 @@ def _held(channels: int) -> float:
 
 
 def _traced(codec: Codec, work: Callable[[], Callable[[], Any]]) -> int:
+    """Predict the peak bytes of what ``work`` makes, on the codec's device and in its precision."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=codec.bfloat16):
         return trace_peak(work, as_on_gpu=codec.device.type == "cuda")

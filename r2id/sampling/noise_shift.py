@@ -1,7 +1,7 @@
-"""A noise shift that was measured of a checkpoint and replaces the one it was trained with.
+"""A noise shift that was measured for a checkpoint and replaces the one it was trained with.
 
-``RUN/noise-shift.json`` holds it, beside the ``checkpoints`` of a run. It names its checkpoint by
-identity, and holds until the file is removed.
+It is kept in ``RUN/noise-shift.json``, with the identity of its checkpoint. Sampling uses it until
+the file is removed.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ NAME = "noise-shift.json"
 
 
 def applied_file(checkpoint: Checkpoint) -> Path:
-    """Where the shift of a checkpoint lies once it is applied."""
+    """Return the path of the file that holds the noise shift applied to a checkpoint."""
     return checkpoint.run / NAME
 
 
-def apply(checkpoint: Checkpoint, found: Mapping[str, Any]) -> Path:
-    """Let samples of a checkpoint be drawn with the exponent ``found["k"]``; the file written.
+def apply(checkpoint: Checkpoint, measured: Mapping[str, Any]) -> Path:
+    """Have samples of a checkpoint drawn with the shift exponent ``measured["k"]``.
 
-    Raises WorkError when a schedule cannot have that exponent.
+    Returns the file that it writes. Raises WorkError when a schedule cannot have that exponent.
     """
-    if not (math.isfinite(found["k"]) and found["k"] >= 0):
-        raise WorkError(f"k = {found['k']:.3f}: cannot be applied; must be at least 0")
+    if not (math.isfinite(measured["k"]) and measured["k"] >= 0):
+        raise WorkError(f"k = {measured['k']:.3f}: cannot be applied; must be at least 0")
     file = applied_file(checkpoint)
-    write_json(file, found)
+    write_json(file, measured)
     return file
 
 
 def applied_exponent(checkpoint: Checkpoint) -> float | None:
-    """The exponent that was applied to a checkpoint, and a line on stderr that says so.
+    """Return the shift exponent that was applied to a checkpoint, and say so on stderr.
 
-    None where there is none, or where it was measured of another checkpoint. Raises InputError when
+    None when there is none, or when it was measured for another checkpoint. Raises InputError when
     the file is damaged.
     """
     file = applied_file(checkpoint)
     try:
-        found = json.loads(file.read_bytes())
-        exponent, identity = float(found["k"]), str(found["checkpoint"])
+        stored = json.loads(file.read_bytes())
+        exponent, identity = float(stored["k"]), str(stored["checkpoint"])
         if not (math.isfinite(exponent) and exponent >= 0):
             raise ValueError(f"k = {exponent}")
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def applied_exponent(checkpoint: Checkpoint) -> float | None:
             f"{file}: damaged ({error}); remove it, or measure again with r2id noise-shift --apply"
         ) from None
     if identity != checkpoint.identity:
-        say(f"{file}: is of another checkpoint, and left aside")
+        say(f"{file}: ignored: it was measured for another checkpoint")
         return None
     say(f"{file}: noise shift exponent {exponent:.3f} instead of the trained one")
     return exponent

@@ -1,4 +1,4 @@
-"""Reconstruction: a picture file encoded and decoded at any sizes, whole or a window of it."""
+"""Reconstruction: encoding a picture file and decoding it at any sizes, whole or in part."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def reconstruct_file(
     overwrite: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Encode a picture file, and decode it at every size (default: its own) into PNG files.
+    """Encode a picture file, and decode it at every size (by default its own) into PNG files.
 
-    With ``window`` (y0, x0, y1, x1) only that part of each is decoded. Returns the files and the
-    PSNR in dB of the whole picture at its own size. Raises InputError when the window does not lie
-    within a picture of each size, or when one would not fit into memory.
+    With ``window`` (y0, x0, y1, x1), in pixels, only that part of each is decoded. ``out`` is a PNG
+    file (for one size) or a folder. Returns the files, and the PSNR in dB of the whole picture at
+    its own size. Raises InputError when the window does not lie within the picture at each size, or
+    when one would not fit into memory.
     """
     codec = Codec.load(source, device)
     image = read_image(picture, codec.channels)

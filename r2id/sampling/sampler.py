@@ -1,4 +1,4 @@
-"""The sampler: seeds and conditions to images of any size.
+"""The sampler, which turns seeds and conditions into images of any size.
 
 Shape letters: B samples · C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -27,26 +27,26 @@ from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.sampling.noise_shift import applied_exponent
 
-# Limits of what is computed together: images, latent cells of all of them, pixels of all of them.
+# Upper limits of a batch: its images, the latent cells of all of them, and their pixels.
 _BATCH, _BATCH_TOKENS, _BATCH_PIXELS = 64, 4096, 1 << 20
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """An R2ID with the codec of its latents."""
+    """Draws images with an R2ID and the codec of its latents."""
 
     model: R2ID
     codec: Codec
     diffusion: DiffusionConfig
     defaults: SampleConfig
     base_side: float
-    """√(h·w) of the grid at which the noise schedule is not shifted."""
+    """√(h·w) of the latent grids at which the noise schedule is not shifted."""
     areas: tuple[int, int]
     """Smallest and largest number of latent cells trained on."""
     ratios: tuple[float, float]
     """Smallest and largest height / width of the latent grids trained on."""
     bfloat16: bool
-    """Compute in bfloat16 autocast, as the R2ID was trained, instead of float32."""
+    """Whether to compute under bfloat16 autocast, as in training, rather than in float32."""
     attributes: tuple[str, ...] = ()
     """Names of the attributes that samples can be conditioned on, in order."""
 
@@ -59,10 +59,10 @@ class Sampler:
     ) -> Sampler:
         """Load an R2ID from its checkpoint or run directory, and the RIAE that it names.
 
-        ``codec`` is used instead when it is given. A noise shift that was measured of this
-        checkpoint and applied (see r2id.sampling.noise_shift) replaces the trained one.
-        Raises InputError when it is no checkpoint of an R2ID, is damaged, or the RIAE is not the
-        one it was trained with.
+        A given ``codec`` is used instead of the latter. A noise shift that was measured and applied
+        to this checkpoint (see r2id.sampling.noise_shift) replaces the trained one. Raises
+        InputError when the checkpoint is not one of an R2ID or is damaged, or when the RIAE is not
+        the one that it was trained with.
         """
         checkpoint = Checkpoint.open(source)
         meta = checkpoint.meta
@@ -95,14 +95,14 @@ class Sampler:
 
     @property
     def num_classes(self) -> int:
-        """Classes that samples can be conditioned on; 0 where the condition is another."""
+        """Number of classes to condition samples on; 0 when the condition is something else."""
         return self.model.classes if self.model.config.condition == "class" else 0
 
     def grid_for(self, size: Size) -> Size:
-        """The latent grid (h, w) on which an image of a size (H, W) is diffused.
+        """Return the latent grid (h, w) on which an image of a size (H, W) is diffused.
 
-        It is the codec's own, brought within the areas and aspect ratios that the R2ID was trained
-        on. The decoder renders any grid at any size.
+        It is the codec's grid for that size, changed where necessary to lie within the areas and
+        aspect ratios that the R2ID was trained on. The decoder renders any grid at any size.
         """
         height, width = self.codec.grid_for(size)
         area = min(max(height * width, self.areas[0]), self.areas[1])
@@ -112,9 +112,9 @@ class Sampler:
         return max(1, round((area * ratio) ** 0.5)), max(1, round((area / ratio) ** 0.5))
 
     def batch_length(self, size: Size, grid: Size | None = None) -> int:
-        """How many images are computed together; it depends on their size and grid alone.
+        """Return how many images are computed together; it depends on size and grid alone.
 
-        A power of two, so that batches fill shards without a rest.
+        It is a power of two, so that a shard holds whole batches.
         """
         return min(
             _batch_length(_BATCH_TOKENS, grid or self.grid_for(size)),
@@ -142,8 +142,8 @@ class Sampler:
         · grid: (h, w) of latent cells, by default grid_for(size). Settings that are None are the
         run's own, see SampleConfig. → float32 [B, C, H, W] in [−1, 1], on the CPU.
 
-        An image has the same bits whatever is drawn with it: all are computed in batches of one
-        length, because matrix products of another length round differently.
+        An image has the same bits whatever else is drawn in the same call. All batches have one
+        length for this, because matrix products of other lengths round differently.
         """
         overrides = {
             "steps": steps,
@@ -160,7 +160,7 @@ class Sampler:
         """Draw the latents of ``sample`` on a grid (h, w), without rendering them.
 
         ``overrides`` are the settings of ``sample``. → raw latents [B, L, h, w]. Raises InputError
-        for guidance of a model that knows no conditions.
+        for guidance of a model without conditions.
         """
         guidance = overrides.get("guidance")
         conditional = self.model.classes or self.model.condition_shape
@@ -189,13 +189,16 @@ class Sampler:
     def _latents(
         self, condition: Tensor, seeds: Tensor, grid: Size, settings: SampleConfig
     ) -> Tensor:
+        """Draw one batch of ``latents`` by solving the diffusion equation from pure noise."""
         device, channels = self.codec.device, self.codec.latent_channels
         kind, shift = self.diffusion.schedule, self._shift(grid)
-        # Outside the guidance interval, prediction is conditional only, or unconditional at 0.
+        # Outside the guidance interval the model predicts without guidance: conditionally, or
+        # unconditionally when guidance is 0.
         guided, plain = (
             _conditions(condition.to(device), scale)
             for scale in (settings.guidance, float(settings.guidance > 0))
         )
+        # The logSNR falls with time, and sampling goes back in time, from low to high.
         latest, earliest = schedule.log_snr(
             torch.tensor(settings.guidance_interval), kind, shift
         ).tolist()
@@ -221,7 +224,7 @@ class Sampler:
 
     @torch.no_grad()
     def loss_at(self, latents: Tensor, condition: Tensor, time: float, seed: int = 0) -> Tensor:
-        """Unweighted squared error of the prediction at one time in (0, 1), per sample.
+        """Compute the unweighted squared error of the prediction at one time in (0, 1), per sample.
 
         Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
         """
@@ -241,9 +244,9 @@ class Sampler:
     def data_error(
         self, latents: Tensor, condition: Tensor, log_snr: float, seed: int = 0
     ) -> Tensor:
-        """Squared error of the x₀ that the model predicts at a logSNR, per sample.
+        """Compute the squared error of the x₀ that the model predicts at a logSNR, per sample.
 
-        Neither the noise nor what the model is told of it is shifted with the grid's size.
+        Unlike in training and sampling, the noise level is not shifted with the grid's size.
         Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
         """
         data, level = self.codec.normalise(latents), torch.tensor(log_snr, device=latents.device)
@@ -256,18 +259,19 @@ class Sampler:
             predicted = self.model(
                 x, schedule.alpha_bar(level).expand(len(x)), self._adapt(condition)
             )
-        found, _ = objective.to_data_and_noise(
+        predicted_data, _ = objective.to_data_and_noise(
             self.diffusion.objective, x, predicted.float(), alpha, sigma
         )
-        return (found - data).square().flatten(1).mean(1)
+        return (predicted_data - data).square().flatten(1).mean(1)
 
     def _adapt(self, condition: Tensor) -> Tensor:
-        """Replace classes by an empty condition where the model knows attributes or embeddings."""
+        """Replace classes by empty conditions for a model of attributes or embeddings."""
         if condition.dim() == 1 and self.model.condition_shape:
             return torch.zeros(len(condition), *self.model.condition_shape, device=condition.device)
         return condition
 
     def _shift(self, grid: Size) -> float:
+        """Return the shift of the noise schedule on a grid (h, w)."""
         return schedule.size_shift(
             (grid[0] * grid[1]) ** 0.5, self.base_side, self.diffusion.shift_exponent
         )
@@ -276,15 +280,19 @@ class Sampler:
         return torch.autocast(self.codec.device.type, torch.bfloat16, enabled=self.bfloat16)
 
 
-def _batch_length(most: int, side: Size) -> int:
-    """How many grids or images of ``side`` have ``most`` cells or pixels in all: a power of two."""
-    return 1 << max(1, min(_BATCH, most // (side[0] * side[1]))).bit_length() - 1
+def _batch_length(most: int, size: Size) -> int:
+    """Return how many grids or images of a size have at most ``most`` cells or pixels together.
+
+    It is a power of two, at least 1 and at most _BATCH.
+    """
+    return 1 << max(1, min(_BATCH, most // (size[0] * size[1]))).bit_length() - 1
 
 
 def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) -> Tensor:
     """Call compute(rows int64 [length]) for all rows below ``count``, and join the results.
 
-    The last batch is filled up with its last row, so that all have one length; see Sampler.sample.
+    The last batch is filled up by repeating the last row, so that all batches have one length; see
+    Sampler.sample.
     """
     parts = [
         compute(torch.arange(start, start + length).clamp(max=count - 1))[: count - start]
@@ -294,16 +302,16 @@ def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) ->
 
 
 def _conditions(condition: Tensor, guidance: float) -> Tensor:
-    """The conditions that guidance needs: [B, …] → [1 or 2, B, …], empty ones first."""
+    """Return the conditions that guidance needs, empty ones first: [B, …] → [1 or 2, B, …]."""
     if guidance == 0:
         return empty(condition).unsqueeze(0)
     return condition.unsqueeze(0) if guidance == 1 else torch.stack([empty(condition), condition])
 
 
 def _guide(predictions: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): empty + guidance·(conditional − empty).
+    """Guide without a classifier (Ho & Salimans 2022): empty + guidance·(conditional − empty).
 
-    [1 or 2, B, …] as of _conditions → [B, …].
+    Predictions [1 or 2, B, …], in the order of _conditions → [B, …].
     """
     if len(predictions) == 1:
         return predictions[0]

@@ -22,7 +22,8 @@ from r2id.images import encode_png
 from r2id.models.coords import Size
 
 _SPLIT = "samples"
-# At most in a shard, but always whole batches. A process that is killed draws its shard again.
+# Upper limits of a shard, which always holds whole batches. Shards are small, because a process
+# that is killed draws its shard again.
 _SAMPLES, _PIXELS = 512, 1 << 23
 
 
@@ -30,12 +31,12 @@ class ShardFiles:
     """Writes samples into shards, each of which is complete or absent."""
 
     def __init__(self, out: Path, facts: dict[str, Any], labels: Sequence[int]) -> None:
-        """``facts`` are those of sampling.json; ``labels`` are −1 where there are no classes."""
+        """``facts`` are those of sampling.json; ``labels`` are −1 for samples without a class."""
         self.out, self.facts, self.labels = out, facts, labels
         self.length = shard_length(facts["size"], facts["batch"])
 
     def is_done(self, part: range) -> bool:
-        """Whether the shard of a part is committed and intact."""
+        """Tell whether the shard of a part is committed and intact."""
         return find_intact(self.out, self._file(part)) is not None
 
     def write(self, part: range, samples: Iterator[tuple[int, Tensor]]) -> None:
@@ -44,7 +45,7 @@ class ShardFiles:
         write_shard_files(self.out, self._file(part), records, [])
 
     def finish(self, parts: Sequence[range]) -> str:
-        """Write the set's manifest; its checksum. Raises WorkError when a shard is missing."""
+        """Write the set's manifest → its checksum. Raises WorkError when a shard is missing."""
         try:
             entries = [read_commit(self.out, self._file(part))[0] for part in parts]
         except (OSError, ValueError) as error:
@@ -80,6 +81,6 @@ class ShardFiles:
 
 
 def shard_length(size: Size, batch: int) -> int:
-    """Samples of a size in a shard: a power of two, as batches are, and at least a batch."""
+    """Return the number of samples of a size in a shard: a power of two, and at least a batch."""
     most = max(1, min(_SAMPLES, _PIXELS // (size[0] * size[1])))
     return max(batch, 1 << most.bit_length() - 1)
