@@ -7,12 +7,12 @@ from r2id.training.state import TrainState
 
 
 class MovingAverages(Callback):
-    """Move the averages towards the weights after each step that changed them.
+    """Move the averages towards the weights after every step that updated them.
 
-    The averages themselves lie in the engine, beside the masters: each rank keeps those of its own
-    share, and they are saved and loaded with it.
+    The averages themselves are kept in the engine, because each rank has those of its own masters
+    only, and saves and loads them together.
     """
 
     def post_step(self, state: TrainState) -> None:
         if state.updated:
-            state.engine.ema.update(state.step - 1)
+            state.engine.ema.update(state.step - 1)  # ``state.step`` counts the step already

@@ -54,7 +54,7 @@ class Engine(ABC):
     layout: list[Piece]
     """Which elements of the parameters this rank's masters hold."""
     ema: Ema
-    """Averages of the masters, which a callback moves (r2id.training.callbacks.averages)."""
+    """Averages of the masters. A callback updates them (r2id.training.callbacks.averages)."""
     steps: int = 0
     """Optimizer steps done."""
 
