@@ -29,7 +29,7 @@ def denoising_loss(
     condition: Tensor,
     time: Tensor,
     noise: Tensor,
-    at: Tensor | None = None,
+    coordinates: Tensor | None = None,
     cloud_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Squared error of the prediction at times [B], per sample: (weighted, unweighted), each
@@ -39,7 +39,9 @@ def denoising_loss(
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)
     alpha, sigma = schedule.alpha_sigma(log_snr, diffusion.schedule)
     a, s = (rearrange(part, "b -> b 1 1 1") for part in (alpha, sigma))
-    predicted = model(a * latent + s * noise, schedule.alpha_bar(log_snr), condition, at, cloud_key)
+    predicted = model(
+        a * latent + s * noise, schedule.alpha_bar(log_snr), condition, coordinates, cloud_key
+    )
     wanted = objective.target(diffusion.objective, latent, noise, a, s)
     error = (predicted - wanted).square().flatten(1).mean(1)
     return error * objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma), error

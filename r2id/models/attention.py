@@ -19,32 +19,34 @@ from torch.autograd.function import once_differentiable
 
 from r2id.models.tiles import Tiles
 
-_WINDOW_DIMS = 6  # dimensions of a head given to the window
-_FAST_PLAIN = (
-    1 << 24
-)  # up to so many scores, plain products are faster on a CPU than the fused kernel
-# Each thread and each task has its own value, so that one request's count of memory leaves the
-# kernels of another, which draws at the same time, alone.
+# Dimensions of a head that hold the window: 2 for u_q·u_k, 2 for |u_k|² and 2 for |u_q|², each
+# square in two parts (see _in_two).
+_WINDOW_DIMS = 6
+# On a CPU, plain products are faster than the fused kernel up to this number of scores.
+_FAST_PLAIN = 1 << 24
+# A context variable: one thread may count memory as on a GPU while another one draws samples.
 _PLAIN_UP_TO: ContextVar[float] = ContextVar("plain_up_to", default=_FAST_PLAIN)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm of the last dimension that stays in its input's dtype, so that the fused kernel
-    applies under autocast too."""
+    """RMSNorm of the last dimension, in the input's dtype.
+
+    PyTorch's own takes its slow path under autocast, where input and weight differ in dtype.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and _most_plain_scores():  # 0: as on a GPU
+        if x.device.type == "cpu" and _most_plain_scores():  # 0 stands for a GPU's kernels
             return _RmsNorm.apply(x, self.weight, self.eps)
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x / √(mean(x²) + ε)·weight.
+    """x / √(mean(x²) + ε)·weight, for CPUs.
 
     A CPU has no fused kernel: PyTorch keeps float32 copies of every intermediate for the backward
-    pass and takes twice as long. This keeps one scale for each row and x, or what it returns where
-    there is no weight, which the next operation keeps anyway.
+    pass and takes twice as long. This function keeps one scale per row and x. Without a weight it
+    keeps its output instead of x, which costs nothing, as the next operation keeps that too.
     """
 
     @staticmethod
@@ -61,15 +63,16 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         kept, weight, scale = ctx.saved_tensors
-        gradient, normed, of_weight = gradient.to(scale.dtype), kept.to(scale.dtype), None
+        gradient, normed, weight_gradient = gradient.to(scale.dtype), kept.to(scale.dtype), None
         if weight is not None:
             normed = normed * scale
-            of_weight = (gradient * normed).flatten(0, -2).sum(0)
+            weight_gradient = (gradient * normed).flatten(0, -2).sum(0)
             gradient = gradient * weight
+        # The norm does not change along x itself, so that part of the gradient is taken out.
         along = (gradient * normed).mean(-1, keepdim=True)
         return (
             torch.addcmul(gradient, normed, along, value=-1).mul_(scale).to(kept.dtype),
-            of_weight,
+            weight_gradient,
             None,
         )
 
@@ -77,25 +80,28 @@ class _RmsNorm(torch.autograd.Function):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention: q [B, H, N, d], k and v [B, H, M, d] → [B, H, N, d].
 
-    ``mask`` bool [B, 1, 1, M]: the keys that are seen, at least one.
+    ``mask`` bool [B, 1, 1, M] says which keys are seen, at least one.
 
-    On a CPU the fused kernel's backward pass is 3 to 8 times slower than plain products in bfloat16
-    on small grids (tests/bench/attention.py); on large ones it alone has constant memory.
+    On a CPU, small grids take plain products: the fused kernel's backward pass is 3 to 8 times
+    slower in bfloat16 (tests/bench/attention.py). Large grids take the fused kernel, whose memory
+    does not grow with N·M.
     """
     if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= _most_plain_scores():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
-        return torch.softmax(scores, dim=-1).to(v.dtype) @ v  # the kernel sums in float32
+        # Softmax returns float32 under autocast. Rounding it costs little: the product still sums
+        # in float32.
+        return torch.softmax(scores, dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 @contextmanager
 def plain_up_to(scores: float) -> Iterator[None]:
-    """Let a CPU compute attention by plain products up to this number of scores, and by the fused
-    kernel above it. Holds inside the ``with`` block, in this thread alone.
+    """Compute attention on a CPU by plain products up to this number of scores, fused above it.
 
-    For counting, on a CPU, what a GPU would keep (0) or every product of attention (infinity).
+    Holds inside the ``with`` block, in this thread alone. r2id.models.tracing counts what a GPU
+    would keep with 0, and all products of attention with infinity.
     """
     token = _PLAIN_UP_TO.set(scores)
     try:
@@ -105,17 +111,17 @@ def plain_up_to(scores: float) -> Iterator[None]:
 
 
 def _most_plain_scores() -> float:
-    # torch.compile cannot trace a context variable; compiled code is run, not counted.
+    # torch.compile cannot trace a context variable, and compiled code is never counted.
     return _FAST_PLAIN if torch.compiler.is_compiling() else _PLAIN_UP_TO.get()
 
 
 class Attention(nn.Module):
     """Multi-head attention from queries [B, N, D] to context [B, M, D'].
 
-    With ``gaussian_window``, head h adds −s_h·|u_q − u_k|² to its logits, u in cells of the latent
-    grid and s_h learned: a Gaussian window around the query, at no cost: −s|u_q −
-    u_k|² = s(2·u_q·u_k − |u_k|² − |u_q|²) is itself a dot product and takes six dimensions of the
-    head.
+    With ``gaussian_window``, head h adds −s_h·|u_q − u_k|² to its logits: a Gaussian window around
+    the query, with u in cells of the latent grid and s_h learned. It costs nothing, because
+    −s·|u_q − u_k|² = s·(2·u_q·u_k − |u_k|² − |u_q|²) is itself a dot product, which takes six
+    dimensions of the head.
     """
 
     def __init__(
@@ -135,23 +141,24 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.query_norm = RMSNorm(content // heads)
         self.key_norm = RMSNorm(content // heads)
-        # Windows of one cell to nearly the whole image, so that heads start out different.
+        # Reach is 1/s, from 1 to e⁵ over the heads: windows start with standard deviations √(1/2s)
+        # of 0.7 to 8.6 cells, so that heads start out different.
         self.log_reach = nn.Parameter(torch.linspace(0.0, 5.0, heads)) if gaussian_window else None
 
     def forward(
         self,
         x: Tensor,
         context: Tensor,
-        at: Tensor | None = None,
-        context_at: Tensor | None = None,
+        places: Tensor | None = None,
+        context_places: Tensor | None = None,
         tiles: Tiles | None = None,
         mix: Callable[[Tensor, Tensor, Tensor], Tensor] = attend,
     ) -> Tensor:
         """Let queries x [B, N, D] attend to a context [B, M, D'] → [B, N, D].
 
-        ``at`` [B or 1, N, 2] and ``context_at`` [B or 1, M, 2] are places in cells, which a
-        Gaussian window needs. With ``tiles``, queries are in tile order and see the keys of their
-        tile alone; else ``mix`` says who sees whom.
+        ``places`` [B or 1, N, 2] of the queries and ``context_places`` [B or 1, M, 2] of the keys
+        are in cells; a Gaussian window needs them. With ``tiles``, queries are in tile order and
+        see only the keys of their tile. Without, ``mix`` computes the attention.
         """
         q, k, v = (
             rearrange(part, "b n (h d) -> b h n d", h=self.heads)
@@ -160,32 +167,38 @@ class Attention(nn.Module):
         q, k = self.query_norm(q), self.key_norm(k)
         if tiles is not None:
             q, k, v = tiles.split_queries(q), tiles.gather_keys(k), tiles.gather_keys(v)
-            if at is not None and context_at is not None:
-                at, context_at = tiles.split_places(at, context_at, len(x))
+            if places is not None and context_places is not None:
+                places, context_places = tiles.split_places(places, context_places, len(x))
         if self.log_reach is not None:
-            if at is None or context_at is None:
+            if places is None or context_places is None:
                 raise ValueError(
                     "attention with a Gaussian window needs the places of its queries and keys"
                 )
-            q, k, v = self._with_window(q, k, v, at, context_at)
+            q, k, v = self._with_window(q, k, v, places, context_places)
         attended = (
-            mix(q, k, v) if tiles is None else tiles.joined(attend(q, k, v, tiles.mask(len(x))))
+            mix(q, k, v)
+            if tiles is None
+            else tiles.join_queries(attend(q, k, v, tiles.mask(len(x))))
         )
         return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
 
     def _with_window(
-        self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, context_at: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, context_places: Tensor
     ) -> tuple[Tensor, ...]:
+        """Append the window's dimensions, whose dot product is −s·|u_q − u_k|², to q and k."""
         assert self.log_reach is not None
-        sharpness = torch.exp(-self.log_reach).view(1, -1, 1, 1) * math.sqrt(
-            self.head_dim
-        )  # undoes SDPA's 1/√d
-        at, context_at = at.unsqueeze(1), context_at.unsqueeze(1)
-        ones, context_ones = torch.ones_like(at), torch.ones_like(context_at)
-        own = _in_two(sharpness * at.square().sum(-1, keepdim=True), q.dtype)
-        q_window = torch.cat([sharpness * torch.cat([2.0 * at, -ones], dim=-1), -own], dim=-1)
+        # attend divides logits by √d, which the window's must not be: it is multiplied in here.
+        sharpness = torch.exp(-self.log_reach).view(1, -1, 1, 1) * math.sqrt(self.head_dim)
+        places, context_places = places.unsqueeze(1), context_places.unsqueeze(1)
+        ones, context_ones = torch.ones_like(places), torch.ones_like(context_places)
+        own = _in_two(sharpness * places.square().sum(-1, keepdim=True), q.dtype)
+        q_window = torch.cat([sharpness * torch.cat([2.0 * places, -ones], dim=-1), -own], dim=-1)
         k_window = torch.cat(
-            [context_at, _in_two(context_at.square().sum(-1, keepdim=True), q.dtype), context_ones],
+            [
+                context_places,
+                _in_two(context_places.square().sum(-1, keepdim=True), q.dtype),
+                context_ones,
+            ],
             dim=-1,
         )
         return (
@@ -196,12 +209,15 @@ class Attention(nn.Module):
 
 
 def _in_two(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Split a column into two that sum to it, so that rounding to bfloat16 loses nothing: near its
-    query, a window's value is the small difference of large numbers."""
+    """Split a column into two that sum to it, a rounded one and its rest: [..., 1] → [..., 2].
+
+    Near its query, a window's value is the small difference of large squares. Rounded to bfloat16
+    in one number, they would lose it.
+    """
     coarse = x.to(dtype).to(x.dtype)
     return torch.cat([coarse, x - coarse], dim=-1)
 
 
 def _spread(window: Tensor, like: Tensor) -> Tensor:
-    """[B or 1, H or 1, N, 6] → [B, H, N, 4] in the dtype of ``like``."""
+    """Repeat [B or 1, H or 1, N, 6] → [B, H, N, 6] in the dtype of ``like``."""
     return window.to(like.dtype).expand(*like.shape[:3], -1)

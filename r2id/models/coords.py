@@ -1,10 +1,11 @@
-"""Where a point of an image is, independent of how many pixels the image has.
+"""Coordinates of points of an image, independent of how many pixels the image has.
 
 Shape letters: B batch · N points · H, W image or grid size.
 
-A point has four coordinates: absolute (ax, ay), which reach the edges of every image, and relative
-(rx, ry), in which the image is inscribed in a unit square, so that a circle stays a circle at any
-aspect ratio.
+A point has four coordinates. The absolute ones (ax, ay) run from −½ to ½ between the edges of every
+image. The relative ones (rx, ry) do so along the longer side only and have the same unit along the
+shorter one, so that a circle stays a circle at any aspect ratio. All four are 0 at the image's
+centre; x grows to the right and y downwards.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ Size = tuple[int, int]
 Part = tuple[slice, slice]
 """A rectangle of a grid: its rows and its columns."""
 WHOLE: Part = (slice(None), slice(None))
+"""The whole grid."""
 PHASE_DIM = 8
 """Length of cell_phase."""
 Window = tuple[int, int, int, int]
-"""A rectangle of a picture, (y0, x0, y1, x1) in its pixels: rows y0 to y1 − 1 and columns x0 to x1
-− 1."""
+"""A rectangle of a picture, (y0, x0, y1, x1): its pixels of y0 ≤ row < y1 and x0 ≤ column < x1."""
 
 
 def part_of(size: Size, window: Window | None) -> Part:
-    """The rows and columns of a window, or all of a picture (H, W).
+    """Return the rows and columns of a window, or all of those of a picture (H, W).
 
     Raises InputError when the window is empty or does not lie within the picture.
     """
@@ -45,7 +46,7 @@ def part_of(size: Size, window: Window | None) -> Part:
 
 
 def centres(count: int, device: torch.device | None = None, part: slice = slice(None)) -> Tensor:
-    """Pixel centres along one axis, or along a part of it: (j + ½)/count − ½, float32 [count]."""
+    """Pixel centres along one axis, or along a part of it: (j + ½)/count − ½, float32 [n]."""
     return (
         torch.arange(*part.indices(count), dtype=torch.float32, device=device) + 0.5
     ) / count - 0.5
@@ -56,8 +57,8 @@ def grid_coordinates(
 ) -> Tensor:
     """Coordinates (ax, ay, rx, ry) of the centres of a grid's cells, row by row: float32 [H·W, 4].
 
-    ``shape`` is a (height, width) whose ratio the relative coordinates take; by default the grid's
-    own. With ``part``, of a part of the cells.
+    The relative coordinates take the aspect ratio of ``shape`` (height, width), by default the
+    grid's own. ``part`` limits the result to a rectangle of cells.
     """
     height, width = grid
     ay, ax = torch.meshgrid(
@@ -74,10 +75,10 @@ def relative_scale(shape: Size, device: torch.device | None = None) -> Tensor:
 
 
 def displace(coordinates: Tensor, noise: Tensor, grid: Size, shape: Size | None = None) -> Tensor:
-    """Move points by half a cell times noise: one displacement per point, the same in both systems.
+    """Move points by half a cell times noise, by the same distance in both systems.
 
-    coordinates [..., N, 4], noise [B, N, 2] in (x, y) → [B, N, 4]: ax += ε₁/(2W), rx +=
-    ε₁/(2W)·W/m, y likewise.
+    coordinates [..., N, 4], noise ε [B, N, 2] in (x, y) → [B, N, 4]: ax becomes ax + ε_x/(2W) and
+    rx becomes rx + ε_x/(2W)·W/m with m = max(H, W); y likewise.
     """
     height, width = grid
     step = noise * torch.tensor([0.5 / width, 0.5 / height], device=noise.device)
@@ -94,10 +95,9 @@ def fourier_dim(powers: Size) -> int:
 def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
     """sin and cos of π·2^p·coordinate, p from powers[0] to powers[1].
 
-    [..., 4] → float32 [..., fourier_dim(powers)].
-
-    Each system's half is normalised to mean 0 and variance 1, without learned scale. Always
-    float32: bfloat16 has 8 significant bits and cannot tell 1,024 positions apart.
+    [..., 4] → float32 [..., fourier_dim(powers)], first those of the absolute coordinates, then
+    those of the relative ones. Each half is normalised to mean 0 and variance 1, without a learned
+    scale. Always float32: bfloat16 has 8 significant bits and cannot tell 1,024 positions apart.
     """
     with torch.autocast(coordinates.device.type, enabled=False):
         exponents = torch.arange(
@@ -119,12 +119,13 @@ def cell_dim(powers: Size) -> int:
 
 
 def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
-    """sin and cos of π·2^p·place, p from powers[0] to powers[1].
+    """sin and cos of π·2^p·u, p from powers[0] to powers[1].
 
-    A point's place is in cells from the grid's top left edge: [..., 4] → float32
-    [..., cell_dim(powers)].
+    u is a point's absolute position in cells, counted from the grid's top left corner:
+    [..., 4] → float32 [..., cell_dim(powers)].
 
-    They are the same in every image of any size, but for where the grid starts.
+    Unlike fourier_features, they do not depend on the image's size: a window of an image has the
+    features of the image, up to the window's offset.
     """
     height, width = grid
     extent = torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)
@@ -146,7 +147,8 @@ def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
     cells = coordinates[..., :2] * torch.tensor(
         [width, height], dtype=torch.float32, device=coordinates.device
     )
-    # A cell's edge, not the image's centre, is phase 0: grids of odd and even size agree.
+    # Phase 0 is a cell's edge. The image's centre is an edge in grids of even size and the middle
+    # of a cell in those of odd size, so counting from there would make the two disagree.
     cells = cells + torch.tensor(
         [width / 2, height / 2], dtype=torch.float32, device=coordinates.device
     )
@@ -155,7 +157,7 @@ def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
 
 
 def in_cells(coordinates: Tensor, grid: Size) -> Tensor:
-    """Absolute coordinates in cells of a grid, from the image's centre: [..., 4] → [..., 2]."""
+    """Absolute coordinates (x, y) in cells, from the image's centre: [..., 4] → [..., 2]."""
     extent = torch.tensor([grid[1], grid[0]], dtype=torch.float32, device=coordinates.device)
     return coordinates[..., :2] * extent
 
@@ -170,14 +172,16 @@ def pixel_size(coordinates: Tensor, size: Size, grid: Size) -> Tensor:
 def sample_image(image: Tensor, coordinates: Tensor) -> Tensor:
     """Interpolate an image's colours at any points, bicubic.
 
-    image [B, C, H, W], coordinates [B, N, 4] → [B, N, C].
+    image [B, C, H, W], coordinates [B or 1, N, 4] → [B, N, C].
 
-    At a pixel's centre this is the pixel's own colour; outside, the border's.
+    At a pixel's centre this is the pixel's own colour; outside the image, the border's.
     """
-    at = (2.0 * coordinates[..., :2]).unsqueeze(1)
+    # grid_sample counts from −1 to 1 between the edges (align_corners=False), and takes a grid
+    # [B, height, width, 2]: the points are its only row.
+    locations = (2.0 * coordinates[..., :2]).unsqueeze(1)
     colours = F.grid_sample(
         image,
-        at.expand(image.shape[0], -1, -1, -1),
+        locations.expand(image.shape[0], -1, -1, -1),
         mode="bicubic",
         padding_mode="border",
         align_corners=False,

@@ -75,7 +75,7 @@ class AttentionDecoder(nn.Module):
         self,
         kv: Tensor,
         cells: Tensor,
-        at: Tensor,
+        points: Tensor,
         size: Size,
         grid: Size,
         tiles: Tiles | None = None,
@@ -86,9 +86,9 @@ class AttentionDecoder(nn.Module):
         [B, P, C]. With ``tiles``, points are in tile order, and kv and cells those of
         ``tiles.part``.
         """
-        x = self.point_in(self.visibility.point_features(at, size, grid))
+        x = self.point_in(self.visibility.point_features(points, size, grid))
         x = x.expand(kv.shape[0], -1, -1)
-        cell_places, point_places = coords.in_cells(cells, grid), coords.in_cells(at, grid)
+        cell_places, point_places = coords.in_cells(cells, grid), coords.in_cells(points, grid)
         for block in self.cross_blocks:
             x = block(x, kv, point_places, cell_places, tiles)
         return self.to_colour(x).float()
@@ -112,10 +112,10 @@ class AttentionDecoder(nn.Module):
         grid: Size = (latents.shape[2], latents.shape[3])
         part = coords.part_of(size, window)
         cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
-        points = math.prod(side.stop - side.start for side in part) * math.prod(
+        count = math.prod(side.stop - side.start for side in part) * math.prod(
             self.points_per_pixel(grid, size)
         )
-        at_once = self.visibility.images_decoded_at_once(points, len(latents))
+        at_once = self.visibility.images_decoded_at_once(count, len(latents))
         parts = []
         for some in latents.split(at_once):
             kv = self.spread_latents(rearrange(some, "b l h w -> b (h w) l"), cells, grid)

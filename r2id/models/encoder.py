@@ -70,7 +70,7 @@ class AttentionEncoder(nn.Module):
     def encode_points(
         self,
         colours: Tensor,
-        at: Tensor,
+        points: Tensor,
         size: Size,
         cells: Tensor,
         grid: Size,
@@ -82,13 +82,13 @@ class AttentionEncoder(nn.Module):
         With ``tiled`` attention, cells and points are whole grids, and ``tiles`` those of the
         cells.
         """
-        seen = self._query_pixels(colours, at, size, cells, grid, tiles)
+        seen = self._query_pixels(colours, points, size, cells, grid, tiles)
         return self._to_latents(seen, cells, grid)
 
     def _query_pixels(
         self,
         colours: Tensor,
-        at: Tensor,
+        points: Tensor,
         size: Size,
         cells: Tensor,
         grid: Size,
@@ -96,15 +96,15 @@ class AttentionEncoder(nn.Module):
     ) -> Tensor:
         """What the cells [1, M, 4] see: [B, M, D]."""
         batch = colours.shape[0]
-        place = self.visibility.point_features(at, size, grid).expand(batch, -1, -1)
+        place = self.visibility.point_features(points, size, grid).expand(batch, -1, -1)
         pixels = self.pixel_in(torch.cat([colours, place], dim=-1))
         if tiles is not None:
-            cells = tiles.in_order(cells[0])
+            cells = tiles.to_tile_order(cells[0])
         x = self.cell_in(self.visibility.cell_features(cells, grid)).expand(batch, -1, -1)
-        cell_places, pixel_places = coords.in_cells(cells, grid), coords.in_cells(at, grid)
+        cell_places, pixel_places = coords.in_cells(cells, grid), coords.in_cells(points, grid)
         for block in self.cross_blocks:
             x = block(x, pixels, cell_places, pixel_places, tiles)
-        return x if tiles is None else tiles.restored(x)
+        return x if tiles is None else tiles.from_tile_order(x)
 
     def _to_latents(self, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """[B, M, D] at all cells [1, M, 4] → latents [B, M, L]."""

@@ -18,12 +18,15 @@ from r2id.models.tiles import Tiles
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020) with as many weights as a two-layer network of ``ratio`` times the
-    width."""
+    """SwiGLU (Shazeer 2020).
+
+    It has as many weights as a network of two layers whose hidden width is ``ratio`` times the
+    width: three matrices of two thirds of that.
+    """
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
-        # A multiple of 32 keeps matrix units busy.
+        # GPUs multiply matrices in blocks, and waste part of one that is not full.
         hidden = max(32, round(width * ratio * 2 / 3 / 32) * 32)
         self.gate = nn.Linear(width, hidden, bias=False)
         self.value = nn.Linear(width, hidden, bias=False)
@@ -49,15 +52,17 @@ class _Gated(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask takes one byte an element on a CPU too, where PyTorch's is of the input's
-    dtype."""
+    """Dropout whose mask takes one byte per element on a CPU too.
+
+    PyTorch's own keeps a mask in the input's dtype there.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
 
 
 class CrossBlock(nn.Module):
-    """Queries attend to a context, then a feed-forward layer; pre-norm residuals."""
+    """Cross-attention to a context and a feed-forward layer, both pre-norm and residual."""
 
     def __init__(
         self, width: int, context_width: int, heads: int, ffn_ratio: float, gaussian_window: bool
@@ -71,31 +76,40 @@ class CrossBlock(nn.Module):
         self,
         x: Tensor,
         context: Tensor,
-        at: Tensor | None = None,
-        context_at: Tensor | None = None,
+        places: Tensor | None = None,
+        context_places: Tensor | None = None,
         tiles: Tiles | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.norm(x), self.context_norm(context), at, context_at, tiles)
+        x = x + self.attention(
+            self.norm(x), self.context_norm(context), places, context_places, tiles
+        )
         return x + self.ffn(self.ffn_norm(x))
 
 
 class SelfBlock(nn.Module):
-    """Tokens attend to each other, then a feed-forward layer; pre-norm residuals."""
+    """Self-attention and a feed-forward layer, both pre-norm and residual."""
 
     def __init__(self, width: int, heads: int, ffn_ratio: float, gaussian_window: bool) -> None:
         super().__init__()
         self.norm, self.attention = RMSNorm(width), Attention(width, width, heads, gaussian_window)
         self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
 
-    def forward(self, x: Tensor, at: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
-        """``tiles``: of all tokens, which then see those of their tile alone."""
+    def forward(
+        self, x: Tensor, places: Tensor | None = None, tiles: Tiles | None = None
+    ) -> Tensor:
+        """x [B, N, D] → [B, N, D], at ``places`` [1, N, 2] in cells.
+
+        With ``tiles``, which must cover all tokens, each sees only the tokens of its tile and halo.
+        """
         normed = self.norm(x)
         if tiles is None:
-            x = x + self.attention(normed, normed, at, at)
+            x = x + self.attention(normed, normed, places, places)
         else:
-            places = None if at is None else tiles.in_order(at[0])
-            x = x + tiles.restored(
-                self.attention(normed[:, tiles.queries[0].flatten()], normed, places, at, tiles)
+            query_places = None if places is None else tiles.to_tile_order(places[0])
+            x = x + tiles.from_tile_order(
+                self.attention(
+                    normed[:, tiles.queries[0].flatten()], normed, query_places, places, tiles
+                )
             )
         return x + self.ffn(self.ffn_norm(x))
 
@@ -109,8 +123,10 @@ def zero_linear(width: int, out: int) -> nn.Linear:
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate of each branch of a block from the time embedding; all zero at the
-    start, so that a block starts as the identity (adaLN-Zero, Peebles & Xie 2023)."""
+    """Shift, scale and gate of each branch of a block, from the time embedding.
+
+    All start at zero, so that a block starts as the identity (adaLN-Zero, Peebles & Xie 2023).
+    """
 
     def __init__(self, width: int, branches: int) -> None:
         super().__init__()
@@ -124,12 +140,15 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return x·(1 + scale) + shift."""
     return torch.addcmul(shift, x, 1.0 + scale)
 
 
 class DiffusionBlock(nn.Module):
-    """Self-attention, cross-attention to condition tokens where ``conditional``, and feed-forward,
-    modulated by time."""
+    """Self-attention and a feed-forward layer, modulated by time.
+
+    With ``conditional``, cross-attention to condition tokens lies between them.
+    """
 
     def __init__(
         self, width: int, heads: int, ffn_ratio: float, dropout: float, conditional: bool
@@ -156,8 +175,11 @@ class DiffusionBlock(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, context: Tensor | None = None, mix: Mix = attend
     ) -> Tensor:
-        """x [B, N, D], time [B, D], context [B, M, D] → [B, N, D]; ``mix`` is how tokens attend to
-        each other."""
+        """x [B, N, D], time embedding [B, D], condition tokens [B, M, D] → [B, N, D].
+
+        ``mix`` computes self-attention, see r2id.models.mixing. Raises ValueError when the block is
+        conditional and ``context`` is None.
+        """
         (shift, scale, gate), *cross, (ffn_shift, ffn_scale, ffn_gate) = self.modulation(time)
         normed = modulate(self.norm(x), shift, scale)
         x = x + gate * self.dropout(self.attention(normed, normed, mix=mix))

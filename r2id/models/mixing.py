@@ -41,16 +41,16 @@ class Pass:
     grid: Size
     device: torch.device
     cloud_key: Tensor | None
-    """Random key of cloud attention's groups; without one, as in sampling, all see all."""
+    """Random key of cloud attention's groups; without one, as in sampling, all attend to all."""
 
     @cached_property
     def tiles(self) -> Tiles:
-        """Made once, for all tiled blocks."""
+        """Tiles of the grid, built once for all tiled blocks."""
         tile, halo = self.config.tile, self.config.halo
         return Tiles.between(self.grid, self.grid, self.grid, tile, halo, device=self.device)
 
     def cloud(self, number: int) -> Mix:
-        """Groups of block ``number``, other ones in each block."""
+        """Cloud attention of block ``number``; each block has groups of its own."""
         tokens = self.grid[0] * self.grid[1]
         groups = max(1, round(tokens / self.config.cloud_tokens))
         if self.cloud_key is None or groups == 1:
@@ -82,7 +82,7 @@ def mixes(
 
 
 def axial(q: Tensor, k: Tensor, v: Tensor, grid: Size) -> Tensor:
-    """Half of the heads see the row of their token, the others its column: cost N·(h + w).
+    """Attend along rows in half of the heads and along columns in the others: cost N·(h + w).
 
     Ho et al. 2019, "Axial attention in multidimensional transformers", with both in one layer.
     """
@@ -102,9 +102,9 @@ def axial(q: Tensor, k: Tensor, v: Tensor, grid: Size) -> Tensor:
 
 
 def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """φ(q)·Σφ(k)vᵀ / φ(q)·Σφ(k) with φ = ELU + 1 (Katharopoulos et al. 2020): cost N·d².
+    """Linear attention φ(q)·Σφ(k)vᵀ / φ(q)·Σφ(k), φ = ELU + 1 (Katharopoulos et al. 2020).
 
-    In float32 under autocast too: the sums are long and the divisor may be small.
+    Costs N·d². In float32 under autocast too: the sums are long and the divisor may be small.
     """
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = (F.elu(part.float()) + 1 for part in (q, k))
@@ -115,10 +115,10 @@ def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor:
-    """Split tokens into groups, in a random order [N], that see themselves alone: cost N²/G.
+    """Attend within groups of tokens, taken from a random order [N]: cost N²/G.
 
-    The last group is filled up with tokens of the first. It sees them, and their results are thrown
-    away in favour of their own group's, so that all groups are of one size.
+    All groups are of one size, so the last one is filled up with tokens of the first. Its own
+    tokens see them too; what becomes of them there is dropped, since they have their own group.
     """
     tokens = len(order)
     size = -(-tokens // groups)
@@ -131,9 +131,9 @@ def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
-    """Let tokens see those of their tile and of a halo around it: cost linear in N."""
+    """Attend within tiles and a halo around each: cost linear in N."""
     queries = tiles.split_queries(q[:, :, tiles.queries.flatten()])
-    mixed = tiles.joined(
+    mixed = tiles.join_queries(
         attend(queries, tiles.gather_keys(k), tiles.gather_keys(v), tiles.mask(len(q)))
     )
     return mixed[:, :, tiles.slots]

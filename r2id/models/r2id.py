@@ -98,7 +98,7 @@ class R2ID(nn.Module):
         x: Tensor,
         alpha_bar: Tensor,
         condition: Tensor,
-        at: Tensor | None = None,
+        coordinates: Tensor | None = None,
         cloud_key: Tensor | None = None,
     ) -> Tensor:
         """One prediction under one condition.
@@ -108,20 +108,24 @@ class R2ID(nn.Module):
         [B or 1, N, 4] coordinates, by default the grid's own; cloud_key the key of cloud
         attention's groups, by default one group → float32 [B, L, h, w].
         """
-        return self.predict(x, alpha_bar, condition.unsqueeze(0), at, cloud_key).squeeze(0)
+        return self.predict(x, alpha_bar, condition.unsqueeze(0), coordinates, cloud_key).squeeze(0)
 
     def predict(
         self,
         x: Tensor,
         alpha_bar: Tensor,
         conditions: Tensor,
-        at: Tensor | None = None,
+        coordinates: Tensor | None = None,
         cloud_key: Tensor | None = None,
     ) -> Tensor:
         """Predict under K conditions of one noised grid: [K, B, …] → float32 [K, B, L, h, w]."""
         grid: Size = (x.shape[2], x.shape[3])
-        at = coords.grid_coordinates(grid, device=x.device).unsqueeze(0) if at is None else at
-        place = coords.fourier_features(at, self.config.fourier).expand(x.shape[0], -1, -1)
+        coordinates = (
+            coords.grid_coordinates(grid, device=x.device).unsqueeze(0)
+            if coordinates is None
+            else coordinates
+        )
+        place = coords.fourier_features(coordinates, self.config.fourier).expand(x.shape[0], -1, -1)
         tokens = self.token_in(torch.cat([rearrange(x, "b l h w -> b (h w) l"), place], dim=-1))
         time = self.time_in(_time_features(alpha_bar, self.config.time_fourier))
         mix = mixes(self.config, grid, len(self.blocks()), x.device, cloud_key)

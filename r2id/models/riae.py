@@ -90,14 +90,14 @@ class RIAE(nn.Module):
     def encode_points(
         self,
         colours: Tensor,
-        at: Tensor,
+        points: Tensor,
         size: Size,
         cells: Tensor,
         grid: Size,
         tiles: Tiles | None = None,
     ) -> Tensor:
         """Encode points of images, differentiably; see AttentionEncoder.encode_points."""
-        return self.parts[0].encode_points(colours, at, size, cells, grid, tiles)
+        return self.parts[0].encode_points(colours, points, size, cells, grid, tiles)
 
     def spread_latents(self, latents: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """Make what points will attend to, [B, M, D]; see AttentionDecoder.spread_latents."""
@@ -107,10 +107,10 @@ class RIAE(nn.Module):
         self,
         kv: Tensor,
         cells: Tensor,
-        at: Tensor,
+        points: Tensor,
         size: Size,
         grid: Size,
         tiles: Tiles | None = None,
     ) -> Tensor:
         """Decode points of images, differentiably; see AttentionDecoder.decode_points."""
-        return self.parts[1].decode_points(kv, cells, at, size, grid, tiles)
+        return self.parts[1].decode_points(kv, cells, points, size, grid, tiles)

@@ -1,22 +1,22 @@
-"""Who sees whom between an image's points and the cells of its latent grid.
+"""Which pixels, points and latent cells of RIAE attend to which.
 
-One object knows it, for the encoder (cells see pixels), the decoder (points see cells), their
-blocks on the latent grid, and for what a training step draws. With it goes how places are described
-to the network, since that has to suit what is seen:
+One object decides it for the encoder (cells attend to pixels), the decoder (points attend to
+cells), the blocks on the latent grid, and the random choices of a training step. It also makes the
+features that describe places to the network, because these depend on how far attention looks:
 
-* ``cloud``: all see all, and places are Fourier features of the whole image. Training shows random
-  clouds of pixels and of latents instead.
-* ``tiled``: who lies in a tile of cells sees what lies in it and in a halo around it
-  (r2id.models.tiles). Places are features of cells, the same in a window of an image as in the
-  image, and cost grows linearly with the pixels. The smallest thing that is encoded at once is the
-  surroundings of one tile; a grid of few cells over a large image takes memory accordingly.
+* ``cloud``: all attend to all, and places are Fourier features of the whole image. A training step
+  chooses random clouds of pixels and of latents instead of all.
+* ``tiled``: what lies in a tile of cells attends to what lies in the tile and in a halo around it
+  (r2id.models.tiles). Places are features in cells, which are the same in a window of an image as
+  in the image. Cost grows linearly with the pixels. At least one tile with its halo is computed at
+  once, so a grid of few cells over a large image takes much memory.
 
 To add a kind, write a subclass of Visibility, add it to VISIBILITIES and add its name to
 RiaeConfig.attention in r2id/config/models.py. Shapes in it must not depend on the values of tensors
 (no ``nonzero``, ``item`` or boolean index), see r2id.models.tracing.
 
-Shape letters: B batch · C colours · H, W image size · h, w latent grid · N pixels seen · M = h·w
-latents · P points asked for · D width.
+Shape letters: B batch · C colours · H, W image size · h, w latent grid · N pixels that the encoder
+sees · M = h·w latents · P points that the decoder renders · D width.
 """
 
 from __future__ import annotations
@@ -36,32 +36,33 @@ from r2id.models.coords import WHOLE, Part, Size
 from r2id.models.tiles import Tiles, rectangles
 
 # How much is computed at once outside training, so that memory does not grow with the work.
-_ENCODE_CHUNK = 1 << 19  # cloud: pixels encoded, one image at least
-_DECODE_CHUNK = 8192  # cloud: points decoded
-_TILES_CHUNK = 1 << 13  # tiled: pixels encoded or decoded
+_ENCODE_CHUNK = 1 << 19  # cloud: pixels that are encoded, at least one image
+_DECODE_CHUNK = 8192  # cloud: points that are decoded
+_TILES_CHUNK = 1 << 13  # tiled: pixels that are encoded or decoded
 
 Look = Callable[[Tensor, Tensor, Size, Tensor, Size, Tiles | None], Tensor]
-"""(colours [B, N, C], their places [1, N, 4], image size, cells [1, M, 4], grid, tiles) →
-[B, M, D]."""
+"""(colours [B, N, C], points [1, N, 4], image size, cells [1, M, 4], grid, tiles) → [B, M, D]: how
+cells gather colours, as AttentionEncoder does."""
 Draw = Callable[[Tensor, Tensor, Tensor, Size, Size, Tiles | None], Tensor]
-"""(kv [B, M, D], cells [1, M, 4], points [1, P, 4], image size, grid, tiles) → colours
-[B, P, C]."""
+"""(kv [B, M, D], cells [1, M, 4], points [1, P, 4], image size, grid, tiles) → colours [B, P, C]:
+how points are rendered, as in AttentionDecoder.decode_points."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Pixels that a training step asks the decoder for."""
+class DecoderPixels:
+    """Pixels that the decoder renders in a training step."""
 
     pixels: Tensor
-    """Their numbers, row by row: int64 [B, P]."""
+    """Their indices, row by row: int64 [B, P]; in tile order where there are tiles."""
     tiles: Tiles | None = None
-    """Those that they make, in tile order; none where every point sees the same latents."""
+    """The tiles that they make up; None where all points see the same latents."""
     weight: Tensor | None = None
-    """[B, P, 1], with which their mean error is, on average, the mean over the whole image."""
+    """Weights of their errors [B, P, 1], with which the mean error is an unbiased estimate of the
+    mean over the whole image; None: all are 1."""
 
 
 class Visibility(ABC):
-    """What the network is told of places, and what each place sees."""
+    """Decides what attends to what, and describes places to the network."""
 
     def __init__(self, config: RiaeConfig) -> None:
         self.config = config
@@ -77,15 +78,18 @@ class Visibility(ABC):
         return self.cell_dim + 2 * self.config.condition_on_pixel_size
 
     @abstractmethod
-    def cell_features(self, at: Tensor, grid: Size) -> Tensor:
-        """Describe the places of cells, or of any points: [..., 4] → [..., cell_dim]."""
+    def cell_features(self, points: Tensor, grid: Size) -> Tensor:
+        """Make features of the places of cells, or of any points: [..., 4] → [..., cell_dim]."""
 
-    def point_features(self, at: Tensor, size: Size, grid: Size) -> Tensor:
-        """Describe an image's pixels by place and size: [..., 4] → [..., point_dim]."""
-        features = self.cell_features(at, grid)
+    def point_features(self, points: Tensor, size: Size, grid: Size) -> Tensor:
+        """Make features of an image's points, of place and pixel size: [..., 4] → [..., point_dim].
+
+        ``size`` is the image's (H, W); the size of its pixels is in them if the config says so.
+        """
+        features = self.cell_features(points, grid)
         if not self.config.condition_on_pixel_size:
             return features
-        return torch.cat([features, coords.pixel_size(at, size, grid)], dim=-1)
+        return torch.cat([features, coords.pixel_size(points, size, grid)], dim=-1)
 
     @abstractmethod
     def tiles(
@@ -98,51 +102,56 @@ class Visibility(ABC):
     ) -> Tiles | None:
         """Build tiles for a query grid (or a part of it) attending to a key grid over one image.
 
-        None where all see all.
+        ``grid`` is the latent grid, of whose cells tiles are made. None where all attend to all.
         """
 
     @abstractmethod
     def latent_tiles(self, grid: Size, device: torch.device) -> Tiles | None:
-        """Tiles in which the cells of a latent grid see each other; none where all see all."""
+        """Build tiles in which the cells of a latent grid attend to each other, or None for all."""
 
     @abstractmethod
     def encode(self, look: Look, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
-        """Let all cells [1, M, 4] look at all pixels they see of images [B, C, H, W]: [B, M, D]."""
+        """Gather images [B, C, H, W] in all cells [1, M, 4] by calls of ``look``: [B, M, D]."""
 
     @abstractmethod
     def decode(
         self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
     ) -> Tensor:
-        """Draw a part of an image (H, W), a pixel from the kv [B, M, D] it sees: [B, C, h', w']."""
+        """Render a part of an image (H, W) from kv [B, M, D] by calls of ``draw``: [B, C, h', w'].
+
+        h' and w' are the part's rows and columns.
+        """
 
     @abstractmethod
     def images_encoded_at_once(self, pixels: int) -> int:
-        """How many images of so many pixels fit into one call of ``encode``."""
+        """Say how many images of this many pixels go into one call of ``encode``."""
 
     @abstractmethod
     def images_decoded_at_once(self, pixels: int, batch: int) -> int:
-        """How many of a batch of images of so many pixels fit into one call of ``decode``."""
+        """Say how many images of a batch, of this many pixels, go into one call of ``decode``."""
 
     @abstractmethod
-    def choose_seen(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
+    def choose_encoder_pixels(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
         """Choose ``count`` pixels for the encoder to see in a training step: int64 [B, N]."""
 
     @abstractmethod
-    def choose_asked(self, rng_keys: Tensor, size: Size, grid: Size, count: int) -> Asked:
-        """Choose ``count`` pixels to ask the decoder for in a training step."""
+    def choose_decoder_pixels(
+        self, rng_keys: Tensor, size: Size, grid: Size, count: int
+    ) -> DecoderPixels:
+        """Choose about ``count`` pixels for the decoder to render in a training step."""
 
     @abstractmethod
-    def choose_latents(
+    def choose_decoder_latents(
         self, rng_keys: Tensor, kv: Tensor, cells: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
         """Choose a share of the latents for the decoder to see in a training step.
 
-        kv [B, M, D], cells [1, M, 4] → those chosen of both, [B, M', D] and [B or 1, M', 4].
+        kv [B, M, D], cells [1, M, 4] → the chosen ones of both, [B, M', D] and [B or 1, M', 4].
         """
 
 
 class Cloud(Visibility):
-    """All see all; in training, random clouds."""
+    """All attend to all; in training, to random clouds."""
 
     @property
     def cell_dim(self) -> int:
@@ -152,13 +161,13 @@ class Cloud(Visibility):
     def point_dim(self) -> int:
         return super().point_dim + coords.PHASE_DIM
 
-    def cell_features(self, at: Tensor, grid: Size) -> Tensor:
-        return coords.fourier_features(at, self.config.fourier)
+    def cell_features(self, points: Tensor, grid: Size) -> Tensor:
+        return coords.fourier_features(points, self.config.fourier)
 
-    def point_features(self, at: Tensor, size: Size, grid: Size) -> Tensor:
-        features = [self.cell_features(at, grid), coords.cell_phase(at, grid)]
+    def point_features(self, points: Tensor, size: Size, grid: Size) -> Tensor:
+        features = [self.cell_features(points, grid), coords.cell_phase(points, grid)]
         if self.config.condition_on_pixel_size:
-            features.append(coords.pixel_size(at, size, grid))
+            features.append(coords.pixel_size(points, size, grid))
         return torch.cat(features, dim=-1)
 
     def tiles(
@@ -176,15 +185,15 @@ class Cloud(Visibility):
 
     def encode(self, look: Look, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
         size: Size = (images.shape[2], images.shape[3])
-        at = coords.grid_coordinates(size, grid, images.device).unsqueeze(0)
-        return look(rearrange(images, "b c h w -> b (h w) c"), at, size, cells, grid, None)
+        points = coords.grid_coordinates(size, grid, images.device).unsqueeze(0)
+        return look(rearrange(images, "b c h w -> b (h w) c"), points, size, cells, grid, None)
 
     def decode(
         self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
     ) -> Tensor:
-        at = coords.grid_coordinates(size, grid, kv.device, part).unsqueeze(0)
-        chunks = at.split(max(1, _DECODE_CHUNK // len(kv)), dim=1)
-        colours = torch.cat([draw(kv, cells, some, size, grid, None) for some in chunks], dim=1)
+        points = coords.grid_coordinates(size, grid, kv.device, part).unsqueeze(0)
+        chunks = points.split(max(1, _DECODE_CHUNK // len(kv)), dim=1)
+        colours = torch.cat([draw(kv, cells, chunk, size, grid, None) for chunk in chunks], dim=1)
         return rearrange(colours, "b (h w) c -> b c h w", h=part[0].stop - part[0].start)
 
     def images_encoded_at_once(self, pixels: int) -> int:
@@ -193,14 +202,16 @@ class Cloud(Visibility):
     def images_decoded_at_once(self, pixels: int, batch: int) -> int:
         return batch  # points are drawn in chunks already
 
-    def choose_seen(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
+    def choose_encoder_pixels(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
         return rng.subset(rng_keys, pixels, min(count, pixels))
 
-    def choose_asked(self, rng_keys: Tensor, size: Size, grid: Size, count: int) -> Asked:
+    def choose_decoder_pixels(
+        self, rng_keys: Tensor, size: Size, grid: Size, count: int
+    ) -> DecoderPixels:
         pixels = size[0] * size[1]
-        return Asked(rng.subset(rng_keys, pixels, min(count, pixels)))
+        return DecoderPixels(rng.subset(rng_keys, pixels, min(count, pixels)))
 
-    def choose_latents(
+    def choose_decoder_latents(
         self, rng_keys: Tensor, kv: Tensor, cells: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
         if share >= 1:
@@ -212,14 +223,14 @@ class Cloud(Visibility):
 
 
 class Tiled(Visibility):
-    """Who lies in a tile sees what lies in it and in its halo."""
+    """What lies in a tile attends to what lies in the tile and in its halo."""
 
     @property
     def cell_dim(self) -> int:
         return coords.cell_dim(self.config.cell_fourier)
 
-    def cell_features(self, at: Tensor, grid: Size) -> Tensor:
-        return coords.cell_features(at, grid, self.config.cell_fourier)
+    def cell_features(self, points: Tensor, grid: Size) -> Tensor:
+        return coords.cell_features(points, grid, self.config.cell_fourier)
 
     def tiles(
         self,
@@ -238,40 +249,42 @@ class Tiled(Visibility):
 
     def encode(self, look: Look, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
         size: Size = (images.shape[2], images.shape[3])
-        # So many cells have about _TILES_CHUNK pixels.
+        # As many cells as lie over _TILES_CHUNK pixels of all images together.
         most = max(1, _TILES_CHUNK * grid[0] * grid[1] // images[:, 0].numel())
-        seen = images.new_empty(0)
+        values = images.new_empty(0)  # allocated once the first call tells width and dtype
         for rows, columns in rectangles(grid, grid, self.config.tile, most):
             tiles = self.tiles(grid, size, grid, (rows, columns), images.device)
             y, x = tiles.part
-            at = coords.grid_coordinates(size, grid, images.device, tiles.part)
-            some = coords.grid_coordinates(grid, device=images.device, part=(rows, columns))
+            points = coords.grid_coordinates(size, grid, images.device, tiles.part)
+            queries = coords.grid_coordinates(grid, device=images.device, part=(rows, columns))
             colours = rearrange(images[:, :, y, x], "b c h w -> b (h w) c")
-            found = look(colours, at.unsqueeze(0), size, some.unsqueeze(0), grid, tiles)
-            if not len(seen):
-                seen = images.new_empty(len(images), *grid, found.shape[-1])
+            gathered = look(colours, points.unsqueeze(0), size, queries.unsqueeze(0), grid, tiles)
+            if not len(values):
+                values = images.new_empty(len(images), *grid, gathered.shape[-1])
             height = rows.stop - rows.start
-            seen[:, rows, columns] = rearrange(found, "b (h w) d -> b h w d", h=height)
-        return rearrange(seen, "b h w d -> b (h w) d")
+            values[:, rows, columns] = rearrange(gathered, "b (h w) d -> b h w d", h=height)
+        return rearrange(values, "b h w d -> b (h w) d")
 
     def decode(
         self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
     ) -> Tensor:
         by_cell = [rearrange(x, "b (h w) d -> b h w d", h=grid[0]) for x in (kv, cells)]
         top, left = (side.start for side in part)
-        image = kv.new_empty(0)
+        image = kv.new_empty(0)  # allocated once the first call tells channels and dtype
         most = max(1, _TILES_CHUNK // len(kv))
         for rows, columns in rectangles(size, grid, self.config.tile, most, part):
             tiles = self.tiles(size, grid, grid, (rows, columns), kv.device)
             y, x = tiles.part
             near_kv, near_cells = (values[:, y, x].flatten(1, 2) for values in by_cell)
-            at = tiles.in_order(coords.grid_coordinates(size, grid, kv.device, (rows, columns)))
-            colours = tiles.restored(draw(near_kv, near_cells, at, size, grid, tiles))
+            points = tiles.to_tile_order(
+                coords.grid_coordinates(size, grid, kv.device, (rows, columns))
+            )
+            colours = tiles.from_tile_order(draw(near_kv, near_cells, points, size, grid, tiles))
             if not len(image):
                 sides = (side.stop - side.start for side in part)
                 image = colours.new_empty(len(kv), colours.shape[-1], *sides)
-            into = image[:, :, rows.start - top : rows.stop - top]
-            into[..., columns.start - left : columns.stop - left] = rearrange(
+            band = image[:, :, rows.start - top : rows.stop - top]
+            band[..., columns.start - left : columns.stop - left] = rearrange(
                 colours, "b (h w) c -> b c h w", h=rows.stop - rows.start
             )
         return image
@@ -282,27 +295,32 @@ class Tiled(Visibility):
     def images_decoded_at_once(self, pixels: int, batch: int) -> int:
         return max(1, _TILES_CHUNK // pixels)
 
-    def choose_seen(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
-        """All of them: which ones a tile sees follows from places."""
+    def choose_encoder_pixels(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
+        """Take all pixels; a tile sees those that are near."""
         return torch.arange(pixels, device=rng_keys.device).expand(len(rng_keys), -1)
 
-    def choose_asked(self, rng_keys: Tensor, size: Size, grid: Size, count: int) -> Asked:
-        """Random tiles of about ``count`` pixels, surplus ones with weight 0."""
+    def choose_decoder_pixels(
+        self, rng_keys: Tensor, size: Size, grid: Size, count: int
+    ) -> DecoderPixels:
+        """Choose random tiles of about ``count`` pixels in all; padding has weight 0."""
         tiles = self.tiles(size, grid, grid, device=rng_keys.device)
         total, pixels = tiles.queries.shape[1], size[0] * size[1]
-        some = min(total, max(1, round(count * total / pixels)))
-        tiles = tiles.chosen(rng.subset(rng_keys, total, some))
-        # Tiles at the edges have fewer pixels than others and are drawn as often: a mean over all
-        # slots, surplus included, times slots per pixel is a mean over pixels.
-        weight = tiles.asked.flatten(1).unsqueeze(-1) * (total * tiles.queries.shape[2] / pixels)
-        return Asked(tiles.queries.flatten(1), tiles, weight)
+        drawn = min(total, max(1, round(count * total / pixels)))
+        tiles = tiles.choose(rng.subset(rng_keys, total, drawn))
+        # Tiles at the edges have fewer pixels than others and are drawn as often. The mean over
+        # all slots, padding included, times the slots per pixel of the whole image is a mean over
+        # pixels.
+        weight = tiles.query_mask.flatten(1).unsqueeze(-1) * (
+            total * tiles.queries.shape[2] / pixels
+        )
+        return DecoderPixels(tiles.queries.flatten(1), tiles, weight)
 
-    def choose_latents(
+    def choose_decoder_latents(
         self, rng_keys: Tensor, kv: Tensor, cells: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
-        """All of them: a tile sees few already."""
+        """Take all latents; a tile sees few already."""
         return kv, cells
 
 
 VISIBILITIES: dict[str, type[Visibility]] = {"cloud": Cloud, "tiled": Tiled}
-"""By ``riae.attention``."""
+"""Value of ``riae.attention`` → class."""

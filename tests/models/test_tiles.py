@@ -114,16 +114,16 @@ def test_it_is_dense_attention_over_what_is_near(grid, size, tile, halo, monkeyp
 def test_tiles_list_each_query_once_and_the_keys_near_it(grid, size, tile, halo):
     tiles = Tiles.between(size, grid, grid, tile, halo)
     queries, keys = grid_coordinates(size), grid_coordinates(grid, part=tiles.part)
-    asked = tiles.queries[tiles.asked]
+    asked = tiles.queries[tiles.query_mask]
     assert asked.sort().values.equal(torch.arange(len(queries)))
     expected = near(queries, keys, grid, tile, halo)
     for row, wanted, index, seen in zip(
-        tiles.queries[0], tiles.asked[0], tiles.keys[0], tiles.seen[0], strict=True
+        tiles.queries[0], tiles.query_mask[0], tiles.keys[0], tiles.key_mask[0], strict=True
     ):
         found = torch.zeros(len(keys), dtype=torch.bool)
         found[index[seen]] = True
         assert seen.sum() == found.sum() and (expected[row[wanted]] == found).all()
-    torch.testing.assert_close(tiles.restored(tiles.in_order(queries))[0], queries)
+    torch.testing.assert_close(tiles.from_tile_order(tiles.to_tile_order(queries))[0], queries)
 
 
 def test_latent_blocks_may_be_tiled():
@@ -163,7 +163,7 @@ def test_a_change_of_one_pixel_reaches_no_further_than_tiles_and_halos():
 def test_a_lonely_tile_sees_its_nearest_key():
     """Four keys of an axis of 32 cells lie at 4, 12, 20 and 28."""
     tiles = Tiles.between((1, 32), (1, 4), (1, 32), tile=2, halo=0.0)
-    assert tiles.seen.sum(-1).min() == 1
+    assert tiles.key_mask.sum(-1).min() == 1
     assert tiles.keys[0, :, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
 
 

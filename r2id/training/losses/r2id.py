@@ -42,10 +42,10 @@ class R2idLoss(nn.Module):
         dropped = (
             rng.uniform(rng.fold(rng_keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
         )
-        at = coords.grid_coordinates(grid, device=latent.device)
+        coordinates = coords.grid_coordinates(grid, device=latent.device)
         if self.model.config.jitter:
-            noise = rng.normal(rng.fold(rng_keys, _JITTER), len(at), 2)
-            at = coords.displace(at, self.model.config.jitter * noise, grid)
+            noise = rng.normal(rng.fold(rng_keys, _JITTER), len(coordinates), 2)
+            coordinates = coords.displace(coordinates, self.model.config.jitter * noise, grid)
         losses, unweighted = denoising_loss(
             self.model,
             self.diffusion,
@@ -54,7 +54,7 @@ class R2idLoss(nn.Module):
             drop(condition, dropped),
             draw_times(rng.fold(rng_keys, _TIME), self.diffusion.time_sampling),
             rng.normal(rng.fold(rng_keys, _NOISE), *latent.shape[1:]),
-            at,
+            coordinates,
             rng.fold(self.seed, step, _CLOUDS).to(latent.device),
         )
         return losses.mean(), {"denoising_mse": unweighted.detach().mean()}

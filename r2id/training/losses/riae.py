@@ -29,7 +29,9 @@ from r2id.models.tiles import Tiles
 from r2id.training.losses.pixel import reconstruction_loss
 
 # One stream of random numbers for each purpose.
-_SEEN, _SEEN_JITTER, _ASKED, _ASKED_JITTER, _LATENT_NOISE, _LATENT_CLOUD = range(6)
+_ENCODER_PIXELS, _ENCODER_JITTER, _DECODER_PIXELS, _DECODER_JITTER, _LATENT_NOISE, _LATENT_CLOUD = (
+    range(6)
+)
 _DECODE_SCALE, _ENCODE_SCALE, _DIRECTION = 10, 12, 13  # the numbers between are R2ID's
 
 _FACTORS = 8  # that a side may be scaled by
@@ -45,7 +47,7 @@ class _Points:
     """[B, M, D]."""
     cells: Tensor
     """Their places, [B or 1, M, 4]."""
-    at: Tensor
+    coordinates: Tensor
     """The points' places, [B, P, 4]."""
     colours: Tensor
     """The true ones, [B, P, C]."""
@@ -82,8 +84,8 @@ class RiaeLoss(nn.Module):
             noise = rng.normal(rng.fold(rng_keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
         kv = self.model.spread_latents(latents, cells, grid)
-        points = self._ask(kv, cells, grid, asked, rng_keys)
-        decoded = self._decode(points, points.at, grid)
+        points = self._choose_points(kv, cells, grid, asked, rng_keys)
+        decoded = self._decode(points, points.coordinates, grid)
         loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
         if config.texture:
             texture = self._texture_loss(points, decoded, grid, asked, rng_keys)
@@ -99,39 +101,50 @@ class RiaeLoss(nn.Module):
         """Latents [B, M, L] from the pixels that the encoder is shown, about ``count`` of them."""
         size: Size = (image.shape[2], image.shape[3])
         visibility = self.model.visibility
-        chosen = visibility.choose_seen(rng.fold(rng_keys, _SEEN), size[0] * size[1], count)
-        at, colours = self._points(image, grid, chosen, rng.fold(rng_keys, _SEEN_JITTER))
+        chosen = visibility.choose_encoder_pixels(
+            rng.fold(rng_keys, _ENCODER_PIXELS), size[0] * size[1], count
+        )
+        coordinates, colours = self._points(
+            image, grid, chosen, rng.fold(rng_keys, _ENCODER_JITTER)
+        )
         tiles = visibility.tiles(grid, size, grid, device=image.device)
-        return self.model.encode_points(colours, at, size, cells, grid, tiles)
+        return self.model.encode_points(colours, coordinates, size, cells, grid, tiles)
 
-    def _ask(
+    def _choose_points(
         self, kv: Tensor, cells: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
     ) -> _Points:
         """Points of the image, and the latents that the decoder is shown for them."""
         size: Size = (image.shape[2], image.shape[3])
         visibility = self.model.visibility
-        asked = visibility.choose_asked(
-            rng.fold(rng_keys, _ASKED), size, grid, self.config.decode_pixels
+        asked = visibility.choose_decoder_pixels(
+            rng.fold(rng_keys, _DECODER_PIXELS), size, grid, self.config.decode_pixels
         )
-        at, truth = self._points(image, grid, asked.pixels, rng.fold(rng_keys, _ASKED_JITTER))
-        kv, cells = visibility.choose_latents(
+        coordinates, truth = self._points(
+            image, grid, asked.pixels, rng.fold(rng_keys, _DECODER_JITTER)
+        )
+        kv, cells = visibility.choose_decoder_latents(
             rng.fold(rng_keys, _LATENT_CLOUD), kv, cells, self.config.decode_cloud
         )
-        return _Points(kv, cells, at, truth, size, asked.tiles, asked.weight)
+        return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight)
 
-    def _decode(self, points: _Points, at: Tensor, grid: Size) -> Tensor:
+    def _decode(self, points: _Points, coordinates: Tensor, grid: Size) -> Tensor:
         return self.model.decode_points(
-            points.kv, points.cells, at, points.size, grid, points.tiles
+            points.kv, points.cells, coordinates, points.size, grid, points.tiles
         )
 
     def _texture_loss(
         self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
     ) -> Tensor:
         """The error of the differences between points and others one pixel away from them."""
-        angle = (2 * math.pi) * rng.uniform(rng.fold(rng_keys, _DIRECTION), points.at.shape[1])
+        angle = (2 * math.pi) * rng.uniform(
+            rng.fold(rng_keys, _DIRECTION), points.coordinates.shape[1]
+        )
         # Displacements are in halves of a pixel, so 2 is a whole one.
         beside = coords.displace(
-            points.at, 2 * torch.stack([angle.cos(), angle.sin()], dim=-1), points.size, grid
+            points.coordinates,
+            2 * torch.stack([angle.cos(), angle.sin()], dim=-1),
+            points.size,
+            grid,
         )
         change = self._decode(points, beside, grid) - decoded
         true_change = coords.sample_image(image, beside) - points.colours
@@ -149,12 +162,14 @@ class RiaeLoss(nn.Module):
         """
         size: Size = (image.shape[2], image.shape[3])
         jitter = self.config.jitter
-        at = coords.grid_coordinates(size, shape, image.device)[chosen]
+        coordinates = coords.grid_coordinates(size, shape, image.device)[chosen]
         if not jitter:
             flat = rearrange(image, "b c h w -> b (h w) c")
-            return at, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
-        at = coords.displace(at, jitter * rng.normal(jitter_keys, chosen.shape[1], 2), size, shape)
-        return at, coords.sample_image(image, at)
+            return coordinates, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
+        coordinates = coords.displace(
+            coordinates, jitter * rng.normal(jitter_keys, chosen.shape[1], 2), size, shape
+        )
+        return coordinates, coords.sample_image(image, coordinates)
 
 
 def rescaled(image: Tensor, scales: tuple[float, float] | None, *key: int) -> Tensor:
