@@ -32,8 +32,11 @@ def denoising_loss(
     coordinates: Tensor | None = None,
     cloud_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Squared error of the prediction at times [B], per sample: (weighted, unweighted), each
-    [B]."""
+    """Mean squared error of a prediction, per sample: (weighted, unweighted), each [B].
+
+    ``latent`` and ``noise`` [B, L, h, w], ``time`` [B] in (0, 1). ``base_side`` is the side √(h·w)
+    of the grid whose schedule is not shifted; other arguments are those of R2ID.forward.
+    """
     side = (latent.shape[2] * latent.shape[3]) ** 0.5
     shift = schedule.size_shift(side, base_side, diffusion.shift_exponent)
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)
@@ -42,6 +45,6 @@ def denoising_loss(
     predicted = model(
         a * latent + s * noise, schedule.alpha_bar(log_snr), condition, coordinates, cloud_key
     )
-    wanted = objective.target(diffusion.objective, latent, noise, a, s)
-    error = (predicted - wanted).square().flatten(1).mean(1)
+    target = objective.target(diffusion.objective, latent, noise, a, s)
+    error = (predicted - target).square().flatten(1).mean(1)
     return error * objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma), error

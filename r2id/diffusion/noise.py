@@ -1,4 +1,4 @@
-"""One seed, one picture: noise as a field over the image, of which every grid sees its own cells.
+"""One seed, one picture: noise is a field over the image, which every grid averages in its cells.
 
 Shape letters: B samples · L channels · h, w grid · R side of the field's finest level.
 
@@ -17,18 +17,19 @@ from torch import Tensor
 
 from r2id import rng
 
-_FINEST_SIDE = (
-    128  # cells per side of the finest level, at least, so that all small grids share one field
-)
-_FINEST_PER_CELL = 4  # finest cells per side of a grid's cell, at least
+# Cells per side of the finest level, at least. Grids of up to 32 cells share one field this way.
+_FINEST_SIDE = 128
+# Finest cells per side of a grid's cell, at least: edges are rounded to a fraction of a cell.
+_FINEST_PER_CELL = 4
 
 
 def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tensor:
     """Standard normal noise of a grid: rng_keys int64 [B], one per sample → float32 [B, L, h, w].
 
-    A sample's noise depends on its key, not on the batch, the device count or the grid (beyond its
-    resolution).
+    A sample's noise depends on its key alone, not on the batch or the number of devices. Grids of
+    other sizes see the same field.
     """
+    # The smallest power of 2 that is at least as large as both.
     levels = (max(_FINEST_SIDE, _FINEST_PER_CELL * max(grid)) - 1).bit_length()
     field = rng.normal(rng.fold(rng_keys, 0), channels, 1, 1)
     for level in range(levels):
@@ -38,6 +39,9 @@ def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tenso
 
 def _refine(field: Tensor, rng_keys: Tensor) -> Tensor:
     """Invert an orthonormal Haar transform with random details: [B, L, R, R] → [B, L, 2R, 2R]."""
+    # A quarter is (value ± details)/2, a sum of four independent normals: its variance is 1 again.
+    # The signs are the rows of an orthogonal matrix, so the quarters are independent, and their sum
+    # is twice the value.
     channels, side = field.shape[1:3]
     details = rng.normal(rng_keys, channels, side, side, 3)
     across, down, both = details.unbind(-1)
@@ -55,6 +59,7 @@ def _refine(field: Tensor, rng_keys: Tensor) -> Tensor:
 def _cells(field: Tensor, count: int, dim: int) -> Tensor:
     """Sum runs of the finest cells into ``count`` cells along one axis, rescaled to variance 1."""
     side = field.shape[dim]
+    # In float64 on the CPU: edges must be the same on every device.
     edges = (
         torch.round(torch.arange(count + 1, dtype=torch.float64) * side / count)
         .long()
@@ -66,5 +71,6 @@ def _cells(field: Tensor, count: int, dim: int) -> Tensor:
     summed = torch.zeros(shape, dtype=field.dtype, device=field.device).index_add_(
         dim, owner, field
     )
+    # A sum of n independent standard normals has variance n.
     lengths = (edges[1:] - edges[:-1]).to(field.dtype)
     return summed / lengths.sqrt().view([-1 if axis == dim else 1 for axis in range(field.dim())])

@@ -1,6 +1,7 @@
-"""What the network predicts, how errors are weighted, and what a prediction says of the data.
+"""What the network predicts, how errors are weighted, and the data that a prediction implies.
 
-All functions take amplitudes α, σ that broadcast against the data.
+x₀ is the data, ε standard normal noise and x = α·x₀ + σ·ε the noised grid. Amplitudes α and σ must
+broadcast against the data.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ Weighting = Literal["uniform", "min_snr", "soft_min_snr"]
 def target(
     objective: Objective, data: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """What the network is to predict.
+    """Return what the network should predict, in the shape of ``data``.
 
-    ε or x₀ (Ho et al. 2020), v = α·ε − σ·x₀ (Salimans & Ho 2022) or the velocity ε − x₀ (Lipman et
-    al. 2023).
+    ε or x₀ (Ho et al. 2020), v = α·ε − σ·x₀ (Salimans & Ho 2022), or for "flow" the velocity ε − x₀
+    (Lipman et al. 2023).
     """
     if objective in ("epsilon", "x0"):
         return noise if objective == "epsilon" else data
@@ -30,30 +31,35 @@ def target(
 def to_data_and_noise(
     objective: Objective, x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(x₀, ε) implied by a prediction at x = α·x₀ + σ·ε; the inverse of target."""
+    """Return the (x₀, ε) that a prediction at x = α·x₀ + σ·ε implies; inverts ``target``.
+
+    Epsilon divides by α and x0 by σ, which the limits of logSNR keep from vanishing.
+    """
     if objective == "epsilon":
         return (x - sigma * prediction) / alpha, prediction
     if objective == "x0":
         return prediction, (x - alpha * prediction) / sigma
     if objective == "v":
+        # (x, v) is (x₀, ε) rotated by the angle φ with cos φ = α, sin φ = σ; this rotates it back.
         return alpha * x - sigma * prediction, sigma * x + alpha * prediction
+    # With α + σ = 1, x is a point of the line from x₀ to ε, and the prediction is that line.
     return x - sigma * prediction, x + alpha * prediction
 
 
 def weight(
     objective: Objective, weighting: Weighting, log_snr: Tensor, sigma: Tensor, gamma: float = 5.0
 ) -> Tensor:
-    """Factor of the squared error of a prediction, the shape of log_snr.
+    """Return the factor of a prediction's squared error, in the shape of log_snr.
 
-    uniform: 1. min_snr: min(SNR, γ) on the error of x₀ (Hang et al. 2023); soft_min_snr: SNR·γ/(SNR
-    + γ) (Crowson et al. 2024), which bends where that breaks. Both are converted to the objective:
-    the error of x₀ is the prediction's own for x₀, and that times 1/√SNR for ε, σ for v and σ for
-    the velocity.
+    uniform: 1. min_snr: min(SNR, γ) on the squared error of x₀ (Hang et al. 2023). soft_min_snr:
+    SNR·γ/(SNR + γ) instead (Crowson et al. 2024), which is smooth where that has a corner. The last
+    two are converted from the error of x₀ to that of the objective. An error e of the prediction is
+    an error of x₀ of e for x0, e/√SNR for epsilon, and σ·e for v and flow.
     """
     if weighting == "uniform":
         return torch.ones_like(log_snr)
     snr = torch.exp(log_snr)
-    of_data = snr.clamp(max=gamma) if weighting == "min_snr" else snr * gamma / (snr + gamma)
+    x0_weight = snr.clamp(max=gamma) if weighting == "min_snr" else snr * gamma / (snr + gamma)
     if objective == "x0":
-        return of_data
-    return of_data * (torch.exp(-log_snr) if objective == "epsilon" else sigma.square())
+        return x0_weight
+    return x0_weight * (torch.exp(-log_snr) if objective == "epsilon" else sigma.square())

@@ -13,27 +13,28 @@ from torch import Tensor
 
 Kind = Literal["cosine", "linear_beta", "flow"]
 
-# Beyond these, a sample is data or noise for all purposes; within them nothing is divided by zero.
+# Limits of logSNR. Beyond them a sample is noise, or data, for all practical purposes; within them
+# neither amplitude is so small that dividing by it would be a problem.
 LOG_SNR_MIN, LOG_SNR_MAX = -10.0, 10.0
 
-_BETA_MIN, _BETA_MAX = (
-    0.1,
-    20.0,
-)  # Song et al. 2021, "Score-based generative modeling through SDEs", appendix C
+# Song et al. 2021, "Score-based generative modeling through SDEs", appendix C.
+_BETA_MIN, _BETA_MAX = 0.1, 20.0
 
 
 def log_snr(t: Tensor, kind: Kind, shift: float = 0.0) -> Tensor:
-    """logSNR at time t in [0, 1], minus ``shift``, clamped to the limits above; the shape of t.
+    """Return logSNR at time t in [0, 1], minus ``shift``, within the limits; in the shape of t.
 
     cosine: −2·log tan(πt/2) (Nichol & Dhariwal 2021, as in Hoogeboom et al. 2023); linear_beta:
     ᾱ = exp(−β_min·t − (β_max − β_min)·t²/2) (Song et al. 2021); flow: α = 1 − t, σ = t (Lipman et
     al. 2023).
     """
+    # Both ends are infinite; so near to them, every schedule is beyond the limits.
     t = t.clamp(1e-6, 1 - 1e-6)
     if kind == "cosine":
         value = -2.0 * torch.log(torch.tan(0.5 * math.pi * t))
     elif kind == "linear_beta":
         log_alpha_bar = -(_BETA_MIN * t + 0.5 * (_BETA_MAX - _BETA_MIN) * t.square())
+        # log ᾱ/(1 − ᾱ); expm1, because 1 − ᾱ would be rounded to 0 near the data.
         value = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
     else:
         value = 2.0 * (torch.log1p(-t) - torch.log(t))
@@ -41,21 +42,22 @@ def log_snr(t: Tensor, kind: Kind, shift: float = 0.0) -> Tensor:
 
 
 def size_shift(side: float, base_side: float, exponent: float) -> float:
-    """How much lower a grid's logSNR is: 2·k·log(n/n_base), n = √(h·w).
+    """Return how much to lower a grid's logSNR: 2·k·log(n/n_base), with its side n = √(h·w).
 
-    Averaging s×s cells divides the noise's variance by s², so a larger grid needs more noise for
-    the same problem (Hoogeboom et al. 2023, eq. 6).
+    Averaging s×s cells divides the noise's variance by s², so on a larger grid the same noise hides
+    less of the picture (Hoogeboom et al. 2023, eq. 6). The exponent k = 1 makes up for that.
     """
     return 2.0 * exponent * math.log(side / base_side)
 
 
 def alpha_sigma(log_snr: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """Signal and noise amplitudes: α² + σ² = 1, or α + σ = 1 for flow."""
+    """Return the amplitudes of signal and noise: α² + σ² = 1, or α + σ = 1 for flow."""
+    # α²/σ² = e^logSNR gives α² = sigmoid(logSNR), or with α + σ = 1, α = sigmoid(logSNR/2).
     half = 0.5 if kind == "flow" else 1.0
     alpha, sigma = torch.sigmoid(half * log_snr), torch.sigmoid(-half * log_snr)
     return (alpha, sigma) if kind == "flow" else (alpha.sqrt(), sigma.sqrt())
 
 
 def alpha_bar(log_snr: Tensor) -> Tensor:
-    """Share of signal in the variance, α²/(α² + σ²): how the network is told of the noise."""
+    """Return the share of signal in the variance, α²/(α² + σ²), which the network takes as time."""
     return torch.sigmoid(log_snr)

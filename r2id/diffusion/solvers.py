@@ -1,8 +1,9 @@
-"""Samplers: functions of (denoise, noise, log_snrs).
+"""Solvers: functions of (denoise, noise, log_snrs, kind) that turn noise into samples.
 
-``denoise(x, log_snr) → (x₀, ε)`` is the network's opinion of a noised grid; ``log_snrs`` [S + 1]
-rise from noise to data. The last step returns the network's x₀ itself: nothing is divided by a
-vanishing amplitude, no noise estimate used twice.
+``denoise(x, log_snr) → (x₀, ε)`` estimates data and noise of a noised grid; ``log_snrs`` [S] rise
+from noise to data; ``kind`` is the schedule's, which amplitudes depend on. A solver steps from each
+of them to the next, and from the last one to the data by returning the network's x₀ itself, so that
+no step ends where the noise's amplitude vanishes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from torch import Tensor
 from r2id.diffusion.schedule import Kind, alpha_sigma, log_snr
 
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(x, log_snr) → (x₀, ε)."""
 Fresh = Callable[[int], Tensor]
+"""Number of a step → new standard normal noise, in the shape of x."""
 
 
 def time_steps(steps: int, kind: Kind, shift: float) -> Tensor:
-    """logSNR at S evenly spaced times from t = 1 (noise) down to t = 1/S: float32 [S]."""
+    """Return logSNR at S evenly spaced times from t = 1 (noise) down to t = 1/S: float32 [S]."""
     return log_snr(torch.arange(steps, 0, -1) / steps, kind, shift)
 
 
@@ -34,25 +37,27 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12): deterministic with η = 0, ancestral (DDPM) with η = 1.
 
-    ``fresh(i)`` is the noise that step i adds, of standard deviation η·σ'·√(1 − SNR/SNR'), which is
-    eq. 16 for any schedule.
+    Step i goes to σ' and SNR' and adds ``fresh(i)`` with a standard deviation of η·σ'·√(1 −
+    SNR/SNR'), which is eq. 16 for any schedule. Without ``fresh``, η has no effect.
     """
+    # At the first time the data's amplitude is negligible, and all is noise.
     x = noise * alpha_sigma(log_snrs[0], kind)[1]
     for step, (here, there) in enumerate(pairwise(log_snrs)):
         data, eps = denoise(x, here)
         alpha, sigma = alpha_sigma(there, kind)
         if eta and fresh is not None:
-            share = eta**2 * -torch.expm1(here - there)  # of the variance of the noise
+            # Share of fresh noise in the variance of ε; the estimate makes up the rest.
+            share = eta**2 * -torch.expm1(here - there)
             eps = (1 - share).clamp(min=0).sqrt() * eps + share.sqrt() * fresh(step)
         x = alpha * data + sigma * eps
     return denoise(x, log_snrs[-1])[0]
 
 
 def euler(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
-    """Euler's method on the probability-flow ODE.
+    """Euler's method on the probability-flow ODE: first order, one evaluation per step.
 
-    It steps along the path that is straight, or round, where data and noise are fixed:
-    dx/dσ = ε − x₀ for flow (where this is DDIM), dx/dφ = v with tan φ = σ/α for the others.
+    For flow it is dx/dσ = ε − x₀, whose paths are straight lines where the estimates stay the same;
+    this is DDIM. For the other schedules it is dx/dφ = v with tan φ = σ/α, whose paths are arcs.
     """
     return _along_the_path(denoise, noise, log_snrs, kind, correct=False)
 
@@ -68,11 +73,15 @@ def heun(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tenso
 def _along_the_path(
     denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind, correct: bool
 ) -> Tensor:
+    """Integrate the ODE of ``euler``, with Heun's correction if ``correct``."""
+
     def place(log_snr: Tensor) -> Tensor:
+        """The variable that is integrated over, σ or φ."""
         alpha, sigma = alpha_sigma(log_snr, kind)
         return sigma if kind == "flow" else torch.atan2(sigma, alpha)
 
     def slope(x: Tensor, log_snr: Tensor) -> Tensor:
+        """The derivative of x by that variable."""
         data, eps = denoise(x, log_snr)
         alpha, sigma = alpha_sigma(log_snr, kind)
         return eps - data if kind == "flow" else alpha * eps - sigma * data
@@ -80,7 +89,7 @@ def _along_the_path(
     x = noise * alpha_sigma(log_snrs[0], kind)[1]
     for here, there in pairwise(log_snrs):
         step, first = place(there) - place(here), slope(x, here)
-        ahead = x + step * first
+        ahead = x + step * first  # Euler's step; Heun's takes the mean of the slopes at both ends
         x = x + step * 0.5 * (first + slope(ahead, there)) if correct else ahead
     return denoise(x, log_snrs[-1])[0]
 
@@ -88,12 +97,12 @@ def _along_the_path(
 def dpmpp_2m(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation per step."""
     x = noise * alpha_sigma(log_snrs[0], kind)[1]
-    previous: tuple[Tensor, Tensor] | None = None  # the last x₀ and its step in half logSNR
+    previous: tuple[Tensor, Tensor] | None = None  # the last x₀ and the step λ that followed it
     for here, there in pairwise(log_snrs):
         data, _ = denoise(x, here)
-        step = 0.5 * (there - here)
-        # Clamped ends of the schedule make steps of length 0, over which nothing can be
-        # extrapolated.
+        step = 0.5 * (there - here)  # in the paper's λ = log(α/σ), half of logSNR
+        # x₀ extrapolated to the middle of the step. Where logSNR was clamped, steps have length 0,
+        # from which nothing can be extrapolated.
         best = data
         if previous is not None and previous[1] > 0:
             best = data + 0.5 * step / previous[1] * (data - previous[0])

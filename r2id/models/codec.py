@@ -1,6 +1,4 @@
-"""A trained RIAE as a codec: images to latents and back.
-
-This is the one place where latents are normalised.
+"""A trained RIAE as a codec: images to latents and back, with the statistics that normalise them.
 
 Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -22,7 +20,7 @@ from r2id.models.pixels import DOWNSAMPLE, STD, Pixels
 from r2id.models.riae import RIAE
 
 PIXELS = "pixels"
-"""Identity of the codec that is no RIAE."""
+"""Identity and name of the codec that has no RIAE: R2ID diffuses pixels."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Codec:
     bfloat16: bool
     """Compute in bfloat16 autocast, as the RIAE was trained, instead of float32."""
     checkpoint: Checkpoint | None
-    """The RIAE's; None where the codec is no RIAE."""
+    """The RIAE's checkpoint; None for pixels."""
     image: Size
     """Size of the training images: their median height and width."""
     data: DataConfig
@@ -47,7 +45,7 @@ class Codec:
     def load(cls, source: Checkpoint | Path | str, device: torch.device | str = "cpu") -> Codec:
         """Load an RIAE from its checkpoint or run directory.
 
-        Raises InputError when it is no checkpoint of an RIAE, or is damaged.
+        Raises InputError when that is no checkpoint, is one of another stage, or is damaged.
         """
         checkpoint = Checkpoint.open(source)
         meta = checkpoint.meta
@@ -69,9 +67,9 @@ class Codec:
 
     @classmethod
     def of_pixels(cls, data: DataConfig, image: Size, device: torch.device | str = "cpu") -> Codec:
-        """The images themselves, where an R2ID diffuses pixels instead of latents.
+        """Make the codec of an R2ID that diffuses pixels instead of latents.
 
-        ``image`` is the median size of the images that it is trained on.
+        ``image`` is the median size of the training images.
         """
         mean = torch.zeros(data.channels, device=device)
         return cls(
@@ -90,22 +88,22 @@ class Codec:
 
     @property
     def identity(self) -> str:
-        """Identity of the RIAE's checkpoint, or "pixels"."""
+        """The identity of the RIAE's checkpoint, or "pixels"."""
         return self.checkpoint.identity if self.checkpoint else PIXELS
 
     @property
     def name(self) -> str:
-        """How messages call it: the folder of the RIAE's checkpoint, or "pixels"."""
+        """The codec's name in messages: the folder of the RIAE's checkpoint, or "pixels"."""
         return str(self.checkpoint.path) if self.checkpoint else PIXELS
 
     @property
     def riae(self) -> RiaeConfig | None:
-        """Config of the RIAE; None where the codec is no RIAE."""
+        """Config of the RIAE; None for pixels."""
         return self.model.config if isinstance(self.model, RIAE) else None
 
     @property
     def downsample(self) -> float:
-        """Pixels per side of a latent cell."""
+        """Side of a latent cell in pixels."""
         return DOWNSAMPLE if self.riae is None else self.riae.downsample
 
     @property
@@ -122,16 +120,16 @@ class Codec:
         return self.mean.device
 
     def grid_for(self, image: Size) -> Size:
-        """The latent grid of an image of this size."""
+        """Return the latent grid of an image of this size."""
         return self.model.grid_for(image)
 
     def encode(self, images: Tensor, grid: Size | None = None) -> Tensor:
-        """Images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w]."""
+        """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w]; see RIAE.encode."""
         with self._autocast():
             return self.model.encode(images.to(self.device), grid)
 
     def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
-        """Raw latents [B, L, h, w] → images [B, C, H, W] clipped to [−1, 1].
+        """Decode raw latents [B, L, h, w] → images [B, C, H, W], clipped to [−1, 1].
 
         With ``window``, only that part of the images; see RIAE.decode.
         """
@@ -139,12 +137,12 @@ class Codec:
             return self.model.decode(latents.to(self.device), size, window).clamp(-1, 1)
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Raw latents [B, L, h, w] → mean 0 and standard deviation 1 per channel."""
+        """Scale raw latents [B, L, h, w] to mean 0 and standard deviation 1 in each channel."""
         mean, std = (rearrange(part, "l -> l 1 1") for part in (self.mean, self.std))
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of normalise."""
+        """Invert normalise: scaled latents [B, L, h, w] → raw ones."""
         mean, std = (rearrange(part, "l -> l 1 1") for part in (self.mean, self.std))
         return latents * std + mean
 

@@ -1,8 +1,10 @@
-"""Condition tokens, learned together with the diffusion model.
+"""Conditions of R2ID, and the tokens made of them, which are learned together with it.
 
-A condition is a class, int64 [B] (−1 is none), or attributes [B, A], each −1, 1 or 0 for unknown:
-none is all of them 0; or the embedding of a text, of D values [B, D] or of D for each of T tokens
-[B, T, D]: none is all of them 0.
+A condition is one of these; each has an empty value, which stands for no condition:
+
+* a class: int64 [B], empty is −1;
+* attributes: [B, A], each 1, −1 or 0 for unknown, empty is all 0;
+* the embedding of a text: [B, D], or [B, T, D] for T tokens, empty is all 0.
 """
 
 from __future__ import annotations
@@ -14,14 +16,13 @@ from torch import Tensor, nn
 
 
 class ClassCondition(nn.Module):
-    """A class, or none, as a few tokens: labels [B] (−1 is none) → [B, tokens, width]."""
+    """Makes a few tokens of a class: labels [B] (−1 is none) → [B, tokens, width]."""
 
     def __init__(self, classes: int, tokens: int, width: int) -> None:
         super().__init__()
         self.classes, self.tokens = classes, tokens
-        self.embedding = nn.Embedding(
-            classes + 1, tokens * width
-        )  # the last row is the empty condition
+        # The last row is the empty condition.
+        self.embedding = nn.Embedding(classes + 1, tokens * width)
 
     def forward(self, labels: Tensor) -> Tensor:
         rows = torch.where(labels < 0, self.classes, labels)
@@ -29,9 +30,9 @@ class ClassCondition(nn.Module):
 
 
 class AttributeCondition(nn.Module):
-    """Attributes as a few tokens: [B, A] → [B, tokens, width].
+    """Makes a few tokens of attributes: [B, A] → [B, tokens, width].
 
-    The bias alone is the empty condition.
+    The empty condition, all 0, becomes the bias alone.
     """
 
     def __init__(self, attributes: int, tokens: int, width: int) -> None:
@@ -44,10 +45,10 @@ class AttributeCondition(nn.Module):
 
 
 class EmbeddingCondition(nn.Module):
-    """An embedding as tokens: [B, D] → [B, tokens, width], or [B, T, D] → [B, T, width] by one
-    linear layer for all T.
+    """Makes tokens of an embedding: [B, D] → [B, tokens, width], or [B, T, D] → [B, T, width].
 
-    What is added to each token, learned, is alone the empty condition.
+    One linear layer serves all T tokens. Each token has a learned bias of its own, ``added``; the
+    empty condition, all 0, becomes these alone.
     """
 
     def __init__(self, shape: Sequence[int], tokens: int, width: int) -> None:
@@ -66,10 +67,10 @@ class EmbeddingCondition(nn.Module):
 
 
 def empty(condition: Tensor) -> Tensor:
-    """No condition, in the shape of one."""
+    """Return the empty condition in the shape of a condition."""
     return torch.full_like(condition, -1) if condition.dim() == 1 else torch.zeros_like(condition)
 
 
 def drop(condition: Tensor, dropped: Tensor) -> Tensor:
-    """Conditions, but none where ``dropped``, bool [B]."""
+    """Replace conditions by the empty one where ``dropped`` bool [B] is true."""
     return torch.where(dropped.view(-1, *[1] * (condition.dim() - 1)), empty(condition), condition)

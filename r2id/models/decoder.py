@@ -1,4 +1,4 @@
-"""RIAE's decoder: points anywhere query the latent cells.
+"""RIAE's decoder: points anywhere in an image query the latent cells.
 
 To add a kind, write a module with the methods of AttentionDecoder that RIAE and RiaeLoss call
 (spread_latents, decode_points, decode, points_per_pixel and blocks), add it to DECODERS and add its
@@ -6,7 +6,7 @@ name to RiaeConfig.kind in r2id/config/models.py; an encoder of that name goes w
 (r2id.models.encoder).
 
 Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels
-· M = h·w latents · P points asked for · D width.
+· M = h·w latents · P points that are rendered · D width.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from r2id.models.tiles import Tiles
 from r2id.models.visibility import Visibility
 
 _BAND = 1 << 18
-"""Points, of which pixels are the means, held at once, one row of pixels at least."""
+"""Where a pixel is the mean of several points: how many points are held at once, at least those of
+one row of pixels."""
 
 
 class AttentionDecoder(nn.Module):
-    """Points start as coordinates alone and gather latents by cross-attention."""
+    """Points start as features of their places and gather latents by cross-attention."""
 
     stored_as: ClassVar = {"cross_blocks": "decoder", "latent_blocks": "decoder_latent"}
     """Names in checkpoints of layers that have other names here."""
@@ -55,7 +56,7 @@ class AttentionDecoder(nn.Module):
             CrossBlock(pixel_width, width, heads, config.ffn_ratio, config.gaussian_window)
             for _ in range(config.decoder_blocks)
         )
-        # It starts by saying 0, grey, everywhere.
+        # An untrained decoder draws 0, grey, everywhere.
         self.to_colour = nn.Sequential(RMSNorm(pixel_width), zero_linear(pixel_width, channels))
 
     def blocks(self) -> list[nn.Module]:
@@ -63,9 +64,9 @@ class AttentionDecoder(nn.Module):
         return [*self.latent_blocks, *self.cross_blocks]
 
     def spread_latents(self, latents: Tensor, cells: Tensor, grid: Size) -> Tensor:
-        """Make what points will attend to, once per image, however many points.
+        """Make what points attend to: latents [B, M, L] at cells [1, M, 4] → kv [B, M, D].
 
-        Latents [B, M, L] at cells [1, M, 4] → kv [B, M, D].
+        Once per image, however many points are rendered.
         """
         place = self.visibility.cell_features(cells, grid).expand(latents.shape[0], -1, -1)
         x = self.latent_in(torch.cat([latents, place], dim=-1))
@@ -80,10 +81,10 @@ class AttentionDecoder(nn.Module):
         grid: Size,
         tiles: Tiles | None = None,
     ) -> Tensor:
-        """Decode points of an image (H, W).
+        """Decode points of images of ``size`` (H, W).
 
         kv [B, M, D] of spread_latents at cells [B or 1, M, 4], points [B or 1, P, 4] → colours
-        [B, P, C]. With ``tiles``, points are in tile order, and kv and cells those of
+        [B, P, C]. With ``tiles``, points are in tile order, and kv and cells are those of
         ``tiles.part``.
         """
         x = self.point_in(self.visibility.point_features(points, size, grid))
@@ -94,12 +95,13 @@ class AttentionDecoder(nn.Module):
         return self.to_colour(x).float()
 
     def points_per_pixel(self, grid: Size, size: Size) -> Size:
-        """How many points, down and across, a pixel of an image (H, W) is the mean of.
+        """Say of how many points, down and across, a pixel of an image (H, W) is the mean.
 
-        As many as it takes for none to stand for more of the picture than the largest pixels of the
-        training did. Half a latent cell is allowed for, since a grid says no better how large the
-        images were.
+        Training showed pixels of up to 1/smallest of the images' own. Where a picture is drawn so
+        small that its pixels are larger than those, one point in each would alias; so each pixel is
+        the mean of as many points as it takes for none to stand for a larger area than in training.
         """
+        # The grid was rounded to whole cells, so an image was at least (cells − ½)·downsample high.
         smallest = self.config.decode_scales[0] if self.config.decode_scales else 1.0
         down, across = (
             max(1, math.ceil((smallest * cells - 0.5) * self.config.downsample / side))
@@ -108,7 +110,7 @@ class AttentionDecoder(nn.Module):
         return down, across
 
     def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
-        """Decode raw latents [B, L, h, w] at any size, or a window of that; see RIAE.decode."""
+        """Decode raw latents [B, L, h, w] at any size, or a window of it; see RIAE.decode."""
         grid: Size = (latents.shape[2], latents.shape[3])
         part = coords.part_of(size, window)
         cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
@@ -116,14 +118,14 @@ class AttentionDecoder(nn.Module):
             self.points_per_pixel(grid, size)
         )
         at_once = self.visibility.images_decoded_at_once(count, len(latents))
-        parts = []
-        for some in latents.split(at_once):
-            kv = self.spread_latents(rearrange(some, "b l h w -> b (h w) l"), cells, grid)
-            parts.append(self._render(kv, cells, grid, size, part))
-        return torch.cat(parts)
+        images = []
+        for chunk in latents.split(at_once):
+            kv = self.spread_latents(rearrange(chunk, "b l h w -> b (h w) l"), cells, grid)
+            images.append(self._render(kv, cells, grid, size, part))
+        return torch.cat(images)
 
     def _render(self, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
-        """Pixels of a part of an image; where they are means of points, some rows at a time."""
+        """Render a part of an image, in bands of rows where pixels are means of points."""
         down, across = points = self.points_per_pixel(grid, size)
         if points == (1, 1):
             return self._draw(kv, cells, grid, size, part)
@@ -138,9 +140,9 @@ class AttentionDecoder(nn.Module):
         return torch.cat(bands, dim=2)
 
     def _draw(self, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
-        """A part of an image (H, W), each pixel one point: [B, C, h', w']."""
+        """Render a part of an image (H, W) with one point per pixel: [B, C, h', w']."""
         return self.visibility.decode(self.decode_points, kv, cells, grid, size, part)
 
 
 DECODERS: dict[str, type[AttentionDecoder]] = {"attention": AttentionDecoder}
-"""By ``riae.kind``."""
+"""Value of ``riae.kind`` → class."""

@@ -5,7 +5,7 @@ To add a kind, write a module with the methods of AttentionEncoder that RIAE and
 r2id/config/models.py; a decoder of that name goes with it (r2id.models.decoder).
 
 Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · N
-pixels seen · M = h·w latents · D width.
+pixels that are seen · M = h·w latents · D width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from r2id.models.visibility import Visibility
 
 
 class AttentionEncoder(nn.Module):
-    """Cells start as coordinates alone and gather colours by cross-attention."""
+    """Latent cells start as features of their places and gather colours by cross-attention."""
 
     stored_as: ClassVar = {"cross_blocks": "encoder", "latent_blocks": "encoder_latent"}
     """Names in checkpoints of layers that have other names here."""
@@ -54,7 +54,7 @@ class AttentionEncoder(nn.Module):
         return [*self.cross_blocks, *self.latent_blocks]
 
     def encode(self, images: Tensor, grid: Size) -> Tensor:
-        """Encode some images at a time: [B, C, H, W] → raw latents [B, L, h, w]."""
+        """Encode images [B, C, H, W], a few at a time → raw latents [B, L, h, w]."""
         cells = coords.grid_coordinates(grid, device=images.device).unsqueeze(0)
         at_once = self.visibility.images_encoded_at_once(images.shape[2] * images.shape[3])
         latents = torch.cat(
@@ -76,14 +76,14 @@ class AttentionEncoder(nn.Module):
         grid: Size,
         tiles: Tiles | None = None,
     ) -> Tensor:
-        """Encode points of images as seen from the cells of a grid (h, w).
+        """Encode points of images into the cells of a latent grid (h, w).
 
-        Colours [B, N, C] at [B or 1, N, 4] of an image (H, W), cells [1, M, 4] → latents [B, M, L].
-        With ``tiled`` attention, cells and points are whole grids, and ``tiles`` those of the
-        cells.
+        Colours [B, N, C] at points [B or 1, N, 4] of images of ``size`` (H, W), cells [1, M, 4] →
+        raw latents [B, M, L]. With ``tiled`` attention, cells and points must be whole grids, and
+        ``tiles`` those of the cells.
         """
-        seen = self._query_pixels(colours, points, size, cells, grid, tiles)
-        return self._to_latents(seen, cells, grid)
+        values = self._query_pixels(colours, points, size, cells, grid, tiles)
+        return self._to_latents(values, cells, grid)
 
     def _query_pixels(
         self,
@@ -94,7 +94,7 @@ class AttentionEncoder(nn.Module):
         grid: Size,
         tiles: Tiles | None,
     ) -> Tensor:
-        """What the cells [1, M, 4] see: [B, M, D]."""
+        """Gather colours [B, N, C] at points in the cells [1, M, 4]: [B, M, D]."""
         batch = colours.shape[0]
         place = self.visibility.point_features(points, size, grid).expand(batch, -1, -1)
         pixels = self.pixel_in(torch.cat([colours, place], dim=-1))
@@ -107,12 +107,12 @@ class AttentionEncoder(nn.Module):
         return x if tiles is None else tiles.from_tile_order(x)
 
     def _to_latents(self, x: Tensor, cells: Tensor, grid: Size) -> Tensor:
-        """[B, M, D] at all cells [1, M, 4] → latents [B, M, L]."""
+        """Let all cells [1, M, 4] exchange what they gathered: [B, M, D] → latents [B, M, L]."""
         x = self.latent_blocks.through(x, cells, grid)
-        # Latents are float32 under autocast too: they are stored, and diffusion normalises them.
+        # Float32 under autocast too: latents are stored, and diffusion normalises them.
         latents = self.to_latent(x).float()
         return torch.tanh(latents) if self.config.bounded else latents
 
 
 ENCODERS: dict[str, type[AttentionEncoder]] = {"attention": AttentionEncoder}
-"""By ``riae.kind``."""
+"""Value of ``riae.kind`` → class."""

@@ -15,7 +15,10 @@ from r2id.models.visibility import Visibility
 
 
 class LatentBlocks(nn.ModuleList):
-    """Self-attention blocks between latent cells; who sees whom is for the visibility to say."""
+    """Self-attention blocks between latent cells, all of them or those of a tile.
+
+    The visibility's ``latent_tiles`` decides which.
+    """
 
     def __init__(self, config: RiaeConfig, visibility: Visibility) -> None:
         super().__init__(

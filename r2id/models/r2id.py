@@ -1,4 +1,4 @@
-"""R2ID: a diffusion transformer on a grid of any size, whose tokens know places by coordinates.
+"""R2ID: a diffusion transformer on a grid of any size, which sees places as coordinates.
 
 Shape letters: B batch · L channels of the diffused grid · h, w its size · N = h·w tokens · D width
 · K conditions.
@@ -37,10 +37,10 @@ class R2ID(nn.Module):
     def __init__(
         self, config: R2idConfig, channels: int, classes: int, embedding: Sequence[int] = ()
     ) -> None:
-        """Build a model for grids of so many channels.
+        """Build a model for grids of ``channels`` channels.
 
-        ``classes`` is how many classes it may be told of (0: none), or attributes, where the
-        config's condition is those; ``embedding`` the shape of one, [D] or [T, D].
+        ``classes`` is the number of classes (0: none) or, with ``config.condition`` "attributes",
+        of attributes. ``embedding`` is the shape of one sample's embedding, [D] or [T, D].
         """
         super().__init__()
         self.config, self.channels, self.classes = config, channels, classes
@@ -60,7 +60,7 @@ class R2ID(nn.Module):
         self.condition_shape = {"attributes": (classes,), "embedding": tuple(embedding)}.get(
             config.condition, ()
         )
-        """Of the condition of one sample; of a class empty."""
+        """Shape of one sample's condition; empty for a class."""
 
         def stack(count: int, conditional: bool) -> nn.ModuleList:
             return nn.ModuleList(
@@ -76,18 +76,18 @@ class R2ID(nn.Module):
 
     @classmethod
     def of(cls, config: R2idConfig, facts: Mapping[str, Any]) -> R2ID:
-        """With the facts that a checkpoint records beside the config."""
+        """Build a model from its config and the facts that a checkpoint records beside it."""
         return cls(config, facts["latent_channels"], facts["classes"], facts.get("embedding", ()))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> R2ID:
-        """A trained model from a file that ``r2id checkpoint export`` wrote: float32, on the CPU,
-        ready for inference.
+        """Load a trained model from a file that ``r2id checkpoint export`` wrote.
 
-        InputError when the file is none, is damaged or holds another model.
+        It is float32, on the CPU, ready for inference. Raises InputError when there is no such
+        file, or it is damaged or holds another model.
         """
-        found = pretrained.read(Path(path), "r2id")
-        return found.fill(cls.of(found.section("r2id", R2idConfig), found.facts))
+        exported = pretrained.read(Path(path), "r2id")
+        return exported.fill(cls.of(exported.section("r2id", R2idConfig), exported.facts))
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""
@@ -101,12 +101,13 @@ class R2ID(nn.Module):
         coordinates: Tensor | None = None,
         cloud_key: Tensor | None = None,
     ) -> Tensor:
-        """One prediction under one condition.
+        """Predict under one condition → float32 [B, L, h, w].
 
-        x [B, L, h, w] noised grid; alpha_bar [B] the share of signal in its variance, in (0, 1);
-        condition [B] classes, [B, A] attributes, or [B, D] or [B, T, D] embeddings; at
-        [B or 1, N, 4] coordinates, by default the grid's own; cloud_key the key of cloud
-        attention's groups, by default one group → float32 [B, L, h, w].
+        * x [B, L, h, w]: the noised grid
+        * alpha_bar [B]: the share of signal in its variance, in (0, 1)
+        * condition: classes [B], attributes [B, A], or embeddings [B, D] or [B, T, D]
+        * coordinates [B or 1, N, 4]: where the cells are, by default in a grid (h, w)
+        * cloud_key: the random key of cloud attention's groups; by default all tokens are one
         """
         return self.predict(x, alpha_bar, condition.unsqueeze(0), coordinates, cloud_key).squeeze(0)
 
@@ -118,19 +119,20 @@ class R2ID(nn.Module):
         coordinates: Tensor | None = None,
         cloud_key: Tensor | None = None,
     ) -> Tensor:
-        """Predict under K conditions of one noised grid: [K, B, …] → float32 [K, B, L, h, w]."""
+        """Predict one noised grid under K conditions [K, B, …] → float32 [K, B, L, h, w].
+
+        Costs less than K calls of forward: encoder blocks run once. Other arguments are as there.
+        """
         grid: Size = (x.shape[2], x.shape[3])
-        coordinates = (
-            coords.grid_coordinates(grid, device=x.device).unsqueeze(0)
-            if coordinates is None
-            else coordinates
-        )
+        if coordinates is None:
+            coordinates = coords.grid_coordinates(grid, device=x.device).unsqueeze(0)
         place = coords.fourier_features(coordinates, self.config.fourier).expand(x.shape[0], -1, -1)
         tokens = self.token_in(torch.cat([rearrange(x, "b l h w -> b (h w) l"), place], dim=-1))
         time = self.time_in(_time_features(alpha_bar, self.config.time_fourier))
         mix = mixes(self.config, grid, len(self.blocks()), x.device, cloud_key)
         for number, block in enumerate(self.encoder):
             tokens = block(tokens, time, mix=mix[number])
+        # From here on, the batch holds all samples under each of the conditions.
         count = conditions.shape[0]
         tokens, time = (repeat(part, "b ... -> (k b) ...", k=count) for part in (tokens, time))
         context = self.condition(conditions.flatten(0, 1))
@@ -142,7 +144,7 @@ class R2ID(nn.Module):
 
 
 def _time_features(alpha_bar: Tensor, powers: Size) -> Tensor:
-    """sin and cos of π·2^p·ᾱ: [B] → float32 [B, 2·powers]."""
+    """sin and cos of π·2^p·ᾱ, p from powers[0] to powers[1]: [B] → float32 [B, 2·number of p]."""
     exponents = torch.arange(powers[0], powers[1] + 1, dtype=torch.float32, device=alpha_bar.device)
     angles = alpha_bar.float().unsqueeze(-1) * (math.pi * torch.exp2(exponents))
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

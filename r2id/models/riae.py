@@ -1,15 +1,15 @@
 """RIAE: an autoencoder that sees points with coordinates instead of a pixel grid.
 
-Encoding: a latent grid of any size starts as coordinates only and queries the image's pixels
-(r2id.models.encoder). Decoding: points anywhere, a pixel grid of any size among them, start as
-coordinates only and query the latents (r2id.models.decoder). Who sees whom is
-r2id.models.visibility's to say, for both and for the loss.
+To encode, the cells of a latent grid of any size query the image's pixels (r2id.models.encoder). To
+decode, points anywhere, such as those of a pixel grid of any size, query the latents
+(r2id.models.decoder). Both know places by coordinates alone. What attends to what is decided by
+r2id.models.visibility, for both and for the loss.
 
-The latent grid owns the picture's aspect ratio: relative coordinates of cells and points alike take
-its shape, so that decoding 7×7 latents at 42×28 renders a square picture stretched.
+The aspect ratio of the picture is that of the latent grid: relative coordinates of cells and points
+alike take the grid's shape, so that 7×7 latents decoded at 42×28 are a square picture, stretched.
 
 Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · N
-pixels seen · M = h·w latents · P points asked for · D width.
+pixels that the encoder sees · M = h·w latents · P points that the decoder renders · D width.
 """
 
 from __future__ import annotations
@@ -49,26 +49,31 @@ class RIAE(nn.Module):
     def from_pretrained(cls, path: str | Path) -> RIAE:
         """Load a trained model from a file that ``r2id checkpoint export`` wrote.
 
-        It is float32, on the CPU, ready for inference. r2id.checkpoints.pretrained.read also gives
-        what else the file says, the latents' statistics among it. Raises InputError when the file
-        is none, is damaged or holds another model.
+        It is float32, on the CPU, ready for inference. r2id.checkpoints.pretrained.read returns the
+        rest of the file too, such as the statistics of the latents. Raises InputError when there is
+        no such file, or it is damaged or holds another model.
         """
-        found = pretrained.read(Path(path), "riae")
-        return found.fill(cls(found.section("riae", RiaeConfig), found.facts["channels"]))
+        exported = pretrained.read(Path(path), "riae")
+        return exported.fill(cls(exported.section("riae", RiaeConfig), exported.facts["channels"]))
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""
         return [block for part in self.parts for block in part.blocks()]
 
     def grid_for(self, image: Size) -> Size:
-        """Latent grid (h, w) of an image (H, W): ``config.downsample`` pixels a cell, at least
-        one."""
+        """Latent grid (h, w) of an image (H, W): a cell per ``config.downsample`` pixels of a side.
+
+        At least one cell each way.
+        """
         height, width = (max(1, round(side / self.config.downsample)) for side in image)
         return height, width
 
     @torch.no_grad()
     def encode(self, image: Tensor, grid: Size | None = None) -> Tensor:
-        """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w], on any grid."""
+        """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w].
+
+        On any grid; by default on grid_for(their size).
+        """
         size: Size = (image.shape[2], image.shape[3])
         return self.parts[0].encode(image, grid or self.grid_for(size))
 
@@ -76,15 +81,15 @@ class RIAE(nn.Module):
     def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
         """Decode raw latents [B, L, h, w] → images [B, C, H, W] of any size.
 
-        They are nominally in [−1, 1], not clipped. With a window (y0, x0, y1, x1), the pixels that
-        lie in it, [B, C, y1 − y0, x1 − x0]. Pixels larger than any that were trained are means of
-        several points (points_per_pixel). Raises InputError when the window is not within the
-        image.
+        They are nominally in [−1, 1], but not clipped. With a window (y0, x0, y1, x1), only its
+        pixels are rendered: [B, C, y1 − y0, x1 − x0]. Pixels that are larger than any in training
+        are means of several points (points_per_pixel). Raises InputError when the window is not
+        within the image.
         """
         return self.parts[1].decode(latents, size, window)
 
     def points_per_pixel(self, grid: Size, size: Size) -> Size:
-        """How many points, down and across, a pixel of an image (H, W) is the mean of."""
+        """Say of how many points, down and across, a pixel of an image (H, W) is the mean."""
         return self.parts[1].points_per_pixel(grid, size)
 
     def encode_points(
@@ -100,7 +105,7 @@ class RIAE(nn.Module):
         return self.parts[0].encode_points(colours, points, size, cells, grid, tiles)
 
     def spread_latents(self, latents: Tensor, cells: Tensor, grid: Size) -> Tensor:
-        """Make what points will attend to, [B, M, D]; see AttentionDecoder.spread_latents."""
+        """Make what points attend to, [B, M, D]; see AttentionDecoder.spread_latents."""
         return self.parts[1].spread_latents(latents, cells, grid)
 
     def decode_points(

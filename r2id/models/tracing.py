@@ -1,12 +1,11 @@
-"""Memory and operations of a model's work, counted by running it on tensors that have sizes and no
-contents.
+"""Memory and floating-point operations of a model, counted without computing anything.
 
-The real modules run under FakeTensorMode, and every tensor's storage is noted as it comes and goes.
-So no module may let a shape depend on a tensor's values: torch then raises a
-DynamicOutputShapeException (``nonzero``, a boolean index) or DataDependentOutputException
-(``item``), and its traceback names the line.
+The real modules run under FakeTensorMode, on tensors that have shapes but no contents. A ledger
+notes the storage of every tensor when it is made and when it is freed. So no module may let a shape
+depend on a tensor's values: torch then raises a DynamicOutputShapeException (``nonzero``, a boolean
+index) or DataDependentOutputException (``item``), and its traceback names the line.
 
-Letters: T moments of a step. All sizes are bytes.
+T is the number of moments of a step, each of which makes or frees a storage. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -31,29 +30,31 @@ from torch.utils.flop_counter import FlopCounterMode
 from r2id.models.attention import plain_up_to
 
 Case = Callable[[], tuple[nn.Module, dict[str, Any]]]
-"""→ a stage module, and keyword arguments of one micro-batch for it."""
+"""Makes the loss module of a stage, and the keyword arguments of one micro-batch for it."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-batch's forward and backward pass: bytes that live, int64 [T] each, by kind."""
+    """Memory that a micro-batch's forward and backward pass holds: bytes by kind, int64 [T] each.
+
+    The weights themselves are not in it.
+    """
 
     activations: np.ndarray
-    """Inputs, activations, and all that comes and goes."""
+    """Inputs, activations, and all that is in none of the other kinds."""
     casts: np.ndarray
-    """Copies of weights in bfloat16, which autocast makes once a pass."""
+    """Copies of weights in bfloat16, which autocast makes once per pass."""
     gradients: np.ndarray
-    """Of weights."""
+    """Gradients of weights."""
     forward: int
-    """Moments of the forward pass."""
+    """How many of the moments belong to the forward pass."""
 
 
 def trace_step(case: Case, bfloat16: bool, as_on_gpu: bool = True) -> Trace:
-    """What a micro-batch's forward and backward pass keeps, moment by moment. Computes nothing and
-    needs no GPU.
+    """Trace what a micro-batch's forward and backward pass keeps, moment by moment.
 
-    ``bfloat16`` is autocast. Without ``as_on_gpu``, as on a CPU, whose attention and dropout keep
-    other things.
+    Computes nothing and needs no GPU. ``bfloat16`` switches autocast on. ``as_on_gpu`` counts as
+    for a GPU; a CPU's attention, norms and dropout keep other tensors.
     """
     with ExitStack() as stack:
         ledger = _enter(stack, as_on_gpu)
@@ -65,20 +66,23 @@ def trace_step(case: Case, bfloat16: bool, as_on_gpu: bool = True) -> Trace:
         forward = len(ledger.events) - start
         loss.backward()
         gradients = {ledger.number(p.grad) for p in module.parameters() if p.grad is not None}
-        known = weights | gradients | ledger.casts
-        activations, casts, of_weights = (
+        others = weights | gradients | ledger.casts
+        activations, casts, gradient_bytes = (
             ledger.series(chosen)[start:]
             for chosen in (
-                lambda number: number not in known,
+                lambda number: number not in others,
                 lambda number: number in ledger.casts,
                 lambda number: number in gradients,
             )
         )
-    return Trace(activations, casts, of_weights, forward)
+    return Trace(activations, casts, gradient_bytes, forward)
 
 
 def trace_peak(work: Callable[[], Callable[[], Any]], as_on_gpu: bool = True) -> int:
-    """Most bytes that live at once in a call of what ``work`` makes, beside those from before."""
+    """Trace the most bytes held at once by a call of the function that ``work`` returns.
+
+    What ``work`` itself made, such as weights, is not counted.
+    """
     with ExitStack() as stack:
         ledger = _enter(stack, as_on_gpu)
         function = work()
@@ -88,10 +92,12 @@ def trace_peak(work: Callable[[], Callable[[], Any]], as_on_gpu: bool = True) ->
 
 
 def count_flops(work: Callable[[], Callable[[], Any]]) -> int:
-    """Count floating-point operations of matrix products in a call of what ``work`` makes.
+    """Count the floating-point operations of a call of the function that ``work`` returns.
 
-    Attention is among them, and a multiplication with its addition is two. Computes nothing.
+    Only matrix products count, those of attention included; a multiplication with its addition is
+    two operations. Computes nothing.
     """
+    # Attention by plain products, because FlopCounterMode does not know every fused kernel.
     with FakeTensorMode(), plain_up_to(math.inf), torch.no_grad():
         function = work()
         with FlopCounterMode(display=False) as counter:
@@ -108,8 +114,10 @@ def _enter(stack: ExitStack, as_on_gpu: bool) -> _Ledger:
 
 
 class _FusedDropout(TorchFunctionMode):
-    """Dropout as on a GPU, where its mask takes one byte an element; on a CPU it is of the input's
-    own type."""
+    """Makes dropout keep a mask of one byte per element, as on a GPU.
+
+    On a CPU, PyTorch's mask is of the input's dtype.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -119,16 +127,16 @@ class _FusedDropout(TorchFunctionMode):
 
 
 class _Ledger(TorchDispatchMode):
-    """Notes the storage of every tensor that an operation makes, when it comes and when it goes."""
+    """Notes when the storage of every tensor that an operation returns is made, and when freed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
         self.events: list[int] = []
-        """The number of a storage that comes, −1 − the number of one that goes."""
+        """The number of a storage when it is made, and −1 − its number when it is freed."""
         self.weights: set[int] = set()
         self.casts: set[int] = set()
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}  # of live storages, by their address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -140,20 +148,21 @@ class _Ledger(TorchDispatchMode):
         return made
 
     def number(self, tensor: Tensor) -> int:
+        """Number a tensor's storage; tensors that share one, such as views, share the number."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._numbers:
             self._numbers[key] = len(self.sizes)
             self.events.append(len(self.sizes))
             self.sizes.append(storage.nbytes())
-            weakref.finalize(storage, self._gone, key)
+            weakref.finalize(storage, self._note_freed, key)
         return self._numbers[key]
 
-    def _gone(self, key: int) -> None:
+    def _note_freed(self, key: int) -> None:
         self.events.append(-1 - self._numbers.pop(key))
 
     def series(self, chosen: Callable[[int], bool]) -> np.ndarray:
-        """Bytes of the chosen storages that live after each event, int64."""
+        """Bytes of the chosen storages that are held after each event, int64."""
         changes = [
             self.sizes[event] if event >= 0 else -self.sizes[-1 - event] for event in self.events
         ]
@@ -161,4 +170,5 @@ class _Ledger(TorchDispatchMode):
         return np.cumsum(np.where(mine, changes, 0))
 
     def live(self) -> int:
+        """Bytes held now."""
         return sum(self.sizes[number] for number in self._numbers.values())

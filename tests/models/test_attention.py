@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from r2id.models.attention import Attention, RMSNorm, attend, plain_up_to
-from r2id.models.coords import grid_coordinates
-from r2id.models.riae import _in_cells
+from r2id.models.coords import grid_coordinates, in_cells
 
 
 def test_window_is_a_gaussian_in_cells():
@@ -36,7 +35,7 @@ def test_window_is_a_gaussian_in_cells():
 def test_bfloat16_places_the_window_as_float32_does(grid):
     torch.manual_seed(0)
     layer = Attention(64, 64, heads=2, gaussian_window=True)
-    at = _in_cells(grid_coordinates(grid).unsqueeze(0), grid)
+    at = in_cells(grid_coordinates(grid).unsqueeze(0), grid)
     x = torch.randn(1, at.shape[1], 64)
     exact = layer(x, x, at, at)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,1 +1,1 @@
-"""What each model minimises."""
+"""The losses that the models are trained on."""

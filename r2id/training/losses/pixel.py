@@ -1,8 +1,8 @@
-"""Errors of colours.
+"""Losses of colours.
 
-To add one, write a function from errors to their losses, of the same shape, add it to PIXEL_LOSSES
-and add its name to PixelLoss in r2id/config/losses.py. ``loss.pixel`` then takes it. Its test is a
-line in tests/training/test_pixel_losses.py.
+To add one, write a function from differences of colours to losses of the same shape, add it to
+PIXEL_LOSSES and add its name to PixelLoss in r2id/config/losses.py. ``loss.pixel`` then takes it.
+Its test is a line in tests/training/test_pixel_losses.py.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ PIXEL_LOSSES: dict[PixelLoss, Callable[[Tensor], Tensor]] = {
 def reconstruction_loss(
     decoded: Tensor, truth: Tensor, kind: PixelLoss, weight: Tensor | None = None
 ) -> Tensor:
-    """Mean error of colours, weighted where ``weight`` is given, which broadcasts against them."""
+    """Mean loss of decoded colours against true ones, both [B, P, C].
+
+    ``weight`` multiplies the losses before the mean and must broadcast against them.
+    """
     error = PIXEL_LOSSES[kind](decoded - truth)
     return (error if weight is None else error * weight).mean()

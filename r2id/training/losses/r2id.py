@@ -1,6 +1,7 @@
-"""What R2ID minimises: a module from a batch to (loss, named figures).
+"""The loss of R2ID: a module from a batch to (loss, figures by name).
 
-Every random draw is keyed by (seed, step, sample).
+Every random draw is keyed by (seed, step, sample), so that the loss depends neither on the batch
+that a sample is in nor on how often training was interrupted.
 
 Shape letters: B batch · L latent channels · h, w latent grid.
 """
@@ -17,14 +18,15 @@ from r2id.models.conditioning import drop
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 
-# One stream of random numbers for each purpose.
+# One stream of random numbers for each purpose. Their numbers are those of no stream of RIAE's
+# loss, and must stay: with others, a resumed run would not equal an uninterrupted one.
 _TIME, _NOISE, _DROP, _JITTER, _CLOUDS = 6, 7, 8, 9, 11
 
 Figures = dict[str, Tensor]
 
 
 class R2idLoss(nn.Module):
-    """Denoising of normalised latents at random times, under their condition or, at times, none."""
+    """Error of denoising normalised latents at random times, with a share of conditions dropped."""
 
     def __init__(
         self, model: R2ID, diffusion: DiffusionConfig, base_side: float, seed: int
@@ -35,8 +37,10 @@ class R2idLoss(nn.Module):
     def forward(
         self, latent: Tensor, condition: Tensor, index: Tensor, step: int
     ) -> tuple[Tensor, Figures]:
-        """latent [B, L, h, w] normalised, condition [B, …], index [B] of the samples → scalar loss,
-        figures."""
+        """Normalised latent [B, L, h, w], condition [B, …], index [B] of samples → scalar, figures.
+
+        ``index`` is a sample's number in the dataset, which keys its random draws.
+        """
         rng_keys = rng.fold(self.seed, step, index)
         grid: Size = (latent.shape[2], latent.shape[3])
         dropped = (

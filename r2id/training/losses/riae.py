@@ -1,13 +1,13 @@
-"""What RIAE minimises: a module from a batch to (loss, named figures).
+"""The loss of RIAE: a module from a batch to (loss, figures by name).
 
-Every random draw is keyed by (seed, step, sample), so that a loss depends on neither the batch that
-a sample is in nor on how often training was interrupted.
+Every random draw is keyed by (seed, step, sample), so that the loss depends neither on the batch
+that a sample is in nor on how often training was interrupted.
 
 To add a pixel loss, see r2id.training.losses.pixel. To add a term, add its weight to LossConfig in
 r2id/config/losses.py and a method like _texture_loss here.
 
 Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid · N pixels
-seen · M = h·w latents · P points asked for · D width.
+that the encoder sees · M = h·w latents · P points that the decoder renders · D width.
 """
 
 from __future__ import annotations
@@ -34,36 +34,38 @@ _ENCODER_PIXELS, _ENCODER_JITTER, _DECODER_PIXELS, _DECODER_JITTER, _LATENT_NOIS
 )
 _DECODE_SCALE, _ENCODE_SCALE, _DIRECTION = 10, 12, 13  # the numbers between are R2ID's
 
-_FACTORS = 8  # that a side may be scaled by
+_FACTORS = 8  # how many different factors a side may be scaled by
 
 Figures = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class _Points:
-    """Points that the decoder is asked for, and what it sees."""
+    """Points that the decoder renders, and the latents that it sees."""
 
     kv: Tensor
-    """[B, M, D]."""
+    """What points attend to, [B, M, D]."""
     cells: Tensor
-    """Their places, [B or 1, M, 4]."""
+    """Coordinates of kv, [B or 1, M, 4]."""
     coordinates: Tensor
-    """The points' places, [B, P, 4]."""
+    """Coordinates of the points, [B, P, 4]."""
     colours: Tensor
-    """The true ones, [B, P, C]."""
+    """True colours of the points, [B, P, C]."""
     size: Size
-    """Of the image that they are of."""
+    """Size of the image that the points are taken from."""
     tiles: Tiles | None
+    """The tiles that the points make up, if attention is tiled."""
     weight: Tensor | None
-    """[B, P, 1], of their errors."""
+    """Weights of the points' errors, [B, P, 1]; None: all are 1."""
 
 
 class RiaeLoss(nn.Module):
-    """Reconstruction of some points of an image from what a training step shows of it.
+    """Error of reconstructing some points of an image from the pixels that the encoder sees.
 
-    Which ones is for the model's visibility to choose: a random cloud of pixels seen and random
-    points asked for, or all pixels seen and random tiles asked for. A jittered point stays with the
-    tile of its pixel: half a pixel is little beside the halo.
+    The model's visibility chooses them: the encoder sees a random cloud of pixels and the decoder
+    renders random points, or with ``tiled`` attention, the encoder sees all pixels and the decoder
+    renders random tiles. A jittered point stays in the tile of its pixel: half a pixel is little
+    beside the halo.
     """
 
     def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
@@ -71,7 +73,10 @@ class RiaeLoss(nn.Module):
         self.model, self.config, self.seed = model, config, seed
 
     def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
-        """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures."""
+        """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures.
+
+        ``index`` is a sample's number in the dataset, which keys its random draws.
+        """
         config, size = self.config, (image.shape[2], image.shape[3])
         rng_keys = rng.fold(self.seed, step, index)
         grid = self.model.grid_for(size)
@@ -98,7 +103,7 @@ class RiaeLoss(nn.Module):
     def _encode(
         self, image: Tensor, count: int, cells: Tensor, grid: Size, rng_keys: Tensor
     ) -> Tensor:
-        """Latents [B, M, L] from the pixels that the encoder is shown, about ``count`` of them."""
+        """Encode the pixels that the encoder may see, about ``count`` of them: [B, M, L]."""
         size: Size = (image.shape[2], image.shape[3])
         visibility = self.model.visibility
         chosen = visibility.choose_encoder_pixels(
@@ -113,7 +118,7 @@ class RiaeLoss(nn.Module):
     def _choose_points(
         self, kv: Tensor, cells: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
     ) -> _Points:
-        """Points of the image, and the latents that the decoder is shown for them."""
+        """Choose points of the image, and the latents that the decoder may see for them."""
         size: Size = (image.shape[2], image.shape[3])
         visibility = self.model.visibility
         asked = visibility.choose_decoder_pixels(
@@ -135,11 +140,11 @@ class RiaeLoss(nn.Module):
     def _texture_loss(
         self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
     ) -> Tensor:
-        """The error of the differences between points and others one pixel away from them."""
+        """Loss of the differences between each point and another one, one pixel away from it."""
         angle = (2 * math.pi) * rng.uniform(
             rng.fold(rng_keys, _DIRECTION), points.coordinates.shape[1]
         )
-        # Displacements are in halves of a pixel, so 2 is a whole one.
+        # displace counts in halves of a pixel, so 2 is a whole one.
         beside = coords.displace(
             points.coordinates,
             2 * torch.stack([angle.cos(), angle.sin()], dim=-1),
@@ -153,12 +158,11 @@ class RiaeLoss(nn.Module):
     def _points(
         self, image: Tensor, shape: Size, chosen: Tensor, jitter_keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Draw points near an image's chosen pixels, and look up the colours there.
+        """Draw points near the chosen pixels [B, P] → coordinates [B, P, 4], colours [B, P, C].
 
-        int64 [B, P] → [B, P, 4] and [B, P, C].
-
-        Jittered points lie between pixel centres and take the bicubic colour of their place, not
-        the pixel's: jitter without that would teach a blurred image.
+        A jittered point has the bicubic colour of its own place, not that of its pixel, because
+        then the same place would be shown with several colours and the model would learn their
+        blurred mean.
         """
         size: Size = (image.shape[2], image.shape[3])
         jitter = self.config.jitter
@@ -173,11 +177,13 @@ class RiaeLoss(nn.Module):
 
 
 def rescaled(image: Tensor, scales: tuple[float, float] | None, *key: int) -> Tensor:
-    """Resize images [B, C, H, W] to a random height and width within factors of their own.
+    """Resize images [B, C, H, W] to a random height and width, by factors within ``scales``.
 
-    Bicubic, averaged where they shrink. The factors are a few, evenly spread by their logarithm:
-    kernels are prepared, and kept, for every shape, on a CPU a gigabyte of them for a thousand.
+    Bicubic, with averaging where they shrink. The random key makes the factors the same for the
+    whole batch.
     """
+    # Few factors, evenly spaced by logarithm: PyTorch prepares and keeps kernels for every shape
+    # that it meets, about a gigabyte on a CPU for a thousand shapes.
     if scales is None:
         return image
     places = (int(_FACTORS * rng.number(*key, axis)) / (_FACTORS - 1) for axis in range(2))
