@@ -1,8 +1,8 @@
 """Settings of every run: frozen, strict schemas, TOML files and ``section.key=value`` overrides.
 
-A schema's field is the one owner of a setting: its type, limits, default and documentation. TOML
-files under ``configs/`` hold only what their run changes; options of the commands, and what a
-pipeline hands to its stages, are generated from the fields (see r2id.config.arguments).
+The field of a schema owns a setting: its type, limits, default and documentation. TOML files under
+``configs/`` hold only what their run changes. Options of the commands, and what a pipeline hands to
+its stages, are generated from the fields (see r2id.config.arguments).
 """
 
 from r2id.config.arguments import to_arguments

@@ -1,8 +1,8 @@
-"""Command-line options of a section's fields: their names, and their values as text and back.
+"""Command-line options of a section's fields: their names, and their values to text and back.
 
 The options of a command are generated from a section (r2id.cli.fields), and so are the arguments
-with which a pipeline starts that command. A field that is added to the section is therefore an
-option at once, and pipelines hand it over.
+with which a pipeline starts that command. A new field of the section is therefore an option at
+once, and pipelines pass it on.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from r2id.config.section import Section, Size
 from r2id.errors import InputError
 
 _SHORT = {"guidance": "--cfg", "guidance_interval": "--cfg-interval"}
-"""Options with a name of their own: classifier-free guidance is known as CFG."""
+"""Options whose names are not those of their fields: classifier-free guidance is known as CFG."""
 
 
 @dataclass(frozen=True)
 class Option:
     """The option of one field.
 
-    ``kind`` is the type of its value, or of each of them where the option may be ``repeated``.
+    ``kind`` is the type of its value, or of one value where the option may be ``repeated``.
     """
 
     name: str
@@ -35,7 +35,10 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """Such as ``--max-rejects``; in the singular, ``--size``, where it may be repeated."""
+        """The option's name, such as ``--max-rejects``; in the singular where it may be repeated.
+
+        The field ``sizes`` has the option ``--size``.
+        """
         if self.name in _SHORT:
             return _SHORT[self.name]
         singular = self.name.removesuffix("s") if self.repeated else self.name
@@ -43,11 +46,14 @@ class Option:
 
     @property
     def structured(self) -> bool:
-        """Whether a value has parts (a size, a range) and is written in one word."""
+        """Whether a value has parts, such as a size or a range, and is written as one word."""
         return get_origin(self.kind) is tuple
 
     def read(self, value: Any) -> Any:
-        """The field's value from what the command line holds: structured values come as text."""
+        """Convert what the command line holds to the field's value; structured values are text.
+
+        Raises InputError when such a text is malformed.
+        """
         if self.repeated:
             return tuple(map(self._read_one, value))
         return self._read_one(value)
@@ -68,13 +74,13 @@ class Option:
 
     @property
     def form(self) -> str | None:
-        """How a structured value is written; none for a plain one."""
+        """How a structured value is written, such as HxW; None for a plain one."""
         if not self.structured:
             return None
         return "HxW" if self.kind == _SIZE else "LOW,HIGH"
 
     def write(self, value: Any) -> list[str]:
-        """The words that give the field this value; no words for one that is empty or None."""
+        """Return the words that give the field this value; none if it is empty, None or False."""
         if self.kind is bool:
             return [self.flag] if value else []
         values = value if self.repeated else () if value is None else (value,)
@@ -87,7 +93,10 @@ class Option:
 
 
 def find_option(schema: type[Section], name: str) -> Option:
-    """The option of a section's field."""
+    """Return the option of a section's field.
+
+    Raises TypeError when the field's type or default cannot be an option's.
+    """
     field = schema.model_fields[name]
     kind = _without_none(_bare(field.annotation))
     if kind is bool and field.default is not False:
@@ -97,7 +106,7 @@ def find_option(schema: type[Section], name: str) -> Option:
 
 
 def to_arguments(section: Section) -> list[str]:
-    """The command-line arguments of all that a section sets, and of nothing that it leaves out."""
+    """Write the fields that a section sets as command-line arguments, without those left out."""
     return [
         word
         for name, value in section.changes().items()
@@ -106,7 +115,7 @@ def to_arguments(section: Section) -> list[str]:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """'56x42' → (56, 42); InputError for anything else."""
+    """Read a size: '56x42' → (56, 42). Raises InputError for anything else."""
     match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
     if not match or not (int(match[1]) and int(match[2])):
         raise InputError(
@@ -116,12 +125,12 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _bare(annotation: Any) -> Any:
-    """A type without what Annotated adds to it."""
+    """Return a type without what Annotated adds to it."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _without_none(annotation: Any) -> Any:
-    """The one type that an optional field has beside None."""
+    """Return the type that an optional field has beside None."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return annotation
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]

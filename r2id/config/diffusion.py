@@ -1,4 +1,4 @@
-"""How R2ID diffuses, and how samples are drawn."""
+"""Settings of R2ID's diffusion, and of the samples that it draws."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ class DiffusionConfig(Section):
     """How R2ID is trained to denoise."""
 
     objective: Literal["epsilon", "x0", "v", "flow"] = "v"
-    """What the network predicts: noise, data, v (Salimans & Ho 2022) or the flow's velocity (Lipman
-    et al. 2023)."""
+    """What the network predicts: the noise, the data, v (Salimans & Ho 2022) or the velocity of the
+    flow (Lipman et al. 2023)."""
     schedule: Literal["cosine", "linear_beta", "flow"] = "cosine"
+    """How much noise there is at each time: cosine (Nichol & Dhariwal 2021), the linear β of DDPM,
+    or a straight line from data to noise, which goes with objective flow."""
     time_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    """How training draws t: evenly, or bunched in the middle (Esser et al. 2024)."""
+    """How training draws times: uniformly, or mostly in the middle (Esser et al. 2024)."""
     weighting: Literal["uniform", "min_snr", "soft_min_snr"] = "uniform"
-    """Of the loss over time: min_snr is min-SNR-γ with γ = 5 (Hang et al. 2023), soft_min_snr its
-    smooth form (Crowson et al. 2024)."""
+    """Weight of the loss over time: the same for all, min-SNR-γ with γ = 5 (Hang et al. 2023), or
+    its smooth form (Crowson et al. 2024)."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of training samples whose condition is dropped, for guidance."""
+    """Share of training samples whose condition is dropped; classifier-free guidance needs it."""
     shift_exponent: float = Field(default=1.0, ge=0)
-    """k of logSNR_n(t) = logSNR(t) − 2·k·log(n/n_base), n = √(h·w) of the diffused grid (Hoogeboom
-    et al. 2023)."""
+    """How much noisier a larger latent grid is made: k in logSNR_n(t) = logSNR(t) −
+    2·k·log(n/n_base), where n = √(h·w) is the side of the grid and n_base that of the training
+    images (Hoogeboom et al. 2023); 0 makes no difference between sizes."""
 
     @model_validator(mode="after")
     def _flow_goes_with_flow(self) -> DiffusionConfig:
@@ -48,13 +51,13 @@ class SamplerConfig(Section):
         0.0,
         1.0,
     )
-    """Times from and to which guidance applies, 0 is data and 1 noise (Kynkäänniemi et al. 2024);
-    the rest of the way is conditional."""
+    """Range of times in which guidance applies, from 0 (data) to 1 (noise); at other times the
+    scale is 1 (Kynkäänniemi et al. 2024)."""
     solver: Solver = "ddim"
-    """How the steps are made: DDIM (Song et al. 2021), DPM-Solver++ 2M (Lu et al. 2022), Euler or
-    Heun."""
+    """Numerical method of the steps: DDIM (Song et al. 2021), DPM-Solver++ 2M (Lu et al. 2022),
+    Euler, or Heun, which evaluates the network twice per step."""
     eta: float = Field(default=0.0, ge=0, le=1)
-    """Share of fresh noise in ddim's steps: 0 is deterministic, 1 ancestral."""
+    """Share of fresh noise in the steps of ddim: 0 is deterministic, 1 is ancestral sampling."""
 
     @model_validator(mode="after")
     def _solver_options(self) -> Self:
@@ -70,10 +73,11 @@ class SampleConfig(SamplerConfig):
     """Which samples are drawn, and how."""
 
     sizes: Sizes = ()
-    """Image height x width in pixels; empty is the size of the training images."""
+    """Height x width of the images in pixels. Without any, the size of the training images."""
     count: int = Field(default=40, ge=1)
-    """Images per size."""
+    """Number of images per size."""
     labels: Labels = ()
-    """Class, by its index; they repeat in turn until there are ``count``. Empty takes all."""
+    """Class of the images, by its index. Several take turns until there are ``count`` images;
+    without any, all classes do."""
     seed: int = Field(default=0, ge=0)
-    """Image i has seed + i, at every size."""
+    """Seed of the first image of each size; image i has this seed + i."""

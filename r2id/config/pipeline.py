@@ -1,4 +1,4 @@
-"""The whole pipeline."""
+"""Settings of a pipeline, and of its steps that train nothing."""
 
 from __future__ import annotations
 
@@ -17,30 +17,33 @@ class PrepareConfig(Section):
     dataset: str = Field(min_length=1)
     """Name of the dataset, one of data_prep.readers.DATASETS."""
     source: PathField | None = None
-    """The dataset's files; none takes what the library ships (digits) or downloads it (mnist)."""
+    """File or folder with the dataset. digits and mnist can do without: the first is shipped with a
+    library, the second is downloaded."""
     out: PathField
-    """Folder for the shards, which every run on the dataset shares."""
+    """Folder for the shards, which all runs on the dataset share."""
     workers: int = Field(default=1, ge=1)
-    """Processes that write shards."""
+    """Number of processes that write shards."""
     engine: Literal["processes", "dask", "ray"] = "processes"
-    """Where shards are written: in processes of this machine, or on a Dask or Ray cluster that sees
+    """Where shards are written: by processes of this machine, or on a Dask or Ray cluster that sees
     the same folders."""
     address: str | None = None
-    """Of the cluster's scheduler (``tcp://host:8786``) or head (``ray://host:10001``, ``auto``);
-    none starts ``workers`` processes of its kind here."""
+    """Address of the cluster: Dask's scheduler (``tcp://host:8786``) or Ray's head
+    (``ray://host:10001``, or auto). Without one, a cluster of so many ``workers`` is started on
+    this machine."""
     shard_mb: float = Field(default=256.0, gt=0)
-    """Largest shard in megabytes (10⁶ bytes)."""
+    """Largest size of a shard in megabytes (10⁶ bytes)."""
     labels: PathField | None = None
-    """Classes of a folder's images: CSV or Parquet with a column path (relative to the source), a
-    column label and, where the table decides that too, a column split."""
+    """Table of the classes of a folder's images: a CSV or Parquet file with the columns path
+    (relative to the source) and label, and split if it decides that too."""
     label: str = "none"
-    """What the class of a CelebA image is: none, identity or one of the attributes."""
+    """What is the class of a CelebA image: none, identity, or the name of an attribute."""
     images: Literal["aligned", "wild"] = "aligned"
-    """Which of CelebA's images."""
+    """Which images of CelebA are taken: aligned faces, or those in the wild."""
     max_megapixels: float = Field(default=100.0, gt=0)
-    """Images of more pixels (10⁶) are rejected before they are decoded."""
+    """Images of more megapixels (10⁶ pixels) are rejected before they are decoded."""
     max_rejects: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of unusable images; ten are always let pass. More end the preparation."""
+    """Largest share of unusable images, which are left out; ten are always allowed. More end the
+    preparation."""
 
     @model_validator(mode="after")
     def _address_of_a_cluster(self) -> PrepareConfig:
@@ -55,47 +58,48 @@ class StageConfig(Section):
     config: PathField
     """The stage's TOML file, relative to this one."""
     set: Strings = ()
-    """Overrides of it, as ``section.key=value``."""
+    """Overrides of that file, as ``section.key=value``."""
 
 
 class EncodeConfig(Section):
     """How the latents of a dataset are computed and kept."""
 
     batch: int = Field(default=256, ge=1)
-    """Images encoded at once."""
+    """Number of images that are encoded at once."""
     workers: int = Field(default=0, ge=0)
-    """Loader processes; 0 decodes in the encoding process."""
+    """Number of processes that load images; 0 loads them in the encoding process."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the latents on disk."""
 
 
 class EvaluateConfig(SamplerConfig):
-    """What is measured; how samples are computed is the R2ID run's own unless it is set here."""
+    """What is measured. Samples are drawn as the R2ID run says, unless it is set here."""
 
     count: int = Field(default=1000, ge=1)
-    """Samples per size that are generated and scored."""
+    """Number of samples per size that are drawn and scored."""
     sizes: Sizes = ()
-    """Image height x width of scored samples; empty is the size of the training images."""
+    """Height x width of the samples in pixels. Without any, the size of the training images."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the first sample."""
+    """Seed of the first sample of each size."""
     invariance: bool = False
-    """Measure at fourteen sizes and aspect ratios too, against real images stretched to them."""
+    """Measure fourteen more sizes and aspect ratios, against real images stretched to them."""
     invariance_count: int = Field(default=500, ge=1)
-    """Samples per size of ``invariance``."""
+    """Number of samples per size of ``invariance``."""
     extractor: str | None = None
-    """TorchScript file or its address, uint8 images [N, 3, H, W] to features [N, D], such as
-    Inception-v3 for the FID; its program is run, so use one that you trust. None takes the
-    classifier trained here."""
+    """TorchScript file, or its address, that maps uint8 images [N, 3, H, W] to features [N, D],
+    such as Inception-v3 for the FID. The program in it is run, so use one that you trust. Without
+    one, features are those of a classifier that is trained on the real images first."""
 
 
 class PipelineRun(Section):
     """The whole pipeline: prepare, train riae, encode, train r2id, sample, evaluate.
 
-    What its tables set wins over the stages' own configs; what they leave out is the stages' own.
+    Its tables override the stages' own configs where they set something.
     """
 
     stage: Literal["pipeline"]
     name: str = Field(min_length=1)
+    """Name of the pipeline's runs in Prefect and MLflow."""
     out: PathField
     """Folder of the runs, the latent cache, the samples and the report."""
     prepare: PrepareConfig
@@ -103,10 +107,10 @@ class PipelineRun(Section):
     encode: EncodeConfig = EncodeConfig()
     r2id: StageConfig
     sample: SampleConfig = SampleConfig()
-    """Of the pictures drawn in the end; what is not set is in the R2ID run's own [sample]."""
+    """Pictures that are drawn at the end; the R2ID run's own [sample] decides what is not set."""
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
-    """Of the pipeline's own MLflow run, whose children the stages' are."""
+    """What MLflow records of the pipeline; the stages' runs are children of its run."""
 
     @field_serializer("encode", "sample", "evaluate", "tracking")
     def _only_changes(self, section: Section, info: SerializationInfo) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Old names of settings, still read for one version.
 
-TOML files and overrides that use one are read with a word on stderr; configs that checkpoints store
-are read silently. To rename a setting, add a line to SETTINGS (``section.key``) or to VALUES (what
-it may be set to), and remove it a version later.
+A TOML file or override that uses one is read, with a note on stderr; the config in a checkpoint is
+read silently. To rename a setting, add a line to SETTINGS; to rename a value of a setting, add one
+to VALUES. Remove it a version later.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ SETTINGS = {
     "riae.decode_pixels": "loss.decode_pixels",
     "riae.jitter": "loss.jitter",
 }
-"""Old → new name."""
+"""Old → new name, as ``section.key``."""
 VALUES = {
     "riae.attention": {"local": "tiled"},
     "riae.latent_attention": {"local": "tiled"},
     "r2id.attention": {"local": "tiled"},
 }
-"""New name of a setting → its old → new values."""
+"""Today's name of a setting → old → new value."""
 
 
 def renew_setting(name: str, value: Any) -> tuple[str, Any]:
-    """Replace an old name, and an old value (or those in a list), by today's."""
+    """Replace an old name, and an old value or those in a list, by today's."""
     name = SETTINGS.get(name, name)
     renamed = VALUES.get(name, {})
 
@@ -47,10 +47,10 @@ def renew_setting(name: str, value: Any) -> tuple[str, Any]:
 
 
 def renew_config(config: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
-    """Replace all old names in the config of a run (not of a pipeline): a copy under today's names.
+    """Copy the config of a run (not of a pipeline) with today's names in place of old ones.
 
-    With ``where``, the place that the config comes from, each old name is told on stderr. Raises
-    InputError when one setting is given under both its names.
+    ``where`` says where the config comes from; with it, each old name is noted on stderr. Raises
+    InputError when a setting is given under both its names.
     """
     renewed: dict[str, Any] = {
         name: {} if isinstance(part, dict) else part for name, part in config.items()
@@ -68,15 +68,15 @@ def renew_config(config: Mapping[str, Any], where: str | None = None) -> dict[st
                     f"{where or 'config'}: {section}.{key} is the old name of {name}, and both "
                     f"are set: remove {section}.{key}"
                 )
-            if isinstance(target, dict):  # what is none fails validation
+            if isinstance(target, dict):  # anything else is no table, and fails validation later
                 target[new_key] = value
     return renewed
 
 
 def tell_if_renamed(where: str, old_name: str, old: Any, name: str, value: Any) -> None:
-    """Say on stderr what an old name, or an old value, is called now."""
+    """Note on stderr what an old name, or an old value, is called now."""
     if old_name != name:
         say(f"{where}: {old_name} is called {name} now; the old name is read for one more version")
     if old != value:
-        told = f"{name} = {old!r} is {value!r} now"
-        say(f"{where}: {told}; the old value is read for one more version")
+        change = f"{name} = {old!r} is {value!r} now"
+        say(f"{where}: {change}; the old value is read for one more version")

@@ -1,4 +1,4 @@
-"""A table of a config, and the types of its values. Sizes are always (height, width)."""
+"""The base of all config tables, and the types of their values. Sizes are (height, width)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def as_path(value: Any) -> Any:
+    """Convert a string of a TOML file to a path; strict validation refuses strings."""
     return Path(value) if isinstance(value, str) and value else value
 
 
 def as_tuple(value: Any) -> Any:
+    """Convert lists of a TOML file, and lists in them, to tuples; strict validation refuses lists.
+
+    Tuples keep a frozen section unchangeable.
+    """
     return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 def check_scales(scales: tuple[float, float]) -> tuple[float, float]:
+    """Raise ValueError unless 0 < smallest ≤ largest."""
     if not 0 < scales[0] <= scales[1]:
         raise ValueError("must be positive, the smaller first")
     return scales
@@ -29,10 +35,12 @@ Size = Annotated[
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(as_tuple)]
 Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
 Scales = Annotated[Pair, AfterValidator(check_scales)]
-"""Smallest and largest factor of a side."""
+"""Smallest and largest factor that a side of an image is multiplied by."""
 IntPair = Annotated[tuple[int, int], BeforeValidator(as_tuple)]
 Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+# Widths σ_rel of power-function averages: their exponent, which is 0 for equal weights, would be
+# negative from 0.2887 on (Karras et al. 2024).
 Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(as_tuple)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Fraction0 = Annotated[float, Field(ge=0, le=1)]
@@ -40,12 +48,15 @@ Solver = Literal["ddim", "dpmpp_2m", "euler", "heun"]
 
 
 class Section(BaseModel):
-    """A table of a TOML file: frozen; unknown keys and wrong types are errors."""
+    """A table of a TOML file: frozen; unknown keys and wrong types are errors.
+
+    The docstring of a field is its description, which commands show as help.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
 
     def changes(self, mode: Literal["python", "json"] = "python") -> dict[str, Any]:
-        """The values that were set, by name, without those that were left to their defaults."""
+        """Return the values that were set, by name, without those that are left to defaults."""
         return self.model_dump(mode=mode, exclude_unset=True)
