@@ -1,4 +1,4 @@
-"""The ``r2id`` command: arguments to library calls, one-line errors and fixed exit codes."""
+"""The ``r2id`` command: turns arguments into library calls, and errors into lines and exit codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from r2id.errors import InputError, Stopped, WorkError
 
 
 def main() -> None:
-    """Run the command of ``sys.argv``.
+    """Run the command in ``sys.argv``.
 
     Exit codes: 0 done, 1 the work failed, 2 the input or arguments are wrong, 75 stopped by a
     signal with everything saved.

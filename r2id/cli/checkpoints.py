@@ -11,17 +11,18 @@ from r2id.cli.options import Json, app, report
 from r2id.errors import InputError
 
 checkpoint_app = typer.Typer(
-    no_args_is_help=True, help="Look at checkpoints, check them, and export their weights."
+    no_args_is_help=True, help="Show and verify checkpoints, and export their weights."
 )
 app.add_typer(checkpoint_app, name="checkpoint")
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="Checkpoint or run directory (its newest).")
+    Path,
+    typer.Argument(metavar="CKPT", help="Checkpoint, or run directory for its newest checkpoint."),
 ]
 
 
 @checkpoint_app.command("show")
 def checkpoint_show(checkpoint: Checkpoint, as_json: Json = False) -> None:
-    """What it is: stage, step, samples, parameters, averages, model, codec, sizes."""
+    """Show what a checkpoint is: stage, step, samples, parameters, averages, model, codec, sizes."""
     from r2id.checkpoints.export import describe
 
     report(describe(checkpoint), as_json, _checkpoint_lines)
@@ -47,17 +48,17 @@ def _checkpoint_lines(figures: dict[str, Any]) -> list[str]:
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
-    """Rehash all files; exit 1 and a list when anything is damaged."""
+    """Check the hashes of all files; list damaged ones and exit with 1."""
     from r2id.checkpoints.reading import find_checkpoint, find_damages
 
     folder = find_checkpoint(checkpoint)
-    found = find_damages(folder)
+    damages = find_damages(folder)
     report(
-        {"checkpoint": folder, "intact": not found, "damages": found},
+        {"checkpoint": folder, "intact": not damages, "damages": damages},
         as_json,
         lambda r: r["damages"] or [f"{folder}: intact"],
     )
-    if found:
+    if damages:
         raise typer.Exit(1)
 
 
@@ -68,20 +69,21 @@ def checkpoint_export(
         Path, typer.Option(metavar="FILE.safetensors", help="File to write; must not exist.")
     ],
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")
+        Literal["float32", "float16", "bfloat16"],
+        typer.Option(help="Number format of the weights."),
     ] = "float32",
     ema: Annotated[
         str,
         typer.Option(
             metavar="default|SIGMA",
-            help="Which average of the weights: the one that sampling "
-            "uses, or one of this width, made of the run's snapshots.",
+            help="Which average of the weights: the one that sampling uses, or one of this width, "
+            "such as 0.15, which is computed from the run's snapshots.",
         ),
     ] = "default",
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write averaged weights, config and facts into one file, for RIAE and R2ID.from_pretrained."""
+    """Write averaged weights and config to one file, for RIAE.from_pretrained and R2ID's."""
     from r2id.checkpoints.export import export
 
     try:

@@ -14,12 +14,12 @@ from r2id.config import DataConfig, PrepareConfig, TrainConfig, build
 from r2id.errors import InputError
 
 data_app = typer.Typer(
-    no_args_is_help=True, help="Look at shard sets, and fetch the index of one that is elsewhere."
+    no_args_is_help=True, help="Describe shards, and fetch the index of shards that are elsewhere."
 )
 app.add_typer(data_app, name="data")
 
 _STATS_FIELDS = ("size", "window", "max_pixels", "batch_pixels")
-"""What decides about the buckets of training."""
+"""Settings that the sizes of training's batches depend on."""
 
 
 @app.command()
@@ -35,7 +35,7 @@ def prepare(
     settings: Annotated[Given, Fields(PrepareConfig, without=("dataset",))],
     as_json: Json = False,
 ) -> None:
-    """Shard a dataset into webdataset tars at native sizes, with manifest, index and checksums."""
+    """Write a dataset as shards: webdataset tars of images, with manifest, index and checksums."""
     from data_prep.prepare import prepare as run_prepare
     from r2id.data.shards import ShardSet
 
@@ -60,17 +60,17 @@ def prepare(
 @app.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder written by prepare or encode.")
+        Path, typer.Argument(metavar="DIR", help="Folder written by r2id prepare or r2id encode.")
     ],
     repair: Annotated[
         bool, typer.Option("--repair", help="Rebuild damaged shards from the source.")
     ] = False,
     source: Annotated[
-        Path | None, typer.Option(help="Where the source is now, when it has moved.")
+        Path | None, typer.Option(help="Where the source is now, if it has moved; for --repair.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rehash and decode everything; exit 1 and a list when anything is damaged."""
+    """Check and decode all shards or latents of a folder; list what is damaged and exit with 1."""
     from data_prep.repair import repair as run_repair
     from r2id.data.latents import MANIFEST, verify_latents
     from r2id.data.shards import ShardSet
@@ -107,15 +107,19 @@ def verify(
 @data_app.command("stats")
 @with_fields
 def data_stats(
-    shards: Annotated[Path, typer.Argument(help="Folder written by prepare.")],
+    shards: Annotated[Path, typer.Argument(help="Folder written by r2id prepare.")],
     data: Annotated[Given, Fields(DataConfig, only=_STATS_FIELDS)],
     train: Annotated[Given, Fields(TrainConfig, only=("batch",))],
     out: Annotated[
-        Path | None, typer.Option(help="PNG of the sizes, replaced. Default: NAME-sizes.png here.")
+        Path | None,
+        typer.Option(
+            help="PNG file for a plot of the sizes; replaced if it exists. Default: "
+            "NAME-sizes.png in the working directory."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show sizes, aspect ratios, classes, and the buckets of training with what each cuts off."""
+    """Show sizes, aspect ratios and classes, and the sizes that training crops images to."""
     import numpy as np
 
     from r2id.data.plots import draw_sizes
@@ -148,12 +152,12 @@ def data_stats(
 @data_app.command("index")
 def data_index(
     address: Annotated[
-        str, typer.Argument(help="Folder or URL of a shard set: http, s3, … as fsspec has them.")
+        str, typer.Argument(help="Folder or address (any that fsspec knows, such as http or s3).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for its manifest and indexes.")],
+    out: Annotated[Path, typer.Option(help="Folder for the manifest and the indexes.")],
     as_json: Json = False,
 ) -> None:
-    """Fetch manifest and indexes of a shard set elsewhere: what data.stream needs on disk."""
+    """Fetch the manifest and indexes of shards that are elsewhere, to train with data.stream."""
     from r2id.data.stream import fetch_index
 
     report(

@@ -1,6 +1,6 @@
-"""Options of a command that are generated from the fields of a config's section.
+"""Options of a command that are generated from the fields of a config section.
 
-A field owns its option's name, type, range, default and help; a command only says which sections
+The field owns the option's name, type, range, default and help. A command only says which sections
 it takes::
 
     @app.command()
@@ -23,20 +23,20 @@ from r2id.config import Section
 from r2id.config.arguments import Option, find_option
 
 Given = dict[str, Any]
-"""What was given on the command line, by the names of the fields; defaults are not in it."""
+"""Field → value, of options that were given on the command line; defaults are not in it."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Stands for the options of a section's fields in a command's signature."""
+    """Marks a parameter of a command that stands for the options of a section's fields."""
 
     section: type[Section]
     only: tuple[str, ...] = ()
-    """Names of the fields; empty takes them all."""
+    """Names of the fields; empty for all of them."""
     without: tuple[str, ...] = ()
     """Names of fields that the command takes in another way."""
     unset: str = ""
-    """What help says that options which are not given take; empty says the field's default."""
+    """The default that help names for these options; empty for each field's own."""
 
     def options(self) -> list[Option]:
         names = self.only or tuple(self.section.model_fields)
@@ -44,9 +44,9 @@ class Fields:
 
 
 def with_fields(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter annotated with Fields by options.
+    """Replace each parameter annotated with Fields by the options of its fields.
 
-    The command is called with what was given on the command line, as a dict by field.
+    The command receives Given in its place.
     """
     signature = inspect.signature(command, eval_str=True)
     markers = {
@@ -59,11 +59,11 @@ def with_fields(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
         for name, marker in markers.items():
-            asked = {option.name: (option, values.pop(option.name)) for option in marker.options()}
-            # Options that may be repeated are empty where they are not given, all others None.
+            options = [(option, values.pop(option.name)) for option in marker.options()]
+            # What was not given is None, or empty for an option that may be repeated.
             values[name] = {
-                field: option.read(value)
-                for field, (option, value) in asked.items()
+                option.name: option.read(value)
+                for option, value in options
                 if value is not None and value != [] and value != ()
             }
         command(**values)
@@ -73,7 +73,7 @@ def with_fields(command: Callable[..., None]) -> Callable[..., None]:
         for name, parameter in signature.parameters.items()
         for replaced in (_parameters(markers[name]) if name in markers else [parameter])
     ]
-    # typer makes the options of this signature, and not of the command's own.
+    # Typer makes options from these, and not from the command's own.
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
@@ -90,7 +90,7 @@ def _parameters(marker: Fields) -> Iterator[inspect.Parameter]:
 
 
 def _annotation(option: Option) -> Any:
-    """What typer reads: structured values as text, which Option.read takes apart."""
+    """The type that typer reads: text for a structured value, which Option.read takes apart."""
     kind = str if option.structured else option.kind
     if option.repeated:
         return list[kind] | None  # type: ignore[valid-type]
@@ -110,7 +110,7 @@ def _typer_option(option: Option, unset: str) -> Any:
 
 
 def _bounds(option: Option) -> dict[str, Any]:
-    """Inclusive limits of a number; others are found when the section is made."""
+    """Inclusive limits of a number; pydantic checks all others when the section is made."""
     constraints = [*option.field.metadata]
     if option.repeated:
         item = get_args(option.field.annotation)[0]
@@ -128,7 +128,7 @@ def _bounds(option: Option) -> dict[str, Any]:
 
 
 def _help(option: Option, unset: str) -> str:
-    """The field's docstring, and what holds where the option is not given."""
+    """Write the option's help: the field's docstring and the default."""
     field = option.field
     if not field.description:
         raise TypeError(f"{option.name}: the field needs a docstring, which is the option's help")

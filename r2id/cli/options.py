@@ -1,4 +1,4 @@
-"""What the commands share: the app, options that several have, and how results are printed."""
+"""What commands share: the app, common options, and the printing of results."""
 
 from __future__ import annotations
 
@@ -25,25 +25,32 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as section.key=value."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that override the file's, as section.key=value, such as train.steps=500.",
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
 ]
 SizeList = Annotated[
     list[str] | None,
-    typer.Option("--size", metavar="HxW", help="Image height x width in pixels; may be repeated."),
+    typer.Option(
+        "--size", metavar="HxW", help="Height x width of the picture in pixels. May be repeated."
+    ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is a GPU.")]
+Device = Annotated[
+    str, typer.Option(help="Device: cpu, cuda, or auto, which takes a GPU if there is one.")
+]
 
 
 def parse_sizes(texts: list[str] | None) -> tuple[tuple[int, int], ...]:
-    """The sizes of a repeated option, none where it was not given."""
+    """Read the sizes of a repeated option; none if it was not given."""
     return tuple(parse_size(text) for text in texts or ())
 
 
 def parse_window(text: str | None) -> tuple[int, int, int, int] | None:
-    """'0,8,32,40' → (0, 8, 32, 40); InputError for anything else."""
+    """Read a window: '0,8,32,40' → (0, 8, 32, 40). Raises InputError for anything else."""
     if text is None:
         return None
     match = re.fullmatch(r"([0-9]+),([0-9]+),([0-9]+),([0-9]+)", text.replace(" ", ""))
@@ -56,7 +63,7 @@ def parse_window(text: str | None) -> tuple[int, int, int, int] | None:
 
 
 def find_device(name: str) -> torch.device:
-    """Find a device; ``auto`` is CUDA where there is a GPU. InputError when it is not usable."""
+    """Find a device; ``auto`` is CUDA if there is a GPU. Raises InputError if it is not usable."""
     import torch
 
     if name == "auto":
@@ -72,7 +79,7 @@ def find_device(name: str) -> torch.device:
 def report_job(
     work: Callable[[], dict[str, Any]], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]
 ) -> None:
-    """Do one process's part of a job, and report the result on the first of its processes."""
+    """Do this process's part of a job, and print the result in the job's first process."""
     from r2id import dist
 
     try:
@@ -86,5 +93,5 @@ def report_job(
 def report(
     result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]
 ) -> None:
-    """Print a result as one JSON object, or as the lines that a person reads."""
+    """Print a result as one JSON object, or as lines for people."""
     print(json.dumps(result, default=str) if as_json else "\n".join(lines(result)))

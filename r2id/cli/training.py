@@ -1,4 +1,4 @@
-"""Commands that train: plan, train, encode, and run, the whole pipeline."""
+"""Commands that train: plan, train, encode and run."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ from r2id.errors import InputError
 def plan(
     config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole job.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs of the whole job.")] = 1,
     memory: Annotated[
         float, typer.Option(min=1, help="Memory of one GPU in GB (10⁹ bytes).")
     ] = 80.0,
     share: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of --peak that training reaches.")
+        float,
+        typer.Option(min=0.01, max=1, help="Share of --peak that training is expected to reach."),
     ] = 0.4,
     peak: Annotated[
         float,
         typer.Option(
             min=0.001,
-            help="Peak of one GPU in TFLOP/s, such as 312 (A100) or 989 (H100) in bfloat16.",
+            help="Peak speed of one GPU in TFLOP/s, such as 312 (A100) or 989 (H100) in bfloat16.",
         ),
     ] = 312.0,
     riae: Annotated[
         Path | None,
-        typer.Option(help="Config of the RIAE, for R2ID while no checkpoint of it exists."),
+        typer.Option(help="Config of the RIAE, for an R2ID whose RIAE is not trained yet."),
     ] = None,
     classes: Annotated[
-        int | None, typer.Option(min=0, help="Classes, for R2ID while no shards exist.")
+        int | None,
+        typer.Option(min=0, help="Number of classes, for an R2ID whose shards do not exist yet."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Plan a training: parameters, memory by part, FLOPs, the largest micro-batch, days."""
+    """Estimate what a training run needs: parameters, memory, FLOPs, micro-batch and days."""
     from r2id.training.planner import describe
     from r2id.training.planner import plan as run_plan
 
@@ -66,7 +68,7 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train one stage; goes on by itself where the run directory holds a checkpoint."""
+    """Train one stage; continues if the run directory holds a checkpoint."""
     from r2id.training.loop import train as run_train
 
     settings = load_config(config, overrides or ())
@@ -94,13 +96,13 @@ def _train_lines(figures: dict[str, Any]) -> list[str]:
 @with_fields
 def encode(
     riae: Annotated[Path, typer.Option(metavar="CKPT", help="RIAE checkpoint or run directory.")],
-    shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
+    shards: Annotated[Path, typer.Option(help="Folder written by r2id prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for the latent cache.")],
     settings: Annotated[Given, Fields(EncodeConfig)],
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Encode a whole dataset into a cache of raw latents; under torchrun in as many processes."""
+    """Encode a dataset into a cache of latents; processes of torchrun share the work."""
     from r2id.training.encode import encode as run_encode
 
     config = build(EncodeConfig, settings)

@@ -24,7 +24,7 @@ from r2id.config.arguments import parse_size
 from r2id.errors import InputError
 
 SAMPLER_FIELDS = tuple(SamplerConfig.model_fields)
-"""How samples are computed, which is the run's own unless it is said; help lists it last."""
+"""How samples are computed: as in the run's config unless set. Help lists these options last."""
 
 
 @app.command()
@@ -36,8 +36,8 @@ def sample(
     out: Annotated[
         Path,
         typer.Option(
-            help="PNG file, or a folder for one grid per size; must not exist. With --format png "
-            "or shards a folder, which is gone on with where it is unfinished."
+            help="PNG file, or folder for one picture per size; must not exist. With --format png "
+            "or shards, a folder; if it is unfinished, the same command continues it."
         ),
     ],
     which: Annotated[Given, Fields(SampleConfig, without=SAMPLER_FIELDS, unset="the run's own")],
@@ -46,30 +46,36 @@ def sample(
         Literal["grid", "png", "shards"],
         typer.Option(
             "--format",
-            help="One picture of all samples per size; or a PNG file for each sample; or "
-            "webdataset shards. Under torchrun each process draws its share of the last two.",
+            help="What is written: one picture with all samples of a size, one PNG file per "
+            "sample, or webdataset shards. Processes of torchrun share the work of the last two.",
         ),
     ] = "grid",
     attribute: Annotated[
         list[str] | None,
-        typer.Option(help="NAME that images have, or -NAME that they lack; may be repeated."),
+        typer.Option(
+            help="Attribute that the images have, NAME, or lack, -NAME, if the model was trained "
+            "on attributes. May be repeated."
+        ),
     ] = None,
     embedding: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.npy",
-            help="Embedding of the text that images are drawn under, of the shape trained with; "
-            "or N of them, in turn.",
+            help="Embedding of a text, in the shape that the model was trained on, or several of "
+            "them, which take turns.",
         ),
     ] = None,
     grid: Annotated[
-        str | None, typer.Option(metavar="hxw", help="Latent grid; default from the size.")
+        str | None,
+        typer.Option(
+            metavar="hxw", help="Height x width of the latent grid. Default: chosen by the size."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw samples at any sizes from an R2ID checkpoint: grids of them, or thousands into files."""
+    """Draw samples of any size from an R2ID checkpoint, into pictures of many or a file for each."""
     options = {
         "sizes": (),
         **which,
@@ -131,24 +137,24 @@ def reconstruct(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="RIAE checkpoint or run directory.")
     ],
-    image: Annotated[Path, typer.Argument(help="A picture of any size.")],
+    image: Annotated[Path, typer.Argument(help="Picture of any size.")],
     out: Annotated[
-        Path, typer.Option(help="PNG file, or a folder for one per size; must not exist.")
+        Path, typer.Option(help="PNG file, or folder for one file per size; must not exist.")
     ],
     size: SizeList = None,
     window: Annotated[
         str | None,
         typer.Option(
             metavar="y0,x0,y1,x1",
-            help="Decode the rows y0 to y1 and the columns x0 to "
-            "x1 alone, in pixels of the picture of --size.",
+            help="Decode only the rows y0 to y1 and the columns x0 to x1 (exclusive), in pixels of "
+            "the picture of --size.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Encode a picture and decode it, or a window of it, at any sizes; default its own."""
+    """Encode a picture and decode it, or a window of it, at any size; by default at its own."""
     from r2id.sampling.reconstruction import reconstruct_file
 
     result = reconstruct_file(
@@ -175,14 +181,14 @@ def evaluate(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="R2ID or RIAE checkpoint or run directory.")
     ],
-    shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json, figures and report.html.")],
+    shards: Annotated[Path, typer.Option(help="Folder written by r2id prepare.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, metrics.json and figures.")],
     measured: Annotated[Given, Fields(EvaluateConfig, without=SAMPLER_FIELDS)],
     sampler: Annotated[Given, Fields(SamplerConfig, unset="the run's own")],
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a checkpoint and write the report."""
+    """Measure a checkpoint against test images and write a report."""
     from r2id.evaluation.run import evaluate as run_evaluate
 
     config = build(EvaluateConfig, measured)
@@ -206,21 +212,23 @@ def noise_shift(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="R2ID checkpoint or run directory.")
     ],
-    shards: Annotated[Path, typer.Option(help="Folder written by prepare.")],
-    images: Annotated[int, typer.Option(min=1, help="Test images, evenly spaced.")] = 256,
+    shards: Annotated[Path, typer.Option(help="Folder written by r2id prepare.")],
+    images: Annotated[
+        int, typer.Option(min=1, help="Number of test images, taken at even distances.")
+    ] = 256,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for noise-shift.json and noise-shift.png. Default: report in the "
-            "run directory."
+            help="Folder for noise-shift.json and noise-shift.png. Default: the folder report in "
+            "the run directory."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     apply: Annotated[
         bool,
         typer.Option(
             "--apply",
-            help="Draw this checkpoint's samples with the k found, until "
+            help="Use the exponent for all later samples of this checkpoint, until "
             "noise-shift.json is removed from its run directory.",
         ),
     ] = False,

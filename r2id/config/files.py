@@ -1,4 +1,4 @@
-"""TOML files and ``section.key=value`` overrides to the schemas of this package, and back."""
+"""Reading and writing of configs: TOML files and ``section.key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _KINDS: dict[str, type[Run]] = {
     for schema in get_args(Run)
     for kind in get_args(schema.model_fields["stage"].annotation)
 }
-"""The schema of a file by its ``stage``, as each schema declares it."""
+"""A file's ``stage`` → its schema; each schema declares its own stage."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     """Read a TOML file, apply ``section.key=value`` overrides and validate.
 
-    In a pipeline's file, overrides of the stages are written ``riae.KEY=VALUE`` and
-    ``r2id.KEY=VALUE``, where KEY is a key of that stage's own file. Raises InputError naming the
-    file, the key, the value and what is allowed.
+    Overrides of a pipeline's stages are written ``riae.KEY=VALUE`` and ``r2id.KEY=VALUE``, where
+    KEY is a key of that stage's own file. Raises InputError, which names the file, the key, the
+    value and what is allowed.
     """
     try:
         table = tomllib.loads(path.read_text())
@@ -69,7 +69,10 @@ def parse_config(
 
 
 def build(schema: type[SectionT], values: Mapping[str, Any]) -> SectionT:
-    """Make a section of these values and the defaults; InputError when they are not allowed."""
+    """Make a section of these values and the defaults.
+
+    Raises InputError when a value is not allowed.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -77,16 +80,17 @@ def build(schema: type[SectionT], values: Mapping[str, Any]) -> SectionT:
 
 
 def change(section: SectionT, changes: Mapping[str, Any]) -> SectionT:
-    """Replace some of a section's values; InputError when they are not allowed."""
+    """Copy a section with some values replaced; raises InputError when one is not allowed."""
     return build(type(section), {**section.model_dump(), **changes})
 
 
 def override(key: str, value: Any) -> str:
-    """Write ``section.key=value`` so that parse_config reads this value."""
+    """Write an override ``section.key=value`` that parse_config reads as this value."""
     return f"{key}={_value(value)}"
 
 
 def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
+    """Set an override in a table; those of a pipeline's stages are appended to its ``set``."""
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
         raise InputError(f"override {override!r}: must look like section.key=value")
@@ -109,7 +113,7 @@ def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """Read a TOML value, or else a string, so that paths need no quotes in a shell."""
+    """Read a TOML value; what is none is a string, so that paths need no quotes in a shell."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -117,6 +121,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """Write pydantic's first error as one line: the key, its value, and what is allowed."""
     first = error.errors()[0]
     place = [part for part in first["loc"] if isinstance(part, str) or part is not None]
     name = ".".join(str(part) for part in place)
@@ -133,6 +138,7 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
 
 
 def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:
+    """List the fields of the section at a place of a schema; none if that is no section."""
     for part in place:
         annotation = schema.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
@@ -142,7 +148,7 @@ def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:
 
 
 def to_toml(config: BaseModel) -> str:
-    """Write the whole resolved config as TOML for load_config, without fields that are None."""
+    """Write a whole config as TOML that load_config reads, without fields that are None."""
     return _table(config.model_dump(mode="json", exclude_none=True))
 
 

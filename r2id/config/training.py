@@ -1,4 +1,4 @@
-"""One training run of either stage."""
+"""Settings of a training run of either stage."""
 
 from __future__ import annotations
 
@@ -18,35 +18,38 @@ class DataConfig(Section):
     shards: PathField
     """Folder written by ``r2id prepare``."""
     latents: PathField | None = None
-    """Cache written by ``r2id encode`` (R2ID only); without one, latents are encoded on the fly,
-    with the same result."""
+    """Cache written by ``r2id encode`` (R2ID only). Without one, latents are encoded during
+    training, with the same result."""
     train_split: str = "train"
+    """Name of the split that is trained on."""
     test_split: str = "test"
+    """Name of the split that is measured and shown in previews."""
     channels: Literal[1, 3] = 1
-    """Colour channels that the model sees; every image is converted to them."""
+    """Colour channels of the model; every image is converted to them."""
     size: Size | None = None
-    """Resize every image to this height and width; none keeps native sizes."""
+    """Resize every image to this height and width. Without it, images keep their sizes."""
     max_pixels: int = Field(default=65536, ge=1)
-    """Images of more pixels are shrunk to this area, aspect ratio kept. None are enlarged."""
+    """Shrink images of more pixels to this area, with their aspect ratio. Smaller images keep their
+    size."""
     window: Size | None = None
-    """Train on a random part of each image, at most this high and wide, drawn anew every epoch;
-    none takes images whole."""
+    """Train on a random part of each image, at most this high and wide, drawn anew every epoch.
+    Without it, images are taken whole."""
     flip: bool = False
-    """Mirror half of the images from left to right, drawn anew every epoch. Not for digits and
-    letters."""
+    """Mirror images from left to right with a probability of one half, drawn anew every epoch. Not
+    for digits and letters."""
     batch_pixels: int | None = Field(default=None, ge=1)
-    """Largest number of pixels in a training step: the batch of small images is multiplied by the
-    largest whole number that keeps within it, at least 1. None takes ``train.batch`` images of
-    every size."""
+    """Largest number of pixels in a training step. Small images then have larger batches: a whole
+    multiple of ``train.batch``, as large as fits. Without it, every size has ``train.batch``
+    images."""
     shuffle: Literal["samples", "shards"] = "samples"
-    """What an epoch shuffles: all samples, or the shards and then the samples of a few shards at a
-    time, for disks and stores that are slow to seek."""
+    """What an epoch shuffles: all samples; or the shards, and the samples of a few shards at a
+    time, for storage that is slow to seek."""
     stream: str | None = None
-    """Folder or address (http, s3, … as fsspec has them) of the same shards, which are then
-    streamed, tar after tar, instead of read image by image; ``shards`` needs only the manifest and
-    the indexes. See r2id.data.stream."""
+    """Folder or address (any that fsspec knows, such as http or s3) of the same shards. They are
+    then streamed, tar after tar, instead of read image by image, and ``shards`` needs only the
+    manifest and the indexes. See r2id.data.stream."""
     workers: int = Field(default=0, ge=0)
-    """Loader processes of each rank; 0 decodes in the training process."""
+    """Loader processes of each training process; 0 loads images in the training process."""
 
     @model_validator(mode="after")
     def _parts_of_images(self) -> DataConfig:
@@ -68,14 +71,15 @@ class OptimConfig(Section):
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     lr_end: float = Field(default=1e-4, ge=0)
-    """Learning rate at the last step, reached on a cosine."""
+    """Learning rate at the last step, to which it falls on a cosine."""
     warmup: int = Field(default=100, ge=0)
-    """Steps from 0 to the peak."""
+    """Steps in which the learning rate rises from 0 to its peak."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Applied to matrices only, not to norms, biases and embeddings."""
+    """AdamW's weight decay, of matrices only, not of norms, biases and embeddings."""
     betas: Pair = (0.9, 0.99)
+    """Decays of AdamW's averages of the gradient and of its square."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest gradient norm."""
+    """Largest norm of the gradient; a larger one is scaled down to it."""
 
 
 class TrainConfig(Section):
@@ -84,42 +88,48 @@ class TrainConfig(Section):
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
     batch: int = Field(default=64, ge=1)
-    """Samples per optimizer step over all processes; accumulation is computed from it."""
+    """Samples per optimizer step over all processes. Gradients are accumulated as often as it
+    takes."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Samples per forward pass of one process, or fewer where its share of the batch is smaller;
-    none takes the whole share at once."""
+    """Largest number of samples in a forward pass of one process. Without it, a process takes its
+    whole share of the batch at once."""
     precision: Literal["float32", "bfloat16", "bfloat16_weights"] = "float32"
-    """bfloat16 is autocast: weights, norms and gradients stay float32. bfloat16_weights needs less
-    memory: the weights of the forward pass and their gradients are bfloat16, and float32 weights
-    are sharded over the processes (zero_stage 2, 3)."""
+    """Number formats. bfloat16 is autocast: weights, norms and gradients stay float32.
+    bfloat16_weights needs less memory: the weights of the forward pass and their gradients are
+    bfloat16, and float32 weights are sharded over the processes (zero_stage 2 or 3)."""
     activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=2)] = "none"
-    """Blocks whose activations are computed again in the backward pass instead of kept: none, all,
-    or every n-th."""
+    """Blocks whose activations are not kept but computed again in the backward pass, which saves
+    memory: none, all, or every n-th."""
     compile: bool = False
-    """torch.compile each block, once for each shape that it meets. A CPU needs a C++ compiler."""
+    """Compile each block with torch.compile, once for each shape that it meets. A CPU needs a C++
+    compiler."""
     skip_nonfinite: int = Field(default=0, ge=0)
-    """Largest number of a run's steps that may be skipped because their loss or gradient is not
-    finite; one more ends the run."""
+    """How many steps of the run may be skipped because their loss or gradient is not finite; one
+    more ends the run."""
     stall_seconds: float | None = Field(default=1800.0, gt=0)
-    """A process that makes no step for this long ends, and prints the stacks of its threads; none
-    waits for ever."""
+    """A process that makes no step for this many seconds prints the stacks of its threads and ends.
+    None waits for ever."""
     ema: float = Field(default=0.9995, ge=0, lt=1)
-    """Decay of the weights' moving average; warmed up as min(ema, (1 + step) / (10 + step))."""
+    """Decay of the weights' moving average; it begins lower, as min(ema, (1 + step) / (10 +
+    step))."""
     ema_profiles: Widths = ()
-    """Widths σ_rel of power-function averages (Karras et al. 2024) kept instead of that one, as in
-    [0.05, 0.1]: an average looks back over that share of the training. Sampling uses the first;
-    ``r2id checkpoint export --ema`` makes one of any other width from two of them."""
+    """Widths σ_rel of power-function averages (Karras et al. 2024), such as [0.05, 0.1], which are
+    kept instead of the average of ``ema``. The width is the share of the training over which an
+    average looks back. Sampling uses the first; ``r2id checkpoint export --ema`` makes one of any
+    other width from two of them."""
     ema_snapshot_every: int | None = Field(default=None, ge=1)
-    """Steps between the copies of the ``ema_profiles`` averages that export needs, kept in RUN/ema;
-    none is a 32nd of the run."""
+    """Steps between copies of the ``ema_profiles`` averages, which export needs, in RUN/ema.
+    Without it, a 32nd of the run."""
     log_every: int = Field(default=50, ge=1)
+    """Steps between records of loss and speed."""
     save_every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints."""
     preview_every: int = Field(default=1000, ge=1)
     """Steps between pictures: reconstructions (RIAE) or samples (R2ID)."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     milestone_every: int | None = Field(default=None, ge=1)
-    """Checkpoints of these steps are saved and kept for good."""
+    """Steps between checkpoints that are kept for good, beside the newest ones."""
 
     @property
     def autocast(self) -> bool:
@@ -130,10 +140,13 @@ class TrainConfig(Section):
     def _profiles_differ(self) -> TrainConfig:
         if len(set(self.ema_profiles)) < len(self.ema_profiles):
             raise ValueError(
-                f"ema_profiles = {list(self.ema_profiles)}: must differ from one another"
+                f"ema_profiles = {list(self.ema_profiles)}: must differ from each other"
             )
         if self.ema_snapshot_every and not self.ema_profiles:
-            raise ValueError("ema_snapshot_every: is of ema_profiles, and there are none")
+            raise ValueError(
+                f"ema_snapshot_every = {self.ema_snapshot_every}: needs ema_profiles, and none are "
+                "set"
+            )
         return self
 
 
@@ -141,14 +154,16 @@ class EngineConfig(Section):
     """How a run is distributed over processes."""
 
     kind: Literal["auto", "local", "deepspeed"] = "auto"
-    """local is plain PyTorch in one process; auto takes it for one process, and DeepSpeed for
-    more."""
+    """What trains: local is plain PyTorch in one process, deepspeed is DeepSpeed in any number of
+    them. auto takes local for one process and deepspeed for more."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards over the processes: 0 nothing, 1 the optimizer's state, 2 the gradients
+    too, 3 the weights too."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What is kept in the CPU's memory instead of the GPU's: the optimizer's state (zero_stage 1 to
-    3), or the weights too (3)."""
+    """What is kept in the CPU's memory instead of the GPU's: nothing, the optimizer's state (needs
+    zero_stage 1 to 3), or the weights too (needs 3)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Merged over the computed DeepSpeed configuration, for experts."""
+    """Settings of DeepSpeed's own, for experts; they replace those that r2id computes."""
 
     @model_validator(mode="after")
     def _offload_what_is_sharded(self) -> EngineConfig:
@@ -164,20 +179,23 @@ class TrackingConfig(Section):
     """What MLflow records of a run."""
 
     enabled: bool = True
-    """Whether it does; its store is MLFLOW_TRACKING_URI or SQLite in the working directory."""
+    """Whether MLflow records the run, in the store that MLFLOW_TRACKING_URI names, or in SQLite in
+    the working directory."""
     experiment: str = "r2id"
+    """Name of MLflow's experiment."""
     name: str | None = None
-    """Name of the run; none takes the run directory's name."""
+    """Name of MLflow's run. Without it, the name of the run directory."""
 
 
 class _StageRun(Section):
     run: PathField
-    """Run directory: resolved config, checkpoints, samples."""
+    """Run directory, for the resolved config, checkpoints and samples."""
     init_from: PathField | None = None
-    """Checkpoint or run directory whose averaged weights, those that sampling uses, this run begins
-    with. Its model must have the same architecture; loss, data and optimizer are this run's own.
-    None draws weights at random."""
+    """Checkpoint or run directory with whose weights this run begins, averaged as for sampling. Its
+    model must have the same architecture; loss, data and optimizer are this run's own. Without it,
+    weights are drawn at random."""
     seed: int = Field(default=0, ge=0)
+    """Seed of all random numbers of the run."""
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
@@ -207,15 +225,17 @@ class RiaeRun(_StageRun):
 class R2idRun(_StageRun):
     """One R2ID training run.
 
-    Latent channels, downsampling and statistics come from the RIAE checkpoint that it names.
+    Latent channels, downsampling and the statistics of the latents are those of its codec.
     """
 
     stage: Literal["r2id"]
     codec: PathField | None = None
-    """RIAE checkpoint or run directory; none diffuses the pixels themselves."""
+    """Checkpoint or run directory of the RIAE whose latents are diffused. Without it, pixels
+    are."""
     r2id: R2idConfig = R2idConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     sample: SampleConfig = SampleConfig()
+    """How previews are drawn, and all samples that say nothing else."""
 
     @model_validator(mode="after")
     def _latents_of_a_codec(self) -> R2idRun:
