@@ -1,4 +1,4 @@
-"""The ``r2id`` command: turns arguments into library calls, and errors into lines and exit codes."""
+"""The ``r2id`` command: arguments to library calls, errors to one line and an exit code."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Checkpoint = Annotated[
 
 @checkpoint_app.command("show")
 def checkpoint_show(checkpoint: Checkpoint, as_json: Json = False) -> None:
-    """Show what a checkpoint is: stage, step, samples, parameters, averages, model, codec, sizes."""
+    """Show stage, step, samples, parameters, averages, model, codec and sizes of a checkpoint."""
     from r2id.checkpoints.export import describe
 
     report(describe(checkpoint), as_json, _checkpoint_lines)

@@ -75,7 +75,7 @@ def sample(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw samples of any size from an R2ID checkpoint, into pictures of many or a file for each."""
+    """Draw samples of any size from an R2ID checkpoint: a picture of all, or a file for each."""
     options = {
         "sizes": (),
         **which,

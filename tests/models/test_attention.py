@@ -114,9 +114,9 @@ def test_norm_equals_its_definition():
 
 
 def test_impossible_heads_are_refused():
-    with pytest.raises(ValueError, match="width 20 does not divide into 3 heads"):
+    with pytest.raises(ValueError, match=r"\b20\b.*\b3 heads"):
         Attention(20, 20, heads=3)
-    with pytest.raises(ValueError, match="of more than 6"):
+    with pytest.raises(ValueError, match=r"\b16\b.*\b4 heads"):
         Attention(16, 16, heads=4, gaussian_window=True)
     assert (
         math.prod(Attention(16, 8, heads=2, gaussian_window=True).query.weight.shape)

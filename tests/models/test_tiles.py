@@ -208,7 +208,7 @@ def test_windows_make_the_whole(kind, grid, size, cuts, monkeypatch):
 
 @pytest.mark.parametrize("window", [(0, 0, 9, 12), (-1, 0, 4, 4), (3, 0, 3, 4), (0, 5, 4, 4)])
 def test_a_window_lies_within_the_picture(model, window):
-    with pytest.raises(InputError, match="0 ≤ y0 < y1 ≤ 8 and 0 ≤ x0 < x1 ≤ 12"):
+    with pytest.raises(InputError, match=",".join(map(str, window))):
         model.decode(torch.zeros(1, 4, 2, 3), (8, 12), window)
 
 
