@@ -56,7 +56,7 @@ def init() -> World:
 
 
 def init_group(world: World) -> None:
-    """Make a process group even for a process alone, for libraries that cannot do without one."""
+    """Make a process group for a process that is alone too, as DeepSpeed needs one."""
     if world.world_size == 1 and not group.is_initialized():
         _join(world.device, store=group.HashStore(), rank=0, world_size=1)
 
@@ -79,18 +79,18 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True on the one process that writes files, logs and draws."""
+    """True in the one process that writes files, logs and draws samples."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process has come this far."""
+    """Wait until every process has reached this call."""
     if world_size() > 1:
         group.barrier()
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's value on every rank. Sent with pickle: only between ranks of one job."""
+    """Return rank 0's value on every rank. It is pickled, so it must come from this job only."""
     if world_size() == 1:
         return value
     box = [value]
@@ -131,7 +131,7 @@ def shutdown() -> None:
         gloo = group.get_backend() == "gloo"
         group.destroy_process_group()
         if gloo:
-            # Its threads may still hold tensors of the last collectives. If they let go of them
-            # after the interpreter is gone, the process aborts (pytorch/pytorch#179291). Sleeping
-            # gives them Python's lock, and with it the chance to do so now.
+            # Gloo's threads may still hold tensors of the last collectives. If they free them after
+            # the interpreter is gone, the process aborts (pytorch/pytorch#179291). Sleeping gives
+            # up Python's lock, which they need to free them now.
             time.sleep(0.2)

@@ -4,12 +4,12 @@
 class InputError(ValueError):
     """The input or the arguments are wrong. Exit code 2.
 
-    The message names the thing, its value and what is allowed.
+    The message names the setting, file or argument, its value and what is allowed.
     """
 
 
 class WorkError(RuntimeError):
-    """The input was accepted, and the work failed all the same. Exit code 1."""
+    """The input is right, but the work failed, say because a disk is full. Exit code 1."""
 
 
 class NonFiniteError(WorkError):
@@ -26,5 +26,5 @@ class NonFiniteError(WorkError):
 class Stopped(Exception):
     """A signal asked the work to stop, and everything is saved. Exit code 75 (EX_TEMPFAIL).
 
-    The same command goes on from there.
+    The same command, given again, continues from there.
     """

@@ -14,18 +14,17 @@ from typing import BinaryIO
 from r2id.errors import WorkError
 
 TEMPORARY = ".tmp"
-"""How the name of a file ends that is not complete yet."""
+"""Ending of the names of files that are not complete yet."""
 _CHUNK = 1 << 20
 
 
 @contextmanager
 def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a binary file that appears at ``path``, or replaces what is there, when the block ends
-    well, and of which nothing is left when it does not.
+    """Open a binary file that replaces ``path`` when the block ends, or is removed on an error.
 
-    A reader finds the old content or the new one, never a part. After a power cut it does so too,
-    unless ``durable`` is off, which saves two waits for the disk. The folder is made if need be.
-    Raises WorkError when the file cannot be written, say because the disk is full.
+    A reader finds the old content or the new one, never a part of it. With ``durable``, that holds
+    after a power cut too; without, two waits for the disk are saved. Makes the folder if it does
+    not exist. Raises WorkError when the file cannot be written, say because the disk is full.
     """
     # Not named after the process: processes of several machines or containers may share a number.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
@@ -41,7 +40,7 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     except OSError as error:
         raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # what went wrong before is what counts
+        with suppress(OSError):  # an earlier error is the one to report
             temporary.unlink(missing_ok=True)
 
 
@@ -70,7 +69,7 @@ def fsync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left behind in a folder and its subfolders."""
+    """Remove incomplete files of killed processes from a folder and its subfolders."""
     for leftover in folder.rglob(f"*{TEMPORARY}"):
         leftover.unlink(missing_ok=True)
 

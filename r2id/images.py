@@ -18,11 +18,12 @@ from r2id.errors import InputError
 from r2id.files import write_atomic
 
 _SMALLEST_MSE = 1e-10
-"""Images in [−1, 1] that differ by less are the same to any eye; it bounds the PSNR at 106 dB."""
+"""Lower bound of errors, so that the PSNR is finite: at most 106 dB, which no eye can tell from
+equal."""
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Convert uint8 of any shape to float32 in [−1, 1], on the device where it is."""
+    """Convert uint8 of any shape to float32 in [−1, 1], on the same device."""
     return images.float().div_(127.5).sub_(1)
 
 
@@ -32,15 +33,15 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Convert float [..., C, H, W] in [−1, 1] to uint8 [..., H, W, C], as Pillow has its pixels."""
+    """Convert float [..., C, H, W] in [−1, 1] to uint8 [..., H, W, C], the layout of Pillow."""
     return to_uint8(images).movedim(-3, -1)
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize images [B, C, H, W] to another height and width, in float32.
 
-    Bicubic, with a filter that widens when it shrinks, so that nothing aliases. At edges the
-    result overshoots the range of its input.
+    Bicubic, with a filter that is wider for smaller sizes, so that nothing aliases. Beside sharp
+    edges the result may lie outside the range of the input.
     """
     if tuple(images.shape[2:]) == tuple(size):
         return images.float()
@@ -56,7 +57,7 @@ def psnr(error: Tensor) -> Tensor:
 
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Lay images [B, C, H, W] out row by row, between gaps of the darkest value: [C, H', W']."""
+    """Lay images [B, C, H, W] out in rows with black gaps: one image [C, H', W']."""
     short = -len(images) % columns
     padded = F.pad(images, (0, gap, 0, gap), value=-1.0)
     padded = F.pad(padded, (0, 0, 0, 0, 0, 0, 0, short), value=-1.0)
@@ -64,17 +65,19 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Tensor:
 
 
 def encode_png(image: Tensor, optimize: bool = False) -> bytes:
-    """Encode one image [C, H, W] in [−1, 1] (C 1 or 3) as a PNG file; ``optimize`` for a smaller
-    one that takes longer."""
+    """Encode one image [C, H, W] in [−1, 1] (C 1 or 3) as a PNG file.
+
+    ``optimize`` makes the file smaller, which takes longer.
+    """
     buffer = io.BytesIO()
-    # Pillow knows grey pictures as [H, W].
+    # Pillow expects grey pictures as [H, W], without a channel dimension.
     pixels = to_bytes(image).squeeze(-1).cpu().numpy()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=optimize)
     return buffer.getvalue()
 
 
 def save_png(image: Tensor, path: Path) -> Path:
-    """Write one image [C, H, W] in [−1, 1] (C 1 or 3) as a PNG file: complete or not at all.
+    """Write one image [C, H, W] in [−1, 1] (C 1 or 3) as a PNG file, completely or not at all.
 
     Returns the path. Raises WorkError when it cannot be written.
     """
@@ -85,7 +88,7 @@ def save_png(image: Tensor, path: Path) -> Path:
 def read_image(path: Path, channels: int) -> Tensor:
     """Read one picture file, upright, as float32 [C, H, W] in [−1, 1].
 
-    Raises InputError when there is none, or when it cannot be read as an image.
+    Raises InputError when there is no such file, or when it cannot be read as an image.
     """
     from r2id.data.records import decode
 

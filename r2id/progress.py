@@ -1,7 +1,7 @@
-"""Progress of long work, on stderr: a bar in a terminal, and elsewhere a line every few seconds.
+"""Progress of long work on stderr: a bar in a terminal, else a line every few seconds.
 
-A process that starts another one may name a file in the environment variable R2ID_PROGRESS, and
-finds there how far the other one is.
+A process may set the environment variable R2ID_PROGRESS to the name of a file for a process that it
+starts, which then writes its progress there.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _SECONDS_BETWEEN_WRITES = 1.0
 
 
 def say(message: str) -> None:
-    """Print a line on stderr; above the bar when one is shown."""
+    """Print a line on stderr, above the bar if one is shown."""
     print(message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as people read them: 8s, 3m05s, 2h04m."""
+    """Format seconds for people: 8s, 3m05s, 2h04m."""
     whole = round(max(seconds, 0.0))
     if whole < 60:
         return f"{whole}s"
@@ -43,11 +43,11 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts what is done, towards a ``total`` if it is known, and shows it while in its block.
+    """Counts items that are done, and shows the count inside its ``with`` block.
 
-    Begins at ``start`` when earlier work is continued. ``per_item`` scales the rate shown: with 64
-    images per step and ``unit="images"`` it reads images per second. ``shown=False`` counts in
-    silence, for every rank but the first.
+    ``total`` is how many there are, if that is known. ``start`` is how many earlier work had done.
+    ``per_item`` scales the rate: with 64 images per step and ``unit="images"``, the rate is in
+    images per second. ``shown=False`` shows nothing, for all ranks but the first.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Progress:
             display.close(complete=kind is None)
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count more items; ``note`` replaces the few words shown at the end (say, the loss)."""
+        """Count more items; ``note`` replaces the text at the end of the line, say the loss."""
         self.done += count
         if note is not None:
             self.note = note
@@ -89,16 +89,16 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since this process began."""
+        """Seconds since the ``with`` block was entered."""
         return time.monotonic() - self._began
 
     @property
     def rate(self) -> float:
-        """Items per second since this process began; what an earlier one did is not counted."""
+        """Items per second since then; the ``start`` items of earlier work are not counted."""
         return (self.done - self.start) / max(self.elapsed, 1e-9)
 
     def status(self) -> str:
-        """Rate, remaining time and note, in words."""
+        """Format rate, remaining time and note."""
         parts = [f"{self.rate * self.per_item:.4g} {self.unit}/s"]
         if self.total and self.done < self.total and self.rate > 0:
             parts.append(f"{duration((self.total - self.done) / self.rate)} left")
@@ -136,7 +136,7 @@ class _Bar:
     """A bar at the bottom of a terminal."""
 
     def __init__(self, progress: Progress) -> None:
-        # Imported here: most processes write to a file, and need none of it.
+        # Imported only here, because most processes write to a file and need none of it.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
@@ -167,9 +167,9 @@ class _Bar:
 
 
 class _File:
-    """A file with one JSON object: title, done, total (null: unknown) and status, in words.
+    """A file with one JSON object: title, done, total (null if unknown) and status, a text.
 
-    Complete whenever it is read.
+    It is replaced as a whole, so that readers always find a complete one.
     """
 
     def __init__(self, progress: Progress, path: Path) -> None:
@@ -195,14 +195,14 @@ class _File:
             "total": progress.total,
             "status": progress.status(),
         }
-        with suppress(WorkError):  # work goes on even where it cannot be shown
+        with suppress(WorkError):  # work goes on even if its progress cannot be written
             write_atomic(self.path, json.dumps(state).encode(), durable=False)
 
 
 def track(
     items: Iterable[Item], title: str, total: int | None = None, *, unit: str = "items"
 ) -> Iterator[Item]:
-    """Yield the same items, and show how many have been used up."""
+    """Yield the same items, and show how many of them are done."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(title, total, unit=unit) as progress:

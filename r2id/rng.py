@@ -8,7 +8,7 @@ The generator is SplitMix64 in counter mode (Steele, Lea & Flood, "Fast splittab
 number generators", OOPSLA 2014): value n of key k is mix(k + n·γ). It runs on whatever device the
 keys are on, for all samples at once.
 
-Shape letters: B keys, as a rule one for each sample.
+Shape letters: B keys, usually one per sample.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import random
 import torch
 from torch import Tensor
 
-# SplitMix64's constants, as the signed integers that torch has: its int64 wraps around as uint64
-# does, so that products and sums have the same bits.
+# SplitMix64's constants, as signed integers, since torch has no arithmetic of uint64. Its int64
+# wraps around, so that products and sums have the same bits.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift in zeros from the left; torch's own shift copies the sign."""
+    """Shift right with zeros from the left; torch's own shift copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -41,7 +41,7 @@ def _mix(x: Tensor) -> Tensor:
 def fold(*parts: int | Tensor) -> Tensor:
     """Make one key of several integers, each an int or an int64 tensor [B] → int64 [B].
 
-    The order counts. Of ints alone it is a scalar, on the CPU.
+    Their order matters. The key of ints alone is a scalar on the CPU.
     """
     device = next((part.device for part in parts if isinstance(part, Tensor)), torch.device("cpu"))
     key = torch.zeros((), dtype=torch.int64, device=device)
@@ -65,7 +65,7 @@ def bits(keys: Tensor, count: int) -> Tensor:
 
 def uniform(keys: Tensor, *shape: int) -> Tensor:
     """Draw uniformly from (0, 1), never 0 nor 1: keys [B] → float32 [B, *shape]."""
-    # 23 bits and a half: the largest value, 1 − 2⁻²⁴, is still below 1 in float32.
+    # (n + ½)/2²³ of 23 random bits n: float32 holds every value exactly, the largest is 1 − 2⁻²⁴.
     drawn = _shift_right(bits(keys, math.prod(shape)), 41)
     return ((drawn.to(torch.float32) + 0.5) * 2.0**-23).reshape(*keys.shape, *shape)
 
@@ -73,8 +73,8 @@ def uniform(keys: Tensor, *shape: int) -> Tensor:
 def number(*parts: int) -> float:
     """Draw one Python float, uniform in [0, 1), for a key of several integers.
 
-    For what decides shapes, such as an image's size: a number in a tensor would have to be waited
-    for on a GPU.
+    For numbers that shapes depend on, such as an image's size. Reading one from a tensor on a GPU
+    would wait for all work before it.
     """
     return random.Random(repr(parts)).random()
 

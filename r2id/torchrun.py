@@ -1,15 +1,15 @@
-"""torchrun with the exit codes of r2id, which lets ranks save for as long as they need.
+"""torchrun with the exit codes of r2id, and without a time limit for ranks that save.
 
     python -m r2id.torchrun [torchrun's options] -m r2id.cli train CONFIG …
 
-The exit code is that of the first rank that failed, of those that r2id states (0 done, 1 failed,
-2 wrong input, 75 stopped with everything saved), and 1 for any other. Signals are passed on to the
-ranks, which save and end by themselves.
+The exit code is that of the first rank that failed, if it is one of r2id's (0 done, 1 failed,
+2 wrong input, 75 stopped with everything saved), else 1. Signals are passed on to the ranks, which
+save and end by themselves.
 
-Plain torchrun does neither. It ends with 1 whatever its ranks ended with; after a signal it raises
-an error of its own and forgets their exit codes. It also kills ranks that still save 30 seconds
-after a signal. PyTorch 2.13 has an option for that time (``--shutdown-timeout``), which neither the
-oldest supported version has nor brings the exit codes back.
+Plain torchrun ends with 1 whatever its ranks end with, and loses their exit codes after a signal by
+raising an error of its own. It also kills ranks that are still saving 30 seconds after a signal.
+PyTorch 2.13 has an option for that time (``--shutdown-timeout``), but the oldest supported version
+has none, and it does not bring the exit codes back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STATED = (_DONE, _FAILED, _WRONG_INPUT, _SAVED)
 def launch(arguments: Sequence[str]) -> int:
     """Start the ranks of this host, wait for them and return the job's exit code.
 
-    ``arguments`` are torchrun's. To be called once, in the main thread: takes over its signals.
+    ``arguments`` are torchrun's. Call it once, in the main thread, because it handles signals.
     """
     received: list[int] = []
     codes: list[int] = []
@@ -40,17 +40,17 @@ def launch(arguments: Sequence[str]) -> int:
     def pass_on(number: int, _frame: object) -> None:
         ranks = psutil.Process().children()
         if not ranks:
-            sys.exit(_SAVED)  # nothing has begun that could be lost
+            sys.exit(_SAVED)  # no rank has started, so nothing can be lost
         # A first Ctrl-C asks to save, as SIGTERM does; a second one interrupts at once.
         interrupt = bool(received) and number == signal.SIGINT
         for rank in ranks:
-            with suppress(psutil.NoSuchProcess):  # it has ended by itself
+            with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
                 rank.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
-    # In the main thread torchrun would take over the signals, and end the ranks in its own way.
+    # In the main thread, torchrun would install its own signal handlers and kill the ranks.
     agent = threading.Thread(target=lambda: codes.append(_run(arguments, received)), daemon=True)
     agent.start()
     agent.join()
@@ -58,7 +58,7 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str], received: Sequence[int]) -> int:
-    # torchrun warns of the signals that it cannot have, and repeats what the ranks have said.
+    # torchrun warns of signals that it cannot handle, and repeats the errors of the ranks.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args(list(arguments)))
