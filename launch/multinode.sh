@@ -6,9 +6,9 @@
 # NODE_RANK counts the hosts from 0, MASTER_ADDR is the address of the first. Optional: MASTER_PORT
 # (29500) and NPROC, the processes of this host (one per GPU).
 #
-# With DeepSpeed's launcher, start it on one host; it reaches the others over ssh with pdsh:
+# With DeepSpeed's launcher, start this on one host; it reaches the others over ssh with pdsh:
 #   multinode.sh [--dry-run] --hostfile FILE train CONFIG [key=value …]
-# FILE has a line "HOST slots=GPUS" for each host.
+# FILE has one line per host: "HOST slots=NUMBER_OF_GPUS".
 #
 # Exit codes are those of the command. Under Slurm, use slurm.sh.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the project and everything it needs into .venv, unless that is done: setup.sh [--dry-run]
+# Install the project and its dependencies into .venv, if that is not done yet: setup.sh [--dry-run]
 # The other scripts source this one. PYTHON names the interpreter (3.11 or later) to start from.
 # With --dry-run as its first argument, a script prints what it would run and runs nothing.
 set -euo pipefail
@@ -35,7 +35,8 @@ wrong() {
     exit 2
 }
 
-# Set `processes`: NPROC, else one per GPU, else one. Several processes share the machine's cores.
+# Set `processes`: NPROC, else one per GPU, else one. Several processes divide the cores among them:
+# by default, PyTorch would start a thread per core in each.
 choose_processes() {
     local gpus cores
     gpus="$("$python" "$root/pipelines/gpu_count.py")"
@@ -75,8 +76,8 @@ install_project() {
     run "$python" -m pip install -qq --editable "${root}[dev]"
 }
 
-# The stamp also holds the folder's path, because an editable install that was moved would still
-# import from its old place.
+# The stamp tells whether the installation is complete and up to date. It depends on the folder's
+# path too, because an editable install that was moved would still import from its old place.
 wanted="$(cat "$root/pyproject.toml" <(echo "$root") | cksum)"
 stamp="$root/.venv/complete"
 if [ ! -x "$python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

@@ -5,14 +5,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # Run r2id under Slurm. Submit from the root of the checkout, which all nodes must see. A job has
-# one task per node, and in it one process per GPU. Two minutes before its time is over, or when it
-# is preempted, it saves, ends with 75 and is requeued.
+# one task per node, which starts one process per GPU. Two minutes before its time limit, or when it
+# is preempted, the job saves, ends with exit code 75 and is requeued.
 #   sbatch --nodes 8 --gpus-per-node 8 --cpus-per-task 64 launch/slurm.sh \
 #       train CONFIG [section.key=value …]
 #   sbatch --nodes 1 --gpus-per-node 8 --cpus-per-task 64 launch/slurm.sh \
 #       encode --riae RUN --shards DIR --out DIR
 #
-# To train both models, submit three jobs, each of which starts once the one before it succeeded:
+# To train both models, submit three jobs, each of which starts when the one before has succeeded:
 # RIAE, its latents (if R2ID's config has data.latents) and R2ID. OPTIONS are sbatch's, for all:
 #   OPTIONS="--nodes 8 --gpus-per-node 8" \
 #       launch/slurm.sh [--dry-run] stages RIAE.toml [key=value …] -- R2ID.toml [key=value …]
@@ -33,7 +33,7 @@ submit() {
         echo JOB
         return
     fi
-    # shellcheck disable=SC2086  # OPTIONS are words
+    # shellcheck disable=SC2086  # OPTIONS are several words
     sbatch --parsable ${OPTIONS:-} "$@" | cut -d ';' -f 1
 }
 
@@ -84,11 +84,13 @@ fi
 [ -n "${SLURM_JOB_ID:-}" ] || [ -n "$dry_run" ] ||
     wrong "no Slurm job here: sbatch launch/slurm.sh $*"
 
+# Jobs may share a node, so each has a port of its own, derived from its number.
 export NNODES="${SLURM_JOB_NUM_NODES:-1}" MASTER_PORT="$((20000 + ${SLURM_JOB_ID:-0} % 10000))"
 nodes=FIRST_NODE
 [ -n "$dry_run" ] || nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 export MASTER_ADDR="${nodes%%$'\n'*}"
-# --wait: a node that still runs two minutes after the first has ended is stuck, and is ended.
+# --kill-on-bad-exit=0: when a task ends with 75, the others may still be saving.
+# --wait: a task that still runs two minutes after the first has ended is stuck, and is killed.
 # shellcheck disable=SC2016  # $SLURM_NODEID is the task's, not this shell's
 command=(srun --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}"
          --kill-on-bad-exit=0 --wait=120 bash -c
@@ -96,7 +98,7 @@ command=(srun --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}"
 echo "+ NNODES=$NNODES MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT ${command[*]}" >&2
 [ -z "$dry_run" ] || exit 0
 
-# srun would kill its tasks at SIGTERM; scancel passes the signal to the tasks alone, which save.
+# At SIGTERM srun would kill its tasks. scancel sends the signal to the tasks only, which then save.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 "${command[@]}" &
 step=$!

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Style, types and tests: test.sh [--all] [options of pytest]
-# Without --all, the tests that are marked slow are left out. One test process per processor; -n 0 runs all in one.
-# R2ID_DATA names a folder of real datasets; tests that need one are skipped without it.
+# Check style and types, and run the tests: test.sh [--all] [options of pytest]
+# Tests that are marked slow run only with --all. There is one test process per processor; -n 0 runs
+# all tests in one. R2ID_DATA names a folder of real datasets; tests that need it are skipped
+# without it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"

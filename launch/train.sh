@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train one stage in one process, or in one per GPU where there are several:
+# Train one stage on all GPUs of this machine, with one process per GPU:
 #   train.sh [--dry-run] CONFIG [section.key=value …]
-# NPROC sets the number of processes. Exit codes are those of r2id train: 0 done, 1 failed,
+# NPROC sets another number of processes. Exit codes are those of r2id train: 0 done, 1 failed,
 # 2 wrong input, 75 stopped with everything saved.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
