@@ -17,7 +17,7 @@ from r2id.data.embeddings import parse_npy
 from r2id.data.manifest import Reject
 from r2id.errors import InputError
 
-_TRIED = 10  # at most so many embeddings are read to learn the shape of all
+_TRIED = 10  # the most embeddings that are read to learn the shape of all
 NO_EMBEDDING = "no embedding beside it, and other images have one"
 
 Read = Callable[[bytes, int], bytes]

@@ -65,6 +65,7 @@ class Files:
         )
 
     def add(self, name: str, size: int, place: bytes) -> None:
+        """Add a file. Entries are visible only after ``sort``."""
         self._found.append(os.fsencode(name), size, place)
 
     def sort(self) -> None:

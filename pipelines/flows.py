@@ -27,6 +27,7 @@ _RESTARTS = 3  # of a training stage; see _got_further
 def run_stage_task(
     arguments: Sequence[str], environment: dict[str, str], processes: int = 1
 ) -> dict[str, Any]:
+    """Run a stage's command in ``processes`` processes and return its result."""
     return run_stage(arguments, processes=processes, environment=environment)
 
 
@@ -50,6 +51,7 @@ def _got_further(_task: object, _run: TaskRun, state: State[Any]) -> bool:
 def train_task(
     config: Path, overrides: Sequence[str], environment: dict[str, str]
 ) -> dict[str, Any]:
+    """Train one stage with one process per GPU, and show its artifacts."""
     run = load_config(config, overrides)
     if run.stage == "pipeline":
         raise InputError(

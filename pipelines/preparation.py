@@ -41,6 +41,7 @@ _SECONDS_TO_RETURN = 30.0  # for a server that is started again
 
 @task(name="shard", task_run_name="shard {number}", cache_policy=NO_CACHE)
 def shard_task(plan: ShardPlan, number: int) -> dict[str, Any]:
+    """Write one shard, in whichever process the task runner chooses."""
     return write_shard(plan, number)
 
 

@@ -126,7 +126,7 @@ def read_synsets(data: bytes, kit: Path) -> dict[int, str]:
             for number, wnid, children in zip(*columns, strict=True)
             if int(children) == 0
         }
-    except Exception as error:  # SciPy raises whatever damaged bytes lead it to
+    except Exception as error:  # SciPy raises errors of many types for damaged bytes
         raise InputError(f"{kit}: meta.mat: not readable: {error}") from None
 
 

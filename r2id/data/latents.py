@@ -79,6 +79,8 @@ class LatentFile(_Strict):
 
 
 class LatentManifest(_Strict):
+    """The content of latents.json."""
+
     identity: CacheIdentity
     codec: str
     """Path of the RIAE, for people only: codec_hash identifies it."""

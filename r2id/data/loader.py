@@ -85,8 +85,8 @@ def eval_loader(
 
     Images are grouped by size, and ordered as in the index within a size, whose last batch may be
     smaller. They have the sizes that they have in training, but are never mirrored or cut to a
-    window. ``indices`` selects samples, and ``limit`` takes so many of them, evenly spaced. Epoch
-    and step are 0.
+    window. ``indices`` selects samples; ``limit`` is the largest number of them, evenly spaced.
+    Epoch and step are 0.
     """
     samples = shards.split(split)
     data = data.model_copy(update={"window": None, "flip": False})

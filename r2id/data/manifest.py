@@ -43,10 +43,13 @@ class ShardEntry(_Strict):
 
     @property
     def index_file(self) -> str:
+        """Path of the shard's index, relative to the set."""
         return str(Path(self.file).with_suffix(".parquet"))
 
 
 class SplitEntry(_Strict):
+    """One split: its shards in order, and the totals of their samples and bytes."""
+
     samples: int
     bytes: int
     shards: list[ShardEntry]
@@ -72,6 +75,7 @@ class Manifest(_Strict):
     checksum: str = ""
 
     def expected_checksum(self) -> str:
+        """Hash all fields that the checksum covers."""
         content = self.model_dump(exclude={"checksum", *self._empty_fields()})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

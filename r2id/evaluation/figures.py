@@ -46,14 +46,14 @@ def table(
         [1],
         1,
     )
-    for row, text, name, places in zip(cells, rows, names[:, 0], axes, strict=True):
+    for row, text, name, panels in zip(cells, rows, names[:, 0], axes, strict=True):
         name.set_axis_off()
         name.text(1, 0.5, text, ha="right", va="center", transform=name.transAxes)
-        for image, place in zip(row, places, strict=True):
-            _show(place, image)
-            place.spines[:].set_visible(False)
-    for place, text in zip(axes[0], columns, strict=False):
-        place.set_title(text, fontsize=10)
+        for image, panel in zip(row, panels, strict=True):
+            _show(panel, image)
+            panel.spines[:].set_visible(False)
+    for panel, text in zip(axes[0], columns, strict=False):
+        panel.set_title(text, fontsize=10)
     return _png(figure)
 
 
@@ -63,14 +63,14 @@ def latents(cells: Sequence[Tensor], most: int = 8) -> bytes:
     figure = Figure((_CELL * count + 0.8, _CELL * len(cells) + 0.3), layout="constrained")
     axes = figure.subplots(len(cells), count, squeeze=False)
     bound = float(torch.cat([cell[:count].flatten() for cell in cells]).abs().max())
-    for cell, places in zip(cells, axes, strict=True):
-        for channel, place in zip(cell, places, strict=False):
-            shown = place.imshow(
+    for cell, panels in zip(cells, axes, strict=True):
+        for channel, panel in zip(cell, panels, strict=False):
+            shown = panel.imshow(
                 channel.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest"
             )
-            place.set(xticks=[], yticks=[])
-    for number, place in enumerate(axes[0]):
-        place.set_title(f"channel {number}", fontsize=10)
+            panel.set(xticks=[], yticks=[])
+    for number, panel in enumerate(axes[0]):
+        panel.set_title(f"channel {number}", fontsize=10)
     figure.colorbar(shown, ax=axes, shrink=0.6)
     return _png(figure)
 
@@ -119,11 +119,11 @@ def noise_shift(found: Mapping[str, Any]) -> bytes:
     that all curves should coincide with the base grid's.
     """
     figure = Figure((9.6, 3.6), layout="constrained")
-    places = figure.subplots(1, 2, sharex=True, sharey=True)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
     log_snr = np.array(found["log_snr"])
     for number, (name, curve) in enumerate(found["grids"].items()):
         words = f"{name.replace('x', '×')} cells{'' if curve['trained'] else ', not trained'}"
-        for axes, shift in zip(places, (0.0, curve["shift"]), strict=True):
+        for axes, shift in zip(panels, (0.0, curve["shift"]), strict=True):
             axes.plot(
                 log_snr + shift,
                 curve["error"],
@@ -133,11 +133,11 @@ def noise_shift(found: Mapping[str, Any]) -> bytes:
                 markersize=3,
             )
     for axes, title in zip(
-        places, ("as measured", f"shifted by 2k·log(n/n_base), k = {found['k']:.3f}"), strict=True
+        panels, ("as measured", f"shifted by 2k·log(n/n_base), k = {found['k']:.3f}"), strict=True
     ):
         axes.set(xlabel="logSNR (data on the right, noise on the left)", title=title)
         _tidy(axes)
-    places[0].set(ylabel="squared error of x₀, its square 1")
+    panels[0].set(ylabel="squared error of x₀, its square 1")
     return _png(figure)
 
 
@@ -158,12 +158,12 @@ def captioned(images: Sequence[Tensor], captions: Sequence[str], columns: int = 
     rows = -(-len(images) // columns)
     ratio = images[0].shape[1] / images[0].shape[2]
     figure = Figure((_CELL * columns + 0.2, (_CELL * ratio + 0.4) * rows), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False).flatten()
-    for place, image, caption in zip(places, images, captions, strict=False):
-        _show(place, image)
-        place.set_xlabel(caption, fontsize=8)
-    for place in places[len(images) :]:
-        place.set_axis_off()
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel, image, caption in zip(panels, images, captions, strict=False):
+        _show(panel, image)
+        panel.set_xlabel(caption, fontsize=8)
+    for panel in panels[len(images) :]:
+        panel.set_axis_off()
     return _png(figure)
 
 
@@ -173,11 +173,11 @@ def _tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _show(place: Axes, image: Tensor) -> None:
+def _show(panel: Axes, image: Tensor) -> None:
     """Draw an image [C, H, W] in [−1, 1] without interpolation and ticks."""
     pixels = to_bytes(image).squeeze(-1).numpy()
-    place.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    place.set(xticks=[], yticks=[])
+    panel.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    panel.set(xticks=[], yticks=[])
 
 
 def _png(figure: Figure) -> bytes:
