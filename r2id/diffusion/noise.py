@@ -29,7 +29,7 @@ def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tenso
     A sample's noise depends on its key alone, not on the batch or the number of devices. Grids of
     other sizes see the same field.
     """
-    # The smallest power of 2 that is at least as large as both.
+    # 2^levels, the finest side, is the smallest power of 2 that is not below either number.
     levels = (max(_FINEST_SIDE, _FINEST_PER_CELL * max(grid)) - 1).bit_length()
     field = rng.normal(rng.fold(rng_keys, 0), channels, 1, 1)
     for level in range(levels):

@@ -54,8 +54,8 @@ def model():
 def near(queries, keys, grid, tile, halo):
     """Which keys each query sees, point by point from coordinates in cells: bool [N, M]."""
     sides = torch.tensor([grid[1], grid[0]], dtype=torch.float64)
-    asked, places = ((at[:, :2].double() + 0.5) * sides for at in (queries, keys))
-    low = ((asked / tile).floor() * tile).unsqueeze(1)
+    query_places, places = ((at[:, :2].double() + 0.5) * sides for at in (queries, keys))
+    low = ((query_places / tile).floor() * tile).unsqueeze(1)
     high = torch.minimum(low + tile, sides)
     seen = (places >= low - halo - 1e-5) & (places <= high + halo + 1e-5)  # coordinates are float32
     away = (places - (low + high) / 2).abs()
@@ -66,10 +66,11 @@ def near(queries, keys, grid, tile, halo):
 def through(block, x, context, seen, at, context_at):
     """The block's output from dense attention over what each query sees."""
     out = torch.empty_like(x)
-    kinds, kind = torch.unique(seen, dim=0, return_inverse=True)
-    for number, some in enumerate(kinds):
-        mine = kind == number
-        out[:, mine] = block(x[:, mine], context[:, some], at[:, mine], context_at[:, some])
+    # Queries that see the same keys are computed together.
+    key_sets, number_of_set = torch.unique(seen, dim=0, return_inverse=True)
+    for number, keys in enumerate(key_sets):
+        mine = number_of_set == number
+        out[:, mine] = block(x[:, mine], context[:, keys], at[:, mine], context_at[:, keys])
     return out
 
 
@@ -114,8 +115,8 @@ def test_it_is_dense_attention_over_what_is_near(grid, size, tile, halo, monkeyp
 def test_tiles_list_each_query_once_and_the_keys_near_it(grid, size, tile, halo):
     tiles = Tiles.between(size, grid, grid, tile, halo)
     queries, keys = grid_coordinates(size), grid_coordinates(grid, part=tiles.part)
-    asked = tiles.queries[tiles.query_mask]
-    assert asked.sort().values.equal(torch.arange(len(queries)))
+    listed = tiles.queries[tiles.query_mask]
+    assert listed.sort().values.equal(torch.arange(len(queries)))
     expected = near(queries, keys, grid, tile, halo)
     for row, wanted, index, seen in zip(
         tiles.queries[0], tiles.query_mask[0], tiles.keys[0], tiles.key_mask[0], strict=True
@@ -313,13 +314,13 @@ def test_the_loss_is_the_image_s_mean_error():
 
 
 def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
-    asked = []
+    decoded = []
     plain = RIAE.decode_points
     monkeypatch.setattr(
         RIAE,
         "decode_points",
         lambda model, keys, cells, at, size, grid, tiles: (
-            asked.append(at.shape[1]),
+            decoded.append(at.shape[1]),
             plain(model, keys, cells, at, size, grid, tiles),
         )[1],
     )
@@ -327,7 +328,7 @@ def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
         RiaeLoss(made(), LossConfig(decode_pixels=512), seed=0)(
             torch.zeros(1, 1, side, side), torch.arange(1), step=0
         )
-    assert asked == [512, 512, 512]
+    assert decoded == [512, 512, 512]
 
 
 def test_overfits_one_batch():
