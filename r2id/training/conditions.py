@@ -1,4 +1,4 @@
-"""The conditions of an R2ID: which facts of its shards it is given as conditions, and their sizes.
+"""The conditions of an R2ID: what its shards say about images that it is conditioned on.
 
 Shape letters: B batch · A attributes · D width of an embedding · T its tokens.
 """
@@ -26,7 +26,7 @@ def condition_facts(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
     kind = config.r2id.condition
     names, shape = shards.manifest.attribute_names, shards.manifest.embedding_shape
     if (kind == "attributes" and not names) or (kind == "embedding" and not shape):
-        raise InputError(f"r2id.condition = {kind!r}: {shards.folder} has none")
+        raise InputError(f"r2id.condition = {kind!r}: the shards in {shards.folder} have none")
     if kind == "attributes":
         return {"classes": len(names), "attributes": names}
     if kind == "embedding":

@@ -69,7 +69,7 @@ def run(state: TrainState, callbacks: Callbacks) -> None:
             if state.stopping:
                 raise Stopped(
                     f"{state.folder}: step {state.step} of {state.config.train.steps} saved; "
-                    "the same command goes on"
+                    "run the same command again to go on"
                 )
 
 

@@ -49,7 +49,7 @@ def find_dimensions(
 def _expected_conditions(
     config: R2idRun, shards: ShardSet | None, classes: int | None
 ) -> dict[str, Any]:
-    """Return the condition_facts of the shards, or those that ``classes`` implies, where given."""
+    """Return the condition_facts of the shards, or of ``classes`` where these are given."""
     kind = config.r2id.condition
     missing = f"data.shards = '{config.data.shards}': no shards there yet"
     if kind == "embedding" and shards is None:
@@ -64,7 +64,7 @@ def _expected_conditions(
 
 
 def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[Size, int]:
-    """Find the image size whose steps have the most pixels → (size, batches per such a step).
+    """Find the image size whose steps have the most pixels → (size, batches in such a step).
 
     With ``data.batch_pixels`` a step of small images has several times ``train.batch`` images.
     """
