@@ -170,7 +170,7 @@ def test_a_table_of_labels_and_a_changed_embedding(tmp_path):
         assert split.label[index] == number % 3
         assert np.array_equal(split.embedding[index], embedding(number, (2, 3)).astype(np.float16))
     np.save(tmp_path / "in/4.npy", np.zeros((2, 4)))
-    with pytest.raises(InputError, match="made from another source"):
+    with pytest.raises(InputError, match=f"{tmp_path / 'set'}: .*another source"):
         make("folder", tmp_path / "set", tmp_path / "in", labels=table)
 
 

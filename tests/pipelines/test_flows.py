@@ -122,7 +122,7 @@ def test_prepare_writes_the_same_shards_in_one_process_and_in_two(
 def test_a_misspelt_option_is_an_input_error(server: None, configs: Path) -> None:
     with pytest.raises(InputError, match="stpes"):
         apart(train_by_flow, configs / "riae.toml", ["train.stpes=3"])
-    with pytest.raises(InputError, match="takes the config of one stage"):
+    with pytest.raises(InputError, match="stage 'pipeline'"):
         apart(train_by_flow, configs / "pipeline.toml", [])
 
 

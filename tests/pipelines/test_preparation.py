@@ -156,7 +156,7 @@ def test_a_cluster_that_is_not_there(source: Path, tmp_path: Path) -> None:
         ("ray", f"ray://127.0.0.1:{free_port()}"),
         ("dask", "nonsense"),
     ):
-        with pytest.raises(InputError, match=f"no {engine} cluster answers there"):
+        with pytest.raises(InputError, match=f"{address}.* {engine} "):
             prepare_on_cluster(
                 PrepareConfig(
                     dataset="mnist",
@@ -166,7 +166,7 @@ def test_a_cluster_that_is_not_there(source: Path, tmp_path: Path) -> None:
                     address=address,
                 )
             )
-    with pytest.raises(ValueError, match="goes with engine 'dask' or 'ray'"):
+    with pytest.raises(ValueError, match=r"tcp://127\.0\.0\.1:1"):
         PrepareConfig(
             dataset="mnist", source=source, out=tmp_path / "set", address="tcp://127.0.0.1:1"
         )
