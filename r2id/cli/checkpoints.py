@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from r2id.cli.options import Json, app, report
+from r2id.cli.options import Json, Overwrite, app, report
 from r2id.errors import InputError
 
 checkpoint_app = typer.Typer(
@@ -80,7 +80,7 @@ def checkpoint_export(
             "such as 0.15, which is computed from the run's snapshots.",
         ),
     ] = "default",
-    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write averaged weights and config to one file, for RIAE.from_pretrained and R2ID's."""

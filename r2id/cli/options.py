@@ -33,6 +33,7 @@ Overrides = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
 SizeList = Annotated[
     list[str] | None,
     typer.Option(

@@ -11,6 +11,7 @@ from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import (
     Device,
     Json,
+    Overwrite,
     SizeList,
     app,
     find_device,
@@ -71,7 +72,7 @@ def sample(
             metavar="hxw", help="Height x width of the latent grid. Default: chosen by the size."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -150,7 +151,7 @@ def reconstruct(
             "the picture of --size.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
