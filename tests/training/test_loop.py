@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def computed_blocks(monkeypatch):
 
 def without_cache(config):
     return config.model_copy(update={"data": config.data.model_copy(update={"latents": None})})
+
+
+def test_the_averages_follow_the_weights_at_every_step(digits, tmp_path):
+    """From saved step to saved step: average ← decay·average + (1 − decay)·weights."""
+    every = ("train.steps=4", "train.save_every=1", "train.keep=4", "train.ema=0.9")
+    train(riae_config(digits, tmp_path / "run", *every))
+    saved = [
+        Checkpoint.open(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+        for step in range(1, 5)
+    ]
+    for step, (before, after) in enumerate(pairwise(saved), start=1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        average, weights = after.tensors("ema"), after.tensors("model")
+        for name, old in before.tensors("ema").items():
+            expected = torch.lerp(old, weights[name], 1 - decay)
+            torch.testing.assert_close(average[name], expected, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(average[name], weights[name]) for name in weights)
 
 
 def test_learning_rate_warms_up_and_ends_where_it_should(digits, tmp_path):
