@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from r2id.config.section import Fraction, Scales, Section
+from r2id.config.section import Fraction, Fraction0, Scales, Section, Size
 
 PixelLoss = Literal["l1", "mse", "charbonnier"]
 """Losses of colours, each a line of PIXEL_LOSSES in r2id.training.losses.pixel.
@@ -21,18 +21,36 @@ class LossConfig(Section):
     pixel: PixelLoss = "mse"
     """Loss of colours that is minimised."""
     texture: float = Field(default=0.0, ge=0)
-    """Weight of a second term: the same loss of the colour differences between each point and
-    another one, one pixel away in a random direction. It compares derivatives of the images, and
-    doubles the cost of the decoder."""
-    encode_cloud: Fraction = 1 / 16
-    """Share of an image's pixels that the encoder sees in a training step, one random cloud for all
-    cells. With ``tiled`` attention it sees all of them."""
-    encode_scales: Scales | None = None
-    """Smallest and largest factor by which the encoder's image is resized, drawn anew each step for
-    the height and the width; none does not resize."""
+    """Weight of a second term: the same loss of the colour differences between neighbouring pixels
+    (``attention``: between each point and another one, one pixel away in a random direction, which
+    doubles the cost of the decoder)."""
     latent_noise: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise that is added to the latents, so that similar latents
     are decoded to similar images."""
+    latent_mask: Fraction0 = 0.0
+    """Largest share of the cells whose latents are set to 0, drawn anew for each image, so that the
+    decoder learns to do without (``lattice``)."""
+    equivariance: Fraction0 = 0.0
+    """Share of the steps that resize the latents, and compare what is decoded with equally resized
+    images (``lattice``)."""
+    equivariance_scales: Scales = (0.25, 1.0)
+    """Smallest and largest factor of these, drawn anew each step for the height and the width."""
+    magnify: Fraction0 = 0.25
+    """Share of the steps that encode smaller copies of the images and decode them at the images'
+    own size (``lattice``)."""
+    magnify_scales: Scales = (0.5, 1.0)
+    """Smallest and largest factor of these copies, drawn anew each step for the height and the
+    width."""
+    window: Size | None = None
+    """Decode a random part of each picture in a training step, at most this high and wide. Without
+    it, pictures are decoded whole (``lattice``)."""
+    encode_cloud: Fraction = 1 / 16
+    """Share of an image's pixels that the encoder sees in a training step, one random cloud for all
+    cells. With ``tiled`` attention it sees all of them (``attention``, as are the settings
+    below)."""
+    encode_scales: Scales | None = None
+    """Smallest and largest factor by which the encoder's image is resized, drawn anew each step for
+    the height and the width; none does not resize."""
     decode_cloud: Fraction = 1.0
     """Share of the latents that the decoder sees in a training step, one random cloud for all
     points. With ``tiled`` attention a tile sees all latents within its halo."""
@@ -42,3 +60,22 @@ class LossConfig(Section):
     jitter: float = Field(default=1.0, ge=0)
     """Strength of the random displacement of points; 1 is a standard deviation of half a pixel, as
     published."""
+
+    def foreign_to(self, kind: str) -> list[str]:
+        """Return the settings that are changed here and belong to another kind of RIAE."""
+        names = _ATTENTION if kind == "lattice" else _LATTICE
+        return [
+            name for name in names if getattr(self, name) != type(self).model_fields[name].default
+        ]
+
+
+_LATTICE = (
+    "latent_mask",
+    "equivariance",
+    "equivariance_scales",
+    "magnify",
+    "magnify_scales",
+    "window",
+)
+_ATTENTION = ("encode_cloud", "encode_scales", "decode_cloud", "decode_pixels", "jitter")
+"""Settings of one kind of RIAE alone."""

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from r2id.config.section import IntPair, Scales, Section, as_tuple
+from r2id.config.section import IntPair, Scales, Section, Size, as_tuple
 
 
 class RiaeConfig(Section):
     """Architecture of RIAE."""
 
-    kind: Literal["attention"] = "attention"
-    """Kind of encoder and decoder, a name in ENCODERS and DECODERS of r2id.models."""
-    latent_channels: int = Field(default=64, ge=1)
+    kind: Literal["lattice", "attention"] = "lattice"
+    """How pictures become latents and back. lattice: by the colours at fixed points of each latent
+    cell, with a linear map and a network on the latent grid. attention: latent cells query pixels,
+    and pixels query latents, by cross-attention; the first published design."""
+    latent_channels: int = Field(default=16, ge=1)
     """Channels of the latents."""
     downsample: float = Field(default=4.0, ge=1)
-    """Side of one latent cell in pixels: an H×W image has round(H/downsample) × round(W/downsample)
-    latents, at least one each way."""
-    width: int = Field(default=256, ge=8)
+    """Side of one latent cell in pixels. ``lattice``: a whole number, and an H×W image has as many
+    cells as it touches, H/downsample and W/downsample rounded up. ``attention``: rounded to the
+    nearest, at least one each way."""
+    width: int = Field(default=192, ge=8)
     """Width of the latent side."""
+    encoder_blocks: int = Field(default=2, ge=0)
+    """Blocks of the encoder: on the latent grid (``lattice``), or in which the latents query the
+    image's pixels (``attention``)."""
+    decoder_blocks: int = Field(default=3, ge=0)
+    """Blocks of the decoder: on the latent grid (``lattice``), or in which output pixels query the
+    latents (``attention``)."""
+    ffn_ratio: float = Field(default=4.0, gt=0)
+    """Size of the feed-forward layers: their hidden width relative to the width of their block, as
+    in a network of two layers with as many weights."""
+    linear: bool = True
+    """Code and decode by a linear map too, which the network corrects (``lattice``)."""
+    features: int = Field(default=16, ge=0)
+    """Features of each point, from which a network draws what lies between points; 0: nothing but
+    bicubic interpolation does (``lattice``)."""
     pixel_width: int = Field(default=256, ge=8)
-    """Width of the pixel side: the keys of the encoder and the queries of the decoder."""
+    """Width of the pixel side: the keys of the encoder and the queries of the decoder
+    (``attention``, as are the settings below)."""
     heads: int = Field(default=8, ge=1)
     """Attention heads of the latent side; those of the pixel side have the same width each."""
-    encoder_blocks: int = Field(default=1, ge=1)
-    """Blocks in which the latents query the image's pixels."""
-    decoder_blocks: int = Field(default=1, ge=1)
-    """Blocks in which output pixels query the latents."""
     latent_blocks: int = Field(default=0, ge=0)
     """Self-attention blocks on the latent grid, at the end of the encoder and again at the start of
     the decoder."""
@@ -36,9 +51,6 @@ class RiaeConfig(Section):
     """Which latents attend to each other in those blocks if ``attention`` is tiled: all, which
     takes most of the time with more than a few thousand latents, or those of a tile and its
     halo."""
-    ffn_ratio: float = Field(default=4.0, gt=0)
-    """Size of the feed-forward layers: their hidden width relative to the width of their block, as
-    in a network of two layers with as many weights."""
     fourier: IntPair = (-3, 7)
     """First and last power p of the Fourier features sin, cos(π·2^p·coordinate), for ``cloud``
     attention."""
@@ -67,6 +79,56 @@ class RiaeConfig(Section):
     """Tell encoder and decoder how large pixels are, in latent cells. A pixel then stands for an
     area, not for a point (cell decoding of LIIF, Chen et al. 2021). For training at several
     scales."""
+
+    @property
+    def cell(self) -> int:
+        """Points per side of a cell's lattice."""
+        return round(self.downsample)
+
+    def grid_for(self, image: Size) -> Size:
+        """Return the latent grid (h, w) of an image (H, W) at its own size."""
+        height, width = (side / self.downsample for side in image)
+        if self.kind == "lattice":
+            return math.ceil(height), math.ceil(width)
+        return max(1, round(height)), max(1, round(width))
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> RiaeConfig:
+        foreign = _ATTENTION if self.kind == "lattice" else _LATTICE
+        for name in foreign:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                other = "attention" if self.kind == "lattice" else "lattice"
+                raise ValueError(
+                    f"{name} = {value!r}: is a setting of kind '{other}', and kind is '{self.kind}'"
+                )
+        if self.kind == "lattice" and self.downsample != int(self.downsample):
+            raise ValueError(
+                f"downsample = {self.downsample}: must be a whole number of pixels for kind "
+                "'lattice'"
+            )
+        if self.kind == "attention" and not (self.encoder_blocks and self.decoder_blocks):
+            raise ValueError("encoder_blocks and decoder_blocks: at least 1 for kind 'attention'")
+        return self
+
+
+_LATTICE = ("linear", "features")
+_ATTENTION = (
+    "pixel_width",
+    "heads",
+    "latent_blocks",
+    "latent_attention",
+    "fourier",
+    "attention",
+    "tile",
+    "halo",
+    "cell_fourier",
+    "gaussian_window",
+    "bounded",
+    "decode_scales",
+    "condition_on_pixel_size",
+)
+"""Settings of one kind alone."""
 
 
 AttentionKind = Literal["full", "cloud", "axial", "linear", "tiled"]

@@ -55,6 +55,8 @@ def renew_config(config: Mapping[str, Any], where: str | None = None) -> dict[st
     renewed: dict[str, Any] = {
         name: {} if isinstance(part, dict) else part for name, part in config.items()
     }
+    if where is None and "riae" in config and "kind" not in config["riae"]:
+        renewed["riae"]["kind"] = "attention"  # what a checkpoint without a kind has
     for section, part in config.items():
         for key, old in part.items() if isinstance(part, dict) else ():
             name, value = renew_setting(f"{section}.{key}", old)

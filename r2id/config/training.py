@@ -218,8 +218,20 @@ class RiaeRun(_StageRun):
     """One RIAE training run."""
 
     stage: Literal["riae"]
+    start: Literal["pca", "random"] = "pca"
+    """Where the linear map of kind ``lattice`` begins: at a principal component analysis of the
+    training images, or at random weights. Not used with ``init_from``."""
     riae: RiaeConfig = RiaeConfig()
     loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _loss_of_the_kind(self) -> RiaeRun:
+        for name in self.loss.foreign_to(self.riae.kind):
+            raise ValueError(
+                f"loss.{name} = {getattr(self.loss, name)!r}: is no setting for riae.kind "
+                f"'{self.riae.kind}'"
+            )
+        return self
 
 
 class R2idRun(_StageRun):

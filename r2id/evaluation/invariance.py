@@ -218,8 +218,9 @@ def _reconstruct(
     codec: Codec, images: Tensor, latents: Tensor, size: Size, extractor: FeatureExtractor | None
 ) -> dict[str, Tensor]:
     """Decode latents at a size; return figures [N] by name, and features with an extractor."""
-    truth, decoded = resize(images, size), codec.decode(latents, size).cpu()
-    larger = codec.decode(latents, (2 * size[0], 2 * size[1])).cpu()
+    own: Size = (images.shape[2], images.shape[3])
+    truth, decoded = resize(images, size), codec.decode(latents, size, native=own).cpu()
+    larger = codec.decode(latents, (2 * size[0], 2 * size[1]), native=own).cpu()
     values = {
         "mse": mse(decoded, truth),
         "ssim": ssim(decoded, truth),
@@ -252,9 +253,7 @@ def _half_to_double(codec: Codec, images: Tensor, latents: Tensor) -> Tensor:
     """
     own: Size = (images.shape[2], images.shape[3])
     half, double = (scale_size(own, (factor, factor)) for factor in (0.5, 2.0))
-    enlarged = codec.decode(
-        codec.encode(resize(images, half), (latents.shape[2], latents.shape[3])), double
-    ).cpu()
+    enlarged = codec.decode(codec.encode(resize(images, half), own), double, native=own).cpu()
     return torch.stack(
         [mse(enlarged, resize(images, double)), mse(codec.decode(latents, own).cpu(), images)], 1
     )

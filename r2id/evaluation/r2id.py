@@ -62,13 +62,12 @@ def encode_test_images(sampler: Sampler, shards: ShardSet, data: DataConfig) -> 
 def encode_resized(
     sampler: Sampler, shards: ShardSet, data: DataConfig, size: Size, limit: int
 ) -> Latents:
-    """Resize ``limit`` test images and encode them on the codec's grid for that size.
+    """Resize ``limit`` test images and encode them at that size.
 
     Returns latents and labels on the codec's device.
     """
-    grid = sampler.codec.grid_for(size)
     return [
-        (sampler.codec.encode(resize(images, size), grid), labels.to(sampler.codec.device))
+        (sampler.codec.encode(resize(images, size)), labels.to(sampler.codec.device))
         for images, labels in real_batches(
             shards, data, data.test_split, sampler.codec.image, limit
         )

@@ -96,18 +96,16 @@ def _measure(
     sizes: dict[str, Counter[Size]] = defaultdict(Counter)
     for batch in eval_loader(shards, data, split=data.test_split, batch=_BATCH, limit=limit):
         images = batch["image"].to(codec.device)
-        latents = codec.encode(images)
+        latents, own = codec.encode(images), (images.shape[2], images.shape[3])
         features[""] += [extractor.features(images)] if extractor else []
         for name in names:
-            size = scale_size((images.shape[2], images.shape[3]), SCALES[name])
+            size = scale_size(own, SCALES[name])
             truth = resize(images, size)
-            decoded = codec.decode(latents, size)
+            decoded = codec.decode(latents, size, native=own)
             features[name] += [extractor.features(decoded)] if extractor else []
             errors[name, ""].append(_compare(decoded, truth))
             if name != "native":
-                from_resized = codec.decode(
-                    codec.encode(truth, (latents.shape[2], latents.shape[3])), size
-                )
+                from_resized = codec.decode(codec.encode(truth, own), size, native=own)
                 errors[name, "_encoded"].append(_compare(from_resized, truth))
             sizes[name][size] += len(images)
         progress.advance(len(images))
@@ -159,6 +157,7 @@ def reconstruct_examples(
         originals += batch["image"]
         latents += encoded.cpu()
         for name, scale in SCALES.items():
-            size = scale_size((batch["image"].shape[2], batch["image"].shape[3]), scale)
-            rendered[name] += codec.decode(encoded, size).cpu()
+            own = (batch["image"].shape[2], batch["image"].shape[3])
+            size = scale_size(own, scale)
+            rendered[name] += codec.decode(encoded, size, native=own).cpu()
     return ReconstructionExamples(originals, rendered, latents)

@@ -123,18 +123,21 @@ class Codec:
         """Return the latent grid of an image of this size."""
         return self.model.grid_for(image)
 
-    def encode(self, images: Tensor, grid: Size | None = None) -> Tensor:
+    def encode(self, images: Tensor, native: Size | None = None) -> Tensor:
         """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w]; see RIAE.encode."""
         with self._autocast():
-            return self.model.encode(images.to(self.device), grid)
+            return self.model.encode(images.to(self.device), native)
 
-    def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
+    def decode(
+        self, latents: Tensor, size: Size, window: Window | None = None, native: Size | None = None
+    ) -> Tensor:
         """Decode raw latents [B, L, h, w] → images [B, C, H, W], clipped to [−1, 1].
 
-        With ``window``, only that part of the images; see RIAE.decode.
+        With ``window``, only that part of the images; ``native`` is the size of the images that
+        were encoded. See RIAE.decode.
         """
         with self._autocast():
-            return self.model.decode(latents.to(self.device), size, window).clamp(-1, 1)
+            return self.model.decode(latents.to(self.device), size, window, native).clamp(-1, 1)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Scale raw latents [B, L, h, w] to mean 0 and standard deviation 1 in each channel."""

@@ -27,11 +27,13 @@ class Pixels(nn.Module):
         """Return the image's own size."""
         return image
 
-    def encode(self, images: Tensor, grid: Size | None = None) -> Tensor:
-        """Resize images [B, C, H, W] to a grid, by default their own size → [B, C, h, w]."""
-        return resize(images, grid or (images.shape[2], images.shape[3]))
+    def encode(self, images: Tensor, native: Size | None = None) -> Tensor:
+        """Resize images [B, C, H, W] to a size, by default their own → [B, C, h, w]."""
+        return resize(images, native or (images.shape[2], images.shape[3]))
 
-    def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
+    def decode(
+        self, latents: Tensor, size: Size, window: Window | None = None, native: Size | None = None
+    ) -> Tensor:
         """Resize [B, C, h, w] to ``size`` → [B, C, H, W], or cut a window of that out of it."""
         rows, columns = part_of(size, window)
         return resize(latents, size)[:, :, rows, columns]

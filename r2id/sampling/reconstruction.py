@@ -44,6 +44,6 @@ def reconstruct_file(
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
     latents = codec.encode(image.unsqueeze(0))
     for file, size in zip(files, sizes, strict=True):
-        save_png(codec.decode(latents, size, window)[0], file)
+        save_png(codec.decode(latents, size, window, own)[0], file)
     error = F.mse_loss(codec.decode(latents, own)[0].cpu(), image)
     return {"files": [str(file) for file in files], "psnr": float(psnr(error))}

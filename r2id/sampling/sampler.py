@@ -181,9 +181,16 @@ class Sampler:
     @torch.no_grad()
     def render(self, latents: Tensor, size: Size) -> Tensor:
         """Decode raw latents [B, L, h, w] → float32 [B, C, H, W] in [−1, 1], on the CPU."""
-        length = _batch_length(_BATCH_PIXELS, size)
+        length, grid = _batch_length(_BATCH_PIXELS, size), (latents.shape[2], latents.shape[3])
+        native = None
+        if self.codec.grid_for(size) != grid == self.codec.grid_for(self.codec.image):
+            # The grid of the training images, drawn at another size: cells at the border hold as
+            # much of the picture as theirs did.
+            native = self.codec.image
         return _in_batches(
-            lambda rows: self.codec.decode(latents[rows], size).cpu(), len(latents), length
+            lambda rows: self.codec.decode(latents[rows], size, native=native).cpu(),
+            len(latents),
+            length,
         )
 
     def _latents(

@@ -39,6 +39,8 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
     if newest is not None and is_finished(config, newest):
         return {"checkpoint": newest.path, "step": newest.step}
     task = make_task(config, world, micro_batch_size(config.train, world.world_size))
+    if newest is None and config.init_from is None:
+        task.start()
     prepare_blocks(task.module.model.blocks(), config.train)
     engine = make_engine(
         task.module, optim=config.optim, train=config.train, engine=config.engine, world=world

@@ -6,6 +6,7 @@ checkpoint records.
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from r2id import dist
 from r2id.config import R2idRun, RiaeConfig, RiaeRun
 from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader, image_loader, image_sizes
@@ -26,13 +28,16 @@ from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
+from r2id.progress import say
+from r2id.training import pca
 from r2id.training.conditions import condition_facts, conditions_of
 from r2id.training.latent_statistics import latent_statistics
 from r2id.training.losses.r2id import R2idLoss
-from r2id.training.losses.riae import RiaeLoss
+from r2id.training.losses.riae import RiaeLoss, riae_loss
 from r2id.training.workload import Cost, Dimensions, Workload, image_cost
 
-_STATISTICS_IMAGES = 2048  # images from which the mean and deviation of latents are measured
+# Bounds of what the mean and deviation of latents are measured from.
+_STATISTICS_IMAGES, _STATISTICS_PIXELS = 2048, 1 << 24
 
 Batch = dict[str, Any]
 
@@ -73,6 +78,9 @@ class Task(ABC):
     def build_model(self) -> nn.Module:
         """Build another model of the same architecture, for weights other than the trained ones."""
 
+    def start(self) -> None:  # noqa: B027
+        """Prepare the initial weights of a new run from its data, the same in all processes."""
+
     @abstractmethod
     def image_size(self, batch: Batch) -> Size:
         """Return the height and width of the images in a batch, or of those behind its latents."""
@@ -100,12 +108,13 @@ class RiaeTask(Task):
     def __init__(self, config: RiaeRun, shards: ShardSet, world: World, micro_batch: int) -> None:
         super().__init__(config, shards, world, micro_batch)
         self.config = config
+        self.sizes = image_sizes(shards, config.data, config.data.train_split)
         self.facts = {
             "channels": config.data.channels,
             "digest": shards.digest,
-            "image": list(_median(image_sizes(shards, config.data, config.data.train_split))),
+            "image": list(_median(self.sizes)),
         }
-        self.module = RiaeLoss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
+        self.module = riae_loss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
 
     def inputs(self, batch: Batch) -> Batch:
         return {"image": to_float(batch["image"]), "index": batch["index"]}
@@ -116,17 +125,36 @@ class RiaeTask(Task):
     def image_size(self, batch: Batch) -> Size:
         return batch["image"].shape[2], batch["image"].shape[3]
 
+    def start(self) -> None:
+        """Set the linear map to the PCA of training images, which rank 0 computes."""
+        config, riae = self.config, self.config.riae
+        if config.start != "pca" or riae.kind != "lattice" or not riae.linear:
+            return
+        weights = None
+        if dist.is_main():
+            limit = pca.image_limit(self.sizes)
+            chosen = self.sizes[:: max(1, len(self.sizes) // limit)]
+            cells = sum(math.prod(riae.grid_for(size)) for size in chosen)
+            say(f"PCA of {min(limit, len(self.sizes)):,} training images, to start from")
+            images = (batch["image"] for batch in self._training_images(limit, 64))
+            weights = pca.fit_pca(images, riae.cell, riae.latent_channels, cells)
+        assert isinstance(self.module.model, RIAE)
+        pca.start_from_pca(self.module.model, dist.broadcast_object(weights))
+
     def latent_statistics(self, model: RIAE, device: torch.device) -> dict[str, Tensor]:
         """Measure the mean and standard deviation of a model's latents, per channel.
 
         R2ID normalises latents with them.
         """
-        data = self.config.data
-        batches = eval_loader(
-            self.shards, data, split=data.train_split, batch=128, limit=_STATISTICS_IMAGES
-        )
+        limit = pca.images_within(_STATISTICS_PIXELS, self.sizes, _STATISTICS_IMAGES)
+        batches = self._training_images(limit, 128)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.train.autocast):
             return latent_statistics(model.encode, (batch["image"].to(device) for batch in batches))
+
+    def _training_images(self, limit: int, batch: int) -> Iterator[Batch]:
+        """Yield whole training images, evenly spaced over the set, in batches of one size."""
+        data = self.config.data
+        return eval_loader(self.shards, data, split=data.train_split, batch=batch, limit=limit)
 
 
 class R2idTask(Task):

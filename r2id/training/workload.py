@@ -17,13 +17,12 @@ from torch import nn
 
 from r2id.config import R2idRun, RiaeConfig, RiaeRun
 from r2id.models.coords import Size
-from r2id.models.pixels import DOWNSAMPLE
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import Trace, count_flops, trace_step
 from r2id.training.blocks import prepare_blocks
 from r2id.training.losses.r2id import R2idLoss
-from r2id.training.losses.riae import RiaeLoss
+from r2id.training.losses.riae import RiaeLoss, riae_loss
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,14 @@ class Workload:
     def grid(self) -> Size:
         """Return the latent grid of the largest images."""
         codec = self.config.riae if isinstance(self.config, RiaeRun) else self.dimensions.riae
-        downsample = DOWNSAMPLE if codec is None else codec.downsample
-        height, width = (max(1, round(side / downsample)) for side in self.dimensions.image)
-        return height, width
+        return self.dimensions.image if codec is None else codec.grid_for(self.dimensions.image)
 
     def module(self, prepared: bool = True) -> RiaeLoss | R2idLoss:
         """Build the loss module, ``prepared`` with the config's activation checkpointing or not."""
         config = self.config
         module: RiaeLoss | R2idLoss
         if isinstance(config, RiaeRun):
-            module = RiaeLoss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
+            module = riae_loss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
         else:
             classes, embedding = self.dimensions.classes, self.dimensions.embedding
             model = R2ID(config.r2id, self._channels(), classes, embedding)

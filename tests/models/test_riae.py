@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from r2id.config import LossConfig, RiaeConfig
-from r2id.models import decoder, visibility
+from r2id.models import attention_decoder as decoder
+from r2id.models import visibility
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
-from r2id.training.losses.riae import RiaeLoss, rescaled
+from r2id.training.losses.points import PointLoss, rescaled
 
 SMALL = RiaeConfig(
     latent_channels=4,
@@ -168,7 +169,7 @@ def test_bounded_latents():
 
 def test_loss_depends_on_step_and_sample_alone():
     torch.manual_seed(0)
-    loss = RiaeLoss(RIAE(SMALL, 1), LOSS, seed=3)
+    loss = PointLoss(RIAE(SMALL, 1), LOSS, seed=3)
     image, index = torch.rand(4, 1, 10, 8) * 2 - 1, torch.tensor([5, 9, 2, 7])
     whole, _ = loss(image, index, step=11)
     halves = [loss(image[part], index[part], step=11)[0] for part in (slice(0, 2), slice(2, 4))]
@@ -181,7 +182,7 @@ def test_a_new_model_s_loss_is_the_colours_mean_square():
     torch.manual_seed(0)
     config = LOSS.model_copy(update={"jitter": 0.0, "decode_pixels": 144})
     image = torch.rand(8, 1, 12, 12) * 2 - 1
-    value, _ = RiaeLoss(RIAE(SMALL, 1), config, seed=0)(image, torch.arange(8), step=0)
+    value, _ = PointLoss(RIAE(SMALL, 1), config, seed=0)(image, torch.arange(8), step=0)
     torch.testing.assert_close(value, image.square().mean())
 
 
@@ -189,7 +190,7 @@ def test_a_new_model_s_loss_is_the_colours_mean_square():
 def test_overfits_one_batch(cloud, left):
     torch.manual_seed(0)
     model = RIAE(SMALL, 3)
-    loss = RiaeLoss(model, LossConfig(encode_cloud=cloud, decode_pixels=40, jitter=0.0), seed=0)
+    loss = PointLoss(model, LossConfig(encode_cloud=cloud, decode_pixels=40, jitter=0.0), seed=0)
     images = F.interpolate(torch.rand(4, 3, 3, 3) * 2 - 1, (12, 12), mode="bilinear")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(250):
@@ -213,7 +214,7 @@ def test_texture_is_the_error_of_the_slope(attention):
     with torch.no_grad():
         plain, textured = (
             sum(
-                RiaeLoss(model, LOSS.model_copy(update={**changes, "texture": weight}), seed=0)(
+                PointLoss(model, LOSS.model_copy(update={**changes, "texture": weight}), seed=0)(
                     image, torch.tensor([0]), step
                 )[0]
                 for step in range(4)

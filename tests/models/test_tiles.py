@@ -17,7 +17,7 @@ from r2id.models.coords import grid_coordinates
 from r2id.models.riae import RIAE
 from r2id.models.tiles import Tiles, rectangles
 from r2id.models.tracing import trace_peak
-from r2id.training.losses.riae import RiaeLoss
+from r2id.training.losses.points import PointLoss
 
 SMALL = RiaeConfig(
     attention="tiled",
@@ -283,7 +283,7 @@ def test_both_kernels_agree_on_tiles(model):
     ],
 )
 def test_loss_depends_on_step_and_sample_alone_and_reaches_all_weights(changes, of_model):
-    loss = RiaeLoss(made(**of_model).train(), LOSS.model_copy(update=changes), seed=3)
+    loss = PointLoss(made(**of_model).train(), LOSS.model_copy(update=changes), seed=3)
     image, index = torch.rand(4, 1, 37, 45) * 2 - 1, torch.tensor([5, 9, 2, 7])
     whole, figures = loss(image, index, step=11)
     halves = [loss(image[part], index[part], step=11)[0] for part in (slice(0, 2), slice(2, 4))]
@@ -301,11 +301,11 @@ def test_the_loss_is_the_image_s_mean_error():
     model = RIAE(SMALL, 1)  # it starts by guessing 0
     every, some = (LossConfig(jitter=0.0, decode_pixels=count) for count in (45 * 37, 40))
     image = torch.rand(1, 1, 45, 37).cumsum(2) / 20
-    value, _ = RiaeLoss(model, every, seed=0)(image, torch.arange(1), step=0)
+    value, _ = PointLoss(model, every, seed=0)(image, torch.arange(1), step=0)
     torch.testing.assert_close(value, image.square().mean())
     with torch.no_grad():
         drawn = torch.stack(
-            [RiaeLoss(model, some, seed=0)(image, torch.arange(1), step)[0] for step in range(100)]
+            [PointLoss(model, some, seed=0)(image, torch.arange(1), step)[0] for step in range(100)]
         )
     assert (
         abs(drawn.mean() - value) < 4 * drawn.std() / math.sqrt(len(drawn))
@@ -325,7 +325,7 @@ def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
         )[1],
     )
     for side in (32, 64, 128):
-        RiaeLoss(made(), LossConfig(decode_pixels=512), seed=0)(
+        PointLoss(made(), LossConfig(decode_pixels=512), seed=0)(
             torch.zeros(1, 1, side, side), torch.arange(1), step=0
         )
     assert decoded == [512, 512, 512]
@@ -334,7 +334,7 @@ def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
 def test_overfits_one_batch():
     torch.manual_seed(0)
     model = RIAE(SMALL.model_copy(update={"tile": 2, "halo": 1.0}), 3)
-    loss = RiaeLoss(model, LOSS.model_copy(update={"jitter": 0.0}), seed=0)
+    loss = PointLoss(model, LOSS.model_copy(update={"jitter": 0.0}), seed=0)
     images = F.interpolate(torch.rand(4, 3, 3, 3) * 2 - 1, (12, 12), mode="bilinear")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(250):

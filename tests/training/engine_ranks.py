@@ -38,7 +38,7 @@ from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training.engines import Engine, make_engine
 from r2id.training.losses.r2id import R2idLoss
-from r2id.training.losses.riae import RiaeLoss
+from r2id.training.losses.points import PointLoss
 
 STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -69,7 +69,7 @@ def make(
     torch.manual_seed(0)
     module: nn.Module
     if stage == "riae":
-        module = RiaeLoss(
+        module = PointLoss(
             RIAE(RIAE_CONFIG, 1), LossConfig(encode_cloud=0.5, decode_pixels=7), seed=0
         )
     else:

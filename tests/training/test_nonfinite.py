@@ -16,7 +16,7 @@ from r2id.errors import InputError, NonFiniteError
 from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks.watchdog import Watchdog
 from r2id.training.loop import train
-from r2id.training.losses.riae import RiaeLoss
+from r2id.training.losses.points import PointLoss
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.test_loop import assert_same, riae_config
 
@@ -26,14 +26,14 @@ def spoil(monkeypatch):
     """Let something happen in the forward pass of given steps."""
 
     def install(steps, how):
-        forward = RiaeLoss.forward
+        forward = PointLoss.forward
 
         def spoilt(self, *args, **batch):
             if batch["step"] in steps:
                 return how(self, lambda: forward(self, *args, **batch))
             return forward(self, *args, **batch)
 
-        monkeypatch.setattr(RiaeLoss, "forward", spoilt)
+        monkeypatch.setattr(PointLoss, "forward", spoilt)
 
     return install
 
@@ -141,13 +141,13 @@ import os, sys, time
 from pathlib import Path
 from r2id.config import TrainConfig, load_config
 from r2id.training import loop
-from r2id.training.losses.riae import RiaeLoss
-forward = RiaeLoss.forward
+from r2id.training.losses.points import PointLoss
+forward = PointLoss.forward
 def sleepy(self, *args, **batch):
     if batch["step"] == 3 and os.environ["RANK"] == "1":
         time.sleep(600)
     return forward(self, *args, **batch)
-RiaeLoss.forward = sleepy
+PointLoss.forward = sleepy
 loop.train(load_config(Path(sys.argv[1]), sys.argv[2:]))
 """
 

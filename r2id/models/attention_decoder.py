@@ -1,9 +1,4 @@
-"""RIAE's decoder: points anywhere in an image query the latent cells.
-
-To add a kind, write a module with the methods of AttentionDecoder that RIAE and RiaeLoss call
-(spread_latents, decode_points, decode, points_per_pixel and blocks), add it to DECODERS and add its
-name to RiaeConfig.kind in r2id/config/models.py; an encoder of that name goes with it
-(r2id.models.encoder).
+"""RIAE's decoder by attention: points anywhere in an image query the latent cells.
 
 Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels
 · M = h·w latents · P points that are rendered · D width.
@@ -109,8 +104,13 @@ class AttentionDecoder(nn.Module):
         )
         return down, across
 
-    def decode(self, latents: Tensor, size: Size, window: Window | None = None) -> Tensor:
-        """Decode raw latents [B, L, h, w] at any size, or a window of it; see RIAE.decode."""
+    def decode(
+        self, latents: Tensor, size: Size, window: Window | None = None, native: Size | None = None
+    ) -> Tensor:
+        """Decode raw latents [B, L, h, w] at any size, or a window of it; see RIAE.decode.
+
+        ``native`` is not used: cells tile the whole image.
+        """
         grid: Size = (latents.shape[2], latents.shape[3])
         part = coords.part_of(size, window)
         cells = coords.grid_coordinates(grid, device=latents.device).unsqueeze(0)
@@ -142,7 +142,3 @@ class AttentionDecoder(nn.Module):
     def _draw(self, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
         """Render a part of an image (H, W) with one point per pixel: [B, C, h', w']."""
         return self.visibility.decode(self.decode_points, kv, cells, grid, size, part)
-
-
-DECODERS: dict[str, type[AttentionDecoder]] = {"attention": AttentionDecoder}
-"""Value of ``riae.kind`` → class."""

@@ -1,8 +1,4 @@
-"""RIAE's encoder: latent cells query the pixels of an image.
-
-To add a kind, write a module with the methods of AttentionEncoder that RIAE and RiaeLoss call
-(encode_points, encode and blocks), add it to ENCODERS and add its name to RiaeConfig.kind in
-r2id/config/models.py; a decoder of that name goes with it (r2id.models.decoder).
+"""RIAE's encoder by attention: latent cells query the pixels of an image.
 
 Shape letters: B batch · C colours · H, W image size · h, w latent grid · L latent channels · N
 pixels that are seen · M = h·w latents · D width.
@@ -53,8 +49,12 @@ class AttentionEncoder(nn.Module):
         """The modules whose activations may be recomputed."""
         return [*self.cross_blocks, *self.latent_blocks]
 
-    def encode(self, images: Tensor, grid: Size) -> Tensor:
-        """Encode images [B, C, H, W], a few at a time → raw latents [B, L, h, w]."""
+    def encode(self, images: Tensor, native: Size) -> Tensor:
+        """Encode images [B, C, H, W], a few at a time, on the grid of an image of ``native`` size.
+
+        Returns raw latents [B, L, h, w].
+        """
+        grid = self.config.grid_for(native)
         cells = coords.grid_coordinates(grid, device=images.device).unsqueeze(0)
         at_once = self.visibility.images_encoded_at_once(images.shape[2] * images.shape[3])
         latents = torch.cat(
@@ -112,7 +112,3 @@ class AttentionEncoder(nn.Module):
         # Float32 under autocast too: latents are stored, and diffusion normalises them.
         latents = self.to_latent(x).float()
         return torch.tanh(latents) if self.config.bounded else latents
-
-
-ENCODERS: dict[str, type[AttentionEncoder]] = {"attention": AttentionEncoder}
-"""Value of ``riae.kind`` → class."""

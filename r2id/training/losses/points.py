@@ -1,0 +1,174 @@
+"""The loss of an RIAE by attention: a module from a batch to (loss, figures by name).
+
+Every random draw is keyed by (seed, step, sample), so that the loss depends neither on the batch
+that a sample is in nor on how often training was interrupted.
+
+To add a pixel loss, see r2id.training.losses.pixel. To add a term, add its weight to LossConfig in
+r2id/config/losses.py and a method like _texture_loss here.
+
+Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid · N pixels
+that the encoder sees · M = h·w latents · P points that the decoder renders · D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from r2id import rng
+from r2id.config import LossConfig
+from r2id.models import coords
+from r2id.models.coords import Size
+from r2id.models.riae import RIAE
+from r2id.models.tiles import Tiles
+from r2id.training.losses.pixel import reconstruction_loss
+from r2id.training.losses.rescaling import rescaled
+
+# One stream of random numbers for each purpose.
+_ENCODER_PIXELS, _ENCODER_JITTER, _DECODER_PIXELS, _DECODER_JITTER, _LATENT_NOISE, _LATENT_CLOUD = (
+    range(6)
+)
+_DECODE_SCALE, _ENCODE_SCALE, _DIRECTION = 10, 12, 13  # the numbers between are R2ID's
+
+Figures = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Points that the decoder renders, and the latents that it sees."""
+
+    kv: Tensor
+    """What points attend to, [B, M, D]."""
+    cells: Tensor
+    """Coordinates of kv, [B or 1, M, 4]."""
+    coordinates: Tensor
+    """Coordinates of the points, [B, P, 4]."""
+    colours: Tensor
+    """True colours of the points, [B, P, C]."""
+    size: Size
+    """Size of the image that the points are taken from."""
+    tiles: Tiles | None
+    """The tiles that the points make up, if attention is tiled."""
+    weight: Tensor | None
+    """Weights of the points' errors, [B, P, 1]; None: all are 1."""
+
+
+class PointLoss(nn.Module):
+    """Error of reconstructing some points of an image from the pixels that the encoder sees.
+
+    The model's visibility chooses them: the encoder sees a random cloud of pixels and the decoder
+    renders random points, or with ``tiled`` attention, the encoder sees all pixels and the decoder
+    renders random tiles. A jittered point stays in the tile of its pixel: half a pixel is little
+    beside the halo.
+    """
+
+    def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
+        super().__init__()
+        self.model, self.config, self.seed = model, config, seed
+
+    def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
+        """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures.
+
+        ``index`` is a sample's number in the dataset, which keys its random draws.
+        """
+        config, size = self.config, (image.shape[2], image.shape[3])
+        rng_keys = rng.fold(self.seed, step, index)
+        grid = self.model.grid_for(size)
+        cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
+        seen = rescaled(image, config.encode_scales, self.seed, step, _ENCODE_SCALE)
+        asked = rescaled(image, self.model.config.decode_scales, self.seed, step, _DECODE_SCALE)
+        count = max(1, round(config.encode_cloud * size[0] * size[1]))
+        latents = self._encode(seen, count, cells, grid, rng_keys)
+        if config.latent_noise:
+            noise = rng.normal(rng.fold(rng_keys, _LATENT_NOISE), *latents.shape[1:])
+            latents = latents + config.latent_noise * noise
+        kv = self.model.decoder.spread_latents(latents, cells, grid)
+        points = self._choose_points(kv, cells, grid, asked, rng_keys)
+        decoded = self._decode(points, points.coordinates, grid)
+        loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
+        if config.texture:
+            texture = self._texture_loss(points, decoded, grid, asked, rng_keys)
+            loss = loss + config.texture * texture
+        return loss, {
+            "mse": reconstruction_loss(decoded.detach(), points.colours, "mse", points.weight),
+            "latent_rms": latents.detach().square().mean().sqrt(),
+        }
+
+    def _encode(
+        self, image: Tensor, count: int, cells: Tensor, grid: Size, rng_keys: Tensor
+    ) -> Tensor:
+        """Encode the pixels that the encoder may see, about ``count`` of them: [B, M, L]."""
+        size: Size = (image.shape[2], image.shape[3])
+        visibility = self.model.encoder.visibility
+        chosen = visibility.choose_encoder_pixels(
+            rng.fold(rng_keys, _ENCODER_PIXELS), size[0] * size[1], count
+        )
+        coordinates, colours = self._points(
+            image, grid, chosen, rng.fold(rng_keys, _ENCODER_JITTER)
+        )
+        tiles = visibility.tiles(grid, size, grid, device=image.device)
+        return self.model.encoder.encode_points(colours, coordinates, size, cells, grid, tiles)
+
+    def _choose_points(
+        self, kv: Tensor, cells: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
+    ) -> _Points:
+        """Choose points of the image, and the latents that the decoder may see for them."""
+        size: Size = (image.shape[2], image.shape[3])
+        visibility = self.model.encoder.visibility
+        asked = visibility.choose_decoder_pixels(
+            rng.fold(rng_keys, _DECODER_PIXELS), size, grid, self.config.decode_pixels
+        )
+        coordinates, truth = self._points(
+            image, grid, asked.pixels, rng.fold(rng_keys, _DECODER_JITTER)
+        )
+        kv, cells = visibility.choose_decoder_latents(
+            rng.fold(rng_keys, _LATENT_CLOUD), kv, cells, self.config.decode_cloud
+        )
+        return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight)
+
+    def _decode(self, points: _Points, coordinates: Tensor, grid: Size) -> Tensor:
+        return self.model.decoder.decode_points(
+            points.kv, points.cells, coordinates, points.size, grid, points.tiles
+        )
+
+    def _texture_loss(
+        self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
+    ) -> Tensor:
+        """Loss of the differences between each point and another one, one pixel away from it."""
+        angle = (2 * math.pi) * rng.uniform(
+            rng.fold(rng_keys, _DIRECTION), points.coordinates.shape[1]
+        )
+        # displace counts in halves of a pixel, so 2 is a whole one.
+        beside = coords.displace(
+            points.coordinates,
+            2 * torch.stack([angle.cos(), angle.sin()], dim=-1),
+            points.size,
+            grid,
+        )
+        change = self._decode(points, beside, grid) - decoded
+        true_change = coords.sample_image(image, beside) - points.colours
+        return reconstruction_loss(change, true_change, self.config.pixel, points.weight)
+
+    def _points(
+        self, image: Tensor, shape: Size, chosen: Tensor, jitter_keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw points near the chosen pixels [B, P] → coordinates [B, P, 4], colours [B, P, C].
+
+        A jittered point has the bicubic colour of its own place, not that of its pixel, because
+        then the same place would be shown with several colours and the model would learn their
+        blurred mean.
+        """
+        size: Size = (image.shape[2], image.shape[3])
+        jitter = self.config.jitter
+        coordinates = coords.grid_coordinates(size, shape, image.device)[chosen]
+        if not jitter:
+            flat = rearrange(image, "b c h w -> b (h w) c")
+            return coordinates, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
+        coordinates = coords.displace(
+            coordinates, jitter * rng.normal(jitter_keys, chosen.shape[1], 2), size, shape
+        )
+        return coordinates, coords.sample_image(image, coordinates)

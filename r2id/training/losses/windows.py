@@ -1,0 +1,123 @@
+"""The loss of an RIAE on a lattice: a module from a batch to (loss, figures by name).
+
+Pictures are encoded whole; whole pictures or windows of them are decoded and compared. Each step is
+one of three kinds, drawn at random and the same for the whole batch:
+
+* A plain step encodes images at their own size and decodes them at that size.
+* A step of ``magnify`` encodes smaller copies of the images and decodes them at the images' own
+  size, so that the decoder learns what lies between lattice points.
+* A step of ``equivariance`` resizes the latents and compares what is decoded with resized images,
+  so that latents of any size make sense to a diffusion model (EQ-VAE, Kouzelis et al. 2025,
+  arXiv:2502.09509).
+
+Every random draw is keyed by (seed, step, sample), so that the loss depends neither on the batch
+that a sample is in nor on how often training was interrupted.
+
+Shape letters: B batch · C colours · H, W image · L latent channels · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from r2id import rng
+from r2id.config import LossConfig
+from r2id.config.losses import PixelLoss
+from r2id.images import resize
+from r2id.models.coords import WHOLE, Part, Size
+from r2id.models.lattice import on_lattice
+from r2id.models.riae import RIAE
+from r2id.training.losses.pixel import reconstruction_loss
+from r2id.training.losses.rescaling import random_size
+
+# One stream of random numbers for each purpose; those of other losses have the numbers up to 13.
+_KIND, _SMALLER, _LATENT_SCALE, _NOISE, _MASK, _WINDOW = range(20, 26)
+
+Figures = dict[str, Tensor]
+
+
+class WindowLoss(nn.Module):
+    """Error of pictures decoded from the latents of images, whole or in windows."""
+
+    def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
+        super().__init__()
+        self.model, self.config, self.seed = model, config, seed
+
+    def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
+        """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures.
+
+        ``index`` is a sample's number in the dataset, which keys its random draws.
+        """
+        config, size = self.config, (image.shape[2], image.shape[3])
+        kind = rng.number(self.seed, step, _KIND)
+        resized = kind < config.equivariance
+        smaller = not resized and kind < config.equivariance + config.magnify
+        native = (
+            random_size(size, config.magnify_scales, self.seed, step, _SMALLER) if smaller else size
+        )
+        grid, cell = self.model.grid_for(native), self.model.config.cell
+        lattice = on_lattice(image, native, grid, cell)
+        latents = self.model.encoder(lattice)
+        given = self._disturbed(latents, rng.fold(self.seed, step, index))
+        truth = image
+        if resized:
+            other = random_size(grid, config.equivariance_scales, self.seed, step, _LATENT_SCALE)
+            given = resize(given, other)
+            size = native = other[0] * cell, other[1] * cell
+            truth = resize(lattice, size)
+        part = self._window(size, step)
+        decoded = self.model.decoder.render(given, size, native, part)
+        truth = truth[:, :, part[0], part[1]]
+        loss = self._picture_loss(decoded, truth)
+        return loss, {
+            "mse": reconstruction_loss(decoded.detach(), truth, "mse"),
+            "latent_rms": latents.detach().square().mean().sqrt(),
+        }
+
+    def _disturbed(self, latents: Tensor, rng_keys: Tensor) -> Tensor:
+        """Add noise to latents [B, L, h, w], and replace those of some cells by noise alone."""
+        config, shape = self.config, latents.shape[1:]
+        if config.latent_noise:
+            noise = rng.normal(rng.fold(rng_keys, _NOISE), *shape)
+            latents = latents + config.latent_noise * noise
+        if config.latent_mask:
+            # Of each image another share of the cells, up to latent_mask.
+            draws = rng.uniform(rng.fold(rng_keys, _MASK), 1 + shape[1] * shape[2])
+            share = config.latent_mask * draws[:, :1]
+            hidden = (draws[:, 1:] < share).view(-1, 1, shape[1], shape[2])
+            latents = torch.where(hidden, 0.0, latents)
+        return latents
+
+    def _window(self, size: Size, step: int) -> Part:
+        """Choose the part of pictures of a size that is decoded in a step."""
+        window = self.config.window
+        if window is None:
+            return WHOLE
+        starts = (
+            int(rng.number(self.seed, step, _WINDOW, axis) * (max(0, side - most) + 1))
+            for axis, (side, most) in enumerate(zip(size, window, strict=True))
+        )
+        rows, columns = (
+            slice(start, min(side, start + most))
+            for start, side, most in zip(starts, size, window, strict=True)
+        )
+        return rows, columns
+
+    def _picture_loss(self, decoded: Tensor, truth: Tensor) -> Tensor:
+        config = self.config
+        loss = reconstruction_loss(decoded, truth, config.pixel)
+        if config.texture:
+            loss = loss + config.texture * texture_loss(decoded, truth, config.pixel)
+        return loss
+
+
+def texture_loss(decoded: Tensor, truth: Tensor, kind: PixelLoss) -> Tensor:
+    """Mean loss of the differences between neighbouring pixels of [B, C, H, W]."""
+    error = decoded - truth
+    terms = [
+        reconstruction_loss(side, torch.zeros_like(side), kind)
+        for side in (error.diff(dim=2), error.diff(dim=3))
+        if side.numel()
+    ]
+    return sum(terms, decoded.new_zeros(())) / max(1, len(terms))
