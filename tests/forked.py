@@ -15,6 +15,7 @@ FORKED.set_forkserver_preload(
         "data_prep.folder",
         "webdataset.writer",
         "tests.data_prep.conftest",
+        "tests.training.adversarial_ranks",
         "tests.training.children",
         "tests.training.engine_ranks",
         "tests.training.loop_ranks",

@@ -7,6 +7,7 @@ can resume from it::
                                  /model.safetensors      weights          float32, by parameter name
                                  /ema.safetensors        their average    (others: ema-SIGMA)
                                  /optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME
+                                 /discriminator.safetensors  the loss's own network, if it has one
                                  /stats.safetensors      RIAE only: mean and std of its latents
     RUN/checkpoints/latest                               name of the newest, for other programs
     RUN/ema/step-00000500/                               averages only, to make other widths from

@@ -29,11 +29,14 @@ def describe(source: Checkpoint | Path) -> dict[str, Any]:
     sizes: dict[str, int] = defaultdict(int)
     for name, fact in checkpoint.files.items():
         sizes[kind_of(name)] += fact.bytes
-    # Parameters are counted by their moments, because the weights' file also holds buffers.
+    # Parameters are counted by their moments, because the weights' file also holds buffers. Those
+    # of a discriminator are the loss's, not the model's.
     # Snapshots have no optimizer.
     moments = checkpoint.shapes("optimizer" if "optimizer" in checkpoint.kinds() else "ema")
     parameters = sum(
-        math.prod(shape) for name, shape in moments.items() if not name.startswith(f"{MOMENTS[1]}.")
+        math.prod(shape)
+        for name, shape in moments.items()
+        if not name.startswith((f"{MOMENTS[1]}.", f"{MOMENTS[0]}.discriminator."))
     )
     return {
         "checkpoint": str(checkpoint.path),

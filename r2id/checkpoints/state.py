@@ -48,8 +48,9 @@ class EngineState:
 
     The shares of all ranks make up the whole state, without overlap. Its kinds of tensors are
     ``model`` (the weights and the model's buffers), ``ema`` and ``ema-SIGMA`` (averages of the
-    weights, and the same buffers) and ``optimizer`` (Adam's moments, under the names exp_avg.NAME
-    and exp_avg_sq.NAME).
+    weights, and the same buffers), ``discriminator`` (the weights of a loss's own network, if it
+    trains one, under the names discriminator.NAME) and ``optimizer`` (Adam's moments of both, under
+    the names exp_avg.NAME and exp_avg_sq.NAME).
     """
 
     parts: dict[str, Slices]
@@ -64,6 +65,9 @@ class Source(Protocol):
     @property
     def step(self) -> int:
         """Optimizer steps done."""
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of tensors that it holds."""
 
     def shapes(self, kind: str) -> dict[str, Shape]:
         """Return the shapes of a kind's tensors, by name. Raises InputError when there are none."""
@@ -135,6 +139,22 @@ def check_fits(
     Compares the names and shapes of parameters, and the names of buffers. ``kinds`` maps each kind
     to the prefixes under which it holds every parameter.
     """
+    check_shapes(source, kinds, shapes)
+    unknown = set(source.shapes("model")) - set(model.state_dict())
+    if unknown:
+        raise InputError(f"has {min(unknown)}, the model has not; it is of another model")
+    missing = set(buffers(model)) - set(source.shapes("model"))
+    if missing:
+        raise InputError(f"has no {min(missing)}; it is of another model")
+
+
+def check_shapes(
+    source: Source, kinds: Mapping[str, Sequence[str]], shapes: Mapping[str, Shape]
+) -> None:
+    """Raise InputError unless a state holds parameters of these names and shapes.
+
+    ``kinds`` maps each kind to the prefixes under which it holds every one of them.
+    """
     for kind, prefixes in kinds.items():
         stored = source.shapes(kind)
         for name, shape in (
@@ -147,12 +167,6 @@ def check_fits(
                     f"{name} has shape {stored[name]}, the model's is {shape}; it is of another "
                     "model"
                 )
-    unknown = set(source.shapes("model")) - set(model.state_dict())
-    if unknown:
-        raise InputError(f"has {min(unknown)}, the model has not; it is of another model")
-    missing = set(buffers(model)) - set(source.shapes("model"))
-    if missing:
-        raise InputError(f"has no {min(missing)}; it is of another model")
 
 
 def buffers(model: nn.Module) -> Tensors:

@@ -24,6 +24,21 @@ class LossConfig(Section):
     """Weight of a second term: the same loss of the colour differences between neighbouring pixels
     (``attention``: between each point and another one, one pixel away in a random direction, which
     doubles the cost of the decoder)."""
+    ssim: float = Field(default=0.0, ge=0)
+    """Weight of 1 − SSIM, the loss of structure (``lattice``, as are the settings of a
+    discriminator)."""
+    discriminator: float = Field(default=0.0, ge=0)
+    """Weight of the losses of a discriminator, which learns to tell decoded pictures from their
+    originals while the decoder learns to deceive it. The discriminator's own losses have this
+    weight too, so that both sides share the limit of ``optim.clip``."""
+    discriminator_start: int = Field(default=0, ge=0)
+    """Step at which both begin to learn from each other."""
+    discriminator_width: int = Field(default=32, ge=1)
+    """Width of the discriminator at places of 2×2 pixels; twice and four times that at places of
+    4×4 and 8×8."""
+    discriminator_penalty: float = Field(default=1.0, gt=0)
+    """Strength γ of the penalties R1 and R2, which count γ/2 times the squared gradient of the
+    discriminator at real and at decoded pictures."""
     latent_noise: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise that is added to the latents, so that similar latents
     are decoded to similar images."""
@@ -70,6 +85,11 @@ class LossConfig(Section):
 
 
 _LATTICE = (
+    "ssim",
+    "discriminator",
+    "discriminator_start",
+    "discriminator_width",
+    "discriminator_penalty",
     "latent_mask",
     "equivariance",
     "equivariance_scales",

@@ -225,6 +225,21 @@ class RiaeRun(_StageRun):
     loss: LossConfig = LossConfig()
 
     @model_validator(mode="after")
+    def _discriminator_is_whole(self) -> RiaeRun:
+        where = f"loss.discriminator = {self.loss.discriminator}: does not go with"
+        if self.loss.discriminator and self.engine.zero_stage == 3:
+            raise ValueError(
+                f"{where} engine.zero_stage 3, which scatters weights, because the decoder's loss "
+                "reads the discriminator's whole; use 0, 1 or 2"
+            )
+        if self.loss.discriminator and self.train.precision == "bfloat16_weights":
+            raise ValueError(
+                f"{where} train.precision 'bfloat16_weights', because penalties of the "
+                "discriminator are differentiated twice, in float32; use 'bfloat16' or 'float32'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _loss_of_the_kind(self) -> RiaeRun:
         for name in self.loss.foreign_to(self.riae.kind):
             raise ValueError(

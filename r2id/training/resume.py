@@ -11,7 +11,7 @@ from typing import Any
 from r2id import dist
 from r2id.checkpoints import Checkpoint, writing
 from r2id.checkpoints.reading import resume
-from r2id.checkpoints.state import Source, check_fits
+from r2id.checkpoints.state import Source
 from r2id.config import R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
@@ -72,7 +72,7 @@ class _InitialWeights:
         self.engine = engine
 
     def check(self, source: Source) -> None:
-        check_fits(source, {"ema": ("",)}, self.engine.shapes, self.engine.model)
+        self.engine.check_weights(source, "ema")
 
     def load(self, source: Source) -> None:
         self.engine.load_weights(source, "ema")

@@ -5,6 +5,11 @@ figures), and ``module.model`` holds the trained weights. Masters, moments and a
 float32; bfloat16 is used in the forward pass only. Each rank saves and loads its own share, so that
 any engine, with any number of ranks, can go on from any other's checkpoint, and no rank needs the
 memory for the whole state.
+
+A loss may have a network of its own that learns beside the model, ``module.discriminator``. It is
+trained by the same optimizer, in groups of its own, and saved as another kind of tensors: nothing
+that loads a model meets it, and a run with other weights to begin with (``init_from``) begins with
+a new one.
 """
 
 from __future__ import annotations
@@ -28,13 +33,21 @@ from r2id.checkpoints.state import (
     Tensors,
     buffers,
     check_fits,
+    check_shapes,
     cut,
     fill,
     whole,
 )
 from r2id.config import OptimConfig, TrainConfig
-from r2id.errors import NonFiniteError
+from r2id.errors import InputError, NonFiniteError
 from r2id.training.ema import Ema, decays
+
+DISCRIMINATOR = "discriminator"
+"""Kind of tensors in checkpoints, and, with a dot, the prefix of their names."""
+
+_DISCRIMINATOR_BETAS = (0.0, 0.99)
+"""Adam's decays for a discriminator, which chases a moving target: no momentum, as in R3GAN (Huang
+et al. 2024, arXiv:2501.05441)."""
 
 
 class Engine(ABC):
@@ -49,7 +62,9 @@ class Engine(ABC):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     shapes: dict[str, Shape]
-    """Shapes of the trained parameters, by name."""
+    """Shapes of the trained parameters, by name; a discriminator's are in it too."""
+    discriminator_start: int = 0
+    """Step at which a discriminator begins to learn."""
     masters: list[Tensor]
     layout: list[Piece]
     """Which elements of the parameters this rank's masters hold."""
@@ -77,6 +92,11 @@ class Engine(ABC):
         self.steps = step + 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # Adam corrects its averages by their number of steps. Without gradients, some engines count
+        # a step and others do not, and a resumed one cannot know.
+        for number in {piece.master for piece in self._pieces(DISCRIMINATOR)}:
+            count = self.optimizer.state[self.masters[number]]["step"]
+            count.fill_(max(0, step - self.discriminator_start))
         return self._update(step)
 
     def state(self) -> EngineState:
@@ -86,37 +106,53 @@ class Engine(ABC):
         """
         parts: dict[str, Slices] = {}
         for kind, prefix, values in self._tracked():
-            parts.setdefault(kind, {}).update(cut(values, self._own(), self.shapes, prefix))
+            own = self._own(self._pieces(kind))
+            if own:
+                parts.setdefault(kind, {}).update(cut(values, own, self.shapes, prefix))
         if dist.is_main():
             for kind in ("model", *self.ema.averages):
-                parts[kind].update(whole(buffers(self.model)))
+                parts.setdefault(kind, {}).update(whole(buffers(self.model)))
         return EngineState(parts, self.steps)
 
     def check(self, source: Source) -> None:
         """Raise InputError when a state belongs to another model or has other averages."""
-        kinds = {"optimizer": tuple(f"{moment}." for moment in MOMENTS), "model": ("",)}
-        check_fits(source, kinds | dict.fromkeys(self.ema.averages, ("",)), self.shapes, self.model)
+        moments = {"optimizer": tuple(f"{moment}." for moment in MOMENTS)}
+        self._check_model(source, moments | dict.fromkeys(("model", *self.ema.averages), ("",)))
+        others = self._shapes(DISCRIMINATOR)
+        if others and DISCRIMINATOR not in source.kinds():
+            raise InputError(
+                "has no discriminator, and loss.discriminator asks for one: it is of a run without "
+                "it; begin another run from its weights with init_from"
+            )
+        if others:
+            check_shapes(source, moments | {DISCRIMINATOR: ("",)}, others)
 
     @torch.no_grad()
     def load(self, source: Source) -> None:
         """Load a state that has passed ``check``; each rank reads what it holds."""
         for kind, prefix, values in self._tracked():
-            fill(values, self.layout, source, kind, prefix)
+            fill(values, self._pieces(kind), source, kind, prefix)
         for master in self.masters:
             self.optimizer.state[master]["step"].fill_(source.step)
-        self._set_weights(source, "model")
+        for kind in ("model", DISCRIMINATOR):
+            self._set_weights(source, kind, list(self._shapes(kind)))
         self._set_buffers(source, "model")
         self.steps = source.step
+
+    def check_weights(self, source: Source, kind: str) -> None:
+        """Raise InputError when one kind of weights belongs to another model."""
+        self._check_model(source, {kind: ("",)})
 
     @torch.no_grad()
     def load_weights(self, source: Source, kind: str) -> None:
         """Load one kind of weights (``model`` or ``ema``) of another run, which must fit.
 
-        The averages begin with the same weights. Moments and steps stay as they are at step 0.
+        The averages begin with the same weights. Moments and steps stay as they are at step 0, and
+        a discriminator stays new.
         """
         for values in (self.masters, *self.ema.averages.values()):
-            fill(values, self.layout, source, kind)
-        self._set_weights(source, kind)
+            fill(values, self._pieces("model"), source, kind)
+        self._set_weights(source, kind, list(self._shapes("model")))
         self._set_buffers(source, kind)
 
     @torch.no_grad()
@@ -127,7 +163,7 @@ class Engine(ABC):
         """
         pieces = {piece.name: piece for piece in self.layout}
         averages: Tensors = {}
-        for name, shape in self.shapes.items():
+        for name, shape in self._shapes("model").items():
             # One parameter at a time, so that no rank's device holds the whole model once more.
             full = torch.zeros(math.prod(shape), device=self.device)
             if name in pieces:
@@ -138,9 +174,10 @@ class Engine(ABC):
                 averages[name] = full.view(shape).cpu()
         return {**averages, **buffers(self.model)} if dist.is_main() else None
 
-    def _track_masters(self, train: TrainConfig) -> None:
+    def _track_masters(self, module: nn.Module, train: TrainConfig) -> None:
         """Make the moments and averages of the masters; constructors call it at their end."""
         fill_moments(self.optimizer, self.masters)
+        self.discriminator_start = getattr(discriminator_of(module), "start", 0)
         self.ema = Ema(self.masters, decays(train))
 
     def _tracked(self) -> list[tuple[str, str, list[Tensor]]]:
@@ -151,11 +188,23 @@ class Engine(ABC):
             for moment in MOMENTS
         ]
         averages = [(kind, "", values) for kind, values in self.ema.averages.items()]
-        return [("model", "", self.masters), *moments, *averages]
+        weights = [(kind, "", self.masters) for kind in ("model", DISCRIMINATOR)]
+        return [*weights, *moments, *averages]
 
-    def _own(self) -> list[Piece]:
-        """Return the pieces that this rank saves, so that every element is saved by one rank."""
-        return self.layout[dist.rank() :: dist.world_size()] if self._replicated() else self.layout
+    def _check_model(self, source: Source, kinds: dict[str, tuple[str, ...]]) -> None:
+        check_fits(source, kinds, self._shapes("model"), self.model)
+
+    def _shapes(self, kind: str) -> dict[str, Shape]:
+        """Return the parameters that a kind of tensors in checkpoints holds, and their shapes."""
+        return {name: shape for name, shape in self.shapes.items() if _belongs(name, kind)}
+
+    def _pieces(self, kind: str) -> list[Piece]:
+        """List this rank's pieces of these parameters."""
+        return [piece for piece in self.layout if _belongs(piece.name, kind)]
+
+    def _own(self, pieces: list[Piece]) -> list[Piece]:
+        """Return those of the pieces that this rank saves: every element is saved by one rank."""
+        return pieces[dist.rank() :: dist.world_size()] if self._replicated() else pieces
 
     def _set_buffers(self, source: Source, kind: str) -> None:
         shapes = source.shapes(kind)
@@ -171,14 +220,17 @@ class Engine(ABC):
         """Tell whether every rank holds all masters, rather than a share of them."""
 
     @abstractmethod
-    def _set_weights(self, source: Source, kind: str) -> None:
-        """Set the weights of the forward pass, where they are not the masters themselves."""
+    def _set_weights(self, source: Source, kind: str, names: list[str]) -> None:
+        """Set weights of the forward pass, where they are not the masters themselves."""
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, optim: OptimConfig, discriminator: nn.Module | None = None
+) -> torch.optim.AdamW:
     """Make AdamW (Loshchilov & Hutter 2019) with weight decay for matrices only.
 
-    Parameters of norms, biases and embeddings do not decay.
+    Parameters of norms, biases and embeddings do not decay, nor does a discriminator. It has a
+    group of its own, so that DeepSpeed's flat masters hold parameters of one network only.
     """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -192,6 +244,11 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
+        {
+            "params": list(discriminator.parameters()) if discriminator else [],
+            "weight_decay": 0.0,
+            "betas": _DISCRIMINATOR_BETAS,
+        },
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, fused=True
@@ -217,6 +274,25 @@ def trained_model(module: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{type(module).__name__}.model: must be a module")
     return model
+
+
+def discriminator_of(module: nn.Module) -> nn.Module | None:
+    """Return the network that a loss module trains beside the model, if it has one."""
+    return getattr(module, DISCRIMINATOR, None)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters that a loss module trains, by name; a discriminator's come last."""
+    parameters = dict(trained_model(module).named_parameters())
+    discriminator = discriminator_of(module)
+    if discriminator is not None:
+        parameters |= discriminator.named_parameters(DISCRIMINATOR)
+    return {name: value for name, value in parameters.items() if value.requires_grad}
+
+
+def _belongs(name: str, kind: str) -> bool:
+    """Tell whether a kind of tensors in checkpoints holds a parameter."""
+    return kind == "optimizer" or name.startswith(f"{DISCRIMINATOR}.") == (kind == DISCRIMINATOR)
 
 
 def raise_unless_finite(norm: float, step: int) -> None:

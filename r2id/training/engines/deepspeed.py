@@ -22,7 +22,14 @@ from r2id.checkpoints.state import Piece, Source, Tensors, whole_layout
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
 from r2id.training.batch_split import accumulation
-from r2id.training.engines.base import Engine, make_optimizer, raise_unless_finite, trained_model
+from r2id.training.engines.base import (
+    Engine,
+    discriminator_of,
+    make_optimizer,
+    raise_unless_finite,
+    trained_model,
+    trained_parameters,
+)
 from r2id.training.engines.settings import deepspeed_config
 
 
@@ -45,10 +52,10 @@ class DeepSpeedEngine(Engine):
         self.device, self.stage, self.clip = world.device, engine.zero_stage, optim.clip
         self.accumulation = accumulation(train, world.world_size)
         self.model = trained_model(module.to(world.device).train())
-        self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.names = trained_parameters(module)
         # Noted now, because stage 3 empties the tensors.
         self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}
-        self.optimizer = make_optimizer(self.model, optim)
+        self.optimizer = make_optimizer(self.model, optim, discriminator_of(module))
         exact: Tensors = {}
         if train.precision == "bfloat16_weights":
             exact = {name: p.detach().to("cpu", copy=True) for name, p in self.names.items()}
@@ -65,7 +72,7 @@ class DeepSpeedEngine(Engine):
                 values = exact[piece.name].flatten()[piece.start : piece.start + piece.count]
                 piece.of(self.masters).detach().copy_(values)
         self.micro_steps = 0
-        self._track_masters(train)
+        self._track_masters(module, train)
 
     def _find_masters(self) -> list[Tensor]:
         """Find the float32 tensors that DeepSpeed updates on this rank."""
@@ -155,14 +162,15 @@ class DeepSpeedEngine(Engine):
         clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
         return norm
 
-    def _set_weights(self, source: Source, kind: str) -> None:
+    def _set_weights(self, source: Source, kind: str, names: list[str]) -> None:
         if self.stage in (1, 2):
-            for name, parameter in self.names.items():
-                parameter.copy_(source.read(kind, name).view(self.shapes[name]))
+            for name in names:
+                self.names[name].copy_(source.read(kind, name).view(self.shapes[name]))
         elif self.stage == 3:
             from deepspeed.runtime.zero import GatheredParameters
 
-            for name, parameter in self.names.items():
+            for name in names:
+                parameter = self.names[name]
                 with GatheredParameters([parameter], modifier_rank=0):
                     if dist.is_main():
                         parameter.copy_(source.read(kind, name).view(self.shapes[name]))

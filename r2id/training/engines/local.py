@@ -13,7 +13,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from r2id.checkpoints.state import EngineState, Source, Tensors, whole_layout
 from r2id.config import OptimConfig, TrainConfig
-from r2id.training.engines.base import Engine, make_optimizer, raise_unless_finite, trained_model
+from r2id.training.engines.base import (
+    Engine,
+    discriminator_of,
+    make_optimizer,
+    raise_unless_finite,
+    trained_model,
+    trained_parameters,
+)
 
 
 class LocalEngine(Engine):
@@ -26,13 +33,13 @@ class LocalEngine(Engine):
         self.module = module.to(device).train()
         self.model = trained_model(module)
         self.clip, self.autocast = optim.clip, train.autocast
-        self.optimizer = make_optimizer(self.model, optim)
-        self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.model, optim, discriminator_of(module))
+        self.names = trained_parameters(module)
         self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}
         self.masters = list(self.names.values())
         self.layout = whole_layout(self.shapes)
         self.guard = _FiniteGuard(device)
-        self._track_masters(train)
+        self._track_masters(module, train)
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -61,7 +68,7 @@ class LocalEngine(Engine):
     def _replicated(self) -> bool:
         return True
 
-    def _set_weights(self, source: Source, kind: str) -> None:
+    def _set_weights(self, source: Source, kind: str, names: list[str]) -> None:
         """Do nothing: the weights are the masters."""
 
 

@@ -28,8 +28,10 @@ from r2id.images import resize
 from r2id.models.coords import WHOLE, Part, Size
 from r2id.models.lattice import on_lattice
 from r2id.models.riae import RIAE
+from r2id.training.losses.discriminator import Discriminator, adversarial_terms, nothing
 from r2id.training.losses.pixel import reconstruction_loss
 from r2id.training.losses.rescaling import random_size
+from r2id.training.losses.ssim import ssim_loss
 
 # One stream of random numbers for each purpose; those of other losses have the numbers up to 13.
 _KIND, _SMALLER, _LATENT_SCALE, _NOISE, _MASK, _WINDOW = range(20, 26)
@@ -43,6 +45,11 @@ class WindowLoss(nn.Module):
     def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
         super().__init__()
         self.model, self.config, self.seed = model, config, seed
+        self.discriminator = (
+            Discriminator(model.channels, config.discriminator_width, config.discriminator_start)
+            if config.discriminator
+            else None
+        )
 
     def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
         """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures.
@@ -69,8 +76,10 @@ class WindowLoss(nn.Module):
         part = self._window(size, step)
         decoded = self.model.decoder.render(given, size, native, part)
         truth = truth[:, :, part[0], part[1]]
-        loss = self._picture_loss(decoded, truth)
+        pixel = native[0] / size[0], native[1] / size[1]
+        loss, figures = self._picture_loss(decoded, truth, pixel, step)
         return loss, {
+            **figures,
             "mse": reconstruction_loss(decoded.detach(), truth, "mse"),
             "latent_rms": latents.detach().square().mean().sqrt(),
         }
@@ -104,12 +113,40 @@ class WindowLoss(nn.Module):
         )
         return rows, columns
 
-    def _picture_loss(self, decoded: Tensor, truth: Tensor) -> Tensor:
+    def _picture_loss(
+        self, decoded: Tensor, truth: Tensor, pixel: tuple[float, float], step: int
+    ) -> tuple[Tensor, Figures]:
+        """Compare pictures → the weighted sum of all terms, and each term by name.
+
+        ``pixel``: height and width of a pixel, in pixels of the image that was encoded.
+        """
         config = self.config
-        loss = reconstruction_loss(decoded, truth, config.pixel)
+        terms = {"pixel": (1.0, reconstruction_loss(decoded, truth, config.pixel))}
         if config.texture:
-            loss = loss + config.texture * texture_loss(decoded, truth, config.pixel)
-        return loss
+            terms["texture"] = config.texture, texture_loss(decoded, truth, config.pixel)
+        if config.ssim:
+            terms["ssim"] = config.ssim, ssim_loss(decoded, truth)
+        terms |= self._adversarial_terms(decoded, truth, pixel, step)
+        loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        return loss, {name: value.detach() for name, (_, value) in terms.items()}
+
+    def _adversarial_terms(
+        self, decoded: Tensor, truth: Tensor, pixel: tuple[float, float], step: int
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Let the decoder and the discriminator compete → weights and terms by name."""
+        network, weight = self.discriminator, self.config.discriminator
+        if network is None:
+            return {}
+        if step < network.start:
+            return {"discriminator": (weight, nothing(network))}
+        terms = adversarial_terms(network, decoded, truth, pixel)
+        penalty = weight * self.config.discriminator_penalty / 2
+        return {
+            "generator": (weight, terms.generator),
+            "discriminator": (weight, terms.discriminator),
+            "r1": (penalty, terms.r1),
+            "r2": (penalty, terms.r2),
+        }
 
 
 def texture_loss(decoded: Tensor, truth: Tensor, kind: PixelLoss) -> Tensor:
