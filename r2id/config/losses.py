@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from r2id.config.section import Fraction, Fraction0, Scales, Section, Size
+from r2id.config.section import Fraction, Fraction0, PathField, Scales, Section, Size
 
 PixelLoss = Literal["l1", "mse", "charbonnier"]
 """Losses of colours, each a line of PIXEL_LOSSES in r2id.training.losses.pixel.
@@ -25,8 +25,19 @@ class LossConfig(Section):
     (``attention``: between each point and another one, one pixel away in a random direction, which
     doubles the cost of the decoder)."""
     ssim: float = Field(default=0.0, ge=0)
-    """Weight of 1 − SSIM, the loss of structure (``lattice``, as are the settings of a
+    """Weight of 1 − SSIM, the loss of structure (``lattice``, as are the perceptual term and the
     discriminator)."""
+    perceptual: float = Field(default=0.0, ge=0)
+    """Weight of the distance in features of a trained network, as LPIPS measures it."""
+    perceptual_file: PathField | None = None
+    """File of that network: a TorchScript program, which is run, from pictures [B, 3, H, W] in
+    [−1, 1] to features; or a .safetensors file with the weights of a VGG16 or its LPIPS. See
+    r2id.training.losses.perceptual."""
+    perceptual_size: Size | None = None
+    """Height and width to which pictures are resized for that network. Without it, they are shown
+    as they are."""
+    perceptual_start: int = Field(default=0, ge=0)
+    """Step at which this term begins."""
     discriminator: float = Field(default=0.0, ge=0)
     """Weight of the losses of a discriminator, which learns to tell decoded pictures from their
     originals while the decoder learns to deceive it. The discriminator's own losses have this
@@ -76,6 +87,14 @@ class LossConfig(Section):
     """Strength of the random displacement of points; 1 is a standard deviation of half a pixel, as
     published."""
 
+    @model_validator(mode="after")
+    def _perceptual_by_file(self) -> LossConfig:
+        if self.perceptual and self.perceptual_file is None:
+            raise ValueError(
+                f"perceptual = {self.perceptual}: needs perceptual_file, the network's file"
+            )
+        return self
+
     def foreign_to(self, kind: str) -> list[str]:
         """Return the settings that are changed here and belong to another kind of RIAE."""
         names = _ATTENTION if kind == "lattice" else _LATTICE
@@ -86,6 +105,10 @@ class LossConfig(Section):
 
 _LATTICE = (
     "ssim",
+    "perceptual",
+    "perceptual_file",
+    "perceptual_size",
+    "perceptual_start",
     "discriminator",
     "discriminator_start",
     "discriminator_width",

@@ -128,7 +128,12 @@ def memory(workload: Workload, gpus: int, as_on_gpu: bool = True) -> dict[str, i
     )
     samples = micro_batch_size(config.train, gpus) * workload.dimensions.copies
     encode = trace_peak(lambda: workload.encode(samples), as_on_gpu) if workload.encodes() else 0
-    return peak(sharding, workload.trace(samples, as_on_gpu), codec, encode)
+    needed = peak(sharding, workload.trace(samples, as_on_gpu), codec, encode)
+    weights, kept, _ = workload.perceptual()
+    if weights:  # it is there when the fullest instant of the others comes: the loss
+        needed["perceptual"] = weights + kept * samples
+        needed["total"] += needed["perceptual"]
+    return needed
 
 
 def largest_micro_batch(
@@ -185,7 +190,7 @@ def plan(
     images = config.train.batch * dimensions.copies
     seconds = cost.flops * images / (gpus * teraflops * 1e12 * share)
     with torch.device("meta"):
-        parameters = parameter_count(workload.module())
+        parameters = parameter_count(workload.module().model)
     return {
         "config": str(path),
         "stage": config.stage,

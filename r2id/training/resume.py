@@ -15,6 +15,7 @@ from r2id.checkpoints.state import Source
 from r2id.config import R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
+from r2id.files import sha256_file
 from r2id.models.codec import PIXELS
 from r2id.progress import say
 from r2id.training.engines import Engine
@@ -35,6 +36,10 @@ def is_finished(config: RiaeRun | R2idRun, newest: Checkpoint) -> bool:
     facts = {"digest": ShardSet.open(config.data.shards, config.data.stream).digest}
     if isinstance(config, R2idRun):
         facts["codec_hash"] = Checkpoint.open(config.codec).identity if config.codec else PIXELS
+    elif config.loss.perceptual and config.loss.perceptual_file is not None:
+        if not config.loss.perceptual_file.is_file():
+            return False  # training will say so
+        facts["perceptual_hash"] = sha256_file(config.loss.perceptual_file)
     if meta.stage != config.stage or meta.step < config.train.steps:
         return False
     recorded = _essentials(meta.config, meta.model)
@@ -134,7 +139,8 @@ def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
             essentials[f"data.{name}"] = config["data"][name]
     for section in (config["stage"], "loss", "diffusion"):
         for key, value in config.get(section, {}).items():
-            essentials[f"{section}.{key}"] = value
+            if key != "perceptual_file":  # like a codec's below: its hash is recorded
+                essentials[f"{section}.{key}"] = value
     for key, value in facts.items():
         if key != "codec":  # its path may change; codec_hash tells whether it is the same
             essentials[f"recorded {key}"] = value

@@ -23,6 +23,7 @@ from r2id.data.shards import ShardSet
 from r2id.data.stream import stream_loader
 from r2id.dist import World
 from r2id.errors import InputError
+from r2id.files import sha256_file
 from r2id.images import to_float
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
@@ -32,6 +33,7 @@ from r2id.progress import say
 from r2id.training import pca
 from r2id.training.conditions import condition_facts, conditions_of
 from r2id.training.latent_statistics import latent_statistics
+from r2id.training.losses.perceptual import load_perceptual
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss, riae_loss
 from r2id.training.workload import Cost, Dimensions, Workload, image_cost
@@ -115,6 +117,9 @@ class RiaeTask(Task):
             "image": list(_median(self.sizes)),
         }
         self.module = riae_loss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
+        network = load_perceptual(config.loss)
+        if network is not None:
+            self.facts["perceptual_hash"] = sha256_file(network.file)
 
     def inputs(self, batch: Batch) -> Batch:
         return {"image": to_float(batch["image"]), "index": batch["index"]}

@@ -21,6 +21,7 @@ from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import Trace, count_flops, trace_step
 from r2id.training.blocks import prepare_blocks
+from r2id.training.losses.perceptual import load_perceptual
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss, riae_loss
 
@@ -51,7 +52,9 @@ class Cost:
     """Floating-point operations of the model's own work.
 
     A backward pass counts as two forward passes. Recomputing activations to save memory does not
-    count (Chowdhery et al. 2022, "PaLM", appendix B).
+    count (Chowdhery et al. 2022, "PaLM", appendix B). A loss's networks count too: a discriminator
+    with the gradients of its penalties, which are a part of its forward pass, and a perceptual
+    network.
     """
 
 
@@ -72,7 +75,10 @@ class Workload:
         config = self.config
         module: RiaeLoss | R2idLoss
         if isinstance(config, RiaeRun):
-            module = riae_loss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
+            # With a discriminator as in the dearest steps. The perceptual network is counted by
+            # itself, because a program in a file cannot be run without contents.
+            loss = config.loss.model_copy(update={"discriminator_start": 0, "perceptual": 0.0})
+            module = riae_loss(RIAE(config.riae, config.data.channels), loss, config.seed)
         else:
             classes, embedding = self.dimensions.classes, self.dimensions.embedding
             model = R2ID(config.r2id, self._channels(), classes, embedding)
@@ -83,6 +89,21 @@ class Workload:
                 module.model.blocks(), config.train.model_copy(update={"compile": False})
             )
         return module
+
+    def perceptual(self) -> tuple[int, int, int]:
+        """Count the loss's perceptual network.
+
+        Returns the bytes of its weights, and for one image the bytes that it keeps and its
+        operations; zeros when there is none.
+        """
+        if not isinstance(self.config, RiaeRun):
+            return 0, 0, 0
+        network, window = load_perceptual(self.config.loss), self.config.loss.window
+        if network is None:
+            return 0, 0, 0
+        height, width = self.dimensions.image
+        shown = (min(height, window[0]), min(width, window[1])) if window else (height, width)
+        return network.weight_bytes, network.activations(shown), network.flops(shown)
 
     def inputs(self, samples: int) -> dict[str, torch.Tensor]:
         """Make the keyword arguments of the module for a micro-batch of zeros."""
@@ -146,6 +167,7 @@ class Workload:
 def image_cost(workload: Workload) -> Cost:
     """Count what training on one image of a workload's size takes."""
     flops = 3 * count_flops(workload.forward)  # forward, and backward as two of it
+    flops += workload.perceptual()[2]
     if workload.encodes():
         flops += count_flops(lambda: workload.encode(1))
     return Cost(math.prod(workload.grid()), flops)

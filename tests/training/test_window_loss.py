@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2id.config import LossConfig, RiaeConfig, load_config
+from r2id.config import LossConfig, RiaeConfig, TrainConfig, load_config
 from r2id.errors import InputError
 from r2id.models.riae import RIAE
+from r2id.training.blocks import prepare_blocks
 from r2id.training.losses.discriminator import Discriminator, adversarial_terms, squared_gradient
 from r2id.training.losses.pixel import reconstruction_loss
 from r2id.training.losses.ssim import ssim_loss
@@ -249,6 +250,17 @@ def test_pictures_of_any_size_have_finite_gradients(size: tuple[int, int], preci
     total.backward()
     gradients = [weight.grad for weight in loss.parameters() if weight.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    found = []
+    for chosen in ("none", "all"):
+        loss = window_loss(ssim=0.2, discriminator=0.1, discriminator_width=4)
+        prepare_blocks(loss.model.blocks(), TrainConfig(steps=1, activation_checkpointing=chosen))
+        loss(pictures(2, 1, 8, 6), torch.arange(2), step=0)[0].backward()
+        found.append({name: p.grad for name, p in loss.named_parameters() if p.grad is not None})
+    assert any(name.startswith("discriminator.") for name in found[0])
+    torch.testing.assert_close(found[1], found[0])
 
 
 # Refusals

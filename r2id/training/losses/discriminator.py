@@ -105,7 +105,8 @@ def adversarial_terms(
     # Gradients are needed even where nobody asks for those of the loss.
     with torch.autocast(decoded.device.type, enabled=False), torch.enable_grad():
         real, fake = (x.detach().float().requires_grad_() for x in (truth, decoded))
-        judged_real, judged_fake = network(real, pixel), network(fake, pixel)
+        # Views, because torch's FlopCounterMode cannot follow leaves through autograd.grad.
+        judged_real, judged_fake = (network(x.view_as(x), pixel) for x in (real, fake))
         r1 = squared_gradient(judged_real, real)
         r2 = squared_gradient(judged_fake, fake)
     with torch.autocast(decoded.device.type, enabled=False):

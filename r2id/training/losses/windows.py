@@ -29,6 +29,7 @@ from r2id.models.coords import WHOLE, Part, Size
 from r2id.models.lattice import on_lattice
 from r2id.models.riae import RIAE
 from r2id.training.losses.discriminator import Discriminator, adversarial_terms, nothing
+from r2id.training.losses.perceptual import load_perceptual
 from r2id.training.losses.pixel import reconstruction_loss
 from r2id.training.losses.rescaling import random_size
 from r2id.training.losses.ssim import ssim_loss
@@ -45,6 +46,7 @@ class WindowLoss(nn.Module):
     def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
         super().__init__()
         self.model, self.config, self.seed = model, config, seed
+        self.perceptual = load_perceptual(config)
         self.discriminator = (
             Discriminator(model.channels, config.discriminator_width, config.discriminator_start)
             if config.discriminator
@@ -126,6 +128,8 @@ class WindowLoss(nn.Module):
             terms["texture"] = config.texture, texture_loss(decoded, truth, config.pixel)
         if config.ssim:
             terms["ssim"] = config.ssim, ssim_loss(decoded, truth)
+        if self.perceptual and step >= config.perceptual_start:
+            terms["perceptual"] = config.perceptual, self.perceptual(decoded, truth)
         terms |= self._adversarial_terms(decoded, truth, pixel, step)
         loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
         return loss, {name: value.detach() for name, (_, value) in terms.items()}
