@@ -276,6 +276,17 @@ def test_it_begins_at_its_step_and_is_no_part_of_the_loss_module(
     assert float(total.detach()) == pytest.approx(expected) and float(figures["perceptual"]) > 0
 
 
+def test_it_draws_no_random_numbers_of_the_model(tmp_path: Path) -> None:
+    save_file(vgg_tensors(), tmp_path / "vgg.safetensors")
+    model = RIAE(RiaeConfig(latent_channels=3, downsample=2.0, width=16), 1)
+    begun = []
+    for more in ({}, {"perceptual": 0.1, "perceptual_file": tmp_path / "vgg.safetensors"}):
+        torch.manual_seed(0)
+        loss = WindowLoss(model, LossConfig(discriminator=0.1, **more), seed=0)
+        begun.append({name: value.clone() for name, value in loss.state_dict().items()})
+    torch.testing.assert_close(begun[1], begun[0], rtol=0, atol=0)
+
+
 CONFIG = """
 stage = "riae"
 [riae]

@@ -46,8 +46,8 @@ DISCRIMINATOR = "discriminator"
 """Kind of tensors in checkpoints, and, with a dot, the prefix of their names."""
 
 _DISCRIMINATOR_BETAS = (0.0, 0.99)
-"""Adam's decays for a discriminator, which chases a moving target: no momentum, as in R3GAN (Huang
-et al. 2024, arXiv:2501.05441)."""
+"""Adam's decays for a discriminator: no momentum, because what it learns against moves (as
+StyleGAN's; Karras et al. 2019, arXiv:1812.04948)."""
 
 
 class Engine(ABC):

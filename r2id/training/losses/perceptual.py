@@ -26,8 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,6 +39,10 @@ _TRIED = (64, 64)  # the size of the pictures that a network is tried on
 
 _VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of VGG16's convolutions, between pools (Simonyan & Zisserman 2015)."""
+_LAYER = re.compile(r"(?:.*\.)?(?:features|slice\d)\.(\d+)\.(weight|bias)")
+"""Names of its layers: torchvision numbers them, and LPIPS puts the same numbers into slices."""
+_LPIPS = re.compile(r"(?:.*\.)?lin(?:s\.)?(\d)\.model\.1\.weight")
+"""Names of LPIPS's weights of its features."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours in [0, 1], with which VGG16 was trained."""
 
@@ -171,7 +174,10 @@ class PerceptualLoss:
 
     def _read_tensors(self) -> dict[str, Tensor]:
         try:
-            return load_file(self.file)
+            with safe_open(self.file, framework="pt") as file:
+                names = file.keys()
+                used = [it for it in names if _LAYER.fullmatch(it) or _LPIPS.fullmatch(it)]
+                return {name: file.get_tensor(name).float() for name in used}
         except (OSError, SafetensorError) as error:
             raise self._error(f"damaged, or no safetensors file: {error}") from None
 
@@ -181,7 +187,9 @@ class PerceptualLoss:
 
 @lru_cache(maxsize=1)
 def _load(file: Path, size: Size | None) -> PerceptualLoss:
-    return PerceptualLoss(file, size)
+    # Making layers draws random numbers, and those of the weights to train must not depend on that.
+    with torch.random.fork_rng([]):
+        return PerceptualLoss(file, size)
 
 
 def load_perceptual(config: LossConfig) -> PerceptualLoss | None:
@@ -232,12 +240,10 @@ def _read_vgg(
     tensors: dict[str, Tensor], error: Callable[[str], InputError]
 ) -> tuple[Vgg16, list[Tensor]]:
     """Make a VGG16 with these weights, and LPIPS's weights of its features where they are there."""
-    # torchvision numbers all layers; LPIPS puts the same numbers into slices.
-    pattern = re.compile(r"(?:.*\.)?(?:features|slice\d)\.(\d+)\.(weight|bias)")
     named = {
         f"features.{match[1]}.{match[2]}": tensor
         for name, tensor in tensors.items()
-        if (match := pattern.fullmatch(name))
+        if (match := _LAYER.fullmatch(name))
     }
     network, number = Vgg16(), 0
     with torch.no_grad():
@@ -260,11 +266,10 @@ def _read_vgg(
 
 def _read_lpips(tensors: dict[str, Tensor], error: Callable[[str], InputError]) -> list[Tensor]:
     """Read LPIPS's weights of the features of all layers, [C, 1, 1] each; [] if there are none."""
-    pattern = re.compile(r"(?:.*\.)?lin(?:s\.)?(\d)\.model\.1\.weight")
     found = {
-        int(match[1]): tensor.float().flatten().view(-1, 1, 1)
+        int(match[1]): tensor.flatten().view(-1, 1, 1)
         for name, tensor in tensors.items()
-        if (match := pattern.fullmatch(name))
+        if (match := _LPIPS.fullmatch(name))
     }
     expected = {number: widths[-1] for number, widths in enumerate(_VGG)}
     if found and {number: len(weight) for number, weight in found.items()} != expected:
