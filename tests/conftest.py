@@ -19,11 +19,11 @@ from r2id.config import load_config
 torch.set_num_threads(1)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+ATTENTION_CONFIG = Path(__file__).parent / "attention-riae.toml"
 
 TINY_RIAE = [
     "riae.width=32",
-    "riae.pixel_width=32",
-    "riae.heads=2",
+    "riae.features=4",
     "riae.encoder_blocks=1",
     "riae.decoder_blocks=1",
     "train.steps=60",
@@ -32,6 +32,13 @@ TINY_RIAE = [
     "train.log_every=20",
     "tracking.enabled=false",
 ]
+"""For configs/digits/riae.toml."""
+TINY_ATTENTION = [
+    *(setting for setting in TINY_RIAE if setting != "riae.features=4"),
+    "riae.pixel_width=32",
+    "riae.heads=2",
+]
+"""For ATTENTION_CONFIG, an RIAE by attention."""
 TINY_R2ID = [
     "r2id.width=32",
     "r2id.heads=2",

@@ -34,10 +34,10 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path):
 
 def test_overrides_are_typed():
     config = parse_config(
-        table(), ["data.size=[28, 42]", "optim.lr=1e-4", "riae.bounded=true", "run=runs/a b"]
+        table(), ["data.size=[28, 42]", "optim.lr=1e-4", "riae.linear=false", "run=runs/a b"]
     )
     assert isinstance(config, RiaeRun) and config.data.size == (28, 42) and config.optim.lr == 1e-4
-    assert config.riae.bounded and config.run == Path("runs/a b")
+    assert not config.riae.linear and config.run == Path("runs/a b")
 
 
 def test_stage_overrides_in_a_pipeline():
@@ -60,7 +60,7 @@ def test_stage_overrides_in_a_pipeline():
         ("train.steps=many", ["train.steps = 'many'", "integer"]),
         ("train.steps=0", ["train.steps = 0", "1"]),
         ("train.steps=2.5", ["train.steps = 2.5", "integer"]),
-        ("riae.bounded=1", ["riae.bounded = 1", "boolean"]),
+        ("riae.linear=1", ["riae.linear = 1", "boolean"]),
         ("loss.encode_cloud=0.0", ["loss.encode_cloud = 0.0", "greater than 0"]),
         ("riae.decode_scales=[2.0, 0.5]", ["decode_scales = [2.0, 0.5]"]),
         ("riae.attention=near", ["riae.attention = 'near'", "'cloud'", "'tiled'"]),
@@ -76,6 +76,24 @@ def test_mistakes_are_named_in_one_line(override, words):
     text = str(caught.value)
     assert "\n" not in text
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["riae.bounded=true"], ["bounded = True", "'attention'", "'lattice'"]),
+        (["riae.kind=attention", "riae.features=3"], ["features = 3", "'lattice'", "'attention'"]),
+        (["riae.downsample=3.5"], ["downsample = 3.5", "whole number"]),
+        (["riae.kind=attention", "riae.encoder_blocks=0"], ["encoder_blocks", "at least 1"]),
+        (["loss.jitter=0.5"], ["loss.jitter = 0.5", "'lattice'"]),
+        (["riae.kind=attention", "loss.magnify=0.5"], ["loss.magnify = 0.5", "'attention'"]),
+    ],
+)
+def test_settings_of_the_other_kind_of_riae_are_named(settings, words):
+    with pytest.raises(InputError) as caught:
+        parse_config(table(), settings)
+    text = str(caught.value)
+    assert "\n" not in text and all(word in text for word in words), text
 
 
 def test_objective_and_schedule_must_fit():

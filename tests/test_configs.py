@@ -46,7 +46,13 @@ TINY = [
     "tracking.enabled=false",
 ]
 NARROW = {
-    "riae": [
+    "lattice": [
+        "riae.width=32",
+        "riae.encoder_blocks=1",
+        "riae.decoder_blocks=1",
+        "riae.features=4",
+    ],
+    "attention": [
         "riae.width=32",
         "riae.pixel_width=16",
         "riae.heads=2",
@@ -166,8 +172,11 @@ def codecs(photos, tmp_path_factory):
     def codec(path: Path) -> tuple[Path, Path]:
         if path not in known:
             folder, shards = tmp_path_factory.mktemp(path.stem), photos[path.parent.name]
+            config = load_config(path)
+            assert isinstance(config, RiaeRun)
+            narrow = NARROW[config.riae.kind]
             config = load_config(
-                path, [*TINY, *NARROW["riae"], f"run={folder}/riae", f"data.shards={shards}"]
+                path, [*TINY, *narrow, f"run={folder}/riae", f"data.shards={shards}"]
             )
             assert train(config)["step"] == 3
             encode(folder / "riae", shards, folder / "latents")

@@ -189,16 +189,16 @@ class LatticeDecoder(nn.Module):
         near, points = self._needed(grid, size, native, part)
         colours, features = self(latents[:, :, near[0], near[1]])
         colours = colours[:, :, points[0], points[1]]
-        if native == size:
-            return colours
         first = (
             near[0].start * self.cell + points[0].start,
             near[1].start * self.cell + points[1].start,
         )
-        drawn = resample_seen(colours, native, size, part, first)
-        if self.fine is None or (native[0] >= size[0] and native[1] >= size[1]):
-            return drawn  # pixels are means of points
+        drawn = colours if native == size else resample_seen(colours, native, size, part, first)
+        if self.fine is None:
+            return drawn
         assert features is not None
+        if native[0] >= size[0] and native[1] >= size[1]:  # pixels are means of points
+            return drawn + self.fine.nothing(features) if torch.is_grad_enabled() else drawn
         features = self.fine.look(features)[:, :, points[0], points[1]]
         return drawn + self.fine.between(features, native, size, part, first)
 
@@ -264,6 +264,16 @@ class Points(nn.Module):
         features = torch.cat([_to_points(self.to_features(hidden), self.cell), colours], dim=1)
         features = F.gelu(self.mix(features.contiguous(memory_format=torch.channels_last)))
         return colours + self.sharpen(features).float(), features
+
+    def nothing(self, features: Tensor) -> Tensor:
+        """Return 0, as a function of the weights for smaller pixels, where none are drawn.
+
+        So they have a gradient in every step. Without one, plain AdamW leaves a weight alone and
+        ZeRO moves it on by its momentum, or by the gradient of the last step that had one.
+        """
+        corner = slice(0, 1), slice(0, 1)
+        seen = self.look(features[:, :, :1, :1])
+        return 0 * self.between(seen, (1, 1), (1, 1), corner, (0, 0)).sum()
 
 
 class BetweenPoints(nn.Module):

@@ -58,7 +58,8 @@ class RIAE(nn.Module):
         self.parts = KINDS[config.kind](config, channels)
         for part in self.parts:
             for name, layer in part.named_children():
-                self.add_module(part.stored_as.get(name, name), layer)
+                # Not by add_module, which refuses "encoder" and "decoder" beside the properties.
+                self._modules[part.stored_as.get(name, name)] = layer
 
     @property
     def encoder(self) -> Any:

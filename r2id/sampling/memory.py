@@ -29,8 +29,14 @@ from r2id.sampling.sampler import Sampler
 
 _ALWAYS_FITS = 1 << 28
 """Bytes that are assumed to fit without a check, because tracing takes a second."""
-_SMALL, _LARGER = (256, 256), (384, 384)
-"""The sizes at which decoding is traced."""
+_TRACED: dict[str, tuple[Size, Size]] = {
+    "attention": ((256, 256), (384, 384)),
+    "lattice": ((800, 800), (1200, 1200)),
+}
+"""The sizes at which decoding is traced, of each kind of RIAE: larger than what is decoded at
+once."""
+_SMALL = 256, 256
+"""The size of a picture of which a file is made to see what that takes."""
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux tells the memory limit of a container."""
 
@@ -57,7 +63,8 @@ def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | 
         _check_pictures("size", size, codec, grid, 1, free, "; --window decodes a part")
     else:
         top, left, bottom, right = window
-        _check_pictures("window of", (bottom - top, right - left), codec, grid, 1, free)
+        window_size = bottom - top, right - left
+        _check_pictures("window of", window_size, codec, grid, 1, free, picture=size)
 
 
 def free_memory(device: torch.device) -> int:
@@ -89,16 +96,24 @@ def _check_grid(sampler: Sampler, grid: Size, free: int) -> None:
 
 
 def _check_pictures(
-    name: str, size: Size, codec: Codec, grid: Size, count: int, free: int, way_out: str = ""
+    name: str,
+    size: Size,
+    codec: Codec,
+    grid: Size,
+    count: int,
+    free: int,
+    way_out: str = "",
+    picture: Size | None = None,
 ) -> None:
     """Raise InputError when decoding and holding ``count`` pictures would not fit.
 
-    The error calls their size ``name``, and ends with ``way_out``.
+    The error calls their size ``name``, and ends with ``way_out``. With ``picture``, they are
+    windows of pictures of that size.
     """
     pixels = size[0] * size[1]
     if 4 * codec.channels * pixels * count <= _ALWAYS_FITS:
         return
-    fixed, per_pixel = _decoding(codec, grid)
+    fixed, per_pixel = _decoding(codec, grid, picture or size)
     # Pictures are decoded one at a time, and all are held.
     per_pixel += count * _held(codec.channels)
     need = int(fixed + per_pixel * pixels)
@@ -138,26 +153,31 @@ def _denoising(sampler: Sampler, grid: Size) -> int:
     return _traced(sampler.codec, work)
 
 
-def _decoding(codec: Codec, grid: Size) -> tuple[float, float]:
-    """Predict the peak bytes of decoding a grid → (bytes for any size, bytes per pixel of it)."""
+def _decoding(codec: Codec, grid: Size, picture: Size) -> tuple[float, float]:
+    """Predict the peak bytes of decoding a grid as a picture of a size, or windows of it.
+
+    Returns bytes for windows of any size, and bytes per pixel of them.
+    """
+    model = codec.model
+    kind = model.config.kind if isinstance(model, RIAE) else "attention"
 
     def needed(size: Size) -> int:
         def work() -> Callable[[], Any]:
-            model, latents = codec.model, torch.zeros(1, codec.latent_channels, *grid)
+            latents = torch.zeros(1, codec.latent_channels, *grid)
             if not isinstance(model, RIAE):
                 return lambda: model.decode(latents, size).clamp(-1, 1)
             fresh = RIAE(model.config, model.channels).eval().requires_grad_(False)
             # Decode a window of a picture that is at least as large as the grid's own. There a
             # pixel takes one point, as in large pictures; in smaller ones it would take several.
             height, width = (
-                max(side, math.ceil(codec.downsample * cells))
-                for side, cells in zip(size, grid, strict=True)
+                max(side, whole, math.ceil(codec.downsample * cells))
+                for side, whole, cells in zip(size, picture, grid, strict=True)
             )
             return lambda: fresh.decode(latents, (height, width), (0, 0, *size)).clamp(-1, 1)
 
         return _traced(codec, work)
 
-    (small, less), (large, more) = ((size[0] * size[1], needed(size)) for size in (_SMALL, _LARGER))
+    (small, less), (large, more) = ((size[0] * size[1], needed(size)) for size in _TRACED[kind])
     per_pixel = max(0.0, (more - less) / (large - small))
     return max(0.0, less - per_pixel * small), per_pixel
 

@@ -32,8 +32,8 @@ from r2id.models.riae import RIAE
 from r2id.models.tracing import count_flops
 from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.engines import make_engine
-from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.points import PointLoss
+from r2id.training.losses.r2id import R2idLoss
 from r2id.training.meter import matmul_peak
 
 WARMUP = 3

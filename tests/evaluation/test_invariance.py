@@ -122,9 +122,9 @@ def test_reconstructions_by_size(sampler, classifier, shards, data):
     latents = codec.encode(images)
     row = found["sizes"]["11x7"]
     decoded, truth, larger = (
-        codec.decode(latents, (11, 7)),
+        codec.decode(latents, (11, 7), native=(8, 8)),
         resize(images, (11, 7)),
-        codec.decode(latents, (22, 14)),
+        codec.decode(latents, (22, 14), native=(8, 8)),
     )
     assert row["images"] == 30 and row["mse"] == pytest.approx(
         float(mse(decoded, truth).mean()), rel=1e-3
@@ -136,7 +136,7 @@ def test_reconstructions_by_size(sampler, classifier, shards, data):
     )
     assert row["frechet"] > 0
     half = found["half_to_double"]
-    wide = codec.decode(codec.encode(resize(images, (4, 4)), (4, 4)), (16, 16))
+    wide = codec.decode(codec.encode(resize(images, (4, 4)), (8, 8)), (16, 16), native=(8, 8))
     assert half["mse"] == pytest.approx(float(mse(wide, resize(images, (16, 16))).mean()), rel=1e-3)
     assert half["relative"] == pytest.approx(half["mse"] / found["sizes"]["8x8"]["mse"], rel=1e-3)
     assert measure_reconstructions(codec, shards, data, limit=2)["sizes"]["8x8"]["frechet"] is None

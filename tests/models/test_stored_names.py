@@ -6,9 +6,10 @@ import torch
 
 from r2id.config import LossConfig, RiaeConfig
 from r2id.models.riae import RIAE
-from r2id.training.losses.riae import RiaeLoss
+from r2id.training.losses.riae import riae_loss
 
 CONFIG = RiaeConfig(
+    kind="attention",
     latent_channels=3,
     width=32,
     pixel_width=16,
@@ -115,6 +116,6 @@ def test_a_stored_model_computes_with_what_is_loaded():
     after = model.decode(model.encode(image), (12, 8))
     assert not torch.allclose(before, after, atol=1e-3)
     torch.testing.assert_close(copy.deepcopy(model).decode(model.encode(image), (12, 8)), after)
-    loss, _ = RiaeLoss(model, LossConfig(), seed=0)(image, torch.arange(1), step=0)
+    loss, _ = riae_loss(model, LossConfig(), seed=0)(image, torch.arange(1), step=0)
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())

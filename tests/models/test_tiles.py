@@ -13,6 +13,7 @@ from r2id.config import LossConfig, RiaeConfig
 from r2id.errors import InputError
 from r2id.models import layers, visibility
 from r2id.models.attention import plain_up_to
+from r2id.models.attention_decoder import AttentionDecoder
 from r2id.models.coords import grid_coordinates
 from r2id.models.riae import RIAE
 from r2id.models.tiles import Tiles, rectangles
@@ -20,6 +21,7 @@ from r2id.models.tracing import trace_peak
 from r2id.training.losses.points import PointLoss
 
 SMALL = RiaeConfig(
+    kind="attention",
     attention="tiled",
     tile=4,
     halo=2.0,
@@ -102,11 +104,12 @@ def dense(monkeypatch):
 @pytest.mark.parametrize(("grid", "size", "tile", "halo"), ODD)
 def test_it_is_dense_attention_over_what_is_near(grid, size, tile, halo, monkeypatch):
     model, image = made(tile=tile, halo=halo), torch.randn(2, 1, *size)
-    latents = model.encode(image, grid)
+    native = 4 * grid[0], 4 * grid[1]
+    latents = model.encode(image, native)
     decoded = model.decode(latents, size)
     reference = dense(monkeypatch)
     reference.grid, reference.tile, reference.halo = grid, tile, halo
-    torch.testing.assert_close(model.encode(image, grid), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.encode(image, native), latents, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.decode(latents, size), decoded, atol=1e-5, rtol=1e-5)
     assert decoded.std() > 0.01
 
@@ -315,13 +318,13 @@ def test_the_loss_is_the_image_s_mean_error():
 
 def test_a_step_decodes_no_more_of_a_larger_image(monkeypatch):
     decoded = []
-    plain = RIAE.decode_points
+    plain = AttentionDecoder.decode_points
     monkeypatch.setattr(
-        RIAE,
+        AttentionDecoder,
         "decode_points",
-        lambda model, keys, cells, at, size, grid, tiles: (
+        lambda decoder, keys, cells, at, size, grid, tiles: (
             decoded.append(at.shape[1]),
-            plain(model, keys, cells, at, size, grid, tiles),
+            plain(decoder, keys, cells, at, size, grid, tiles),
         )[1],
     )
     for side in (32, 64, 128):

@@ -29,8 +29,7 @@ shards = "overridden by the pipeline"
 latent_channels = 2
 downsample = 4.0
 width = 16
-pixel_width = 16
-heads = 2
+features = 2
 [train]
 steps = 40
 batch = 16

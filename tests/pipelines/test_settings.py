@@ -30,6 +30,8 @@ from r2id.config import (
     Section,
     TrackingConfig,
     load_config,
+    losses,
+    models,
     override,
 )
 from r2id.errors import InputError
@@ -51,6 +53,13 @@ ALONE: dict[str, list[str]] = {
     "prepare.address": ["prepare.engine=dask"],
     "prepare.labels": ["prepare.dataset=folder"],
     "riae.data.window": [],
+    "riae.riae.kind": [],
+    "riae.riae.downsample": ["riae.riae.kind=attention"],
+    **{
+        f"riae.{section}.{name}": ["riae.riae.kind=attention"]
+        for section, names in {"riae": models._ATTENTION, "loss": losses._ATTENTION}.items()
+        for name in names
+    },
     "riae.engine.offload": [],
     "r2id.engine.offload": [],
     "r2id.sample.eta": ["r2id.sample.solver=ddim"],

@@ -125,7 +125,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_the_prediction_is_what_it_takes(riae_run):
     codec = Codec.load(riae_run)
-    fixed, per_pixel = memory._decoding(codec, (2, 2))
+    fixed, per_pixel = memory._decoding(codec, (2, 2), (1600, 1600))
     predicted = fixed + 1600 * 1600 * (per_pixel + memory._held(codec.channels))
     run = subprocess.run(
         [sys.executable, "-c", _MEASURE, riae_run], capture_output=True, check=True, text=True

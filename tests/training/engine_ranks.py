@@ -38,20 +38,30 @@ from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.training.engines import Engine, make_engine
 from r2id.training.losses.r2id import R2idLoss
-from r2id.training.losses.points import PointLoss
+from r2id.training.losses.riae import riae_loss
 
 STEPS, HALF, BATCH, MICRO = 4, 2, 8, 2
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks. A clip that binds.
-RIAE_CONFIG = RiaeConfig(
-    latent_channels=3,
-    downsample=2.0,
-    width=15,
-    pixel_width=15,
-    heads=1,
-    fourier=(-1, 2),
-    ffn_ratio=1.0,
-)
+RIAE_CONFIGS = {
+    "riae": RiaeConfig(latent_channels=3, downsample=2.0, width=15, features=3, ffn_ratio=1.0),
+    "attention": RiaeConfig(
+        kind="attention",
+        latent_channels=3,
+        downsample=2.0,
+        width=15,
+        pixel_width=15,
+        heads=1,
+        encoder_blocks=1,
+        decoder_blocks=1,
+        fourier=(-1, 2),
+        ffn_ratio=1.0,
+    ),
+}
+LOSSES = {
+    "riae": LossConfig(magnify=0.5),
+    "attention": LossConfig(encode_cloud=0.5, decode_pixels=7),
+}
 R2ID_CONFIG = R2idConfig(
     width=16, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0.0, fourier=(-1, 2)
 )
@@ -68,10 +78,8 @@ def make(
 ) -> Engine:
     torch.manual_seed(0)
     module: nn.Module
-    if stage == "riae":
-        module = PointLoss(
-            RIAE(RIAE_CONFIG, 1), LossConfig(encode_cloud=0.5, decode_pixels=7), seed=0
-        )
+    if stage in RIAE_CONFIGS:
+        module = riae_loss(RIAE(RIAE_CONFIGS[stage], 1), LOSSES[stage], seed=0)
     else:
         module = R2idLoss(R2ID(R2ID_CONFIG, 3, 2), DiffusionConfig(), 4.0, seed=0)
     for block in module.model.blocks():
@@ -104,7 +112,7 @@ def run(
     norms = []
     for step in range(first, last):
         drawn = torch.randn(
-            BATCH, 1 if stage == "riae" else 3, 5, 4, generator=torch.Generator().manual_seed(step)
+            BATCH, 3 if stage == "r2id" else 1, 5, 4, generator=torch.Generator().manual_seed(step)
         )
         index = torch.arange(BATCH) + step * BATCH
         micro_batches = torch.arange(BATCH)[world.rank :: world.world_size].split(MICRO)
@@ -112,9 +120,9 @@ def run(
         for some in micro_batches:
             batch = {"index": index[some], "step": step}
             batch |= (
-                {"image": drawn[some]}
-                if stage == "riae"
-                else {"latent": drawn[some], "condition": index[some] % 2}
+                {"latent": drawn[some], "condition": index[some] % 2}
+                if stage == "r2id"
+                else {"image": drawn[some]}
             )
             loss, figures = engine.forward(batch)
             assert not any(figure.requires_grad for figure in figures.values())

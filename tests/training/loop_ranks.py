@@ -21,7 +21,7 @@ from r2id.checkpoints import Checkpoint, reading
 from r2id.config import RiaeRun, load_config
 from r2id.errors import NonFiniteError, Stopped
 from r2id.training.loop import train
-from r2id.training.losses.points import PointLoss
+from r2id.training.losses.windows import WindowLoss
 from tests.conftest import CONFIGS, TINY_RIAE
 
 STEPS = 30
@@ -31,7 +31,7 @@ ACCUMULATION = 2
 SPOILT, SAVED = 3, 2
 """The step that is not finite, and the last one that was saved before it."""
 
-Change = Callable[[PointLoss, Callable[[], Any]], Any]
+Change = Callable[[WindowLoss, Callable[[], Any]], Any]
 
 
 def config(shards: Path, run: Path, *more: str) -> RiaeRun:
@@ -39,7 +39,6 @@ def config(shards: Path, run: Path, *more: str) -> RiaeRun:
     settings = [
         *TINY_RIAE,
         "riae.width=16",
-        "riae.pixel_width=16",
         "train.precision=float32",
         f"train.steps={STEPS}",
         "train.batch=64",
@@ -58,19 +57,19 @@ def config(shards: Path, run: Path, *more: str) -> RiaeRun:
 @contextmanager
 def at_step(chosen: int, change: Change) -> Iterator[None]:
     """Within this block, something else happens in the forward passes of a step (from 0)."""
-    forward = PointLoss.forward
+    forward = WindowLoss.forward
 
-    def changed(self: PointLoss, *args: Any, **batch: Any) -> Any:
+    def changed(self: WindowLoss, *args: Any, **batch: Any) -> Any:
         def run() -> Any:
             return forward(self, *args, **batch)
 
         return change(self, run) if batch["step"] == chosen else run()
 
-    PointLoss.forward = changed  # type: ignore[method-assign]
+    WindowLoss.forward = changed  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PointLoss.forward = forward  # type: ignore[method-assign]
+        WindowLoss.forward = forward  # type: ignore[method-assign]
 
 
 def stopped(config: RiaeRun, stop: int, rank: int) -> str:
@@ -79,7 +78,7 @@ def stopped(config: RiaeRun, stop: int, rank: int) -> str:
     """
     sent: list[int] = []
 
-    def terminate(_module: PointLoss, run: Callable[[], Any]) -> Any:
+    def terminate(_module: WindowLoss, run: Callable[[], Any]) -> Any:
         if dist.rank() == rank and not sent:
             sent.append(signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -121,19 +120,19 @@ def stopped_at(
     }
 
 
-def nan_loss(_module: PointLoss, run: Callable[[], Any]) -> Any:
+def nan_loss(_module: WindowLoss, run: Callable[[], Any]) -> Any:
     loss, figures = run()
     return loss * math.nan, figures
 
 
-def infinite_gradient(_module: PointLoss, run: Callable[[], Any]) -> Any:
+def infinite_gradient(_module: WindowLoss, run: Callable[[], Any]) -> Any:
     """The loss is as it was; its gradient is too large for float32."""
     loss, figures = run()
     return loss + (loss - loss.detach()) * 3e38 * 3e38, figures
 
 
-def nan_parameter(module: PointLoss, run: Callable[[], Any]) -> Any:
-    parameter = next(module.model.decoder[0].parameters())
+def nan_parameter(module: WindowLoss, run: Callable[[], Any]) -> Any:
+    parameter = next(module.model.decoder_blocks[0].parameters())
     with torch.no_grad():
         for tensor in (
             parameter.data,
@@ -154,7 +153,7 @@ HOWS: dict[str, Change] = {
 def spoilt(shards: Path, folder: Path, how: str, *more: str) -> dict[str, Any]:
     """What each rank says of a step that is spoilt on the last one, and what is left."""
 
-    def spoil(module: PointLoss, run: Callable[[], Any]) -> Any:
+    def spoil(module: WindowLoss, run: Callable[[], Any]) -> Any:
         return HOWS[how](module, run) if dist.rank() == dist.world_size() - 1 else run()
 
     said = "not stopped"

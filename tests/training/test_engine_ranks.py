@@ -216,10 +216,19 @@ def test_bfloat16_weights_follow_the_local_engine_from_unrounded_masters(
     )
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_r2id_trains_as_one_local_process(stage: int, ranks: Ranks) -> None:
-    norms = ranks(job.train_through, stage, "r2id")[0]
-    assert norms == pytest.approx(local_norms("r2id"), rel=1e-4)
+@pytest.mark.parametrize(
+    ("model", "stage"),
+    [
+        ("r2id", 3),
+        *(
+            pytest.param(*it, marks=pytest.mark.slow)
+            for it in (("r2id", 2), ("attention", 1), ("attention", 2), ("attention", 3))
+        ),
+    ],
+)
+def test_other_models_train_as_one_local_process(model: str, stage: int, ranks: Ranks) -> None:
+    norms = ranks(job.train_through, stage, model)[0]
+    assert norms == pytest.approx(local_norms(model), rel=1e-4)
 
 
 @pytest.mark.slow

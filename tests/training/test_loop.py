@@ -12,9 +12,10 @@ import torch
 from r2id.checkpoints import Checkpoint
 from r2id.config import load_config
 from r2id.errors import InputError
+from r2id.models import lattice
 from r2id.models.layers import FeedForward
 from r2id.training.loop import learning_rate, train
-from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
+from tests.conftest import ATTENTION_CONFIG, CONFIGS, TINY_ATTENTION, TINY_R2ID, TINY_RIAE
 from tests.training import children, loop_ranks
 
 
@@ -22,6 +23,14 @@ def riae_config(digits, run, *more):
     return load_config(
         CONFIGS / "digits" / "riae.toml",
         [*TINY_RIAE, "train.precision=float32", f"run={run}", f"data.shards={digits}", *more],
+    )
+
+
+def attention_config(digits, run, *more):
+    """As riae_config, for an RIAE by attention."""
+    return load_config(
+        ATTENTION_CONFIG,
+        [*TINY_ATTENTION, "train.precision=float32", f"run={run}", f"data.shards={digits}", *more],
     )
 
 
@@ -51,14 +60,19 @@ def assert_same(one, other):
 
 @pytest.fixture
 def computed_blocks(monkeypatch):
-    """Counts how often each block's feed-forward layer is computed for a gradient."""
-    calls, forward = Counter(), FeedForward.forward
+    """Counts how often each block is computed for a gradient: a block on the latent grid, or the
+    feed-forward layer of one by attention."""
+    calls = Counter()
 
-    def counted(self, x):
-        calls[self] += torch.is_grad_enabled()
-        return forward(self, x)
+    def counted(forward):
+        def count(self, x):
+            calls[self] += torch.is_grad_enabled()
+            return forward(self, x)
 
-    monkeypatch.setattr(FeedForward, "forward", counted)
+        return count
+
+    for part in (FeedForward, lattice.Block):
+        monkeypatch.setattr(part, "forward", counted(part.forward))
     return calls
 
 
@@ -92,7 +106,7 @@ def test_learning_rate_warms_up_and_ends_where_it_should(digits, tmp_path):
     assert rates[-1] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
 
 
-@pytest.mark.parametrize("stage", ["riae", "r2id"])
+@pytest.mark.parametrize("stage", ["riae", "attention", "r2id"])
 def test_resumed_equals_uninterrupted_bit_for_bit(stage, digits, riae_run, tmp_path):
     """Dropout, jitter, noise, clouds, data order, Adam and the average go on as if untouched."""
 
@@ -105,7 +119,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(stage, digits, riae_run, tmp_p
             *more,
         )
         if stage == "riae":
-            return riae_config(digits, run, *more)
+            return riae_config(digits, run, *more, "loss.magnify=0.4", "loss.equivariance=0.3")
+        if stage == "attention":
+            return attention_config(digits, run, *more)
         return without_cache(r2id_config(digits, riae_run, run, "r2id.dropout=0.2", *more))
 
     train(config(tmp_path / "whole"))
@@ -132,14 +148,15 @@ def test_stopped_at_ten_random_steps_amid_accumulation_bit_for_bit(digits, tmp_p
     )
 
 
-def test_recomputed_activations_change_nothing(digits, tmp_path, computed_blocks):
+@pytest.mark.parametrize("config", [riae_config, attention_config])
+def test_recomputed_activations_change_nothing(config, digits, tmp_path, computed_blocks):
     """Of all blocks, and of every other one."""
     calls = {}
     for mode in ("none", "all", "2"):
         computed_blocks.clear()
         blocks = ("riae.encoder_blocks=2", "riae.decoder_blocks=2", "train.steps=3")
         run = tmp_path / mode
-        train(riae_config(digits, run, *blocks, f"train.activation_checkpointing={mode}"))
+        train(config(digits, run, *blocks, f"train.activation_checkpointing={mode}"))
         calls[mode] = sum(computed_blocks.values())
         assert_same(tmp_path / "none", run)
     assert calls["none"] >= 3 * 4, "each block in each step"
@@ -174,8 +191,8 @@ def test_a_finished_run_is_left_alone(r2id_run):
 
 def test_losses_fall_and_pictures_are_drawn(digits, tmp_path):
     run = tmp_path / "run"
-    config = riae_config(digits, run, "train.steps=80", "train.preview_every=40")
-    first = train(riae_config(digits, tmp_path / "first", "train.steps=1"))
+    config = riae_config(digits, run, "start=random", "train.steps=80", "train.preview_every=40")
+    first = train(riae_config(digits, tmp_path / "first", "start=random", "train.steps=1"))
     last = train(config)
     assert last["loss"] < 0.6 * first["loss"]
     from PIL import Image

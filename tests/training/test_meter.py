@@ -41,6 +41,7 @@ def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
     assert isinstance(config, R2idRun)
     config = config.model_copy(update={"data": config.data.model_copy(update={"latents": latents})})
     riae = RiaeConfig(
+        kind="attention",
         latent_channels=3,
         downsample=2.0,
         width=32,

@@ -16,7 +16,7 @@ from r2id.errors import InputError, NonFiniteError
 from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks.watchdog import Watchdog
 from r2id.training.loop import train
-from r2id.training.losses.points import PointLoss
+from r2id.training.losses.windows import WindowLoss
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.test_loop import assert_same, riae_config
 
@@ -26,14 +26,14 @@ def spoil(monkeypatch):
     """Let something happen in the forward pass of given steps."""
 
     def install(steps, how):
-        forward = PointLoss.forward
+        forward = WindowLoss.forward
 
         def spoilt(self, *args, **batch):
             if batch["step"] in steps:
                 return how(self, lambda: forward(self, *args, **batch))
             return forward(self, *args, **batch)
 
-        monkeypatch.setattr(PointLoss, "forward", spoilt)
+        monkeypatch.setattr(WindowLoss, "forward", spoilt)
 
     return install
 
@@ -45,7 +45,7 @@ def nan_loss(_module, run):
 
 def nan_parameter(module, run):
     with torch.no_grad():
-        next(module.model.decoder[0].parameters()).view(-1)[3] = float("nan")
+        next(module.model.decoder_blocks[0].parameters()).view(-1)[3] = float("nan")
     return run()
 
 
@@ -56,7 +56,7 @@ def infinite_gradient(_module, run):
 
 HOWS = {
     "loss": (nan_loss, "the loss "),
-    "parameter": (nan_parameter, r"parameter decoder\.0\."),
+    "parameter": (nan_parameter, r"parameter decoder_blocks\.0\."),
     "gradient": (infinite_gradient, "backward"),
 }
 
@@ -84,12 +84,12 @@ def test_a_module_that_makes_it_is_named(digits, tmp_path, monkeypatch):
 
     def with_fault(self, *args, **options):
         build(self, *args, **options)
-        self.decoder[0].register_forward_hook(
+        self.decoder_blocks[0].register_forward_hook(
             lambda module, _, output: output / 0 if isinstance(output, torch.Tensor) else output
         )
 
     monkeypatch.setattr(RIAE, "__init__", with_fault)
-    with pytest.raises(NonFiniteError, match=r"step 0: .*module decoder\.0 "):
+    with pytest.raises(NonFiniteError, match=r"step 0: .*module decoder_blocks\.0 "):
         train(riae_config(digits, tmp_path / "run", "train.steps=3"))
 
 
@@ -141,13 +141,13 @@ import os, sys, time
 from pathlib import Path
 from r2id.config import TrainConfig, load_config
 from r2id.training import loop
-from r2id.training.losses.points import PointLoss
-forward = PointLoss.forward
+from r2id.training.losses.windows import WindowLoss
+forward = WindowLoss.forward
 def sleepy(self, *args, **batch):
     if batch["step"] == 3 and os.environ["RANK"] == "1":
         time.sleep(600)
     return forward(self, *args, **batch)
-PointLoss.forward = sleepy
+WindowLoss.forward = sleepy
 loop.train(load_config(Path(sys.argv[1]), sys.argv[2:]))
 """
 

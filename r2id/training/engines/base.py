@@ -1,10 +1,11 @@
 """What all engines share: saving and loading state under the model's own names, averages, AdamW.
 
 An engine trains a *loss module*: ``module(**batch)`` returns (scalar loss, dict of detached
-figures), and ``module.model`` holds the trained weights. Masters, moments and averages are always
-float32; bfloat16 is used in the forward pass only. Each rank saves and loads its own share, so that
-any engine, with any number of ranks, can go on from any other's checkpoint, and no rank needs the
-memory for the whole state.
+figures), and ``module.model`` holds the trained weights. Each of these must have a gradient in
+every step, be it 0: engines treat missing ones differently. Masters, moments and averages are
+always float32; bfloat16 is used in the forward pass only. Each rank saves and loads its own share,
+so that any engine, with any number of ranks, can go on from any other's checkpoint, and no rank
+needs the memory for the whole state.
 
 A loss may have a network of its own that learns beside the model, ``module.discriminator``. It is
 trained by the same optimizer, in groups of its own, and saved as another kind of tensors: nothing
