@@ -239,6 +239,11 @@ class RiaeRun(_StageRun):
             )
         return self
 
+    @property
+    def starts_from_pca(self) -> bool:
+        """Whether a new run computes a principal component analysis of its training images."""
+        return self.start == "pca" and self.riae.kind == "lattice" and self.riae.linear
+
     @model_validator(mode="after")
     def _loss_of_the_kind(self) -> RiaeRun:
         for name in self.loss.foreign_to(self.riae.kind):

@@ -11,7 +11,7 @@ Shape letters: B batch · N = C·s² values of a cell · h, w latent grid · L l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from einops import rearrange
@@ -25,20 +25,33 @@ from r2id.models.riae import RIAE
 _IMAGES = 4096
 _PIXELS = 1 << 25
 _CELLS = 1 << 18
+_BATCH_PIXELS = 1 << 22
 _FLATTEST = 1e-6
 """Least variance of a component relative to the first: weaker ones are not scaled up to 1."""
 
 
-def images_within(pixels: int, sizes: Iterable[Size], most: int) -> int:
-    """Say how many images of these sizes have about ``pixels`` pixels: 16 to ``most``."""
-    areas = [height * width for height, width in sizes]
-    mean = sum(areas) / max(1, len(areas))
-    return max(16, min(most, int(pixels / mean)))
+def images_within(pixels: int, sizes: Sequence[Size], most: int, least: int = 16) -> int:
+    """Say how many images of these sizes have about ``pixels`` pixels: ``least`` to ``most``."""
+    mean = sum(height * width for height, width in sizes) / max(1, len(sizes))
+    return max(least, min(most, int(pixels / mean)))
 
 
-def image_limit(sizes: Iterable[Size]) -> int:
+def image_limit(sizes: Sequence[Size]) -> int:
     """Say how many images a PCA reads, of a set of these sizes."""
     return images_within(_PIXELS, sizes, _IMAGES)
+
+
+def image_batch(sizes: Sequence[Size]) -> int:
+    """Say how many images of these sizes are held at once."""
+    return images_within(_BATCH_PIXELS, sizes, 64, least=1)
+
+
+def memory_need(sizes: Sequence[Size], channels: int, cell: int) -> int:
+    """Estimate the bytes of main memory that a PCA of images of these sizes takes."""
+    pixels = image_batch(sizes) * max(height * width for height, width in sizes)
+    values = channels * cell**2
+    # Bytes, floats and cells of a batch; sums, covariance and its axes in float64.
+    return pixels * channels * (1 + 4 + 4 + 4) + 6 * 8 * values**2
 
 
 @torch.no_grad()

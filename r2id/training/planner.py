@@ -16,6 +16,7 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.models.coords import Size
 from r2id.models.tracing import trace_peak
+from r2id.training import pca
 from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.conditions import condition_facts
 from r2id.training.ema import decays
@@ -211,9 +212,21 @@ def plan(
         "steps": config.train.steps,
         "seconds_per_step": seconds,
         "images_per_second": images / seconds,
+        "pca": _pca(config, dimensions),
         "days": seconds * config.train.steps / 86400,
         "share": share,
         "peak_tflops": teraflops,
+    }
+
+
+def _pca(config: RiaeRun | R2idRun, dimensions: Dimensions) -> dict[str, int] | None:
+    """Say how many images a PCA start reads and how many bytes of main memory it takes."""
+    if not (isinstance(config, RiaeRun) and config.starts_from_pca and config.init_from is None):
+        return None
+    sizes = [dimensions.image]
+    return {
+        "images": pca.image_limit(sizes),
+        "memory": pca.memory_need(sizes, config.data.channels, config.riae.cell),
     }
 
 
@@ -224,6 +237,7 @@ def describe(result: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
     total, limit = (result["memory"]["total"] + result["reserved"]) / 1e9, result["limit"] / 1e9
     largest = result["largest_micro_batch"]
+    start = result["pca"]
     return [
         f"{result['stage']}: {result['parameters'] / 1e6:.1f} M parameters; {result['tokens']} "
         f"tokens per image ({rows}x{columns} latents of {height}x{width} pixels)",
@@ -236,4 +250,12 @@ def describe(result: dict[str, Any]) -> list[str]:
         + (f"{largest}" if largest else "none, not even one image"),
         f"time: {result['days']:.1f} days for {result['steps']} steps at {result['share']:.0%} of "
         f"{result['peak_tflops']:g} TFLOP/s ({result['images_per_second']:.0f} images/s)",
+        *(
+            [
+                f"start: a PCA of up to {start['images']:,} images, once, by one process; "
+                f"{start['memory'] / 1e9:.2g} GB of main memory"
+            ]
+            if start
+            else []
+        ),
     ]

@@ -133,7 +133,7 @@ class RiaeTask(Task):
     def start(self) -> None:
         """Set the linear map to the PCA of training images, which rank 0 computes."""
         config, riae = self.config, self.config.riae
-        if config.start != "pca" or riae.kind != "lattice" or not riae.linear:
+        if not config.starts_from_pca:
             return
         weights = None
         if dist.is_main():
@@ -141,7 +141,9 @@ class RiaeTask(Task):
             chosen = self.sizes[:: max(1, len(self.sizes) // limit)]
             cells = sum(math.prod(riae.grid_for(size)) for size in chosen)
             say(f"PCA of {min(limit, len(self.sizes)):,} training images, to start from")
-            images = (batch["image"] for batch in self._training_images(limit, 64))
+            images = (
+                batch["image"] for batch in self._training_images(limit, pca.image_batch(chosen))
+            )
             weights = pca.fit_pca(images, riae.cell, riae.latent_channels, cells)
         assert isinstance(self.module.model, RIAE)
         pca.start_from_pca(self.module.model, dist.broadcast_object(weights))

@@ -3,17 +3,20 @@
     python tests/bench/ablations.py configs/digits/riae.toml --out FOLDER [--steps 400]
         [--set section.key=value] [NAME ...]
     python tests/bench/ablations.py configs/digits/r2id.toml --out FOLDER …
+    python tests/bench/ablations.py configs/photos/small-pipeline.toml --out FOLDER …
 
-All variants train for the same number of steps. Of an RIAE it measures the squared error on test
-images, at their own size and at twice that size against the images resized. Of an R2ID it measures
+All variants train for the same number of steps. Of an RIAE it measures the PSNR of test images at
+their own size, and of images at half their size that are decoded at their own, beside what bicubic
+resizing makes of the decoded half. Of an R2ID it measures
 class accuracy and Fréchet distance by a classifier of real images, at the training images' size and
-at twice that, or at the sizes given by --size. Variants that are finished are not trained again.
+at twice that, or at the sizes given by --size. With a pipeline's config, variants of its RIAE are
+judged by an R2ID that is trained on their latents. Variants that are finished are not trained
+again.
 The table is Markdown; its figures are under "Ablations" in tests/bench/README.md.
 """
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,55 +28,52 @@ from r2id.evaluation.classifier import load_or_train_classifier
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import mse
 from r2id.evaluation.r2id import Samples, measure_real_baseline, score_samples
-from r2id.models import coords
+from r2id.images import psnr
 from r2id.models.codec import Codec
 from r2id.sampling.sampler import Sampler
+from r2id.training import pca, tasks
+from r2id.training.encode import encode
 from r2id.training.loop import train
 
-IMAGES, SAMPLES = 500, 500
+IMAGES, SAMPLES = 500, 1000
 
 
-def edge_aligned(count, device=None, part=slice(None)):
-    """The original project's grid: the first and the last pixel on the edges."""
-    return (
-        torch.linspace(-0.5, 0.5, count, device=device)[part]
-        if count > 1
-        else torch.zeros(1, device=device)
-    )
+def natural(weights):
+    """A PCA whose components keep their spread, with variance 1 on the mean."""
+    scale = weights["from_code.weight"].norm(dim=0)
+    ratio = (scale / scale.square().mean().sqrt()).unsqueeze(1)
+    return weights | {
+        "to_code.weight": weights["to_code.weight"] * ratio,
+        "to_code.bias": weights["to_code.bias"] * ratio[:, 0],
+        "from_code.weight": weights["from_code.weight"] / ratio.T,
+    }
 
 
-def independent(coordinates, noise, grid, shape=None):
-    """Displace the absolute and the relative place of a point by different amounts."""
-    step = noise * torch.tensor([0.5 / grid[1], 0.5 / grid[0]], device=noise.device)
-    return coordinates + torch.cat(
-        [step, step.roll(1, dims=-2) * coords.relative_scale(shape or grid)], dim=-1
-    )
+def natural_pca(*given, plain=pca.fit_pca):
+    return natural(plain(*given))
+
+
+def one_scale(encode, batches, plain=tasks.latent_statistics):
+    """Statistics of latents with the same standard deviation for all channels."""
+    stats = plain(encode, batches)
+    return stats | {"std": stats["std"].square().mean().sqrt().expand_as(stats["std"]).clone()}
 
 
 RIAE = {
     "as configured": [],
-    "no window (`gaussian_window`)": ["riae.gaussian_window=false"],
-    "no jitter": ["loss.jitter=0.0"],
-    "no jitter, edge-aligned grid": ["loss.jitter=0.0", ("centres", edge_aligned)],
-    "independent jitter": [("displace", independent)],
-    "encoder sees 1/16": ["loss.encode_cloud=0.0625"],
-    "encoder sees 1/4": ["loss.encode_cloud=0.25"],
-    "encoder sees all": ["loss.encode_cloud=1.0"],
-    "decoder sees 1/4 of the latents": ["loss.decode_cloud=0.25"],
-    "tiled attention": ['riae.attention="tiled"', "riae.halo=1.0"],
-    "a latent block": ["riae.latent_blocks=1"],
-    "at many scales, cells told": [
-        "loss.encode_scales=[0.5,1.0]",
-        "riae.decode_scales=[0.5,2.0]",
-        "riae.condition_on_pixel_size=true",
-    ],
-    "at many scales, cells not told": [
-        "loss.encode_scales=[0.5,1.0]",
-        "riae.decode_scales=[0.5,2.0]",
-        "riae.condition_on_pixel_size=false",
-    ],
-    "l1": ['loss.pixel="l1"'],
+    "no PCA start": ['start="random"'],
+    "no linear map": ["riae.linear=false"],
+    "no network": ["riae.encoder_blocks=0", "riae.decoder_blocks=0"],
+    "no features of points": ["riae.features=0"],
+    "no smaller copies": ["loss.magnify=0.0"],
+    "no latent noise": ["loss.latent_noise=0.0"],
+    "latent noise 0.3": ["loss.latent_noise=0.3"],
+    "latent masks": ["loss.latent_mask=0.5"],
+    "equivariance": ["loss.equivariance=0.5"],
+    "one scale": [(pca, "fit_pca", natural_pca), (tasks, "latent_statistics", one_scale)],
+    "mse": ['loss.pixel="mse"'],
     "texture": ["loss.texture=1.0"],
+    "SSIM": ["loss.ssim=0.1"],
 }
 
 
@@ -114,6 +114,8 @@ def arguments():
     parser.add_argument("names", nargs="*", help="some of the variants; default all")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--r2id-steps", type=int, default=400, help="with a pipeline's config")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--size",
         action="append",
@@ -126,31 +128,29 @@ def arguments():
     return parser.parse_intermixed_args()
 
 
-def trained(options, name, changes):
-    """Train a variant: its config, the seconds it took and its figures."""
-    run = options.out / "".join(c if c.isalnum() else "-" for c in name)
+def trained(options, stage, config, name, changes, steps):
+    """Train a variant: its config, and the CPU seconds it took."""
+    run = options.out / f"{stage}-{options.seed}-{''.join(c if c.isalnum() else '-' for c in name)}"
     fixed = [
         f"run={run}",
-        f"train.steps={options.steps}",
+        f"seed={options.seed}",
+        f"train.steps={steps}",
+        f"train.save_every={steps}",
         "tracking.enabled=false",
-        f"train.preview_every={options.steps}",
+        f"train.preview_every={steps}",
     ]
-    config = load_config(
-        options.config, [*options.set, *(c for c in changes if isinstance(c, str)), *fixed]
-    )
-    plain: dict[str, Callable] = {
-        change[0]: getattr(coords, change[0]) for change in changes if not isinstance(change, str)
-    }
-    for change in changes:
-        if not isinstance(change, str):
-            setattr(coords, *change)
-    began = time.perf_counter()
+    config = load_config(config, [*(c for c in changes if isinstance(c, str)), *fixed])
+    replaced = [change for change in changes if not isinstance(change, str)]
+    plain = [(module, place, getattr(module, place)) for module, place, _ in replaced]
+    for change in replaced:
+        setattr(*change)
+    began = time.process_time()
     try:
         train(config)
-        return config, time.perf_counter() - began, measure(config, options)
+        return config, time.process_time() - began
     finally:
-        for place, function in plain.items():
-            setattr(coords, place, function)
+        for change in plain:
+            setattr(*change)
 
 
 def measure(config, options):
@@ -161,18 +161,16 @@ def measure(config, options):
             shards, config.data, split=config.data.test_split, batch=50, limit=IMAGES
         ):
             images = batch["image"]
-            size, latents = (images.shape[2], images.shape[3]), codec.encode(images)
-            twice = 2 * size[0], 2 * size[1]
-            errors.append(
-                torch.stack(
-                    [
-                        mse(codec.decode(latents, size), images),
-                        mse(codec.decode(latents, twice), resize(images, twice)),
-                    ],
-                    1,
-                )
+            own = (images.shape[2], images.shape[3])
+            half = max(1, own[0] // 2), max(1, own[1] // 2)
+            small = codec.encode(resize(images, half))
+            pictures = (
+                codec.decode(codec.encode(images), own),
+                codec.decode(small, own, native=half),
+                resize(codec.decode(small, half), own).clamp(-1, 1),
             )
-        return [f"{value:.4f}" for value in torch.cat(errors).mean(0).tolist()]
+            errors.append(torch.stack([mse(picture, images) for picture in pictures], 1))
+        return [f"{value:.2f}" for value in psnr(torch.cat(errors)).mean(0).tolist()]
     assert isinstance(config, R2idRun)
     sampler = Sampler.load(config.run)
     native = sampler.codec.image
@@ -188,20 +186,38 @@ def measure(config, options):
     return found
 
 
+def through_r2id(options, name, changes):
+    """Train a variant of a pipeline's RIAE and an R2ID on its latents: seconds and figures."""
+    pipeline = load_config(options.config)
+    folder = options.config.parent
+    riae, seconds = trained(
+        options, "riae", folder / pipeline.riae.config, name, changes, options.steps
+    )
+    latents = riae.run.with_name(riae.run.name.replace("riae", "latents"))
+    encode(riae.run, riae.data.shards, latents)
+    more = [f"codec={riae.run}", f"data.latents={latents}", f"data.shards={riae.data.shards}"]
+    r2id, longer = trained(
+        options, "r2id", folder / pipeline.r2id.config, name, more, options.r2id_steps
+    )
+    return seconds + longer, [*measure(riae, options), *measure(r2id, options)]
+
+
 def main():
     options = arguments()
     stage = load_config(options.config).stage
-    variants = {"riae": RIAE, "r2id": R2ID}[stage]
+    variants = {"r2id": R2ID}.get(stage, RIAE)
     places = [f"at {height}×{width}" for height, width in options.size] or ["", "at twice the size"]
-    figures = {
-        "riae": ["test MSE", "at twice the size"],
-        "r2id": [
-            f"{figure} {place}".strip() for place in places for figure in ("accuracy", "Fréchet")
-        ],
-    }[stage]
+    riae = ["PSNR", "half to whole", "bicubic of half"]
+    r2id = [f"{figure} {place}".strip() for place in places for figure in ("accuracy", "Fréchet")]
+    figures = {"riae": riae, "r2id": r2id, "pipeline": riae + r2id}[stage]
     rows = []
     for name in options.names or variants:
-        _, seconds, found = trained(options, name, variants[name])
+        changes = [*options.set, *variants[name]]
+        if stage == "pipeline":
+            seconds, found = through_r2id(options, name, changes)
+        else:
+            config, seconds = trained(options, stage, options.config, name, changes, options.steps)
+            found = measure(config, options)
         rows.append(f"| {name} | {seconds:.0f} s | {' | '.join(found)} |")
         print(rows[-1], flush=True)
     print(f"\n| {options.config}, {options.steps} steps | training | {' | '.join(figures)} |")
