@@ -40,6 +40,7 @@ from r2id.training.workload import Cost, Dimensions, Workload, image_cost
 
 # Bounds of what the mean and deviation of latents are measured from.
 _STATISTICS_IMAGES, _STATISTICS_PIXELS = 2048, 1 << 24
+_SIZES = 1024  # sizes of images that are kept to estimate how many pixels a number of them has
 
 Batch = dict[str, Any]
 
@@ -110,11 +111,14 @@ class RiaeTask(Task):
     def __init__(self, config: RiaeRun, shards: ShardSet, world: World, micro_batch: int) -> None:
         super().__init__(config, shards, world, micro_batch)
         self.config = config
-        self.sizes = image_sizes(shards, config.data, config.data.train_split)
+        sizes = image_sizes(shards, config.data, config.data.train_split)
+        self.images = len(sizes)
+        self.sizes = sizes[:: math.ceil(len(sizes) / _SIZES)]
+        """Sizes of some training images, evenly spaced by area."""
         self.facts = {
             "channels": config.data.channels,
             "digest": shards.digest,
-            "image": list(_median(self.sizes)),
+            "image": list(_median(sizes)),
         }
         self.module = riae_loss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
         network = load_perceptual(config.loss)
