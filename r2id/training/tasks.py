@@ -141,14 +141,16 @@ class RiaeTask(Task):
             return
         weights = None
         if dist.is_main():
-            limit = pca.image_limit(self.sizes)
-            chosen = self.sizes[:: max(1, len(self.sizes) // limit)]
-            cells = sum(math.prod(riae.grid_for(size)) for size in chosen)
-            say(f"PCA of {min(limit, len(self.sizes)):,} training images, to start from")
-            images = (
-                batch["image"] for batch in self._training_images(limit, pca.image_batch(chosen))
+            count = min(pca.image_limit(self.sizes), self.images)
+            cells = sum(math.prod(riae.grid_for(size)) for size in self.sizes)
+            say(f"PCA of {count:,} training images, to start from")
+            batches = self._training_images(count, pca.image_batch(self.sizes))
+            weights = pca.fit_pca(
+                (batch["image"] for batch in batches),
+                riae.cell,
+                riae.latent_channels,
+                cells * count // len(self.sizes),
             )
-            weights = pca.fit_pca(images, riae.cell, riae.latent_channels, cells)
         assert isinstance(self.module.model, RIAE)
         pca.start_from_pca(self.module.model, dist.broadcast_object(weights))
 
