@@ -82,6 +82,15 @@ class Block(nn.Module):
         return x + self.narrow(F.gelu(self.widen(self.norm(seen))))
 
 
+class ExactLinear(nn.Linear):
+    """A linear layer that computes in float32, under autocast and with bfloat16 weights too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., N] → float32 [..., M]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class LatticeEncoder(nn.Module):
     """Cells' points → latents: a linear map, and a network on the latent grid that corrects it."""
 
@@ -91,7 +100,7 @@ class LatticeEncoder(nn.Module):
         super().__init__()
         self.config, self.cell = config, config.cell
         values = channels * self.cell**2
-        self.to_code = nn.Linear(values, config.latent_channels) if config.linear else None
+        self.to_code = ExactLinear(values, config.latent_channels) if config.linear else None
         self.see = nn.Conv2d(values, config.width, 3, padding=1)
         self.cell_blocks = nn.ModuleList(
             Block(config.width, config.ffn_ratio) for _ in range(config.encoder_blocks)
@@ -116,8 +125,7 @@ class LatticeEncoder(nn.Module):
         # Float32 under autocast too: latents are stored, and diffusion normalises them.
         latents = self.correct_code(hidden).float()
         if self.to_code is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                latents = latents + self.to_code(x.float())
+            latents = latents + self.to_code(x)
         return rearrange(latents, "b h w l -> b l h w")
 
     def encode(self, images: Tensor, native: Size) -> Tensor:
@@ -147,7 +155,7 @@ class LatticeDecoder(nn.Module):
         super().__init__()
         self.config, self.cell, self.channels = config, config.cell, channels
         values, width, features = channels * self.cell**2, config.width, config.features
-        self.from_code = nn.Linear(config.latent_channels, values) if config.linear else None
+        self.from_code = ExactLinear(config.latent_channels, values) if config.linear else None
         self.spread = nn.Conv2d(config.latent_channels, width, 3, padding=1)
         self.cell_blocks = nn.ModuleList(
             Block(width, config.ffn_ratio) for _ in range(config.decoder_blocks)
@@ -172,8 +180,7 @@ class LatticeDecoder(nn.Module):
         hidden = self.decoded(hidden)
         colours = self.correct_colours(hidden).float()
         if self.from_code is not None:
-            with torch.autocast(code.device.type, enabled=False):
-                colours = colours + self.from_code(code.float())
+            colours = colours + self.from_code(code)
         colours = _to_points(colours, self.cell)
         return (colours, None) if self.fine is None else self.fine(hidden, colours)
 
