@@ -223,7 +223,9 @@ def _pca(config: RiaeRun | R2idRun, dimensions: Dimensions) -> dict[str, int] | 
     """Say how many images a PCA start reads and how many bytes of main memory it takes."""
     if not (isinstance(config, RiaeRun) and config.starts_from_pca and config.init_from is None):
         return None
-    sizes = [dimensions.image]
+    # Whole images are analysed, even if training cuts windows.
+    side = math.isqrt(config.data.max_pixels)
+    sizes = [(side, side) if config.data.window else dimensions.image]
     return {
         "images": pca.image_limit(sizes),
         "memory": pca.memory_need(sizes, config.data.channels, config.riae.cell),

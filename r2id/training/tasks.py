@@ -112,9 +112,11 @@ class RiaeTask(Task):
         super().__init__(config, shards, world, micro_batch)
         self.config = config
         sizes = image_sizes(shards, config.data, config.data.train_split)
-        self.images = len(sizes)
-        self.sizes = sizes[:: math.ceil(len(sizes) / _SIZES)]
-        """Sizes of some training images, evenly spaced by area."""
+        whole = config.data.model_copy(update={"window": None})
+        whole_sizes = image_sizes(shards, whole, config.data.train_split)
+        self.images = len(whole_sizes)
+        self.sizes = whole_sizes[:: math.ceil(len(whole_sizes) / _SIZES)]
+        """Sizes of some whole training images, evenly spaced by area."""
         self.facts = {
             "channels": config.data.channels,
             "digest": shards.digest,

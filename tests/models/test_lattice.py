@@ -263,6 +263,10 @@ def test_the_linear_map_is_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         again = model.decode(model.encode(image), (10, 7))
     assert torch.equal(again, image)
+    # And with weights that are bfloat16 themselves, which hold a 1 exactly.
+    with torch.autocast("cpu", torch.bfloat16):
+        again = model.bfloat16().decode(model.encode(image), (10, 7))
+    assert torch.equal(again, image)
 
 
 def test_bfloat16_is_near_float32():

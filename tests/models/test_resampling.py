@@ -41,9 +41,7 @@ def test_the_size_of_its_own_is_passed_through():
     images = torch.rand(1, 1, 6, 5)
     assert torch.equal(resample(images, (6, 5)), images)
     assert torch.equal(resample(images.bfloat16(), (6, 5)), images.bfloat16().float())
-    assert torch.equal(
-        resample(images, (6, 5), (slice(2, 4), slice(1, 3))), images[:, :, 2:4, 1:3]
-    )
+    assert torch.equal(resample(images, (6, 5), (slice(2, 4), slice(1, 3))), images[:, :, 2:4, 1:3])
 
 
 @pytest.mark.parametrize(("size", "out"), CASES)

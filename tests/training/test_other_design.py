@@ -1,4 +1,4 @@
-"""Runs, checkpoints and latents of the other kind of RIAE: what still loads, and what is refused."""
+"""Runs, checkpoints and latents of the other kind of RIAE: what loads, and what is refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ def test_a_checkpoint_of_version_0_1_is_used_as_before(
     torch.testing.assert_close(model.encode(images), latents, atol=1e-5, rtol=1e-5)
     encode(attention_run, digits, tmp_path / "latents")
     config = r2id_config(
-        digits, attention_run, tmp_path / "r2id", "train.steps=2", f"data.latents={tmp_path}/latents"
+        digits,
+        attention_run,
+        tmp_path / "r2id",
+        "train.steps=2",
+        f"data.latents={tmp_path}/latents",
     )
     train(config)
     pictures = Sampler.load(tmp_path / "r2id").sample(

@@ -75,7 +75,9 @@ def test_it_is_the_singular_value_decomposition(
     spread = singular[:components] / np.sqrt(len(values))
     strong = spread > 2e-3 * spread[0]  # weaker ones are left weak
     np.testing.assert_allclose(codes.mean(0), 0, atol=1e-3)
-    np.testing.assert_allclose(np.cov(codes.T, bias=True)[strong][:, strong], np.eye(strong.sum()), atol=5e-3)
+    np.testing.assert_allclose(
+        np.cov(codes.T, bias=True)[strong][:, strong], np.eye(strong.sum()), atol=5e-3
+    )
     largest = np.take_along_axis(from_code[0], np.abs(from_code[0]).argmax(0)[None], 0)
     assert (largest > 0).all()
 
@@ -212,11 +214,7 @@ def test_a_run_begins_with_it_once(
 
 @pytest.mark.parametrize(
     ("make", "more"),
-    [
-        (riae_config, ["start=random"]),
-        (riae_config, ["riae.linear=false"]),
-        (attention_config, []),
-    ],
+    [(riae_config, ["start=random"]), (riae_config, ["riae.linear=false"]), (attention_config, [])],
 )
 def test_runs_that_begin_at_random(
     make: Any, more: list[str], digits: Path, tmp_path: Path, fits: list[dict[str, Tensor]]

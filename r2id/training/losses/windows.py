@@ -88,7 +88,7 @@ class WindowLoss(nn.Module):
         }
 
     def _disturbed(self, latents: Tensor, rng_keys: Tensor) -> Tensor:
-        """Add noise to latents [B, L, h, w], and replace those of some cells by noise alone."""
+        """Add noise to latents [B, L, h, w], and set those of some cells to 0."""
         config, shape = self.config, latents.shape[1:]
         if config.latent_noise:
             noise = rng.normal(rng.fold(rng_keys, _NOISE), *shape)
