@@ -1,0 +1,531 @@
+"""RIAE against other codes of equal latents, each trained for equal CPU seconds on one thread.
+
+    python -m tests.bench.autoencoders --set photos --seconds 180 --out FOLDER [--data data]
+        [--only NAME …] [--config RIAE.toml] [--override section.key=value …]
+
+Compared are PCA of the pixels of each cell (``pca``), which is where RIAE starts; RIAE (``riae``)
+without noise on its latents; RIAE as first published (``first``); and two convolutional
+autoencoders of about RIAE's number of parameters: diffusers' AutoencoderKL (``kl``, needs
+``pip install r2id[bench]``) and a plain one that is faster on a CPU (``plain``). All see the same
+batches; the last two get the best of three learning rates, each tried for a fifth of the seconds.
+Seconds are those of the process while it trains, RIAE's PCA included; loading and evaluation do not
+count.
+
+Sets (--set): digits, mnist and photos as the configs of these names prepare them, and native:
+photos at their own sizes, of which every tenth is held out, trained in windows of 64×64 with cells
+of 8×8 pixels (native-8) and of 4×4 (native-4).
+
+Measured on test images: PSNR (mean over images), SSIM, and the Fréchet distance of reconstructions
+to the images in the features of a classifier of real images (not for native, which has no classes).
+Images are coded at the trained size and decoded at others. The truth there is the image, resized
+from finer originals where there are any (native), else bicubically; "½ to 1" decodes images of half
+the size at the size of the originals, which are the truth. In brackets is what bicubic
+resizing of the code's own reconstruction has, and then, of convolutional ones, the decoder run on
+resized latents. *Coded at* is the image of that size, coded on a latent grid of its own.
+
+Finished rows are kept in OUT/SET.json, weights beside it, and are not made again. OUT/SET.png shows
+all beside one another. The tables are Markdown; their figures are under "Autoencoders" in
+tests/bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from r2id import rng
+from r2id.config import DataConfig, RiaeRun, load_config
+from r2id.config.files import parse_config
+from r2id.data.loader import eval_loader
+from r2id.data.shards import ShardSet
+from r2id.errors import InputError
+from r2id.evaluation.classifier import Classifier, load_or_train_classifier
+from r2id.evaluation.images import resize
+from r2id.evaluation.metrics import frechet_distance, mse, ssim
+from r2id.evaluation.riae import scale_size
+from r2id.images import psnr, to_float, to_uint8
+from r2id.models.coords import Size
+from r2id.progress import Progress, say
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbour
+from peers import CODES, Code, Job, load, train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SCALES = {
+    "½": (0.5, 0.5),
+    "¾": (0.75, 0.75),
+    "1½": (1.5, 1.5),
+    "2": (2.0, 2.0),
+    "3:2": (1.5, 1.0),
+    "2:3": (1.0, 1.5),
+}
+"""Factors of height and width."""
+UP = "½ to 1"
+"""Name of a further measurement: images of half the size, decoded at the size."""
+TESTS, RESIZED, BATCH = 2000, 400, 50  # test images at the trained size, and at others
+HELD_OUT, WINDOW, PHOTO = 10, 64, 1 << 18  # every tenth photo; pixels
+SIDES = (64, 128, 256, 512, 1024, 2048)
+SLOWEST = 15.0  # seconds for one picture: twice its side is not measured
+SHOWN = 6
+
+
+def _first(
+    riae: dict[str, Any], loss: dict[str, Any], train: dict[str, Any], lr: float, end: float
+) -> dict[str, Any]:
+    """Write the first design's config as it was for a set, but for noise on latents."""
+    common = {"kind": "attention", "encoder_blocks": 2, "decoder_blocks": 2, "heads": 4}
+    return {
+        "stage": "riae",
+        "run": "none",
+        "data": {"shards": "none"},
+        "riae": {**common, "width": 128, "pixel_width": 64, **riae},
+        "loss": loss,
+        "optim": {"lr": lr, "lr_end": end},
+        "train": {"steps": 1, "precision": "bfloat16", "ema": 0.995, **train},
+    }
+
+
+_MANY_SIZES = {"bounded": True, "condition_on_pixel_size": True}
+_NATIVE = _first(
+    {
+        "attention": "tiled",
+        "latent_attention": "tiled",
+        "latent_blocks": 1,
+        "width": 96,
+        "pixel_width": 48,
+    },
+    {"decode_pixels": 512, "jitter": 0.5, "pixel": "charbonnier"},
+    {"batch": 16},
+    2e-3,
+    1e-4,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One set of images, how it is cut into cells, and the first design's settings for it."""
+
+    shards: str
+    config: str
+    cell: int
+    latents: int
+    first: dict[str, Any]
+    colours: int = 3
+    size: Size | None = None
+    """Size of the training images; None: windows of photos."""
+
+
+SETTINGS = {
+    "digits": Setting(
+        "digits",
+        "digits/riae.toml",
+        2,
+        4,
+        _first(
+            {"width": 64, "bounded": True},
+            {"encode_cloud": 0.5, "decode_pixels": 64},
+            {"batch": 64},
+            2e-3,
+            1e-4,
+        ),
+        colours=1,
+        size=(8, 8),
+    ),
+    "mnist": Setting(
+        "mnist",
+        "mnist/small-riae.toml",
+        4,
+        8,
+        _first(
+            {**_MANY_SIZES, "decode_scales": [0.75, 2.0]},
+            {"encode_cloud": 0.5, "encode_scales": [0.5, 1.0]},
+            {"batch": 64, "ema": 0.998},
+            3e-3,
+            2e-5,
+        ),
+        colours=1,
+        size=(28, 28),
+    ),
+    "photos": Setting(
+        "photos",
+        "photos/small-riae.toml",
+        4,
+        16,
+        _first(
+            {**_MANY_SIZES, "attention": "tiled", "halo": 1.0, "decode_scales": [0.5, 2.0]},
+            {"decode_pixels": 256},
+            {"batch": 32},
+            3e-3,
+            5e-5,
+        ),
+        size=(32, 32),
+    ),
+    "native-8": Setting("photos-native", "photos/native-riae.toml", 8, 16, _NATIVE),
+    "native-4": Setting("photos-native", "photos/native-riae.toml", 4, 16, _NATIVE),
+}
+GROUPS = {"native": ("native-8", "native-4")}
+NAMES = {
+    "pca": "PCA",
+    "riae": "RIAE",
+    "first": "RIAE, first design",
+    "kl": "AutoencoderKL",
+    "plain": "plain convolutions",
+}
+
+
+class Images:
+    """Images of one size: training images in memory, and test images."""
+
+    def __init__(self, shards: ShardSet, data: DataConfig) -> None:
+        self.flip = data.flip
+        self.train = _all(shards, data, data.train_split)
+        self.tests = to_float(_all(shards, data, data.test_split, TESTS))
+        self.whole: list[Tensor] = []
+
+    @property
+    def size(self) -> Size:
+        return self.tests.shape[2], self.tests.shape[3]
+
+    def batch(self, step: int, count: int) -> tuple[Tensor, Tensor]:
+        """Draw images with replacement; the same for everybody."""
+        draws = rng.uniform(rng.fold(0, step, torch.arange(count)), 2)
+        chosen = (draws[:, 0] * len(self.train)).long()
+        images = to_float(self.train[chosen])
+        return _flipped(images, draws[:, 1]) if self.flip else images, chosen
+
+    def some(self) -> Iterator[Tensor]:
+        """Training images for a PCA."""
+        return iter(to_float(self.train[:: max(1, len(self.train) // 4096)]).split(256))
+
+    def at(self, size: Size) -> tuple[Tensor, Tensor]:
+        """Test images at the trained size, and the same at another size."""
+        tests = self.tests[:: max(1, len(self.tests) // RESIZED)]
+        return tests, resize(tests, size)
+
+
+class Windows(Images):
+    """Windows of photos: random ones to train, those of held-out photos to test."""
+
+    def __init__(self, shards: ShardSet, data: DataConfig) -> None:
+        data = data.model_copy(update={"window": None, "size": None, "max_pixels": PHOTO})
+        self.flip = data.flip
+        photos = [
+            to_uint8(batch["image"][0])
+            for batch in eval_loader(shards, data, data.train_split, batch=1)
+        ]
+        self.photos = [photo for k, photo in enumerate(photos) if k % HELD_OUT]
+        self.whole = [to_float(photo)[None] for photo in photos[::HELD_OUT]]
+        self.tests = self._windows(WINDOW, 4)
+
+    def _windows(self, side: int, per_axis: int) -> Tensor:
+        """Windows of held-out photos, evenly spaced."""
+        found = []
+        for photo in self.whole:
+            rows, columns = (
+                np.linspace(0, length - side, per_axis).astype(int) for length in photo.shape[2:]
+            )
+            found += [photo[:, :, y : y + side, x : x + side] for y in rows for x in columns]
+        return torch.cat(found)
+
+    def batch(self, step: int, count: int) -> tuple[Tensor, Tensor]:
+        draws = rng.uniform(rng.fold(0, step, torch.arange(count)), 4)
+        chosen = (draws[:, 0] * len(self.photos)).long()
+        windows = []
+        for number, (_, down, right, _) in zip(chosen.tolist(), draws.tolist(), strict=True):
+            photo = self.photos[number]
+            y, x = (
+                int(place * (length - WINDOW + 1))
+                for place, length in zip((down, right), photo.shape[1:], strict=True)
+            )
+            windows.append(photo[:, y : y + WINDOW, x : x + WINDOW])
+        images = to_float(torch.stack(windows))
+        return _flipped(images, draws[:, 3]) if self.flip else images, chosen
+
+    def some(self) -> Iterator[Tensor]:
+        return (self.batch((1 << 31) + number, 256)[0] for number in range(16))
+
+    @cached_property
+    def _finer(self) -> Tensor:
+        finer = self._windows(2 * WINDOW, 4)
+        return finer[:: max(1, len(finer) // RESIZED)]
+
+    def at(self, size: Size) -> tuple[Tensor, Tensor]:
+        """Windows of twice the side, shrunk to the trained size, and to the other."""
+        return resize(self._finer, (WINDOW, WINDOW)), resize(self._finer, size)
+
+
+def _all(shards: ShardSet, data: DataConfig, split: str, limit: int | None = None) -> Tensor:
+    batches = eval_loader(shards, data, split, batch=500, limit=limit)
+    return torch.cat([to_uint8(batch["image"]) for batch in batches])
+
+
+def _flipped(images: Tensor, draws: Tensor) -> Tensor:
+    return torch.where((draws < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--set", choices=[*SETTINGS, *GROUPS], required=True)
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--only", nargs="+", choices=CODES, default=list(CODES), metavar="NAME")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the shard sets")
+    parser.add_argument("--config", type=Path, help="RIAE's; default: the set's in configs/")
+    parser.add_argument("--override", action="append", default=[], metavar="section.key=value")
+    return parser.parse_args()
+
+
+def configured(setting: Setting, options: argparse.Namespace) -> tuple[RiaeRun, RiaeRun]:
+    """RIAE's config and the first design's, of equal latents."""
+    path = options.config or CONFIGS / setting.config
+    shape = [f"riae.downsample={setting.cell}", f"riae.latent_channels={setting.latents}"]
+    data = [f"data.shards={options.data / setting.shards}", f"data.channels={setting.colours}"]
+    if setting.size:
+        data.append(f"data.size={list(setting.size)}")
+    plain = ["loss.latent_noise=0.0"]
+    riae = load_config(path, [*shape, *data, *plain, *options.override])
+    first = parse_config(setting.first, [*shape, *data])
+    assert isinstance(riae, RiaeRun) and isinstance(first, RiaeRun)
+    if riae.riae.kind != "lattice":
+        raise InputError(f"{path}: riae.kind = {riae.riae.kind!r}: must be 'lattice' here")
+    return riae, first
+
+
+class Bench:
+    """One set: its images, judge and rows."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.out, setting = name, options.out, SETTINGS[name]
+        riae, first = configured(setting, options)
+        shards = ShardSet.open(riae.data.shards)
+        self.images = (Images if setting.size else Windows)(shards, riae.data)
+        self.job = Job(
+            riae, first, self.images.size, options.seconds, self.images.batch, self.images.some
+        )
+        self.judge: Classifier | None = None
+        if setting.size:
+            file = self.out / f"classifier-{name}.safetensors"
+            self.judge = load_or_train_classifier(shards, riae.data, file, torch.device("cpu"))
+        self.file = self.out / f"{name}.json"
+        facts = {
+            "seconds": options.seconds,
+            "config": riae.model_dump(mode="json", exclude={"run", "data"}),
+            "images": shards.digest,
+        }
+        self.found = {"facts": facts, "rows": {}}
+        if self.file.is_file():
+            self.found = json.loads(self.file.read_text())
+            if self.found["facts"] != facts:
+                raise InputError(
+                    f"{self.file}: made with other seconds, images or settings: give another --out"
+                )
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return self.found["rows"]
+
+    def make(self, name: str) -> None:
+        """Train and measure one code, unless that has been done."""
+        if name in self.rows:
+            return
+        say(f"{self.name}: {name}")
+        code, weights, figures = train(self.job, name, lambda code: self.native(code)["psnr"])
+        save_file(weights, self.weights(name))
+        code = load(self.job, name, weights)
+        row = {"parameters": code.parameters, **figures, "native": self.native(code)}
+        row["sizes"] = {scale: self.resized(code, scale) for scale in (*SCALES, UP)}
+        if self.images.whole:
+            row["whole"] = self.whole(code)
+        row["times"], row["exponent"] = self.times(code)
+        self.rows[name] = row
+        self.file.write_text(json.dumps(self.found, indent=1, ensure_ascii=False))
+
+    def weights(self, name: str) -> Path:
+        return self.out / f"{self.name}-{name}.safetensors"
+
+    def native(self, code: Code) -> dict[str, float]:
+        """Reconstruct test images at their own size."""
+        tests, own = self.images.tests, self.images.size
+        decoded = torch.cat([code.decode(code.encode(part), own) for part in tests.split(BATCH)])
+        return self.compare(decoded, tests)
+
+    def compare(self, decoded: Tensor, truth: Tensor) -> dict[str, float]:
+        errors = mse(decoded, truth)
+        found = {
+            "mse": float(errors.mean()),
+            "psnr": float(psnr(errors).mean()),
+            "ssim": float(ssim(decoded, truth).mean()),
+        }
+        if self.judge is not None:
+            one, other = self.judge.features(decoded), self.judge.features(truth)
+            agreed = [self.judge.probabilities(part).argmax(1) for part in (one, other)]
+            found["frechet"] = frechet_distance(one, other)
+            found["same_class"] = float((agreed[0] == agreed[1]).double().mean())
+        return found
+
+    def resized(self, code: Code, scale: str) -> dict[str, Any]:
+        """Decode at another size, in every way that the code has."""
+        own = size = self.images.size
+        if scale == UP:
+            truth, _ = self.images.at(size)
+            own = scale_size(size, SCALES["½"])
+            tests = resize(truth, own)
+        else:
+            size = scale_size(own, SCALES[scale])
+            tests, truth = self.images.at(size)
+        ways: dict[str, list[Tensor]] = {"decoded": [], "bicubic": [], "network": [], "coded": []}
+        for part, true in zip(tests.split(BATCH), truth.split(BATCH), strict=True):
+            latents = code.encode(part)
+            ways["decoded"].append(code.decode_at(latents, size, own))
+            ways["bicubic"].append(resize(code.decode(latents, own), size))
+            if (run := code.run_at(latents, size, own)) is not None:
+                ways["network"].append(run)
+            if scale != UP:
+                ways["coded"].append(code.decode(code.encode(true), size))
+        return {"size": size} | {
+            way: self.compare(torch.cat(parts), truth) for way, parts in ways.items() if parts
+        }
+
+    def whole(self, code: Code) -> float:
+        """Mean PSNR of whole held-out photos."""
+        errors = []
+        for photo in self.images.whole:
+            decoded = code.decode(code.encode(photo), (photo.shape[2], photo.shape[3]))
+            errors.append(mse(decoded, photo))
+        return float(psnr(torch.cat(errors)).mean())
+
+    def times(self, code: Code) -> tuple[dict[str, float], float | None]:
+        """CPU seconds there and back by side, and the exponent in the number of pixels."""
+        found: dict[str, float] = {}
+        for side in (32, *SIDES):  # the first prepares kernels
+            image = torch.rand(1, self.job.channels, side, side) * 2 - 1
+            tries = []
+            for _ in range(3):
+                began = time.process_time()
+                code.decode(code.encode(image), (side, side))
+                tries.append(time.process_time() - began)
+                if sum(tries) > 2:
+                    break
+            found[str(side)] = min(tries)
+            if min(tries) > SLOWEST:
+                break
+        del found["32"]
+        if len(found) < 2:
+            return found, None
+        pixels = [2 * math.log(int(side)) for side in found]
+        return found, float(np.polyfit(pixels, np.log(list(found.values())), 1)[0])
+
+    def picture(self) -> None:
+        """Draw test images, and what each code makes of them, at their size and at twice that."""
+        own, twice = self.images.size, scale_size(self.images.size, SCALES["2"])
+        tests, finer = self.images.at(twice)
+        every = max(1, len(tests) // SHOWN)
+        tests, finer = tests[::every][:SHOWN], finer[::every][:SHOWN]
+        columns = {"original": (tests, finer)}
+        for name in self.rows:
+            code = load(self.job, name, load_file(self.weights(name)))
+            latents = code.encode(tests)
+            columns[NAMES[name]] = (code.decode(latents, own), code.decode_at(latents, twice, own))
+            if name == "riae":
+                bicubic = resize(code.decode(latents, own), twice)
+                columns["RIAE, bicubic"] = (code.decode(latents, own), bicubic)
+        draw(columns, self.out / f"{self.name}.png")
+
+    def tables(self) -> Iterator[str]:
+        setting = SETTINGS[self.name]
+        size, cell = self.images.size, setting.cell
+        yield (
+            f"`{self.name}`: {size[0]}×{size[1]} to {size[0] // cell}×{size[1] // cell}"
+            f"×{setting.latents}, {self.job.seconds:g} CPU seconds, {len(self.images.tests)} test "
+            f"images"
+        )
+        heads = ["code", "parameters", "steps", "images/s", "PSNR", "SSIM"]
+        heads += ["Fréchet, same class"] if self.judge else []
+        heads += ["whole photos"] if self.images.whole else []
+        heads += ["1024² there and back", "exponent"]
+        yield f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
+        for name, row in self.rows.items():
+            native, exponent = row["native"], row["exponent"]
+            cells = [NAMES[name], f"{row['parameters'] / 1e6:.2f} M", f"{row['steps']}"]
+            cells.append(f"{row['images_per_second']:.0f}" if row["steps"] else "–")
+            step_0 = f" (step 0: {row['step_0']:.2f})" if "step_0" in row else ""
+            cells += [f"{native['psnr']:.2f} dB{step_0}", f"{native['ssim']:.4f}"]
+            cells += [f"{native['frechet']:.3g}, {native['same_class']:.3f}"] if self.judge else []
+            cells += [f"{row['whole']:.2f} dB"] if self.images.whole else []
+            seconds = row["times"].get("1024")
+            cells.append("–" if seconds is None else f"{seconds:.2f} s")
+            yield f"| {' | '.join([*cells, '–' if exponent is None else f'{exponent:.2f}'])} |"
+        yield from self._sizes("decoded at", ("decoded", "bicubic", "network"))
+        yield from self._sizes("coded at", ("coded",))
+
+    def _sizes(self, title: str, ways: Sequence[str]) -> Iterator[str]:
+        scales = [*SCALES, UP] if "decoded" in ways else list(SCALES)
+        yield f"\n| {title} | {' | '.join(scales)} |\n|{'---|' * (1 + len(scales))}"
+        for name, row in self.rows.items():
+            cells = [NAMES[name]]
+            for scale in scales:
+                found = row["sizes"][scale]
+                first, *others = (f"{found[way]['psnr']:.2f}" for way in ways if way in found)
+                cells.append(first + (f" ({', '.join(others)})" if others else ""))
+            yield f"| {' | '.join(cells)} |"
+
+
+def draw(columns: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
+    """Write a picture: one column per code, rows of images at their size and at twice that."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        2 * SHOWN, len(columns), figsize=(2 * len(columns), 4 * SHOWN), squeeze=False
+    )
+    for column, (title, both) in enumerate(columns.items()):
+        for half, images in enumerate(both):
+            for row, image in enumerate(to_uint8(images)):
+                at = axes[half * SHOWN + row, column]
+                pixels = image.movedim(0, -1).squeeze(-1).numpy()
+                at.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                at.set_xticks([])
+                at.set_yticks([])
+            axes[half * SHOWN, column].set_title(title + (", at 2×" if half else ""), fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in GROUPS.get(options.set, (options.set,)):
+        bench = Bench(name, options)
+        with Progress(f"codes of {name}", len(options.only), unit="codes") as progress:
+            for code in options.only:
+                bench.make(code)
+                progress.advance(note=code)
+        bench.picture()
+        print("\n".join(bench.tables()), flush=True)
+        if bench.judge is None:
+            print("\nNo Fréchet distances: the set has no classes to train a judge on.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
