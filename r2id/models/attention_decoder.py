@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from r2id.config import RiaeConfig
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
-from r2id.models.coords import Part, Size, Window
+from r2id.models.coords import Advance, Part, Size, Window
 from r2id.models.latent_blocks import LatentBlocks
 from r2id.models.layers import CrossBlock, zero_linear
 from r2id.models.tiles import Tiles
@@ -105,7 +105,12 @@ class AttentionDecoder(nn.Module):
         return down, across
 
     def decode(
-        self, latents: Tensor, size: Size, window: Window | None = None, native: Size | None = None
+        self,
+        latents: Tensor,
+        size: Size,
+        window: Window | None = None,
+        native: Size | None = None,
+        advance: Advance | None = None,
     ) -> Tensor:
         """Decode raw latents [B, L, h, w] at any size, or a window of it; see RIAE.decode.
 
@@ -122,6 +127,8 @@ class AttentionDecoder(nn.Module):
         for chunk in latents.split(at_once):
             kv = self.spread_latents(rearrange(chunk, "b l h w -> b (h w) l"), cells, grid)
             images.append(self._render(kv, cells, grid, size, part))
+        if advance:
+            advance(math.prod(side.stop - side.start for side in part))
         return torch.cat(images)
 
     def _render(self, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:

@@ -6,6 +6,7 @@ pixels that are seen · M = h·w latents · D width.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from r2id.config import RiaeConfig
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
-from r2id.models.coords import Size
+from r2id.models.coords import Advance, Size
 from r2id.models.latent_blocks import LatentBlocks
 from r2id.models.layers import CrossBlock
 from r2id.models.tiles import Tiles
@@ -49,7 +50,7 @@ class AttentionEncoder(nn.Module):
         """The modules whose activations may be recomputed."""
         return [*self.cross_blocks, *self.latent_blocks]
 
-    def encode(self, images: Tensor, native: Size) -> Tensor:
+    def encode(self, images: Tensor, native: Size, advance: Advance | None = None) -> Tensor:
         """Encode images [B, C, H, W], a few at a time, on the grid of an image of ``native`` size.
 
         Returns raw latents [B, L, h, w].
@@ -65,6 +66,8 @@ class AttentionEncoder(nn.Module):
                 for some in images.split(at_once)
             ]
         )
+        if advance:
+            advance(math.prod(native))
         return rearrange(latents, "b (h w) l -> b l h w", h=grid[0])
 
     def encode_points(

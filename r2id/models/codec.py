@@ -15,7 +15,7 @@ from torch import Tensor
 from r2id.checkpoints import Checkpoint
 from r2id.config import DataConfig, RiaeConfig
 from r2id.errors import InputError
-from r2id.models.coords import Size, Window
+from r2id.models.coords import Advance, Size, Window
 from r2id.models.pixels import DOWNSAMPLE, STD, Pixels
 from r2id.models.riae import RIAE
 
@@ -123,13 +123,20 @@ class Codec:
         """Return the latent grid of an image of this size."""
         return self.model.grid_for(image)
 
-    def encode(self, images: Tensor, native: Size | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, native: Size | None = None, advance: Advance | None = None
+    ) -> Tensor:
         """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w]; see RIAE.encode."""
         with self._autocast():
-            return self.model.encode(images.to(self.device), native)
+            return self.model.encode(images.to(self.device), native, advance)
 
     def decode(
-        self, latents: Tensor, size: Size, window: Window | None = None, native: Size | None = None
+        self,
+        latents: Tensor,
+        size: Size,
+        window: Window | None = None,
+        native: Size | None = None,
+        advance: Advance | None = None,
     ) -> Tensor:
         """Decode raw latents [B, L, h, w] → images [B, C, H, W], clipped to [−1, 1].
 
@@ -137,7 +144,8 @@ class Codec:
         were encoded. See RIAE.decode.
         """
         with self._autocast():
-            return self.model.decode(latents.to(self.device), size, window, native).clamp(-1, 1)
+            images = self.model.decode(latents.to(self.device), size, window, native, advance)
+            return images.clamp(-1, 1)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Scale raw latents [B, L, h, w] to mean 0 and standard deviation 1 in each channel."""

@@ -11,6 +11,7 @@ centre; x grows to the right and y downwards.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ PHASE_DIM = 8
 """Length of cell_phase."""
 Window = tuple[int, int, int, int]
 """A rectangle of a picture, (y0, x0, y1, x1): its pixels of y0 ≤ row < y1 and x0 ≤ column < x1."""
+Advance = Callable[[int], object]
+"""Is told numbers of pixels as they are computed, such as Progress.advance."""
 
 
 def part_of(size: Size, window: Window | None) -> Part:

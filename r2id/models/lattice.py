@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from r2id.config import RiaeConfig
 from r2id.errors import InputError
 from r2id.models.attention import RMSNorm
-from r2id.models.coords import WHOLE, Part, Size, Window, part_of
+from r2id.models.coords import WHOLE, Advance, Part, Size, Window, part_of
 from r2id.models.layers import zero_linear
 from r2id.models.resampling import resample, resample_seen, taps
 
@@ -128,7 +128,7 @@ class LatticeEncoder(nn.Module):
             latents = latents + self.to_code(x)
         return rearrange(latents, "b h w l -> b l h w")
 
-    def encode(self, images: Tensor, native: Size) -> Tensor:
+    def encode(self, images: Tensor, native: Size, advance: Advance | None = None) -> Tensor:
         """Encode images [B, C, H, W], piece by piece, as pictures of a native size.
 
         Returns latents [B, L, h, w].
@@ -143,6 +143,14 @@ class LatticeEncoder(nn.Module):
             latents[:, :, rows, columns] = encoded[
                 :, :, _within(rows, near[0]), _within(columns, near[1])
             ]
+            if advance:
+                sides = zip(native, (rows, columns), strict=True)
+                advance(
+                    math.prod(
+                        min(own, side.stop * self.cell) - side.start * self.cell
+                        for own, side in sides
+                    )
+                )
         return latents
 
 
@@ -210,7 +218,12 @@ class LatticeDecoder(nn.Module):
         return drawn + self.fine.between(features, native, size, part, first)
 
     def decode(
-        self, latents: Tensor, size: Size, window: Window | None = None, native: Size | None = None
+        self,
+        latents: Tensor,
+        size: Size,
+        window: Window | None = None,
+        native: Size | None = None,
+        advance: Advance | None = None,
     ) -> Tensor:
         """Decode pictures of any size, or a window of them, piece by piece; see RIAE.decode."""
         grid: Size = (latents.shape[2], latents.shape[3])
@@ -229,6 +242,8 @@ class LatticeDecoder(nn.Module):
             images[:, :, _within(rows, part[0]), _within(columns, part[1])] = self.render(
                 latents, size, native, (rows, columns)
             )
+            if advance:
+                advance((rows.stop - rows.start) * (columns.stop - columns.start))
         return images
 
     def _needed(self, grid: Size, size: Size, native: Size, part: Part) -> tuple[Part, Part]:

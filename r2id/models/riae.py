@@ -22,7 +22,7 @@ from r2id.checkpoints import pretrained
 from r2id.config import RiaeConfig
 from r2id.models.attention_decoder import AttentionDecoder
 from r2id.models.attention_encoder import AttentionEncoder
-from r2id.models.coords import Size, Window
+from r2id.models.coords import Advance, Size, Window
 from r2id.models.lattice import LatticeDecoder, LatticeEncoder
 from r2id.models.visibility import VISIBILITIES
 
@@ -91,17 +91,25 @@ class RIAE(nn.Module):
         return self.config.grid_for(image)
 
     @torch.no_grad()
-    def encode(self, image: Tensor, native: Size | None = None) -> Tensor:
+    def encode(
+        self, image: Tensor, native: Size | None = None, advance: Advance | None = None
+    ) -> Tensor:
         """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w].
 
         On the grid of their own size, or on that of an image of ``native`` size, in whose place
-        they are then: the same picture in more or fewer pixels.
+        they are then: the same picture in more or fewer pixels. ``advance`` is told how many of the
+        native pixels have been encoded, whenever there are some more.
         """
-        return self.encoder.encode(image, native or (image.shape[2], image.shape[3]))
+        return self.encoder.encode(image, native or (image.shape[2], image.shape[3]), advance)
 
     @torch.no_grad()
     def decode(
-        self, latents: Tensor, size: Size, window: Window | None = None, native: Size | None = None
+        self,
+        latents: Tensor,
+        size: Size,
+        window: Window | None = None,
+        native: Size | None = None,
+        advance: Advance | None = None,
     ) -> Tensor:
         """Decode raw latents [B, L, h, w] → images [B, C, H, W] of any size.
 
@@ -109,6 +117,7 @@ class RIAE(nn.Module):
         pixels are rendered: [B, C, y1 − y0, x1 − x0]. ``native`` is the size of the images that
         were encoded, which cells at the border may exceed by a part; see
         r2id.models.lattice.native_size for what it is by default. Raises InputError when the window
-        is not within the image, or native is no size of this grid.
+        is not within the image, or native is no size of this grid. ``advance`` is told how many
+        pixels have been rendered, whenever there are some more.
         """
-        return self.decoder.decode(latents, size, window, native)
+        return self.decoder.decode(latents, size, window, native, advance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from r2id.checkpoints import Checkpoint
 from r2id.images import psnr, read_image, save_png
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window, part_of
+from r2id.progress import Progress
 from r2id.sampling.grids import output_files
 from r2id.sampling.memory import check_reconstruction
+
+_SHOWN = 1 << 21
+"""Pixels of a command from which on its progress is shown."""
 
 
 def reconstruct_file(
@@ -42,8 +47,24 @@ def reconstruct_file(
         part_of(size, window)  # before anything is computed or written
         check_reconstruction(codec, codec.grid_for(own), size, window)
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
-    latents = codec.encode(image.unsqueeze(0))
-    for file, size in zip(files, sizes, strict=True):
-        save_png(codec.decode(latents, size, window, own)[0], file)
-    error = F.mse_loss(codec.decode(latents, own)[0].cpu(), image)
+    # Whole pictures at the picture's own size serve for the PSNR too.
+    spare = window is None and own in sizes
+    pixels = [math.prod(own), *(_pixels(size, window) for size in sizes)]
+    total = sum(pixels) + (0 if spare else math.prod(own))
+    with Progress("reconstruct", total, unit="pixels", shown=total >= _SHOWN) as progress:
+        latents = codec.encode(image.unsqueeze(0), advance=progress.advance)
+        error = None
+        for file, size in zip(files, sizes, strict=True):
+            decoded = codec.decode(latents, size, window, own, progress.advance)[0].cpu()
+            save_png(decoded, file)
+            if spare and size == own:
+                error = F.mse_loss(decoded, image)
+            del decoded  # before the next is made
+        if error is None:
+            decoded = codec.decode(latents, own, native=own, advance=progress.advance)[0].cpu()
+            error = F.mse_loss(decoded, image)
     return {"files": [str(file) for file in files], "psnr": float(psnr(error))}
+
+
+def _pixels(size: Size, window: Window | None) -> int:
+    return math.prod(side.stop - side.start for side in part_of(size, window))

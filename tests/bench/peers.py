@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +129,9 @@ class Convolutional(Code):
 class ConvolutionalModel(nn.Module):
     """What the two convolutional autoencoders have in common."""
 
+    step: ClassVar[int]
+    """Of which numbers a width may be a multiple."""
+
     def to_latents(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -138,6 +141,8 @@ class ConvolutionalModel(nn.Module):
 
 class KlModel(ConvolutionalModel):
     """AutoencoderKL of diffusers, as it is, with one block per level; its mode is the code."""
+
+    step = 8  # groups of its norms
 
     def __init__(self, width: int, channels: int, latents: int, cell: int) -> None:
         super().__init__()
@@ -182,6 +187,8 @@ class PlainModel(ConvolutionalModel):
 
     All blocks are on small grids, so that a step is fast on a CPU.
     """
+
+    step = 2
 
     def __init__(self, width: int, channels: int, latents: int, cell: int) -> None:
         super().__init__()
@@ -288,7 +295,7 @@ def _convolutional(kind: type[KlModel] | type[PlainModel], job: Job) -> Made:
         return kind(width, job.channels, latents, cell)
 
     wanted, best = count(RIAE(config.riae, job.channels)), 8
-    for width in range(8, 1024, 8):
+    for width in range(8, 1024, kind.step):
         with torch.device("meta"):
             counts = [count(build(side)) for side in (best, width)]
         errors = [abs(math.log(found / wanted)) for found in counts]
