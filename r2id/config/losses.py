@@ -47,9 +47,10 @@ class LossConfig(Section):
     discriminator_width: int = Field(default=32, ge=1)
     """Width of the discriminator at places of 2×2 pixels; twice and four times that at places of
     4×4 and 8×8."""
-    discriminator_penalty: float = Field(default=1.0, gt=0)
+    discriminator_penalty: float = Field(default=0.1, gt=0)
     """Strength γ of the penalties R1 and R2, which count γ/2 times the squared gradient of the
-    discriminator at real and at decoded pictures."""
+    discriminator at real and at decoded pictures. A discriminator that never leaves 0.69 = ln 2,
+    which is guessing, wants a smaller one; one that falls far below, a larger one."""
     latent_noise: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise that is added to the latents, so that similar latents
     are decoded to similar images."""

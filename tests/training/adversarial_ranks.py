@@ -18,9 +18,9 @@ from r2id.training.losses.windows import WindowLoss
 STEPS, START, BATCH, MICRO = 5, 2, 8, 2
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # Odd sizes: elements that do not divide by the ranks.
-RIAE_CONFIG = RiaeConfig(latent_channels=3, downsample=2.0, width=15, features=0, ffn_ratio=1.0)
+RIAE_CONFIG = RiaeConfig(latent_channels=3, downsample=2.0, width=15, features=3, ffn_ratio=1.0)
 LOSS = LossConfig(
-    discriminator=0.5, discriminator_start=START, discriminator_width=3, ssim=0.1, magnify=0.0
+    discriminator=0.5, discriminator_start=START, discriminator_width=3, ssim=0.1, magnify=0.5
 )
 
 
@@ -58,6 +58,10 @@ def save(folder: Path, engine: Engine) -> None:
     step = engine.steps
     meta = Meta(stage="riae", step=step, samples=step * BATCH, seed=0, config={}, model={})
     writing.save(folder, engine.state(), meta, keep=9)
+
+
+def run_once(world: World, zero_stage: int | None, precision: str) -> list[float]:
+    return run(make(world, zero_stage, precision), 0, STEPS, world)
 
 
 def train(world: World, zero_stage: int | None, folder: Path) -> dict[int, list[float]]:

@@ -70,3 +70,11 @@ def test_two_processes_train_and_resume_as_one(stage: int, ranks: Ranks, tmp_pat
         saved(tmp_path / "two"), saved(tmp_path / "one"), rtol=1e-4, atol=2e-5
     )
     assert_resumed(tmp_path / "two", norms)
+
+
+@pytest.mark.slow
+def test_bfloat16_in_two_processes_follows_one(ranks: Ranks) -> None:
+    expected = job.run_once(job.ALONE, None, "bfloat16")
+    found = ranks(job.run_once, 1, "bfloat16")[0]
+    assert found == pytest.approx(expected, rel=2e-2)
+    assert found != pytest.approx(job.run_once(job.ALONE, None, "float32"), rel=1e-4)

@@ -30,7 +30,6 @@ stage = "riae"
 latent_channels = 3
 downsample = 2.0
 width = 16
-features = 0
 [loss]
 discriminator = 0.1
 discriminator_start = 1

@@ -10,6 +10,10 @@ one of three kinds, drawn at random and the same for the whole batch:
   so that latents of any size make sense to a diffusion model (EQ-VAE, Kouzelis et al. 2025,
   arXiv:2502.09509).
 
+Pictures are compared in several ways, each with its weight. To add one, add its weight to
+LossConfig in r2id/config/losses.py, write it in a module beside this one, and add it to
+WindowLoss._picture_loss.
+
 Every random draw is keyed by (seed, step, sample), so that the loss depends neither on the batch
 that a sample is in nor on how often training was interrupted.
 
