@@ -137,10 +137,10 @@ class LatticeEncoder(nn.Module):
         latents = images.new_empty(
             len(images), self.config.latent_channels, *grid, dtype=torch.float32
         )
-        for rows, columns in pieces(grid, WHOLE, self.cell, len(images)):
+        for some, rows, columns in pieces(grid, WHOLE, self.cell, len(images)):
             near = _grown(rows, self.reach, grid[0]), _grown(columns, self.reach, grid[1])
-            encoded = self(on_lattice(images, native, grid, self.cell, near))
-            latents[:, :, rows, columns] = encoded[
+            encoded = self(on_lattice(images[some], native, grid, self.cell, near))
+            latents[some, :, rows, columns] = encoded[
                 :, :, _within(rows, near[0]), _within(columns, near[1])
             ]
             if advance:
@@ -238,9 +238,9 @@ class LatticeDecoder(nn.Module):
         images = latents.new_empty(len(latents), self.channels, *sides, dtype=torch.float32)
         # Where pixels are larger than points, points are what is counted.
         scale = max(1.0, *(own / out for own, out in zip(native, size, strict=True)))
-        for rows, columns in pieces(size, part, scale, len(latents)):
-            images[:, :, _within(rows, part[0]), _within(columns, part[1])] = self.render(
-                latents, size, native, (rows, columns)
+        for some, rows, columns in pieces(size, part, scale, len(latents)):
+            images[some, :, _within(rows, part[0]), _within(columns, part[1])] = self.render(
+                latents[some], size, native, (rows, columns)
             )
             if advance:
                 advance((rows.stop - rows.start) * (columns.stop - columns.start))
@@ -369,16 +369,25 @@ def on_lattice(images: Tensor, native: Size, grid: Size, cell: int, part: Part =
     return F.pad(points, (0, beyond[1], 0, beyond[0]), mode="replicate")
 
 
-def pieces(size: Size, part: Part, scale: float, batch: int) -> Iterator[Part]:
-    """Cut a part of a grid into squares that hold as many points as are computed at once.
+def pieces(
+    size: Size, part: Part, scale: float, batch: int
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut pictures into pieces of as many points as are computed at once: images, rows, columns.
 
-    ``scale``: points per element of the grid along each axis; ``batch``: how many pictures.
+    Small pictures are taken several at a time, and large ones in squares. ``part`` is that of a
+    grid (H, W) with ``scale`` points per element along each axis.
     """
-    side = max(1, int((_PIECE / batch) ** 0.5 / scale))
+    side = max(1, int(_PIECE**0.5 / scale))
     rows, columns = (range(*span.indices(count)) for span, count in zip(part, size, strict=True))
-    for y in range(rows.start, rows.stop, side):
-        for x in range(columns.start, columns.stop, side):
-            yield slice(y, min(y + side, rows.stop)), slice(x, min(x + side, columns.stop))
+    at_once = max(1, int(_PIECE / (len(rows) * len(columns) * scale**2)))
+    for image in range(0, batch, at_once):
+        for y in range(rows.start, rows.stop, side):
+            for x in range(columns.start, columns.stop, side):
+                yield (
+                    slice(image, image + at_once),
+                    slice(y, min(y + side, rows.stop)),
+                    slice(x, min(x + side, columns.stop)),
+                )
 
 
 def _to_points(values: Tensor, cell: int) -> Tensor:
