@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from r2id.config import R2idRun, RiaeConfig, RiaeRun
+from r2id.config import LossConfig, R2idRun, RiaeConfig, RiaeRun
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
@@ -70,20 +71,22 @@ class Workload:
         codec = self.config.riae if isinstance(self.config, RiaeRun) else self.dimensions.riae
         return self.dimensions.image if codec is None else codec.grid_for(self.dimensions.image)
 
-    def module(self, prepared: bool = True) -> RiaeLoss | R2idLoss:
-        """Build the loss module, ``prepared`` with the config's activation checkpointing or not."""
+    def module(self, fullest: bool = True) -> RiaeLoss | R2idLoss:
+        """Build the loss module.
+
+        ``fullest``: with the config's activation checkpointing, and such that each step takes as
+        much memory as any does; else for counting the operations of a plain step.
+        """
         config = self.config
         module: RiaeLoss | R2idLoss
         if isinstance(config, RiaeRun):
-            # With a discriminator as in the dearest steps. The perceptual network is counted by
-            # itself, because a program in a file cannot be run without contents.
-            loss = config.loss.model_copy(update={"discriminator_start": 0, "perceptual": 0.0})
+            loss = _loss_of_one_kind_of_step(config.loss, fullest)
             module = riae_loss(RIAE(config.riae, config.data.channels), loss, config.seed)
         else:
             classes, embedding = self.dimensions.classes, self.dimensions.embedding
             model = R2ID(config.r2id, self._channels(), classes, embedding)
             module = R2idLoss(model, config.diffusion, 1.0, config.seed)
-        if prepared:
+        if fullest:
             # Not compiled, because compiled blocks cannot be traced.
             prepare_blocks(
                 module.model.blocks(), config.train.model_copy(update={"compile": False})
@@ -161,7 +164,22 @@ class Workload:
 
     def forward(self) -> Callable[[], object]:
         """Make a function that runs one sample's forward pass, without recomputing anything."""
-        return partial(self.module(prepared=False), **self.inputs(1), step=0)
+        return partial(self.module(fullest=False), **self.inputs(1), step=0)
+
+
+def _loss_of_one_kind_of_step(loss: LossConfig, fullest: bool) -> LossConfig:
+    """Change a loss so that all steps are of one kind: the one that needs most memory, or plain.
+
+    With a discriminator as when it learns. A perceptual network is counted by itself, because a
+    program in a file cannot be run without contents.
+    """
+    changes: dict[str, Any] = {"discriminator_start": 0, "perceptual": 0.0, "equivariance": 0.0}
+    if not (fullest and loss.magnify):
+        return loss.model_copy(update=changes | {"magnify": 0.0})
+    # The largest copies, but smaller than the images: all that lies between points is drawn too.
+    largest = loss.magnify_scales[1]
+    scale = largest if largest > 1 else 0.9 * largest
+    return loss.model_copy(update=changes | {"magnify": 1.0, "magnify_scales": (scale, scale)})
 
 
 def image_cost(workload: Workload) -> Cost:

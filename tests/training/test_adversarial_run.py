@@ -165,7 +165,13 @@ def test_it_stops_the_run_when_it_is_not_finite(
 def test_a_plan_counts_it(digits: Path, tmp_path: Path) -> None:
     with_it, without = (
         Workload(
-            run_config(tmp_path, digits, f"loss.discriminator={weight}", "train.micro_batch=8"),
+            run_config(
+                tmp_path,
+                digits,
+                f"loss.discriminator={weight}",
+                "loss.magnify=0.0",  # whose steps are fullest where no discriminator sees them
+                "train.micro_batch=8",
+            ),
             Dimensions((16, 16), 1),
         )
         for weight in (0.1, 0.0)

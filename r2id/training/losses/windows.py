@@ -63,8 +63,7 @@ class WindowLoss(nn.Module):
         ``index`` is a sample's number in the dataset, which keys its random draws.
         """
         config, size = self.config, (image.shape[2], image.shape[3])
-        # The first step is a plain one: the largest kind, which plans count.
-        kind = rng.number(self.seed, step, _KIND) if step else 1.0
+        kind = rng.number(self.seed, step, _KIND)
         resized = kind < config.equivariance
         smaller = not resized and kind < config.equivariance + config.magnify
         native = (
