@@ -85,6 +85,10 @@ def test_mistakes_are_named_in_one_line(override, words):
         (["riae.kind=attention", "riae.features=3"], ["features = 3", "'lattice'", "'attention'"]),
         (["riae.downsample=3.5"], ["downsample = 3.5", "whole number"]),
         (["riae.kind=attention", "riae.encoder_blocks=0"], ["encoder_blocks", "at least 1"]),
+        (
+            ["riae.kind=attention", "riae.linear=true", "riae.bounded=true"],
+            ["linear = True", "bounded = True"],
+        ),
         (["loss.jitter=0.5"], ["loss.jitter = 0.5", "'lattice'"]),
         (["riae.kind=attention", "loss.magnify=0.5"], ["loss.magnify = 0.5", "'attention'"]),
     ],

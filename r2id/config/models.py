@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -35,7 +35,9 @@ class RiaeConfig(Section):
     """Size of the feed-forward layers: their hidden width relative to the width of their block, as
     in a network of two layers with as many weights."""
     linear: bool = True
-    """Code and decode by a linear map too, which the network corrects (``lattice``)."""
+    """Code and decode by a linear map of the colours at the points of cells too, which the network
+    corrects. ``attention`` does so only when this is set, with points in each cell as many as
+    pixels."""
     features: int = Field(default=16, ge=0)
     """Features of each point, from which a network draws what lies between points; 0: nothing but
     bicubic interpolation does (``lattice``)."""
@@ -92,6 +94,13 @@ class RiaeConfig(Section):
             return math.ceil(height), math.ceil(width)
         return max(1, round(height)), max(1, round(width))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_linear_by_attention_unless_set(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "attention":
+            return {"linear": False, **values}
+        return values
+
     @model_validator(mode="after")
     def _of_its_kind(self) -> RiaeConfig:
         foreign = _ATTENTION if self.kind == "lattice" else _LATTICE
@@ -107,12 +116,17 @@ class RiaeConfig(Section):
                 f"downsample = {self.downsample}: must be a whole number of pixels for kind "
                 "'lattice'"
             )
+        if self.linear and self.bounded:
+            raise ValueError(
+                "linear = True: does not go with bounded = True, because the linear map's latents "
+                "have no bounds"
+            )
         if self.kind == "attention" and not (self.encoder_blocks and self.decoder_blocks):
             raise ValueError("encoder_blocks and decoder_blocks: at least 1 for kind 'attention'")
         return self
 
 
-_LATTICE = ("linear", "features")
+_LATTICE = ("features",)
 _ATTENTION = (
     "pixel_width",
     "heads",

@@ -219,7 +219,7 @@ class RiaeRun(_StageRun):
 
     stage: Literal["riae"]
     start: Literal["pca", "random"] = "pca"
-    """Where the linear map of kind ``lattice`` begins: at a principal component analysis of the
+    """Where RIAE's linear map begins, if it has one: at a principal component analysis of the
     training images, or at random weights. Not used with ``init_from``."""
     riae: RiaeConfig = RiaeConfig()
     loss: LossConfig = LossConfig()
@@ -242,7 +242,7 @@ class RiaeRun(_StageRun):
     @property
     def starts_from_pca(self) -> bool:
         """Whether a new run computes a principal component analysis of its training images."""
-        return self.start == "pca" and self.riae.kind == "lattice" and self.riae.linear
+        return self.start == "pca" and self.riae.linear
 
     @model_validator(mode="after")
     def _loss_of_the_kind(self) -> RiaeRun:

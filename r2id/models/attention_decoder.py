@@ -19,7 +19,8 @@ from r2id.models import coords
 from r2id.models.attention import RMSNorm
 from r2id.models.coords import Advance, Part, Size, Window
 from r2id.models.latent_blocks import LatentBlocks
-from r2id.models.layers import CrossBlock, zero_linear
+from r2id.models.layers import CrossBlock, ExactLinear, zero_linear
+from r2id.models.resampling import resample
 from r2id.models.tiles import Tiles
 from r2id.models.visibility import Visibility
 
@@ -53,6 +54,8 @@ class AttentionDecoder(nn.Module):
         )
         # An untrained decoder draws 0, grey, everywhere.
         self.to_colour = nn.Sequential(RMSNorm(pixel_width), zero_linear(pixel_width, channels))
+        if config.linear:
+            self.from_code = ExactLinear(config.latent_channels, channels * config.cell**2)
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""
@@ -66,6 +69,17 @@ class AttentionDecoder(nn.Module):
         place = self.visibility.cell_features(cells, grid).expand(latents.shape[0], -1, -1)
         x = self.latent_in(torch.cat([latents, place], dim=-1))
         return self.latent_blocks.through(x, cells, grid)
+
+    def decode_linearly(self, latents: Tensor, grid: Size) -> Tensor | None:
+        """Decode latents [B, M, L] at all points of the cells by the linear map alone, if any.
+
+        Returns pictures [B, C, h·cell, w·cell], of which any other place is interpolated.
+        """
+        if not self.config.linear:
+            return None
+        cell = self.config.cell
+        colours = self.from_code(latents)
+        return rearrange(colours, "b (h w) (c i j) -> b c (h i) (w j)", h=grid[0], i=cell, j=cell)
 
     def decode_points(
         self,
@@ -125,8 +139,11 @@ class AttentionDecoder(nn.Module):
         at_once = self.visibility.images_decoded_at_once(count, len(latents))
         images = []
         for chunk in latents.split(at_once):
-            kv = self.spread_latents(rearrange(chunk, "b l h w -> b (h w) l"), cells, grid)
-            images.append(self._render(kv, cells, grid, size, part))
+            flat = rearrange(chunk, "b l h w -> b (h w) l")
+            kv = self.spread_latents(flat, cells, grid)
+            drawn = self._render(kv, cells, grid, size, part)
+            linear = self.decode_linearly(flat, grid)
+            images.append(drawn if linear is None else drawn + resample(linear, size, part))
         if advance:
             advance(math.prod(side.stop - side.start for side in part))
         return torch.cat(images)

@@ -14,11 +14,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from r2id.config import RiaeConfig
+from r2id.images import resize
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
 from r2id.models.coords import Advance, Size
 from r2id.models.latent_blocks import LatentBlocks
-from r2id.models.layers import CrossBlock
+from r2id.models.layers import CrossBlock, ExactLinear, zero_linear
 from r2id.models.tiles import Tiles
 from r2id.models.visibility import Visibility
 
@@ -44,7 +45,10 @@ class AttentionEncoder(nn.Module):
             for _ in range(config.encoder_blocks)
         )
         self.latent_blocks = LatentBlocks(config, visibility)
-        self.to_latent = nn.Sequential(RMSNorm(width), nn.Linear(width, config.latent_channels))
+        last = zero_linear if config.linear else nn.Linear
+        self.to_latent = nn.Sequential(RMSNorm(width), last(width, config.latent_channels))
+        if config.linear:
+            self.to_code = ExactLinear(channels * config.cell**2, config.latent_channels)
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""
@@ -63,12 +67,24 @@ class AttentionEncoder(nn.Module):
                 self._to_latents(
                     self.visibility.encode(self._query_pixels, some, cells, grid), cells, grid
                 )
+                + self.encode_linearly(some, grid)
                 for some in images.split(at_once)
             ]
         )
         if advance:
             advance(math.prod(native))
         return rearrange(latents, "b (h w) l -> b l h w", h=grid[0])
+
+    def encode_linearly(self, images: Tensor, grid: Size) -> Tensor:
+        """Encode images [B, C, H, W] by the linear map alone, if there is one: [B, M, L], or 0.
+
+        Each cell has cell×cell points, and images are resized to all of these.
+        """
+        if not self.config.linear:
+            return images.new_zeros(())
+        cell = self.config.cell
+        points = resize(images, (grid[0] * cell, grid[1] * cell))
+        return self.to_code(rearrange(points, "b c (h i) (w j) -> b (h w) (c i j)", i=cell, j=cell))
 
     def encode_points(
         self,

@@ -34,7 +34,7 @@ from r2id.config import RiaeConfig
 from r2id.errors import InputError
 from r2id.models.attention import RMSNorm
 from r2id.models.coords import WHOLE, Advance, Part, Size, Window, part_of
-from r2id.models.layers import zero_linear
+from r2id.models.layers import ExactLinear, zero_linear
 from r2id.models.resampling import resample, resample_seen, taps
 
 _KERNEL = 5
@@ -80,15 +80,6 @@ class Block(nn.Module):
         """[B, h, w, D] → [B, h, w, D]."""
         seen = _convolve(self.around, x)
         return x + self.narrow(F.gelu(self.widen(self.norm(seen))))
-
-
-class ExactLinear(nn.Linear):
-    """A linear layer that computes in float32, under autocast and with bfloat16 weights too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., N] → float32 [..., M]."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class LatticeEncoder(nn.Module):

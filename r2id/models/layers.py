@@ -122,6 +122,15 @@ def zero_linear(width: int, out: int) -> nn.Linear:
     return layer
 
 
+class ExactLinear(nn.Linear):
+    """A linear layer that computes in float32, under autocast and with bfloat16 weights too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., N] → float32 [..., M]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class Modulation(nn.Module):
     """Shift, scale and gate of each branch of a block, from the time embedding.
 

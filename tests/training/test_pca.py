@@ -18,6 +18,7 @@ from r2id.checkpoints import Checkpoint
 from r2id.config import RiaeConfig, RiaeRun
 from r2id.data.stream import fetch_index
 from r2id.errors import InputError
+from r2id.models.codec import Codec
 from r2id.models.riae import RIAE
 from r2id.training import pca
 from r2id.training.batch_split import micro_batch_size
@@ -285,6 +286,44 @@ def test_the_error_of_an_untrained_run_is_that_of_the_analysis(
     variances = np.linalg.eigvalsh(np.cov(values.T, bias=True))
     error = F.mse_loss(few.decode(few.encode(images), (8, 8)), images)
     assert error == pytest.approx(variances[:2].sum() / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("attention", ["cloud", "tiled"])
+def test_attention_may_begin_with_it_too(
+    attention: str, digits: Path, tmp_path: Path, fits: list[dict[str, Tensor]]
+) -> None:
+    """Untrained, it is the analysis at the images' own size, and bicubic resizing at others."""
+    few = ["riae.bounded=false", "riae.latent_channels=2", f"riae.attention={attention}"]
+    config = attention_config(digits, tmp_path / "run", *few, "riae.linear=true")
+    model = started(config)
+    task = make_task(config, dist.init(), 8)
+    assert isinstance(task, RiaeTask) and len(fits) == 1
+    images = next(task._training_images(100, 100))["image"]
+    lattice = started(riae_config(digits, tmp_path / "run", "riae.latent_channels=2"))
+    latents, expected = model.encode(images), lattice.encode(images)
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
+    for size in ((8, 8), (16, 12), (5, 8)):
+        drawn, window = model.decode(latents, size), model.decode(latents, size, (1, 2, 4, 7))
+        expected = lattice.decode(latents, size, native=(8, 8))
+        torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(window, drawn[:, :, 1:4, 2:7], atol=1e-5, rtol=1e-5)
+    task.module.model.load_state_dict(model.state_dict())
+    exact = config.loss.model_copy(
+        update={"jitter": 0.0, "decode_pixels": 64, "encode_cloud": 1.0, "latent_noise": 0.0}
+    )
+    task.module.config = exact
+    loss, _ = task.module(images, torch.arange(100), 0)
+    error = F.mse_loss(model.decode(latents, (8, 8)), images)
+    assert float(loss.detach()) == pytest.approx(float(error), rel=1e-4)
+    loss.backward()
+    for name, weight in task.module.model.named_parameters():
+        assert weight.grad is not None, name
+    config = attention_config(
+        digits, tmp_path / "trained", *few, "riae.linear=true", "train.steps=60"
+    )
+    train(config)
+    trained = Codec.load(config.run).model
+    assert F.mse_loss(trained.decode(trained.encode(images), (8, 8)), images) < 1.02 * error
 
 
 def ranks_start(world: dist.World, shards: Path, folder: Path) -> tuple[int, list[float]]:

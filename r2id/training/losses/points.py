@@ -55,6 +55,8 @@ class _Points:
     """The tiles that the points make up, if attention is tiled."""
     weight: Tensor | None
     """Weights of the points' errors, [B, P, 1]; None: all are 1."""
+    linear: Tensor | None
+    """What the linear map decodes, [B, C, …]; None: there is none."""
 
 
 class PointLoss(nn.Module):
@@ -83,11 +85,13 @@ class PointLoss(nn.Module):
         asked = rescaled(image, self.model.config.decode_scales, self.seed, step, _DECODE_SCALE)
         count = max(1, round(config.encode_cloud * size[0] * size[1]))
         latents = self._encode(seen, count, cells, grid, rng_keys)
+        latents = latents + self.model.encoder.encode_linearly(seen, grid)
         if config.latent_noise:
             noise = rng.normal(rng.fold(rng_keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
         kv = self.model.decoder.spread_latents(latents, cells, grid)
-        points = self._choose_points(kv, cells, grid, asked, rng_keys)
+        linear = self.model.decoder.decode_linearly(latents, grid)
+        points = self._choose_points(kv, cells, grid, asked, rng_keys, linear)
         decoded = self._decode(points, points.coordinates, grid)
         loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
         if config.texture:
@@ -114,7 +118,13 @@ class PointLoss(nn.Module):
         return self.model.encoder.encode_points(colours, coordinates, size, cells, grid, tiles)
 
     def _choose_points(
-        self, kv: Tensor, cells: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
+        self,
+        kv: Tensor,
+        cells: Tensor,
+        grid: Size,
+        image: Tensor,
+        rng_keys: Tensor,
+        linear: Tensor | None,
     ) -> _Points:
         """Choose points of the image, and the latents that the decoder may see for them."""
         size: Size = (image.shape[2], image.shape[3])
@@ -128,12 +138,15 @@ class PointLoss(nn.Module):
         kv, cells = visibility.choose_decoder_latents(
             rng.fold(rng_keys, _LATENT_CLOUD), kv, cells, self.config.decode_cloud
         )
-        return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight)
+        return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight, linear)
 
     def _decode(self, points: _Points, coordinates: Tensor, grid: Size) -> Tensor:
-        return self.model.decoder.decode_points(
+        decoded = self.model.decoder.decode_points(
             points.kv, points.cells, coordinates, points.size, grid, points.tiles
         )
+        if points.linear is None:
+            return decoded
+        return decoded + coords.sample_image(points.linear, coordinates)
 
     def _texture_loss(
         self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
