@@ -1,6 +1,6 @@
 """Images per second of the original project's training step; against_original.py runs this.
 
-    python tests/bench/original_step.py DIR configs/mnist/reference-riae.toml [--steps 2]
+    python tests/bench/original_step.py DIR configs/mnist/published-riae.toml [--steps 2]
 
 DIR is a checkout of the original project. Widths, heads, blocks, batch and frequencies are those of
 our config. A step is what the project's own training scripts do with a batch: forward, loss,

@@ -24,7 +24,7 @@ from r2id.images import psnr
 from r2id.models.codec import Codec
 from r2id.training.loop import train
 
-CONFIG = Path(__file__).parents[2] / "configs/photos/native-riae.toml"
+CONFIG = Path(__file__).with_name("attention-photos-riae.toml")
 KINDS = {
     "tiled": ['riae.attention="tiled"'],
     "cloud": ['riae.attention="cloud"', "loss.encode_cloud=0.25"],

@@ -32,8 +32,8 @@ from r2id.models.riae import RIAE
 from r2id.models.tracing import count_flops
 from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.engines import make_engine
-from r2id.training.losses.points import PointLoss
 from r2id.training.losses.r2id import R2idLoss
+from r2id.training.losses.riae import riae_loss
 from r2id.training.meter import matmul_peak
 
 WARMUP = 3
@@ -95,7 +95,7 @@ def make_module(config, options, size, batch):
     """The module that a stage trains, and a micro-batch of its inputs."""
     index = torch.arange(batch)
     if isinstance(config, RiaeRun):
-        module = PointLoss(RIAE(config.riae, config.data.channels), config.loss, 0)
+        module = riae_loss(RIAE(config.riae, config.data.channels), config.loss, 0)
         return module, {
             "image": torch.rand(batch, config.data.channels, *size) * 2 - 1,
             "index": index,
