@@ -70,6 +70,8 @@ RIAE = {
     "latent noise 0.3": ["loss.latent_noise=0.3"],
     "latent masks": ["loss.latent_mask=0.5"],
     "equivariance": ["loss.equivariance=0.5"],
+    "no equivariance": ["loss.equivariance=0.0"],
+    "neither noise nor equivariance": ["loss.latent_noise=0.0", "loss.equivariance=0.0"],
     "one scale": [(pca, "fit_pca", natural_pca), (tasks, "latent_statistics", one_scale)],
     "mse": ['loss.pixel="mse"'],
     "texture": ["loss.texture=1.0"],

@@ -301,7 +301,7 @@ def configured(setting: Setting, options: argparse.Namespace) -> tuple[RiaeRun, 
     data = [f"data.shards={options.data / setting.shards}", f"data.channels={setting.colours}"]
     if setting.size:
         data.append(f"data.size={list(setting.size)}")
-    plain = ["loss.latent_noise=0.0"]
+    plain = ["loss.latent_noise=0.0", "loss.equivariance=0.0"]
     if setting.batch:
         plain.append(f"train.batch={setting.batch}")
     riae = load_config(path, [*shape, *data, *plain, *options.override])
