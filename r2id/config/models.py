@@ -10,6 +10,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from r2id.config.section import IntPair, Scales, Section, Size, as_tuple
 
 
+def lattice_grid(size: Size, cell: int) -> Size:
+    """Return the latent grid (h, w) of an image (H, W): as many cells as it touches."""
+    return math.ceil(size[0] / cell), math.ceil(size[1] / cell)
+
+
 class RiaeConfig(Section):
     """Architecture of RIAE."""
 
@@ -89,10 +94,10 @@ class RiaeConfig(Section):
 
     def grid_for(self, image: Size) -> Size:
         """Return the latent grid (h, w) of an image (H, W) at its own size."""
-        height, width = (side / self.downsample for side in image)
         if self.kind == "lattice":
-            return math.ceil(height), math.ceil(width)
-        return max(1, round(height)), max(1, round(width))
+            return lattice_grid(image, self.cell)
+        height, width = (max(1, round(side / self.downsample)) for side in image)
+        return height, width
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from r2id.config import RiaeConfig
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
+from r2id.models.cells import to_points
 from r2id.models.coords import Advance, Part, Size, Window
 from r2id.models.latent_blocks import LatentBlocks
 from r2id.models.layers import CrossBlock, ExactLinear, zero_linear
@@ -77,9 +78,8 @@ class AttentionDecoder(nn.Module):
         """
         if not self.config.linear:
             return None
-        cell = self.config.cell
-        colours = self.from_code(latents)
-        return rearrange(colours, "b (h w) (c i j) -> b c (h i) (w j)", h=grid[0], i=cell, j=cell)
+        colours = self.from_code(latents).unflatten(1, grid)
+        return to_points(colours, self.config.cell)
 
     def decode_points(
         self,

@@ -17,6 +17,7 @@ from r2id.config import RiaeConfig
 from r2id.images import resize
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
+from r2id.models.cells import to_cells
 from r2id.models.coords import Advance, Size
 from r2id.models.latent_blocks import LatentBlocks
 from r2id.models.layers import CrossBlock, ExactLinear, zero_linear
@@ -84,7 +85,7 @@ class AttentionEncoder(nn.Module):
             return images.new_zeros(())
         cell = self.config.cell
         points = resize(images, (grid[0] * cell, grid[1] * cell))
-        return self.to_code(rearrange(points, "b c (h i) (w j) -> b (h w) (c i j)", i=cell, j=cell))
+        return self.to_code(to_cells(points, cell)).flatten(1, 2)
 
     def encode_points(
         self,

@@ -22,7 +22,6 @@ Shape letters: B batch · C colours · H, W picture · s points per side of a ce
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -31,35 +30,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from r2id.config import RiaeConfig
+from r2id.config.models import lattice_grid
 from r2id.errors import InputError
 from r2id.models.attention import RMSNorm
+from r2id.models.cells import native_size, on_lattice, pieces, to_cells, to_points
 from r2id.models.coords import WHOLE, Advance, Part, Size, Window, part_of
 from r2id.models.layers import ExactLinear, zero_linear
-from r2id.models.resampling import resample, resample_seen, taps
+from r2id.models.resampling import resample_seen, taps
 
 _KERNEL = 5
 """Cells that a block's depthwise convolution sees along each axis."""
-_PIECE = 1 << 19
-"""Points or pixels that are computed at once outside training, without their surroundings."""
-
-
-def native_size(grid: Size, size: Size, cell: int) -> Size:
-    """Choose how many lattice points (rows, columns) a picture of a size (H, W) covers on a grid.
-
-    The size itself where the grid is its own; else the largest picture of that aspect ratio that
-    needs all cells of the grid; else, where the ratios differ by more than a cell, all points.
-    """
-    if grid_of(size, cell) == grid:
-        return size
-    points = grid[0] * cell, grid[1] * cell
-    scale = max(size[0] / points[0], size[1] / points[1])
-    native = max(1, round(size[0] / scale)), max(1, round(size[1] / scale))
-    return native if grid_of(native, cell) == grid else points
-
-
-def grid_of(size: Size, cell: int) -> Size:
-    """Latent grid (h, w) of a picture (H, W) at its native size: as many cells as it touches."""
-    return math.ceil(size[0] / cell), math.ceil(size[1] / cell)
 
 
 class Block(nn.Module):
@@ -107,9 +87,7 @@ class LatticeEncoder(nn.Module):
 
     def forward(self, lattice: Tensor) -> Tensor:
         """Colours at all points [B, C, h·s, w·s] → latents [B, L, h, w]."""
-        x = rearrange(
-            lattice, "b c (h i) (w j) -> b h w (c i j)", i=self.cell, j=self.cell
-        ).contiguous()
+        x = to_cells(lattice, self.cell).contiguous()
         hidden = _convolve(self.see, x)
         for block in self.cell_blocks:
             hidden = block(hidden)
@@ -130,7 +108,7 @@ class LatticeEncoder(nn.Module):
         )
         for some, rows, columns in pieces(grid, WHOLE, self.cell, len(images)):
             near = _grown(rows, self.reach, grid[0]), _grown(columns, self.reach, grid[1])
-            encoded = self(on_lattice(images[some], native, grid, self.cell, near))
+            encoded = self(on_lattice(images[some], native, self.cell, near))
             latents[some, :, rows, columns] = encoded[
                 :, :, _within(rows, near[0]), _within(columns, near[1])
             ]
@@ -180,7 +158,7 @@ class LatticeDecoder(nn.Module):
         colours = self.correct_colours(hidden).float()
         if self.from_code is not None:
             colours = colours + self.from_code(code)
-        colours = _to_points(colours, self.cell)
+        colours = to_points(colours, self.cell)
         return (colours, None) if self.fine is None else self.fine(hidden, colours)
 
     def render(
@@ -219,10 +197,11 @@ class LatticeDecoder(nn.Module):
         """Decode pictures of any size, or a window of them, piece by piece; see RIAE.decode."""
         grid: Size = (latents.shape[2], latents.shape[3])
         native = native or native_size(grid, size, self.cell)
-        if grid_of(native, self.cell) != grid:
+        if lattice_grid(native, self.cell) != grid:
+            cells = lattice_grid(native, self.cell)
             raise InputError(
-                f"native size {native[0]}x{native[1]}: has {_times(grid_of(native, self.cell))} "
-                f"cells, and the latents have {_times(grid)}"
+                f"native size {native[0]}x{native[1]}: has {cells[0]}x{cells[1]} cells, and the "
+                f"latents have {grid[0]}x{grid[1]}"
             )
         part = part_of(size, window)
         sides = [side.stop - side.start for side in part]
@@ -274,7 +253,7 @@ class Points(nn.Module):
 
         Returns them and features [B, F, h·s, w·s].
         """
-        features = torch.cat([_to_points(self.to_features(hidden), self.cell), colours], dim=1)
+        features = torch.cat([to_points(self.to_features(hidden), self.cell), colours], dim=1)
         features = F.gelu(self.mix(features.contiguous(memory_format=torch.channels_last)))
         return colours + self.sharpen(features).float(), features
 
@@ -343,56 +322,9 @@ def _told(places: Tensor, pixel: float) -> Tensor:
     return torch.stack([angle.sin(), angle.cos(), smaller], dim=-1).float()
 
 
-def on_lattice(images: Tensor, native: Size, grid: Size, cell: int, part: Part = WHOLE) -> Tensor:
-    """Read images [B, C, H, W] at the lattice points of a part of the cells.
-
-    Resized to the native size where they have another; the last row and column are repeated up to
-    the end of the last cells.
-    """
-    spans, beyond = [], []
-    for side, cells, own in zip(part, grid, native, strict=True):
-        start, stop, _ = side.indices(cells)
-        spans.append(slice(start * cell, min(own, stop * cell)))
-        beyond.append(max(0, stop * cell - own))
-    points = resample(images, native, (spans[0], spans[1]))
-    if not any(beyond):
-        return points
-    return F.pad(points, (0, beyond[1], 0, beyond[0]), mode="replicate")
-
-
-def pieces(
-    size: Size, part: Part, scale: float, batch: int
-) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut pictures into pieces of as many points as are computed at once: images, rows, columns.
-
-    Small pictures are taken several at a time, and large ones in squares. ``part`` is that of a
-    grid (H, W) with ``scale`` points per element along each axis.
-    """
-    side = max(1, int(_PIECE**0.5 / scale))
-    rows, columns = (range(*span.indices(count)) for span, count in zip(part, size, strict=True))
-    at_once = max(1, int(_PIECE / (len(rows) * len(columns) * scale**2)))
-    for image in range(0, batch, at_once):
-        for y in range(rows.start, rows.stop, side):
-            for x in range(columns.start, columns.stop, side):
-                yield (
-                    slice(image, image + at_once),
-                    slice(y, min(y + side, rows.stop)),
-                    slice(x, min(x + side, columns.stop)),
-                )
-
-
-def _to_points(values: Tensor, cell: int) -> Tensor:
-    """Lay out cells' values: [B, h, w, N·s²] → [B, N, h·s, w·s]."""
-    return rearrange(values, "b h w (n i j) -> b n (h i) (w j)", i=cell, j=cell)
-
-
 def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a convolution to [B, h, w, D], whose memory is that of PyTorch's channels_last."""
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _times(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _grown(part: slice, by: int, count: int) -> slice:

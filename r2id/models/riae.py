@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,26 @@ from r2id.models.lattice import LatticeDecoder, LatticeEncoder
 from r2id.models.visibility import VISIBILITIES
 
 
-def _attention(config: RiaeConfig, channels: int) -> tuple[AttentionEncoder, AttentionDecoder]:
+class Parts(NamedTuple):
+    """An encoder and a decoder of one kind, of the classes that KINDS names."""
+
+    encoder: Any
+    decoder: Any
+
+
+def _attention(config: RiaeConfig, channels: int) -> Parts:
     visibility = VISIBILITIES[config.attention](config)
-    return (
+    return Parts(
         AttentionEncoder(config, channels, visibility),
         AttentionDecoder(config, channels, visibility),
     )
 
 
-def _lattice(config: RiaeConfig, channels: int) -> tuple[LatticeEncoder, LatticeDecoder]:
-    return LatticeEncoder(config, channels), LatticeDecoder(config, channels)
+def _lattice(config: RiaeConfig, channels: int) -> Parts:
+    return Parts(LatticeEncoder(config, channels), LatticeDecoder(config, channels))
 
 
-KINDS: dict[str, Callable[[RiaeConfig, int], tuple[Any, Any]]] = {
+KINDS: dict[str, Callable[[RiaeConfig, int], Parts]] = {
     "lattice": _lattice,
     "attention": _attention,
 }
@@ -58,18 +65,7 @@ class RIAE(nn.Module):
         self.parts = KINDS[config.kind](config, channels)
         for part in self.parts:
             for name, layer in part.named_children():
-                # Not by add_module, which refuses "encoder" and "decoder" beside the properties.
-                self._modules[part.stored_as.get(name, name)] = layer
-
-    @property
-    def encoder(self) -> Any:
-        """The encoder, of the class that KINDS names."""
-        return self.parts[0]
-
-    @property
-    def decoder(self) -> Any:
-        """The decoder, of the class that KINDS names."""
-        return self.parts[1]
+                self.add_module(part.stored_as.get(name, name), layer)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> RIAE:
@@ -100,7 +96,7 @@ class RIAE(nn.Module):
         they are then: the same picture in more or fewer pixels. ``advance`` is told how many of the
         native pixels have been encoded, whenever there are some more.
         """
-        return self.encoder.encode(image, native or (image.shape[2], image.shape[3]), advance)
+        return self.parts.encoder.encode(image, native or (image.shape[2], image.shape[3]), advance)
 
     @torch.no_grad()
     def decode(
@@ -116,8 +112,8 @@ class RIAE(nn.Module):
         They are nominally in [−1, 1], but not clipped. With a window (y0, x0, y1, x1), only its
         pixels are rendered: [B, C, y1 − y0, x1 − x0]. ``native`` is the size of the images that
         were encoded, which cells at the border may exceed by a part; see
-        r2id.models.lattice.native_size for what it is by default. Raises InputError when the window
+        r2id.models.cells.native_size for what it is by default. Raises InputError when the window
         is not within the image, or native is no size of this grid. ``advance`` is told how many
         pixels have been rendered, whenever there are some more.
         """
-        return self.decoder.decode(latents, size, window, native, advance)
+        return self.parts.decoder.decode(latents, size, window, native, advance)

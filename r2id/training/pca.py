@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from r2id.errors import InputError
+from r2id.models.cells import on_lattice, to_cells
 from r2id.models.coords import Size
-from r2id.models.lattice import on_lattice
 from r2id.models.riae import RIAE
 
 _IMAGES = 4096
@@ -68,9 +67,8 @@ def fit_pca(images: Iterable[Tensor], cell: int, components: int, cells: int) ->
     count, mean, square = 0, torch.zeros(()), torch.zeros(())
     for batch in images:
         size: Size = (batch.shape[2], batch.shape[3])
-        grid = -(-size[0] // cell), -(-size[1] // cell)
-        lattice = on_lattice(batch.float().cpu(), size, grid, cell)
-        values = rearrange(lattice, "b c (h i) (w j) -> (b h w) (c i j)", i=cell, j=cell)
+        lattice = on_lattice(batch.float().cpu(), size, cell)
+        values = to_cells(lattice, cell).flatten(0, 2)
         values = values[::every]
         count += len(values)
         mean = mean + values.double().sum(0)

@@ -75,8 +75,8 @@ def test_order_of_pixels_does_not_matter(model):
     )
     colours = torch.randn(1, 36, 1)
     torch.testing.assert_close(
-        model.encoder.encode_points(colours, at.unsqueeze(0), (6, 6), cells, (2, 2)),
-        model.encoder.encode_points(
+        model.parts.encoder.encode_points(colours, at.unsqueeze(0), (6, 6), cells, (2, 2)),
+        model.parts.encoder.encode_points(
             colours[:, order], at[order].unsqueeze(0), (6, 6), cells, (2, 2)
         ),
         atol=1e-5,
@@ -95,7 +95,7 @@ def test_large_pixels_are_means_of_points(model):
     """Of an image of about 24×28 pixels, none larger than the model was trained on."""
     latents = torch.randn(2, 4, 6, 7)
     assert [
-        model.decoder.points_per_pixel((6, 7), size)
+        model.parts.decoder.points_per_pixel((6, 7), size)
         for size in ((60, 70), (24, 28), (22, 26), (21, 26), (24, 13), (7, 4))
     ] == [(1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (4, 7)]
     torch.testing.assert_close(
@@ -110,7 +110,7 @@ def test_large_pixels_are_means_of_points(model):
 def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
     torch.manual_seed(0)
     model = RIAE(SMALL.model_copy(update={"attention": attention}), 1).eval()
-    for parameter in model.decoder.to_colour.parameters():
+    for parameter in model.parts.decoder.to_colour.parameters():
         torch.nn.init.normal_(parameter)
     latents = torch.randn(2, 4, 16, 12)
     whole = model.decode(latents, (8, 7), (1, 0, 8, 5))
@@ -130,7 +130,7 @@ def test_means_are_taken_of_some_rows_at_a_time(attention, monkeypatch):
             lambda: partial(fresh().requires_grad_(False).decode, torch.zeros(1, 4, 64, 64), (8, 8))
         )
 
-    per_pixel = RIAE(plain, 3).decoder.points_per_pixel((64, 64), (8, 8))
+    per_pixel = RIAE(plain, 3).parts.decoder.points_per_pixel((64, 64), (8, 8))
     points = 3 * 4 * math.prod(side * 8 for side in per_pixel)
     assert needed(1 << 30) - needed(1) > 0.5 * points, "not the whole picture at once"
 
@@ -139,7 +139,7 @@ def test_pixels_as_large_as_in_training_are_points():
     model = RIAE(
         SMALL.model_copy(update={"decode_scales": (0.5, 2.0), "condition_on_pixel_size": True}), 1
     )
-    points = model.decoder.points_per_pixel
+    points = model.parts.decoder.points_per_pixel
     assert points((7, 7), (14, 11)) == (1, 2) and points((7, 7), (12, 12)) == (1, 1)
 
 

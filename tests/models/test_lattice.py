@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r2id.config import RiaeConfig
+from r2id.config.models import lattice_grid
 from r2id.errors import InputError
 from r2id.images import resize
-from r2id.models import lattice
-from r2id.models.lattice import grid_of, native_size
+from r2id.models import cells as geometry
+from r2id.models.cells import native_size
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
 
@@ -75,7 +76,7 @@ def test_latents_are_the_cells_of_points_and_borders_are_repeated():
 def test_an_image_takes_the_place_of_one_of_native_size(size, native):
     model, image = lossless(), picture(2, 1, *size)
     latents = model.encode(image, native)
-    assert latents.shape[2:] == grid_of(native, 4)
+    assert latents.shape[2:] == lattice_grid(native, 4)
     expected = resize(image, native)
     torch.testing.assert_close(model.decode(latents, native), expected, atol=1e-5, rtol=0)
 
@@ -133,7 +134,7 @@ def test_windows_and_pieces_make_the_whole(changes, native, size, monkeypatch):
     latents = torch.randn(2, 5, *model.grid_for(native))
     whole = model.decode(latents, size, native=native)
     assert whole.std() > 0.01 and whole.shape == (2, 2, *size)
-    monkeypatch.setattr(lattice, "_PIECE", 2 * 5**2)
+    monkeypatch.setattr(geometry, "_PIECE", 2 * 5**2)
     torch.testing.assert_close(
         model.decode(latents, size, native=native), whole, atol=1e-5, rtol=1e-5
     )
@@ -157,7 +158,7 @@ def test_encoding_in_pieces_changes_nothing(changes, size, native, monkeypatch):
     model, images = made(2, **changes), picture(3, 2, *size)
     whole = model.encode(images, native)
     assert whole.std() > 0.01
-    monkeypatch.setattr(lattice, "_PIECE", 3 * 12**2)
+    monkeypatch.setattr(geometry, "_PIECE", 3 * 12**2)
     torch.testing.assert_close(model.encode(images, native), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -199,7 +200,7 @@ def test_memory_grows_by_no_more_than_the_pictures(factor, monkeypatch):
         return (needed(256) - needed(128)) / (4 * (256**2 - 128**2))
 
     assert growth() > 10, "values per pixel of a picture that is one piece"
-    monkeypatch.setattr(lattice, "_PIECE", 1 << 12)
+    monkeypatch.setattr(geometry, "_PIECE", 1 << 12)
     assert growth() < 3 * factor**2, "image, latents and output alone grow"
 
 
@@ -232,7 +233,7 @@ def test_native_sizes(grid, size, native):
 )
 def test_a_native_size_needs_all_cells_and_keeps_the_ratio_if_one_can(grid, size, cell):
     native, points = native_size(grid, size, cell), (grid[0] * cell, grid[1] * cell)
-    assert grid_of(native, cell) == grid
+    assert lattice_grid(native, cell) == grid
     if native not in (points, size):
         scale = max(side / most for side, most in zip(size, points, strict=True))
         for side, own in zip(size, native, strict=True):
@@ -243,7 +244,7 @@ def test_a_native_size_needs_all_cells_and_keeps_the_ratio_if_one_can(grid, size
 def test_a_native_size_of_another_grid_is_one_clear_line(native):
     with pytest.raises(InputError) as caught:
         made().decode(torch.zeros(1, 5, 2, 3), (8, 12), native=native)
-    said, cells = str(caught.value), grid_of(native, 4)
+    said, cells = str(caught.value), lattice_grid(native, 4)
     assert "\n" not in said
     for words in (f"{native[0]}x{native[1]}", f"{cells[0]}x{cells[1]}", "2x3"):
         assert words in said

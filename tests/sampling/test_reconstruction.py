@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from r2id.config import RiaeConfig
 from r2id.images import psnr, read_image, save_png
-from r2id.models import lattice
+from r2id.models import cells as geometry
 from r2id.models.riae import RIAE
 from r2id.progress import FILE_VARIABLE
 from r2id.sampling import reconstruction
@@ -18,7 +18,7 @@ from r2id.sampling.reconstruction import reconstruct_file
 
 @pytest.mark.parametrize("kind", ["lattice", "attention"])
 def test_all_pixels_are_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lattice, "_PIECE", 64)
+    monkeypatch.setattr(geometry, "_PIECE", 64)
     model = RIAE(RiaeConfig(kind=kind, width=16, heads=2) if kind == "attention" else SMALL, 1)
     counts: list[int] = []
     latents = model.encode(torch.zeros(1, 1, 21, 30), advance=counts.append)

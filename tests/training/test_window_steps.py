@@ -12,7 +12,7 @@ from torch import Tensor
 
 from r2id.config import LossConfig, RiaeConfig
 from r2id.images import resize
-from r2id.models.lattice import on_lattice
+from r2id.models.cells import on_lattice
 from r2id.models.riae import RIAE
 from r2id.training import pca
 from r2id.training.losses import windows
@@ -76,7 +76,7 @@ def test_a_step_of_equivariance_resizes_latents_and_images(scale: float) -> None
     grid = round(4 * scale), round(6 * scale)
     latents = resize(model.encode(image), grid)
     size = 4 * grid[0], 4 * grid[1]
-    truth = resize(on_lattice(image, (14, 24), (4, 6), 4), size)
+    truth = resize(on_lattice(image, (14, 24), 4), size)
     loss, _ = loss_of(model, image, equivariance=1.0, equivariance_scales=(scale, scale))
     expected = F.mse_loss(model.decode(latents, size), truth)
     assert loss == pytest.approx(float(expected), rel=1e-4)
@@ -185,7 +185,7 @@ def test_a_new_model_s_loss_is_that_of_the_analysis_it_starts_from() -> None:
     torch.manual_seed(0)
     model = RIAE(SMALL, 3)
     pca.start_from_pca(model, weights)
-    cells = on_lattice(image, (12, 12), (3, 3), 4).unfold(2, 4, 4).unfold(3, 4, 4)
+    cells = on_lattice(image, (12, 12), 4).unfold(2, 4, 4).unfold(3, 4, 4)
     values = cells.permute(0, 2, 3, 1, 4, 5).reshape(-1, 48).double()
     variances = torch.linalg.eigvalsh(values.T.cov(correction=0))
     with torch.no_grad():

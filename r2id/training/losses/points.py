@@ -85,12 +85,12 @@ class PointLoss(nn.Module):
         asked = rescaled(image, self.model.config.decode_scales, self.seed, step, _DECODE_SCALE)
         count = max(1, round(config.encode_cloud * size[0] * size[1]))
         latents = self._encode(seen, count, cells, grid, rng_keys)
-        latents = latents + self.model.encoder.encode_linearly(seen, grid)
+        latents = latents + self.model.parts.encoder.encode_linearly(seen, grid)
         if config.latent_noise:
             noise = rng.normal(rng.fold(rng_keys, _LATENT_NOISE), *latents.shape[1:])
             latents = latents + config.latent_noise * noise
-        kv = self.model.decoder.spread_latents(latents, cells, grid)
-        linear = self.model.decoder.decode_linearly(latents, grid)
+        kv = self.model.parts.decoder.spread_latents(latents, cells, grid)
+        linear = self.model.parts.decoder.decode_linearly(latents, grid)
         points = self._choose_points(kv, cells, grid, asked, rng_keys, linear)
         decoded = self._decode(points, points.coordinates, grid)
         loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
@@ -107,7 +107,8 @@ class PointLoss(nn.Module):
     ) -> Tensor:
         """Encode the pixels that the encoder may see, about ``count`` of them: [B, M, L]."""
         size: Size = (image.shape[2], image.shape[3])
-        visibility = self.model.encoder.visibility
+        encoder = self.model.parts.encoder
+        visibility = encoder.visibility
         chosen = visibility.choose_encoder_pixels(
             rng.fold(rng_keys, _ENCODER_PIXELS), size[0] * size[1], count
         )
@@ -115,7 +116,7 @@ class PointLoss(nn.Module):
             image, grid, chosen, rng.fold(rng_keys, _ENCODER_JITTER)
         )
         tiles = visibility.tiles(grid, size, grid, device=image.device)
-        return self.model.encoder.encode_points(colours, coordinates, size, cells, grid, tiles)
+        return encoder.encode_points(colours, coordinates, size, cells, grid, tiles)
 
     def _choose_points(
         self,
@@ -128,7 +129,7 @@ class PointLoss(nn.Module):
     ) -> _Points:
         """Choose points of the image, and the latents that the decoder may see for them."""
         size: Size = (image.shape[2], image.shape[3])
-        visibility = self.model.encoder.visibility
+        visibility = self.model.parts.encoder.visibility
         asked = visibility.choose_decoder_pixels(
             rng.fold(rng_keys, _DECODER_PIXELS), size, grid, self.config.decode_pixels
         )
@@ -141,7 +142,7 @@ class PointLoss(nn.Module):
         return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight, linear)
 
     def _decode(self, points: _Points, coordinates: Tensor, grid: Size) -> Tensor:
-        decoded = self.model.decoder.decode_points(
+        decoded = self.model.parts.decoder.decode_points(
             points.kv, points.cells, coordinates, points.size, grid, points.tiles
         )
         if points.linear is None:

@@ -29,8 +29,8 @@ from r2id import rng
 from r2id.config import LossConfig
 from r2id.config.losses import PixelLoss
 from r2id.images import resize
+from r2id.models.cells import on_lattice
 from r2id.models.coords import WHOLE, Part, Size
-from r2id.models.lattice import on_lattice
 from r2id.models.riae import RIAE
 from r2id.training.losses.discriminator import Discriminator, adversarial_terms, nothing
 from r2id.training.losses.perceptual import load_perceptual
@@ -70,8 +70,8 @@ class WindowLoss(nn.Module):
             random_size(size, config.magnify_scales, self.seed, step, _SMALLER) if smaller else size
         )
         grid, cell = self.model.grid_for(native), self.model.config.cell
-        lattice = on_lattice(image, native, grid, cell)
-        latents = self.model.encoder(lattice)
+        lattice = on_lattice(image, native, cell)
+        latents = self.model.parts.encoder(lattice)
         given = self._disturbed(latents, rng.fold(self.seed, step, index))
         truth = image
         if resized:
@@ -80,7 +80,7 @@ class WindowLoss(nn.Module):
             size = native = other[0] * cell, other[1] * cell
             truth = resize(lattice, size)
         part = self._window(size, step)
-        decoded = self.model.decoder.render(given, size, native, part)
+        decoded = self.model.parts.decoder.render(given, size, native, part)
         truth = truth[:, :, part[0], part[1]]
         pixel = native[0] / size[0], native[1] / size[1]
         loss, figures = self._picture_loss(decoded, truth, pixel, step)

@@ -1,0 +1,85 @@
+"""The lattice of points in latent cells: how pictures lie on it, and pieces of it.
+
+Each cell of a latent grid has s×s points. A picture of *native size* (H, W) covers the first H rows
+and W columns of them; the last cells may exceed it.
+
+Shape letters: B batch · C colours · H, W picture · s points per side of a cell · h, w latent grid
+· N values per point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from r2id.config.models import lattice_grid
+from r2id.models.coords import WHOLE, Part, Size
+from r2id.models.resampling import resample
+
+_PIECE = 1 << 19
+"""Points or pixels that are computed at once outside training, without their surroundings."""
+
+
+def native_size(grid: Size, size: Size, cell: int) -> Size:
+    """Choose how many lattice points (rows, columns) a picture of a size (H, W) covers on a grid.
+
+    The size itself where the grid is its own; else the largest picture of that aspect ratio that
+    needs all cells of the grid; else, where the ratios differ by more than a cell, all points.
+    """
+    if lattice_grid(size, cell) == grid:
+        return size
+    points = grid[0] * cell, grid[1] * cell
+    scale = max(size[0] / points[0], size[1] / points[1])
+    native = max(1, round(size[0] / scale)), max(1, round(size[1] / scale))
+    return native if lattice_grid(native, cell) == grid else points
+
+
+def on_lattice(images: Tensor, native: Size, cell: int, part: Part = WHOLE) -> Tensor:
+    """Read images [B, C, H, W] at the lattice points of a part of the cells.
+
+    Resized to the native size where they have another; the last row and column are repeated up to
+    the end of the last cells.
+    """
+    spans, beyond = [], []
+    for side, cells, own in zip(part, lattice_grid(native, cell), native, strict=True):
+        start, stop, _ = side.indices(cells)
+        spans.append(slice(start * cell, min(own, stop * cell)))
+        beyond.append(max(0, stop * cell - own))
+    points = resample(images, native, (spans[0], spans[1]))
+    if not any(beyond):
+        return points
+    return F.pad(points, (0, beyond[1], 0, beyond[0]), mode="replicate")
+
+
+def to_cells(points: Tensor, cell: int) -> Tensor:
+    """Gather the points of each cell: [B, N, h·s, w·s] → [B, h, w, N·s²]."""
+    return rearrange(points, "b n (h i) (w j) -> b h w (n i j)", i=cell, j=cell)
+
+
+def to_points(values: Tensor, cell: int) -> Tensor:
+    """Lay out cells' values: [B, h, w, N·s²] → [B, N, h·s, w·s]."""
+    return rearrange(values, "b h w (n i j) -> b n (h i) (w j)", i=cell, j=cell)
+
+
+def pieces(
+    size: Size, part: Part, scale: float, batch: int
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut pictures into pieces of as many points as are computed at once: images, rows, columns.
+
+    Small pictures are taken several at a time, and large ones in squares. ``part`` is that of a
+    grid (H, W) with ``scale`` points per element along each axis.
+    """
+    side = max(1, int(_PIECE**0.5 / scale))
+    rows, columns = (range(*span.indices(count)) for span, count in zip(part, size, strict=True))
+    at_once = max(1, int(_PIECE / (len(rows) * len(columns) * scale**2)))
+    for image in range(0, batch, at_once):
+        for y in range(rows.start, rows.stop, side):
+            for x in range(columns.start, columns.stop, side):
+                yield (
+                    slice(image, image + at_once),
+                    slice(y, min(y + side, rows.stop)),
+                    slice(x, min(x + side, columns.stop)),
+                )
