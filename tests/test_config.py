@@ -81,9 +81,12 @@ def test_mistakes_are_named_in_one_line(override, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["riae.bounded=true"], ["bounded = True", "'attention'", "'lattice'"]),
+        (
+            ["riae.bounded=true"],
+            ["config: riae.bounded = True", "riae.kind = 'attention'", "'lattice'"],
+        ),
         (["riae.kind=attention", "riae.features=3"], ["features = 3", "'lattice'", "'attention'"]),
-        (["riae.downsample=3.5"], ["downsample = 3.5", "whole number"]),
+        (["riae.downsample=3.5"], ["config: riae.downsample = 3.5", "whole number"]),
         (["riae.kind=attention", "riae.encoder_blocks=0"], ["encoder_blocks", "at least 1"]),
         (
             ["riae.kind=attention", "riae.linear=true", "riae.bounded=true"],

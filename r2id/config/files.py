@@ -134,7 +134,9 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"{name}: missing, and it has no default"
     message = first["msg"].removeprefix("Value error, ")
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
-    return f"{name} = {first['input']!r}: {message}{more}" if name else f"{message}{more}"
+    if isinstance(first["input"], dict):  # a section, whose message begins with its key
+        return f"{name}.{message}{more}" if name else f"{message}{more}"
+    return f"{name} = {first['input']!r}: {message}{more}"
 
 
 def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:

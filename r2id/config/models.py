@@ -114,7 +114,8 @@ class RiaeConfig(Section):
             if value != default:
                 other = "attention" if self.kind == "lattice" else "lattice"
                 raise ValueError(
-                    f"{name} = {value!r}: is a setting of kind '{other}', and kind is '{self.kind}'"
+                    f"{name} = {value!r}: is a setting of kind '{other}', and kind is "
+                    f"'{self.kind}'; leave it out, or set riae.kind = '{other}'"
                 )
         if self.kind == "lattice" and self.downsample != int(self.downsample):
             raise ValueError(

@@ -185,6 +185,14 @@ def test_it_is_told_how_large_pixels_are() -> None:
         assert not torch.allclose(network(images, ONE), network(images, pixel))
 
 
+def test_steps_tell_it_how_much_smaller_the_encoded_images_were() -> None:
+    loss, told = window_loss(discriminator=0.1, magnify=1.0, magnify_scales=(0.5, 0.5)), set()
+    assert loss.discriminator is not None
+    loss.discriminator.register_forward_pre_hook(lambda _, given: told.add(given[1]))
+    loss(pictures(2, 1, 8, 16), torch.arange(2), step=0)
+    assert told == {(0.5, 0.5)}
+
+
 # All terms of the loss
 
 
