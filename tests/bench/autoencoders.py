@@ -54,6 +54,7 @@ from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import frechet_distance, mse, ssim
 from r2id.evaluation.riae import scale_size
 from r2id.images import psnr, to_uint8
+from r2id.models.coords import Size
 from r2id.progress import Progress, say
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbours
@@ -216,13 +217,20 @@ class Bench:
             way: self.compare(torch.cat(parts), truth) for way, parts in ways.items() if parts
         }
 
-    def whole(self, code: Code) -> float:
-        """Mean PSNR of whole held-out photos."""
+    def whole(self, code: Code) -> tuple[float, float]:
+        """Mean PSNR of held-out photos, coded whole, and coded in windows of the trained size."""
         errors = []
         for photo in self.images.whole:
             decoded = code.decode(code.encode(photo), (photo.shape[2], photo.shape[3]))
-            errors.append(mse(decoded, photo))
-        return float(psnr(torch.cat(errors)).mean())
+            in_windows = torch.empty_like(photo)
+            for rows, columns in windows(photo, self.images.size):
+                part = photo[:, :, rows, columns]
+                in_windows[:, :, rows, columns] = code.decode(
+                    code.encode(part), (part.shape[2], part.shape[3])
+                )
+            errors.append(torch.stack([mse(decoded, photo), mse(in_windows, photo)], 1))
+        whole, parts = psnr(torch.cat(errors)).mean(0).tolist()
+        return whole, parts
 
     def times(self, code: Code) -> tuple[dict[str, float], float | None]:
         """CPU seconds there and back by side, and the exponent in the number of pixels."""
@@ -271,7 +279,7 @@ class Bench:
         )
         heads = ["code", "parameters", "steps", "images/s", "PSNR", "SSIM"]
         heads += ["Fréchet, same class"] if self.judge else []
-        heads += ["whole photos"] if self.images.whole else []
+        heads += ["photos whole, in windows"] if self.images.whole else []
         heads += ["1024² there and back", "exponent"]
         yield f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
         for name, row in self.rows.items():
@@ -281,7 +289,7 @@ class Bench:
             step_0 = f" (step 0: {row['step_0']:.2f})" if "step_0" in row else ""
             cells += [f"{native['psnr']:.2f} dB{step_0}", f"{native['ssim']:.4f}"]
             cells += [f"{native['frechet']:.3g}, {native['same_class']:.3f}"] if self.judge else []
-            cells += [f"{row['whole']:.2f} dB"] if self.images.whole else []
+            cells += ["{:.2f}, {:.2f} dB".format(*row["whole"])] if self.images.whole else []
             seconds = row["times"].get("1024")
             cells.append("–" if seconds is None else f"{seconds:.2f} s")
             yield f"| {' | '.join([*cells, '–' if exponent is None else f'{exponent:.2f}'])} |"
@@ -298,6 +306,13 @@ class Bench:
                 first, *others = (f"{found[way]['psnr']:.2f}" for way in ways if way in found)
                 cells.append(first + (f" ({', '.join(others)})" if others else ""))
             yield f"| {' | '.join(cells)} |"
+
+
+def windows(photo: Tensor, size: Size) -> Iterator[tuple[slice, slice]]:
+    """Cut a photo [1, C, H, W] into windows, smaller ones at the end."""
+    for y in range(0, photo.shape[2], size[0]):
+        for x in range(0, photo.shape[3], size[1]):
+            yield slice(y, y + size[0]), slice(x, x + size[1])
 
 
 def draw(columns: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
