@@ -25,57 +25,58 @@ from torch import Tensor, nn
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import InputError
+from r2id.evaluation.backbone import (
+    BATCH,
+    FEWEST_IMAGES,
+    MOST_IMAGES,
+    Backbone,
+    autocast,
+    batches,
+    distort,
+    may_be_mirrored,
+    mirror,
+    optimizer_and_schedule,
+    shift,
+)
 from r2id.evaluation.images import load_images, resize
 from r2id.files import write_atomic
 from r2id.images import to_float
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
 
-# Version of the training recipe below: raise it when the recipe changes, so that saved classifiers
-# are trained again.
-_VERSION = 1
-_WIDTHS = (32, 64, 128)  # channels of the three stages
+# Version of the training recipe below and in r2id.evaluation.backbone: raise it when a recipe
+# changes, so that saved classifiers are trained again.
+_VERSION = 2
 _LARGEST_AREA = 64 * 64  # pixels: larger images are shrunk to this area before they are classified
 _MOST_IMAGES = 200_000  # of a split, evenly spaced: they are held in memory
-_BATCH = 128
-_EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 6, 400, 4000
-_LEARNING_RATE, _WEIGHT_DECAY, _WARM_UP, _SMOOTHING = 3e-3, 0.05, 0.15, 0.05
-_ROTATION, _SCALE, _SHIFT = 0.2, 0.15, 0.12  # radians, log of the factor, share of half a side
+_EPOCHS = 10
+_SMOOTHING = 0.2
+_LOGIT_SCALE = 1 / 9
 _SEED = 0
 
 
 class ClassifierNetwork(nn.Module):
-    """Three stages of two convolutions; each stage halves the image if it is large enough."""
+    """A backbone (r2id.evaluation.backbone) and a linear layer."""
 
     def __init__(self, channels: int, classes: int, size: Size) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        side = max(size)
-        for stage, width in enumerate(_WIDTHS):
-            stride = 2 if side > (12 if stage == 0 else 4) else 1
-            layers += [_convolution(channels, width, stride), _convolution(width, width, 1)]
-            channels, side = width, -(-side // stride)
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, classes)
+        self.backbone = Backbone(channels, size)
+        self.head = nn.Linear(Backbone.width, classes, bias=False)
 
     def features(self, images: Tensor) -> Tensor:
-        """Compute the spatial means of the last stage: images [N, C, H, W] → float32 [N, D].
+        """Compute features: images [N, C, H, W] in [−1, 1] → float32 [N, D].
 
-        Images are in [−1, 1]. The logits are a linear function of the features.
+        The logits are a linear function of the features.
         """
-        return self.body(images.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))
+        return self.backbone(images)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Classify features: [N, D] → [N, classes]."""
+        return self.head(features) * _LOGIT_SCALE
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images in [−1, 1]: [N, C, H, W] → logits [N, classes]."""
-        return self.head(self.features(images))
-
-
-def _convolution(channels: int, width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(True),
-    )
+        return self.logits(self.features(images))
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,13 @@ class Classifier:
         """Extract features, of images as in ``classify``: [N, C, H, W] → float32 [N, D] on CPU."""
         device = self.model.head.weight.device
         inputs = resize(to_float(images) if images.dtype == torch.uint8 else images, self.size)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             return self.model.features(inputs.to(device)).cpu()
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor:
         """Return class probabilities: features [N, D] → float32 [N, classes], on the CPU."""
-        return self.model.head(features.to(self.model.head.weight.device)).softmax(1).cpu()
+        return self.model.logits(features.to(self.model.head.weight.device)).softmax(1).cpu()
 
 
 def load_or_train_classifier(
@@ -161,23 +162,23 @@ def train_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = ClassifierNetwork(images.shape[1], classes, (images.shape[2], images.shape[3]))
+    model.backbone.whiten(images)
     model.to(device)
-    steps = min(max(_FEWEST_STEPS, _EPOCHS * len(images) // _BATCH), _MOST_STEPS)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _LEARNING_RATE, total_steps=steps, pct_start=_WARM_UP
-    )
+    seen = min(max(FEWEST_IMAGES, _EPOCHS * len(images)), MOST_IMAGES)
     generator = torch.Generator().manual_seed(_SEED)
-    epochs = -(-steps * _BATCH // len(images))
-    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
-    with Progress("train classifier", steps, unit="images", per_item=_BATCH) as progress:
-        for chosen in order[: steps * _BATCH].split(_BATCH):
-            inputs = augment(to_float(images[chosen]), generator).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
+    mirrored = may_be_mirrored(images, labels)
+    first = torch.rand(len(images), generator=generator) < 0.5
+    optimizer, schedule = optimizer_and_schedule(model, seen // BATCH)
+    with Progress("train classifier", seen // BATCH, unit="images", per_item=BATCH) as progress:
+        for chosen, epoch in batches(len(images), seen, generator):
+            inputs = to_float(images[chosen])
+            if mirrored:  # every other epoch: each image is seen equally often both ways
+                inputs = mirror(shift(inputs, generator), first[chosen] ^ (epoch % 2 == 1))
+            else:
+                inputs = distort(inputs, generator)
+            with autocast(device):
                 loss = F.cross_entropy(
-                    model(inputs), labels[chosen].to(device), label_smoothing=_SMOOTHING
+                    model(inputs.to(device)), labels[chosen].to(device), label_smoothing=_SMOOTHING
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -185,22 +186,6 @@ def train_network(
             schedule.step()
             progress.advance()
     return model.eval().requires_grad_(False)
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Apply a small random rotation, scaling of both axes and shift: [N, C, H, W] → same shape."""
-    turn, *scales, right, down = (2 * torch.rand(5, len(images), generator=generator) - 1).unbind()
-    cos, sin = (_ROTATION * turn).cos(), (_ROTATION * turn).sin()
-    wide, high = (torch.exp(_SCALE * scale) for scale in scales)
-    matrix = torch.stack(
-        [
-            torch.stack([cos * wide, -sin * high, _SHIFT * right], 1),
-            torch.stack([sin * wide, cos * high, _SHIFT * down], 1),
-        ],
-        1,
-    )
-    coords = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images, coords, padding_mode="border", align_corners=False)
 
 
 def _train_and_test(shards: ShardSet, data: DataConfig, device: torch.device) -> Classifier:

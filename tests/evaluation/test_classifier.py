@@ -14,7 +14,6 @@ from r2id.errors import InputError
 from r2id.evaluation import classifier as classifier_module
 from r2id.evaluation.classifier import (
     ClassifierNetwork,
-    augment,
     frequent_size,
     load_or_train_classifier,
     train_network,
@@ -33,10 +32,10 @@ def test_accuracy_on_held_out_digits(classifier):
 def test_images_of_another_size_are_resized(classifier, shards, data):
     images, labels = load_images(shards, data.model_copy(update={"size": (24, 24)}), "test")
     features, classes = classifier.features(images), classifier.classify(images)
-    assert features.shape == (359, 128) and features.dtype == torch.float32
+    assert features.shape == (359, 192) and features.dtype == torch.float32
     assert (classes == labels).double().mean() > 0.97
     again = torch.cat([classifier.features(some) for some in to_float(images).split(100)])
-    torch.testing.assert_close(again, features, atol=0.05, rtol=0.05)  # bfloat16 in other batches
+    torch.testing.assert_close(again, features, atol=1e-4, rtol=1e-4)
 
 
 def test_it_is_saved_and_read_again(classifier, classifier_file, shards, data):
@@ -62,8 +61,8 @@ def test_a_stale_or_damaged_file_is_not_used(classifier, classifier_file, tmp_pa
 
 
 def test_the_same_data_gives_the_same_classifier(monkeypatch):
-    monkeypatch.setattr(classifier_module, "_FEWEST_STEPS", 3)
-    monkeypatch.setattr(classifier_module, "_MOST_STEPS", 3)
+    monkeypatch.setattr(classifier_module, "FEWEST_IMAGES", 384)
+    monkeypatch.setattr(classifier_module, "MOST_IMAGES", 384)
     images, labels = torch.randint(0, 256, (50, 3, 9, 7), dtype=torch.uint8), torch.arange(50) % 4
     torch.manual_seed(1)
     one = train_network(images, labels, 4, torch.device("cpu"))
@@ -79,18 +78,6 @@ def test_the_same_data_gives_the_same_classifier(monkeypatch):
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (28, 28), (64, 64), (7, 5)])
 def test_any_size(size):
     assert ClassifierNetwork(3, 5, size).eval()(torch.zeros(2, 3, *size)).shape == (2, 5)
-
-
-def test_augmentation_is_mild():
-    images = torch.zeros(200, 1, 28, 28)
-    images[:, :, 10:18, 10:18] = 1
-    moved = augment(images, torch.Generator().manual_seed(0))
-    assert moved.shape == images.shape and not torch.equal(moved[0], moved[1])
-    mass = moved.sum((1, 2, 3)) / 64
-    assert mass.min() > 0.7 and mass.max() < 1.4
-    assert (
-        moved * (1 - torch.nn.functional.max_pool2d(images, 15, 1, 7))
-    ).max() == 0  # within 7 pixels
 
 
 def test_size_that_most_images_have():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from r2id.evaluation.backbone import Backbone
 from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
 from r2id.evaluation.r2id import (
@@ -52,7 +53,7 @@ def test_loss_against_noise_of_three_grids(sampler, shards, data):
 
 def test_real_images_are_near_and_noise_is_far(classifier, shards, data):
     real, facts = measure_real_baseline(classifier, shards, data, (8, 8), 500)
-    assert real.whole.shape == real.windows.shape == (359, 128)
+    assert real.whole.shape == real.windows.shape == (359, Backbone.width)
     assert (facts["test_images"], facts["training_images"]) == (359, 500)
     assert (
         0 < facts["patch_frechet_of_training_images"] < 5
