@@ -9,7 +9,7 @@ from r2id.config.arguments import to_arguments
 from r2id.config.diffusion import DiffusionConfig, SampleConfig, SamplerConfig
 from r2id.config.files import Run, build, change, load_config, override, parse_config, to_toml
 from r2id.config.losses import LossConfig
-from r2id.config.models import R2idConfig, RiaeConfig
+from r2id.config.models import LevelConfig, R2idConfig, RiaeConfig
 from r2id.config.pipeline import (
     EncodeConfig,
     EvaluateConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "EncodeConfig",
     "EngineConfig",
     "EvaluateConfig",
+    "LevelConfig",
     "LossConfig",
     "OptimConfig",
     "PipelineRun",

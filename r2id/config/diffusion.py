@@ -30,6 +30,11 @@ class DiffusionConfig(Section):
     2·k·log(n/n_base), where n = √(h·w) is the side of the grid and n_base that of the training
     images (Hoogeboom et al. 2023); 0 makes no difference between sizes."""
 
+    multiscale: int = Field(default=0, ge=0)
+    """How often the error is averaged down to half the sides and counted again, for pixels: at a
+    side of 1/s with the weight s (simple diffusion, Hoogeboom et al. 2023). 2 counts the error
+    itself, that of means of 2x2 cells twice, and that of means of 4x4 cells four times."""
+
     @model_validator(mode="after")
     def _flow_goes_with_flow(self) -> DiffusionConfig:
         if (self.objective == "flow") != (self.schedule == "flow"):

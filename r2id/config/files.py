@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -142,7 +142,11 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
 def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:
     """List the fields of the section at a place of a schema; none if that is no section."""
     for part in place:
+        if part.isdigit():  # the number of a section in a list of them
+            continue
         annotation = schema.model_fields[part].annotation
+        if get_origin(annotation) is tuple:
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         schema = annotation

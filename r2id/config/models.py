@@ -160,6 +160,15 @@ within tiles of the grid and a halo.
 """
 
 
+class LevelConfig(Section):
+    """A level of R2ID: a grid with twice the cells a side of the next one, and local attention."""
+
+    width: int = Field(ge=8)
+    """Width of its tokens: a multiple of the width of a head, which all levels share."""
+    blocks: int = Field(default=2, ge=1)
+    """Blocks before its tokens are merged to the next grid, and as many after they are split."""
+
+
 class R2idConfig(Section):
     """Architecture of R2ID."""
 
@@ -178,9 +187,9 @@ class R2idConfig(Section):
     cloud_tokens: int = Field(default=256, ge=1)
     """Approximate number of tokens in a random group of 'cloud'."""
     tile: int = Field(default=8, ge=1)
-    """Side of the tiles of 'tiled', in tokens."""
+    """Side of the tiles of 'tiled' and of ``levels``, in tokens."""
     halo: int = Field(default=4, ge=0)
-    """How far around its tile a token of 'tiled' sees, in tokens."""
+    """How far around its tile a token of 'tiled' and of ``levels`` sees, in tokens."""
     ffn_ratio: float = Field(default=4.0, gt=0)
     """Size of the feed-forward layers: their hidden width relative to ``width``, as in a network of
     two layers with as many weights."""
@@ -199,3 +208,18 @@ class R2idConfig(Section):
     jitter: float = Field(default=0.5, ge=0)
     """Strength of the random displacement of tokens in training; 1 is a standard deviation of half
     a latent cell, as published, which is too much for a small grid."""
+    levels: Annotated[tuple[LevelConfig, ...], BeforeValidator(as_tuple)] = ()
+    """Levels around the blocks, finest first, for large grids and pixels (HDiT, Crowson et al.
+    2024). Encoder and decoder blocks then run on a grid with half the cells a side for each level.
+    The levels' own blocks attend within tiles of ``tile`` and ``halo``, without dropout."""
+
+    @model_validator(mode="after")
+    def _levels_have_whole_heads(self) -> R2idConfig:
+        head = self.width // self.heads
+        for number, level in enumerate(self.levels):
+            if level.width % max(1, head):
+                raise ValueError(
+                    f"levels.{number}.width = {level.width}: must be a multiple of {head}, the "
+                    f"width of a head (width {self.width} / heads {self.heads})"
+                )
+        return self

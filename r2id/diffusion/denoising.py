@@ -6,6 +6,7 @@ Shape letters: B batch · L latent channels · h, w latent grid.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ def denoising_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean squared error of a prediction, per sample: (weighted, unweighted), each [B].
 
+    The weighted one counts coarser scales too, as ``diffusion.multiscale`` says.
     ``latent`` and ``noise`` [B, L, h, w], ``time`` [B] in (0, 1). ``base_side`` is the side √(h·w)
     of the grid whose schedule is not shifted; other arguments are those of R2ID.forward.
     """
@@ -46,5 +48,21 @@ def denoising_loss(
         a * latent + s * noise, schedule.alpha_bar(log_snr), condition, coordinates, cloud_key
     )
     target = objective.target(diffusion.objective, latent, noise, a, s)
-    error = (predicted - target).square().flatten(1).mean(1)
-    return error * objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma), error
+    difference = predicted - target
+    error = difference.square().flatten(1).mean(1)
+    weight = objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma)
+    return weight * (error + _coarse_errors(difference, diffusion.multiscale)), error
+
+
+def _coarse_errors(difference: Tensor, halvings: int) -> Tensor:
+    """Sum the squared means of squares of s×s cells, each weighted by s, s = 2, 4, … 2^halvings.
+
+    difference [B, L, h, w] of prediction and target → [B]. Means commute with differences, so these
+    are the errors of predictions that are averaged down (Hoogeboom et al. 2023, "Simple diffusion",
+    section 3.2). A square that hangs over the edge is the mean of the cells that it holds.
+    """
+    total = torch.zeros(len(difference), device=difference.device)
+    for side in (2**power for power in range(1, halvings + 1)):
+        means = F.avg_pool2d(difference, side, ceil_mode=True, count_include_pad=False)
+        total = total + side * means.square().flatten(1).mean(1)
+    return total

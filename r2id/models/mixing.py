@@ -81,6 +81,11 @@ def mixes(
     return [ATTENTION_KINDS[kinds[i % len(kinds)]](shared, i) for i in range(blocks)]
 
 
+def local(config: R2idConfig, grid: Size, device: torch.device) -> Mix:
+    """Choose how tokens of a grid attend at the levels around the coarsest one: tiled."""
+    return ATTENTION_KINDS["tiled"](Pass(config, grid, device, None), 0)
+
+
 def axial(q: Tensor, k: Tensor, v: Tensor, grid: Size) -> Tensor:
     """Attend along rows in half of the heads and along columns in the others: cost N·(h + w).
 

@@ -24,6 +24,7 @@ from r2id.models.attention import RMSNorm
 from r2id.models.conditioning import AttributeCondition, ClassCondition, EmbeddingCondition
 from r2id.models.coords import Size
 from r2id.models.layers import DiffusionBlock, modulate, zero_linear
+from r2id.models.levels import Levels
 from r2id.models.mixing import mixes
 
 
@@ -31,7 +32,8 @@ class R2ID(nn.Module):
     """Predicts the objective's target (ε, v or velocity) of a noised grid.
 
     Encoder blocks run once per step; decoder blocks attend to condition tokens and run once per
-    condition, so that guidance costs less than two passes.
+    condition, so that guidance costs less than two passes. With levels, both run on a coarser grid,
+    and blocks with local attention lie around them (r2id.models.levels).
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class R2ID(nn.Module):
         super().__init__()
         self.config, self.channels, self.classes = config, channels, classes
         width = config.width
+        finest = config.levels[0].width if config.levels else width
         times = config.time_fourier[1] - config.time_fourier[0] + 1
-        self.token_in = nn.Linear(channels + coords.fourier_dim(config.fourier), width)
+        self.token_in = nn.Linear(channels + coords.fourier_dim(config.fourier), finest)
         self.time_in = nn.Sequential(
             nn.Linear(2 * times, width), nn.SiLU(), nn.Linear(width, width)
         )
@@ -70,9 +73,10 @@ class R2ID(nn.Module):
 
         self.encoder = stack(config.encoder_blocks, conditional=False)
         self.decoder = stack(config.decoder_blocks, conditional=True)
-        self.out_norm = RMSNorm(width, elementwise_affine=False)
-        self.out_modulation = zero_linear(width, 2 * width)
-        self.out = zero_linear(width, channels)
+        self.levels = Levels(config)
+        self.out_norm = RMSNorm(finest, elementwise_affine=False)
+        self.out_modulation = zero_linear(width, 2 * finest)
+        self.out = zero_linear(finest, channels)
 
     @classmethod
     def of(cls, config: R2idConfig, facts: Mapping[str, Any]) -> R2ID:
@@ -91,7 +95,8 @@ class R2ID(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""
-        return [*self.encoder, *self.decoder]
+        outer = self.levels
+        return [*outer.blocks_down(), *self.encoder, *self.decoder, *outer.blocks_up()]
 
     def forward(
         self,
@@ -129,7 +134,9 @@ class R2ID(nn.Module):
         place = coords.fourier_features(coordinates, self.config.fourier).expand(x.shape[0], -1, -1)
         tokens = self.token_in(torch.cat([rearrange(x, "b l h w -> b (h w) l"), place], dim=-1))
         time = self.time_in(_time_features(alpha_bar, self.config.time_fourier))
-        mix = mixes(self.config, grid, len(self.blocks()), x.device, cloud_key)
+        tokens, middle, passed = self.levels.descend(tokens, time, grid)
+        count = len(self.encoder) + len(self.decoder)
+        mix = mixes(self.config, middle, count, x.device, cloud_key)
         for number, block in enumerate(self.encoder):
             tokens = block(tokens, time, mix=mix[number])
         # From here on, the batch holds all samples under each of the conditions.
@@ -138,6 +145,7 @@ class R2ID(nn.Module):
         context = self.condition(conditions.flatten(0, 1))
         for number, block in enumerate(self.decoder, start=len(self.encoder)):
             tokens = block(tokens, time, context, mix[number])
+        tokens = self.levels.ascend(tokens, time, passed)
         shift, scale = self.out_modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         out = self.out(modulate(self.out_norm(tokens), shift, scale)).float()
         return rearrange(out, "(k b) (h w) l -> k b l h w", k=count, h=grid[0])

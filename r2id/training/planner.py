@@ -22,7 +22,7 @@ from r2id.training.conditions import condition_facts
 from r2id.training.ema import decays
 from r2id.training.engines.settings import deepspeed_config, engine_kind
 from r2id.training.memory_estimate import Sharding, peak
-from r2id.training.workload import Dimensions, Workload, image_cost, parameter_count
+from r2id.training.workload import Dimensions, Workload, check_depth, image_cost, parameter_count
 
 RUNTIME = 2_000_000_000
 """Bytes of a GPU set aside for all but tensors: CUDA, kernels, NCCL's buffers, fragmentation."""
@@ -184,6 +184,8 @@ def plan(
             f"{config.r2id.config}"
         )
     workload = Workload(config, find_dimensions(config, riae, classes))
+    if isinstance(config, R2idRun):
+        check_depth(config, workload.grid())
     dimensions = workload.dimensions
     limit = gigabytes * 1e9
     needed = memory(workload, gpus)

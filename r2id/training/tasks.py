@@ -36,7 +36,7 @@ from r2id.training.latent_statistics import latent_statistics
 from r2id.training.losses.perceptual import load_perceptual
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import RiaeLoss, riae_loss
-from r2id.training.workload import Cost, Dimensions, Workload, image_cost
+from r2id.training.workload import Cost, Dimensions, Workload, check_depth, image_cost
 
 # Bounds of what the mean and deviation of latents are measured from.
 _STATISTICS_IMAGES, _STATISTICS_PIXELS = 2048, 1 << 24
@@ -196,6 +196,7 @@ class R2idTask(Task):
             if config.data.latents is not None
             else None
         )
+        check_depth(config, self.codec.grid_for(_median(sizes)))
         self.facts = self._find_facts(sizes)
         model = R2ID.of(config.r2id, self.facts)
         self.module = R2idLoss(model, config.diffusion, self.facts["base_side"], config.seed)

@@ -18,6 +18,7 @@ from torch import nn
 
 from r2id.config import LossConfig, R2idRun, RiaeConfig, RiaeRun
 from r2id.models.coords import Size
+from r2id.models.levels import check_halvings
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import Trace, count_flops, trace_step
@@ -180,6 +181,12 @@ def _loss_of_one_kind_of_step(loss: LossConfig, fullest: bool) -> LossConfig:
     largest = loss.magnify_scales[1]
     scale = largest if largest > 1 else 0.9 * largest
     return loss.model_copy(update=changes | {"magnify": 1.0, "magnify_scales": (scale, scale)})
+
+
+def check_depth(config: R2idRun, grid: Size) -> None:
+    """Raise InputError when an R2ID has more levels or scales than a training grid (h, w)."""
+    check_halvings("r2id.levels", len(config.r2id.levels), grid)
+    check_halvings("diffusion.multiscale", config.diffusion.multiscale, grid)
 
 
 def image_cost(workload: Workload) -> Cost:

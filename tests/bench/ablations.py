@@ -35,7 +35,7 @@ from r2id.training import pca, tasks
 from r2id.training.encode import encode
 from r2id.training.loop import train
 
-IMAGES, SAMPLES = 500, 1000
+IMAGES = 500
 
 
 def natural(weights):
@@ -118,6 +118,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--r2id-steps", type=int, default=400, help="with a pipeline's config")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1000, help="of an R2ID, at each size")
     parser.add_argument(
         "--size",
         action="append",
@@ -180,8 +181,8 @@ def measure(config, options):
     classifier = load_or_train_classifier(
         shards, data, options.out / "classifier.safetensors", torch.device("cpu")
     )
-    real, _ = measure_real_baseline(classifier, shards, data, native, SAMPLES)
-    samples = Samples(sampler, SAMPLES, 0)
+    real, _ = measure_real_baseline(classifier, shards, data, native, options.samples)
+    samples = Samples(sampler, options.samples, 0)
     for at in options.size or [native, (2 * native[0], 2 * native[1])]:
         row = score_samples(samples, classifier, classifier, real, at)
         found += [f"{row['accuracy']:.3f}", f"{row['frechet']:.3g}"]

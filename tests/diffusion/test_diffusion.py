@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from r2id.config import DiffusionConfig
 from r2id.diffusion import objective, schedule, solvers
+from r2id.diffusion.denoising import denoising_loss
 
 KINDS = ["cosine", "linear_beta", "flow"]
 PAIRS = [
@@ -208,3 +210,48 @@ def test_one_step_is_one_denoising():
             solve(denoise, torch.randn(3), solvers.time_steps(1, "cosine", 0.0), "cosine") == 7
         ).all()
     assert calls == [schedule.LOG_SNR_MIN] * len(solvers.SOLVERS)
+
+
+def errors(multiscale, wrong, weighting="uniform"):
+    """Both errors of a model that is off by ``wrong`` in its prediction of the noise."""
+    data, noise = torch.zeros_like(wrong), torch.zeros_like(wrong)
+    return denoising_loss(
+        lambda *_: wrong,
+        DiffusionConfig(objective="epsilon", multiscale=multiscale, weighting=weighting),
+        4.0,
+        data,
+        torch.zeros(len(wrong)),
+        torch.full((len(wrong),), 0.3),
+        noise,
+    )
+
+
+def test_the_error_at_one_scale_is_the_plain_one():
+    wrong = torch.randn(3, 2, 5, 4)
+    weighted, plain = errors(0, wrong)
+    assert_close(weighted, wrong.square().mean((1, 2, 3)))
+    assert torch.equal(weighted, plain)
+
+
+def test_the_error_at_three_scales_by_hand():
+    """A grid of 2×4: its halves are 1 and 3, 0 and 2, …; the plain error stays the record's."""
+    wrong = torch.tensor([[[[1.0, 3.0, 0.0, 2.0], [1.0, 3.0, -4.0, 2.0]]]])
+    weighted, plain = errors(2, wrong)
+    assert_close(plain, torch.tensor([44.0 / 8]))
+    # Means of 2×2 are 2 and 0; that of 4×4, of which the grid has 2×4, is 1.
+    assert_close(weighted, torch.tensor([44.0 / 8 + 2 * (4 + 0) / 2 + 4 * 1.0]))
+
+
+def test_squares_over_the_edge_are_means_of_what_they_hold():
+    wrong = torch.tensor([[[[1.0, 3.0, 5.0]]]])
+    assert_close(errors(1, wrong)[0], torch.tensor([35 / 3 + 2 * (4 + 25) / 2]))
+    one = torch.tensor([[[[3.0]]]])
+    assert_close(errors(1, one)[0], torch.tensor([9.0 + 2 * 9]))
+
+
+def test_scales_are_weighted_over_time_too_and_by_sample():
+    wrong = torch.randn(4, 2, 5, 4)
+    at_once = errors(2, wrong, "min_snr")[0]
+    assert_close(torch.cat([errors(2, part, "min_snr")[0] for part in wrong.split(1)]), at_once)
+    ratio = errors(0, wrong, "min_snr")[0] / errors(0, wrong)[0]
+    assert_close(at_once, errors(2, wrong)[0] * ratio)

@@ -26,6 +26,7 @@ from r2id.checkpoints.state import EngineState
 from r2id.config import (
     DiffusionConfig,
     EngineConfig,
+    LevelConfig,
     LossConfig,
     OptimConfig,
     R2idConfig,
@@ -63,7 +64,13 @@ LOSSES = {
     "attention": LossConfig(encode_cloud=0.5, decode_pixels=7),
 }
 R2ID_CONFIG = R2idConfig(
-    width=16, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0.0, fourier=(-1, 2)
+    width=16,
+    heads=2,
+    encoder_blocks=1,
+    decoder_blocks=1,
+    dropout=0.0,
+    fourier=(-1, 2),
+    levels=(LevelConfig(width=8, blocks=1),),
 )
 OPTIM = OptimConfig(clip=0.3, weight_decay=0.1)
 

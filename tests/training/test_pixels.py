@@ -1,12 +1,14 @@
 """R2ID without an autoencoder: the same training, sampling, planning and evaluation on pixels."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
 from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.export import export
 from r2id.config import R2idRun, load_config
 from r2id.errors import InputError
 from r2id.evaluation.run import evaluate
@@ -128,6 +130,45 @@ def test_a_plan_takes_no_autoencoder():
         and found["fits"]
         and not found["memory"].get("codec")
     )
+
+
+HOURGLASS = ["r2id.levels=[{width=16, blocks=1}, {width=32, blocks=1}]", "diffusion.multiscale=2"]
+
+
+def test_an_hourglass_of_pixels_from_training_to_an_exported_file(digits, tmp_path):
+    config = config_of(tmp_path / "run", digits, *HOURGLASS)
+    first = train(config)["loss"]
+    sampler = Sampler.load(tmp_path / "run")
+    assert [level.width for level in sampler.model.config.levels] == [16, 32]
+    labels = torch.arange(3)
+    for grid in ((8, 8), (7, 5), (1, 1)):  # the last two are no multiple of a coarse cell
+        drawn = sampler.sample(labels, labels, (8, 8), grid=grid, guidance=2.0)
+        assert drawn.shape == (3, 1, 8, 8) and drawn.isfinite().all()
+    assert math.isfinite(first)
+    export(tmp_path / "run", tmp_path / "r2id.safetensors")
+    model = R2ID.from_pretrained(tmp_path / "r2id.safetensors")
+    x = torch.randn(1, 1, 5, 3)
+    half = torch.tensor([0.5])
+    assert torch.equal(model(x, half, labels[:1]), sampler.model(x, half, labels[:1]))
+
+
+def test_levels_and_scales_deeper_than_the_training_images(digits, tmp_path):
+    for setting, said in {
+        "r2id.levels=[{width=16}, {width=16}, {width=16}, {width=16}]": "r2id.levels: 4 on .*8x8",
+        "diffusion.multiscale=4": "diffusion.multiscale: 4 on .*8x8 .*at most 3",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            train(config_of(tmp_path / "run", digits, setting))
+    with pytest.raises(InputError, match=r"r2id\.levels: 4 .*at most 3"):
+        plan(
+            CONFIG,
+            (*TINY_R2ID, "data.size=[8, 8]", f"r2id.levels=[{', '.join(['{width=16}'] * 4)}]"),
+            gpus=1,
+            gigabytes=16,
+            share=0.5,
+            teraflops=100,
+            classes=10,
+        )
 
 
 def test_mistakes(run, digits, tmp_path):
