@@ -36,7 +36,7 @@ class DataConfig(Section):
     Without it, images are taken whole."""
     flip: bool = False
     """Mirror images from left to right with a probability of one half, drawn anew every epoch. Not
-    for digits and letters."""
+    for digits and letters. A cache of latents has mirrored ones when its RIAE was trained so."""
     batch_pixels: int | None = Field(default=None, ge=1)
     """Largest number of pixels in a training step. Small images then have larger batches: a whole
     multiple of ``train.batch``, as large as fits. Without it, every size has ``train.batch``
@@ -57,7 +57,7 @@ class DataConfig(Section):
             raise ValueError(
                 "window and size exclude each other: windows are cut from images of their own sizes"
             )
-        for name in ("window", "flip", "stream"):
+        for name in ("window", "stream"):
             if self.latents and getattr(self, name):
                 raise ValueError(
                     f"{name} does not go with latents, which are of whole images as they are"

@@ -54,6 +54,7 @@ class LatentWriter:
             size=data.size,
             max_pixels=data.max_pixels,
             dtype=dtype,
+            mirrored=data.flip,
         )
         self.files = {
             name: [str(Path(entry.file).with_suffix(".safetensors")) for entry in split.shards]
@@ -94,8 +95,9 @@ class LatentWriter:
         return self._entry(split, number, rehash=True) is not None
 
     def write(self, split: str, number: int, latents: Sequence[torch.Tensor]) -> None:
-        """Write the latents [L, h, w] of all samples of one shard, in the order of its index.
+        """Write the latents of all samples of one shard, in the order of its index.
 
+        Each is [L, h, w], or [2, L, h, w] with those of the mirrored image in a mirrored cache.
         The file appears complete or not at all. Raises WorkError for latents that are not finite in
         the cache's number format.
         """
@@ -107,8 +109,8 @@ class LatentWriter:
             "latents": torch.cat([part.reshape(-1) for part in parts])
             if parts
             else torch.zeros(0, dtype=dtype),
-            "heights": torch.tensor([part.shape[1] for part in parts], dtype=torch.int64),
-            "widths": torch.tensor([part.shape[2] for part in parts], dtype=torch.int64),
+            "heights": torch.tensor([part.shape[-2] for part in parts], dtype=torch.int64),
+            "widths": torch.tensor([part.shape[-1] for part in parts], dtype=torch.int64),
         }
         if not torch.isfinite(tensors["latents"]).all():
             raise WorkError(

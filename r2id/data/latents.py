@@ -9,8 +9,10 @@ R2ID trains much faster when images are encoded once, not in every epoch. A cach
                                        their grids: int64 [samples]
     <split>/shard-000000.json          identity, length and hash of that file: its commit marker
 
-There is one file per image shard, with the samples in the order of the shard's index. Latents are
-stored raw: the mean and standard deviation they are normalised with belong to the RIAE checkpoint.
+There is one file per image shard, with the samples in the order of the shard's index. A mirrored
+cache, which is that of an RIAE trained on mirrored images (``data.flip``), holds of each image two
+grids: its own and the mirrored image's. Latents are stored raw: the mean and standard deviation
+they are normalised with belong to the RIAE checkpoint.
 
 Shape letters: b micro-batch · L latent channels · h, w latent grid.
 """
@@ -26,11 +28,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from safetensors import SafetensorError, safe_open
 
 from r2id.config import DataConfig
-from r2id.data.loader import MicroBatch, RankPlan, StepDataset, load_items
+from r2id.data.loader import MicroBatch, RankPlan, StepDataset, load_items, mirrored
 from r2id.data.shards import ShardSet
 from r2id.data.verify import Damage
 from r2id.errors import InputError
@@ -66,6 +74,13 @@ class CacheIdentity(_Strict):
     size: tuple[int, int] | None
     max_pixels: int
     dtype: Dtype = "float32"
+    mirrored: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``mirrored`` out when it is false: the checksums of older manifests lack it."""
+        fields = write(self)
+        return fields if self.mirrored else {k: v for k, v in fields.items() if k != "mirrored"}
 
 
 class LatentFile(_Strict):
@@ -108,14 +123,25 @@ class LatentSplit:
     shard: np.ndarray
     """For each sample, the number of its shard; [N]."""
     identity: CacheIdentity
+    flip: bool
+    """Mirror samples with a probability of one half."""
 
     def __call__(
-        self, indices: np.ndarray, _height: int, _width: int, _key: torch.Tensor
+        self, indices: np.ndarray, _height: int, _width: int, rng_key: torch.Tensor
     ) -> torch.Tensor:
-        """Read latents, float32 [b, L, h, w]. Samples of one bucket have grids of one size."""
+        """Read latents, float32 [b, L, h, w]. Samples of one bucket have grids of one size.
+
+        The same samples are mirrored as when r2id.data.loader.ImageReader reads images.
+        """
         grid = int(self.height[indices[0]]), int(self.width[indices[0]])
         count = self.identity.latent_channels * grid[0] * grid[1]
-        parts = [self.flat[self.shard[i]][self.start[i] : self.start[i] + count] for i in indices]
+        starts = self.start[indices]
+        if self.flip:
+            starts = starts + count * mirrored(rng_key, indices)
+        parts = [
+            self.flat[self.shard[i]][start : start + count]
+            for i, start in zip(indices, starts, strict=True)
+        ]
         latents = torch.from_numpy(np.stack(parts))
         latents = latents.view(torch.bfloat16) if self.identity.dtype == "bfloat16" else latents
         return latents.float().reshape(len(indices), self.identity.latent_channels, *grid)
@@ -156,17 +182,23 @@ class LatentCache:
                 f"{self.folder}: {describe_difference(self.manifest.identity, expected)}: "
                 "run r2id encode again, into another folder"
             )
+        if data.flip and not expected.mirrored:
+            raise InputError(
+                f"flip = True: {self.folder} holds no latents of mirrored images, because its RIAE "
+                "was trained without flip; must be False, or without latents"
+            )
 
-    def split(self, name: str, shard: np.ndarray) -> LatentSplit:
+    def split(self, name: str, shard: np.ndarray, flip: bool = False) -> LatentSplit:
         """Map the latents of a split; ``shard`` [N] is r2id.data.shards.Split.shard.
 
         Raises InputError when a file is missing or damaged, or does not fit the shard set.
         """
         flat, heights, widths, starts = [], [], [], []
-        files, latent_channels = self.manifest.files[name], self.manifest.identity.latent_channels
+        identity, files = self.manifest.identity, self.manifest.files[name]
+        values_per_cell = identity.latent_channels * (2 if identity.mirrored else 1)
         for entry, count in zip(files, np.bincount(shard, minlength=len(files)), strict=True):
             values, height, width = _load(self.folder, entry)
-            ends = np.cumsum(latent_channels * height * width)
+            ends = np.cumsum(values_per_cell * height * width)
             if len(height) != count or (ends[-1] if count else 0) != len(values):
                 raise InputError(
                     f"{self.folder / entry.file}: does not fit the shard set: run r2id encode again"
@@ -174,14 +206,15 @@ class LatentCache:
             flat.append(values)
             heights.append(height)
             widths.append(width)
-            starts.append(ends - latent_channels * height * width)
+            starts.append(ends - values_per_cell * height * width)
         return LatentSplit(
             flat,
             np.concatenate(starts),
             np.concatenate(heights),
             np.concatenate(widths),
             shard,
-            self.manifest.identity,
+            identity,
+            flip,
         )
 
 
@@ -254,7 +287,7 @@ def latent_loader(
     cache.check(data)
     samples = shards.split(split)
     plan = RankPlan.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
-    steps = StepDataset(plan, samples, "latent", cache.split(split, samples.shard))
+    steps = StepDataset(plan, samples, "latent", cache.split(split, samples.shard, data.flip))
     return load_items(steps, range(start_step, total_steps), data.workers)
 
 
@@ -264,8 +297,8 @@ def describe_difference(found: CacheIdentity, expected: CacheIdentity) -> str:
         "codec_hash": "holds latents of another RIAE",
         "digest": "holds latents of another shard set",
     }
-    for name, value in expected.model_dump().items():
-        was = getattr(found, name)
+    for name in CacheIdentity.model_fields:
+        was, value = getattr(found, name), getattr(expected, name)
         if was != value:
             what = words.get(name, "holds latents made otherwise")
             return f"{what} ({name} is {_short(was)}, not {_short(value)})"

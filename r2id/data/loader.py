@@ -35,6 +35,7 @@ from r2id.errors import WorkError
 from r2id.images import to_float
 
 _KEPT_BYTES = 256 << 20  # a split whose decoded pixels take less is kept in memory, decoded
+_MIRRORED = 0.5  # share of the images that data.flip mirrors
 
 MicroBatch = dict[str, Any]
 
@@ -151,9 +152,7 @@ class ImageReader:
         # For each image: vertical and horizontal position of the window, and whether to mirror.
         draws = np.full((len(indices), 3), 0.5)
         if rng_key is not None and (self.data.window or self.data.flip):
-            draws = rng.uniform(
-                rng.fold(rng_key, torch.from_numpy(indices.astype(np.int64))), 3
-            ).numpy()
+            draws = _draws(rng_key, indices)
         pixels = np.stack(
             [
                 self._pixels(int(index), height, width, draw)
@@ -171,7 +170,7 @@ class ImageReader:
             array = self._kept[index]
         else:
             array = self._kept[index] = self._decode(index, height, width, draw)
-        return array[:, ::-1] if self.data.flip and draw[2] < 0.5 else array
+        return array[:, ::-1] if self.data.flip and draw[2] < _MIRRORED else array
 
     def _decode(self, index: int, height: int, width: int, draw: np.ndarray) -> np.ndarray:
         scale, place = None, (0.5, 0.5)
@@ -190,6 +189,16 @@ class ImageReader:
                 f"{self.samples.files[self.samples.shard[index]]}: "
                 f"sample {self.samples.key(index)}: {error}: r2id verify tells more"
             ) from None
+
+
+def mirrored(rng_key: Tensor, indices: np.ndarray) -> np.ndarray:
+    """Which samples ImageReader mirrors: indices [b] → bool [b]."""
+    return _draws(rng_key, indices)[:, 2] < _MIRRORED
+
+
+def _draws(rng_key: Tensor, indices: np.ndarray) -> np.ndarray:
+    """Draw the window's vertical and horizontal position, and whether to mirror → [b, 3]."""
+    return rng.uniform(rng.fold(rng_key, torch.from_numpy(indices.astype(np.int64))), 3).numpy()
 
 
 @dataclass

@@ -31,7 +31,8 @@ def encode(
 ) -> dict[str, Any]:
     """Encode every image of the shards and write the latents to the cache ``out``.
 
-    Images are prepared as for the RIAE's training, but whole, not in windows. Shards that an
+    Images are prepared as for the RIAE's training, but whole, not in windows; if it was trained on
+    mirrored images, each is encoded mirrored too. Shards that an
     earlier call has finished are kept. In a job of several processes (torchrun) each encodes its
     share of the shards, on its own device. Returns the folder, the number of images and how many of
     them were kept. Raises InputError when the RIAE, the shards and the cache do not fit together.
@@ -90,6 +91,9 @@ def _encode_share(
             latents: dict[int, Tensor] = {}
             for images in eval_loader(data_set, data, split, batch, indices=indices):
                 encoded = codec.encode(images["image"]).cpu()
+                if data.flip:
+                    other = codec.encode(images["image"].flip(-1)).cpu()
+                    encoded = torch.stack([encoded, other], dim=1)
                 latents.update(zip(images["index"].tolist(), encoded, strict=True))
                 progress.advance(len(images["index"]))
             writer.write(split, number, [latents[int(index)] for index in indices])

@@ -50,7 +50,10 @@ def write_cache(folder, shards, data, stop_after=None, codec=CODEC, **options):
             indices = shards.split(split).indices_in_shard(number)
             found = {}
             for batch in eval_loader(shards, data, split, 6, indices=indices):
-                found.update(zip(batch["index"].tolist(), encoded(batch["image"]), strict=True))
+                latents = encoded(batch["image"])
+                if data.flip:
+                    latents = torch.stack([latents, encoded(batch["image"].flip(-1))], 1)
+                found.update(zip(batch["index"].tolist(), latents, strict=True))
             writer.write(split, number, [found[index] for index in indices])
             written += 1
     writer.finish()
@@ -91,6 +94,34 @@ def test_the_cache_gives_the_same_batches_as_encoding_on_the_fly(mixed, data, tm
             assert [one[name] for name in ("sample_ids", "epoch", "step")] == [
                 two[name] for name in ("sample_ids", "epoch", "step")
             ]
+
+
+def test_a_mirrored_cache_mirrors_the_samples_that_are_mirrored_on_the_fly(mixed, data, tmp_path):
+    flip = data.model_copy(update={"flip": True})
+    write_cache(tmp_path / "cache", mixed, flip)
+    cache = LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
+    assert verify_latents(tmp_path / "cache") == []
+    mirrored = 0
+    for one, two, plain in zip(
+        *(latent_loader(cache, mixed, wanted, **ARGUMENTS) for wanted in (flip, data)),
+        image_loader(mixed, flip, **ARGUMENTS),
+        strict=True,
+    ):
+        for turned, same, image in zip(one, two, plain, strict=True):
+            assert torch.equal(turned["latent"], encoded(to_float(image["image"])))
+            mirrored += int((turned["latent"] != same["latent"]).flatten(1).any(1).sum())
+    samples = 6 * (ARGUMENTS["total_steps"] - ARGUMENTS["start_step"])
+    assert 0.3 * samples < mirrored < 0.7 * samples
+
+
+def test_mirroring_takes_a_cache_of_mirrored_images(mixed, data, tmp_path):
+    write_cache(tmp_path / "cache", mixed, data)
+    cache = LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
+    assert "mirrored" not in (tmp_path / "cache" / MANIFEST).read_text()  # as in older caches
+    with pytest.raises(InputError, match=r"flip = True: .*cache holds no latents of mirrored"):
+        latent_loader(cache, mixed, data.model_copy(update={"flip": True}), **ARGUMENTS)
+    with pytest.raises(InputError, match="mirrored is False, not True"):
+        writer_of(tmp_path / "cache", mixed, data.model_copy(update={"flip": True}))
 
 
 def test_loader_processes_give_the_same(mixed, data, tmp_path):

@@ -47,7 +47,7 @@ STAGES: dict[str, type[Section]] = {
 }
 THE_PIPELINES = {"stage", "run", "codec", "data.shards", "data.latents"}
 """Settings of training runs that a pipeline decides itself."""
-NOT_WITH_LATENTS = {"r2id.data.window", "r2id.data.flip", "r2id.data.stream"}
+NOT_WITH_LATENTS = {"r2id.data.window", "r2id.data.stream"}
 """Settings that R2ID cannot have in a pipeline, which trains it on cached latents."""
 ALONE: dict[str, list[str]] = {
     "prepare.address": ["prepare.engine=dask"],
