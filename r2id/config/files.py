@@ -182,6 +182,8 @@ def _value(value: Any) -> str:
         return json.dumps(str(value), ensure_ascii=False)  # TOML has JSON's escapes
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_key(key)} = {_value(item)}' for key, item in value.items())}}}"
     return repr(value)

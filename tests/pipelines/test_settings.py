@@ -62,6 +62,7 @@ ALONE: dict[str, list[str]] = {
     },
     "riae.engine.offload": [],
     "r2id.engine.offload": [],
+    "r2id.r2id.levels": ["r2id.r2id.width=16", "r2id.r2id.heads=1"],
     "r2id.sample.eta": ["r2id.sample.solver=ddim"],
     "sample.eta": ["sample.solver=ddim"],
     "evaluate.eta": ["evaluate.solver=ddim"],
@@ -127,6 +128,10 @@ def candidates(annotation: Any) -> Iterator[Any]:
         yield from candidates(arguments[0])
     elif origin is dict:
         yield {"other": 1}
+    elif isinstance(annotation, type) and issubclass(annotation, Section):
+        fields = annotation.model_fields.items()
+        values = {name: list(candidates(field.annotation))[-1] for name, field in fields}
+        yield from (annotation(**values), annotation(**values))
     elif origin is tuple and arguments[-1] is Ellipsis:
         yield from ((one, two) for one, two in zip(*[candidates(arguments[0])] * 2, strict=False))
     elif origin is tuple:  # its parts differ, and rise
