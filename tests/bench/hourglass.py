@@ -1,7 +1,7 @@
 """Time of a training step of a pixel R2ID with hourglass levels, from 64×64 to 512×512 pixels.
 
-    python tests/bench/hourglass.py [--sides 64 128 256 512] [--bfloat16] [--json]
-        [section.key=value ...]
+    python tests/bench/hourglass.py [section.key=value ...] [--sides 64 128 256 512] [--bfloat16]
+        [--json]
 
 One picture of three colours, untrained weights, forward and backward pass and AdamW's update; the
 least of three steps. The goal is an exponent of at most 1.1 in the number of pixels. Overrides are
