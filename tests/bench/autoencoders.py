@@ -58,9 +58,9 @@ from r2id.models.coords import Size
 from r2id.progress import Progress, say
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbours
+from autoencoder_training import PEERS, Job, load, train
 from codes import Code
 from image_sets import SETTINGS, Images, Setting, Windows
-from peers import PEERS, Job, load, train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCALES = {

@@ -1,7 +1,7 @@
 """The codes that autoencoders.py compares: how each maps images to latents and back.
 
 A code maps images [B, C, H, W] in [−1, 1] to latents [B, L, h, w] and back. All have the same cells
-and channels. How they are trained is in peers.py.
+and channels. How they are trained is in autoencoder_training.py.
 """
 
 from __future__ import annotations

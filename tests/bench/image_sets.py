@@ -15,7 +15,7 @@ from r2id import rng
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
-from r2id.evaluation.images import resize
+from r2id.evaluation.images import load_images, resize
 from r2id.images import to_float, to_uint8
 from r2id.models.coords import Size
 
@@ -122,12 +122,12 @@ SETTINGS = {
 
 
 class Images:
-    """Images of one size: training images in memory, and test images."""
+    """Images of one size: training images and their classes in memory, and test images."""
 
     def __init__(self, shards: ShardSet, data: DataConfig) -> None:
         self.flip = data.flip
-        self.train = _all(shards, data, data.train_split)
-        self.tests = to_float(_all(shards, data, data.test_split, TESTS))
+        self.train, self.labels = load_images(shards, data, data.train_split)
+        self.tests = to_float(load_images(shards, data, data.test_split, TESTS)[0])
         self.whole: list[Tensor] = []
 
     @property
@@ -140,6 +140,11 @@ class Images:
         chosen = (draws[:, 0] * len(self.train)).long()
         images = to_float(self.train[chosen])
         return _flipped(images, draws[:, 1]) if self.flip else images, chosen
+
+    def numbers(self, step: int, count: int) -> Tensor:
+        """Draw the numbers [B] of training images with replacement; the same for everybody."""
+        draws = rng.uniform(rng.fold(1, step, torch.arange(count)), 1).squeeze(-1)
+        return (draws * len(self.train)).long()
 
     def some(self) -> Iterator[Tensor]:
         """Training images for a PCA."""
@@ -201,11 +206,6 @@ class Windows(Images):
     def at(self, size: Size) -> tuple[Tensor, Tensor]:
         """Windows of twice the side, shrunk to the trained size, and to the other."""
         return resize(self._finer, (WINDOW, WINDOW)), resize(self._finer, size)
-
-
-def _all(shards: ShardSet, data: DataConfig, split: str, limit: int | None = None) -> Tensor:
-    batches = eval_loader(shards, data, split, batch=500, limit=limit)
-    return torch.cat([to_uint8(batch["image"]) for batch in batches])
 
 
 def _flipped(images: Tensor, draws: Tensor) -> Tensor:

@@ -1,233 +1,321 @@
-"""The loop that trains the codes that autoencoders.py compares, each for the same CPU seconds.
+"""R2ID beside other generators of classes of photos, each trained for equal CPU seconds.
 
-PEERS lists them; to add one, write a class with the methods of codes.Code, a function that makes
-and trains it, and a line.
+    python -m tests.bench.peers --seconds 600 [--out FOLDER] [--data data] [--only NAME …]
+        [--seed N] [--samples 1000] [--resized 500]
+
+Compared are diffusers' UNet2DModel in pixels, trained and sampled as in its authors' course, by
+DDIM in 50 steps (``unet``); diffusers' DiT on the latents of the plain convolutional autoencoder of
+autoencoders.py, 30 steps (``dit``; both need ``pip install r2id[bench]``); R2ID on RIAE with
+configs/photos/small-riae.toml and small-r2id.toml (``r2id``); and R2ID in pixels with
+peers-pixels-r2id.toml (``r2id-pixels``); both as configured, 30 steps. A fifth of the seconds are
+the autoencoder's, where there is one, and encoding the images counts too. All see the same batches,
+keep averaged weights, and have learning rates that fall as the seconds end. R2ID on RIAE has the
+rates of its configs; the others get the best of three, by the loss after a fifth of the seconds,
+which are not counted. Seconds are those of the process, on one thread, while it trains.
+
+Each draws its samples with the guidance of 1, 1.5 and 2 that has the least Fréchet distance on a
+quarter of them. Samples of other sizes are drawn on a grid as much larger; by R2ID on RIAE also on
+the trained grid, decoded at the size; and beside them stand those of 32×32, resized bicubically.
+The floor is what real training images have, resized in the same way.
+
+Everything is kept in OUT: weights, samples, figures. What is finished is not made again, what was
+interrupted goes on, and processes with other names after --only may fill one OUT together. The
+tables have all that is finished. OUT/peers.png shows the first samples, not chosen: size after
+size, a row for each line of the tables. The tables are Markdown.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from codes import Code, Convolutional, ConvolutionalModel, KlModel, Linear, PlainModel, Riae, count
-from torch import Tensor, nn
+from torch import Tensor
 
-from r2id.config import RiaeRun
-from r2id.config.losses import PixelLoss
-from r2id.images import psnr
+from r2id.config import Run, load_config
+from r2id.data.shards import ShardSet
+from r2id.errors import InputError
+from r2id.evaluation.classifier import load_or_train_classifier
+from r2id.evaluation.images import resize
+from r2id.evaluation.r2id import measure_real_baseline
+from r2id.evaluation.reference import Figures, ImageFeatures
+from r2id.files import write_atomic
+from r2id.images import save_png, tile, to_float, to_uint8
 from r2id.models.coords import Size
-from r2id.models.riae import RIAE
-from r2id.training.engines.local import LocalEngine
-from r2id.training.losses.pixel import reconstruction_loss
-from r2id.training.losses.riae import riae_loss
-from r2id.training.pca import fit_pca, start_from_pca
+from r2id.progress import say
+from r2id.sampling.conditions import choose_labels
 
-WARM_UP = 0.05
-"""Share of the seconds in which the learning rate rises to its peak."""
-TUNING = 0.2
-"""Share of the seconds for which each of several learning rates is tried."""
-Batches = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(step, images per batch) → images [B, C, H, W] in [−1, 1] and the numbers [B] of their draws."""
+sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbours
+from autoencoder_training import TUNING
+from contenders import CONTENDERS, NAMES
+from image_sets import Images
+from kept_samples import draw_kept, score
+from peer_training import LARGER, Contender, Setup
 
-
-class PictureLoss(nn.Module):
-    """Pixel loss of images through a convolutional autoencoder, called as r2id's losses are."""
-
-    def __init__(self, model: ConvolutionalModel, kind: PixelLoss) -> None:
-        super().__init__()
-        self.model, self.kind = model, kind
-
-    def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        decoded = self.model.to_images(self.model.to_latents(image))
-        return reconstruction_loss(decoded.float(), image, self.kind), {}
+HERE = Path(__file__).parent
+CONFIGS = HERE.parents[1] / "configs" / "photos"
+SIZES: tuple[Size, ...] = ((48, 48), (64, 64), (48, 32), (32, 48))
+"""Other sizes than the trained one."""
+GUIDANCES = (1.0, 1.5, 2.0)
+BICUBIC = "bicubic"
+SHOWN = 10  # samples of a row in the picture
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every code is made for: the same images, cells and seconds."""
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--out", type=Path, default=Path("runs/peers"))
+    parser.add_argument("--data", type=Path, default=Path("data"), help="holds the shards photos")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1000, help="at the trained size")
+    parser.add_argument("--resized", type=int, default=500, help="samples at each other size")
+    return parser.parse_args()
 
-    riae: RiaeRun
-    first: RiaeRun
-    size: Size
-    seconds: float
-    batches: Batches
-    pca: Callable[[], Iterator[Tensor]]
-    """Training images for the PCA, in batches."""
+
+def configured(file: Path, options: argparse.Namespace) -> Run:
+    data = [f"data.shards={options.data / 'photos'}", f"seed={options.seed}"]
+    return load_config(file, [*data, "tracking.enabled=false"])
+
+
+def named(size: Size) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+class Bench:
+    """The images, the judge and the rows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.out, self.options = options.out, options
+        riae, r2id = (
+            configured(CONFIGS / f"small-{name}.toml", options) for name in ("riae", "r2id")
+        )
+        pixels = configured(HERE / "peers-pixels-r2id.toml", options)
+        self.shards, self.data = ShardSet.open(riae.data.shards), riae.data
+        self.setup = Setup(
+            Images(self.shards, riae.data),
+            self.shards.num_classes,
+            options.seconds,
+            options.seed,
+            options.out,
+            riae,
+            r2id,
+            pixels,
+        )
+        self.judge = load_or_train_classifier(
+            self.shards, riae.data, self.out / "classifier.safetensors", torch.device("cpu")
+        )
+        parts = {"riae": riae, "r2id": r2id, "pixels": pixels}
+        facts = {"seconds": options.seconds, "seed": options.seed, "images": self.shards.digest}
+        for name, config in parts.items():
+            facts[name] = config.model_dump(mode="json", exclude={"run", "data", "codec"})
+        self.facts = facts
+        self.rows: dict[str, dict[str, Any]] = {}
+        for name in CONTENDERS:
+            if self.file(name).is_file() or name in options.only:
+                self.rows[name] = self.row(name)
+        self.floors: dict[Size, tuple[ImageFeatures, dict[str, Any]]] = {}
+
+    def file(self, name: str) -> Path:
+        """Where the figures of one of them are kept; several can be made at once."""
+        return self.out / f"{name}.json"
+
+    def row(self, name: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"facts": self.facts, "judge": self.judge.hash}
+        if self.file(name).is_file():
+            row = json.loads(self.file(name).read_text())
+            if row["facts"] != self.facts:
+                raise InputError(
+                    f"{self.file(name)}: made with other seconds, images or settings: give another "
+                    "--out"
+                )
+        if row["judge"] != self.judge.hash:
+            say(f"{name}: another judge: its samples are scored again")
+            row["judge"] = self.judge.hash
+            row.pop("scores", None)
+        return row
 
     @property
-    def channels(self) -> int:
-        return self.riae.data.channels
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The rows that have all their scores."""
+        last = f"{named(SIZES[-1])} {BICUBIC}"
+        return {name: row for name, row in self.rows.items() if last in row.get("scores", {})}
 
-    def weights(self) -> dict[str, Tensor]:
-        """Fit the PCA, from which RIAE starts and which is the floor of the comparison."""
-        riae, images = self.riae.riae, list(self.pca())
-        grid = riae.grid_for(self.size)
-        cells = sum(map(len, images)) * math.prod(grid)
-        return fit_pca(images, riae.cell, riae.latent_channels, cells)
+    def keep(self, name: str) -> None:
+        text = json.dumps(self.rows[name], indent=1, ensure_ascii=False)
+        write_atomic(self.file(name), text.encode())
 
+    def make(self, name: str) -> None:
+        """Train and score one of them, as far as that has not been done."""
+        row, contender = self.rows[name], CONTENDERS[name](name, self.setup)
+        if "training" not in row:
+            say(f"{name}: training")
+            row["code"] = contender.prepare()
+            self.keep(name)
+            rate = self.rate(contender, row.setdefault("tried", {}))
+            before = row["code"]["cpu_seconds"]
+            row["training"] = contender.train(rate, self.setup.seconds, before)
+            row["rate"] = rate
+            self.keep(name)
+        if "guidance" not in row:
+            row["guidances"] = {f"{scale:g}": self.frechet(contender, scale) for scale in GUIDANCES}
+            row["guidance"] = min(GUIDANCES, key=lambda scale: row["guidances"][f"{scale:g}"])
+            self.keep(name)
+        scores = row.setdefault("scores", {})
+        for size in (self.setup.size, *SIZES):
+            for way in self.ways(contender, size):
+                key = f"{named(size)} {way}"
+                if scores.get(key, {}).get("samples") != self.count(size):
+                    scores[key] = self.score(contender, size, way, row["guidance"])
+                    self.keep(name)
 
-@dataclass(frozen=True)
-class Training:
-    """How one code is trained."""
+    def rate(self, contender: Contender, tried: dict[str, float]) -> float:
+        """The learning rate of least loss after a short trial."""
+        if len(contender.rates) == 1:
+            return contender.rates[0]
+        for rate in contender.rates:
+            if f"{rate:g}" not in tried:
+                seconds = TUNING * self.setup.seconds
+                tried[f"{rate:g}"] = contender.try_rate(rate, seconds)
+                self.keep(contender.name)
+        return min(contender.rates, key=lambda rate: tried[f"{rate:g}"])
 
-    module: nn.Module
-    config: RiaeRun
-    before: float = 0.0
-    """CPU seconds that its start has taken."""
+    def ways(self, contender: Contender, size: Size) -> tuple[str, ...]:
+        return (LARGER,) if size == self.setup.size else (*contender.ways, BICUBIC)
 
+    def samples(
+        self, contender: Contender, size: Size, way: str, guidance: float, count: int
+    ) -> tuple[Tensor, float]:
+        """Draw uint8 images [count, C, *size] of all classes in turn, or go on drawing them.
 
-Made = tuple[Training | None, Callable[[], Code]]
-"""A module to train, if any, and what makes the code once its weights are set."""
+        → the images, and CPU seconds of each.
+        """
+        if way == BICUBIC:
+            images, seconds = self.samples(contender, self.setup.size, LARGER, guidance, count)
+            return to_uint8(resize(to_float(images), size)), seconds
+        place = f"{contender.name}-{size[0]}x{size[1]}-{way.partition(' ')[0]}-{guidance:g}"
+        labels = choose_labels((), count, self.setup.classes)
+        seeds = torch.arange(count) + (self.setup.seed << 20)
+        return draw_kept(
+            self.out / f"samples-{place}.safetensors",
+            count,
+            lambda rows: contender.draw(labels[rows], seeds[rows], size, guidance, way),
+        )
 
+    def frechet(self, contender: Contender, guidance: float) -> float:
+        count = max(4, self.options.samples // 4)
+        images, _ = self.samples(contender, self.setup.size, LARGER, guidance, count)
+        found = self.compared(images, self.setup.size)["frechet"]
+        assert found is not None
+        return found
 
-def pca(job: Job) -> Made:
-    return None, lambda: Linear(job.weights(), job.riae.riae.cell)
+    def compared(self, images: Tensor, size: Size) -> Figures:
+        labels = choose_labels((), len(images), self.setup.classes)
+        return score(self.judge, images, labels, self.floor(size)[0])
 
+    def floor(self, size: Size) -> tuple[ImageFeatures, dict[str, Any]]:
+        """Features of real test images at a size, and what real training images have."""
+        if size not in self.floors:
+            self.floors[size] = measure_real_baseline(
+                self.judge, self.shards, self.data, size, self.count(size)
+            )
+        return self.floors[size]
 
-def riae(job: Job) -> Made:
-    began = time.process_time()
-    torch.manual_seed(job.riae.seed)
-    model = RIAE(job.riae.riae, job.channels)
-    start_from_pca(model, job.weights())
-    module = riae_loss(model, job.riae.loss, job.riae.seed)
-    training = Training(module, job.riae, time.process_time() - began)
-    return training, lambda: Riae(model, job.riae.train.autocast)
+    def count(self, size: Size) -> int:
+        return self.options.samples if size == self.setup.size else self.options.resized
 
+    def score(self, contender: Contender, size: Size, way: str, guidance: float) -> dict[str, Any]:
+        images, seconds = self.samples(contender, size, way, guidance, self.count(size))
+        return {**self.compared(images, size), "seconds_per_image": seconds}
 
-def first(job: Job) -> Made:
-    torch.manual_seed(job.first.seed)
-    model = RIAE(job.first.riae, job.channels)
-    module = riae_loss(model, job.first.loss, job.first.seed)
-    return Training(module, job.first), lambda: Riae(model, job.first.train.autocast)
+    def picture(self) -> None:
+        """Write the first samples of everybody: a row each, size after size."""
+        shown, blocks = min(SHOWN, self.options.samples, self.options.resized), []
+        for size in (self.setup.size, *SIZES):
+            rows = []
+            for name, row in self.finished.items():
+                contender = CONTENDERS[name](name, self.setup)
+                for way in self.ways(contender, size):
+                    images, _ = self.samples(contender, size, way, row["guidance"], shown)
+                    rows.append(to_float(images))
+            blocks.append((size, tile(torch.cat(rows), shown)))
+        width = max(block.shape[2] for _, block in blocks)
+        padded = [
+            torch.nn.functional.pad(block, (0, width - block.shape[2], 0, 6), value=-1.0)
+            for _, block in blocks
+        ]
+        save_png(torch.cat(padded, 1), self.out / "peers.png")
 
+    def tables(self) -> Iterator[str]:
+        size = self.setup.size
+        yield (
+            f"{named(size)}, {self.setup.seconds:g} CPU seconds each, {self.options.samples} "
+            f"samples ({self.options.resized} of other sizes); the judge has "
+            f"{self.judge.test_accuracy:.3f} on real test images"
+        )
+        heads = ["generator", "parameters", "steps × batch", "images/s", "rate", "guidance"]
+        heads += ["accuracy", "Fréchet", "precision", "recall", "s per sample"]
+        yield f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
+        for name, row in self.finished.items():
+            training, score = row["training"], row["scores"][f"{named(size)} {LARGER}"]
+            cells = [NAMES[name], parameters(row)]
+            cells += [f"{training['steps']:,} × {training['batch']}"]
+            cells += [f"{training['images_per_second']:.0f}", f"{row['rate']:g}"]
+            cells += [f"{row['guidance']:g}", f"{score['accuracy']:.3f}", f"{score['frechet']:.3g}"]
+            cells += [f"{score[figure]:.2f}" for figure in ("precision", "recall")]
+            cells.append(f"{score['seconds_per_image']:.2f}")
+            yield f"| {' | '.join(cells)} |"
+        floor = self.floor(size)[1]
+        cells = ["real training images", "", "", "", "", "", f"{self.judge.test_accuracy:.3f}"]
+        cells += [f"{floor['frechet_of_training_images']:.3g}"]
+        cells += [f"{floor[f'{f}_of_training_images']:.2f}" for f in ("precision", "recall")]
+        yield f"| {' | '.join([*cells, ''])} |"
+        yield from self._other_sizes()
 
-def _convolutional(kind: type[KlModel] | type[PlainModel], job: Job) -> Made:
-    config = job.riae
-    cell, latents = config.riae.cell, config.riae.latent_channels
-
-    def build(width: int) -> ConvolutionalModel:
-        return kind(width, job.channels, latents, cell)
-
-    wanted, best = count(RIAE(config.riae, job.channels)), 8
-    for width in range(8, 1024, kind.step):
-        with torch.device("meta"):
-            counts = [count(build(side)) for side in (best, width)]
-        errors = [abs(math.log(found / wanted)) for found in counts]
-        if errors[1] > errors[0]:
-            break
-        best = width
-    torch.manual_seed(config.seed)
-    model = build(best)
-    module = PictureLoss(model, config.loss.pixel)
-    # On a CPU that has it, bfloat16 trains them 1.6 times as fast as float32.
-    halved = config.train.model_copy(update={"precision": "bfloat16"})
-    training = Training(module, config.model_copy(update={"train": halved}))
-    return training, lambda: Convolutional(model, cell)
-
-
-def kl(job: Job) -> Made:
-    return _convolutional(KlModel, job)
-
-
-def plain(job: Job) -> Made:
-    return _convolutional(PlainModel, job)
-
-
-PEERS: dict[str, Callable[[Job], Made]] = {
-    "pca": pca,
-    "riae": riae,
-    "first": first,
-    "kl": kl,
-    "plain": plain,
-}
-RATES = {"kl": (5e-4, 1.5e-3, 4e-3), "plain": (5e-4, 1.5e-3, 4e-3)}
-"""Learning rates that are tried; the others have those of their configs."""
-
-
-def train(
-    job: Job, name: str, quality: Callable[[Code], float]
-) -> tuple[Code, dict[str, Tensor], dict[str, Any]]:
-    """Train one of PEERS for the job's CPU seconds → the code, its weights and figures.
-
-    The seconds are those of the process while it computes: neither loading nor evaluation counts.
-    ``quality`` measures RIAE before its first step.
-    """
-    training, make = PEERS[name](job)
-    if training is None:
-        began = time.process_time()
-        code = make()
-        return code, {}, {"cpu_seconds": time.process_time() - began, "steps": 0}
-    rates, tried = RATES.get(name, (training.config.optim.lr,)), dict[str, float]()
-    if len(rates) > 1:
-        for rate in rates:
-            attempt, make_one = PEERS[name](job)
-            assert attempt is not None
-            run(job, attempt, rate, TUNING * job.seconds)
-            tried[f"{rate:g}"] = _quality(job, make_one())
-    rate = max(rates, key=lambda rate: tried.get(f"{rate:g}", 0.0))
-    figures: dict[str, Any] = {"rate": rate, "tried": tried}
-    if name == "riae":
-        figures["step_0"] = quality(make())
-    figures |= run(job, training, rate, job.seconds)
-    model = training.module.model
-    weights = {
-        key: value.detach().clone(memory_format=torch.contiguous_format)
-        for key, value in model.state_dict().items()
-    }
-    return make(), weights, figures
-
-
-def load(job: Job, name: str, weights: dict[str, Tensor]) -> Code:
-    """Make a code of weights that ``train`` returned."""
-    training, make = PEERS[name](job)
-    if training is not None:
-        training.module.model.load_state_dict(weights)
-    return make()
-
-
-def run(job: Job, training: Training, rate: float, seconds: float) -> dict[str, float]:
-    """Train with a peak learning rate for that many CPU seconds; leaves the averaged weights."""
-    config = training.config
-    engine = LocalEngine(training.module, config.optim, config.train, torch.device("cpu"))
-    used, wall, step = training.before, 0.0, 0
-    while used < seconds:
-        images, index = job.batches(step, config.train.batch)
-        began, began_wall = time.process_time(), time.perf_counter()
-        loss, _ = engine.forward({"image": images, "index": index, "step": step})
-        engine.backward(loss, 1)
-        engine.step(rate * _schedule(used / seconds, config.optim.lr_end / config.optim.lr), step)
-        engine.ema.update(step)
-        used += time.process_time() - began
-        wall += time.perf_counter() - began_wall
-        step += 1
-    averages = engine.ema_state()
-    assert averages is not None
-    training.module.model.load_state_dict(averages)
-    training.module.eval()
-    return {
-        "steps": step,
-        "batch": config.train.batch,
-        "images_per_second": step * config.train.batch / (used - training.before),
-        "cpu_seconds": used,
-        "wall_seconds": wall,
-    }
+    def _other_sizes(self) -> Iterator[str]:
+        yield "\nFréchet distance, accuracy, recall:\n"
+        yield f"| generator | way | {' | '.join(map(named, SIZES))} |\n|{'---|' * (2 + len(SIZES))}"
+        for name, row in self.finished.items():
+            for way in self.ways(CONTENDERS[name](name, self.setup), SIZES[0]):
+                scores = [row["scores"][f"{named(size)} {way}"] for size in SIZES]
+                cells = [
+                    f"{score['frechet']:.3g}, {score['accuracy']:.3f}, {score['recall']:.2f}"
+                    for score in scores
+                ]
+                yield f"| {NAMES[name]} | {way} | {' | '.join(cells)} |"
+        cells = []
+        for size in SIZES:
+            floor = self.floor(size)[1]
+            frechet, recall = (floor[f"{f}_of_training_images"] for f in ("frechet", "recall"))
+            cells.append(f"{frechet:.3g}, –, {recall:.2f}")
+        yield f"| real training images | bicubic | {' | '.join(cells)} |"
 
 
-def _schedule(share: float, end: float) -> float:
-    """Return the learning rate relative to its peak, at a share of the seconds."""
-    if share < WARM_UP:
-        return max(0.02, share / WARM_UP)
-    progress = min(1.0, (share - WARM_UP) / (1 - WARM_UP))
-    return end + 0.5 * (1 - end) * (1 + math.cos(math.pi * progress))
+def parameters(row: dict[str, Any]) -> str:
+    """The generator's and its autoencoder's."""
+    parts = [row["training"]["parameters"], row["code"].get("parameters")]
+    return " + ".join(f"{part / 1e6:.1f} M" for part in parts if part)
 
 
-def _quality(job: Job, code: Code) -> float:
-    """Mean PSNR on some training images, by which learning rates are chosen."""
-    images, _ = job.batches(1 << 30, 256)
-    own = (images.shape[2], images.shape[3])
-    error = (code.decode(code.encode(images), own) - images).square().flatten(1).mean(1)
-    return float(psnr(error).mean())
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    for name in options.only:
+        bench.make(name)
+    bench.picture()
+    print("\n".join(bench.tables()), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
