@@ -1,10 +1,17 @@
 """The benchmarks still start: measurements are repeated rarely, and renames would break them."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+
+from r2id.config import OptimConfig, TrainConfig
+from r2id.training.engines.local import LocalEngine
 
 BENCH = Path(__file__).parent / "bench"
 # Imports each script under a name of its own, so that it runs nothing.
@@ -23,3 +30,56 @@ def test_every_benchmark_imports() -> None:
         cwd=BENCH,
     )
     assert done.returncode == 0, done.stderr
+
+
+class Line(nn.Module):
+    """Fits a line to numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return (self.model(x) - 2 * x).square().mean(), {}
+
+
+def line() -> LocalEngine:
+    train = TrainConfig(steps=1, ema=0.9)
+    return LocalEngine(Line(), OptimConfig(), train, torch.device("cpu"))
+
+
+def everything(engine: LocalEngine) -> list[Tensor]:
+    moments = [engine.optimizer.state[master]["exp_avg_sq"] for master in engine.masters]
+    parts = [*engine.masters, *moments, *engine.ema.averages["ema"]]
+    return [part.detach().clone() for part in parts]
+
+
+def test_training_for_seconds_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    timed: Any = importlib.import_module("timed")
+    monkeypatch.setattr(timed, "BETWEEN_SAVES", -1.0)  # after every step
+    file, first, second, steps = tmp_path / "state.pt", line(), line(), []
+
+    def until_the_fifth(step: int) -> dict[str, Tensor]:
+        if step == 5:
+            raise KeyboardInterrupt
+        return {"x": torch.rand(8, 1)}
+
+    with pytest.raises(KeyboardInterrupt):
+        timed.run(first, until_the_fifth, 1e-2, 60.0, end=0.1, before=59.0, file=file)
+    interrupted = everything(first)
+
+    def compared(step: int) -> dict[str, Tensor]:
+        if not steps:
+            for one, other in zip(everything(second), interrupted, strict=True):
+                assert torch.equal(one, other)
+        steps.append(step)
+        return {"x": torch.rand(8, 1)}
+
+    found = timed.run(second, compared, 1e-2, 59.1, end=0.1, before=0.0, file=file)
+    assert steps[0] == 5 and found["steps"] == steps[-1] + 1
+    assert 59.1 <= found["cpu_seconds"] < 60  # those before the interruption are counted
+    average = second.ema.averages["ema"][0]
+    assert torch.equal(second.model.weight.detach(), average)

@@ -20,8 +20,8 @@ The floor is what real training images have, resized in the same way.
 
 Everything is kept in OUT: weights, samples, figures. What is finished is not made again, what was
 interrupted goes on, and processes with other names after --only may fill one OUT together. The
-tables have all that is finished. OUT/peers.png shows the first samples, not chosen: size after
-size, a row for each line of the tables. The tables are Markdown.
+tables have all that is finished. OUT/peers.png shows the first samples, not chosen. The tables are
+Markdown.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ from r2id.evaluation.images import resize
 from r2id.evaluation.r2id import measure_real_baseline
 from r2id.evaluation.reference import Figures, ImageFeatures
 from r2id.files import write_atomic
-from r2id.images import save_png, tile, to_float, to_uint8
+from r2id.images import tile, to_bytes, to_float, to_uint8
 from r2id.models.coords import Size
 from r2id.progress import say
 from r2id.sampling.conditions import choose_labels
@@ -235,22 +236,40 @@ class Bench:
         return {**self.compared(images, size), "seconds_per_image": seconds}
 
     def picture(self) -> None:
-        """Write the first samples of everybody: a row each, size after size."""
-        shown, blocks = min(SHOWN, self.options.samples, self.options.resized), []
-        for size in (self.setup.size, *SIZES):
-            rows = []
-            for name, row in self.finished.items():
-                contender = CONTENDERS[name](name, self.setup)
-                for way in self.ways(contender, size):
-                    images, _ = self.samples(contender, size, way, row["guidance"], shown)
-                    rows.append(to_float(images))
-            blocks.append((size, tile(torch.cat(rows), shown)))
-        width = max(block.shape[2] for _, block in blocks)
-        padded = [
-            torch.nn.functional.pad(block, (0, width - block.shape[2], 0, 6), value=-1.0)
-            for _, block in blocks
+        """Draw the first samples of everybody: a row for each way, a column for each size."""
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        shown = min(SHOWN, self.options.samples, self.options.resized)
+        sizes = (self.setup.size, *SIZES)
+        rows = [
+            (name, way)
+            for name in self.finished
+            for way in self.ways(CONTENDERS[name](name, self.setup), SIZES[0])
         ]
-        save_png(torch.cat(padded, 1), self.out / "peers.png")
+        widths = [shown * width for _, width in sizes]
+        figure, axes = plt.subplots(
+            len(rows),
+            len(sizes),
+            figsize=(sum(widths) / 80, len(rows) * max(height for height, _ in sizes) / 80 + 0.5),
+            squeeze=False,
+            width_ratios=widths,
+        )
+        for line, (name, way) in zip(axes, rows, strict=True):
+            contender, guidance = CONTENDERS[name](name, self.setup), self.rows[name]["guidance"]
+            for at, size in zip(line, sizes, strict=True):
+                at.set_xticks([])
+                at.set_yticks([])
+                at.set_title(f"{NAMES[name]}, {named(size)}, {way}", fontsize=5, pad=1)
+                if way in self.ways(contender, size):
+                    images, _ = self.samples(contender, size, way, guidance, shown)
+                    strip = tile(to_float(images), shown)
+                    at.imshow(to_bytes(strip).numpy(), interpolation="nearest")
+                else:
+                    at.set_visible(False)
+        figure.tight_layout(pad=0.2)
+        figure.savefig(self.out / "peers.png", dpi=160)
+        plt.close(figure)
 
     def tables(self) -> Iterator[str]:
         size = self.setup.size
