@@ -7,7 +7,8 @@ Compared are diffusers' UNet2DModel in pixels, trained and sampled as in its aut
 DDIM in 50 steps (``unet``); diffusers' DiT on the latents of the plain convolutional autoencoder of
 autoencoders.py, 30 steps (``dit``; both need ``pip install r2id[bench]``); R2ID on RIAE with
 configs/photos/small-riae.toml and small-r2id.toml (``r2id``); and R2ID in pixels with
-peers-pixels-r2id.toml (``r2id-pixels``); both as configured, 30 steps. A fifth of the seconds are
+peers-pixels-r2id.toml (``r2id-pixels``); both as configured, 30 steps. The convolutional
+autoencoder has the pixel loss and the latent noise of RIAE's config. A fifth of the seconds are
 the autoencoder's, where there is one, and encoding the images counts too. All see the same batches,
 keep averaged weights, and have learning rates that fall as the seconds end. R2ID on RIAE has the
 rates of its configs; the others get the best of three, by the loss after a fifth of the seconds,
@@ -260,7 +261,8 @@ class Bench:
             for at, size in zip(line, sizes, strict=True):
                 at.set_xticks([])
                 at.set_yticks([])
-                at.set_title(f"{NAMES[name]}, {named(size)}, {way}", fontsize=5, pad=1)
+                title = [NAMES[name], named(size), *([way] if size in SIZES else [])]
+                at.set_title(", ".join(title), fontsize=5, pad=1)
                 if way in self.ways(contender, size):
                     images, _ = self.samples(contender, size, way, guidance, shown)
                     strip = tile(to_float(images), shown)
