@@ -32,6 +32,7 @@ from r2id.evaluation.reference import (
     compare_features,
     extract_features,
     real_batches,
+    window_part,
 )
 from r2id.evaluation.riae import frechet_of_batches, scale_size
 from r2id.images import psnr
@@ -102,13 +103,16 @@ def measure_samples(
     def read(half: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
         return real_batches(shards, data, data.test_split, native, limit, indices[half::2])
 
-    real = extract_features(extractor, (images for images, _ in read(0, MOST_REAL)))
+    window = window_part(native, extractor.size)
+    real = extract_features(extractor, (images for images, _ in read(0, MOST_REAL)), window)
     rows: dict[str, Row] = {}
     pairs = samples.first(min(len(samples), _PAIRED))
     for size in invariance_sizes(native):
         rows[f"{size[0]}x{size[1]}"] = {
             **score_samples(samples, classifier, extractor, real, size),
-            "stretched": score_stretched(classifier, extractor, real, read(1, len(samples)), size),
+            "stretched": score_stretched(
+                classifier, extractor, real, read(1, len(samples)), size, window
+            ),
             "consistency": score_consistency(pairs, classifier, size),
         }
     return {"reference_images": len(real), "sizes": rows}
@@ -120,8 +124,12 @@ def score_stretched(
     real: ImageFeatures,
     batches: Iterator[tuple[Tensor, Tensor]],
     size: Size,
+    window: tuple[float, float] = (0.5, 0.5),
 ) -> Row:
-    """Score real images resized to another size: class accuracy, and distances to ``real``."""
+    """Score real images resized to another size: class accuracy, and distances to ``real``.
+
+    ``window`` is the part of the sides that windows have.
+    """
     correct: list[Tensor] = []
 
     def stretch() -> Iterator[Tensor]:
@@ -135,7 +143,7 @@ def score_stretched(
                     correct.append((predicted == truth)[truth >= 0])
                 yield stretched
 
-    features = extract_features(extractor, stretch())
+    features = extract_features(extractor, stretch(), window)
     hits = torch.cat(correct) if correct else torch.zeros(0)
     return {
         "images": len(features),

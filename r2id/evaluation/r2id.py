@@ -29,6 +29,7 @@ from r2id.evaluation.reference import (
     compare_features,
     extract_features,
     real_batches,
+    window_part,
 )
 from r2id.evaluation.riae import scale_size
 from r2id.models.coords import Size
@@ -159,10 +160,11 @@ def measure_real_baseline(
     images. Samples cannot be expected to come closer.
     """
 
+    window = window_part(size, extractor.size)
+
     def read(split: str, limit: int) -> ImageFeatures:
-        return extract_features(
-            extractor, (images for images, _ in real_batches(shards, data, split, size, limit))
-        )
+        batches = real_batches(shards, data, split, size, limit)
+        return extract_features(extractor, (images for images, _ in batches), window)
 
     real, training = read(data.test_split, MOST_REAL), read(data.train_split, count)
     return real, {
@@ -245,7 +247,9 @@ def score_samples(
                 probabilities.append(classifier.probabilities(classifier.features(images)))
             yield images
 
-    features, sampler = extract_features(extractor, classified()), samples.sampler
+    sampler = samples.sampler
+    window = window_part(sampler.codec.image, extractor.size)
+    features = extract_features(extractor, classified(), window)
     return {
         "size": list(size),
         "grid": list(sampler.grid_for(size)),

@@ -5,6 +5,7 @@ Shape letters: N images · C colours · H, W image · D features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +18,26 @@ from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.evaluation.extractor import FeatureExtractor
-from r2id.evaluation.metrics import frechet_distance, precision_and_recall
+from r2id.evaluation.metrics import (
+    frechet_distance,
+    kernel_distance,
+    precision_and_recall,
+    radial_spectrum,
+    spectral_distance,
+)
 from r2id.models.coords import Size
 
 BATCH = 100
 MOST_REAL = 10_000  # real images that samples are compared with
 
 WINDOW_RULE = (
-    "one window of half the height and half the width per image, at a place drawn by its number"
+    "one window per image, at a place drawn by its number: half the height and half the width, or "
+    "the extractor's input where the training images are more than twice as large, so that their "
+    "windows are never shrunk"
 )
+
+METRICS = ("frechet", "patch_frechet", "kid", "spectrum", "precision", "recall")
+"""What compare_features measures."""
 
 Figures = dict[str, float | None]
 
@@ -36,34 +48,58 @@ class ImageFeatures:
 
     whole: Tensor
     windows: Tensor
+    size: Size | None = None
+    """Height and width of the images."""
+    spectrum: Tensor | None = None
+    """Mean radial spectrum of the images (r2id.evaluation.metrics.radial_spectrum)."""
 
     def __len__(self) -> int:
         return len(self.whole)
 
 
-def extract_features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> ImageFeatures:
-    """Extract features of batches of images [N, C, H, W] in [−1, 1].
+def extract_features(
+    extractor: FeatureExtractor, batches: Iterable[Tensor], window: tuple[float, float] = (0.5, 0.5)
+) -> ImageFeatures:
+    """Extract features and spectrum of images [N, C, H, W] of one size, in [−1, 1], in batches.
 
-    The result does not depend on how the images are divided into batches.
+    ``window`` is the part of the height and width that windows have (see window_part). The result
+    does not depend on how the images are divided into batches.
     """
-    whole, windows, first = [], [], 0
+    whole, windows, spectra, first = [], [], [], 0
     for images in batches:
         whole.append(extractor.features(images))
-        windows.append(extractor.features(cut_windows(images, first)))
+        windows.append(extractor.features(cut_windows(images, first, window)))
+        spectra.append(radial_spectrum(images) * len(images))
         first += len(images)
-    return ImageFeatures(torch.cat(whole), torch.cat(windows))
+    return ImageFeatures(
+        torch.cat(whole),
+        torch.cat(windows),
+        (images.shape[2], images.shape[3]),
+        torch.stack(spectra).sum(0) / first,
+    )
 
 
-def cut_windows(images: Tensor, first: int = 0) -> Tensor:
-    """Cut a window of half the sides out of each image: [N, C, H, W] → [N, C, ⌈H/2⌉, ⌈W/2⌉].
+def window_part(size: Size, given: Size) -> tuple[float, float]:
+    """Return the part of height and width that windows of a set of images have.
 
-    Features of windows show detail that is lost when a large image is shrunk to the extractor's
-    input (patch-FID: Chai et al. 2022, "Any-resolution training"). Images are numbered from
-    ``first``. The relative position of the window depends only on the image's number, so that it
-    shows the same part of the picture at every size.
+    Windows of images of the size that is compared with are never shrunk to the extractor's input
+    ``given``, so that their pixels are seen as they are. The same part is cut at other sizes.
+    """
+    return min(0.5, given[0] / size[0]), min(0.5, given[1] / size[1])
+
+
+def cut_windows(images: Tensor, first: int = 0, part: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """Cut a window of a part of the sides out of each image, rounded up to whole pixels.
+
+    [N, C, H, W] → [N, C, ⌈part·H⌉, ⌈part·W⌉]. Features of windows show detail that is lost when a
+    large image is shrunk to the extractor's input (patch-FID: Chai et al. 2022, "Any-resolution
+    training"). Images are numbered from ``first``. The relative position of the window depends only
+    on the image's number, so that it shows the same part of the picture at every size.
     """
     height, width = images.shape[2:]
-    sides = -(-height // 2), -(-width // 2)
+    sides = [
+        max(1, math.ceil(round(p * side, 6))) for p, side in zip(part, (height, width), strict=True)
+    ]
     places = rng.uniform(rng.fold(torch.arange(first, first + len(images))), 2)
     room = torch.tensor([height - sides[0] + 1, width - sides[1] + 1])
     top, left = (places * room).long().to(images.device).unbind(1)
@@ -75,22 +111,28 @@ def cut_windows(images: Tensor, first: int = 0) -> Tensor:
 
 
 def compare_features(features: ImageFeatures, real: ImageFeatures) -> Figures:
-    """Compare images with real ones: Fréchet distances of both features, precision and recall.
+    """Compare images with real ones.
 
-    A metric is None if there are too few images for it. Precision and recall depend on the numbers
-    of images, so the larger set is thinned evenly to the size of the smaller.
+    Fréchet distances of both features, kernel distance (``kid``), precision and recall, and the
+    distance of the spectra, which is for images of one size alone. A metric is None if there are
+    too few images for it, or it is not for these. Precision and recall depend on the numbers of
+    images, so the larger set is thinned evenly to the size of the smaller.
     """
-    figures: Figures = {"frechet": None, "patch_frechet": None, "precision": None, "recall": None}
+    figures: Figures = dict.fromkeys(METRICS)
     count = min(len(features), len(real))
     if count > 1:
         figures |= {
             "frechet": frechet_distance(features.whole, real.whole),
             "patch_frechet": frechet_distance(features.windows, real.windows),
+            "kid": kernel_distance(features.whole, real.whole),
         }
     if count > 3:
         figures["precision"], figures["recall"] = precision_and_recall(
             _evenly(features.whole, count), _evenly(real.whole, count)
         )
+    ours, theirs = features.spectrum, real.spectrum
+    if count > 1 and ours is not None and theirs is not None and features.size == real.size:
+        figures["spectrum"] = spectral_distance(ours, theirs) if len(ours) else None
     return figures
 
 

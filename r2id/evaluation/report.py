@@ -51,6 +51,8 @@ _CAPTIONS = {
 COMPARED = {
     "frechet": "Fréchet",
     "patch_frechet": "Fréchet of windows",
+    "kid": "KID",
+    "spectrum": "spectrum",
     "precision": "precision",
     "recall": "recall",
 }

@@ -8,8 +8,11 @@ from scipy.linalg import sqrtm
 from r2id.evaluation.metrics import (
     class_accuracy,
     frechet_distance,
+    kernel_distance,
     mse,
     precision_and_recall,
+    radial_spectrum,
+    spectral_distance,
     ssim,
 )
 from r2id.images import psnr
@@ -153,3 +156,49 @@ def test_the_third_neighbour_is_the_ball():
     assert (precision, recall) == (0.5, 1.0)
     with pytest.raises(ValueError, match="3 and 4 features"):
         precision_and_recall(real[:3], real)
+
+
+def test_kernel_distance_by_hand():
+    one, other = torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    # Of different ones within each set: (2/2 + 1)³ = 8 and (0 + 1)³ = 1. Between the sets, x·y is
+    # 0, 2, 0, 0: the mean of 1, 8, 1, 1 is 2.75.
+    assert kernel_distance(one, other) == pytest.approx(8 + 1 - 2 * 2.75)
+    with pytest.raises(ValueError, match="1 and 2 features"):
+        kernel_distance(one[:1], other)
+
+
+def test_kernel_distance_is_unbiased():
+    """Of two sets of one distribution it is 0 on average, however few they are."""
+    x = torch.randn(400, 10, 3, generator=torch.Generator().manual_seed(0))
+    found = torch.tensor([kernel_distance(part[:5], part[5:]) for part in x])
+    assert abs(found.mean()) < 3 * found.std() / 20 and (found < 0).any()
+    more = torch.randn(2500, 3, generator=torch.Generator().manual_seed(1))
+    assert kernel_distance(more[:1200], more[1200:] + 1) > 10 * abs(found.mean())
+
+
+def test_spectrum_of_a_wave_and_of_noise():
+    place = torch.arange(32.0)
+    wave = torch.sin(2 * torch.pi * place * 8 / 32).expand(1, 2, 32, 32)  # a quarter per pixel
+    for images in (wave, wave.transpose(2, 3)):
+        power = radial_spectrum(images)
+        assert len(power) == 8 and power.argmax() == 6  # rings begin at 1/32 · 2^(k/2)
+    noise = torch.randn(200, 1, 24, 40, generator=torch.Generator().manual_seed(0))
+    power = radial_spectrum(noise)
+    assert power[1:].std() < 0.05 * power.mean()  # white, whatever the aspect ratio
+    torch.testing.assert_close(radial_spectrum(3 * noise + 0.5), 9 * power)
+    assert len(radial_spectrum(torch.zeros(2, 1, 2, 9))) == 0
+
+
+def test_spectral_distance_says_blur():
+    noise = torch.randn(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    one, other = images.split(150)
+    blurred = torch.nn.functional.avg_pool2d(one, 3, 1, 1)
+    twice = torch.nn.functional.avg_pool2d(blurred, 3, 1, 1)
+    distances = [
+        spectral_distance(radial_spectrum(some), radial_spectrum(other))
+        for some in (one, blurred, twice)
+    ]
+    assert distances[0] < 0.05 < 0.5 < distances[1] < distances[2]
+    power = torch.tensor([1.0, 5.0, 0.0])
+    assert spectral_distance(power, 0.5 * power) == pytest.approx(2 * np.log(2) / 3)

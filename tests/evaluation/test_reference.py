@@ -12,6 +12,7 @@ from r2id.evaluation.reference import (
     cut_windows,
     extract_features,
     real_batches,
+    window_part,
 )
 
 
@@ -36,6 +37,30 @@ def test_windows_are_cut_at_one_place_of_a_picture_at_every_size():
     assert cut_windows(torch.zeros(2, 1, 5, 1)).shape == (2, 1, 3, 1)
 
 
+def test_windows_of_large_images_are_pixels_as_they_are():
+    assert window_part((32, 32), (32, 32)) == (0.5, 0.5)
+    part = window_part((109, 89), (32, 40))
+    assert part == (32 / 109, 40 / 89)
+    images = torch.rand(3, 1, 109, 89)
+    assert cut_windows(images, 0, part).shape == (3, 1, 32, 40)
+    assert cut_windows(torch.zeros(3, 1, 218, 178), 0, part).shape == (3, 1, 64, 80)
+    assert cut_windows(torch.zeros(1, 1, 1, 1), 0, part).shape == (1, 1, 1, 1)
+
+
+def test_spectra_are_compared_at_one_size():
+    extractor = SimpleNamespace(features=lambda images: images.mean((1, 3))[:, :2])
+    images = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    one, other = (extract_features(extractor, [part]) for part in images.split(20))
+    blurred = torch.nn.functional.avg_pool2d(images[:20], 3, 1, 1)
+    near, far = (
+        compare_features(some, other)["spectrum"]
+        for some in (one, extract_features(extractor, blurred.split(7)))
+    )
+    assert near < 0.3 and far > 1
+    smaller = extract_features(extractor, [images[:20, :, :12]])
+    assert compare_features(smaller, other)["spectrum"] is None
+
+
 def test_batches_do_not_matter():
     extractor = SimpleNamespace(features=lambda images: images.mean((1, 3)))
     images = torch.rand(20, 3, 6, 6)
@@ -51,7 +76,7 @@ def test_sets_are_compared_whole_and_by_windows():
     assert figures["frechet"] == pytest.approx(0, abs=1e-6) and figures[
         "patch_frechet"
     ] == pytest.approx(12)
-    assert figures["precision"] == figures["recall"] == 1
+    assert figures["precision"] == figures["recall"] == 1 and abs(figures["kid"]) < 0.05
     more = torch.cat([x, x + 100])
     figures = compare_features(ImageFeatures(x, x), ImageFeatures(more, more))
     assert figures["frechet"] == pytest.approx(frechet_distance(x, more))
