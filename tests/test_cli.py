@@ -81,7 +81,7 @@ def test_results_as_json(r2id, digits, riae_run, r2id_run, latents, tmp_path):
         2,
         "--label",
         7,
-        "--cfg",
+        "--guidance",
         1.5,
         "--solver",
         "dpmpp_2m",
@@ -292,9 +292,12 @@ MISTAKES = {
         "sample {r2id} --out {tmp}/text.jpg",
         ["text.jpg", ".png file or a folder"],
     ),
-    "interval of one": (SAMPLE + " --cfg-interval 0.2", ["--cfg-interval", "'0.2'", "LOW,HIGH"]),
+    "interval of one": (
+        SAMPLE + " --guidance-interval 0.2",
+        ["--guidance-interval", "'0.2'", "LOW,HIGH"],
+    ),
     "interval that falls": (
-        "sample {r2id} --size 8x8 --out {tmp}/s.png --cfg-interval 0.9,0.1",
+        "sample {r2id} --size 8x8 --out {tmp}/s.png --guidance-interval 0.9,0.1",
         ["guidance_interval", "[0.9, 0.1]"],
     ),
     "unknown dataset": ("prepare mnits --out {tmp}/o", ["'mnits'", "'mnist'"]),

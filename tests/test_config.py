@@ -164,6 +164,6 @@ def test_arguments_are_of_what_is_set():
         )
     )
     assert isinstance(config, PipelineRun)
-    sample = "--cfg 2.0 --cfg-interval 0.25,1.0 --size 8x8 --size 6x9 --label 3 --label 1"
+    sample = "--guidance 2.0 --guidance-interval 0.25,1.0 --size 8x8 --size 6x9 --label 3 --label 1"
     assert to_arguments(config.sample) == sample.split()
     assert to_arguments(config.evaluate) == ["--invariance"]

@@ -26,6 +26,8 @@ from r2id.errors import InputError
 
 SAMPLER_FIELDS = tuple(SamplerConfig.model_fields)
 """How samples are computed: as in the run's config unless set. Help lists these options last."""
+_OF_SAMPLER = tuple(name for name in SAMPLER_FIELDS if name != "guidance")
+"""The same for evaluate, which takes several scales of guidance."""
 
 
 @app.command()
@@ -184,8 +186,8 @@ def evaluate(
     ],
     shards: Annotated[Path, typer.Option(help="Folder written by r2id prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, metrics.json and figures.")],
-    measured: Annotated[Given, Fields(EvaluateConfig, without=SAMPLER_FIELDS)],
-    sampler: Annotated[Given, Fields(SamplerConfig, unset="the run's own")],
+    measured: Annotated[Given, Fields(EvaluateConfig, without=_OF_SAMPLER)],
+    sampler: Annotated[Given, Fields(SamplerConfig, only=_OF_SAMPLER, unset="the run's own")],
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -193,6 +195,8 @@ def evaluate(
     from r2id.evaluation.run import evaluate as run_evaluate
 
     config = build(EvaluateConfig, measured)
+    if config.guidance:
+        sampler = {**sampler, "guidance": config.guidance}
     result = run_evaluate(
         checkpoint,
         shards,
@@ -202,6 +206,7 @@ def evaluate(
         seed=config.seed,
         invariance=config.invariance_count if config.invariance else 0,
         extractor=config.extractor,
+        extractor_size=config.extractor_size,
         device=find_device(device),
         **sampler,
     )

@@ -17,9 +17,6 @@ from pydantic.fields import FieldInfo
 from r2id.config.section import Section, Size
 from r2id.errors import InputError
 
-_SHORT = {"guidance": "--cfg", "guidance_interval": "--cfg-interval"}
-"""Options whose names are not those of their fields: classifier-free guidance is known as CFG."""
-
 
 @dataclass(frozen=True)
 class Option:
@@ -39,8 +36,6 @@ class Option:
 
         The field ``sizes`` has the option ``--size``.
         """
-        if self.name in _SHORT:
-            return _SHORT[self.name]
         singular = self.name.removesuffix("s") if self.repeated else self.name
         return "--" + singular.replace("_", "-")
 

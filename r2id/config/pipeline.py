@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializationInfo, field_serializer, model_validator
 
 from r2id.config.diffusion import SampleConfig, SamplerConfig
-from r2id.config.section import PathField, Section, Sizes, Strings
+from r2id.config.section import Floats, PathField, Section, Size, Sizes, Strings
 from r2id.config.training import TrackingConfig
 
 
@@ -85,10 +85,18 @@ class EvaluateConfig(SamplerConfig):
     """Measure fourteen more sizes and aspect ratios, against real images stretched to them."""
     invariance_count: int = Field(default=500, ge=1)
     """Number of samples per size of ``invariance``."""
+    guidance: Floats = ()  # type: ignore[assignment]
+    """Scale of classifier-free guidance: 1 is none, 0 ignores the condition. Without one, the run's
+    own. Of several, each is scored at the size of the training images, and all else is measured
+    with the one of the least Fréchet distance."""
     extractor: str | None = None
     """TorchScript file, or its address, that maps uint8 images [N, 3, H, W] to features [N, D],
     such as Inception-v3 for the FID. The program in it is run, so use one that you trust. Without
-    one, features are those of a classifier that is trained on the real images first."""
+    one, features are those of a classifier that is trained on the real images first, or without
+    classes of a network that is trained on them by itself."""
+    extractor_size: Size | None = None
+    """Height x width of the images that such a file takes. Without it, that of the training
+    images."""
 
 
 class PipelineRun(Section):

@@ -21,6 +21,11 @@ def as_tuple(value: Any) -> Any:
     return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
+def as_several(value: Any) -> Any:
+    """Convert a single number to a tuple of one, and lists as as_tuple does."""
+    return (value,) if isinstance(value, int | float) else as_tuple(value)
+
+
 def check_scales(scales: tuple[float, float]) -> tuple[float, float]:
     """Raise ValueError unless 0 < smallest ≤ largest."""
     if not 0 < scales[0] <= scales[1]:
@@ -38,6 +43,8 @@ Scales = Annotated[Pair, AfterValidator(check_scales)]
 """Smallest and largest factor that a side of an image is multiplied by."""
 IntPair = Annotated[tuple[int, int], BeforeValidator(as_tuple)]
 Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
+Floats = Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(as_several)]
+"""Numbers from 0 up; a single one need not be in brackets."""
 Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 # Widths σ_rel of power-function averages: their exponent, which is 0 for equal weights, would be
 # negative from 0.2887 on (Karras et al. 2024).

@@ -9,21 +9,16 @@ Shape letters: N images · C colours · H, W image · D features.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from r2id.config import DataConfig
-from r2id.data.shards import ShardSet, Split
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation.backbone import (
     BATCH,
@@ -38,21 +33,26 @@ from r2id.evaluation.backbone import (
     optimizer_and_schedule,
     shift,
 )
-from r2id.evaluation.images import load_images, resize
-from r2id.files import write_atomic
+from r2id.evaluation.images import frequent_size, load_images, resize
+from r2id.evaluation.saved import hash_of, identity_of, read_network, write_network
 from r2id.images import to_float
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
 
 # Version of the training recipe below and in r2id.evaluation.backbone: raise it when a recipe
 # changes, so that saved classifiers are trained again.
-_VERSION = 2
-_LARGEST_AREA = 64 * 64  # pixels: larger images are shrunk to this area before they are classified
+_VERSION = 3
 _MOST_IMAGES = 200_000  # of a split, evenly spaced: they are held in memory
 _EPOCHS = 10
 _SMOOTHING = 0.2
 _LOGIT_SCALE = 1 / 9
 _SEED = 0
+_FACTS = (
+    "train_images",
+    "test_images",
+    "mirrored",
+    "test_accuracy",
+)  # of a classifier, saved with it
 
 
 class ClassifierNetwork(nn.Module):
@@ -91,6 +91,8 @@ class Classifier:
     """Height and width of its input; other images are resized to it."""
     train_images: int
     test_images: int
+    mirrored: bool
+    """Whether its features are means of those of an image and its mirror image."""
     test_accuracy: float
     """Accuracy on real images that it was not trained on."""
     name: str = "classifier"
@@ -98,7 +100,7 @@ class Classifier:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the weights, hexadecimal."""
-        return hashlib.sha256(save(_tensors(self.model))).hexdigest()
+        return hash_of(self.model)
 
     def classify(self, images: Tensor, batch: int = 500) -> Tensor:
         """Classify images [N, C, H, W] of any size, in [−1, 1] or uint8 → int64 [N] on the CPU."""
@@ -111,7 +113,10 @@ class Classifier:
         device = self.model.head.weight.device
         inputs = resize(to_float(images) if images.dtype == torch.uint8 else images, self.size)
         with autocast(device):
-            return self.model.features(inputs.to(device)).cpu()
+            features = self.model.features(inputs.to(device))
+            if self.mirrored:
+                features = (features + self.model.features(inputs.to(device).flip(3))) / 2
+            return features.cpu()
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor:
@@ -132,32 +137,34 @@ def load_or_train_classifier(
     """
     size = frequent_size(shards.split(data.train_split))
     data = data.model_copy(update={"size": size, "latents": None})
-    identity = _identity(shards, data)
-    classifier = _read(file, identity, data.channels, shards.num_classes, size)
-    if classifier is None:
+    identity = identity_of(
+        _VERSION, shards.digest, size, data.channels, data.train_split, data.test_split
+    )
+    found = read_network(
+        file, identity, lambda: ClassifierNetwork(data.channels, shards.num_classes, size)
+    )
+    if found:
+        classifier = Classifier(found[0], size, **found[1])
+        say(
+            f"{file}: classifier found in place, {classifier.test_accuracy:.4f} on "
+            f"{classifier.test_images} real test images"
+        )
+    else:
         classifier = _train_and_test(shards, data, device)
-        _write(file, identity, classifier)
+        facts = {name: getattr(classifier, name) for name in _FACTS}
+        write_network(file, identity, classifier.model, facts)
     classifier.model.to(device)
     return classifier
 
 
-def frequent_size(split: Split) -> Size:
-    """Return the most frequent (height, width) of a split, shrunk to an area of at most 64×64.
-
-    The aspect ratio is kept.
-    """
-    sizes, counts = np.unique(np.stack([split.height, split.width], 1), axis=0, return_counts=True)
-    height, width = (int(side) for side in sizes[counts.argmax()])
-    scale = min(1.0, (_LARGEST_AREA / (height * width)) ** 0.5)
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
 def train_network(
-    images: Tensor, labels: Tensor, classes: int, device: torch.device
+    images: Tensor, labels: Tensor, classes: int, device: torch.device, mirrored: bool
 ) -> ClassifierNetwork:
     """Train a classifier on uint8 images [N, C, H, W] with labels [N] in range(classes).
 
-    The same input gives the same weights. The global random state stays as it is.
+    Images are shifted and, every other epoch, ``mirrored``; where they may not be, they are
+    slightly turned and stretched instead. The same input gives the same weights. The global random
+    state stays as it is.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
@@ -166,7 +173,6 @@ def train_network(
     model.to(device)
     seen = min(max(FEWEST_IMAGES, _EPOCHS * len(images)), MOST_IMAGES)
     generator = torch.Generator().manual_seed(_SEED)
-    mirrored = may_be_mirrored(images, labels)
     first = torch.rand(len(images), generator=generator) < 0.5
     optimizer, schedule = optimizer_and_schedule(model, seen // BATCH)
     with Progress("train classifier", seen // BATCH, unit="images", per_item=BATCH) as progress:
@@ -197,13 +203,9 @@ def _train_and_test(shards: ShardSet, data: DataConfig, device: torch.device) ->
             f"labelled images in split {data.test_split!r}"
         )
     assert data.size is not None
-    classifier = Classifier(
-        train_network(images, labels, shards.num_classes, device),
-        data.size,
-        len(images),
-        len(tests),
-        0.0,
-    )
+    mirrored = may_be_mirrored(images, labels)
+    model = train_network(images, labels, shards.num_classes, device, mirrored)
+    classifier = Classifier(model, data.size, len(images), len(tests), mirrored, 0.0)
     return replace(
         classifier, test_accuracy=float((classifier.classify(tests) == truth).double().mean())
     )
@@ -211,45 +213,3 @@ def _train_and_test(shards: ShardSet, data: DataConfig, device: torch.device) ->
 
 def _labelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images[labels >= 0], labels[labels >= 0]
-
-
-def _identity(shards: ShardSet, data: DataConfig) -> str:
-    """Hash what a classifier depends on: the data and the recipe."""
-    facts = [_VERSION, shards.digest, data.size, data.channels, data.train_split, data.test_split]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _write(file: Path, identity: str, classifier: Classifier) -> None:
-    facts = {
-        "identity": identity,
-        "train_images": classifier.train_images,
-        "test_images": classifier.test_images,
-        "test_accuracy": classifier.test_accuracy,
-    }
-    write_atomic(file, save(_tensors(classifier.model), {"r2id": json.dumps(facts)}))
-
-
-def _tensors(model: ClassifierNetwork) -> dict[str, Tensor]:
-    return {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-
-
-def _read(file: Path, identity: str, channels: int, classes: int, size: Size) -> Classifier | None:
-    """Read a saved classifier; None when there is none, or it is damaged or of other data."""
-    try:
-        with safe_open(file, "pt") as opened:
-            facts = json.loads(opened.metadata()["r2id"])
-            if facts.pop("identity") != identity:
-                return None
-            model = ClassifierNetwork(channels, classes, size)
-            model.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-            classifier = Classifier(model.eval().requires_grad_(False), size, **facts)
-    except FileNotFoundError:
-        return None
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-        say(f"{file}: damaged; training the classifier again")
-        return None
-    say(
-        f"{file}: classifier found in place, {classifier.test_accuracy:.4f} on "
-        f"{classifier.test_images} real test images"
-    )
-    return classifier

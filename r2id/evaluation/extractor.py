@@ -1,7 +1,8 @@
 """Feature extractors: networks that map images to features, in which sets of images are compared.
 
-There are two kinds: the classifier that r2id trains (r2id.evaluation.classifier), and a TorchScript
-file that the user names, such as the Inception-v3 of the published FID.
+There are three kinds: the classifier that r2id trains (r2id.evaluation.classifier); for images
+without classes, a network that it trains on them alone (r2id.evaluation.self_supervised); and a
+TorchScript file that the user names, such as the Inception-v3 of the published FID.
 
 Shape letters: N images · C colours · H, W image · D features.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -87,32 +88,32 @@ class TorchScriptExtractor:
 
     def check(self, file: Path) -> None:
         """Raise InputError unless two grey images give [2, D] of finite numbers."""
+        height, width = self.size
         try:
-            features = self.features(torch.zeros(2, 1, *self.size))
+            with torch.no_grad():
+                made = self._run(torch.zeros(2, 1, *self.size))
         except RuntimeError as error:
             raise InputError(
-                f"--extractor {file}: takes no uint8 images "
-                f"[N, 3, {self.size[0]}, {self.size[1]}]: {str(error).strip().splitlines()[-1]}"
+                f"--extractor {file}: takes no uint8 images [N, 3, {height}, {width}]; "
+                "--extractor-size HxW sets another size: "
+                f"{str(error).strip().splitlines()[-1]}"
             ) from None
-        if features.dim() != 2 or len(features) != 2 or not features.isfinite().all():
+        is_tensor = isinstance(made, Tensor)
+        if not (is_tensor and made.dim() == 2 and len(made) == 2 and made.isfinite().all()):
+            kind = list(made.shape) if is_tensor else f"a {type(made).__name__}"
             raise InputError(
-                f"--extractor {file}: makes {list(features.shape)} of 2 images; must be finite "
-                "numbers [2, D]"
+                f"--extractor {file}: makes {kind} of 2 images of {height}x{width}; must be one "
+                "tensor [2, D] of finite numbers"
             )
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """See FeatureExtractor.features."""
-        return torch.cat(
-            [
-                self.program(self._bytes(part), **self.options).float().cpu()
-                for part in images.split(_BATCH)
-            ]
-        )
+        return torch.cat([self._run(part).float().cpu() for part in images.split(_BATCH)])
 
-    def _bytes(self, images: Tensor) -> Tensor:
+    def _run(self, images: Tensor) -> Any:
         resized = resize(images.to(self.device), self.size)
-        return to_uint8(resized).expand(-1, 3, -1, -1)
+        return self.program(to_uint8(resized).expand(-1, 3, -1, -1), **self.options)
 
 
 def download(url: str) -> Path:

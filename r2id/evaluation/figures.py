@@ -153,6 +153,28 @@ def size_curves(names: Sequence[str], lines: Mapping[str, Sequence[float]], word
     return _png(figure)
 
 
+def guidance(found: Mapping[str, Any], real: Mapping[str, Any]) -> bytes:
+    """Plot the result of r2id.evaluation.guidance.sweep_guidance, beside that of real images."""
+    figure = Figure((9.6, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = sorted(found["scales"], key=lambda row: row["guidance"])
+    scales = [row["guidance"] for row in rows]
+    for axes, names in ((left, ("frechet",)), (right, ("accuracy", "precision", "recall"))):
+        for name, colour in zip(names, _COLOURS, strict=False):
+            if any(row[name] is None for row in rows):
+                continue
+            words = "Fréchet distance" if name == "frechet" else name
+            axes.plot(scales, [row[name] for row in rows], "o-", label=words, color=colour)
+            floor = real.get(f"{name}_of_training_images")
+            if floor is not None:
+                axes.axhline(floor, color=colour, ls=":", label=f"{words} of real training images")
+        axes.set(xlabel="guidance")
+        axes.set_ylim(bottom=0)
+        _tidy(axes)
+    left.axvline(found["least_frechet"], color="#c8c8c8", zorder=0)
+    return _png(figure)
+
+
 def captioned(images: Sequence[Tensor], captions: Sequence[str], columns: int = 10) -> bytes:
     """Draw images [C, H, W] in [−1, 1] of one size row by row, with a caption under each."""
     rows = -(-len(images) // columns)

@@ -5,16 +5,18 @@ Shape letters: N images · C colours · H, W image.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
-from r2id.data.shards import ShardSet
+from r2id.data.shards import ShardSet, Split
 from r2id.images import resize as resize_unclipped
 from r2id.images import to_uint8
 from r2id.models.coords import Size
 
+_LARGEST_AREA = 64 * 64  # pixels: inputs of the evaluation's own networks are shrunk to this area
 RESIZE_RULE = "bicubic, antialiased, clipped to [−1, 1]"
 
 
@@ -40,3 +42,14 @@ def load_images(
     batches = list(eval_loader(shards, data, split=split, batch=500, limit=limit))
     images = torch.cat([to_uint8(batch["image"]) for batch in batches])
     return images, torch.cat([batch["label"] for batch in batches])
+
+
+def frequent_size(split: Split) -> Size:
+    """Return the most frequent (height, width) of a split, shrunk to an area of at most 64×64.
+
+    The aspect ratio is kept.
+    """
+    sizes, counts = np.unique(np.stack([split.height, split.width], 1), axis=0, return_counts=True)
+    height, width = (int(side) for side in sizes[counts.argmax()])
+    scale = min(1.0, (_LARGEST_AREA / (height * width)) ** 0.5)
+    return max(1, round(height * scale)), max(1, round(width * scale))

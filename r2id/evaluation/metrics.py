@@ -191,6 +191,20 @@ def _distances(one: Tensor, other: Tensor) -> Tensor:
     return torch.cdist(one.double(), other.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def nearest(points: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Find the nearest of ``others`` [M, D] to each of ``points`` [N, D].
+
+    Returns their distances, float64, and indices, int64: both [N, count], the nearest first.
+    """
+    if count > len(others):
+        raise ValueError(f"{count} neighbours of {len(others)} features: there are not as many")
+    found = [
+        torch.cdist(part.double(), others.double()).topk(count, largest=False)
+        for part in points.split(_ROWS // 4)
+    ]
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+
+
 def class_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> list[float | None]:
     """Return the accuracy within each class; None for a class without images."""
     correct = (predicted == labels).double()

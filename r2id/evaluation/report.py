@@ -5,48 +5,11 @@ It needs no other file and no network, so it can be moved anywhere.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff;
-       max-width: 70rem; margin: 2rem auto; padding: 0 1.25rem }
-h1 { font-size: 1.7rem; margin-bottom: 0 }
-h2 { margin: 2.4rem 0 .4rem; border-bottom: 1px solid #d8dbe0 }
-h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
-.sub, figcaption { color: #5b6470 }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 }
-.card { border: 1px solid #d8dbe0; border-radius: .5rem; padding: .6rem 1rem; min-width: 9rem }
-.card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e7e9ed;
-         white-space: nowrap }
-th:first-child, td:first-child { text-align: left } thead th { color: #5b6470; font-weight: 600 }
-figure { margin: 1rem 0 } figcaption { font-size: .92rem; margin-top: .3rem }
-img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
-.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr));
-         gap: 1rem; align-items: end }
-.facts td, .facts th { text-align: left; white-space: normal; overflow-wrap: anywhere }
-"""
-
-_CAPTIONS = {
-    "reconstructions": "Test images (top), and RIAE's reconstructions at their own size and at "
-    "others. The latents are always those of the own size.",
-    "latents": "Latents of the same images, as they come out of the encoder.",
-    "ladder": "One seed and one class per row, at every size of the columns.",
-    "loss_by_time": "Loss against time on test images. The distance between the curves shows how "
-    "much the class helps.",
-    "real": "For comparison, real test images.",
-    "loss_by_grid": "Loss against logSNR on test latents of three grids. Where the curves "
-    "coincide, denoising is equally hard on every grid.",
-    "invariance_accuracy": "Class accuracy by size.",
-    "invariance_frechet": "Fréchet distance to real test images by size.",
-    "invariance_patch_frechet": "Fréchet distance of windows to windows of real test images, by "
-    "size.",
-}
+from r2id.evaluation.html import figure, number, page, share, size_name, table
 
 COMPARED = {
     "frechet": "Fréchet",
@@ -63,22 +26,14 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     parts = [_head(metrics)]
     if "r2id" in metrics:
         parts += _r2id(metrics, pictures)
+        parts += _guidance(metrics, pictures)
+        parts += _neighbours(metrics, pictures)
     if "invariance" in metrics:
         parts += _invariance(metrics, pictures)
     if "riae" in metrics:
         parts += _riae(metrics["riae"], pictures)
     parts += _provenance(metrics["provenance"])
-    title = escape(f"r2id: {metrics['provenance']['data']['dataset']}")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-        "<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def size_name(size: Sequence[int]) -> str:
-    """Format a size (height, width): (42, 28) → '42×28'."""
-    return f"{size[0]}×{size[1]}"
+    return page(f"r2id: {metrics['provenance']['data']['dataset']}", parts)
 
 
 def _head(metrics: Mapping[str, Any]) -> str:
@@ -157,6 +112,41 @@ def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable
     yield figure("loss_by_grid", pictures)
 
 
+def _guidance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
+    if "guidance" not in metrics:
+        return
+    found = metrics["guidance"]
+    yield "<h3>Guidance</h3>" + figure("guidance", pictures)
+    yield table(
+        ["guidance", "class accuracy", *COMPARED.values()],
+        [
+            [
+                f"{row['guidance']:g}",
+                share(row["accuracy"]),
+                *(number(row[name]) for name in COMPARED),
+            ]
+            for row in found["scales"]
+        ],
+    )
+    yield (
+        f'<p class="sub">{found["samples"]:,} samples of {size_name(found["size"])} at each scale, '
+        "of the same seeds. All other figures are of samples with guidance "
+        f"{found['least_frechet']:g}, whose Fréchet distance is the least.</p>"
+    )
+
+
+def _neighbours(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
+    found = metrics["neighbours"]
+    yield "<h3>Nearest training images</h3>" + figure("neighbours", pictures)
+    yield (
+        f'<p class="sub">Of {found["samples"]:,} samples, {share(found["near"])} are nearer to one '
+        f"of {found['training_images']:,} training images than 1 % of {found['test_images']:,} "
+        "test images are: 1 % is what samples that repeat nothing have, and 100 % copies. Median "
+        f"distance {number(found['median_distance'])}; of test images "
+        f"{number(found['median_distance_of_test_images'])}.</p>"
+    )
+
+
 def _samples_table(metrics: Mapping[str, Any]) -> str:
     real, provenance = metrics["r2id"]["real"], metrics["provenance"]
     sampling, extractor = provenance["sampling"], provenance["extractor"]
@@ -183,9 +173,11 @@ def _samples_table(metrics: Mapping[str, Any]) -> str:
         f'<p class="sub">{_classifier_note(metrics)} Fréchet distances, precision and recall '
         f"(k = 3) are to {real['test_images']:,} real test images in the features of "
         f"{escape(extractor['name'])}, whose input is {size_name(extractor['size'])}; those of "
-        "real training images are what perfect samples would have. Windows have half the height "
-        f"and width. {sampling['steps']} steps of {sampling['solver']}, guidance "
-        f"{sampling['guidance']:g}.</p>"
+        "real training images are what perfect samples would have. KID: kernel distance in the "
+        "same features, for few images. Spectrum: mean absolute log ratio of the power at each "
+        "spatial frequency to that of real images of the same size; blur and noise raise it. "
+        f"Windows: {escape(provenance['rules']['windows'])}. {sampling['steps']} steps of "
+        f"{sampling['solver']}, guidance {sampling['guidance']:g}.</p>"
     )
 
 
@@ -350,42 +342,6 @@ def _provenance(facts: Mapping[str, Any]) -> Iterable[str]:
         for name, value in values.items()
     ]
     yield f'<div class="facts">{table([], rows)}</div>'
-
-
-def figure(name: str, pictures: Mapping[str, bytes], caption: str = "") -> str:
-    """Return the HTML of a picture with its caption; empty when there is no such picture."""
-    if name not in pictures:
-        return ""
-    caption = escape(caption or _CAPTIONS[name])
-    data = base64.b64encode(pictures[name]).decode()
-    style = ' class="pixels"' if name == "real" or name.startswith("samples_") else ""
-    return (
-        f'<figure id="{escape(name)}">'
-        f'<img{style} src="data:image/png;base64,{data}" alt="{caption}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return the HTML of a table, which scrolls sideways if it is too wide."""
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{names}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def share(value: float | None) -> str:
-    """Format a share in percent; empty for None."""
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def number(value: float | None) -> str:
-    """Format a number with four digits; empty for None."""
-    return "" if value is None else f"{value:.4g}"
 
 
 def _words(value: Any) -> str:

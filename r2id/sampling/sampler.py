@@ -162,12 +162,7 @@ class Sampler:
         ``overrides`` are the settings of ``sample``. → raw latents [B, L, h, w]. Raises InputError
         for guidance of a model without conditions.
         """
-        guidance = overrides.get("guidance")
-        conditional = self.model.classes or self.model.condition_shape
-        if guidance not in (None, 0, 1) and not conditional:
-            raise InputError(
-                f"guidance {guidance}: the model was trained without conditions; must be 0 or 1"
-            )
+        self.check_guidance(overrides.get("guidance"))
         settings = change(
             self.defaults, {name: value for name, value in overrides.items() if value is not None}
         )
@@ -177,6 +172,14 @@ class Sampler:
             len(seeds),
             length,
         )
+
+    def check_guidance(self, guidance: float | None) -> None:
+        """Raise InputError for guidance of a model without conditions."""
+        conditional = self.model.classes or self.model.condition_shape
+        if guidance not in (None, 0, 1) and not conditional:
+            raise InputError(
+                f"guidance {guidance}: the model was trained without conditions; must be 0 or 1"
+            )
 
     @torch.no_grad()
     def render(self, latents: Tensor, size: Size) -> Tensor:

@@ -28,6 +28,27 @@ class Odd(nn.Module):
         return images.float().mean()
 
 
+class Pair(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.float().mean((2, 3)), images.float()
+
+
+class Maps(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float()
+
+
+class Whole(nn.Module):
+    """Takes images of 14×14 alone, as networks of patches take multiples of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(14 * 14, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.float().mean(1).flatten(1))
+
+
 def write(module: nn.Module, file: Path) -> Path:
     torch.jit.script(module).save(str(file))
     return file

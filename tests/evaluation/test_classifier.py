@@ -1,6 +1,7 @@
 """The classifier: its accuracy, its cache file and its training data."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +13,9 @@ from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation import classifier as classifier_module
-from r2id.evaluation.classifier import (
-    ClassifierNetwork,
-    frequent_size,
-    load_or_train_classifier,
-    train_network,
-)
-from r2id.evaluation.images import load_images
+from r2id.evaluation.classifier import ClassifierNetwork, load_or_train_classifier, train_network
+from r2id.evaluation.images import frequent_size, load_images
+from r2id.evaluation.saved import read_network
 from r2id.images import to_float
 from tests.evaluation.folders import write_folder
 
@@ -38,6 +35,16 @@ def test_images_of_another_size_are_resized(classifier, shards, data):
     torch.testing.assert_close(again, features, atol=1e-4, rtol=1e-4)
 
 
+def test_features_of_mirrored_images_are_the_same_where_they_may_be_mirrored(classifier):
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert not classifier.mirrored  # of digits
+    one, other = classifier.features(images), classifier.features(images.flip(3))
+    assert (one - other).abs().max() > 0.1
+    both = replace(classifier, mirrored=True)
+    for features in (both.features(images), both.features(images.flip(3))):
+        torch.testing.assert_close(features, (one + other) / 2)
+
+
 def test_it_is_saved_and_read_again(classifier, classifier_file, shards, data):
     before = classifier_file.stat().st_mtime_ns
     again = load_or_train_classifier(shards, data, classifier_file, torch.device("cpu"))
@@ -50,7 +57,9 @@ def test_it_is_saved_and_read_again(classifier, classifier_file, shards, data):
 def test_a_stale_or_damaged_file_is_not_used(classifier, classifier_file, tmp_path, capsys):
     with safe_open(classifier_file, "pt") as opened:
         identity = json.loads(opened.metadata()["r2id"])["identity"]
-    read = lambda file, wanted: classifier_module._read(file, wanted, 1, 10, (8, 8))  # noqa: E731
+    read = lambda file, wanted: read_network(  # noqa: E731
+        file, wanted, lambda: ClassifierNetwork(1, 10, (8, 8))
+    )
     assert read(classifier_file, identity) is not None
     assert read(classifier_file, "another data set's") is None
     assert read(tmp_path / "none", identity) is None
@@ -65,11 +74,11 @@ def test_the_same_data_gives_the_same_classifier(monkeypatch):
     monkeypatch.setattr(classifier_module, "MOST_IMAGES", 384)
     images, labels = torch.randint(0, 256, (50, 3, 9, 7), dtype=torch.uint8), torch.arange(50) % 4
     torch.manual_seed(1)
-    one = train_network(images, labels, 4, torch.device("cpu"))
+    one = train_network(images, labels, 4, torch.device("cpu"), True)
     torch.manual_seed(2)
     drawn = torch.rand(1)
     torch.manual_seed(2)
-    other = train_network(images, labels, 4, torch.device("cpu"))
+    other = train_network(images, labels, 4, torch.device("cpu"), True)
     assert torch.equal(torch.rand(1), drawn)  # the global stream is left alone
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name

@@ -47,6 +47,25 @@ def test_files_that_are_refused(tmp_path):
         assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("module", "said"), [(extractors.Pair, "makes a tuple of"), (extractors.Maps, "[2, 3, 4, 4]")]
+)
+def test_what_a_file_makes_is_said(module, said, tmp_path):
+    file = extractors.write(module(), tmp_path / "file.pt")
+    with pytest.raises(InputError) as error:
+        TorchScriptExtractor.load(file, (4, 4), CPU)
+    assert said in str(error.value) and "[2, D]" in str(error.value)
+
+
+def test_a_file_that_takes_another_size(tmp_path):
+    file = extractors.write(extractors.Whole(), tmp_path / "whole.pt")
+    with pytest.raises(InputError, match=r"\[N, 3, 4, 4\].*--extractor-size HxW") as error:
+        TorchScriptExtractor.load(file, (4, 4), CPU)
+    assert "\n" not in str(error.value)
+    extractor = TorchScriptExtractor.load(file, (14, 14), CPU)
+    assert extractor.features(torch.ones(3, 1, 9, 9)).shape == (3, 5)
+
+
 def test_an_address_is_downloaded_once(tmp_path, monkeypatch):
     """From a real server, which is then gone."""
     (tmp_path / "served").mkdir()
@@ -67,7 +86,7 @@ def test_an_address_is_downloaded_once(tmp_path, monkeypatch):
 def test_the_classifier_is_one(classifier, classifier_file, shards, data):
     extractor: FeatureExtractor = classifier
     images = torch.rand(5, 1, 8, 8) * 2 - 1
-    assert extractor.features(images).shape == (5, 128)
+    assert extractor.features(images).shape == (5, 192)
     assert extractor.size == (8, 8) and len(extractor.hash) == 64
     probabilities = classifier.probabilities(extractor.features(images))
     torch.testing.assert_close(probabilities.sum(1), torch.ones(5))

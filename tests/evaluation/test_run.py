@@ -9,6 +9,7 @@ from PIL import Image
 
 from r2id.config import load_config
 from r2id.errors import InputError
+from r2id.evaluation import self_supervised
 from r2id.evaluation.run import evaluate
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
@@ -55,6 +56,7 @@ def test_the_report_holds_everything(evaluated):
         "reconstructions",
         "latents",
         "ladder",
+        "neighbours",
         "samples_8x8",
         "samples_12x8",
         "real",
@@ -145,6 +147,29 @@ def test_every_figure_says_where_it_is_from(measured, shards, classifier):
     assert facts["invariance: samples: class accuracy, failures"]["images"] == "6 samples per size"
 
 
+def test_guidance_is_swept(r2id_run, digits, classifier, classifier_file, tmp_path):
+    out = tmp_path / "report"
+    out.mkdir()
+    shutil.copy(classifier_file, out / "classifier.safetensors")
+    asked = {"count": 20, "seed": 5, "steps": 3}
+    metrics = evaluate(r2id_run, digits, out, guidance=(0.0, 1.0, 4.0, 1.0), **asked)
+    found = metrics["guidance"]
+    distances = {row["guidance"]: row["frechet"] for row in found["scales"]}
+    assert list(distances) == [0.0, 1.0, 4.0] and len(set(distances.values())) == 3
+    least = found["least_frechet"]
+    assert distances[least] == min(distances.values())
+    assert metrics["provenance"]["sampling"]["guidance"] == least
+    assert metrics["r2id"]["sizes"]["8x8"]["frechet"] == distances[least]
+    assert any(f"guidance {least:g} has the least" in line for line in metrics["headlines"])
+    assert 'figure id="guidance"' in (out / "report.html").read_text()
+    other = max(distances, key=lambda scale: distances[scale])
+    alone = evaluate(r2id_run, digits, out, guidance=other, **asked)
+    assert alone["r2id"]["sizes"]["8x8"]["frechet"] == pytest.approx(distances[other])
+    assert "guidance" not in alone and not (out / "figures" / "guidance.png").exists()
+    with pytest.raises(InputError, match="count 1"):
+        evaluate(r2id_run, digits, out, count=1, guidance=(1.0, 2.0))
+
+
 def test_an_riae_alone_in_the_features_of_a_file(riae_run, digits, tmp_path):
     file = extractors.write(extractors.Quarters(), tmp_path / "quarters.pt")
     metrics = evaluate(riae_run, digits, tmp_path / "report", extractor=file, invariance=3)
@@ -166,8 +191,9 @@ def test_an_riae_alone(riae_run, digits, tmp_path):
     }
 
 
-def test_images_without_classes(tmp_path):
-    """No classes can be scored, but losses, pictures and RIAE are reported all the same."""
+def test_images_without_classes(tmp_path, monkeypatch):
+    """No classes can be scored; all else is, in features that were learned without them."""
+    monkeypatch.setattr(self_supervised, "_SEEN", 3 * 128)
     shards = write_folder(tmp_path, {"train": 40, "test": 6})
     riae, r2id = tmp_path / "riae", tmp_path / "r2id"
     few = [f"data.shards={shards}", "train.steps=2"]
@@ -177,12 +203,19 @@ def test_images_without_classes(tmp_path):
     config.write_text(re.sub(r"(?m)^latents = .*\n", "", text))
     train(load_config(config, [*TINY_R2ID, *few, f"run={r2id}", f"codec={riae}"]))
     metrics = evaluate(r2id, shards, tmp_path / "report", count=4)
-    assert metrics["r2id"]["sizes"] == {} and set(metrics["r2id"]["loss_by_time"]["loss"]) == {
-        "no class"
-    }
-    assert {"ladder", "samples_8x8"} <= {
+    assert set(metrics["r2id"]["loss_by_time"]["loss"]) == {"no class"}
+    (row,) = metrics["r2id"]["sizes"].values()
+    assert row["accuracy"] is None and row["frechet"] > 0 and "classifier" not in metrics
+    assert metrics["provenance"]["extractor"]["name"] == "self-supervised"
+    assert {"ladder", "samples_8x8", "neighbours"} <= {
         file.stem for file in (tmp_path / "report" / "figures").iterdir()
     }
+    kept = (tmp_path / "report" / "extractor.safetensors").stat().st_mtime_ns
+    again = evaluate(r2id, shards, tmp_path / "report", count=4)
+    assert again == metrics
+    assert (tmp_path / "report" / "extractor.safetensors").stat().st_mtime_ns == kept
+    with pytest.raises(InputError, match=r"guidance 2\.0.*without conditions"):
+        evaluate(r2id, shards, tmp_path / "other", count=4, guidance=(1.0, 2.0))
 
 
 def test_what_it_refuses(r2id_run, riae_run, digits, tmp_path):

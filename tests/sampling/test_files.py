@@ -102,7 +102,7 @@ def test_shards_hold_the_same_samples_and_are_a_shard_set(pictures, shards):
 
 def test_two_processes_write_the_same(r2id_run, pictures, tmp_path):
     out = tmp_path / "two"
-    options = "--format png --size 9x7 --seed 5 --steps 2 --cfg 1 --json --count"
+    options = "--format png --size 9x7 --seed 5 --steps 2 --guidance 1 --json --count"
     with closing(Ranks(2, tmp_path / "said")) as ranks:
         command = ("sample", r2id_run, "--out", out, *options.split(), COUNT)
         assert ranks(children.command, *command) == [0, 0]

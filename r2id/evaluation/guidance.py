@@ -1,0 +1,42 @@
+"""Score samples at several scales of classifier-free guidance, and find the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from r2id.config import change
+from r2id.evaluation.classifier import Classifier
+from r2id.evaluation.extractor import FeatureExtractor
+from r2id.evaluation.r2id import Samples, score_samples
+from r2id.evaluation.reference import METRICS, ImageFeatures
+
+MEASURED = ("accuracy", *METRICS)
+
+
+def sweep_guidance(
+    samples: Samples,
+    scales: Sequence[float],
+    classifier: Classifier | None,
+    extractor: FeatureExtractor,
+    real: ImageFeatures,
+) -> tuple[Samples, dict[str, Any]]:
+    """Score samples of the training images' size, with the same seeds at every scale.
+
+    Returns the samples with the least Fréchet distance to ``real``, and the scores of each scale.
+    ``samples`` must be at least 2.
+    """
+    sampler, rows, drawn = samples.sampler, [], []
+    for scale in scales:
+        guided = replace(sampler, defaults=change(sampler.defaults, {"guidance": scale}))
+        drawn.append(Samples(guided, len(samples), int(samples.seeds[0])))
+        scores = score_samples(drawn[-1], classifier, extractor, real, sampler.codec.image)
+        rows.append({"guidance": scale, **{name: scores[name] for name in MEASURED}})
+    least = min(range(len(rows)), key=lambda number: rows[number]["frechet"])
+    return drawn[least], {
+        "size": list(sampler.codec.image),
+        "samples": len(samples),
+        "scales": rows,
+        "least_frechet": scales[least],
+    }
