@@ -85,6 +85,8 @@ class Pipeline:
         """Raise InputError when the pipeline's settings do not fit the R2ID run's own settings."""
         for name in ("sample", "evaluate"):
             changes = getattr(self.config, name).changes()
+            if name == "evaluate":  # it may be several scales, each checked by the section itself
+                changes.pop("guidance", None)
             try:
                 change(
                     run.sample, {k: v for k, v in changes.items() if k in SampleConfig.model_fields}
