@@ -160,6 +160,9 @@ within tiles of the grid and a halo.
 """
 
 
+_ALL_FULL = (["full"], ("full",))
+
+
 class LevelConfig(Section):
     """A level of R2ID: a grid with twice the cells a side of the next one, and local attention."""
 
@@ -197,8 +200,12 @@ class R2idConfig(Section):
     """What samples are conditioned on: the class, the attributes of the dataset (CelebA has 40),
     the embedding of a text that came with the image, or nothing."""
     condition_tokens: int = Field(default=2, ge=1)
-    """Number of tokens made of a condition, which every decoder block attends to; the embedding of
-    a text of T tokens makes T."""
+    """Number of tokens made of a condition; the embedding of a text of T tokens makes T."""
+    conditioning: Literal["context", "cross"] = "context"
+    """How decoder blocks are told the condition. context: its tokens stand among those of the grid,
+    and their mean is added to the time that modulates the blocks (Li & He 2025). cross: every block
+    attends to them by cross-attention, as published first; the default with kinds of ``attention``
+    other than full, which 'context' does not go with."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the values that each branch of a block drops in training."""
     fourier: IntPair = (-3, 7)
@@ -212,6 +219,21 @@ class R2idConfig(Section):
     """Levels around the blocks, finest first, for large grids and pixels (HDiT, Crowson et al.
     2024). Encoder and decoder blocks then run on a grid with half the cells a side for each level.
     The levels' own blocks attend within tiles of ``tile`` and ``halo``, without dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cross_with_other_attention(cls, values: Any) -> Any:
+        kinds = values.get("attention", ["full"]) if isinstance(values, dict) else ["full"]
+        return values if tuple(kinds) == ("full",) else {"conditioning": "cross", **values}
+
+    @model_validator(mode="after")
+    def _context_is_seen_by_all(self) -> R2idConfig:
+        if self.conditioning == "context" and set(self.attention) != {"full"}:
+            raise ValueError(
+                f"conditioning = 'context': goes with attention = 'full' alone, not "
+                f"{list(self.attention)}; must be 'cross'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _levels_have_whole_heads(self) -> R2idConfig:

@@ -57,6 +57,8 @@ def renew_config(config: Mapping[str, Any], where: str | None = None) -> dict[st
     }
     if where is None and "riae" in config and "kind" not in config["riae"]:
         renewed["riae"]["kind"] = "attention"  # what a checkpoint without a kind has
+    if where is None and "r2id" in config and "conditioning" not in config["r2id"]:
+        renewed["r2id"]["conditioning"] = "cross"  # likewise
     for section, part in config.items():
         for key, old in part.items() if isinstance(part, dict) else ():
             name, value = renew_setting(f"{section}.{key}", old)

@@ -29,9 +29,9 @@ from r2id.models.mixing import mixes
 
 
 class R2ID(nn.Module):
-    """Predicts the objective's target (ε, v or velocity) of a noised grid.
+    """Predicts the objective's target (ε, x₀, v or velocity) of a noised grid.
 
-    Encoder blocks run once per step; decoder blocks attend to condition tokens and run once per
+    Encoder blocks run once per step; decoder blocks see condition tokens and run once per
     condition, so that guidance costs less than two passes. With levels, both run on a coarser grid,
     and blocks with local attention lie around them (r2id.models.levels).
     """
@@ -72,7 +72,9 @@ class R2ID(nn.Module):
             )
 
         self.encoder = stack(config.encoder_blocks, conditional=False)
-        self.decoder = stack(config.decoder_blocks, conditional=True)
+        self.decoder = stack(config.decoder_blocks, conditional=config.conditioning == "cross")
+        if config.conditioning == "context":
+            self.condition_in = nn.Linear(width, width)
         self.levels = Levels(config)
         self.out_norm = RMSNorm(finest, elementwise_affine=False)
         self.out_modulation = zero_linear(width, 2 * finest)
@@ -143,8 +145,13 @@ class R2ID(nn.Module):
         count = conditions.shape[0]
         tokens, time = (repeat(part, "b ... -> (k b) ...", k=count) for part in (tokens, time))
         context = self.condition(conditions.flatten(0, 1))
+        among = context.shape[1] if self.config.conditioning == "context" else 0
+        if among:
+            time = time + self.condition_in(context.mean(1))
+            tokens = torch.cat([context, tokens], dim=1)
         for number, block in enumerate(self.decoder, start=len(self.encoder)):
             tokens = block(tokens, time, context, mix[number])
+        tokens = tokens[:, among:]
         tokens = self.levels.ascend(tokens, time, passed)
         shift, scale = self.out_modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         out = self.out(modulate(self.out_norm(tokens), shift, scale)).float()

@@ -11,9 +11,12 @@ from r2id.training.losses.r2id import R2idLoss
 SMALL = R2idConfig(width=32, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0.0)
 
 
-def build(seed=0):
+CONDITIONINGS = pytest.mark.parametrize("conditioning", ["context", "cross"])
+
+
+def build(seed=0, conditioning="context"):
     torch.manual_seed(seed)
-    return R2ID(SMALL, channels=4, classes=3)
+    return R2ID(SMALL.model_copy(update={"conditioning": conditioning}), channels=4, classes=3)
 
 
 def trained(model):
@@ -24,9 +27,10 @@ def trained(model):
     return model.eval()
 
 
+@CONDITIONINGS
 @pytest.mark.parametrize("grid", [(1, 1), (4, 4), (3, 8)])
-def test_any_grid(grid):
-    model = trained(build())
+def test_any_grid(grid, conditioning):
+    model = trained(build(conditioning=conditioning))
     out = model(torch.randn(2, 4, *grid), torch.tensor([0.3, 0.9]), torch.tensor([-1, 2]))
     assert out.shape == (2, 4, *grid) and out.dtype == torch.float32 and out.isfinite().all()
 
@@ -50,8 +54,9 @@ def test_loss_at_the_start_is_the_target_s_variance(objective, schedule, expecte
     assert float(value) == pytest.approx(expected, rel=0.05)
 
 
-def test_condition_and_time_matter():
-    model, x = trained(build()), torch.randn(1, 4, 3, 3)
+@CONDITIONINGS
+def test_condition_and_time_matter(conditioning):
+    model, x = trained(build(conditioning=conditioning)), torch.randn(1, 4, 3, 3)
     half = torch.tensor([0.5])
     outs = [
         model(x, half, torch.tensor([0])),
@@ -64,17 +69,23 @@ def test_condition_and_time_matter():
             assert not torch.allclose(outs[i], outs[j], atol=1e-4)
 
 
-def test_conditions_together_equal_conditions_alone():
-    model, x, noise = trained(build()), torch.randn(2, 4, 3, 5), torch.tensor([0.2, 0.7])
+@CONDITIONINGS
+def test_conditions_together_equal_conditions_alone(conditioning):
+    model, x, noise = (
+        trained(build(conditioning=conditioning)),
+        torch.randn(2, 4, 3, 5),
+        torch.tensor([0.2, 0.7]),
+    )
     labels = torch.tensor([[0, 2], [-1, -1]])
     together = model.predict(x, noise, labels)
     for row, out in zip(labels, together, strict=True):
         torch.testing.assert_close(model(x, noise, row), out, atol=1e-5, rtol=1e-4)
 
 
-def test_the_condition_encoder_learns():
+@CONDITIONINGS
+def test_the_condition_encoder_learns(conditioning):
     """Defect 2 of the original: its class tokens never got a gradient."""
-    model = trained(build()).train()
+    model = trained(build(conditioning=conditioning)).train()
     loss = R2idLoss(model, DiffusionConfig(), base_side=3.0, seed=0)
     loss(torch.randn(8, 4, 3, 3), torch.arange(8) % 3, torch.arange(8), step=0)[0].backward()
     assert model.condition.embedding.weight.grad.abs().sum(1).gt(0).sum() >= 3
@@ -134,3 +145,26 @@ def test_times_are_inside_and_centred(sampling):
     assert times.std() == pytest.approx(
         {"uniform": 12**-0.5, "logit_normal": 0.2083}[sampling], rel=0.02
     )
+
+
+def test_in_context_the_condition_reaches_tokens_by_attention_and_by_modulation():
+    """Each of the two ways alone makes a difference."""
+    model, x, half = trained(build()), torch.randn(1, 4, 3, 3), torch.tensor([0.5])
+    labels = [torch.tensor([label]) for label in (0, 1)]
+    with torch.no_grad():
+        modulated = model.condition_in.weight.clone()
+        model.condition_in.weight.zero_()
+        one, other = (model(x, half, label) for label in labels)
+        assert not torch.allclose(one, other, atol=1e-4)
+        model.condition_in.weight.copy_(modulated)
+        for block in model.decoder:
+            block.attention.out.weight.zero_()
+        one, other = (model(x, half, label) for label in labels)
+        assert not torch.allclose(one, other, atol=1e-4)
+
+
+def test_other_attention_takes_cross_conditioning():
+    assert R2idConfig(attention=["axial"]).conditioning == "cross"
+    assert R2idConfig(attention=["full"]).conditioning == "context"
+    with pytest.raises(ValueError, match=r"conditioning = 'context': .*must be 'cross'"):
+        R2idConfig(attention=("full", "tiled"), conditioning="context")

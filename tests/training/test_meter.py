@@ -56,10 +56,11 @@ def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
     hidden = 64  # two thirds of 3 · 32, to the next multiple of 32
     fourier = 8 * (r2id.fourier[1] - r2id.fourier[0] + 1)
     times = 2 * (r2id.time_fourier[1] - r2id.time_fourier[0] + 1)
-    own = tokens * (4 * width**2 + 3 * width * hidden + 2 * tokens * width)
-    modulations = 2 * 6 * width**2 + 9 * width**2 + 2 * width**2
-    conditions = r2id.condition_tokens
-    cross = tokens * 2 * width**2 + conditions * 2 * width**2 + 2 * tokens * conditions * width
+    seen = tokens + r2id.condition_tokens
+    encoder, decoder = (
+        count * (4 * width**2 + 3 * width * hidden + 2 * count * width) for count in (tokens, seen)
+    )
+    modulations = 3 * 6 * width**2 + width**2 + 2 * width**2  # blocks, the condition, the output
     ends = tokens * (3 + fourier) * width + tokens * width * 3 + times * width + width**2
     codec = 0
     if latents is None:
@@ -73,7 +74,7 @@ def test_cost_of_an_image_counted_by_hand(latents: str | None) -> None:
             + tokens * 3 * width * ffn
         )
         codec = pixels + block + tokens * width * 3
-    assert found == Cost(tokens, 2 * (3 * (3 * own + modulations + cross + ends) + codec))
+    assert found == Cost(tokens, 2 * (3 * (2 * encoder + decoder + modulations + ends) + codec))
 
 
 def test_rates_follow_from_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
