@@ -134,6 +134,11 @@ class Images:
     def size(self) -> Size:
         return self.tests.shape[2], self.tests.shape[3]
 
+    def mirror(self) -> None:
+        """Add the mirrored training images to the set, instead of mirroring at random."""
+        self.train = torch.cat([self.train, self.train.flip(-1)])
+        self.labels, self.flip = self.labels.repeat(2), False
+
     def batch(self, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Draw images with replacement; the same for everybody."""
         draws = rng.uniform(rng.fold(0, step, torch.arange(count)), 2)

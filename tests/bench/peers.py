@@ -10,7 +10,7 @@ configs/photos/small-riae.toml and small-r2id.toml (``r2id``); and R2ID in pixel
 peers-pixels-r2id.toml (``r2id-pixels``); both as configured, 30 steps. The convolutional
 autoencoder has the pixel loss and the latent noise of RIAE's config. A fifth of the seconds are
 the autoencoder's, where there is one, and encoding the images counts too. All see the same batches,
-keep averaged weights, and have learning rates that fall as the seconds end. R2ID on RIAE has the
+of photos and mirrored photos, keep averaged weights, and have learning rates that fall as the seconds end. R2ID on RIAE has the
 rates of its configs; the others get the best of three, by the loss after a fifth of the seconds,
 which are not counted. Seconds are those of the process, on one thread, while it trains.
 
@@ -100,8 +100,11 @@ class Bench:
         )
         pixels = configured(HERE / "peers-pixels-r2id.toml", options)
         self.shards, self.data = ShardSet.open(riae.data.shards), riae.data
+        images = Images(self.shards, riae.data)
+        if images.flip:
+            images.mirror()
         self.setup = Setup(
-            Images(self.shards, riae.data),
+            images,
             self.shards.num_classes,
             options.seconds,
             options.seed,
