@@ -8,11 +8,12 @@ DDIM in 50 steps (``unet``); diffusers' DiT on the latents of the plain convolut
 autoencoders.py, 30 steps (``dit``; both need ``pip install r2id[bench]``); R2ID on RIAE with
 configs/photos/small-riae.toml and small-r2id.toml (``r2id``); and R2ID in pixels with
 peers-pixels-r2id.toml (``r2id-pixels``); both as configured, 30 steps. The convolutional
-autoencoder has the pixel loss and the latent noise of RIAE's config. A fifth of the seconds are
-the autoencoder's, where there is one, and encoding the images counts too. All see the same batches,
-of photos and mirrored photos, keep averaged weights, and have learning rates that fall as the seconds end. R2ID on RIAE has the
-rates of its configs; the others get the best of three, by the loss after a fifth of the seconds,
-which are not counted. Seconds are those of the process, on one thread, while it trains.
+autoencoder has the pixel loss and the latent noise of RIAE's config. A fifth of the seconds are the
+autoencoder's, where there is one, and encoding the images counts too. All see the same batches, of
+photos and mirrored photos, keep averaged weights, and have learning rates that fall as the seconds
+end. R2ID on RIAE has the rates of its configs; the others get the best of three, by the loss after
+a fifth of the seconds, which are not counted. Seconds are those of the process, on one thread,
+while it trains.
 
 Each draws its samples with the guidance of 1, 1.5 and 2 that has the least Fréchet distance on a
 quarter of them. Samples of other sizes are drawn on a grid as much larger; by R2ID on RIAE also on
