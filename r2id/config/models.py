@@ -160,9 +160,6 @@ within tiles of the grid and a halo.
 """
 
 
-_ALL_FULL = (["full"], ("full",))
-
-
 class LevelConfig(Section):
     """A level of R2ID: a grid with twice the cells a side of the next one, and local attention."""
 
@@ -223,8 +220,12 @@ class R2idConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _cross_with_other_attention(cls, values: Any) -> Any:
-        kinds = values.get("attention", ["full"]) if isinstance(values, dict) else ["full"]
-        return values if tuple(kinds) == ("full",) else {"conditioning": "cross", **values}
+        if isinstance(values, dict) and values.get("attention", ["full"]) not in (
+            ["full"],
+            ("full",),
+        ):
+            return {"conditioning": "cross", **values}
+        return values
 
     @model_validator(mode="after")
     def _context_is_seen_by_all(self) -> R2idConfig:

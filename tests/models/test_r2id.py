@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from r2id.config import DiffusionConfig, R2idConfig
 from r2id.diffusion.denoising import draw_times
@@ -168,3 +169,6 @@ def test_other_attention_takes_cross_conditioning():
     assert R2idConfig(attention=["full"]).conditioning == "context"
     with pytest.raises(ValueError, match=r"conditioning = 'context': .*must be 'cross'"):
         R2idConfig(attention=("full", "tiled"), conditioning="context")
+    for wrong in (3, "axial", None):  # no kinds at all are an error of attention, not of this
+        with pytest.raises(ValidationError, match=r"attention\n"):
+            R2idConfig(attention=wrong)
