@@ -1,6 +1,7 @@
 """The benchmarks still start: measurements are repeated rarely, and renames would break them."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,17 @@ def test_every_benchmark_imports() -> None:
         cwd=BENCH,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["hourglass.py", "riae_scaling.py"])
+def test_how_time_grows_is_measured(script: str) -> None:
+    command = [sys.executable, BENCH / script, "--sides", "16", "32", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["side"] for row in found["rows"]] == [16, 32]
+    assert all(row["seconds"] > 0 for row in found["rows"])
 
 
 class Line(nn.Module):

@@ -9,16 +9,12 @@ those of a config, such as 'r2id.levels=[]' for a flat model. Its figures are un
 memory" in tests/bench/README.md.
 """
 
-import argparse
-import json
-import tempfile
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
+from measure import config_of, scaling_arguments, show_scaling
 
-from r2id.config import R2idRun, load_config
+from r2id.config import R2idRun
 from r2id.models.r2id import R2ID
 from r2id.training.losses.r2id import R2idLoss
 
@@ -39,22 +35,8 @@ levels = [{width = 32, blocks = 1}, {width = 64, blocks = 1}, {width = 96, block
 """
 
 
-def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--sides", nargs="+", type=int, default=[64, 128, 256, 512])
-    parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
-
-
 def made(overrides):
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "r2id.toml"
-        file.write_text(CONFIG)
-        config = load_config(file, overrides)
+    config = config_of(CONFIG, overrides)
     assert isinstance(config, R2idRun)
     torch.manual_seed(0)
     model = R2ID(config.r2id, config.data.channels, classes=10)
@@ -77,18 +59,11 @@ def seconds(loss, side, bfloat16):
 
 
 def main():
-    given = arguments()
+    given = scaling_arguments(__doc__, [64, 128, 256, 512])
     loss = made(given.overrides)
     seconds(loss, 32, given.bfloat16)
     rows = [{"side": side, "seconds": seconds(loss, side, given.bfloat16)} for side in given.sides]
-    sides, times = (np.log([row[name] for row in rows]) for name in ("side", "seconds"))
-    exponent = float(np.polyfit(2 * sides, times, 1)[0])
-    if given.json:
-        print(json.dumps({"rows": rows, "exponent": exponent}))
-        return
-    for row in rows:
-        print(f"{row['side']:5}²  {row['seconds']:8.3f} s")
-    print(f"time grows with pixels to the power {exponent:.3f}")
+    show_scaling(rows, given.json)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""What the benchmarks share: memory of a process, rate of a training step, children in turn."""
+"""What the benchmarks share: memory of a process, rate of a step, children in turn, scaling."""
 
+import argparse
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from r2id.config import Run, load_config
 
 HERE = Path(__file__).parent
 
@@ -86,3 +91,36 @@ def alternate(
             least = min(before["memory"], found["memory"])
             best[name] = (found if found["ms"] < before["ms"] else before) | {"memory": least}
     return best
+
+
+def scaling_arguments(words: str | None, sides: Sequence[int]) -> argparse.Namespace:
+    """Read the command line of a measurement at pictures of several sides."""
+    parser = argparse.ArgumentParser(
+        description=words, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--sides", nargs="+", type=int, default=sides)
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def config_of(text: str, overrides: Sequence[str]) -> Run:
+    """Read the TOML text of a config, with overrides."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.toml"
+        file.write_text(text)
+        return load_config(file, overrides)
+
+
+def show_scaling(rows: Sequence[Mapping[str, float]], as_json: bool) -> None:
+    """Print each row's side, seconds and, if measured, bytes; and how seconds grow with pixels."""
+    sides, seconds = (np.log([row[name] for row in rows]) for name in ("side", "seconds"))
+    exponent = float(np.polyfit(2 * sides, seconds, 1)[0])
+    if as_json:
+        print(json.dumps({"rows": rows, "exponent": exponent}))
+        return
+    for row in rows:
+        memory = f"  {row['bytes'] / 2**20:8.0f} MiB" if "bytes" in row else ""
+        print(f"{row['side']:5}²  {row['seconds']:8.3f} s{memory}")
+    print(f"time grows with pixels to the power {exponent:.3f}")

@@ -9,17 +9,12 @@ number of pixels, and at most 2 GiB at 1024×1024. Its figures are under "Speed 
 tests/bench/README.md.
 """
 
-import argparse
-import json
-import tempfile
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
-from measure import baseline, reset_peak, resident
+from measure import baseline, config_of, reset_peak, resident, scaling_arguments, show_scaling
 
-from r2id.config import RiaeRun, load_config
+from r2id.config import RiaeRun
 from r2id.models.riae import RIAE
 
 CONFIG = """
@@ -27,26 +22,21 @@ stage = "riae"
 run = "none"
 data = {shards = "none", channels = 3}
 train = {steps = 1}
-riae = {attention = "tiled", width = 128, pixel_width = 64, heads = 4, latent_channels = 16}
+
+[riae]
+kind = "attention"
+attention = "tiled"
+width = 128
+pixel_width = 64
+heads = 4
+encoder_blocks = 2
+decoder_blocks = 3
+latent_channels = 16
 """
 
 
-def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--sides", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
-    parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
-
-
 def made(overrides):
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "riae.toml"
-        file.write_text(CONFIG)
-        config = load_config(file, overrides)
+    config = config_of(CONFIG, overrides)
     assert isinstance(config, RiaeRun)
     torch.manual_seed(0)
     return RIAE(config.riae, config.data.channels).eval()
@@ -66,19 +56,11 @@ def measure(model, side, bfloat16):
 
 
 def main():
-    given = arguments()
+    given = scaling_arguments(__doc__, [64, 128, 256, 512, 1024])
     model = made(given.overrides)
     measure(model, 32, given.bfloat16)
     baseline()
-    found = [measure(model, side, given.bfloat16) for side in given.sides]
-    pixels, seconds = (np.log([row[name] for row in found]) for name in ("side", "seconds"))
-    exponent = float(np.polyfit(2 * pixels, seconds, 1)[0])
-    if given.json:
-        print(json.dumps({"rows": found, "exponent": exponent}))
-        return
-    for row in found:
-        print(f"{row['side']:5}²  {row['seconds']:8.3f} s  {row['bytes'] / 2**20:8.0f} MiB")
-    print(f"time grows with pixels to the power {exponent:.3f}")
+    show_scaling([measure(model, side, given.bfloat16) for side in given.sides], given.json)
 
 
 if __name__ == "__main__":
