@@ -137,8 +137,8 @@ class R2ID(nn.Module):
         tokens = self.token_in(torch.cat([rearrange(x, "b l h w -> b (h w) l"), place], dim=-1))
         time = self.time_in(_time_features(alpha_bar, self.config.time_fourier))
         tokens, middle, passed = self.levels.descend(tokens, time, grid)
-        count = len(self.encoder) + len(self.decoder)
-        mix = mixes(self.config, middle, count, x.device, cloud_key)
+        blocks = len(self.encoder) + len(self.decoder)
+        mix = mixes(self.config, middle, blocks, x.device, cloud_key)
         for number, block in enumerate(self.encoder):
             tokens = block(tokens, time, mix=mix[number])
         # From here on, the batch holds all samples under each of the conditions.

@@ -32,10 +32,10 @@ def encode(
     """Encode every image of the shards and write the latents to the cache ``out``.
 
     Images are prepared as for the RIAE's training, but whole, not in windows; if it was trained on
-    mirrored images, each is encoded mirrored too. Shards that an
-    earlier call has finished are kept. In a job of several processes (torchrun) each encodes its
-    share of the shards, on its own device. Returns the folder, the number of images and how many of
-    them were kept. Raises InputError when the RIAE, the shards and the cache do not fit together.
+    mirrored images, each is encoded mirrored too. Shards that an earlier call has finished are
+    kept. In a job of several processes (torchrun) each encodes its share of the shards, on its own
+    device. Returns the folder, the number of images and how many of them were kept. Raises
+    InputError when the RIAE, the shards and the cache do not fit together.
     """
     world = dist.init()
     checkpoint = Checkpoint.open(riae)
