@@ -282,9 +282,9 @@ def latent_loader(
 ) -> Iterator[list[MicroBatch]]:
     """Yield latents of the same samples in the same order as r2id.data.loader.image_loader.
 
-    Micro-batches have ``"latent"``, float32 [b, L, h, w], not normalised, in place of "image".
+    Micro-batches have ``"latent"``, float32 [b, L, h, w], not normalised, in place of "image". The
+    cache must be of images that were prepared as ``data`` says, see LatentCache.check.
     """
-    cache.check(data)
     samples = shards.split(split)
     plan = RankPlan.of(samples, data, shards.digest, seed, batch, micro_batch, rank, world_size)
     steps = StepDataset(plan, samples, "latent", cache.split(split, samples.shard, data.flip))

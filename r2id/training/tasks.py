@@ -196,6 +196,8 @@ class R2idTask(Task):
             if config.data.latents is not None
             else None
         )
+        if self.cache is not None:
+            self.cache.check(config.data)
         check_depth(config, self.codec.grid_for(_median(sizes)))
         self.facts = self._find_facts(sizes)
         model = R2ID.of(config.r2id, self.facts)

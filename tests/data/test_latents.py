@@ -119,7 +119,7 @@ def test_mirroring_takes_a_cache_of_mirrored_images(mixed, data, tmp_path):
     cache = LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
     assert "mirrored" not in (tmp_path / "cache" / MANIFEST).read_text()  # as in older caches
     with pytest.raises(InputError, match=r"flip = True: .*cache holds no latents of mirrored"):
-        latent_loader(cache, mixed, data.model_copy(update={"flip": True}), **ARGUMENTS)
+        cache.check(data.model_copy(update={"flip": True}))
     with pytest.raises(InputError, match="mirrored is False, not True"):
         writer_of(tmp_path / "cache", mixed, data.model_copy(update={"flip": True}))
 
@@ -206,7 +206,7 @@ def test_a_stale_cache_is_refused_with_the_reason(mixed, data, tmp_path):
     cache = LatentCache.open(folder, CODEC, mixed.digest)
     for change in ({"size": (4, 4)}, {"max_pixels": 60}, {"channels": 3}):
         with pytest.raises(InputError, match=rf"\({next(iter(change))} is "):
-            latent_loader(cache, mixed, data.model_copy(update=change), **ARGUMENTS)
+            cache.check(data.model_copy(update=change))
 
 
 def test_damage_is_noticed(mixed, data, tmp_path):

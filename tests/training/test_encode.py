@@ -1,10 +1,15 @@
-"""A latent cache written by several processes is the one written by one."""
+"""A latent cache written by several processes is the one written by one; which runs it is for."""
 
 from contextlib import closing
 
+import pytest
+
 from data_prep.prepare import prepare
-from r2id.config import PrepareConfig
+from r2id.config import PrepareConfig, load_config
+from r2id.errors import InputError
 from r2id.training.encode import encode
+from r2id.training.loop import train
+from tests.conftest import CONFIGS
 from tests.training import children
 from tests.training.children import Ranks
 
@@ -36,3 +41,21 @@ def test_two_processes_write_the_same_cache(riae_run, tmp_path):
         for name in ("one", "two")
     ]
     assert len(files[0]) > 8 and files[0] == files[1]
+
+
+def test_a_run_that_its_cache_is_not_for_leaves_nothing_behind(riae_run, tmp_path):
+    prepare(PrepareConfig(dataset="digits", out=tmp_path / "digits"))
+    encode(riae_run, tmp_path / "digits", tmp_path / "latents")
+    config = load_config(
+        CONFIGS / "digits" / "r2id.toml",
+        [
+            f"run={tmp_path / 'run'}",
+            f"codec={riae_run}",
+            f"data.shards={tmp_path / 'digits'}",
+            f"data.latents={tmp_path / 'latents'}",
+            "data.flip=true",
+        ],
+    )
+    with pytest.raises(InputError, match=r"flip = True: .*latents holds no latents of mirrored"):
+        train(config)
+    assert not (tmp_path / "run").exists()
