@@ -48,6 +48,16 @@ def test_a_table_under_old_names_is_read_and_told(capsys):
     assert len(told) == len(OLD) - 1 and all(line.startswith("old.toml: ") for line in told)
 
 
+def test_a_checkpoint_without_a_setting_has_the_kind_of_model_that_there_was_then():
+    saved = {"riae": {"width": 32}, "r2id": {"width": 32, "attention": ["full"]}}
+    renewed = renew_config(saved)
+    assert renewed["riae"] == {"width": 32, "kind": "attention"}
+    assert renewed["r2id"] == {"width": 32, "attention": ["full"], "conditioning": "cross"}
+    later = {"riae": {"kind": "lattice"}, "r2id": {"conditioning": "context"}}
+    assert renew_config(later) == later
+    assert renew_config(saved, where="a person's.toml") == saved
+
+
 def test_overrides_under_old_names_win_over_tables_under_new_ones(capsys):
     config = parse_config(
         {**RUN, "stage": "riae", "riae": {"kind": "attention", "downsample": 2.0}},
