@@ -1,26 +1,27 @@
 """One seed, one picture: noise is a field over the image, which every grid averages in its cells.
 
-Shape letters: B samples · L channels · h, w grid · R side of the field's finest level.
+Shape letters: B samples · L channels · h, w grid · R positions of the field along an axis · I, J
+basis functions down and across.
 
-White noise on the unit square is refined level by level, as in a Haar wavelet basis: a cell of side
-2⁻ˡ holds a standard normal value, which with three more draws becomes its four quarters'. A grid's
-cell sums the finest cells within it, so its values are independent standard normals, and a finer
-grid's, averaged over a coarser cell and rescaled, are the coarser grid's: exactly where the grids
-nest, and within the rounding of edges to the finest cells elsewhere.
+The field is white noise on R×R positions, given by standard normal coefficients of products of two
+Haar functions, one down and one across. A coefficient depends on the sample and on the numbers of
+its two functions alone; more positions only add functions of finer detail. A grid's cell sums the
+positions within it, so its values are independent standard normals, and a finer grid's, averaged
+over a coarser cell and rescaled, are the coarser grid's: exactly where the grids nest, and within
+the rounding of edges to positions elsewhere.
 """
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from r2id import rng
 
-# Cells per side of the finest level, at least. Grids of up to 32 cells share one field this way.
-_FINEST_SIDE = 128
-# Finest cells per side of a grid's cell, at least: edges are rounded to a fraction of a cell.
-_FINEST_PER_CELL = 4
+# Positions along an axis, at least. Grids of up to 64 cells share one field this way.
+_POSITIONS = 256
+# Positions of a cell along an axis, at least: edges are rounded to a fraction of a cell.
+_POSITIONS_PER_CELL = 4
 
 
 def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tensor:
@@ -29,48 +30,44 @@ def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tenso
     A sample's noise depends on its key alone, not on the batch or the number of devices. Grids of
     other sizes see the same field.
     """
-    # 2^levels, the finest side, is the smallest power of 2 that is not below either number.
-    levels = (max(_FINEST_SIDE, _FINEST_PER_CELL * max(grid)) - 1).bit_length()
-    field = rng.normal(rng.fold(rng_keys, 0), channels, 1, 1)
-    for level in range(levels):
-        field = _refine(field, rng.fold(rng_keys, level + 1))
-    return _cells(_cells(field, grid[0], dim=2), grid[1], dim=3)
-
-
-def _refine(field: Tensor, rng_keys: Tensor) -> Tensor:
-    """Invert an orthonormal Haar transform with random details: [B, L, R, R] → [B, L, 2R, 2R]."""
-    # A quarter is (value ± details)/2, a sum of four independent normals: its variance is 1 again.
-    # The signs are the rows of an orthogonal matrix, so the quarters are independent, and their sum
-    # is twice the value.
-    channels, side = field.shape[1:3]
-    details = rng.normal(rng_keys, channels, side, side, 3)
-    across, down, both = details.unbind(-1)
-    quarters = torch.stack(
-        [
-            field + across + down + both,
-            field - across + down - both,
-            field + across - down - both,
-            field - across - down + both,
-        ]
+    positions = max(_POSITIONS, _POSITIONS_PER_CELL * max(grid))
+    levels = (positions - 1).bit_length()  # R = 2^levels, the next power of 2
+    (rows, down), (columns, across) = (_haar_sums(count, levels) for count in grid)
+    rows, down, columns, across = (
+        part.to(rng_keys.device) for part in (rows, down, columns, across)
     )
-    return rearrange(quarters, "(i j) b l h w -> b l (h i) (w j)", i=2) / 2
+    keys = rng.fold(rng.fold(rng_keys.unsqueeze(1), rows).unsqueeze(2), columns)
+    coefficients = rng.normal(keys, channels).permute(0, 3, 1, 2)
+    # As matrices of one sample and channel each, whose products round alike in any batch.
+    batch = coefficients.shape[:2]
+    return down.expand(*batch, -1, -1) @ coefficients @ across.T.expand(*batch, -1, -1)
 
 
-def _cells(field: Tensor, count: int, dim: int) -> Tensor:
-    """Sum runs of the finest cells into ``count`` cells along one axis, rescaled to variance 1."""
-    side = field.shape[dim]
-    # In float64 on the CPU: edges must be the same on every device.
-    edges = (
-        torch.round(torch.arange(count + 1, dtype=torch.float64) * side / count)
-        .long()
-        .to(field.device)
-    )
-    owner = torch.bucketize(torch.arange(side, device=field.device), edges[1:], right=True)
-    shape = [*field.shape]
-    shape[dim] = count
-    summed = torch.zeros(shape, dtype=field.dtype, device=field.device).index_add_(
-        dim, owner, field
-    )
+def _haar_sums(cells: int, levels: int) -> tuple[Tensor, Tensor]:
+    """Sum each Haar function over each cell of an axis, rescaled so that sums have variance 1.
+
+    Returns the numbers of the functions that sum to something in some cell, int64 [I], and the
+    sums, float32 [cells, I]. Most functions lie within one cell, where they sum to 0.
+
+    Function 0 is constant; function 2^l + k is positive on the first half of the k-th of 2^l equal
+    parts of the axis, negative on its second half, and 0 elsewhere. All have a squared sum of 1.
+    """
+    # On the CPU, with whole numbers wherever a sum must be exactly 0.
+    side = 1 << levels
+    edges = torch.round(torch.arange(cells + 1, dtype=torch.float64) * side / cells).long()
+    first, last = edges[:-1, None], edges[1:, None]
+    number = torch.arange(1, side)
+    level = torch.cat([torch.full((1 << power,), power) for power in range(levels)])
+    half = side >> (level + 1)  # positions of half a part
+    begin = (number - (1 << level)) * 2 * half
+
+    def overlap(start: Tensor) -> Tensor:
+        return (torch.minimum(last, start + half) - torch.maximum(first, start)).clamp(min=0)
+
+    signed = overlap(begin) - overlap(begin + half)
+    used = (signed != 0).any(0)
+    constant = (last - first) / side**0.5
+    sums = torch.cat([constant, signed[:, used] / (2 * half[used]).sqrt()], dim=1)
+    numbers = torch.cat([torch.zeros(1, dtype=torch.int64), number[used]])
     # A sum of n independent standard normals has variance n.
-    lengths = (edges[1:] - edges[:-1]).to(field.dtype)
-    return summed / lengths.sqrt().view([-1 if axis == dim else 1 for axis in range(field.dim())])
+    return numbers, (sums / (last - first).sqrt()).float()
