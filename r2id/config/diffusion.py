@@ -48,7 +48,7 @@ class DiffusionConfig(Section):
 class SamplerConfig(Section):
     """How one sample is computed."""
 
-    steps: int = Field(default=30, ge=1)
+    steps: int = Field(default=20, ge=1)
     """Steps of the solver."""
     guidance: float = Field(default=2.0, ge=0)
     """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""
@@ -58,11 +58,14 @@ class SamplerConfig(Section):
     )
     """Range of times in which guidance applies, from 0 (data) to 1 (noise); at other times the
     scale is 1 (Kynkäänniemi et al. 2024)."""
-    solver: Solver = "ddim"
-    """Numerical method of the steps: DDIM (Song et al. 2021), DPM-Solver++ 2M (Lu et al. 2022),
-    Euler, or Heun, which evaluates the network twice per step."""
     eta: float = Field(default=0.0, ge=0, le=1)
-    """Share of fresh noise in the steps of ddim: 0 is deterministic, 1 is ancestral sampling."""
+    """Share of fresh noise in the steps of solver ddim: 0 is none, 1 is ancestral sampling."""
+    solver: Solver = Field(
+        default_factory=lambda settings: "ddim" if settings.get("eta") else "dpmpp_2m"
+    )
+    """Numerical method of the steps: DPM-Solver++ 2M (Lu et al. 2022), which needs the fewest; DDIM
+    (Song et al. 2021), Euler, or Heun, which evaluates the network twice per step. Where only eta
+    is set, it is ddim."""
 
     @model_validator(mode="after")
     def _solver_options(self) -> Self:
