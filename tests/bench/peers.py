@@ -5,9 +5,9 @@
 
 Compared are diffusers' UNet2DModel in pixels, trained and sampled as in its authors' course, by
 DDIM in 50 steps (``unet``); diffusers' DiT on the latents of the plain convolutional autoencoder of
-autoencoders.py, 30 steps (``dit``; both need ``pip install r2id[bench]``); R2ID on RIAE with
+autoencoders.py (``dit``; both need ``pip install r2id[bench]``); R2ID on RIAE with
 configs/photos/small-riae.toml and small-r2id.toml (``r2id``); and R2ID in pixels with
-peers-pixels-r2id.toml (``r2id-pixels``); both as configured, 30 steps. The convolutional
+peers-pixels-r2id.toml (``r2id-pixels``); these three by DPM-Solver++ in 20 steps. The convolutional
 autoencoder has the pixel loss and the latent noise of RIAE's config. A fifth of the seconds are the
 autoencoder's, where there is one, and encoding the images counts too. All see the same batches, of
 photos and mirrored photos, keep averaged weights, and have learning rates that fall as the seconds
@@ -15,7 +15,7 @@ end. R2ID on RIAE has the rates of its configs; the others get the best of three
 a fifth of the seconds, which are not counted. Seconds are those of the process, on one thread,
 while it trains.
 
-Each draws its samples with the guidance of 1, 1.5 and 2 that has the least Fréchet distance on a
+Each draws its samples with the guidance of 1, 1.5, 2 and 3 that has the least Fréchet distance on a
 quarter of them. Samples of other sizes are drawn on a grid as much larger; by R2ID on RIAE also on
 the trained grid, decoded at the size; and beside them stand those of 32×32, resized bicubically.
 The floor is what real training images have, resized in the same way.
@@ -63,7 +63,7 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs" / "photos"
 SIZES: tuple[Size, ...] = ((48, 48), (64, 64), (48, 32), (32, 48))
 """Other sizes than the trained one."""
-GUIDANCES = (1.0, 1.5, 2.0)
+GUIDANCES = (1.0, 1.5, 2.0, 3.0)
 BICUBIC = "bicubic"
 SHOWN = 10  # samples of a row in the picture
 
