@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -250,7 +249,9 @@ class Zip:
         try:
             with archive.open(member) as file:
                 data = file.read(size + 1)
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile and its decompressors fail in many ways on damage
             raise ValueError(f"cannot be read: {error}") from None
         if len(data) != size:
             raise ValueError(f"{len(data)} bytes, not the {size} that the archive states")

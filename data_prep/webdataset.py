@@ -273,7 +273,10 @@ def _meta(members: dict[str, bytes]) -> dict[str, Any]:
     """Parse a sample's annotations: the JSON's fields, and the text as its "caption"."""
     meta: dict[str, Any] = {}
     if "json" in members:
-        content = json.loads(members["json"])
+        try:
+            content = json.loads(members["json"])
+        except RecursionError:
+            raise ValueError("its JSON is nested too deeply") from None
         meta |= content if isinstance(content, dict) else {"json": content}
     if "txt" in members:
         meta["caption"] = members["txt"].decode()

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from r2id.data.pixels import decoding, flatten, load_upright, open_header, orientation_of
 
 Extension = Literal["jpg", "png", "webp"]
 
@@ -27,9 +25,6 @@ _EXTENSIONS: dict[str | None, Extension] = {
     "PNG": "png",
     "WEBP": "webp",
 }
-_ORIENTATION = 0x0112  # number of the EXIF tag
-_MOST_PIXELS = 400_000_000  # where the caller sets no limit; 1.2 GB when decoded
-Image.MAX_IMAGE_PIXELS = None  # the limits here are checked instead of Pillow's own
 _JPEG_MARGIN = 2  # a JPEG is decoded at a fraction only if that is this many times the size needed
 
 
@@ -71,19 +66,19 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageFacts:
     Raises ValueError with the reason when it cannot be decoded, or when its header states more than
     ``max_pixels`` pixels; such an image is not decoded.
     """
-    image, facts = _open(data, max_pixels)
-    image.close()
-    return facts
+    with decoding():
+        return _open(data, max_pixels)[1]
 
 
 def decode(data: bytes, channels: int | None = None) -> np.ndarray:
     """Decode image bytes to uint8 [H, W, C], upright.
 
     C is ``channels`` (1 or 3); None takes 1 for greyscale images and 3 for others. Transparent
-    pixels are blended with white, 16-bit values keep their upper eight bits. Raises ValueError with
-    the reason when the bytes are no readable image.
+    pixels are blended with white; values of more bits keep the upper eight (see r2id.data.pixels).
+    Raises ValueError with the reason when the bytes are no readable image.
     """
-    return to_array(_convert(_open(data)[0], channels))
+    with decoding():
+        return to_array(flatten(_open(data)[0], channels))
 
 
 @dataclass(frozen=True)
@@ -106,23 +101,21 @@ def decode_view(data: bytes, channels: int, view: View) -> np.ndarray:
     not scaled is cut out unchanged. A JPEG more than twice as large as needed is decoded at 1/2,
     1/4 or 1/8 of its size, which leaves out high frequencies and saves most of the time.
     """
-    with _as_value_error():
-        image = _open_header(data)
-        orientation = _orientation(image)
-        height, width = image.size if orientation > 4 else image.size[::-1]  # 5 to 8 swap the sides
+    with decoding():
+        image = open_header(data)
+        full = image.size
+        extent: tuple[float, float] | None = None
+        if image.format == "JPEG" and orientation_of(image) == 1:
+            scale = view.scale or max(view.height / image.height, view.width / image.width)
+            needed = [math.ceil(_JPEG_MARGIN * side * scale) for side in full]
+            reduced = image.draft(None, (needed[0], needed[1]))
+            extent = reduced[1][2:] if reduced else None
+        upright = flatten(load_upright(image), channels)
+        width, height = full if extent else upright.size
         scale = view.scale or max(view.height / height, view.width / width)
-        extent: tuple[float, float] = (width, height)
-        if orientation == 1 and image.format == "JPEG":
-            needed = (
-                math.ceil(_JPEG_MARGIN * width * scale),
-                math.ceil(_JPEG_MARGIN * height * scale),
-            )
-            reduced = image.draft(None, needed)
-            extent = reduced[1][2:] if reduced else extent
-        image.load()
-        upright = _convert(_turn_upright(image), channels)
+        extent = extent or upright.size
         shown = _cut(upright, extent, view, extent[0] / width / scale)
-    return to_array(ImageOps.mirror(shown) if view.mirrored else shown)
+        return to_array(ImageOps.mirror(shown) if view.mirrored else shown)
 
 
 def _cut(image: Image.Image, extent: tuple[float, float], view: View, shrink: float) -> Image.Image:
@@ -153,100 +146,24 @@ def encode_png(array: np.ndarray) -> bytes:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode a Pillow image as PNG; modes that PNG lacks are converted to RGB."""
+    """Encode a Pillow image as PNG; modes that PNG lacks are converted to grey or RGB."""
     buffer = io.BytesIO()
-    modes = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
-    (image if image.mode in modes else image.convert("RGB")).save(buffer, format="PNG")
+    if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        image.save(buffer, format="PNG")
+    else:  # a profile of other colours, such as those of printers, would no longer fit
+        flatten(image, None).save(buffer, format="PNG", icc_profile=None)
     return buffer.getvalue()
 
 
 def as_png(data: bytes) -> bytes:
     """Convert an image to an upright PNG, if shards do not store its format (BMP, TIFF, …)."""
-    return png_bytes(_open(data)[0])
+    with decoding():
+        return png_bytes(_open(data)[0])
 
 
 def _open(data: bytes, max_pixels: int | None = None) -> tuple[Image.Image, ImageFacts]:
     """Decode an image, turn it upright and return it with its facts."""
-    with _as_value_error():
-        image = _open_header(data, max_pixels)
-        image.load()
-        upright = _turn_upright(image)
-    return upright, ImageFacts(
-        _EXTENSIONS.get(image.format), upright.height, upright.width, image.mode
-    )
-
-
-@contextmanager
-def _as_value_error() -> Iterator[None]:
-    """Turn every error that Pillow raises for damaged files into a ValueError with the reason."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF, which is harmless here
-            yield
-    except Image.UnidentifiedImageError:
-        raise ValueError("not an image of a known format") from None
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        KeyError,
-        IndexError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        struct.error,
-    ) as error:
-        raise ValueError(f"not a readable image: {error}") from None
-
-
-def _open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
-    """Open an image and check its size before its pixels are decoded."""
-    image = Image.open(io.BytesIO(data))
-    if image.height < 1 or image.width < 1:
-        raise ValueError(f"an image of {image.height}x{image.width} pixels has none")
-    limit = max_pixels or _MOST_PIXELS
-    if image.height * image.width > limit:
-        raise ValueError(
-            f"an image of {image.height}x{image.width} pixels, more than the {limit} allowed"
-        )
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; an unreadable one counts as 1, upright."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # corrupt EXIF fails in many ways, and the pixels are fine
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-
-
-def _convert(image: Image.Image, channels: int | None) -> Image.Image:
-    """Convert an image to mode L or RGB; see ``decode``."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
-            raise ValueError("an image with pixels that are not finite")
-        image = Image.fromarray(_upper_byte(values))
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = _over_white(image)
-    gray = image.mode in ("1", "L") if channels is None else channels == 1
-    mode = "L" if gray else "RGB"
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _upper_byte(values: np.ndarray) -> np.ndarray:
-    """Convert 16-bit values, which Pillow may hold in 32 bits, to uint8."""
-    return (np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    """Blend an image with white where it is transparent."""
-    gray = image.mode in ("L", "LA", "La")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    flat = Image.alpha_composite(white, image.convert("RGBA"))
-    return flat.convert("L" if gray else "RGB")
+    image = open_header(data, max_pixels)
+    mode = image.mode
+    upright = load_upright(image)
+    return upright, ImageFacts(_EXTENSIONS.get(image.format), upright.height, upright.width, mode)

@@ -179,6 +179,24 @@ def test_a_bit_in_a_zip_members_content_is_a_row(tmp_path):
     assert list(rejected(tmp_path / "set")) == [info.filename]
 
 
+@pytest.mark.parametrize(
+    "packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+def test_a_damaged_member_of_a_zip_is_a_row(tmp_path, packing):
+    """Whatever decompressor it takes."""
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w", packing) as archive:
+        for name, data in IMAGES.items():
+            archive.writestr(name, data)
+        info = archive.infolist()[4]
+    start = info.header_offset + 30 + len(info.filename)
+    for place in range(8, min(info.compress_size, 40), 8):
+        flip(tmp_path / "pets.zip", start + place)
+        out = tmp_path / f"set{place}"
+        make("folder", out, tmp_path / "pets.zip")
+        assert list(rejected(out)) == [info.filename]
+        flip(tmp_path / "pets.zip", start + place)
+
+
 @pytest.mark.parametrize("name", ["pets.tar", "pets.zip"])
 def test_an_archive_that_changes_after_the_plan(tmp_path, name):
     next(write for known, write in ARCHIVES.values() if known == name)(tmp_path / name)

@@ -123,15 +123,17 @@ def test_samples_that_are_none(tmp_path):
             {"__key__": "two", "png": picture(2), "jpg": picture(2, "JPEG")},
             {"__key__": "text", "jpg": b"no picture"},
             {"__key__": "json", "jpg": picture(3, "JPEG"), "json": b"{"},
+            {"__key__": "deep", "jpg": picture(4, "JPEG"), "json": b"[" * 100_000},
         ],
     )
     shards = make("webdataset", tmp_path / "set", tmp_path / "in")
-    assert len(shards.split("train")) == 1 and shards.manifest.rejects == 4
+    assert len(shards.split("train")) == 1 and shards.manifest.rejects == 5
     table = (tmp_path / "set/rejects.csv").read_text()
     assert (
         "empty,a sample with no image" in table and '"a sample with 2 images (jpg, png)"' in table
     )
     assert "text.jpg,not an image" in table and "json.jpg,Expecting property name" in table
+    assert "deep.jpg,its JSON is nested too deeply" in table
 
 
 def test_a_set_of_our_own_keeps_its_attributes(tmp_path):
