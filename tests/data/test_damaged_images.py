@@ -60,18 +60,19 @@ def damage(data, generator):
     return found.tobytes()
 
 
-@pytest.mark.parametrize("lost", [80, 400])
-def test_a_decoder_that_fails_in_a_way_of_its_own(tmp_path, lost):
+def test_a_decoder_that_fails_in_a_way_of_its_own(tmp_path):
     """Pillow's AVIF decoder raises RuntimeError, and not what it raises for other formats."""
     if not features.check("avif"):
         pytest.skip("this Pillow decodes no AVIF")
-    down, across = np.mgrid[0:255:128j, 0:255:128j]
-    waves = 127 * (1 + np.sin(9 * down * across / 255**2))
+    down, across = np.mgrid[0:128, 0:128] / 128
+    colours = [255 * down, 255 * across, 127 * (1 + np.sin(9 * down * across))]
     file = io.BytesIO()
-    Image.fromarray(np.stack([down, across, waves], -1).astype(np.uint8)).save(file, "AVIF")
+    Image.fromarray(np.stack(colours, -1).astype(np.uint8)).save(file, "AVIF")
+    data = file.getvalue()
+    left = len(data) * 9 // 10
     write_images(tmp_path / "in", [f"{number}.png" for number in range(3)])
-    (tmp_path / "in/zeros.jpg").write_bytes(file.getvalue()[:-lost] + bytes(lost))
-    (tmp_path / "in/whole.jpg").write_bytes(file.getvalue())
+    (tmp_path / "in/zeros.jpg").write_bytes(data[:left] + bytes(len(data) - left))
+    (tmp_path / "in/whole.jpg").write_bytes(data)
     shards = make("folder", tmp_path / "set", tmp_path / "in")
     assert sum(shards.summary()["samples"].values()) == 4
     reasons = rejected(tmp_path / "set")
