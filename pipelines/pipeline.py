@@ -26,6 +26,7 @@ from pipelines.preparation import check_engine, prepare_flow
 from r2id.config import (
     PipelineRun,
     R2idRun,
+    RiaeRun,
     SampleConfig,
     StageConfig,
     change,
@@ -33,7 +34,7 @@ from r2id.config import (
     override,
 )
 from r2id.errors import InputError, Stopped
-from r2id.files import write_atomic
+from r2id.files import exclusive, write_atomic
 from r2id.progress import duration, say
 
 
@@ -59,7 +60,24 @@ class Pipeline:
             config.r2id,
             {"run": self.r2id, "codec": self.riae, "data.latents": self.latents},
         )
+        self._check_riae_in_use()
         self.record = self._read_record()
+
+    def _check_riae_in_use(self) -> None:
+        """Raise InputError when the RIAE would be trained under latents and an R2ID that use it."""
+        users = [path for path in (self.latents, self.r2id / "checkpoints") if path.is_dir()]
+        users = [path for path in users if any(path.iterdir())]
+        riae = load_config(*self.riae_stage)
+        assert isinstance(riae, RiaeRun)
+        steps, done = riae.train.steps, newest_step(self.riae)
+        if not users or done >= steps:
+            return
+        names = " and ".join(str(path) for path in (self.latents, self.r2id) if path.exists())
+        raise InputError(
+            f"riae.train.steps = {steps}: {self.riae} is at step {done}, and training it on would "
+            f"invalidate {names}, which were made with it as it is: remove them to make them anew "
+            f"afterwards, or choose another out, or keep riae.train.steps={done}"
+        )
 
     def _stage(
         self, kind: str, stage: StageConfig, paths: Mapping[str, Path]
@@ -182,6 +200,12 @@ class Pipeline:
             )
 
 
+def newest_step(run: Path) -> int:
+    """Return the step of a run's newest checkpoint, 0 without one."""
+    folders = (run / "checkpoints").glob("step-*/checkpoint.json")
+    return max((int(file.parent.name.removeprefix("step-")) for file in folders), default=0)
+
+
 def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
     """Run everything that is not done yet.
 
@@ -191,7 +215,7 @@ def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
     """
     Pipeline(config, base)  # reports mistakes in the configs before anything is started
     check_engine(config.prepare)
-    with prefect_ready():
+    with exclusive(config.out), prefect_ready():
         return pipeline_flow(config, base)
 
 

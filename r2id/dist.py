@@ -10,14 +10,18 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as group
 from torch import Tensor
 
-from r2id.errors import InputError
+from r2id import files
+from r2id.errors import InputError, WorkError
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,25 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     group.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Have this job be the only one that works in a folder, within this block; see files.exclusive.
+
+    Every rank calls it, and all get the same error.
+    """
+    with ExitStack() as stack:
+        failure: Exception | None = None
+        if is_main():
+            try:
+                stack.enter_context(files.exclusive(folder))
+            except (InputError, WorkError) as error:
+                failure = error
+        failure = broadcast_object(failure)
+        if failure is not None:
+            raise failure
+        yield
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

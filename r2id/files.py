@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from r2id.errors import WorkError
+from r2id.errors import InputError, WorkError
 
 TEMPORARY = ".tmp"
 """Ending of the names of files that are not complete yet."""
@@ -66,6 +67,49 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Be the only process that works in a folder, within this block. Makes it if it is missing.
+
+    Raises WorkError at once when another process does, and when the folder cannot be made. The lock
+    is the system's, on the folder itself, and ends with the process, however that dies. On a file
+    system that knows no locks there is none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: exists and is no folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise WorkError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    _held.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkError(
+                f"{folder}: another process is at work there; wait for its end, or choose another "
+                "folder"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _let_go() -> None:
+    """Close locks in a forked process: they are its parent's, and must end with that one."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+_held: set[int] = set()
+os.register_at_fork(after_in_child=_let_go)
 
 
 def sweep(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from r2id import cli
 from r2id.config import load_config
 
 torch.set_num_threads(1)
@@ -149,3 +151,20 @@ def r2id_run(digits, riae_run, latents, build_once) -> Path:
         train(load_config(CONFIGS / "digits" / "r2id.toml", overrides))
 
     return build_once("r2id", build) / "run"
+
+
+@pytest.fixture
+def r2id(monkeypatch, capfd):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["r2id", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, errors = capfd.readouterr()
+        return code, out, errors
+
+    return run

@@ -7,28 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
-from r2id import cli
 from r2id.cli.options import parse_size
 from r2id.errors import InputError
 from tests.conftest import CONFIGS, TINY_RIAE
-
-
-@pytest.fixture
-def r2id(monkeypatch, capfd):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["r2id", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        out, errors = capfd.readouterr()
-        return code, out, errors
-
-    return run
-
 
 COMMANDS = [
     "prepare",

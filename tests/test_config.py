@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from r2id.config import (
+    EvaluateConfig,
     PipelineRun,
     RiaeRun,
+    SampleConfig,
+    build,
     load_config,
     override,
     parse_config,
@@ -68,6 +71,11 @@ def test_stage_overrides_in_a_pipeline():
         ("engine.zero_stage=4", ["engine.zero_stage = 4", "0, 1, 2 or 3"]),
         ("train.steps.deep=4", ["train.steps.deep=4", "steps"]),
         ("nothing", ["'nothing'", "section.key=value"]),
+        ("optim.lr=inf", ["optim.lr = inf", "finite"]),
+        ("optim.clip=nan", ["optim.clip = nan", "finite"]),
+        ("train.stall_seconds=inf", ["train.stall_seconds = inf", "finite"]),
+        (f"seed={2**63}", [f"seed = {2**63}", str(2**63 - 1)]),
+        ("optim.lr=1e-5", ["optim.lr_end = 0.0001", "at most lr = 1e-05"]),
     ],
 )
 def test_mistakes_are_named_in_one_line(override, words):
@@ -76,6 +84,39 @@ def test_mistakes_are_named_in_one_line(override, words):
     text = str(caught.value)
     assert "\n" not in text
     assert all(word in text for word in words), text
+
+
+def test_an_unknown_key_is_named_before_what_is_missing():
+    """A key may be missing because it is misspelt."""
+    for misspelt, place in (("stpes", "train"), ("sards", "data")):
+        right = {"stpes": "steps", "sards": "shards"}[misspelt]
+        changed = table()
+        changed[place] = {misspelt: changed[place][right]}
+        with pytest.raises(InputError) as caught:
+            parse_config(changed)
+        text = str(caught.value)
+        assert text.startswith(f"config: {place}.{misspelt}: unknown key; did you mean {right!r}?")
+        assert text.endswith(f"; missing: {place}.{right}") and "\n" not in text
+    with pytest.raises(InputError, match=r"config: data\.shards, train\.steps: missing, without"):
+        parse_config({"stage": "riae", "run": "x", "data": {}, "train": {}})
+
+
+@pytest.mark.parametrize("section", ["sample", "evaluate"])
+def test_samples_have_seeds_and_guidance_within_their_range(section):
+    schema = {"sample": SampleConfig, "evaluate": EvaluateConfig}[section]
+    last = 2**63 - 1
+    count = {"count": 3, **({"invariance_count": 2} if section == "evaluate" else {})}
+    assert build(schema, {"seed": last - 2, **count}).seed == last - 2
+    for values, words in (
+        ({"seed": last - 1, **count}, f"seed = {last - 1}: must be at most {last - 2} for 3"),
+        ({"seed": last + 1}, f"seed = {last + 1}: .*{last}"),
+        ({"seed": -1}, "seed = -1: .*0"),
+        ({"guidance": 1e38}, r"guidance.* = 1e\+38: .*100"),
+        ({"guidance": float("inf")}, "guidance.* = inf: .*finite"),
+        ({"guidance": float("nan")}, "guidance.* = nan: .*finite"),
+    ):
+        with pytest.raises(InputError, match=words):
+            build(schema, values)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import stat
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch
 from PIL import Image
 
 from r2id.errors import InputError, WorkError
-from r2id.files import TEMPORARY, atomic_file, sweep, write_atomic, write_json
+from r2id.files import TEMPORARY, atomic_file, exclusive, sweep, write_atomic, write_json
 from r2id.images import encode_png, psnr, read_image, resize, save_png, to_float, to_uint8
+from tests.forked import FORKED
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -100,3 +103,41 @@ def test_resizing_is_not_clipped_and_float32() -> None:
 def test_psnr_of_known_errors() -> None:
     found = psnr(torch.tensor([4.0, 0.04, 0.0]))
     torch.testing.assert_close(found, torch.tensor([0.0, 20.0, 106.0206]))
+
+
+def work_in(folder: Path, ready: Path, with_child: bool) -> None:
+    """Hold a folder until killed; with a forked child, as loader processes are."""
+    with exclusive(folder):
+        child = os.fork() if with_child else None
+        if child != 0:
+            ready.write_text(str(child or 0))
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("with_child", [False, True])
+def test_a_folder_has_one_process_at_work(tmp_path: Path, with_child: bool) -> None:
+    """A second one is told at once; a killed one holds it no longer, even if its child lives."""
+    folder, ready = tmp_path / "new" / "folder", tmp_path / "ready"
+    first = FORKED.Process(target=work_in, args=(folder, ready, with_child))
+    first.start()
+    while not (ready.exists() and ready.read_text()):
+        time.sleep(0.01)
+    with pytest.raises(WorkError, match=f"{folder}: another process"), exclusive(folder):
+        pass
+    first.kill()
+    first.join()
+    with exclusive(folder):
+        pass
+    with exclusive(folder):  # and again, after its end
+        pass
+    assert not list(folder.iterdir())
+    if with_child:
+        os.kill(int(ready.read_text()), signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_worked_in_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: exists and is no f"), exclusive(tmp_path / "file"):
+        pass
+    with pytest.raises(WorkError, match="file/below: "), exclusive(tmp_path / "file" / "below"):
+        pass

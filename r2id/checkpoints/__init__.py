@@ -9,6 +9,7 @@ can resume from it::
                                  /optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME
                                  /discriminator.safetensors  the loss's own network, if it has one
                                  /stats.safetensors      RIAE only: mean and std of its latents
+                                 /codec.safetensors      R2ID only: its RIAE, as an exported model
     RUN/checkpoints/latest                               name of the newest, for other programs
     RUN/ema/step-00000500/                               averages only, to make other widths from
 
@@ -21,6 +22,7 @@ KIND-00001-of-00002.safetensors.
 * ``state``: the state that engines hand over and take back
 * ``averages``: the mathematics of averages of any width
 * ``export`` and ``pretrained``: write and read a trained model as one file
+* ``trained``: opens either, for inference
 """
 
 from r2id.checkpoints.reading import Checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from r2id.checkpoints.averages import Profile, reconstruction, widths
 from r2id.checkpoints.files import kind_of
-from r2id.checkpoints.pretrained import About, pack
+from r2id.checkpoints.pretrained import pack
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints, step_of
-from r2id.checkpoints.state import MOMENTS
+from r2id.checkpoints.state import MOMENTS, Tensors
+from r2id.checkpoints.trained import Trained, about, weights
 from r2id.config import TrainConfig
 from r2id.errors import InputError
 from r2id.files import write_atomic
+from r2id.progress import say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -67,12 +70,15 @@ def export(
     *,
     dtype: str = "float32",
     sigma: float | None = None,
+    shift_exponent: float | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the averaged weights of a checkpoint into one file; see r2id.checkpoints.pretrained.
 
     ``sigma`` is the width σ_rel of an average to be reconstructed from the run's snapshots; None is
-    the average that sampling uses. Returns the file, its size, and how well the average was fitted.
+    the average that sampling uses. ``shift_exponent`` replaces an R2ID's trained noise shift. The
+    RIAE of an R2ID goes into the file too. Returns the file, its size, and how well the average was
+    fitted.
     Raises InputError when there is no checkpoint, or it is damaged or has no such average, and
     WorkError when the disk is full.
     """
@@ -81,38 +87,51 @@ def export(
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; choose another, or --overwrite")
     checkpoint = Checkpoint.open(source)
-    weights, meta = checkpoint.tensors("ema"), checkpoint.meta
-    # Latent statistics were measured with the default average, and hold for no other.
-    measured = "stats" in checkpoint.kinds() and sigma is None
-    statistics = checkpoint.tensors("stats") if measured else None
+    averaged, described = weights(checkpoint), about(checkpoint)
     fitted: dict[str, Any] = {"average": "default"}
     if sigma is not None:
-        weights, fitted = _reconstruct(checkpoint, weights, sigma)
-    about = About(
-        meta.stage,
-        meta.step,
-        meta.samples,
-        fitted["average"],
-        meta.config,
-        meta.model,
-        {name: value.tolist() for name, value in statistics.items()} if statistics else None,
-    )
-    content = pack(about, {name: _converted(name, value, dtype) for name, value in weights.items()})
+        averaged, fitted = _reconstruct(checkpoint, averaged, sigma)
+        # Latent statistics were measured with the default average, and hold for no other.
+        described = replace(described, average=fitted["average"], statistics=None, identity=None)
+    if dtype != "float32":
+        described = replace(described, identity=None)
+    if shift_exponent is not None:
+        diffusion = {**described.config["diffusion"], "shift_exponent": shift_exponent}
+        described = replace(described, config={**described.config, "diffusion": diffusion})
+
+    def converted(tensors: Tensors) -> Tensors:
+        return {name: _converted(name, value, dtype) for name, value in tensors.items()}
+
+    riae = _riae_of(checkpoint)
+    codec = (about(riae), converted(weights(riae))) if riae else None
+    content = pack(described, converted(averaged), codec)
     write_atomic(out, content)
     return {
         "file": str(out),
         "bytes": len(content),
         "dtype": dtype,
-        "stage": meta.stage,
-        "step": meta.step,
+        "stage": described.stage,
+        "step": described.step,
         **fitted,
-        "statistics": statistics is not None,
+        "statistics": described.statistics is not None,
+        "codec": codec is not None,
     }
 
 
+def _riae_of(checkpoint: Checkpoint) -> Trained | None:
+    """Open the RIAE of an R2ID of latents. None if it is lost, as it may be for old checkpoints."""
+    if checkpoint.meta.stage != "r2id" or checkpoint.meta.model["codec"] is None:
+        return None
+    try:
+        return checkpoint.codec()
+    except InputError as error:
+        say(f"exported without its RIAE, so that it cannot draw: {error}")
+        return None
+
+
 def _reconstruct(
-    checkpoint: Checkpoint, weights: dict[str, Tensor], sigma: float
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    checkpoint: Checkpoint, default: Tensors, sigma: float
+) -> tuple[Tensors, dict[str, Any]]:
     """Reconstruct the average of a width → (its weights by name, how it was fitted)."""
     if not 0 < sigma < 0.28:  # a power-function profile is narrower than 1/√12
         raise InputError(f"--ema {sigma}: must be default, or a width above 0 and below 0.28")
@@ -132,8 +151,8 @@ def _reconstruct(
         [profile for profile, _, _ in store], (sigma, float(checkpoint.step))
     )
     parameters = {name.removeprefix(f"{MOMENTS[0]}.") for name in checkpoint.shapes("optimizer")}
-    averaged = parameters & set(weights)  # buffers are copied, not averaged
-    sums = {name: torch.zeros_like(weights[name], dtype=torch.float64) for name in averaged}
+    averaged = parameters & set(default)  # buffers are copied, not averaged
+    sums = {name: torch.zeros_like(default[name], dtype=torch.float64) for name in averaged}
     # Summed in float64, because coefficients of both signs nearly cancel.
     for coefficient, (_, snapshot, kind) in zip(coefficients, store, strict=True):
         damages = snapshot.damages([kind])
@@ -142,7 +161,7 @@ def _reconstruct(
         for name, value in sums.items():
             value.add_(snapshot.read(kind, name).view(value.shape).double(), alpha=coefficient)
     return (
-        {name: sums[name].float() if name in sums else value for name, value in weights.items()},
+        {name: sums[name].float() if name in sums else value for name, value in default.items()},
         {"average": str(sigma), "snapshots": len(store), "misfit": misfit},
     )
 

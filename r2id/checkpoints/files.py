@@ -22,6 +22,8 @@ from r2id.files import fsync, sha256_file
 
 FORMAT_VERSION = 2
 DESCRIPTION = "checkpoint.json"
+CODEC = "codec.safetensors"
+"""The RIAE of an R2ID, as an exported model."""
 
 _NO_DIGEST = "0" * 64
 
@@ -104,6 +106,14 @@ def write_part(
         for key, part in slices.items()
     }
     return {name: FileFact(bytes=file.stat().st_size, sha256=sha256_file(file), tensors=tensors)}
+
+
+def write_whole(folder: Path, name: str, content: bytes) -> dict[str, FileFact]:
+    """Write a file whose tensors are no state of the run, and flush it → {file name: facts}."""
+    file = folder / name
+    file.write_bytes(content)
+    fsync(file)
+    return {name: FileFact(bytes=len(content), sha256=sha256_file(file), tensors={})}
 
 
 def write_description(folder: Path, meta: Meta, files: dict[str, FileFact]) -> None:

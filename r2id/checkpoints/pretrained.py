@@ -3,18 +3,23 @@
 The metadata are texts by name. Three are plain: ``format`` (r2id-model), ``format_version``, and
 ``sha256`` of the rest of the content. The others are JSON: ``stage``, ``step``, ``samples``,
 ``average`` (which average of the weights it is), ``config`` (of the whole run), ``facts`` (what
-else is needed to build the model) and ``statistics`` (mean and standard deviation of an RIAE's
-latents, per channel).
+else is needed to build the model), ``statistics`` (mean and standard deviation of an RIAE's
+latents, per channel), and ``identity`` (that of the checkpoint, where the file is the same model).
 
-``r2id checkpoint export`` writes such a file; RIAE.from_pretrained and R2ID.from_pretrained read
-it. Reading it runs no code.
+The file of an R2ID of latents holds its RIAE too: format version 2, with the RIAE's metadata as
+``codec``, and its tensors under names that begin with ``codec.``.
+
+``r2id checkpoint export`` writes such a file; RIAE.from_pretrained, R2ID.from_pretrained and the
+commands that use models read it. Checkpoints of an R2ID hold its RIAE as such a file. Reading it
+runs no code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from r2id.checkpoints.files import Meta
+from r2id.checkpoints.state import Tensors
 from r2id.config import Section
 from r2id.config.renamed import renew_config
 from r2id.errors import InputError
 
-FORMAT, FORMAT_VERSION = "r2id-model", "1"
+FORMAT, FORMAT_VERSION, WITH_CODEC = "r2id-model", "1", "2"
+_CODEC = "codec."
 
 S = TypeVar("S", bound=Section)
 M = TypeVar("M", bound=nn.Module)
@@ -49,6 +57,8 @@ class About:
 
     None for an R2ID, and for any average but the default, because only its latents were measured.
     """
+    identity: str | None = None
+    """Checkpoint.identity of what was exported; None when the weights are not exactly those."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,39 @@ class Pretrained:
     path: Path
     about: About
     weights: dict[str, Tensor]
+    identity: str
+    """That of the checkpoint which this is, or else the hash of the content."""
+    inner: Pretrained | None = None
+    """The RIAE of an R2ID."""
+
+    @property
+    def meta(self) -> Meta:
+        """The metadata, as of a checkpoint."""
+        about = self.about
+        return Meta(
+            stage=about.stage,
+            step=about.step,
+            samples=about.samples,
+            seed=about.config["seed"],
+            config=about.config,
+            model=about.facts,
+        )
+
+    def statistics(self) -> Tensors | None:
+        """Return mean and std of an RIAE's latents, float32 [L]; None where they are not known."""
+        known = self.about.statistics
+        if known is None:
+            return None
+        return {name: torch.tensor(values) for name, values in known.items()}
+
+    def codec(self) -> Pretrained:
+        """Return the RIAE of an R2ID. Raises InputError when the file was written without it."""
+        if self.inner is None:
+            raise InputError(
+                f"{self.path}: was exported without its RIAE, so that it cannot draw; export it "
+                "again from its checkpoint"
+            )
+        return self.inner
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -79,19 +122,29 @@ class Pretrained:
 
         Raises InputError when they belong to another model.
         """
+        self.load_ema(model)
+        return model.eval()
+
+    def load_ema(self, model: nn.Module) -> None:
+        """Load the weights into a model. Raises InputError when they belong to another model."""
         try:
             model.load_state_dict(self.weights)
         except RuntimeError as error:
             raise InputError(
                 f"{self.path}: its weights do not fit the model: {' '.join(str(error).split())}"
             ) from None
-        return model.eval()
 
 
-def pack(about: About, weights: dict[str, Tensor]) -> bytes:
-    """Return the bytes of a file with this content."""
+def pack(
+    about: About, weights: dict[str, Tensor], codec: tuple[About, dict[str, Tensor]] | None = None
+) -> bytes:
+    """Return the bytes of a file with this content; ``codec`` is the RIAE of an R2ID."""
     metadata = {name: json.dumps(value) for name, value in asdict(about).items()}
-    metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION}
+    version = FORMAT_VERSION
+    if codec is not None:
+        metadata["codec"], version = json.dumps(asdict(codec[0])), WITH_CODEC
+        weights = weights | {_CODEC + name: value for name, value in codec[1].items()}
+    metadata |= {"format": FORMAT, "format_version": version}
     return save(weights, metadata | {"sha256": _digest(metadata, weights)})
 
 
@@ -119,18 +172,44 @@ def read(path: Path, stage: str | None = None) -> Pretrained:
             f"{path}: not a file that r2id checkpoint export wrote: its metadata has no format "
             f"{FORMAT!r}"
         )
-    if metadata.get("format_version") != FORMAT_VERSION:
+    if metadata.get("format_version") not in (FORMAT_VERSION, WITH_CODEC):
         raise InputError(
             f"{path}: format_version {metadata.get('format_version')}; this version of r2id reads "
-            f"{FORMAT_VERSION}"
+            f"{FORMAT_VERSION} and {WITH_CODEC}"
         )
-    if metadata.pop("sha256", None) != _digest(metadata, weights):
+    stored = metadata.pop("sha256", None)
+    if stored != _digest(metadata, weights):
         raise InputError(f"{path}: damaged: its content is not what was exported")
-    facts = {name: json.loads(metadata[name]) for name in About.__dataclass_fields__}
-    about = About(**facts | {"config": renew_config(facts["config"])})
-    if stage not in (None, about.stage):
-        raise InputError(f"{path}: a model of stage {about.stage!r}, not {stage!r}")
-    return Pretrained(path, about, weights)
+    content = {name: json.loads(text) for name, text in metadata.items() if name != "format"}
+    found = _unpack(path, content, weights, stored)
+    if stage not in (None, found.about.stage):
+        raise InputError(f"{path}: a model of stage {found.about.stage!r}, not {stage!r}")
+    return found
+
+
+def stage_of(path: Path) -> str | None:
+    """Tell the stage of an exported model without reading its weights; None for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return json.loads(metadata["stage"]) if metadata.get("format") == FORMAT else None
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
+        return None
+
+
+def _unpack(
+    path: Path, content: Mapping[str, Any], weights: dict[str, Tensor], digest: str
+) -> Pretrained:
+    """Make the model of a file's metadata and weights, with the RIAE among them if there is one."""
+    known = {name: content[name] for name in About.__dataclass_fields__ if name in content}
+    about = About(**known | {"config": renew_config(known["config"])})
+    inner = None
+    if content.get("codec"):
+        names = [name for name in weights if name.startswith(_CODEC)]
+        part = {name.removeprefix(_CODEC): weights.pop(name) for name in names}
+        inner = _unpack(path, content["codec"], part, digest)
+        inner = replace(inner, identity=about.facts["codec_hash"])
+    return Pretrained(path, about, weights, about.identity or digest, inner)
 
 
 def _digest(metadata: dict[str, str], weights: dict[str, Tensor]) -> str:

@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from r2id import dist
-from r2id.checkpoints.files import DESCRIPTION, kind_of, read_description
+from r2id.checkpoints import pretrained
+from r2id.checkpoints.files import CODEC, DESCRIPTION, kind_of, read_description
+from r2id.checkpoints.pretrained import Pretrained
 from r2id.checkpoints.state import Shape, Source, Tensors
 from r2id.errors import InputError
 from r2id.files import sha256_file
@@ -138,6 +140,32 @@ class Checkpoint:
                     f"{self.path}: its weights do not fit the model: {reason}"
                 ) from None
 
+    def statistics(self) -> Tensors | None:
+        """Read mean and std of an RIAE's latents, float32 [L]; None for any other checkpoint."""
+        return self.tensors("stats") if "stats" in self.kinds() else None
+
+    def codec(self) -> Checkpoint | Pretrained:
+        """Open the RIAE that an R2ID was trained with: the one in its folder.
+
+        Checkpoints of older versions only name it, by its place relative to the run directory.
+        Raises InputError when it is damaged, or another than that.
+        """
+        if CODEC in self.files:
+            with _suggesting_an_older_one(self.path):
+                return pretrained.read(self.path / CODEC, "riae")
+        named, identity = self.meta.model["codec"], self.meta.model["codec_hash"]
+        # The run directory may be a link: from where it is, or from where it leads to.
+        places = (Path(os.path.normpath(self.run / named)), self.run / named)
+        found = [Checkpoint(place) for place in places if (place / DESCRIPTION).is_file()]
+        for checkpoint in found:
+            if checkpoint.identity == identity:
+                return checkpoint
+        state = "is not that one any more" if found else "is not there"
+        raise InputError(
+            f"{places[0]}: {self.path} was trained with the RIAE there (identity "
+            f"{identity[:12]}), which {state}"
+        )
+
     def damages(self, kinds: list[str] | None = None, rank: int = 0, ranks: int = 1) -> list[str]:
         """Rehash its files and list what is wrong, one sentence per file; empty when it is intact.
 
@@ -207,7 +235,8 @@ def find_checkpoint(path: Path) -> Path:
     if folders:
         return folders[-1]
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; must be a checkpoint or a run directory")
+        state = "is a file" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {state}; must be a checkpoint or a run directory")
     raise InputError(
         f"{path}: no checkpoint here; must be a checkpoint folder or a run directory that holds one"
     )

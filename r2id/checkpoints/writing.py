@@ -14,7 +14,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from r2id import dist
-from r2id.checkpoints.files import FileFact, Meta, write_description, write_part
+from r2id.checkpoints.files import CODEC, FileFact, Meta, write_description, write_part, write_whole
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints, step_of
 from r2id.checkpoints.state import EngineState, Slices, Tensors, whole
 from r2id.errors import InputError, WorkError
@@ -33,16 +33,17 @@ def save(
     keep: int,
     milestone_every: int | None = None,
     stats: Tensors | None = None,
+    codec: bytes | None = None,
 ) -> Path:
     """Write a checkpoint of a run, then remove all others but the newest ``keep`` and milestones.
 
-    Every rank calls it with its share of the state; ``stats`` are taken from rank 0 alone. Returns
-    the folder. Raises WorkError on every rank when the disk is full or fails for one of them; older
-    checkpoints then stay as they were.
+    Every rank calls it with its share of the state; ``stats``, and the ``codec`` of an R2ID as an
+    exported model, are taken from rank 0 alone. Returns the folder. Raises WorkError on every rank
+    when the disk is full or fails for one of them; older checkpoints then stay as they were.
     """
     root = run_dir / "checkpoints"
     parts = state.parts | ({"stats": whole(stats)} if stats and dist.is_main() else {})
-    folder = _write(root, parts, state.step, meta)
+    folder = _write(root, parts, state.step, meta, codec)
 
     def remove_old() -> None:
         _point_latest_to(folder)
@@ -82,7 +83,9 @@ def tidy(run_dir: Path, start: int) -> None:
         raise WorkError(f"{run_dir}: {error}") from error
 
 
-def _write(root: Path, parts: dict[str, Slices], step: int, meta: Meta) -> Path:
+def _write(
+    root: Path, parts: dict[str, Slices], step: int, meta: Meta, codec: bytes | None = None
+) -> Path:
     """Write a new checkpoint folder, complete or absent; every rank writes its parts."""
     if step != meta.step:
         raise ValueError(f"state of step {step}, meta of step {meta.step}")
@@ -98,6 +101,8 @@ def _write(root: Path, parts: dict[str, Slices], step: int, meta: Meta) -> Path:
         files: dict[str, FileFact] = {}
         for kind, slices in parts.items():
             files |= write_part(temporary, kind, slices, dist.rank(), dist.world_size())
+        if codec is not None and dist.is_main():
+            files |= write_whole(temporary, CODEC, codec)
         return files
 
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
+from typing import TextIO
 
 from r2id.cli import checkpoints, data, training, use  # noqa: F401  (they register their commands)
 from r2id.cli.options import app
@@ -16,9 +19,13 @@ def main() -> None:
     signal with everything saved.
     """
     try:
-        app()
-    except WorkError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where an error becomes one line
+    except (WorkError, OSError) as error:
+        print(f"failed: {_describe(error)}", file=sys.stderr)
+        _forget(sys.stdout)
         sys.exit(1)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -26,3 +33,17 @@ def main() -> None:
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(75)
+
+
+def _describe(error: Exception) -> str:
+    """Describe an error; for one of the system's, the file that it is about and what is wrong."""
+    if not isinstance(error, OSError):
+        return str(error)
+    files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return ": ".join([*files, error.strerror or str(error) or type(error).__name__])
+
+
+def _forget(stream: TextIO) -> None:
+    """Drop what could not be written: Python would try again at its end, and print a traceback."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -83,8 +83,10 @@ def checkpoint_export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write averaged weights and config to one file, for RIAE.from_pretrained and R2ID's."""
+    """Write a trained model to one file, for sample, reconstruct, evaluate and from_pretrained."""
+    from r2id.checkpoints import Checkpoint as Opened
     from r2id.checkpoints.export import export
+    from r2id.sampling.noise_shift import applied_exponent
 
     try:
         sigma = None if ema == "default" else float(ema)
@@ -92,14 +94,22 @@ def checkpoint_export(
         raise InputError(
             f"--ema {ema!r}: must be default, or a width above 0 and below 0.28"
         ) from None
-    result = export(checkpoint, out, dtype=dtype, sigma=sigma, overwrite=overwrite)
+    opened = Opened.open(checkpoint)
+    result = export(
+        opened,
+        out,
+        dtype=dtype,
+        sigma=sigma,
+        shift_exponent=applied_exponent(opened) if opened.meta.stage == "r2id" else None,
+        overwrite=overwrite,
+    )
     report(result, as_json, _export_lines)
 
 
 def _export_lines(done: dict[str, Any]) -> list[str]:
     lines = [
         f"{done['file']}: {done['stage']} of step {done['step']}, {done['dtype']}, "
-        f"{done['bytes'] / 1e6:.1f} MB"
+        f"{done['bytes'] / 1e6:.1f} MB" + (", with its RIAE" if done["codec"] else "")
     ]
     if "misfit" in done:
         lines.append(

@@ -125,6 +125,7 @@ def data_stats(
     from r2id.data.plots import draw_sizes
     from r2id.data.shards import ShardSet
     from r2id.data.stats import describe_stats, split_stats
+    from r2id.files import atomic_file
 
     opened = ShardSet.open(shards)
     settings = build(DataConfig, {"shards": shards, **data})
@@ -136,9 +137,11 @@ def data_stats(
     }
     picture = out or Path(f"{shards.resolve().name}-sizes.png")
     samples = [opened.split(name) for name in splits]
-    draw_sizes(
+    drawn = draw_sizes(
         *(np.concatenate([getattr(part, side) for part in samples]) for side in ("height", "width"))
-    ).save(picture)
+    )
+    with atomic_file(picture) as file:
+        drawn.save(file, format="PNG")
     report(
         {**opened.summary(), "splits": splits, "picture": picture},
         as_json,

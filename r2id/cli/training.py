@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,10 +82,11 @@ def train(
 
 def _train_lines(figures: dict[str, Any]) -> list[str]:
     done = f"{figures['checkpoint']}: step {figures['step']}"
-    if "loss" not in figures:
+    if "images_per_second" not in figures:
         return [f"{done}, already finished"]
     return [
-        f"{done}, loss {figures['loss']:.4f}, {figures['images_per_second']:.1f} images/s, "
+        f"{done}, loss {figures.get('loss', math.nan):.4f}, "
+        f"{figures['images_per_second']:.1f} images/s, "
         f"{figures['tokens_per_second']:.0f} tokens/s, "
         f"{figures['tflops_per_process']:.3g} TFLOP/s per process "
         f"({figures['mfu']:.1%} of matrix products), data wait {figures['data_wait']:.1%}, "

@@ -34,7 +34,8 @@ _OF_SAMPLER = tuple(name for name in SAMPLER_FIELDS if name != "guidance")
 @with_fields
 def sample(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="R2ID checkpoint or run directory.")
+        Path,
+        typer.Argument(metavar="CKPT", help="R2ID: run directory, checkpoint or exported file."),
     ],
     out: Annotated[
         Path,
@@ -138,7 +139,8 @@ def _draw_many(
 @app.command()
 def reconstruct(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="RIAE checkpoint or run directory.")
+        Path,
+        typer.Argument(metavar="CKPT", help="RIAE: run directory, checkpoint or exported file."),
     ],
     image: Annotated[Path, typer.Argument(help="Picture of any size.")],
     out: Annotated[
@@ -182,7 +184,10 @@ def reconstruct(
 @with_fields
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="R2ID or RIAE checkpoint or run directory.")
+        Path,
+        typer.Argument(
+            metavar="CKPT", help="R2ID or RIAE: run directory, checkpoint or exported file."
+        ),
     ],
     shards: Annotated[Path, typer.Option(help="Folder written by r2id prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, metrics.json and figures.")],
@@ -229,7 +234,7 @@ def noise_shift(
             "the run directory."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise.")] = 0,
     apply: Annotated[
         bool,
         typer.Option(

@@ -6,7 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from r2id.config.section import Fraction0, Labels, Section, Sizes, Solver, as_tuple
+from r2id.config.section import (
+    Fraction0,
+    Guidance,
+    Labels,
+    Section,
+    Seed,
+    Sizes,
+    Solver,
+    as_tuple,
+    check_seeds,
+)
 
 
 class DiffusionConfig(Section):
@@ -50,7 +60,7 @@ class SamplerConfig(Section):
 
     steps: int = Field(default=20, ge=1)
     """Steps of the solver."""
-    guidance: float = Field(default=2.0, ge=0)
+    guidance: Guidance = 2.0
     """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""
     guidance_interval: Annotated[tuple[Fraction0, Fraction0], BeforeValidator(as_tuple)] = (
         0.0,
@@ -87,5 +97,10 @@ class SampleConfig(SamplerConfig):
     labels: Labels = ()
     """Class of the images, by its index. Several take turns until there are ``count`` images;
     without any, all classes do."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the first image of each size; image i has this seed + i."""
+
+    @model_validator(mode="after")
+    def _seeds_are_seeds(self) -> Self:
+        check_seeds(self.seed, self.count)
+        return self

@@ -121,19 +121,28 @@ def _parse_value(text: str) -> Any:
 
 
 def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """Write pydantic's first error as one line: the key, its value, and what is allowed."""
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if isinstance(part, str) or part is not None]
-    name = ".".join(str(part) for part in place)
+    """Write pydantic's errors as one line: the key, its value, and what is allowed.
+
+    Of several errors one is explained. Unknown keys come first, because a key that is missing may
+    be one that is misspelt; then both are named.
+    """
+    order = {"extra_forbidden": 0, "missing": 2}
+    errors = sorted(error.errors(), key=lambda found: order.get(found["type"], 1))
+    first, missing = errors[0], [found for found in errors if found["type"] == "missing"]
+    place = [str(part) for part in first["loc"]]
+    name = ".".join(place)
     if first["type"] == "extra_forbidden":
-        allowed = _fields_at(schema, [str(part) for part in place[:-1]])
-        near = difflib.get_close_matches(str(place[-1]), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{name}: unknown key{hint} Allowed here: {', '.join(allowed)}"
+        allowed = _fields_at(schema, place[:-1])
+        near = difflib.get_close_matches(place[-1], allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        text = f"{name}: unknown key{hint} Allowed here: {', '.join(allowed)}"
+        names = ", ".join(".".join(map(str, found["loc"])) for found in missing)
+        return f"{text}; missing: {names}" if missing else text
     if first["type"] == "missing":
-        return f"{name}: missing, and it has no default"
+        names = ", ".join(".".join(map(str, found["loc"])) for found in missing)
+        return f"{names}: missing, without a default"
     message = first["msg"].removeprefix("Value error, ")
-    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if isinstance(first["input"], dict):  # a section, whose message begins with its key
         return f"{name}.{message}{more}" if name else f"{message}{more}"
     return f"{name} = {first['input']!r}: {message}{more}"

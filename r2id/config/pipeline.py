@@ -7,7 +7,16 @@ from typing import Any, Literal
 from pydantic import Field, SerializationInfo, field_serializer, model_validator
 
 from r2id.config.diffusion import SampleConfig, SamplerConfig
-from r2id.config.section import Floats, PathField, Section, Size, Sizes, Strings
+from r2id.config.section import (
+    Guidances,
+    PathField,
+    Section,
+    Seed,
+    Size,
+    Sizes,
+    Strings,
+    check_seeds,
+)
 from r2id.config.training import TrackingConfig
 
 
@@ -79,13 +88,13 @@ class EvaluateConfig(SamplerConfig):
     """Number of samples per size that are drawn and scored."""
     sizes: Sizes = ()
     """Height x width of the samples in pixels. Without any, the size of the training images."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the first sample of each size."""
     invariance: bool = False
     """Measure fourteen more sizes and aspect ratios, against real images stretched to them."""
     invariance_count: int = Field(default=500, ge=1)
     """Number of samples per size of ``invariance``."""
-    guidance: Floats = ()  # type: ignore[assignment]
+    guidance: Guidances = ()  # type: ignore[assignment]
     """Scale of classifier-free guidance: 1 is none, 0 ignores the condition. Without one, the run's
     own. Of several, each is scored at the size of the training images, and all else is measured
     with the one of the least Fréchet distance."""
@@ -97,6 +106,11 @@ class EvaluateConfig(SamplerConfig):
     extractor_size: Size | None = None
     """Height x width of the images that such a file takes. Without it, that of the training
     images."""
+
+    @model_validator(mode="after")
+    def _seeds_are_seeds(self) -> EvaluateConfig:
+        check_seeds(self.seed, max(self.count, self.invariance_count))
+        return self
 
 
 class PipelineRun(Section):

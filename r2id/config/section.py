@@ -33,6 +33,13 @@ def check_scales(scales: tuple[float, float]) -> tuple[float, float]:
     return scales
 
 
+def check_seeds(first: int, count: int) -> None:
+    """Raise ValueError when the last of ``count`` seeds is beyond the largest one."""
+    largest = 2**63 - count
+    if first > largest:
+        raise ValueError(f"seed = {first}: must be at most {largest} for {count} samples")
+
+
 PathField = Annotated[Path, BeforeValidator(as_path)]
 Size = Annotated[
     tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(as_tuple)
@@ -42,9 +49,13 @@ Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
 Scales = Annotated[Pair, AfterValidator(check_scales)]
 """Smallest and largest factor that a side of an image is multiplied by."""
 IntPair = Annotated[tuple[int, int], BeforeValidator(as_tuple)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""Seeds are int64 in tensors."""
+Guidance = Annotated[float, Field(ge=0, le=100)]
+"""Scales beyond these say nothing: at 100 the condition alone decides already."""
 Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
-Floats = Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(as_several)]
-"""Numbers from 0 up; a single one need not be in brackets."""
+Guidances = Annotated[tuple[Guidance, ...], BeforeValidator(as_several)]
+"""A single number need not be in brackets."""
 Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 # Widths σ_rel of power-function averages: their exponent, which is 0 for equal weights, would be
 # negative from 0.2887 on (Karras et al. 2024).
@@ -61,7 +72,7 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     def changes(self, mode: Literal["python", "json"] = "python") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from r2id.config.diffusion import DiffusionConfig, SampleConfig
 from r2id.config.losses import LossConfig
 from r2id.config.models import R2idConfig, RiaeConfig
-from r2id.config.section import Pair, PathField, Section, Size, Widths
+from r2id.config.section import Pair, PathField, Section, Seed, Size, Widths
 
 
 class DataConfig(Section):
@@ -80,6 +80,15 @@ class OptimConfig(Section):
     """Decays of AdamW's averages of the gradient and of its square."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger one is scaled down to it."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimConfig:
+        if self.lr_end > self.lr:
+            raise ValueError(
+                f"lr_end = {self.lr_end}: must be at most lr = {self.lr}, from which it falls; set "
+                "both"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -194,7 +203,7 @@ class _StageRun(Section):
     """Checkpoint or run directory with whose weights this run begins, averaged as for sampling. Its
     model must have the same architecture; loss, data and optimizer are this run's own. Without it,
     weights are drawn at random."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of all random numbers of the run."""
     data: DataConfig
     optim: OptimConfig = OptimConfig()

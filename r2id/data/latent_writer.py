@@ -41,7 +41,7 @@ class LatentWriter:
         data: DataConfig,
         *,
         codec_hash: str,
-        codec_path: Path,
+        codec_path: str,
         latent_channels: int,
         dtype: Dtype = "float32",
     ) -> None:
@@ -137,7 +137,7 @@ class LatentWriter:
                 if entry is None:
                     raise WorkError(f"{self.folder / file}: not written")
                 files.setdefault(split, []).append(entry)
-        manifest = LatentManifest(identity=self.identity, codec=str(self.codec_path), files=files)
+        manifest = LatentManifest(identity=self.identity, codec=self.codec_path, files=files)
         sealed = manifest.model_copy(update={"checksum": manifest.expected_checksum()})
         write_atomic(self.folder / MANIFEST, (sealed.model_dump_json(indent=1) + "\n").encode())
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import r2id
-from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.trained import Trained
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.evaluation.classifier import Classifier
@@ -25,9 +25,9 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint under evaluation, the data it is evaluated on and the networks that score it."""
+    """A model under evaluation, the data it is evaluated on and the networks that score it."""
 
-    checkpoint: Checkpoint
+    trained: Trained
     codec: Codec
     sampler: Sampler | None
     shards: ShardSet
@@ -44,7 +44,7 @@ class Subject:
     @property
     def data(self) -> DataConfig:
         """Data settings that the R2ID was trained with, but with the evaluated shards."""
-        return self._with_shards(DataConfig.model_validate(self.checkpoint.meta.config["data"]))
+        return self._with_shards(DataConfig.model_validate(self.trained.meta.config["data"]))
 
     def _with_shards(self, recorded: DataConfig) -> DataConfig:
         # Images are prepared as in training, even if the shards are others.
@@ -53,7 +53,7 @@ class Subject:
 
 def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
     """Describe data, checkpoints, settings and rules, and how each figure was made."""
-    shards, sampler, riae = subject.shards, subject.sampler, subject.codec.checkpoint
+    shards, sampler, riae = subject.shards, subject.sampler, subject.codec.source
     splits = shards.manifest.splits
     facts: Facts = {
         "data": {
@@ -67,7 +67,7 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
     if sampler:
         chosen = sampler.defaults
         facts |= {
-            "r2id": _origin(subject.checkpoint, shards),
+            "r2id": _origin(subject.trained, shards),
             "sampling": {
                 "first_seed": subject.seed,
                 "steps": chosen.steps,
@@ -94,12 +94,12 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
     }
 
 
-def _origin(checkpoint: Checkpoint, shards: ShardSet) -> Facts:
-    """Describe a checkpoint and its training."""
-    meta = checkpoint.meta
+def _origin(trained: Trained, shards: ShardSet) -> Facts:
+    """Describe a model and its training."""
+    meta = trained.meta
     return {
-        "checkpoint": str(checkpoint.path),
-        "identity": checkpoint.identity,
+        "checkpoint": str(trained.path),
+        "identity": trained.identity,
         "steps": meta.step,
         "images_seen": meta.samples,
         "seed": meta.seed,

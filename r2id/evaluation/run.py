@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.trained import Trained, open_trained
 from r2id.config import change
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
@@ -136,7 +136,7 @@ def evaluate(
 
 
 def _open(
-    source: Checkpoint | Path,
+    source: Trained | Path,
     shards: Path,
     extractor: str | Path | None,
     extractor_size: Size | None,
@@ -144,17 +144,17 @@ def _open(
     seed: int,
 ) -> Subject:
     """Open everything. Input errors are raised here, before anything is computed or written."""
-    checkpoint = Checkpoint.open(source)
+    trained = open_trained(source)
     opened = ShardSet.open(shards)
-    sampler = Sampler.load(checkpoint, device) if checkpoint.meta.stage == "r2id" else None
-    codec = sampler.codec if sampler else Codec.load(checkpoint, device)
-    subject = Subject(checkpoint, codec, sampler, opened, seed)
+    sampler = Sampler.load(trained, device) if trained.meta.stage == "r2id" else None
+    codec = sampler.codec if sampler else Codec.load(trained, device)
+    subject = Subject(trained, codec, sampler, opened, seed)
     opened.split(subject.riae_data.test_split)
     # A model that is not conditioned on classes (but on embeddings) is sampled unconditionally.
     conditioned = sampler.model.condition_shape if sampler else ()
     if sampler and not conditioned and sampler.num_classes != opened.num_classes:
         raise InputError(
-            f"{shards}: has {opened.num_classes} classes, and {checkpoint.path} was trained with "
+            f"{shards}: has {opened.num_classes} classes, and {trained.path} was trained with "
             f"{sampler.num_classes}"
         )
     if extractor is None:
@@ -183,7 +183,7 @@ def _with_sampling(
     if subject.sampler is None:
         names = dict.fromkeys([*settings, *(["guidance"] if scales else [])])
         raise InputError(
-            f"{', '.join(names)}: for samples only, but {subject.checkpoint.path} is an RIAE, "
+            f"{', '.join(names)}: for samples only, but {subject.trained.path} is an RIAE, "
             "which draws none"
         )
     for scale in scales:

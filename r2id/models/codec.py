@@ -12,9 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.pretrained import About, pack
+from r2id.checkpoints.trained import Trained, about, open_trained
 from r2id.config import DataConfig, RiaeConfig
-from r2id.errors import InputError
 from r2id.models.coords import Advance, Size, Window
 from r2id.models.pixels import DOWNSAMPLE, STD, Pixels
 from r2id.models.riae import RIAE
@@ -34,33 +34,36 @@ class Codec:
     """Their standard deviation, float32 [L]."""
     bfloat16: bool
     """Compute in bfloat16 autocast, as the RIAE was trained, instead of float32."""
-    checkpoint: Checkpoint | None
-    """The RIAE's checkpoint; None for pixels."""
+    source: Trained | None
+    """What the RIAE was loaded from, a checkpoint or an exported file; None for pixels."""
+    about: About | None
+    """Its metadata as those of an exported file; None for pixels."""
     image: Size
     """Size of the training images: their median height and width."""
     data: DataConfig
     """How the training images were prepared."""
 
     @classmethod
-    def load(cls, source: Checkpoint | Path | str, device: torch.device | str = "cpu") -> Codec:
-        """Load an RIAE from its checkpoint or run directory.
+    def load(cls, source: Trained | Path | str, device: torch.device | str = "cpu") -> Codec:
+        """Load an RIAE from its checkpoint or run directory, or from an exported file.
 
-        Raises InputError when that is no checkpoint, is one of another stage, or is damaged.
+        Raises InputError when that is none, is of another stage, or is damaged.
         """
-        checkpoint = Checkpoint.open(source)
-        meta = checkpoint.meta
-        if meta.stage != "riae":
-            raise InputError(f"{checkpoint.path}: a checkpoint of stage {meta.stage!r}, not 'riae'")
+        trained = open_trained(source, "riae")
+        meta = trained.meta
         model = RIAE(RiaeConfig.model_validate(meta.config["riae"]), meta.model["channels"])
-        checkpoint.load_ema(model)
-        stats = checkpoint.tensors("stats")
+        trained.load_ema(model)
+        channels = model.config.latent_channels
+        # Not measured for an average that was made afterwards, which is no codec for R2ID.
+        stats = trained.statistics() or {"mean": torch.zeros(channels), "std": torch.ones(channels)}
         model.to(device).eval().requires_grad_(False)
         return cls(
             model,
             stats["mean"].to(device),
             stats["std"].to(device),
             meta.config["train"]["precision"] != "float32",
-            checkpoint,
+            trained,
+            about(trained),
             tuple(meta.model["image"]),
             DataConfig.model_validate(meta.config["data"]),
         )
@@ -73,28 +76,35 @@ class Codec:
         """
         mean = torch.zeros(data.channels, device=device)
         return cls(
-            Pixels(data.channels), mean, torch.full_like(mean, STD), False, None, image, data
+            Pixels(data.channels), mean, torch.full_like(mean, STD), False, None, None, image, data
         )
 
     @classmethod
-    def of_r2id(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Codec:
-        """Load the codec of an R2ID: pixels, or the RIAE that its checkpoint names."""
-        meta = checkpoint.meta
+    def of_r2id(cls, trained: Trained, device: torch.device | str = "cpu") -> Codec:
+        """Load the codec of an R2ID: pixels, or the RIAE that it was trained with."""
+        meta = trained.meta
         if meta.model["codec"] is None:
             data = DataConfig.model_validate(meta.config["data"])
             return cls.of_pixels(data, tuple(meta.model["image"]), device)
-        # Recorded relative to the run directory, so that both can be moved together.
-        return cls.load(checkpoint.run / meta.model["codec"], device)
+        return cls.load(trained.codec(), device)
+
+    def export(self) -> bytes | None:
+        """Return the RIAE as an exported model, which R2ID's checkpoints hold; None for pixels."""
+        if self.about is None:
+            return None
+        # The weights in memory, because the file that they came from may be gone by now.
+        state = self.model.state_dict()
+        return pack(self.about, {name: value.cpu().contiguous() for name, value in state.items()})
 
     @property
     def identity(self) -> str:
         """The identity of the RIAE's checkpoint, or "pixels"."""
-        return self.checkpoint.identity if self.checkpoint else PIXELS
+        return self.source.identity if self.source else PIXELS
 
     @property
     def name(self) -> str:
-        """The codec's name in messages: the folder of the RIAE's checkpoint, or "pixels"."""
-        return str(self.checkpoint.path) if self.checkpoint else PIXELS
+        """The codec's name in messages: the path of the RIAE's checkpoint or file, or "pixels"."""
+        return str(self.source.path) if self.source else PIXELS
 
     @property
     def riae(self) -> RiaeConfig | None:

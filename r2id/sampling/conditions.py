@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from r2id.config import SampleConfig, change
 from r2id.data.embeddings import read_embeddings
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
+from r2id.sampling.sampler import Sampler
+
+
+def resolve(sampler: Sampler, **given: Any) -> SampleConfig:
+    """Return the settings of samples: those that are given, and the run's own for all others.
+
+    A setting that is None or empty is not given. Raises InputError when one is not allowed.
+    """
+    changes = {name: value for name, value in given.items() if value not in (None, ())}
+    return change(sampler.defaults, changes)
 
 
 def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from r2id import dist
-from r2id.checkpoints import Checkpoint
-from r2id.config import SamplerConfig, change
+from r2id.checkpoints.trained import Trained, open_trained
+from r2id.config import SamplerConfig
 from r2id.errors import InputError, WorkError
 from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic, write_json
 from r2id.images import encode_png
 from r2id.models.coords import Size
 from r2id.progress import Progress
-from r2id.sampling.conditions import choose_labels
+from r2id.sampling.conditions import choose_labels, resolve
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
@@ -94,7 +94,7 @@ class Request:
 
 
 def draw_many(
-    source: Checkpoint | Path,
+    source: Trained | Path,
     out: Path,
     sizes: Sequence[Size],
     *,
@@ -117,14 +117,16 @@ def draw_many(
     Raises InputError when the folder holds something else, or samples of other settings.
     """
     world = dist.init()
-    checkpoint = Checkpoint.open(source)
-    sampler = Sampler.load(checkpoint, world.device if world.world_size > 1 else device)
+    trained = open_trained(source, "r2id")
+    sampler = Sampler.load(trained, world.device if world.world_size > 1 else device)
+    sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
     if len(sizes) > 1:
-        raise InputError(f"--format {kind}: takes one --size, and there are {len(sizes)}")
+        names = ", ".join(f"{height}x{width}" for height, width in sizes)
+        raise InputError(f"--format {kind}: takes one --size, and there are {len(sizes)}: {names}")
     request = make_request(
         sampler,
-        checkpoint.identity,
-        sizes[0] if sizes else sampler.codec.image,
+        trained.identity,
+        sizes[0],
         kind=kind,
         labels=labels,
         count=count,
@@ -134,20 +136,22 @@ def draw_many(
     )
     _check_folder(out, request)  # on every process, so that all of them end with the error
     writer = _make_writer(out, request)
-    # The main process alone looks and decides, so that all agree on what is missing.
-    missing = dist.broadcast_object(_begin(out, request, writer) if dist.is_main() else None)
-    mine = missing[world.rank :: world.world_size]
-    with Progress("sample", sum(map(len, mine)), unit="images", shown=dist.is_main()) as progress:
-        for part in mine:
-            writer.write(part, _draw(request, sampler, part, progress))
-    dist.barrier()
-    digest = dist.broadcast_object(_finish(out, request, writer) if dist.is_main() else None)
+    with dist.exclusive(out):
+        # The main process alone looks and decides, so that all agree on what is missing.
+        missing = dist.broadcast_object(_begin(out, request, writer) if dist.is_main() else None)
+        mine, total = missing[world.rank :: world.world_size], sum(map(len, missing))
+        count = sum(map(len, mine))
+        with Progress("sample", count, unit="images", shown=dist.is_main()) as progress:
+            for part in mine:
+                writer.write(part, _draw(request, sampler, part, progress))
+        dist.barrier()
+        digest = dist.broadcast_object(_finish(out, request, writer) if dist.is_main() else None)
     return {
         "out": str(out),
         "images": request.count,
         "size": list(request.size),
         "format": kind,
-        "reused": request.count - sum(map(len, missing)),
+        "reused": request.count - total,
         "digest": digest,
     }
 
@@ -171,11 +175,10 @@ def make_request(
     """
     batch = sampler.batch_length(size, grid)
     check_samples(sampler, size, grid, batch)
-    count = count or sampler.defaults.count
-    overrides = {name: value for name, value in settings.items() if value is not None}
+    wanted = resolve(sampler, labels=tuple(labels), count=count, seed=seed, **settings)
+    count, chosen = wanted.count, list(wanted.labels)
     names = set(SamplerConfig.model_fields)
-    resolved = change(sampler.defaults, overrides).model_dump(mode="json", include=names)
-    chosen = list(labels or sampler.defaults.labels)
+    resolved = wanted.model_dump(mode="json", include=names)
     choose_labels(chosen, count, sampler.num_classes)  # InputError for more labels than samples
     facts = {
         "format_version": FORMAT_VERSION,
@@ -185,7 +188,7 @@ def make_request(
         "size": list(size),
         "grid": list(grid or sampler.grid_for(size)),
         "count": count,
-        "first_seed": sampler.defaults.seed if seed is None else seed,
+        "first_seed": wanted.seed,
         "labels": chosen,
         "classes": sampler.num_classes,
         "shift_exponent": sampler.diffusion.shift_exponent,

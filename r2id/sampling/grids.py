@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.trained import Trained
 from r2id.errors import InputError
 from r2id.images import save_png, tile
 from r2id.models.coords import Size
-from r2id.sampling.conditions import choose_attributes, choose_embeddings, choose_labels
+from r2id.sampling.conditions import choose_attributes, choose_embeddings, choose_labels, resolve
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
 
 def draw_grids(
-    source: Checkpoint | Path,
+    source: Trained | Path,
     out: Path,
     sizes: Sequence[Size],
     *,
@@ -43,14 +43,17 @@ def draw_grids(
     Returns the files, labels, seeds and latent grids. Raises InputError before anything is drawn
     when a request cannot be met.
     """
+    if attributes and embedding is not None:
+        raise InputError("--attribute and --embedding exclude each other: samples have either")
     sampler = Sampler.load(source, device)
-    sizes = tuple(sizes) or sampler.defaults.sizes or (sampler.codec.image,)
-    for size in sizes:
-        check_samples(sampler, size, grid, count or sampler.defaults.count)
-    files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
-    chosen_labels = choose_labels(
-        labels or sampler.defaults.labels, count or sampler.defaults.count, sampler.num_classes
+    wanted = resolve(
+        sampler, sizes=tuple(sizes), labels=tuple(labels), count=count, seed=seed, **settings
     )
+    sizes = wanted.sizes or (sampler.codec.image,)
+    for size in sizes:
+        check_samples(sampler, size, grid, wanted.count)
+    files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
+    chosen_labels = choose_labels(wanted.labels, wanted.count, sampler.num_classes)
     condition = (
         choose_attributes(attributes, sampler.attributes).expand(len(chosen_labels), -1)
         if attributes
@@ -58,8 +61,7 @@ def draw_grids(
     )
     if embedding is not None:
         condition = choose_embeddings(embedding, sampler.model, len(chosen_labels))
-    first = sampler.defaults.seed if seed is None else seed
-    seeds = torch.arange(first, first + len(chosen_labels))
+    seeds = wanted.seed + torch.arange(wanted.count)
     # One column per class (ten without classes), so that each row shows every class once.
     columns = min(len(chosen_labels), sampler.num_classes or 10)
     for file, size in zip(files, sizes, strict=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.trained import Trained
 from r2id.errors import InputError, WorkError
 from r2id.files import write_json
 from r2id.progress import say
@@ -37,13 +38,15 @@ def apply(checkpoint: Checkpoint, measured: Mapping[str, Any]) -> Path:
     return file
 
 
-def applied_exponent(checkpoint: Checkpoint) -> float | None:
+def applied_exponent(trained: Trained) -> float | None:
     """Return the shift exponent that was applied to a checkpoint, and say so on stderr.
 
-    None when there is none, or when it was measured for another checkpoint. Raises InputError when
-    the file is damaged.
+    None when there is none, or when it was measured for another checkpoint; and for an exported
+    file, which has it among its own settings. Raises InputError when the file is damaged.
     """
-    file = applied_file(checkpoint)
+    if not isinstance(trained, Checkpoint):
+        return None
+    file = applied_file(trained)
     try:
         stored = json.loads(file.read_bytes())
         exponent, identity = float(stored["k"]), str(stored["checkpoint"])
@@ -55,7 +58,7 @@ def applied_exponent(checkpoint: Checkpoint) -> float | None:
         raise InputError(
             f"{file}: damaged ({error}); remove it, or measure again with r2id noise-shift --apply"
         ) from None
-    if identity != checkpoint.identity:
+    if identity != trained.identity:
         say(f"{file}: ignored: it was measured for another checkpoint")
         return None
     say(f"{file}: noise shift exponent {exponent:.3f} instead of the trained one")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.trained import Trained
 from r2id.images import psnr, read_image, save_png
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window, part_of
@@ -23,7 +23,7 @@ _SHOWN = 1 << 21
 
 
 def reconstruct_file(
-    source: Checkpoint | Path,
+    source: Trained | Path,
     picture: Path,
     out: Path,
     sizes: Sequence[Size],

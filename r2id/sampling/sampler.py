@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from r2id import rng
-from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.trained import Trained, open_trained
 from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, change
 from r2id.diffusion import objective, schedule, solvers
 from r2id.diffusion.denoising import denoising_loss
 from r2id.diffusion.noise import noise_field
-from r2id.errors import InputError
+from r2id.errors import InputError, WorkError
 from r2id.models.codec import Codec
 from r2id.models.conditioning import empty
 from r2id.models.coords import Size
@@ -53,32 +53,30 @@ class Sampler:
     @classmethod
     def load(
         cls,
-        source: Checkpoint | Path | str,
+        source: Trained | Path | str,
         device: torch.device | str = "cpu",
         codec: Codec | None = None,
     ) -> Sampler:
-        """Load an R2ID from its checkpoint or run directory, and the RIAE that it names.
+        """Load an R2ID and its RIAE from a checkpoint, a run directory or an exported file.
 
-        A given ``codec`` is used instead of the latter. A noise shift that was measured and applied
+        A given ``codec`` is used instead of that RIAE. A noise shift that was measured and applied
         to this checkpoint (see r2id.sampling.noise_shift) replaces the trained one. Raises
-        InputError when the checkpoint is not one of an R2ID or is damaged, or when the RIAE is not
-        the one that it was trained with.
+        InputError when the model is no R2ID or is damaged, or when the RIAE is not the one that it
+        was trained with.
         """
-        checkpoint = Checkpoint.open(source)
-        meta = checkpoint.meta
-        if meta.stage != "r2id":
-            raise InputError(f"{checkpoint.path}: a checkpoint of stage {meta.stage!r}, not 'r2id'")
-        codec = codec or Codec.of_r2id(checkpoint, device)
+        trained = open_trained(source, "r2id")
+        meta = trained.meta
+        codec = codec or Codec.of_r2id(trained, device)
         if codec.identity != meta.model["codec_hash"]:
             raise InputError(
-                f"{codec.name}: not the RIAE checkpoint that {checkpoint.path} was trained with "
+                f"{codec.name}: not the RIAE that {trained.path} was trained with "
                 f"({meta.model['codec']}, identity {meta.model['codec_hash'][:12]})"
             )
         model = R2ID.of(R2idConfig.model_validate(meta.config["r2id"]), meta.model)
-        checkpoint.load_ema(model)
+        trained.load_ema(model)
         model.to(device).eval().requires_grad_(False)
         diffusion = DiffusionConfig.model_validate(meta.config["diffusion"])
-        exponent = applied_exponent(checkpoint)
+        exponent = applied_exponent(trained)
         if exponent is not None:
             diffusion = change(diffusion, {"shift_exponent": exponent})
         return cls(
@@ -160,18 +158,24 @@ class Sampler:
         """Draw the latents of ``sample`` on a grid (h, w), without rendering them.
 
         ``overrides`` are the settings of ``sample``. → raw latents [B, L, h, w]. Raises InputError
-        for guidance of a model without conditions.
+        for guidance of a model without conditions, and WorkError when they are not finite.
         """
         self.check_guidance(overrides.get("guidance"))
         settings = change(
             self.defaults, {name: value for name, value in overrides.items() if value is not None}
         )
         condition, length = self._adapt(condition), _batch_length(_BATCH_TOKENS, grid)
-        return _in_batches(
+        latents = _in_batches(
             lambda rows: self._latents(condition[rows], seeds[rows], grid, settings),
             len(seeds),
             length,
         )
+        if not torch.isfinite(latents).all():  # would be drawn black
+            raise WorkError(
+                f"samples on a grid of {grid[0]}x{grid[1]} are not finite: the weights are, or "
+                f"guidance {settings.guidance} is too much for them"
+            )
+        return latents
 
     def check_guidance(self, guidance: float | None) -> None:
         """Raise InputError for guidance of a model without conditions."""

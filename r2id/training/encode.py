@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from r2id import dist
-from r2id.checkpoints import Checkpoint
 from r2id.config import DataConfig
 from r2id.data.latent_writer import LatentWriter
 from r2id.data.latents import Dtype
@@ -38,8 +37,7 @@ def encode(
     InputError when the RIAE, the shards and the cache do not fit together.
     """
     world = dist.init()
-    checkpoint = Checkpoint.open(riae)
-    codec = Codec.load(checkpoint, world.device if world.world_size > 1 else device)
+    codec = Codec.load(riae, world.device if world.world_size > 1 else device)
     data_set = ShardSet.open(shards)
     data = codec.data.model_copy(update={"shards": shards, "workers": workers})
     writer = LatentWriter(
@@ -47,23 +45,25 @@ def encode(
         data_set,
         data,
         codec_hash=codec.identity,
-        codec_path=checkpoint.path,
+        codec_path=codec.name,
         latent_channels=codec.latent_channels,
         dtype=dtype,
     )
-    if dist.is_main():
-        writer.prepare()
-    dist.barrier()
-    reused = torch.tensor(_encode_share(codec, data_set, data, writer, batch), device=world.device)
-    reused = dist.all_reduce_sum(reused)  # also waits until every rank has written
-    if dist.is_main():
-        writer.finish()
-    dist.barrier()
+    with dist.exclusive(out):
+        if dist.is_main():
+            writer.prepare()
+        dist.barrier()
+        reused = _encode_share(codec, data_set, data, writer, batch)
+        # Summing also waits until every rank has written.
+        total = dist.all_reduce_sum(torch.tensor(reused, device=world.device))
+        if dist.is_main():
+            writer.finish()
+        dist.barrier()
     return {
         "out": str(out),
         "images": sum(split.samples for split in data_set.manifest.splits.values()),
-        "reused": int(reused),
-        "codec": str(checkpoint.path),
+        "reused": int(total),
+        "codec": codec.name,
         "codec_hash": codec.identity,
     }
 

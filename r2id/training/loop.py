@@ -32,13 +32,14 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
 
     Raises InputError when config, data and run directory do not fit together, NonFiniteError when a
     gradient is not finite, before it reaches the weights, and Stopped after SIGTERM or SIGINT, with
-    everything saved.
+    everything saved; and WorkError when another process trains in the run directory.
     """
     world = dist.init()
     newest = Checkpoint.open_newest(config.run)
     if newest is not None and is_finished(config, newest):
         return {"checkpoint": newest.path, "step": newest.step}
-    task = make_task(config, world, micro_batch_size(config.train, world.world_size))
+    micro_batch = micro_batch_size(config.train, world.world_size)
+    task = make_task(config, world, micro_batch, newest)
     if newest is None and config.init_from is None:
         task.start()
     prepare_blocks(task.module.model.blocks(), config.train)
@@ -47,8 +48,9 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
     )
     state = TrainState(task, engine, profile)
     restore(state, newest)
-    start_folder(state)
-    run(state, make_callbacks())
+    with dist.exclusive(config.run):
+        start_folder(state)
+        run(state, make_callbacks())
     return {"checkpoint": state.checkpoint, "step": state.step, **state.figures}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.trained import open_trained
 from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun, load_config
 from r2id.data.loader import image_sizes
 from r2id.data.manifest import MANIFEST
@@ -99,7 +99,7 @@ def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
             raise InputError(f"{riae}: stage {loaded.stage!r}, must be 'riae'")
         return loaded.riae
     try:
-        return RiaeConfig.model_validate(Checkpoint.open(config.codec).meta.config["riae"])
+        return RiaeConfig.model_validate(open_trained(config.codec, "riae").meta.config["riae"])
     except InputError as error:
         raise InputError(
             f"codec: {error}; name the RIAE's config by --riae to plan without one"

@@ -5,6 +5,7 @@ At step 0 the weights are random, or those of another run (``init_from``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from r2id.checkpoints.state import Source
 from r2id.config import R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
-from r2id.files import sha256_file
+from r2id.files import sha256_file, write_atomic
 from r2id.models.codec import PIXELS
 from r2id.progress import say
+from r2id.training.chosen_codec import choose_codec
 from r2id.training.engines import Engine
 from r2id.training.state import TrainState
 from r2id.training.tasks import Task
@@ -33,15 +35,16 @@ def is_finished(config: RiaeRun | R2idRun, newest: Checkpoint) -> bool:
     that a pipeline that is started again passes a finished stage quickly.
     """
     meta = newest.meta
+    if meta.stage != config.stage or meta.step < config.train.steps:
+        return False
     facts = {"digest": ShardSet.open(config.data.shards, config.data.stream).digest}
     if isinstance(config, R2idRun):
-        facts["codec_hash"] = Checkpoint.open(config.codec).identity if config.codec else PIXELS
+        codec = choose_codec(config, newest)
+        facts["codec_hash"] = codec.identity if codec else PIXELS
     elif config.loss.perceptual and config.loss.perceptual_file is not None:
         if not config.loss.perceptual_file.is_file():
             return False  # training will say so
         facts["perceptual_hash"] = sha256_file(config.loss.perceptual_file)
-    if meta.stage != config.stage or meta.step < config.train.steps:
-        return False
     recorded = _essentials(meta.config, meta.model)
     current = _essentials(config.model_dump(mode="json"), facts)
     # A setting that the checkpoint lacks is newer than the checkpoint, and is not compared.
@@ -65,8 +68,7 @@ def restore(state: TrainState, newest: Checkpoint | None) -> None:
 def start_folder(state: TrainState) -> None:
     """Make the run directory, write its config, and remove what an interrupted process left."""
     if dist.is_main():
-        state.folder.mkdir(parents=True, exist_ok=True)
-        (state.folder / "config.toml").write_text(to_toml(state.config))
+        write_atomic(state.folder / "config.toml", to_toml(state.config).encode())
         writing.tidy(state.folder, state.start)
 
 
@@ -124,7 +126,21 @@ def _check_same_run(task: Task, newest: Checkpoint) -> None:
                 f"{folder}: holds a run with {name} = {recorded[name]!r}, not {value!r}: "
                 "choose another run directory, or remove this one to start over"
             )
-    say(f"{newest.path}: going on from step {meta.step}")
+    changed = _changes(meta.config, task.config.model_dump(mode="json"))
+    more = f", with other settings than before: {', '.join(changed)}" if changed else ""
+    say(f"{newest.path}: going on from step {meta.step}{more}")
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the settings that differ, as ``section.key = old → new``; new settings are left out."""
+    changes = []
+    for name, value in now.items():
+        old = before.get(name, value)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changes += _changes(old, value, f"{prefix}{name}.")
+        elif old != value:
+            changes.append(f"{prefix}{name} = {old} → {value}")
+    return changes
 
 
 def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

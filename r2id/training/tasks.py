@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from r2id import dist
+from r2id.checkpoints import Checkpoint
 from r2id.config import R2idRun, RiaeConfig, RiaeRun
 from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader, image_loader, image_sizes
@@ -31,6 +32,7 @@ from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.progress import say
 from r2id.training import pca
+from r2id.training.chosen_codec import choose_codec
 from r2id.training.conditions import condition_facts, conditions_of
 from r2id.training.latent_statistics import latent_statistics
 from r2id.training.losses.perceptual import load_perceptual
@@ -177,14 +179,22 @@ class R2idTask(Task):
 
     config: R2idRun
 
-    def __init__(self, config: R2idRun, shards: ShardSet, world: World, micro_batch: int) -> None:
+    def __init__(
+        self,
+        config: R2idRun,
+        shards: ShardSet,
+        world: World,
+        micro_batch: int,
+        newest: Checkpoint | None,
+    ) -> None:
         super().__init__(config, shards, world, micro_batch)
         self.config = config
         sizes = image_sizes(shards, config.data, config.data.train_split)
+        riae = choose_codec(config, newest)
         self.codec = (
             Codec.of_pixels(config.data, _median(sizes), world.device)
-            if config.codec is None
-            else Codec.load(config.codec, world.device)
+            if riae is None
+            else Codec.load(riae, world.device)
         )
         if self.codec.channels != config.data.channels:
             raise InputError(
@@ -200,6 +210,8 @@ class R2idTask(Task):
             self.cache.check(config.data)
         check_depth(config, self.codec.grid_for(_median(sizes)))
         self.facts = self._find_facts(sizes)
+        if newest is not None and newest.meta.model.get("codec_hash") == self.codec.identity:
+            self.facts["codec"] = newest.meta.model["codec"]  # where it came from at first
         model = R2ID.of(config.r2id, self.facts)
         self.module = R2idLoss(model, config.diffusion, self.facts["base_side"], config.seed)
 
@@ -216,8 +228,8 @@ class R2idTask(Task):
             "latent_channels": codec.latent_channels,
             **condition_facts(config, self.shards),
             "digest": self.shards.digest,
-            # Relative to the run, so that a folder with both runs can be moved.
-            "codec": codec.checkpoint and os.path.relpath(codec.checkpoint.path, config.run),
+            # For people; checkpoints hold the RIAE itself.
+            "codec": codec.source and os.path.relpath(codec.source.path, config.run),
             "codec_hash": codec.identity,
             # Noise schedules are shifted relative to a grid of this side.
             "base_side": areas[len(areas) // 2] ** 0.5,
@@ -254,8 +266,10 @@ class R2idTask(Task):
         return self.codec.riae
 
 
-def make_task(config: RiaeRun | R2idRun, world: World, micro_batch: int) -> Task:
-    """Open the data and build the model and its loss.
+def make_task(
+    config: RiaeRun | R2idRun, world: World, micro_batch: int, newest: Checkpoint | None = None
+) -> Task:
+    """Open the data and build the model and its loss, for a run with this newest checkpoint.
 
     Raises InputError when the data or the codec do not fit the config.
     """
@@ -264,7 +278,7 @@ def make_task(config: RiaeRun | R2idRun, world: World, micro_batch: int) -> Task
     torch.manual_seed(config.seed)  # what is drawn from here on: the initial weights
     if isinstance(config, RiaeRun):
         return RiaeTask(config, shards, world, micro_batch)
-    return R2idTask(config, shards, world, micro_batch)
+    return R2idTask(config, shards, world, micro_batch, newest)
 
 
 def _median(sizes: Sequence[Size]) -> Size:

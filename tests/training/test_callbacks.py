@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from r2id.training import callbacks
+from r2id.training import callbacks, loop
 from r2id.training.callbacks import Callback, Callbacks
 from r2id.training.loop import train
 from r2id.training.state import TrainState
+from r2id.training.tasks import Batch
 from tests.training.test_loop import riae_config
 
 
@@ -75,6 +78,45 @@ def test_those_that_began_end_in_the_reverse_order(state: TrainState) -> None:
         calls.append("-")
     # What fails at its end keeps no other from ending, and that one hears of it.
     assert calls == [*"abc", *"abc", "-", "c None", "b None", "a ValueError('b')"]
+
+
+def test_an_error_at_the_end_hides_none_before_it(
+    state: TrainState, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+    first = RuntimeError("first")
+    several = Callbacks([Named(name, calls) for name in "abc"])
+    with pytest.raises(RuntimeError, match="first"), several.around(state):
+        raise first
+    assert calls == [*"abc", *(f"{name} {first!r}" for name in "cba")]
+    assert capsys.readouterr().err == "Named: b\n"
+
+
+def test_figures_of_skipped_steps_are_not_those_before_them(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an interval in which all steps were skipped, there is no loss to be logged."""
+    spoilt = {2, 3}
+    forward = loop._forward
+
+    def with_fault(state: TrainState, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, figures = forward(state, batch, step)
+        return (loss * math.nan if step in spoilt else loss), figures
+
+    logged: list[dict[str, float]] = []
+
+    class Seen(Callback):
+        def post_step(self, state: TrainState) -> None:
+            if state.log_due:
+                logged.append(dict(state.figures))
+
+    monkeypatch.setattr(loop, "_forward", with_fault)
+    monkeypatch.setattr(callbacks, "REGISTRY", (*callbacks.REGISTRY, Seen))
+    overrides = ("train.steps=6", "train.log_every=2", "train.skip_nonfinite=2")
+    result = train(riae_config(digits, tmp_path, *overrides))
+    assert ["loss" in figures for figures in logged] == [True, False, True]
+    assert all("images_per_second" in figures for figures in logged)
+    assert result["loss"] == logged[-1]["loss"] != logged[0]["loss"]
 
 
 def test_one_that_cannot_begin_ends_those_before_it(state: TrainState) -> None:

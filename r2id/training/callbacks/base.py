@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 
+from r2id.progress import say
 from r2id.training.state import TrainState
 
 
@@ -74,4 +75,10 @@ def _close(
     error: BaseException | None,
     trace: TracebackType | None,
 ) -> None:
-    callback.close(state, error)
+    """Close a callback. What goes wrong then is only said when another error came before it."""
+    try:
+        callback.close(state, error)
+    except Exception as further:
+        if error is None:
+            raise
+        say(f"{type(callback).__name__}: {str(further) or type(further).__name__}")

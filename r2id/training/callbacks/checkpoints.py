@@ -8,7 +8,7 @@ from r2id.checkpoints import writing
 from r2id.models.riae import RIAE
 from r2id.training.callbacks.base import Callback
 from r2id.training.state import TrainState
-from r2id.training.tasks import RiaeTask
+from r2id.training.tasks import R2idTask, RiaeTask
 
 
 class Checkpoints(Callback):
@@ -26,6 +26,7 @@ class Checkpoints(Callback):
             keep=train.keep,
             milestone_every=train.milestone_every,
             stats=_latent_statistics(state),
+            codec=state.task.codec.export() if isinstance(state.task, R2idTask) else None,
         )
         state.tracker.tag("checkpoint", str(state.checkpoint))
 

@@ -28,7 +28,7 @@ class Metering(Callback):
             self.meter.add(*result)
         self.meter.lap("step")
         if state.log_due:
-            state.figures |= self.meter.read()
+            state.figures = self.meter.read()
 
     def close(self, state: TrainState, error: BaseException | None) -> None:
         if error is None:

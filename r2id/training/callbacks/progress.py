@@ -26,7 +26,7 @@ class ProgressDisplay(Callback):
         self.progress.__enter__()
 
     def post_step(self, state: TrainState) -> None:
-        loss = state.figures.get("loss", math.nan)
+        loss = state.figures.get("loss", math.nan)  # NaN when all steps were skipped
         self.progress.advance(note=f"loss {loss:.4f}" if state.log_due else None)
 
     def close(self, state: TrainState, error: BaseException | None) -> None:

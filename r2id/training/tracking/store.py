@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+CHANGED = "changed."
+"""Beginning of the names of tags with the values of parameters that changed on a resume."""
 _DEFAULT_STORE = "sqlite:///mlflow.db"
 # Limits of MLflow's own stores.
 _MAX_PARAM_LENGTH = 500
@@ -45,6 +47,10 @@ def connect() -> MlflowClient:
     return MlflowClient(tracking_uri=store_uri())
 
 
+class StoreRefusal(Exception):
+    """The store answers, but will not take the run, however often it is asked."""
+
+
 @dataclass
 class RunOpening:
     """What is needed to begin or continue a run, kept until the store can be reached."""
@@ -66,7 +72,7 @@ class RunOpening:
         client.update_run(run_id, status="RUNNING", name=self.name)
         for key, value in self.tags.items():
             client.set_tag(run_id, key, value)
-        self._log_params(client, run_id, recorded=run.data.params)
+        self._log_params(client, run_id, run.data.params, run.data.tags)
         if self.dataset and not (run.inputs and run.inputs.dataset_inputs):
             self._log_dataset(client, run_id, *self.dataset)
         last = {
@@ -102,18 +108,31 @@ class RunOpening:
                 if experiment is None:
                     raise
         if experiment is not None:
+            if experiment.lifecycle_stage != "active":
+                raise StoreRefusal(
+                    f"experiment {self.experiment!r} has been deleted: restore it, or choose "
+                    "another tracking.experiment"
+                )
             experiment_id = experiment.experiment_id
         return client.create_run(experiment_id, run_name=self.name).info.run_id
 
-    def _log_params(self, client: MlflowClient, run_id: str, recorded: Mapping[str, str]) -> None:
+    def _log_params(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        recorded: Mapping[str, str],
+        tags: Mapping[str, str],
+    ) -> None:
         from mlflow.entities import Param
 
-        # MLflow refuses to change a parameter, so that a continued run keeps its first values.
-        params = [
-            Param(key, value[:_MAX_PARAM_LENGTH])
-            for key, value in self.params.items()
-            if key not in recorded
-        ]
+        values = {key: value[:_MAX_PARAM_LENGTH] for key, value in self.params.items()}
+        # MLflow refuses to change a parameter, so that a continued run keeps its first values; what
+        # has changed since is a tag.
+        for key, value in values.items():
+            tag = f"{CHANGED}{key}"
+            if tags.get(tag, recorded.get(key, value)) != value:
+                client.set_tag(run_id, tag, value)
+        params = [Param(key, value) for key, value in values.items() if key not in recorded]
         for begin in range(0, len(params), _MAX_PARAMS_PER_BATCH):
             client.log_batch(run_id, params=params[begin : begin + _MAX_PARAMS_PER_BATCH])
 

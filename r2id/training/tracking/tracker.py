@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from r2id.config import TrackingConfig
+from r2id.files import write_atomic
 from r2id.progress import say
 from r2id.training.tracking.facts import flatten, git_tags
-from r2id.training.tracking.store import RunOpening, connect, first_line
+from r2id.training.tracking.store import RunOpening, StoreRefusal, connect, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +98,9 @@ class Tracker(NullTracker):
         self._client: MlflowClient | None = None
         self._id_file = id_file
         self._last_step: dict[str, int] = {}
-        self._warned = False
+        self._said: set[str] = set()
+        self._asked = self._done = 0  # entries
+        self._refused = self._ended = False
         self._deadline = math.inf
         self._closing = threading.Event()
         self._tried_once = threading.Event()
@@ -110,36 +113,59 @@ class Tracker(NullTracker):
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
         numbers = {key: float(value) for key, value in values.items()}
-        self._jobs.put(lambda: self._log_metrics(numbers, step, now))
+        self._put(lambda: self._log_metrics(numbers, step, now))
 
     def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
         # Copied now, because the caller may change the array or the file before the thread records
         # it.
         image, file = _as_image(picture), f"{name}/{step:08d}.png"
-        self._jobs.put(lambda: self._store().log_image(self._run(), image, artifact_file=file))
+        self._put(lambda: self._store().log_image(self._run(), image, artifact_file=file))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         def log() -> None:
             record = self._store().log_artifacts if path.is_dir() else self._store().log_artifact
             record(self._run(), str(path), folder)
 
-        self._jobs.put(log)
+        self._put(log)
 
     def tag(self, name: str, value: str) -> None:
-        self._jobs.put(lambda: self._store().set_tag(self._run(), name, value))
+        self._put(lambda: self._store().set_tag(self._run(), name, value))
 
     def finish(self, status: Status = "FINISHED") -> None:
         if self._closing.is_set():
             return
-        self._jobs.put(lambda: self._store().set_terminated(self._run(), status))
+
+        def end() -> None:
+            self._store().set_terminated(self._run(), status)
+            self._ended = True
+
+        self._jobs.put(end)
         self._jobs.put(None)
         limit = _KILLED_SECONDS if status == "KILLED" else _FINISH_SECONDS
         self._deadline = time.monotonic() + limit
         self._closing.set()
         self._thread.join(limit + 1.0)  # no longer, even if an attempt hangs
-        unrecorded = self._jobs.qsize()
-        if unrecorded or self._thread.is_alive():
-            say(f"tracking: {max(unrecorded, 1)} entries could not be recorded and are lost")
+        lost = self._asked - self._done
+        if not self._refused and (lost or not self._ended):
+            entries = f"{lost} entries, and " if lost else ""
+            say(f"tracking: {entries}how the run ended, could not be recorded: lost")
+
+    def _put(self, entry: Callable[[], object]) -> None:
+        """Have an entry recorded after those before it."""
+        if self._refused:
+            return
+
+        def record() -> None:
+            try:
+                entry()
+            except Exception as error:
+                if not _hopeless(error):
+                    raise
+                self._say("an entry is left out", first_line(error))
+            self._done += 1
+
+        self._asked += 1
+        self._jobs.put(record)
 
     def _store(self) -> MlflowClient:
         assert self._client is not None
@@ -153,7 +179,7 @@ class Tracker(NullTracker):
         self._client = self._client or connect()
         run_id, self._last_step = opening.open(self._client)
         if self._id_file is not None:
-            self._id_file.write_text(run_id + "\n")
+            write_atomic(self._id_file, f"{run_id}\n".encode())
         self.run_id = run_id
 
     def _log_metrics(self, values: Mapping[str, float], step: int, now: int) -> None:
@@ -171,22 +197,23 @@ class Tracker(NullTracker):
         """Do the jobs in order until ``finish`` ends it. The thread runs this method."""
         while (job := self._jobs.get()) is not None:
             if not self._attempt(job):
-                # Put back, so that ``finish`` counts it as lost. The process is about to end.
-                self._jobs.put(job)
                 return
 
     def _attempt(self, job: Callable[[], object]) -> bool:
-        """Try a job until it is done → True, or until the time to finish is over → False."""
+        """Try a job until it is done → True, or until there is no use or time left → False."""
         pause = 1.0
         while True:
             try:
                 job()
                 return True
             except Exception as error:  # whatever goes wrong in tracking, training goes on
-                if self.run_id is not None and _hopeless(error):
-                    say(f"tracking: an entry is left out: {first_line(error)}")
-                    return True
-                self._warn(error)
+                if _refuses(error):  # to open or to end the run
+                    self._refused = True
+                    say(f"tracking: the run is not recorded: {first_line(error)}")
+                    return False
+                self._say(
+                    "MLflow cannot be reached, going on and trying again later", first_line(error)
+                )
             finally:
                 self._tried_once.set()
             if time.monotonic() > self._deadline:
@@ -196,13 +223,11 @@ class Tracker(NullTracker):
             else:
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
-            say(
-                "tracking: MLflow cannot be reached, going on and trying again later: "
-                f"{first_line(error)}"
-            )
+    def _say(self, what: str, why: str) -> None:
+        """Say what went wrong once, not at every step."""
+        if what not in self._said:
+            self._said.add(what)
+            say(f"tracking: {what}: {why}")
 
 
 def _as_image(picture: Path | Image | np.ndarray) -> Image:
@@ -216,9 +241,13 @@ def _as_image(picture: Path | Image | np.ndarray) -> Image:
 
 def _hopeless(error: Exception) -> bool:
     """Tell whether trying again is of no use, because the entry is wrong and not the store."""
-    if isinstance(error, (FileNotFoundError, IsADirectoryError, TypeError, ValueError)):
-        return True
-    return getattr(error, "error_code", None) in (
+    wrong = (FileNotFoundError, IsADirectoryError, TypeError, ValueError)
+    return _refuses(error) or isinstance(error, wrong)
+
+
+def _refuses(error: Exception) -> bool:
+    """Tell whether the store has answered, and will never take what it was asked to."""
+    return isinstance(error, StoreRefusal) or getattr(error, "error_code", None) in (
         "INVALID_PARAMETER_VALUE",
         "RESOURCE_DOES_NOT_EXIST",
     )

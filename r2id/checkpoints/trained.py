@@ -1,0 +1,65 @@
+"""A trained model as inference reads it: a checkpoint, or an exported file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from r2id.checkpoints import pretrained
+from r2id.checkpoints.files import DESCRIPTION
+from r2id.checkpoints.pretrained import About, Pretrained
+from r2id.checkpoints.reading import Checkpoint, list_checkpoints
+from r2id.checkpoints.state import Tensors
+from r2id.errors import InputError
+
+Trained = Checkpoint | Pretrained
+"""Both have path, identity, meta, load_ema(model), statistics() and, for an R2ID, codec()."""
+
+
+def open_trained(source: Trained | Path | str, stage: str | None = None) -> Trained:
+    """Open a checkpoint, the newest one of a run directory, or an exported file or its folder.
+
+    In a folder of several exported files, it is the only one of ``stage``. Raises InputError when
+    there is no such model, when it is damaged, and when it is of another stage.
+    """
+    opened = _open(Path(source), stage) if isinstance(source, Path | str) else source
+    if stage not in (None, opened.meta.stage):
+        raise InputError(f"{opened.path}: a model of stage {opened.meta.stage!r}, not {stage!r}")
+    return opened
+
+
+def about(trained: Trained) -> About:
+    """Return the metadata of an exported file that holds a model exactly as it is."""
+    meta, statistics = trained.meta, trained.statistics()
+    measured = {name: value.tolist() for name, value in (statistics or {}).items()} or None
+    average = trained.about.average if isinstance(trained, Pretrained) else "default"
+    return About(
+        meta.stage,
+        meta.step,
+        meta.samples,
+        average,
+        meta.config,
+        meta.model,
+        measured,
+        trained.identity,
+    )
+
+
+def weights(trained: Trained) -> Tensors:
+    """Read the averaged weights of a model."""
+    return trained.weights if isinstance(trained, Pretrained) else trained.tensors("ema")
+
+
+def _open(path: Path, stage: str | None) -> Trained:
+    if path.is_file():
+        return pretrained.read(path)
+    if (path / DESCRIPTION).is_file() or list_checkpoints(path / "checkpoints"):
+        return Checkpoint.open(path)
+    stages = {file: pretrained.stage_of(file) for file in sorted(path.glob("*.safetensors"))}
+    exported = [file for file, found in stages.items() if found]
+    wanted = [file for file in exported if stages[file] == stage] or exported
+    if len(wanted) > 1:
+        raise InputError(
+            f"{path}: holds several exported models, {', '.join(file.name for file in wanted)}: "
+            "name one of them"
+        )
+    return pretrained.read(wanted[0]) if wanted else Checkpoint.open(path)
