@@ -30,7 +30,7 @@ from r2id.data.manifest import FORMAT_VERSION, REJECTS, Manifest, Reject, ShardE
 from r2id.data.records import Record
 from r2id.data.shard_writer import write_shard_files
 from r2id.errors import WorkError
-from r2id.files import write_atomic
+from r2id.files import exclusive, write_atomic
 from r2id.progress import Progress, say
 
 __all__ = [
@@ -57,21 +57,27 @@ def prepare(config: PrepareConfig, write_all: WriteAll | None = None) -> Path:
     orchestrator distribute the calls itself.
 
     Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else;
-    WorkError when too many images cannot be read or the disk cannot be written.
+    WorkError when too many images cannot be read, the disk cannot be written, or another process
+    prepares the same set.
     """
+    with exclusive(config.out):
+        _prepare(config, write_all or write_shards)
+    return config.out
+
+
+def _prepare(config: PrepareConfig, write_all: WriteAll) -> None:
     plan = make_shard_plan(config)
     waiting = pending_shards(plan)
     if waiting:
         rejected = len(plan.rejects)
         with Progress(f"prepare {config.dataset}", sum(plan.samples), unit="images") as progress:
-            for result in (write_all or write_shards)(plan, waiting):
+            for result in write_all(plan, waiting):
                 rejected += result["rejects"]
                 plan.check_budget(rejected, result["example"])
                 progress.advance(result["samples"] + result["rejects"])
         finish(plan)
     else:
         _remove_decompressed(plan)  # which listing the source again may have made
-    return config.out
 
 
 def pending_shards(plan: ShardPlan) -> list[int]:

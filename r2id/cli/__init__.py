@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 from r2id.cli import checkpoints, data, training, use  # noqa: F401  (they register their commands)
 from r2id.cli.options import app
 from r2id.errors import InputError, Stopped, WorkError
+from r2id.progress import say
 
 
 def main() -> None:
@@ -18,6 +22,7 @@ def main() -> None:
     Exit codes: 0 done, 1 the work failed, 2 the input or arguments are wrong, 75 stopped by a
     signal with everything saved.
     """
+    _make_up_an_account()
     try:
         try:
             app()
@@ -33,6 +38,26 @@ def main() -> None:
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(75)
+
+
+def _make_up_an_account() -> None:
+    """Set a home folder and a user's name where there are none, as for a container's bare user id.
+
+    MLflow and Prefect ask for both, and could not even be imported.
+    """
+    name = f"user-{os.getuid()}"
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises an error instead)
+        home = Path(tempfile.gettempdir(), f"r2id-{name}")
+        with suppress(OSError):
+            home.mkdir(mode=0o700, exist_ok=True)
+        if not home.is_dir() or home.stat().st_uid != os.getuid():  # made by somebody else
+            home = Path(tempfile.mkdtemp(prefix="r2id-"))
+        os.environ["HOME"] = str(home)
+        say(f"no home folder: settings of libraries go to {os.environ['HOME']}")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = name
 
 
 def _describe(error: Exception) -> str:

@@ -52,7 +52,9 @@ def test_an_riae_is_trained_on_under_its_r2id(
     assert torch.equal(draw(tmp_path / "parts"), before)
     capsys.readouterr()
     train_r2id(digits, tmp_path, "parts", 4)
-    assert f"codec {tmp_path}/riae: is another RIAE now" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"codec {tmp_path}/riae: is another RIAE now" in said
+    assert "from step 2, with other settings than before: train.steps = 2 → 4\n" in said
     for kind in ("model", "ema", "optimizer"):
         one, other = (Checkpoint.open(tmp_path / run).tensors(kind) for run in ("whole", "parts"))
         assert all(torch.equal(one[name], other[name]) for name in one)

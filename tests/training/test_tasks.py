@@ -1,0 +1,24 @@
+"""What a run takes from its config before it trains, and what it says when it goes on."""
+
+from pathlib import Path
+
+from r2id import dist
+from r2id.training.resume import _changes
+from r2id.training.tasks import RiaeTask, make_task
+from tests.training.test_loop import riae_config
+
+
+def test_a_run_trains_on_the_split_that_it_names(digits: Path, tmp_path: Path) -> None:
+    for split, images in (("train", 1438), ("test", 359)):
+        config = riae_config(digits, tmp_path, f"data.train_split={split}", "train.batch=8")
+        task = make_task(config, dist.init(), 8)
+        assert isinstance(task, RiaeTask) and task.images == images
+        (batch,) = next(task.loader(0))
+        assert all(name.startswith(f"{split}-") for name in batch["sample_ids"])
+
+
+def test_changed_settings_are_listed_but_not_new_ones() -> None:
+    before = {"seed": 0, "optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "run": "a", "old": 1}
+    now = {"seed": 0, "optim": {"lr": 0.2, "betas": [0.9, 0.99], "new": 5}, "run": "b"}
+    assert _changes(before, now) == ["optim.lr = 0.1 → 0.2", "run = a → b"]
+    assert _changes(before, before) == []
