@@ -20,8 +20,8 @@ COMMANDS = {
     "data stats elsewhere": ("data stats {digits} --out {never}/a.png", "{never}/a.png"),
     "train": ("train {riae} run={never}/run data.shards={digits}", "{never}/run"),
     "export": ("checkpoint export {riae_run} --out {never}/a.safetensors", "a.safetensors"),
-    "sample": ("sample {r2id_run} --count 1 --out {never}/a.png", "{never}/a.png"),
-    "samples": ("sample {r2id_run} --count 1 --format png --out {never}/a", "{never}/a"),
+    "sample": ("sample {r2id_run} --count 1 --label 3 --out {never}/a.png", "{never}/a.png"),
+    "samples": ("sample {r2id_run} --count 1 --label 3 --format png --out {never}/a", "{never}/a"),
     "reconstruct": ("reconstruct {riae_run} {tmp}/in.png --out {never}/a.png", "{never}/a.png"),
     "encode": ("encode --riae {riae_run} --shards {digits} --out {never}/a", "{never}/a"),
 }
