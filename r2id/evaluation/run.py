@@ -150,9 +150,8 @@ def _open(
     codec = sampler.codec if sampler else Codec.load(trained, device)
     subject = Subject(trained, codec, sampler, opened, seed)
     opened.split(subject.riae_data.test_split)
-    # A model that is not conditioned on classes (but on embeddings) is sampled unconditionally.
-    conditioned = sampler.model.condition_shape if sampler else ()
-    if sampler and not conditioned and sampler.num_classes != opened.num_classes:
+    # A model that is not conditioned on classes is sampled unconditionally, whatever they are here.
+    if sampler and sampler.num_classes not in (0, opened.num_classes):
         raise InputError(
             f"{shards}: has {opened.num_classes} classes, and {trained.path} was trained with "
             f"{sampler.num_classes}"

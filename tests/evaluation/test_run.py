@@ -232,3 +232,24 @@ def test_what_it_refuses(r2id_run, riae_run, digits, tmp_path):
             evaluate(checkpoint, shards, folder)
         assert all(str(name) in str(error.value) for name in named)
     assert not out.exists()
+
+
+def test_a_model_without_conditions_on_images_of_classes(
+    digits, riae_run, latents, r2id_run, tmp_path
+):
+    """A folder of one kind of image has one class, and its R2ID need not be told it."""
+    settings = [f"data.shards={digits}", f"codec={riae_run}", f"data.latents={latents}"]
+    config = load_config(
+        CONFIGS / "digits" / "r2id.toml",
+        [*TINY_R2ID, *settings, "train.steps=2", "r2id.condition=none", f"run={tmp_path / 'r2id'}"],
+    )
+    train(config)
+    file = extractors.write(extractors.Quarters(), tmp_path / "quarters.pt")
+    metrics = evaluate(
+        config.run, digits, tmp_path / "report", count=4, guidance=1.0, extractor=file
+    )
+    (row,) = metrics["r2id"]["sizes"].values()
+    assert row["accuracy"] is None and row["frechet"] > 0
+    few = write_folder(tmp_path, {"train": 40, "test": 6})  # has no classes
+    with pytest.raises(InputError, match=r"has 0 classes, and .* was trained with 10"):
+        evaluate(r2id_run, few, tmp_path / "other", extractor=file)
