@@ -15,13 +15,14 @@ FULL = Path("/dev/full")
 NEVER = "/proc/r2id"
 """A place where nobody, not even root, can make a file."""
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs Linux")
+SAMPLE = "sample {r2id_run} --count 1 --label 3 --size 8x8"
 COMMANDS = {
     "data stats": ("data stats {digits} --out {tmp}/full.png", "full.png"),
     "data stats elsewhere": ("data stats {digits} --out {never}/a.png", "{never}/a.png"),
     "train": ("train {riae} run={never}/run data.shards={digits}", "{never}/run"),
     "export": ("checkpoint export {riae_run} --out {never}/a.safetensors", "a.safetensors"),
-    "sample": ("sample {r2id_run} --count 1 --label 3 --out {never}/a.png", "{never}/a.png"),
-    "samples": ("sample {r2id_run} --count 1 --label 3 --format png --out {never}/a", "{never}/a"),
+    "sample": (SAMPLE + " --out {never}/a.png", "{never}/a.png"),
+    "samples": (SAMPLE + " --format png --out {never}/a", "{never}/a"),
     "reconstruct": ("reconstruct {riae_run} {tmp}/in.png --out {never}/a.png", "{never}/a.png"),
     "encode": ("encode --riae {riae_run} --shards {digits} --out {never}/a", "{never}/a"),
 }

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from r2id.config import TrackingConfig
-from r2id.training.tracking import Tracker
-from tests.training.test_tracking import client, steps_of, store_file
+from r2id.training.tracking import PARENT_VARIABLE, Tracker
 
-__all__ = ["client", "store_file"]  # fixtures
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    # By its whole path, because MLflow keeps stores open by their address, which may be relative.
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.delenv(PARENT_VARIABLE, raising=False)
+    return MlflowClient(tracking_uri=store)
 
 
 def test_an_experiment_that_was_deleted_holds_nothing_up(
@@ -26,7 +33,7 @@ def test_an_experiment_that_was_deleted_holds_nothing_up(
     config = TrackingConfig(experiment="doomed")
     tracker = Tracker.start(config, run_name="riae", stage="riae")
     tracker.metrics({"loss": 1.0}, 1)
-    while not steps_of(client, tracker.run_id, "loss"):
+    while tracker.run_id is None or not client.get_metric_history(tracker.run_id, "loss"):
         time.sleep(0.05)
     client.delete_experiment(client.get_experiment_by_name("doomed").experiment_id)
     began = time.monotonic()
