@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from data_prep.file_records import FileRecords
-from data_prep.items import Item, ItemTableBuilder, Listing, digest_of
-from data_prep.sources import is_image, modified_ns
+from data_prep.items import TEST_SHARE, Item, ItemTableBuilder, Listing, digest_of, stratified_test
+from data_prep.sources import Entry, Files, is_image, modified_ns
 from data_prep.tables import first_existing, read_rows
 from data_prep.tars import open_source
 from r2id.data.manifest import Reject
@@ -45,6 +45,7 @@ _HEADED = ("attributes", "landmarks", "box")
 _COLUMNS = {"identity": 1, "partition": 1, "box": 4, "landmarks": 10}
 _ALLOWED = {"attributes": {-1, 1}, "partition": {0, 1, 2}}
 _SPLITS = ("train", "val", "test")
+_HINT = "(--partial takes what is there)"
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Table:
     rows: dict[str, int]
     values: np.ndarray
     """int32 [rows, columns]."""
+    stated: int | None
+    """Number of rows that the file says it has, if it says so."""
 
     def of(self, name: str) -> np.ndarray:
         """Return the row of an image, by its file name."""
@@ -66,7 +69,9 @@ class CelebaReader(FileRecords):
     """Reads CelebA.
 
     ``label`` chooses the class of a sample: "none", "identity", or the name of an attribute, which
-    gives the classes 0 (no) and 1 (yes).
+    gives the classes 0 (no) and 1 (yes). ``partial`` takes the images that are there and have
+    attributes; those without a place in the partition are trained on, and a tenth is set aside for
+    testing if it leaves none for that.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class CelebaReader(FileRecords):
         max_pixels: int,
         images: Literal["aligned", "wild"] = "aligned",
         label: str = "none",
+        partial: bool = False,
     ) -> None:
         if source is None:
             raise InputError("source: missing: dataset 'celeba' needs the folder of its files")
@@ -88,62 +94,96 @@ class CelebaReader(FileRecords):
                 f"also not in {', '.join(filter(None, _FOLDERS))}"
             )
         super().__init__(open_source(found, unpacked), max_pixels)
-        self.root, self.images, self.label = source, images, label
+        self.root, self.images, self.label, self.partial = source, images, label, partial
         self._tables: dict[str, Table] | None = None
 
     def listing(self) -> Listing:
         """List the images that the partition, the attributes and the table of labels all name."""
         tables = self.tables
         class_names, labels, labelled = self._classes(tables)
-        partition, needed = (
-            tables["partition"],
-            (tables["attributes"], tables["partition"], labelled),
-        )
+        partition = tables.get("partition")
+        needed = [tables["attributes"], labelled]
+        if partition and not self.partial:
+            needed.append(partition)
         files = self.source.files(is_image)
-        rejects, items, seen = list(files.rejects), ItemTableBuilder(), set()
-        for entry in files:
-            name = PurePosixPath(entry.name).name
-            missing = next((table.path.name for table in needed if name not in table.rows), None)
-            if missing or name in seen:
-                rejects.append(
-                    Reject(
-                        "",
-                        entry.name,
-                        f"not in {missing}" if missing else "another image of this name",
-                    )
-                )
-                continue
-            seen.add(name)
-            label = None if labels is None else int(labels[labelled.rows[name]])
-            items.add(_SPLITS[int(partition.of(name)[0])], label, entry.place, entry.size)
-        if not seen:
+        rejects, kept = self._choose(files, needed)
+        if not kept:
             raise InputError(
-                f"source {self.source.path}: none of its {len(files)} images is in {partition.path}"
+                f"source {self.source.path}: none of its {len(files)} images is in "
+                f"{' and '.join(dict.fromkeys(str(table.path) for table in needed))}"
             )
-        reason = f"in {partition.path.name}, but there is no such image"
-        rejects += [
-            Reject(_SPLITS[int(partition.of(name)[0])], name, reason)
-            for name in partition.rows
-            if name not in seen
+        absent = [name for name in (partition or labelled).rows if name not in kept]
+        notes = [
+            f"CelebA, {self.images} images in {self.source.path}, with {', '.join(sorted(tables))}",
+            files.note(),
         ]
+        if self.partial:
+            notes += self._missing(len(rejects), len(absent))
+            rejects = list(files.rejects)
+        elif partition:
+            reason = f"in {partition.path.name}, but there is no such image {_HINT}"
+            rejects += [
+                Reject(_SPLITS[int(partition.of(name)[0])], name, reason) for name in absent
+            ]
+        numbers = [None if labels is None else int(labels[labelled.rows[name]]) for name in kept]
+        items = ItemTableBuilder()
+        for split, label, entry in zip(
+            self._splits(list(kept), numbers), numbers, kept.values(), strict=True
+        ):
+            items.add(split, label, entry.place, entry.size)
+        digests = [(sha256_file(table.path).encode(), 0) for table in tables.values()]
         return Listing(
             items.table(),
-            digest_of(
-                [
-                    (files.digest.encode(), 0),
-                    *((sha256_file(table.path).encode(), 0) for table in tables.values()),
-                ]
-            ),
+            digest_of([(files.digest.encode(), 0), *digests]),
             max(files.newest, *(modified_ns(table.path) for table in tables.values())),
             class_names,
             tables["attributes"].columns,
             rejects,
-            [
-                f"CelebA, {self.images} images in {self.source.path}, "
-                f"with {', '.join(sorted(tables))}",
-                files.note(),
-            ],
+            notes,
         )
+
+    def _choose(
+        self, files: Files, needed: Sequence[Table]
+    ) -> tuple[list[Reject], dict[str, Entry]]:
+        """Return rejects, and the images by name that are in all tables that are needed."""
+        rejects, kept = list(files.rejects), dict[str, Entry]()
+        for entry in files:
+            name = PurePosixPath(entry.name).name
+            missing = next((table.path.name for table in needed if name not in table.rows), None)
+            if missing:
+                rejects.append(Reject("", entry.name, f"not in {missing} {_HINT}"))
+            elif name in kept:
+                rejects.append(Reject("", entry.name, "another image of this name"))
+            else:
+                kept[name] = entry
+        return rejects, kept
+
+    def _missing(self, left_out: int, absent: int) -> list[str]:
+        """Return notes on what is not there."""
+        return [
+            f"{absent} images of its tables are not there" if absent else "",
+            f"{left_out} images left out that its tables do not name" if left_out else "",
+            "" if "partition" in self.tables else "no partition",
+            *(
+                f"{len(table.rows)} of the {table.stated} rows of {table.path.name}"
+                for table in self.tables.values()
+                if table.stated not in (None, len(table.rows))
+            ),
+        ]
+
+    def _splits(self, names: Sequence[str], labels: Sequence[int | None]) -> list[str]:
+        """Return the split of each image; a tenth is for testing where the partition has none."""
+        partition = self.tables.get("partition")
+        splits = [
+            _SPLITS[int(partition.of(name)[0])] if partition and name in partition.rows else "train"
+            for name in names
+        ]
+        if self.partial and "test" not in splits:
+            train = [place for place, split in enumerate(splits) if split == "train"]
+            chosen = stratified_test((labels[place] for place in train), TEST_SHARE)
+            for place, test in zip(train, chosen, strict=True):
+                splits[place] = "test" if test else "train"
+        return splits
 
     def records(
         self,
@@ -191,9 +231,11 @@ class CelebaReader(FileRecords):
         for kind, stem in stems.items():
             path = first_existing(self.root, _FOLDERS, (f"{stem}.txt", f"{stem}.csv"))
             if path is not None:
-                tables[kind] = _read(path, kind)
-            elif kind in ("attributes", "partition", self.label):
+                tables[kind] = _read(path, kind, self.partial)
+            elif kind in ("attributes", self.label):
                 raise InputError(f"source {self.root}: has no {stem}.txt or {stem}.csv")
+            elif kind == "partition" and not self.partial:
+                raise InputError(f"source {self.root}: has no {stem}.txt or {stem}.csv {_HINT}")
         return tables
 
     def _classes(self, tables: dict[str, Table]) -> tuple[list[str], np.ndarray | None, Table]:
@@ -215,8 +257,11 @@ class CelebaReader(FileRecords):
         return [f"not {self.label}", self.label], values > 0, attributes
 
 
-def _read(path: Path, kind: str) -> Table:
-    """Read an annotation file; InputError names the faulty line."""
+def _read(path: Path, kind: str, partial: bool) -> Table:
+    """Read an annotation file; InputError names the faulty line.
+
+    Of a file that says that it has more rows, ``partial`` takes those that are there.
+    """
     lines = read_rows(path) if path.suffix == ".csv" else _text_rows(path)
     count, columns = None, [kind] * _COLUMNS.get(kind, 0)
     if path.suffix == ".csv":
@@ -247,11 +292,12 @@ def _read(path: Path, kind: str) -> Table:
                 f"{', '.join(map(str, sorted(allowed)))}"
             )
         rows[sys.intern(name)] = len(rows)  # keeps one copy of the names, which all tables share
-    if count is not None and count != len(rows):
-        raise InputError(f"{path}: line 1 says {count} rows, but there are {len(rows)}")
+    if count is not None and count != len(rows) and not (partial and count > len(rows)):
+        hint = f" {_HINT}" if count > len(rows) else ""
+        raise InputError(f"{path}: line 1 says {count} rows, but there are {len(rows)}{hint}")
     if not rows or not width:
         raise InputError(f"{path}: has no {'columns' if rows else 'rows'}")
-    return Table(path, columns, rows, np.frombuffer(values, np.int32).reshape(-1, width))
+    return Table(path, columns, rows, np.frombuffer(values, np.int32).reshape(-1, width), count)
 
 
 def _text_rows(path: Path) -> Iterator[tuple[int, list[str]]]:

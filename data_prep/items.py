@@ -17,9 +17,12 @@ import pyarrow.compute as pc
 
 from r2id.data.manifest import Reject
 from r2id.data.records import Record
+from r2id.errors import InputError
 
 TEST_SHARE = 0.1
-"""Share of each class that becomes the test split where the source has no splits of its own."""
+"""Share of the images that becomes the test split where the source has no splits of its own."""
+
+_CLASSES_ALLOWED = 100_000  # class numbers, however few samples there are
 
 SCHEMA = pa.schema(
     [
@@ -175,15 +178,58 @@ def digest_of(parts: Iterable[tuple[bytes, int]]) -> str:
 
 
 def stratified_test(labels: Iterable[int | None], share: float) -> np.ndarray:
-    """Choose a share of every class for testing: bool [N], the same for the same labels."""
+    """Choose a share of all samples for testing: bool [N], the same for the same labels.
+
+    It is as close to the same share of every class as whole samples allow. A class has its only
+    sample in it only if there are too few others.
+    """
     classes = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
     chosen = np.zeros(len(classes), dtype=bool)
     generator = np.random.Generator(np.random.PCG64(0))
-    for label in np.unique(classes):
+    names, sizes = np.unique(classes, return_counts=True)
+    for label, count in zip(names, _apportion(sizes, share), strict=True):
         members = np.flatnonzero(classes == label)
         order = np.argsort(generator.random(len(members)), kind="stable")
-        chosen[members[order[: round(share * len(members))]]] = True
+        chosen[members[order[:count]]] = True
     return chosen
+
+
+def _apportion(sizes: np.ndarray, share: float) -> np.ndarray:
+    """Divide the share of a total among parts of these sizes, by largest remainders."""
+    counts = np.floor(share * sizes).astype(np.int64)
+    missing = round(share * float(sizes.sum())) - int(counts.sum())
+    ties = np.random.Generator(np.random.PCG64(1)).random(len(sizes))
+    # Rounded, because equal remainders of different sizes differ in their last bits.
+    remainders = (share * sizes - counts).round(9)
+    order = np.lexsort((ties, -remainders, sizes - counts < 2))
+    counts[order[: max(missing, 0)]] += 1
+    return counts
+
+
+def check_class_number(number: int, samples: int, where: str) -> None:
+    """Raise InputError for a class number far above the number of samples: it is something else."""
+    limit = max(_CLASSES_ALLOWED, 10 * samples)
+    if number >= limit:
+        raise InputError(
+            f"{where}: class number {number}, in a source of {samples} samples: must be less than "
+            f"{limit}"
+        )
+
+
+def number_occurring(items: pa.Table) -> tuple[pa.Table, list[str], str]:
+    """Number the classes of a column ``label`` as they occur, without gaps.
+
+    Returns the table, the names of the classes, which are the numbers they had, and a note for
+    people if there were gaps.
+    """
+    found = pc.unique(items["label"].drop_null()).sort()
+    names = [str(number) for number in found.to_pylist()]
+    if not names or found[-1].as_py() < len(names):
+        return items, names, ""
+    labels = pc.index_in(items["label"], value_set=found)
+    column = items.schema.get_field_index("label")
+    note = f"{len(names)} classes with numbers from {names[0]} to {names[-1]}, numbered anew"
+    return items.set_column(column, items.schema.field(column), labels), names, note
 
 
 def number_classes(names: Iterable[str]) -> list[str]:

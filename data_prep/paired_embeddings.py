@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.items import digest_of
-from data_prep.sources import Files, is_image
+from data_prep.sources import Files, is_hidden, is_image
 from r2id.data.embeddings import parse_npy
 from r2id.data.manifest import Reject
 from r2id.errors import InputError
@@ -99,8 +99,7 @@ def split_place(place: bytes) -> tuple[bytes, tuple[bytes, int] | None]:
 
 
 def _is_embedding(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() == ".npy" and not path.name.startswith(".")
+    return PurePosixPath(name).suffix.lower() == ".npy" and not is_hidden(name)
 
 
 def _stems(files: Files) -> pa.Array:

@@ -48,7 +48,9 @@ DATASETS = {
     "digits": Dataset("data_prep.digits:open_digits", "shipped, 8x8"),
     "mnist": Dataset("data_prep.mnist:open_mnist", "IDX files"),
     "celeba": Dataset(
-        "data_prep.celeba:CelebaReader", "its published or Kaggle's files", ("images", "label")
+        "data_prep.celeba:CelebaReader",
+        "its published or Kaggle's files",
+        ("images", "label", "partial"),
     ),
     "imagenet": Dataset("data_prep.imagenet:open_imagenet", "tars, Kaggle, Parquet or folders"),
     "folder": Dataset(

@@ -33,6 +33,7 @@ _ITEMS = "plan.parquet"
 # shards would be smaller than 16 MB.
 _SHARDS_WANTED, _SMALL_SHARD = 8, 16e6
 _BLOCK, _TAR_END, _NPY_HEADER = 512, 10240, 128  # bytes
+_LATER = {"partial": False}  # values of settings that plans of earlier versions lack
 _REJECTS_ALLOWED = 10  # images, even if max_rejects allows fewer
 # Fields of a plan that plan.json holds under their own names.
 _KEPT = ("source_digest", "items_sha256", "class_names", "attribute_names", "files", "samples")
@@ -66,7 +67,8 @@ class ShardPlan:
 
     def items(self, number: int) -> list[Item]:
         """Read the images of one shard, in order."""
-        table = pq.ParquetFile(self.out / _ITEMS).read_row_group(number)
+        with (self.out / _ITEMS).open("rb") as file:  # pyarrow itself takes no path but of UTF-8
+            table = pq.ParquetFile(file).read_row_group(number)
         return [Item(**row) for row in table.to_pylist()]
 
     def check_budget(self, rejected: int, example: str) -> None:
@@ -105,9 +107,10 @@ def load_shard_plan(config: PrepareConfig) -> ShardPlan | None:
         return None
     stored = read_shard_plan(config.out)
     for name, value in _settings(config).items():
-        if stored["settings"].get(name) != value:
+        before = stored["settings"].get(name, _LATER.get(name))
+        if before != value:
             raise InputError(
-                f"out {config.out}: was made with {name} = {stored['settings'].get(name)!r}, "
+                f"out {config.out}: was made with {name} = {before!r}, "
                 f"not {value!r}: choose another folder, or remove this one"
             )
     try:
@@ -174,7 +177,7 @@ def _check_vacant(out: Path) -> None:
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that a plan depends on, apart from its source."""
-    names = ("dataset", "shard_mb", "label", "images", "max_megapixels")
+    names = ("dataset", "shard_mb", "label", "images", "partial", "max_megapixels")
     return {"format_version": FORMAT_VERSION, **{name: getattr(config, name) for name in names}}
 
 

@@ -24,6 +24,9 @@ from r2id.errors import InputError, WorkError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
+_LEFT_OUT = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}
+"""Folders in which systems keep previews, deleted files and the like."""
+
 Keep = Callable[[str], bool]
 """Returns whether to list a file with this name."""
 
@@ -125,12 +128,20 @@ class Source(Protocol):
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is an image, by its suffix; hidden files are not.
+    """Return whether a file is an image, by its suffix; hidden files are not."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
 
-    macOS leaves a hidden ``._x.jpg``, which is no image, beside each ``x.jpg`` in an archive.
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file, or a folder that it is in, is hidden or belongs to a system.
+
+    Notebooks keep copies in ``.ipynb_checkpoints``, and macOS leaves a ``._x.jpg``, which is no
+    image, beside each ``x.jpg`` in an archive, or below ``__MACOSX``.
     """
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part in _LEFT_OUT
+        for part in name.split("/")
+    )
 
 
 class Folder:
@@ -181,7 +192,7 @@ class Folder:
             for child in children:
                 name = prefix + child.name
                 if child.is_dir():
-                    if not child.name.startswith("."):
+                    if not is_hidden(child.name):
                         self._walk(folder / child.name, f"{name}/", files, keep, seen)
                 elif keep(name):
                     self._add(child, name, files)

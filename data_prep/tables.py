@@ -40,7 +40,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with pq.ParquetFile(path) as file:
+    with path.open("rb") as raw, pq.ParquetFile(raw) as file:
         yield 1, file.schema_arrow.names
         line = 1
         for batch in file.iter_batches():

@@ -49,7 +49,8 @@ def open_source(path: Path, unpacked: Path) -> Source:
 class Tar:
     """A plain tar, or a tar of tars (``nested``).
 
-    A place is ``OFFSET:NAME`` with the offset of the member's first header. A member of an inner
+    A place is ``OFFSET:NAME`` with the offset of the member's first header, or for a hard link
+    ``OFFSET>OFFSET:NAME`` with that of the member that it is a link to, too. A member of an inner
     tar is named ``INNER/MEMBER``, where ``INNER`` is the inner tar's name without ``.tar``.
     """
 
@@ -61,14 +62,24 @@ class Tar:
 
     def files(self, keep: Keep) -> Files:
         files = Files(modified_ns(self.path))
+        links: dict[int, str] = {}  # the name of each hard link, by its offset
         with _opened(self.path) as file:
             for member, offset, name in _members(file, self.path, self.nested):
                 if not keep(name):
                     files.skipped += 1
+                elif member.islnk() and not unsafe_name(name):
+                    links[offset] = name
                 elif reason := _unsafe(member, name):
                     files.rejects.append(Reject("", name, reason))
                 else:
                     files.add(name, member.size, b"%d:" % offset + os.fsencode(name))
+            targets = _targets(file, self.path, self.nested, links) if links else {}
+        for offset, name in links.items():
+            if offset in targets:
+                target, size = targets[offset]
+                files.add(name, size, b"%d>%d:" % (offset, target) + os.fsencode(name))
+            else:
+                files.rejects.append(Reject("", name, "a link to nothing in the archive"))
         files.sort()
         return files
 
@@ -80,24 +91,28 @@ class Tar:
         changed = modified_ns(self.path) > newest
         if self._file is None:
             self._file = _opened(self.path)
-        start, name = int(place.partition(b":")[0]), self.name(place)
-        try:
-            with tarfile.open(
-                fileobj=_Part(self._file, start, os.fstat(self._file.fileno()).st_size - start),
-                mode="r:",
-            ) as archive:  # type: ignore[call-overload]
-                member = archive.next()
-        except (tarfile.TarError, EOFError, ValueError):
-            member = None
+        offset, _, target = place.partition(b":")[0].partition(b">")
+        name = self.name(place)
+        member = self._header(int(offset))
+        same = member is not None and _ends_with(name, member.name)
+        if target:
+            member = self._header(int(target))
+            same = same and member is not None and member.isreg()
+        start = int(target or offset)
         data = os.pread(self._file.fileno(), size, start + member.offset_data) if member else b""
-        same = (
-            member
-            and f"/{name}".endswith(f"/{member.name.removeprefix('./')}")
-            and member.size == size == len(data)
-        )
-        if changed or not same:
+        if changed or not same or member is None or not member.size == size == len(data):
             raise WorkError(f"{self.path}: changed since the preparation began ({name})")
         return data
+
+    def _header(self, start: int) -> tarfile.TarInfo | None:
+        """Return the member whose first header is at an offset; None when there is none."""
+        assert self._file is not None
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            with tarfile.open(fileobj=_Part(self._file, start, size - start), mode="r:") as archive:  # type: ignore[call-overload]
+                return archive.next()
+        except (tarfile.TarError, EOFError, ValueError):
+            return None
 
 
 def decompressed_tar(path: Path, unpacked: Path) -> Path:
@@ -152,6 +167,44 @@ def _copy(content: BinaryIO, copy: BinaryIO, path: Path, limit: int) -> None:
         copy.write(data)
 
 
+def _targets(
+    file: BinaryIO, path: Path, nested: bool, links: dict[int, str]
+) -> dict[int, tuple[int, int]]:
+    """Return what hard links are links to: offset of the link → offset and size of the file.
+
+    A link refers to the last file of that name before it, which may be a link itself. This takes
+    two more passes, so that it takes memory for links alone.
+    """
+    wanted = {
+        _linked(member, name) for member, _, name in _members(file, path, nested) if member.islnk()
+    }
+    latest: dict[str, tuple[int, int]] = {}
+    targets = {}
+    for member, offset, name in _members(file, path, nested):
+        found = (offset, member.size) if member.isreg() else None
+        if member.islnk():
+            found = latest.get(_linked(member, name))
+            if found and offset in links:
+                targets[offset] = found
+        if found and name in wanted:
+            latest[name] = found
+    return targets
+
+
+def _linked(member: tarfile.TarInfo, name: str) -> str:
+    """Return the name, as _members gives names, of the file that a hard link is a link to."""
+    inner = name.removesuffix(_plain(member.name))  # the inner tar that it is in, if any
+    return inner + _plain(member.linkname)
+
+
+def _ends_with(name: str, last: str) -> bool:
+    return f"/{name}".endswith(f"/{_plain(last)}")
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("./")
+
+
 def _members(
     file: BinaryIO, path: Path, nested: bool
 ) -> Iterator[tuple[tarfile.TarInfo, int, str]]:
@@ -160,17 +213,13 @@ def _members(
     Raises InputError when an archive is truncated or damaged.
     """
     for member in _walk(file, path, 0, os.fstat(file.fileno()).st_size):
-        name = member.name.removeprefix("./")
+        name = _plain(member.name)
         if not nested:
             yield member, member.offset, name
         elif member.isreg():
             outer = name.removesuffix(".tar")
             for inner in _walk(file, path / name, member.offset_data, member.size):
-                yield (
-                    inner,
-                    member.offset_data + inner.offset,
-                    f"{outer}/{inner.name.removeprefix('./')}",
-                )
+                yield (inner, member.offset_data + inner.offset, f"{outer}/{_plain(inner.name)}")
 
 
 def _walk(file: BinaryIO, path: Path, start: int, size: int) -> Iterator[tarfile.TarInfo]:
@@ -217,7 +266,7 @@ class _Part:
 
 def _unsafe(member: tarfile.TarInfo, name: str) -> str:
     """Return why a member must not be read; empty when it may."""
-    if member.issym() or member.islnk():
+    if member.issym():
         return "a link"
     return unsafe_name(name) or ("" if member.isreg() else "no regular file")
 

@@ -23,12 +23,14 @@ from data_prep.items import (
     ItemTableBuilder,
     Listing,
     TableBuilder,
+    check_class_number,
     digest_of,
     iter_rows,
+    number_occurring,
     stratified_test,
 )
 from data_prep.paired_embeddings import NO_EMBEDDING, common_shape
-from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, modified_ns
+from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, is_hidden, modified_ns
 from data_prep.tars import Tar, decompressed_tar
 from r2id.data.manifest import MANIFEST, PLAN, Manifest, Reject, read_manifest
 from r2id.data.records import Record
@@ -47,8 +49,8 @@ _SAMPLES = pa.schema(
 )
 """``embedding`` is the length of a sample's embedding file; null if it has none."""
 
-Member = tuple[str, int, int]
-"""Extension as written in the tar, offset in the tar, and length."""
+Member = tuple[str, str, int]
+"""Extension as written in the tar, place in the tar without the name, and length."""
 
 
 class WebdatasetReader:
@@ -98,8 +100,10 @@ class WebdatasetReader:
                 else:
                     extensions |= members.keys()
         if not len(samples):
-            raise InputError(f"source {self.source}: its tars hold no samples with an image")
+            why = f": {rejects[0].source}: {rejects[0].reason}" if rejects else ""
+            raise InputError(f"source {self.source}: its tars hold no usable samples{why}")
         table = samples.table()
+        self._check_labels(table)
         digest = digest_of(
             [
                 *((digest.encode(), 0) for digest in digests),
@@ -107,10 +111,15 @@ class WebdatasetReader:
             ]
         )
         table, shape = self._with_embeddings(table, rejects, newest)
-        names, attributes = self._names(table)
+        names = self.own.class_names if self.own else []
+        note = ""
+        if len(names) <= (pc.max(table["label"]).as_py() or 0):
+            table, names, note = number_occurring(table)
+        attributes = self.own.attribute_names if self.own else []
         found = [
             f"a webdataset of {len(self.tars)} tars with {', '.join(sorted(extensions))}",
             f"{skipped} other files left out" if skipped else "",
+            note,
         ]
         return Listing(self._items(table), digest, newest, names, attributes, rejects, found, shape)
 
@@ -211,7 +220,7 @@ class WebdatasetReader:
     def _read(self, number: int, key: str, member: Member, newest: int) -> bytes:
         extension, offset, size = member
         return self.tars[number].read(
-            b"%d:" % offset + f"{key}.{extension}".encode(errors="surrogateescape"), size, newest
+            f"{offset}:{key}.{extension}".encode(errors="surrogateescape"), size, newest
         )
 
     def _items(self, samples: pa.Table) -> pa.Table:
@@ -224,19 +233,13 @@ class WebdatasetReader:
             )
         return items.table()
 
-    def _names(self, samples: pa.Table) -> tuple[list[str], list[str]]:
-        """Return the names of classes and attributes.
-
-        Only a shard set that r2id wrote has names. In others, classes are named by their numbers.
-        """
-        count = 1 + max(
-            (label for label in samples["label"].to_pylist() if label is not None), default=-1
-        )
-        names = self.own.class_names if self.own else []
-        return (
-            names if len(names) >= count else [str(number) for number in range(count)],
-            self.own.attribute_names if self.own else [],
-        )
+    def _check_labels(self, samples: pa.Table) -> None:
+        """Raise InputError when the highest class number cannot be one."""
+        highest = pc.max(samples["label"]).as_py()
+        if highest is not None:
+            row = pc.index(samples["label"], pa.scalar(highest, pa.int32())).as_py()
+            number, key, *_ = json.loads(samples["place"][row].as_py())
+            check_class_number(highest, len(samples), f"{self.tars[number].path}: {key}.cls")
 
     def _attributes(self, meta: dict[str, Any]) -> tuple[int, ...] | None:
         if not (self.own and self.own.attribute_names):
@@ -290,7 +293,7 @@ def _group(files: Iterable[Entry]) -> Iterator[tuple[str, dict[str, Member]]]:
         key, extension = base_plus_ext(entry.name)
         samples.setdefault(key, {})[extension.lower()] = (
             extension,
-            int(entry.place.partition(b":")[0]),
+            entry.place.partition(b":")[0].decode(),
             entry.size,
         )
     yield from samples.items()
@@ -298,8 +301,10 @@ def _group(files: Iterable[Entry]) -> Iterator[tuple[str, dict[str, Member]]]:
 
 def _is_member(name: str) -> bool:
     key, extension = base_plus_ext(name)
-    return key is not None and (
-        extension.lower() in _KEPT or f".{extension.lower().split('.')[-1]}" in IMAGE_SUFFIXES
+    return (
+        key is not None
+        and not is_hidden(name)
+        and (extension.lower() in _KEPT or f".{extension.lower().split('.')[-1]}" in IMAGE_SUFFIXES)
     )
 
 

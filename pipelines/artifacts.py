@@ -147,7 +147,7 @@ class TrainingArtifacts:
         if "step" in self.result:
             return self.result["step"], ""
         with contextlib.suppress(OSError, ValueError):
-            progress = json.loads(self.file.read_text())
+            progress = json.loads(self.file.read_text(encoding="utf-8"))
             # The process also reports other work there, such as reading the data.
             if progress["title"] == self.title:
                 return progress["done"], progress["status"]
@@ -199,6 +199,6 @@ def how_to_open_mlflow() -> str:
 def _read(file: Path) -> str | None:
     """Return the content of a small text file; None when it cannot be read."""
     try:
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
     except OSError:
         return None

@@ -58,14 +58,14 @@ def train_task(
             f"{config}: stage 'pipeline': train takes the config of one stage, 'riae' or 'r2id'"
         )
     pointer = run.run / "checkpoints" / "latest"
-    before = pointer.read_text() if pointer.exists() else None
+    before = pointer.read_text(encoding="utf-8") if pointer.exists() else None
     arguments, processes = ["train", str(config), *overrides], max(gpu_count(), 1)
     try:
         with TrainingArtifacts(run, stage_command(arguments, processes), environment) as shown:
             shown.result = run_stage(arguments, processes=processes, environment=shown.environment)
         return shown.result
     except StageCrashed as crash:
-        crash.got_further = pointer.exists() and pointer.read_text() != before
+        crash.got_further = pointer.exists() and pointer.read_text(encoding="utf-8") != before
         raise
 
 

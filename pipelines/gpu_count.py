@@ -18,7 +18,7 @@ def gpu_count() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(
-        ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False
+        ["nvidia-smi", "--list-gpus"], capture_output=True, encoding="utf-8", check=False
     )
     return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
 

@@ -33,6 +33,7 @@ from r2id.config import (
     load_config,
     override,
 )
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError, Stopped
 from r2id.files import exclusive, write_atomic
 from r2id.progress import duration, say
@@ -112,11 +113,27 @@ class Pipeline:
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
 
+    def check_splits(self) -> None:
+        """Raise InputError when the shards lack a split that training or the evaluation reads.
+
+        That is known only when they are prepared.
+        """
+        shards = ShardSet.open(self.config.prepare.out)
+        for kind, (file, overrides) in (("riae", self.riae_stage), ("r2id", self.r2id_stage)):
+            run = load_config(file, overrides)
+            assert not isinstance(run, PipelineRun), "_stage has checked it"
+            data = run.data
+            for setting in ("train_split", "test_split"):
+                try:
+                    shards.split(getattr(data, setting))
+                except InputError as error:
+                    raise InputError(f"{kind}: data.{setting}: {error}") from None
+
     def _read_record(self) -> dict[str, Any]:
         if not self.record_file.exists():
             return {"mlflow_run": None, "stages": {}}
         try:
-            return json.loads(self.record_file.read_text())
+            return json.loads(self.record_file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{self.record_file}: damaged ({error}); remove it to begin a new record"
@@ -138,7 +155,11 @@ class Pipeline:
     ) -> Any:
         """Run a stage, or return its recorded result if settings and checkpoint are the same."""
         checkpoints = self.r2id / "checkpoints"
-        latest = checkpoints / (checkpoints / "latest").read_text().strip() / "checkpoint.json"
+        latest = (
+            checkpoints
+            / (checkpoints / "latest").read_text(encoding="utf-8").strip()
+            / "checkpoint.json"
+        )
         # checkpoint.json holds the hashes of the checkpoint's files, so it identifies the weights.
         key = hashlib.sha256(
             latest.read_bytes() + json.dumps(settings, sort_keys=True).encode()
@@ -241,6 +262,7 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     if not (shards / "manifest.json").exists():
         pipeline.note("prepare", config.prepare.model_dump(mode="json"))
     pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
+    pipeline.check_splits()
     pipeline.stage("train riae", lambda: train_flow(*pipeline.riae_stage, environment))
     encoded = pipeline.stage(
         "encode",
@@ -305,11 +327,11 @@ def _tracking(verb: str, request: Mapping[str, Any]) -> str | None:
         [sys.executable, "-m", "r2id.training.tracking.pipeline", verb],
         input=json.dumps(request),
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     return process.stdout.strip() if process.returncode == 0 else None
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

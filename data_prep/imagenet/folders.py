@@ -60,7 +60,9 @@ class FolderImagenet(FileRecords):
     def _wnids(self) -> list[str]:
         """Return all WordNet ids, sorted, or none where Kaggle's mapping is missing."""
         mapping = first_existing(self.root, ("", ".."), (_MAPPING,))
-        lines = mapping.read_text(errors="replace").splitlines() if mapping else []
+        lines = (
+            mapping.read_text(encoding="utf-8", errors="replace").splitlines() if mapping else []
+        )
         return sorted(line.split()[0] for line in lines if line.strip())
 
     @staticmethod

@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.file_records import image_record
 from data_prep.folder import SPLITS
-from data_prep.items import Item, ItemTableBuilder, Listing, digest_of
+from data_prep.items import (
+    Item,
+    ItemTableBuilder,
+    Listing,
+    check_class_number,
+    digest_of,
+    number_occurring,
+)
 from data_prep.sources import modified_ns
 from r2id.data.manifest import Reject
 from r2id.data.records import Record
@@ -36,6 +44,7 @@ class ParquetImagenet:
     def listing(self) -> Listing:
         """List all rows. Only the labels are read; sizes are means over a row group."""
         items, names, newest, block = ItemTableBuilder(), list[str](), 0, 0
+        total = sum(_open_parquet(path).metadata.num_rows for path in self.files)
         parts: list[tuple[bytes, int]] = []
         for number, path in enumerate(self.files):
             split = SPLITS[path.name.split("-")[0]]
@@ -45,6 +54,8 @@ class ParquetImagenet:
             for group in range(file.num_row_groups):
                 facts = file.metadata.row_group(group)
                 labels = _read_column(file, path, group, "label")
+                highest = max((label for label in labels if label is not None), default=-1)
+                check_class_number(highest, total, f"{path}: row group {group}")
                 size = _mean_size(facts)
                 parts.append(
                     (f"{path.name} {group} {facts.total_byte_size}".encode(), facts.num_rows)
@@ -60,16 +71,15 @@ class ParquetImagenet:
                     )
                 block += 1
         table = items.table()
-        highest = max(
-            (label for label in table["label"].to_pylist() if label is not None), default=-1
-        )
-        names = names if len(names) > highest else [str(number) for number in range(highest + 1)]
+        note = ""
+        if len(names) <= (pc.max(table["label"]).as_py() or 0):
+            table, names, note = number_occurring(table)
         return Listing(
             table,
             digest_of(parts),
             newest,
             names,
-            notes=["ImageNet in Parquet files", *self._missing()],
+            notes=["ImageNet in Parquet files", *self._missing(), note],
         )
 
     def records(
@@ -136,7 +146,7 @@ def parquet_files(folder: Path) -> list[Path]:
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path.open("rb"))  # pyarrow itself takes no path but of UTF-8
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}"

@@ -123,7 +123,7 @@ def write_description(folder: Path, meta: Meta, files: dict[str, FileFact]) -> N
     )
     text = description.model_dump_json(indent=1) + "\n"
     file = folder / DESCRIPTION
-    file.write_text(text.replace(_NO_DIGEST, _digest(text), 1))
+    file.write_text(text.replace(_NO_DIGEST, _digest(text), 1), encoding="utf-8")
     fsync(file)
     fsync(folder)
 

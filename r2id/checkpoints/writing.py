@@ -76,7 +76,7 @@ def tidy(run_dir: Path, start: int) -> None:
                 _remove(snapshot)
         folders = list_checkpoints(run_dir / "checkpoints")
         pointer = run_dir / "checkpoints" / "latest"
-        named = pointer.read_text() if pointer.is_file() else None
+        named = pointer.read_text(encoding="utf-8") if pointer.is_file() else None
         if folders and named != f"{folders[-1].name}\n":
             _point_latest_to(folders[-1])
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import io
 import os
 import sys
 import tempfile
@@ -23,6 +24,9 @@ def main() -> None:
     signal with everything saved.
     """
     _make_up_an_account()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: names of files, and signs that the terminal's encoding lacks, are escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             app()

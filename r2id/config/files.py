@@ -36,7 +36,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     value and what is allowed.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
     except (

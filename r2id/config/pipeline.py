@@ -48,6 +48,9 @@ class PrepareConfig(Section):
     """What is the class of a CelebA image: none, identity, or the name of an attribute."""
     images: Literal["aligned", "wild"] = "aligned"
     """Which images of CelebA are taken: aligned faces, or those in the wild."""
+    partial: bool = False
+    """Take the part of CelebA that is there: without some images or rows of its tables, or without
+    the partition. A tenth becomes the test split if there is none."""
     max_megapixels: float = Field(default=100.0, gt=0)
     """Images of more megapixels (10⁶ pixels) are rejected before they are decoded."""
     max_rejects: float = Field(default=0.01, ge=0, le=1)

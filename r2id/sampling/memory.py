@@ -74,7 +74,8 @@ def free_memory(device: torch.device) -> int:
     free = int(psutil.virtual_memory().available)
     try:
         allowed, used = (
-            int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current")
+            int((_CONTROL_GROUP / name).read_text(encoding="utf-8"))
+            for name in ("memory.max", "memory.current")
         )
     except (OSError, ValueError):  # there is no such file, or it says "max": no limit
         return free

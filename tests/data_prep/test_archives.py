@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from data_prep.prepare import make_shard_plan, write_shard
+from data_prep.sources import is_image
+from data_prep.tars import Tar
 from r2id.config import PrepareConfig
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
 from tests.data_prep.archives import ARCHIVES, IMAGES, picture, rejected, write_tar, write_zip
 from tests.data_prep.conftest import make
+from tests.data_prep.test_folder import facts_of
 
 
 @pytest.mark.parametrize(("name", "write"), ARCHIVES.values(), ids=ARCHIVES.keys())
@@ -74,7 +77,7 @@ def test_dangerous_members_become_rows_and_are_written_nowhere(tmp_path):
         ".json",
         ".csv",
     }
-    assert sum(shards.summary()["samples"].values()) == 2 and verify(shards.folder) == []
+    assert sum(shards.summary()["samples"].values()) == 3 and verify(shards.folder) == []
     assert rejected(tmp_path / "set") == {
         "../../out.png": "its name leads out of the archive",
         "/abs.png": "its name leads out of the archive",
@@ -82,9 +85,109 @@ def test_dangerous_members_become_rows_and_are_written_nowhere(tmp_path):
         "a/1.png": "twice in the archive",
         b"a/nul\0x.png".decode(): "its name holds a NUL",
         "a/soft.png": "a link",
-        "a/hard.png": "a link",
         "a/fifo.png": "no regular file",
     }
+
+
+def write_links(path, mode="w"):
+    """A tar with hard links: to a file, to a link, to one without a suffix, and to nothing."""
+    with tarfile.open(path, mode) as archive:
+        for name, number in (("a/1.png", 1), ("./data/blob", 2), ("b/2.png", 3)):
+            info = tarfile.TarInfo(name)
+            info.size = len(picture(number))
+            archive.addfile(info, io.BytesIO(picture(number)))
+        for name, target in (
+            ("b/1.png", "a/1.png"),
+            ("c/1.png", "b/1.png"),
+            ("c/" + "long " * 40 + "name.png", "./data/blob"),
+            ("a/none.png", "a/nowhere.png"),
+            ("a/later.png", "a/last.png"),
+            ("a/out.png", "/etc/passwd"),
+        ):
+            archive.addfile(link(name, target, tarfile.LNKTYPE))
+        info = tarfile.TarInfo("a/last.png")
+        info.size = len(picture(4))
+        archive.addfile(info, io.BytesIO(picture(4)))
+
+
+@pytest.mark.parametrize(("name", "mode"), [("x.tar", "w"), ("x.tar.gz", "w:gz")])
+def test_hard_links_are_the_files_that_they_are_links_to(tmp_path, name, mode):
+    write_links(tmp_path / name, mode)
+    shards = make("folder", tmp_path / "set", tmp_path / name)
+    assert verify(shards.folder) == [] and shards.class_names == ["a", "b", "c"]
+    found = {}
+    for split in map(shards.split, shards.manifest.splits):
+        for index, (key, facts) in enumerate(facts_of(split).items()):
+            assert split.key(index) == key
+            found[facts["source"]] = split.read(index)
+    assert found == {
+        "a/1.png": picture(1),
+        "a/last.png": picture(4),
+        "b/1.png": picture(1),
+        "b/2.png": picture(3),
+        "c/1.png": picture(1),
+        "c/" + "long " * 40 + "name.png": picture(2),
+    }
+    reasons = rejected(tmp_path / "set")
+    assert reasons == dict.fromkeys(
+        ("a/none.png", "a/later.png", "a/out.png"), "a link to nothing in the archive"
+    )
+
+
+def test_a_hard_link_in_a_tar_of_tars(tmp_path):
+    write_links(tmp_path / "inner.tar")
+    write_tar(tmp_path / "outer.tar", {"n1.tar": (tmp_path / "inner.tar").read_bytes()})
+    tar = Tar(tmp_path / "outer.tar", nested=True)
+    files = tar.files(is_image)
+    contents = {entry.name: tar.read(entry.place, entry.size, files.newest) for entry in files}
+    assert contents["n1/c/1.png"] == picture(1) and len(contents) == 6
+    assert len(files.rejects) == 3
+
+
+def test_a_hard_link_of_a_webdataset(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("a.png", "a.cls"):
+            content = picture(1) if name.endswith("png") else b"0"
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        archive.addfile(link("b.png", "a.png", tarfile.LNKTYPE))
+        archive.addfile(link("b.cls", "a.cls", tarfile.LNKTYPE))
+    split = make("webdataset", tmp_path / "set", tmp_path / "x.tar").split("train")
+    assert [split.read(index) for index in range(2)] == [picture(1)] * 2
+    assert split.label.tolist() == [0, 0]
+
+
+HIDDEN = [
+    "a/.ipynb_checkpoints/1-checkpoint.png",
+    ".Trash/1.png",
+    "__MACOSX/a/1.png",
+    "__MACOSX/a/._1.png",
+    "a/@eaDir/1.png",
+    "b/._1.png",
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_hidden_folders_are_left_out_of_every_source(tmp_path, kind):
+    members = {f"{label}/{number}.png": picture(number) for label in "ab" for number in range(4)}
+    hidden = {name: picture(99) for name in HIDDEN} | {"a/.hidden/1.npy": b"x"}
+    source = tmp_path / {"folder": "in", "tar": "x.tar", "zip": "x.zip"}[kind]
+    if kind == "folder":
+        for name, data in (members | hidden).items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(data)
+    else:
+        {"tar": write_tar, "zip": write_zip}[kind](source, members | hidden)
+    shards = make("folder", tmp_path / "set", source)
+    assert shards.class_names == ["a", "b"] and shards.manifest.rejects == 0
+    assert sum(shards.summary()["samples"].values()) == 8
+
+
+def test_hidden_folders_are_left_out_of_a_webdataset(tmp_path):
+    write_tar(tmp_path / "x.tar", {"a/1.png": picture(1)} | {name: picture(9) for name in HIDDEN})
+    shards = make("webdataset", tmp_path / "set", tmp_path / "x.tar")
+    assert shards.summary()["samples"] == {"train": 1}
 
 
 def test_dangerous_members_of_a_zip(tmp_path):
@@ -189,7 +292,7 @@ def test_a_damaged_member_of_a_zip_is_a_row(tmp_path, packing):
             archive.writestr(name, data)
         info = archive.infolist()[4]
     start = info.header_offset + 30 + len(info.filename)
-    for place in range(8, min(info.compress_size, 40), 8):
+    for place in range(10, min(info.compress_size, 40), 8):
         flip(tmp_path / "pets.zip", start + place)
         out = tmp_path / f"set{place}"
         make("folder", out, tmp_path / "pets.zip")

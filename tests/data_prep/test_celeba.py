@@ -279,3 +279,74 @@ def test_a_misspelt_attribute(original, tmp_path):
     (original / "Anno/identity_CelebA.txt").unlink()
     with pytest.raises(InputError, match="identity_CelebA"):
         make("celeba", tmp_path / "set", original, label="identity")
+
+
+def keep_rows(name, count):
+    """Leave only the first rows of a table, whose first line still says 40."""
+    return edit(name, lambda text: "\n".join(text.split("\n")[: count + 2]) + "\n")
+
+
+PARTS = {
+    "some images": (
+        lambda root: [path.unlink() for path in sorted(root.rglob("*.jpg"))[20:]],
+        {"train": 12, "val": 4, "test": 4},
+        "20 images of its tables are not there",
+    ),
+    "none of the test images": (
+        lambda root: [
+            path.unlink()
+            for path in root.rglob("*.jpg")
+            if int(path.stem) % 5 == 0 or int(path.stem) < 5
+        ],
+        {"train": 19, "val": 7, "test": 2},
+        "12 images of its tables are not there",
+    ),
+    "ten rows of attributes": (
+        keep_rows("list_attr*", 10),
+        {"train": 6, "val": 2, "test": 2},
+        "10 of the 40 rows of list_attr_celeba.txt",
+    ),
+    "no partition": (
+        lambda root: next(root.rglob("list_eval*")).unlink(),
+        {"train": 36, "test": 4},
+        "no partition",
+    ),
+    "half a partition": (
+        edit("list_eval*", lambda text: "\n".join(text.split("\n")[:20]) + "\n"),
+        {"train": 32, "val": 4, "test": 4},
+        "CelebA",
+    ),
+    "only images and attributes": (
+        lambda root: [
+            path.unlink() for path in root.rglob("*.txt") if "list_attr" not in path.name
+        ],
+        {"train": 36, "test": 4},
+        "no partition",
+    ),
+}
+
+
+@pytest.mark.parametrize(("lose", "samples", "words"), PARTS.values(), ids=PARTS.keys())
+def test_a_part_is_taken_when_that_is_asked_for(original, tmp_path, capfd, lose, samples, words):
+    lose(original)
+    with pytest.raises((InputError, WorkError), match="--partial takes what is there"):
+        make("celeba", tmp_path / "whole", original)
+    shards = make("celeba", tmp_path / "set", original, partial=True)
+    assert shards.summary()["samples"] == samples and shards.manifest.rejects == 0
+    assert words in capfd.readouterr().err and verify(shards.folder) == []
+    for name, (split, facts, _) in facts_of(shards).items():
+        attributes, _, _, _, part = values(int(name[:6]) - 1)
+        assert facts["attributes"] == attributes
+        assert "val" not in samples or part != 1 or split in ("val", "train")
+
+
+def test_a_set_of_an_earlier_version_goes_on(original, tmp_path):
+    """Its plan says nothing of parts."""
+    shards = make("celeba", tmp_path / "set", original)
+    plan = tmp_path / "set/plan.json"
+    stored = json.loads(plan.read_text(encoding="utf-8"))
+    del stored["settings"]["partial"]
+    plan.write_text(json.dumps(stored), encoding="utf-8")
+    assert make("celeba", tmp_path / "set", original).digest == shards.digest
+    with pytest.raises(InputError, match="made with partial = False, not True"):
+        make("celeba", tmp_path / "set", original, partial=True)

@@ -136,6 +136,44 @@ def test_samples_that_are_none(tmp_path):
     assert "deep.jpg,its JSON is nested too deeply" in table
 
 
+@pytest.mark.parametrize("samples", [5, 1])
+def test_samples_of_several_images_each_are_named(tmp_path, samples):
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            {"__key__": f"scene{number}", "left.jpg": picture(1), "right.jpg": picture(2)}
+            for number in range(samples)
+        ],
+    )
+    words = r"no usable samples: scene0: a sample with 2 images \(left\.jpg, right\.jpg\)"
+    with pytest.raises(InputError, match=words):
+        make("webdataset", tmp_path / "set", tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("number", [999_999_999, 100_000])
+def test_a_class_number_that_is_none_is_refused(tmp_path, number):
+    samples = samples_of(0, 6)
+    samples[4]["cls"] = number
+    write_tar(tmp_path / "x.tar", samples)
+    words = rf"x\.tar: some/dir/sample4\.cls: class number {number}, .* less than 100000"
+    with pytest.raises(InputError, match=words):
+        make("webdataset", tmp_path / "set", tmp_path / "x.tar")
+
+
+def test_classes_with_gaps_are_numbered_as_they_occur(tmp_path, capfd):
+    samples = [
+        {**sample, "cls": (3, 7, 99_999)[n % 3]} for n, sample in enumerate(samples_of(0, 9))
+    ]
+    write_tar(tmp_path / "train.tar", samples)
+    shards = make("webdataset", tmp_path / "set", tmp_path / "train.tar")
+    assert shards.class_names == ["3", "7", "99999"]
+    assert sorted(shards.split("train").label.tolist()) == [0] * 3 + [1] * 3 + [2] * 3
+    said = capfd.readouterr().err
+    assert "3 classes with numbers from 3 to 99999, numbered anew" in said
+    found = {image: int(label) for image, (_, label, _) in read(shards).items()}
+    assert found[picture(1, "JPEG")] == 1 and found[picture(8, "JPEG")] == 2
+
+
 def test_a_set_of_our_own_keeps_its_attributes(tmp_path):
     write_original(tmp_path / "celeba")
     first = make("celeba", tmp_path / "one", tmp_path / "celeba", label="Male")

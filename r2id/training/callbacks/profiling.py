@@ -62,6 +62,6 @@ class Profiling(Callback):
             row_limit=40,
             max_name_column_width=60,
         )
-        file.with_suffix(".txt").write_text(table)
+        file.with_suffix(".txt").write_text(table, encoding="utf-8")
         self.written = True
         say(f"trace: {file}.json.gz, for chrome://tracing or ui.perfetto.dev")

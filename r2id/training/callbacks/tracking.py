@@ -50,4 +50,4 @@ def _start_tracker(state: TrainState) -> NullTracker:
 
 def _recorded_run_id(id_file: Path) -> str | None:
     """Return the id of the run to continue; None when there is none, as in a damaged file."""
-    return (id_file.read_text().strip() or None) if id_file.exists() else None
+    return (id_file.read_text(encoding="utf-8").strip() or None) if id_file.exists() else None

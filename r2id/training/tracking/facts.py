@@ -27,7 +27,7 @@ def git_tags() -> dict[str, str]:
         return subprocess.run(
             ["git", "-C", str(here.parent), *arguments],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=True,
             timeout=10,
         ).stdout.strip()

@@ -1,0 +1,71 @@
+"""Where a source has no splits of its own, a tenth of all is set aside for testing."""
+
+import numpy as np
+import pytest
+
+from data_prep.items import TEST_SHARE, stratified_test
+from pipelines.pipeline import Pipeline
+from r2id.config import PipelineRun, load_config
+from r2id.errors import InputError
+from tests.data_prep.conftest import make, write_images
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tested"),
+    [
+        ([4] * 10, 4),  # no class is large enough for one of its own
+        ([20, 20], 4),
+        ([14] * 5, 7),  # 1.4 of each
+        ([16] * 5, 8),
+        ([1] * 20, 2),
+        ([1] * 10 + [2] * 5, 2),
+        ([5], 0),
+        ([6], 1),
+        ([100, 10, 1], 11),
+    ],
+)
+def test_a_tenth_of_all_and_of_each_class(sizes, tested):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    chosen = stratified_test(labels.tolist(), TEST_SHARE)
+    counts = np.bincount(labels[chosen], minlength=len(sizes))
+    assert counts.sum() == tested == round(TEST_SHARE * sum(sizes))
+    assert np.abs(counts - TEST_SHARE * np.array(sizes)).max() < 1
+    if max(sizes) > 1:
+        assert (counts < sizes).all(), "a class is left without training images"
+    assert np.array_equal(chosen, stratified_test(labels.tolist(), TEST_SHARE))
+
+
+def test_ten_classes_of_four_images_have_a_test_split(tmp_path):
+    write_images(tmp_path / "in", [f"{label}/{n}.png" for label in range(10) for n in range(4)])
+    shards = make("folder", tmp_path / "set", tmp_path / "in")
+    assert shards.summary()["samples"] == {"train": 36, "test": 4}
+    assert set(shards.split("train").label) == set(range(10))
+
+
+def test_a_pipeline_says_that_there_is_no_test_split_before_it_trains(tmp_path):
+    write_images(tmp_path / "in", [f"{number}.png" for number in range(3)])
+    make("folder", tmp_path / "set", tmp_path / "in")
+    (tmp_path / "riae.toml").write_text(
+        'stage = "riae"\nrun = "x"\n[data]\nshards = "x"\n[train]\nsteps = 4\n'
+    )
+    (tmp_path / "r2id.toml").write_text(
+        'stage = "r2id"\nrun = "x"\ncodec = "x"\n[data]\nshards = "x"\n[train]\nsteps = 4\n'
+    )
+    (tmp_path / "pipeline.toml").write_text(
+        f"""stage = "pipeline"
+name = "few"
+out = "{tmp_path / "out"}"
+[prepare]
+dataset = "folder"
+source = "{tmp_path / "in"}"
+out = "{tmp_path / "set"}"
+[riae]
+config = "riae.toml"
+[r2id]
+config = "r2id.toml"
+"""
+    )
+    config = load_config(tmp_path / "pipeline.toml")
+    assert isinstance(config, PipelineRun)
+    with pytest.raises(InputError, match=r"riae: data\.test_split: .* no split 'test': .* train"):
+        Pipeline(config, tmp_path).check_splits()
