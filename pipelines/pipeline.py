@@ -77,7 +77,8 @@ class Pipeline:
         raise InputError(
             f"riae.train.steps = {steps}: {self.riae} is at step {done}, and training it on would "
             f"invalidate {names}, which were made with it as it is: remove them to make them anew "
-            f"afterwards, or choose another out, or keep riae.train.steps={done}"
+            "afterwards, or choose another out"
+            + (f", or keep riae.train.steps={done}" if done else "")
         )
 
     def _stage(

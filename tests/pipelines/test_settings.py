@@ -181,8 +181,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     out = tmp_path / "out"
     for name, text in {"riae": RIAE, "r2id": R2ID, "pipeline": PIPELINE}.items():
         (tmp_path / f"{name}.toml").write_text(text.format(out=out))
-    # What R2ID's training and the evaluation would have left.
-    for file, text in {"r2id/checkpoints/latest": "step", "report/metrics.json": "{}"}.items():
+    # What both trainings, RIAE's a long one, and the evaluation would have left.
+    for file, text in {
+        "riae/checkpoints/step-99999999/checkpoint.json": "{}",
+        "r2id/checkpoints/latest": "step",
+        "report/metrics.json": "{}",
+    }.items():
         (out / file).parent.mkdir(parents=True)
         (out / file).write_text(text)
     (out / "r2id/checkpoints/step").mkdir()
