@@ -24,6 +24,11 @@ class Overview:
     sizes: Image.Image
 
 
+def check_split(out: Path, split: str) -> None:
+    """Raise InputError when the set in ``out`` has no such split, or nothing in it."""
+    ShardSet.open(out).split(split)
+
+
 def overview(out: Path, rejects: dict[str, int]) -> Overview:
     """Summarise the set in ``out``; ``rejects`` maps a shard file to its number of rejects."""
     shards = ShardSet.open(out)

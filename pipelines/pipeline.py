@@ -18,6 +18,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from data_prep.overview import check_split
 from data_prep.readers import check_options
 from pipelines.artifacts import how_to_open_mlflow
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
@@ -33,7 +34,6 @@ from r2id.config import (
     load_config,
     override,
 )
-from r2id.data.shards import ShardSet
 from r2id.errors import InputError, Stopped
 from r2id.files import exclusive, write_atomic
 from r2id.progress import duration, say
@@ -119,14 +119,13 @@ class Pipeline:
 
         That is known only when they are prepared.
         """
-        shards = ShardSet.open(self.config.prepare.out)
         for kind, (file, overrides) in (("riae", self.riae_stage), ("r2id", self.r2id_stage)):
             run = load_config(file, overrides)
             assert not isinstance(run, PipelineRun), "_stage has checked it"
             data = run.data
             for setting in ("train_split", "test_split"):
                 try:
-                    shards.split(getattr(data, setting))
+                    check_split(self.config.prepare.out, getattr(data, setting))
                 except InputError as error:
                     raise InputError(f"{kind}: data.{setting}: {error}") from None
 
