@@ -287,25 +287,38 @@ def _meta(members: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _group(files: Iterable[Entry]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Group members into samples; yield (key, members by extension in lower case)."""
-    samples: dict[str, dict[str, Member]] = {}
+    """Group members into samples; yield (key, members by extension in lower case).
+
+    An extension begins at the first dot, so that 1.5.png and 1.5.cls are members 5.png and 5.cls of
+    sample 1. Where all members have one such beginning, it is part of the key: they are png and cls
+    of sample 1.5.
+    """
+    samples: dict[str, list[Member]] = {}
     for entry in files:
         key, extension = base_plus_ext(entry.name)
-        samples.setdefault(key, {})[extension.lower()] = (
-            extension,
-            entry.place.partition(b":")[0].decode(),
-            entry.size,
-        )
-    yield from samples.items()
+        place = entry.place.partition(b":")[0].decode()
+        samples.setdefault(key, []).append((extension, place, entry.size))
+    for key, members in samples.items():
+        begin, *others = {extension.rpartition(".")[0] for extension, _, _ in members}
+        if begin and not others:
+            key = f"{key}.{begin}"
+            members = [(name.rpartition(".")[2], place, size) for name, place, size in members]
+        kept = {member[0].lower(): member for member in members if _is_known(member[0])}
+        if kept:
+            yield key, kept
 
 
 def _is_member(name: str) -> bool:
     key, extension = base_plus_ext(name)
     return (
-        key is not None
-        and not is_hidden(name)
-        and (extension.lower() in _KEPT or f".{extension.lower().split('.')[-1]}" in IMAGE_SUFFIXES)
+        key is not None and not is_hidden(name) and _is_known(extension.lower().rpartition(".")[2])
     )
+
+
+def _is_known(extension: str) -> bool:
+    """Whether it is that of an annotation, or ends like that of an image: png or seg.png."""
+    extension = extension.lower()
+    return extension in _KEPT or f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
 
 
 def _split_of(path: Path) -> str | None:

@@ -206,6 +206,31 @@ def test_masks_beside_the_image_and_a_source_of_its_own(tmp_path):
     }
 
 
+def test_dots_in_names(tmp_path):
+    """Files that are named after numbers keep their classes, and masks and depths do not count."""
+    tar = tmp_path / "a.tar"
+    with tarfile.open(tar, "w") as file:
+        for number in range(20):
+            members = {"png": picture(number), "cls": str(number % 2).encode(), "TXT": b"words"}
+            for kind, content in members.items():
+                entry = tarfile.TarInfo(f"22.0/Track {number}.{number} (A).{kind}")
+                entry.size = len(content)
+                file.addfile(entry, io.BytesIO(content))
+        for name in ("plain.png", "plain.seg.png", "plain.more.cls", "plain.cls"):
+            content = picture(99) if name.endswith("png") else b"1"
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content))
+    shards = make("webdataset", tmp_path / "out", tar)
+    found = read(shards)
+    assert len(found) == 21 and not (tmp_path / "out" / "rejects.csv").exists()
+    for number in range(20):
+        _, label, meta = found[picture(number)]
+        assert int(label) == number % 2 and meta["caption"] == "words"
+        assert meta["source"] == f"22.0/Track {number}.{number} (A).png"
+    assert int(found[picture(99)][1]) == 1
+
+
 def test_a_shard_that_is_a_link_to_nothing(tmp_path):
     write_tar(tmp_path / "in/a-0.tar", samples_of(0, 3))
     (tmp_path / "in/a-1.tar").symlink_to(tmp_path / "nowhere")

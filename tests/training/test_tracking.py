@@ -66,6 +66,7 @@ def test_records_parameters_dataset_metrics_pictures_and_files(
     )
     for step in (1, 2):
         tracker.metrics({"loss": 1 / step, "lr": 0.1}, step)
+    tracker.metrics({"loss": float("nan"), "grad_norm": float("inf")}, 3)
     tracker.image(np.zeros((4, 6, 3), np.uint8), "samples", 2)
     tracker.image(Image.new("L", (5, 5)), "inputs", 2)
     report = tmp_path / "report"
@@ -90,6 +91,7 @@ def test_records_parameters_dataset_metrics_pictures_and_files(
         }.items()
     )
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert set(run.data.metrics) == {"loss", "lr"}
     assert steps_of(client, tracker.run_id, "loss") == [1, 2]
     files = {
         file.path

@@ -42,7 +42,7 @@ class NullTracker:
     run_id: str | None = None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step, unless an earlier process of the run has recorded that step."""
+        """Record finite numbers at a step, unless an earlier process has recorded that step."""
 
     def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
         """Record a picture: a file, an image, or an array uint8 [H, W] or [H, W, C].
@@ -112,7 +112,9 @@ class Tracker(NullTracker):
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        numbers = {key: float(value) for key, value in values.items()}
+        # MLflow keeps an infinite value as the largest number, and pages of runs with a NaN may not
+        # load.
+        numbers = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         self._put(lambda: self._log_metrics(numbers, step, now))
 
     def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
