@@ -29,6 +29,11 @@ def check_split(out: Path, split: str) -> None:
     ShardSet.open(out).split(split)
 
 
+def count_classes(out: Path) -> int:
+    """Return the number of classes of the set in ``out``."""
+    return ShardSet.open(out).num_classes
+
+
 def overview(out: Path, rejects: dict[str, int]) -> Overview:
     """Summarise the set in ``out``; ``rejects`` maps a shard file to its number of rejects."""
     shards = ShardSet.open(out)

@@ -16,6 +16,7 @@ from r2id.data.index import find_intact, read_commit
 from r2id.data.manifest import MANIFEST, REJECTS, read_manifest
 from r2id.data.verify import Damage
 from r2id.errors import InputError, WorkError
+from r2id.files import exclusive
 from r2id.progress import track
 
 
@@ -25,34 +26,38 @@ def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) 
     ``damages`` come from r2id.data.verify. ``source`` is the path of the source, if it has moved.
     Returns what was done to each file: "rebuilt", "removed" or, for the manifest and the table of
     rejects, "rewritten". Raises InputError when the shard plan is damaged, or the source is missing
-    or another one; WorkError when the source gives other bytes than before.
+    or another one; WorkError when the source gives other bytes than before, or another process is
+    at work in the folder.
     """
-    plan = _plan_of(folder, source)
-    blamed = {damage.file for damage in damages}
-    broken = [file for file in plan.files if _is_broken(folder, file, blamed)]
-    expected = _expected_hashes(folder, blamed)
-    belong = {name for file in plan.files for name in (file, _index_of(file))}
-    present = {
-        path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*") if path.is_file()
-    }
-    extra = sorted(present - belong)
-    _remove(folder, extra)
-    for file in track(broken, "repair", unit="shards"):
-        _remove(folder, [file, _index_of(file)])
-        write_shard(plan, plan.files.index(file))
-        rebuilt = read_commit(folder, file)[0].sha256
-        if rebuilt != expected.get(file, rebuilt):
+    with exclusive(folder):
+        plan = _plan_of(folder, source)
+        blamed = {damage.file for damage in damages}
+        broken = [file for file in plan.files if _is_broken(folder, file, blamed)]
+        expected = _expected_hashes(folder, blamed)
+        belong = {name for file in plan.files for name in (file, _index_of(file))}
+        present = {
+            path.relative_to(folder).as_posix()
+            for path in folder.glob("*/shard-*")
+            if path.is_file()
+        }
+        extra = sorted(present - belong)
+        _remove(folder, extra)
+        for file in track(broken, "repair", unit="shards"):
             _remove(folder, [file, _index_of(file)])
-            raise WorkError(
-                f"{folder / file}: cannot be rebuilt: source {plan.config.source} no longer has "
-                "the images it was made of, though their names and lengths are the same"
-            )
-    finish(plan)
-    return {
-        **dict.fromkeys(broken, "rebuilt"),
-        **dict.fromkeys(extra, "removed"),
-        **dict.fromkeys(sorted(blamed & {MANIFEST, REJECTS}), "rewritten"),
-    }
+            write_shard(plan, plan.files.index(file))
+            rebuilt = read_commit(folder, file)[0].sha256
+            if rebuilt != expected.get(file, rebuilt):
+                _remove(folder, [file, _index_of(file)])
+                raise WorkError(
+                    f"{folder / file}: cannot be rebuilt: source {plan.config.source} no longer "
+                    "has the images it was made of, though their names and lengths are the same"
+                )
+        finish(plan)
+        return {
+            **dict.fromkeys(broken, "rebuilt"),
+            **dict.fromkeys(extra, "removed"),
+            **dict.fromkeys(sorted(blamed & {MANIFEST, REJECTS}), "rewritten"),
+        }
 
 
 def _is_broken(folder: Path, file: str, blamed: set[str]) -> bool:

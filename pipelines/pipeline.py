@@ -18,7 +18,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from data_prep.overview import check_split
+from data_prep.overview import check_split, count_classes
 from data_prep.readers import check_options
 from pipelines.artifacts import how_to_open_mlflow
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
@@ -114,8 +114,8 @@ class Pipeline:
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
 
-    def check_splits(self) -> None:
-        """Raise InputError when the shards lack a split that training or the evaluation reads.
+    def check_data(self) -> None:
+        """Raise InputError when the shards lack what a later stage reads: splits, or classes.
 
         That is known only when they are prepared.
         """
@@ -128,6 +128,17 @@ class Pipeline:
                     check_split(self.config.prepare.out, getattr(data, setting))
                 except InputError as error:
                     raise InputError(f"{kind}: data.{setting}: {error}") from None
+            if isinstance(run, R2idRun):
+                self._check_labels(run)
+
+    def _check_labels(self, run: R2idRun) -> None:
+        """Raise InputError when samples are asked of a class that there is not."""
+        labels = self.config.sample.labels or run.sample.labels
+        classes = count_classes(self.config.prepare.out) if run.r2id.condition == "class" else 0
+        for label in labels:
+            if label >= classes:
+                allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
+                raise InputError(f"sample.labels: label {label}: must be {allowed}")
 
     def _read_record(self) -> dict[str, Any]:
         if not self.record_file.exists():
@@ -262,7 +273,7 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     if not (shards / "manifest.json").exists():
         pipeline.note("prepare", config.prepare.model_dump(mode="json"))
     pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
-    pipeline.check_splits()
+    pipeline.check_data()
     pipeline.stage("train riae", lambda: train_flow(*pipeline.riae_stage, environment))
     encoded = pipeline.stage(
         "encode",

@@ -14,6 +14,7 @@ from r2id.cli import data as cli
 from r2id.data.manifest import Manifest
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
+from r2id.files import exclusive
 from tests.data_prep.conftest import files_of, make, write_images
 
 FIRST, SECOND = "train/shard-000000.tar", "train/shard-000001.tar"
@@ -224,3 +225,13 @@ def test_the_command(out, tmp_path, capsys):
     assert files_of(out) == whole
     with pytest.raises(InputError, match="--repair"):
         cli.verify(out, source=tmp_path / "source")
+
+
+def test_one_process_repairs(out):
+    flip(out / FIRST, 600)
+    before = files_of(out)
+    with exclusive(out), pytest.raises(WorkError, match="another process is at work"):
+        repair(out, verify(out))
+    assert files_of(out) == before
+    repair(out, verify(out))
+    assert not verify(out)

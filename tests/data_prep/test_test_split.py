@@ -42,8 +42,28 @@ def test_ten_classes_of_four_images_have_a_test_split(tmp_path):
     assert set(shards.split("train").label) == set(range(10))
 
 
-def test_a_pipeline_says_that_there_is_no_test_split_before_it_trains(tmp_path):
-    write_images(tmp_path / "in", [f"{number}.png" for number in range(3)])
+@pytest.mark.parametrize(
+    ("names", "sample", "said"),
+    [
+        (
+            [f"{number}.png" for number in range(3)],
+            "",
+            r"riae: data\.test_split: .* no split 'test': .* train",
+        ),
+        (
+            [f"{label}/{number}.png" for label in range(2) for number in range(9)],
+            "labels = [1, 2]",
+            r"sample\.labels: label 2: must be 0 to 1",
+        ),
+        (
+            [f"{number}.png" for number in range(9)],
+            "labels = [0]",
+            r"sample\.labels: label 0: must be none: the model has no classes",
+        ),
+    ],
+)
+def test_a_pipeline_says_what_the_shards_lack_before_it_trains(tmp_path, names, sample, said):
+    write_images(tmp_path / "in", names)
     make("folder", tmp_path / "set", tmp_path / "in")
     (tmp_path / "riae.toml").write_text(
         'stage = "riae"\nrun = "x"\n[data]\nshards = "x"\n[train]\nsteps = 4\n'
@@ -63,9 +83,11 @@ out = "{tmp_path / "set"}"
 config = "riae.toml"
 [r2id]
 config = "r2id.toml"
+[sample]
+{sample}
 """
     )
     config = load_config(tmp_path / "pipeline.toml")
     assert isinstance(config, PipelineRun)
-    with pytest.raises(InputError, match=r"riae: data\.test_split: .* no split 'test': .* train"):
-        Pipeline(config, tmp_path).check_splits()
+    with pytest.raises(InputError, match=said):
+        Pipeline(config, tmp_path).check_data()

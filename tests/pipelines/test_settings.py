@@ -212,7 +212,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return 0, json.dumps(result), ""
 
     monkeypatch.setattr(preparation, "prepare", prepare)
-    for check in ("check_splits", "_check_riae_in_use"):  # there are no shards and no RIAE
+    for check in ("check_data", "_check_riae_in_use"):  # there are no shards and no RIAE
         monkeypatch.setattr(pipeline.Pipeline, check, lambda _: None)
     monkeypatch.setattr(subprocesses, "run_command", run_command)
     record_stages(monkeypatch, arrived)
