@@ -181,7 +181,7 @@ def test_samples_of_one_text_and_of_several_in_turn(run, command, tmp_path):
         ("run", None, "", ["x.npy"]),
         ("run", np.zeros(SHAPE), "--format png", ["--embedding", "grid", "png"]),
         ("run", np.zeros(SHAPE), "--label 1", ["label 1"]),
-        ("run", np.zeros(SHAPE), "--attribute Male", ["'Male'"]),
+        ("run", np.zeros(SHAPE), "--attribute Male", ["--attribute", "--embedding"]),
         ("r2id_run", np.zeros(SHAPE), "", ["x.npy", "embeddings"]),
     ],
 )
