@@ -310,9 +310,7 @@ def _group(files: Iterable[Entry]) -> Iterator[tuple[str, dict[str, Member]]]:
 
 def _is_member(name: str) -> bool:
     key, extension = base_plus_ext(name)
-    return (
-        key is not None and not is_hidden(name) and _is_known(extension.lower().rpartition(".")[2])
-    )
+    return key is not None and not is_hidden(name) and _is_known(extension.rpartition(".")[2])
 
 
 def _is_known(extension: str) -> bool:

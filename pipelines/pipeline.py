@@ -31,6 +31,7 @@ from r2id.config import (
     SampleConfig,
     StageConfig,
     change,
+    check_labels,
     load_config,
     override,
 )
@@ -135,10 +136,10 @@ class Pipeline:
         """Raise InputError when samples are asked of a class that there is not."""
         labels = self.config.sample.labels or run.sample.labels
         classes = count_classes(self.config.prepare.out) if run.r2id.condition == "class" else 0
-        for label in labels:
-            if label >= classes:
-                allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
-                raise InputError(f"sample.labels: label {label}: must be {allowed}")
+        try:
+            check_labels(labels, classes)
+        except InputError as error:
+            raise InputError(f"sample.labels: {error}") from None
 
     def _read_record(self) -> dict[str, Any]:
         if not self.record_file.exists():

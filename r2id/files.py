@@ -73,14 +73,14 @@ def fsync(path: Path) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Be the only process that works in a folder, within this block. Makes it if it is missing.
 
-    If nothing came into a folder that this has made, it is removed again.
+    If nothing came into a folder that this has made, it is removed again, with those above it.
     Raises WorkError at once when another process does, and when the folder cannot be made. The lock
     is the system's, on the folder itself, and ends with the process, however that dies. On a file
     system that knows no locks there is none.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: exists and is no folder")
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -99,9 +99,9 @@ def exclusive(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        if made:
-            with suppress(OSError):  # raised when it is not empty
-                folder.rmdir()
+        with suppress(OSError):  # raised when one is not empty
+            for path in made:
+                path.rmdir()
         _held.discard(descriptor)
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -17,6 +18,7 @@ from r2id.config.section import (
     as_tuple,
     check_seeds,
 )
+from r2id.errors import InputError
 
 
 class DiffusionConfig(Section):
@@ -85,6 +87,14 @@ class SamplerConfig(Section):
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta = {self.eta}: goes with solver 'ddim', not {self.solver!r}")
         return self
+
+
+def check_labels(labels: Sequence[int], classes: int) -> None:
+    """Raise InputError when a label is not one of a model's classes; 0 classes have none."""
+    for label in labels:
+        if not 0 <= label < classes:
+            allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
+            raise InputError(f"label {label}: must be {allowed}")
 
 
 class SampleConfig(SamplerConfig):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2id.config import SampleConfig, change
+from r2id.config import SampleConfig, change, check_labels
 from r2id.data.embeddings import read_embeddings
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
@@ -36,10 +36,7 @@ def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
     """
     if len(labels) > count:
         raise InputError(f"{len(labels)} labels: must be at most {count}, the number of samples")
-    for label in labels:
-        if not 0 <= label < classes:
-            allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
-            raise InputError(f"label {label}: must be {allowed}")
+    check_labels(labels, classes)
     choices = list(labels) or list(range(classes)) or [-1]
     return torch.tensor([choices[i % len(choices)] for i in range(count)], dtype=torch.int64)
 

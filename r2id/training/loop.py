@@ -35,6 +35,12 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
     everything saved; and WorkError when another process trains in the run directory.
     """
     world = dist.init()
+    with dist.exclusive(config.run):  # from the look for the newest checkpoint on
+        return _train(config, world, profile)
+
+
+def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[str, Any]:
+    """See ``train``, which no other process does meanwhile."""
     newest = Checkpoint.open_newest(config.run)
     if newest is not None and is_finished(config, newest):
         return {"checkpoint": newest.path, "step": newest.step}
@@ -48,9 +54,8 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
     )
     state = TrainState(task, engine, profile)
     restore(state, newest)
-    with dist.exclusive(config.run):
-        start_folder(state)
-        run(state, make_callbacks())
+    start_folder(state)
+    run(state, make_callbacks())
     return {"checkpoint": state.checkpoint, "step": state.step, **state.figures}
 
 

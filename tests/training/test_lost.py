@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from data_prep.prepare import prepare
-from r2id import cli
 from r2id.checkpoints import Checkpoint
 from r2id.config import PrepareConfig, load_config, to_toml
 from r2id.training.loop import train
@@ -20,7 +18,8 @@ from tests.training.test_loop import assert_same, r2id_config, without_cache
 
 STEPS, SAVED = 12, 2
 
-Run = Callable[..., tuple[int, list[str]]]
+Command = Callable[..., tuple[int, str, str]]
+Told = Callable[..., tuple[int, list[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +39,13 @@ def whole(shards: Path, riae_run: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def r2id(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: (exit code, what it says at the end)."""
+def told(r2id: Command) -> Told:
+    """Run the command in this process: (exit code, its last words)."""
 
     def run(*arguments: object) -> tuple[int, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["r2id", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, [
-            line
-            for line in capfd.readouterr().err.splitlines()
-            if line.startswith(("failed: ", "error: "))
-        ]
+        code, _, errors = r2id(*arguments)
+        words = ("failed: ", "error: ")
+        return code, [line for line in errors.splitlines() if line.startswith(words)]
 
     return run
 
@@ -115,7 +106,7 @@ def test_a_shard_deleted_before_it_is_opened(
     riae_run: Path,
     whole: Path,
     tmp_path: Path,
-    r2id: Run,
+    told: Told,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ends the training with its name and leaves the last checkpoint; once it is rebuilt, the same
@@ -124,15 +115,15 @@ def test_a_shard_deleted_before_it_is_opened(
     command = ("train", config_file(shards, riae_run, tmp_path / "run"))
     with monkeypatch.context() as patch:
         gone = delete_shards(shards, False, patch)
-        code, said = r2id(*command)
+        code, said = told(*command)
     assert gone and code == 1
     assert len(said) == 1 and any(file in said[0] for file in gone)
     newest = Checkpoint.open(tmp_path / "run")
     assert newest.step == SAVED and not newest.damages()
-    code, (said_again,) = r2id(*command)
+    code, (said_again,) = told(*command)
     assert code == 2 and gone[0] in said_again and "prepare" in said_again
-    assert r2id("verify", shards, "--repair")[0] == 0
-    assert r2id(*command) == (0, [])
+    assert told("verify", shards, "--repair")[0] == 0
+    assert told(*command) == (0, [])
     assert_same(whole, tmp_path / "run")
 
 
@@ -141,7 +132,7 @@ def test_a_shard_deleted_while_it_is_open(
     riae_run: Path,
     whole: Path,
     tmp_path: Path,
-    r2id: Run,
+    told: Told,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The system keeps it for those who have it open: this training ends as if nothing had
@@ -150,9 +141,9 @@ def test_a_shard_deleted_while_it_is_open(
     command = ("train", config_file(shards, riae_run, tmp_path / "run"))
     with monkeypatch.context() as patch:
         gone = delete_shards(shards, True, patch)
-        assert r2id(*command) == (0, [])
+        assert told(*command) == (0, [])
     assert gone
     assert_same(whole, tmp_path / "run")
-    assert r2id(*command)[0] == 2
-    assert r2id("verify", shards, "--repair")[0] == 0
-    assert r2id(*command) == (0, [])
+    assert told(*command)[0] == 2
+    assert told("verify", shards, "--repair")[0] == 0
+    assert told(*command) == (0, [])

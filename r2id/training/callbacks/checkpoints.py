@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from r2id import dist
 from r2id.checkpoints import writing
 from r2id.models.riae import RIAE
 from r2id.training.callbacks.base import Callback
@@ -26,7 +27,7 @@ class Checkpoints(Callback):
             keep=train.keep,
             milestone_every=train.milestone_every,
             stats=_latent_statistics(state),
-            codec=state.task.codec.export() if isinstance(state.task, R2idTask) else None,
+            codec=_codec(state),
         )
         state.tracker.tag("checkpoint", str(state.checkpoint))
 
@@ -43,3 +44,10 @@ def _latent_statistics(state: TrainState) -> dict[str, Tensor] | None:
         return None
     assert isinstance(model, RIAE)
     return state.task.latent_statistics(model, state.engine.device)
+
+
+def _codec(state: TrainState) -> bytes | None:
+    """Return an R2ID's RIAE as an exported model on rank 0; None on other ranks and for an RIAE."""
+    return (
+        state.task.codec.export() if isinstance(state.task, R2idTask) and dist.is_main() else None
+    )
