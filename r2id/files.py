@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,45 @@ def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
     """Write a whole file; see atomic_file."""
     with atomic_file(path, durable) as file:
         file.write(data)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that becomes ``path`` when the block ends, or is removed on an error.
+
+    What is at ``path`` then is replaced. A reader finds the old content, none, or the new one,
+    never a part of it, after a power cut too. Yields the folder to write into, which is beside
+    ``path``. Raises WorkError when it cannot be written, or another process is writing it.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would follow links)
+    temporary, old = (path.with_name(f".{path.name}.{state}") for state in ("new", "old"))
+    with exclusive(temporary):
+        _empty(temporary)  # what a killed process has left there
+        try:
+            yield temporary
+            for inner in (*temporary.rglob("*"), temporary):
+                fsync(inner)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+            fsync(path.parent)
+        except BaseException as error:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            _empty(temporary)
+            if isinstance(error, OSError):
+                raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from error
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object, *, allow_nan: bool = True) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2id.checkpoints.averages import Profile, reconstruction, widths
 from r2id.checkpoints.files import kind_of
-from r2id.checkpoints.pretrained import pack
+from r2id.checkpoints.pretrained import About, pack
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints, step_of
 from r2id.checkpoints.state import MOMENTS, Tensors
 from r2id.checkpoints.trained import Trained, about, weights
@@ -72,12 +72,14 @@ def export(
     sigma: float | None = None,
     shift_exponent: float | None = None,
     overwrite: bool = False,
+    publish: bool = False,
 ) -> dict[str, Any]:
     """Write the averaged weights of a checkpoint into one file; see r2id.checkpoints.pretrained.
 
     ``sigma`` is the width σ_rel of an average to be reconstructed from the run's snapshots; None is
     the average that sampling uses. ``shift_exponent`` replaces an R2ID's trained noise shift. The
-    RIAE of an R2ID goes into the file too. Returns the file, its size, and how well the average was
+    RIAE of an R2ID goes into the file too. With ``publish``, the configs in it do not tell where
+    files were, but only their names. Returns the file, its size, and how well the average was
     fitted.
     Raises InputError when there is no checkpoint, or it is damaged or has no such average, and
     WorkError when the disk is full.
@@ -104,6 +106,9 @@ def export(
 
     riae = _riae_of(checkpoint)
     codec = (about(riae), converted(weights(riae))) if riae else None
+    if publish:
+        described = _without_places(described)
+        codec = codec and (_without_places(codec[0]), codec[1])
     content = pack(described, converted(averaged), codec)
     write_atomic(out, content)
     return {
@@ -116,6 +121,24 @@ def export(
         "statistics": described.statistics is not None,
         "codec": codec is not None,
     }
+
+
+def _without_places(described: About) -> About:
+    """Cut paths outside of the working folder, and addresses, down to their last part.
+
+    They may hold a user's name or a key.
+    """
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cut(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [cut(inner) for inner in value]
+        if isinstance(value, str) and (value.startswith(("/", "~", "..")) or "://" in value):
+            return Path(value.partition("?")[0]).name
+        return value
+
+    return replace(described, config=cut(described.config), facts=cut(described.facts))
 
 
 def _riae_of(checkpoint: Checkpoint) -> Trained | None:

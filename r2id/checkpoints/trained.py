@@ -18,10 +18,13 @@ Trained = Checkpoint | Pretrained
 def open_trained(source: Trained | Path | str, stage: str | None = None) -> Trained:
     """Open a checkpoint, the newest one of a run directory, or an exported file or its folder.
 
-    In a folder of several exported files, it is the only one of ``stage``. Raises InputError when
-    there is no such model, when it is damaged, and when it is of another stage.
+    In a folder of several exported files, it is the only one of ``stage``. An exported R2ID is both
+    models: as one of stage "riae" it is its RIAE. Raises InputError when there is no such model,
+    when it is damaged, and when it is of another stage.
     """
     opened = _open(Path(source), stage) if isinstance(source, Path | str) else source
+    if stage == "riae" and isinstance(opened, Pretrained) and opened.inner:
+        return opened.inner
     if stage not in (None, opened.meta.stage):
         raise InputError(f"{opened.path}: a model of stage {opened.meta.stage!r}, not {stage!r}")
     return opened

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from r2id.cli.options import Json, Overwrite, app, report
+from r2id.cli.options import Device, Json, Overwrite, app, find_device, report
 from r2id.errors import InputError
 
 checkpoint_app = typer.Typer(
@@ -66,7 +66,11 @@ def checkpoint_verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
 def checkpoint_export(
     checkpoint: Checkpoint,
     out: Annotated[
-        Path, typer.Option(metavar="FILE.safetensors", help="File to write; must not exist.")
+        Path,
+        typer.Option(
+            metavar="FOLDER|FILE.safetensors",
+            help="Folder to publish, with a model card and pictures, or one file; must not exist.",
+        ),
     ],
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"],
@@ -80,10 +84,34 @@ def checkpoint_export(
             "such as 0.15, which is computed from the run's snapshots.",
         ),
     ] = "default",
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="How the examples of a folder's model card call it, such as the hub id owner/name."
+            " Default: the folder's name."
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            help="The hub's identifier of the licence that a folder's model card names, such as "
+            "mit. Default: other, named unspecified.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            help="Evaluation of this model, whose figures a folder's model card shows. Default: "
+            "the folder report beside the run, if it is one.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write a trained model to one file, for sample, reconstruct, evaluate and from_pretrained."""
+    """Write a trained model to a folder or one file; other commands take it in place of a run."""
     from r2id.checkpoints import Checkpoint as Opened
     from r2id.checkpoints.export import export
     from r2id.sampling.noise_shift import applied_exponent
@@ -95,14 +123,30 @@ def checkpoint_export(
             f"--ema {ema!r}: must be default, or a width above 0 and below 0.28"
         ) from None
     opened = Opened.open(checkpoint)
-    result = export(
-        opened,
-        out,
-        dtype=dtype,
-        sigma=sigma,
-        shift_exponent=applied_exponent(opened) if opened.meta.stage == "r2id" else None,
-        overwrite=overwrite,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "sigma": sigma,
+        "shift_exponent": applied_exponent(opened) if opened.meta.stage == "r2id" else None,
+        "overwrite": overwrite,
+    }
+    described = {"--name": name, "--license": licence, "--report": metrics}
+    if out.suffix == ".safetensors":
+        for option, value in described.items():
+            if value is not None:
+                raise InputError(f"{option} {value}: goes with a folder, not with the file {out}")
+        result = export(opened, out, **options)
+    else:
+        from r2id.sampling.model_folder import export_folder
+
+        result = export_folder(
+            opened,
+            out,
+            name=name,
+            licence=licence,
+            report=metrics,
+            device=find_device(device),
+            **options,
+        )
     report(result, as_json, _export_lines)
 
 
@@ -116,4 +160,7 @@ def _export_lines(done: dict[str, Any]) -> list[str]:
             f"average of width {done['average']} from {done['snapshots']} snapshots; "
             f"its profile is off by {done['misfit']:.1%}"
         )
+    if "folder" in done:
+        figures = "with the figures of its report" if done["report"] else "without a report"
+        lines.append(f"{done['folder']}: a folder to publish, {figures}")
     return lines

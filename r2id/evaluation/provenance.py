@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
             "r2id": r2id.__version__,
             "torch": torch.__version__,
             "device": subject.codec.device.type,
+            "date": datetime.now(UTC).date().isoformat(),
         },
         "figures": dict(_figures(subject, metrics)),
     }
