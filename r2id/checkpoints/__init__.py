@@ -22,7 +22,8 @@ KIND-00001-of-00002.safetensors.
 * ``state``: the state that engines hand over and take back
 * ``averages``: the mathematics of averages of any width
 * ``export`` and ``pretrained``: write and read a trained model as one file
-* ``trained``: opens either, for inference
+* ``hub``: fetches published models from the Hugging Face Hub
+* ``trained``: opens any of them, for inference
 """
 
 from r2id.checkpoints.reading import Checkpoint

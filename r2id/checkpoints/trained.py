@@ -1,10 +1,10 @@
-"""A trained model as inference reads it: a checkpoint, or an exported file."""
+"""A trained model as inference reads it: a checkpoint, or an exported one, here or on the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from r2id.checkpoints import pretrained
+from r2id.checkpoints import hub, pretrained
 from r2id.checkpoints.files import DESCRIPTION
 from r2id.checkpoints.pretrained import About, Pretrained
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints
@@ -17,6 +17,9 @@ Trained = Checkpoint | Pretrained
 
 def open_trained(source: Trained | Path | str, stage: str | None = None) -> Trained:
     """Open a checkpoint, the newest one of a run directory, or an exported file or its folder.
+
+    A name such as ``owner/name`` that is no path here is a model of the Hugging Face Hub, which is
+    fetched; see r2id.checkpoints.hub.
 
     In a folder of several exported files, it is the only one of ``stage``. An exported R2ID is both
     models: as one of stage "riae" it is its RIAE. Raises InputError when there is no such model,
@@ -53,6 +56,8 @@ def weights(trained: Trained) -> Tensors:
 
 
 def _open(path: Path, stage: str | None) -> Trained:
+    if hub.is_hub_name(str(path)):
+        path = hub.fetch(str(path))
     if path.is_file():
         return pretrained.read(path)
     if (path / DESCRIPTION).is_file() or list_checkpoints(path / "checkpoints"):

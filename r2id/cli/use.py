@@ -24,6 +24,11 @@ from r2id.config import EvaluateConfig, SampleConfig, SamplerConfig, build
 from r2id.config.arguments import parse_size
 from r2id.errors import InputError
 
+MODEL = (
+    "run directory, checkpoint, exported file or folder, or owner/name on the Hugging Face Hub "
+    "(owner/name@revision)."
+)
+"""What commands take as a trained model, in their help."""
 SAMPLER_FIELDS = tuple(SamplerConfig.model_fields)
 """How samples are computed: as in the run's config unless set. Help lists these options last."""
 _OF_SAMPLER = tuple(name for name in SAMPLER_FIELDS if name != "guidance")
@@ -33,10 +38,7 @@ _OF_SAMPLER = tuple(name for name in SAMPLER_FIELDS if name != "guidance")
 @app.command()
 @with_fields
 def sample(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(metavar="CKPT", help="R2ID: run directory, checkpoint or exported file."),
-    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID: " + MODEL)],
     out: Annotated[
         Path,
         typer.Option(
@@ -138,10 +140,7 @@ def _draw_many(
 
 @app.command()
 def reconstruct(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(metavar="CKPT", help="RIAE: run directory, checkpoint or exported file."),
-    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="RIAE: " + MODEL)],
     image: Annotated[Path, typer.Argument(help="Picture of any size.")],
     out: Annotated[
         Path, typer.Option(help="PNG file, or folder for one file per size; must not exist.")
@@ -183,12 +182,7 @@ def reconstruct(
 @app.command()
 @with_fields
 def evaluate(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CKPT", help="R2ID or RIAE: run directory, checkpoint or exported file."
-        ),
-    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID or RIAE: " + MODEL)],
     shards: Annotated[Path, typer.Option(help="Folder written by r2id prepare.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, metrics.json and figures.")],
     measured: Annotated[Given, Fields(EvaluateConfig, without=_OF_SAMPLER)],

@@ -76,7 +76,8 @@ def test_the_folder_stands_for_both_models(published, r2id_run, riae_run, tmp_pa
 def test_config_json(published, r2id_run):
     config = json.loads((published / "config.json").read_text())
     sampler = Sampler.load(r2id_run)
-    assert config["format"] == "r2id-model" and config["license"] == "mit"
+    assert (config["format"], config["format_version"]) == ("r2id-model", pretrained.WITH_CODEC)
+    assert config["license"] == "mit"
     assert config["parameters"] == {
         "r2id": sum(p.numel() for p in sampler.model.parameters()),
         "riae": sum(p.numel() for p in sampler.codec.model.parameters()),
