@@ -12,6 +12,7 @@ from r2id.errors import InputError
 from tests.conftest import CONFIGS, TINY_RIAE
 
 COMMANDS = [
+    "doctor",
     "prepare",
     "verify",
     "train",

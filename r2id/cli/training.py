@@ -1,4 +1,4 @@
-"""Commands that train: plan, train, encode and run."""
+"""Commands that train: doctor, plan, train, encode and run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import Device, Json, Overrides, app, find_device, report, report_job
 from r2id.config import EncodeConfig, PipelineRun, build, load_config
 from r2id.errors import InputError
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="TOML file of a stage or pipeline, to look at what that will use."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Look at the machine before training: exit code 1 if something that it needs is broken."""
+    from r2id.training.doctor import describe, examine
+
+    found = examine(config, tuple(overrides or ()))
+    report(found, as_json, describe)
+    if not found["ready"]:
+        raise typer.Exit(1)
 
 
 @app.command()

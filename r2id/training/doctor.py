@@ -1,0 +1,314 @@
+"""A look at the machine before training: what is there, what will be used, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+
+from r2id.config import PipelineRun, R2idRun, RiaeRun, load_config
+from r2id.training.reachable import find_server, find_store
+
+State = Literal["ok", "note", "broken"]
+_SHOWN = ("r2id", "torch", "deepspeed", "webdataset", "mlflow", "prefect")
+_GB = 1e9
+_LITTLE_DISK, _NO_DISK, _LITTLE_SHARED = 10 * _GB, 1 * _GB, 0.25 * _GB
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found about one thing."""
+
+    name: str
+    state: State
+    """"note" is something to know; only what is "broken" keeps training from working."""
+    found: str
+    advice: str = ""
+    """What to do about it."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """The same for programs."""
+
+
+def examine(config: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Look at everything that training needs → whether it can work, and all checks.
+
+    With the config of a stage or a pipeline, what is looked for is what that will use. Raises
+    InputError when it cannot be read.
+    """
+    stages = _stages(config, overrides) if config else {}
+    checks = [_python(), _packages()]
+    torch = _import_torch()
+    if isinstance(torch, Check):
+        checks.append(torch)
+    else:
+        checks += [*_devices(torch), _precision(torch, stages), _threads(torch), _memory()]
+    checks += [_disk(), _store(stages), _server(), _compiler(stages, _has_gpu(torch))]
+    return {
+        "ready": all(check.state != "broken" for check in checks),
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def describe(found: Mapping[str, Any]) -> list[str]:
+    """Return the result of ``examine`` as lines of text."""
+    lines = []
+    for check in found["checks"]:
+        lines.append(f"{check['state']:6}  {check['name']:9}  {check['found']}")
+        if check["advice"]:
+            lines.append(f"{'':19}→ {check['advice']}")
+    verdict = "ready to train" if found["ready"] else "not ready to train: see what is broken"
+    return [*lines, verdict]
+
+
+Stages = Mapping[str, RiaeRun | R2idRun]
+
+
+def _stages(config: Path, overrides: Sequence[str]) -> dict[str, RiaeRun | R2idRun]:
+    """Load the stages that a config trains."""
+    loaded = load_config(config, overrides)
+    if not isinstance(loaded, PipelineRun):
+        return {loaded.stage: loaded}
+    stages: dict[str, RiaeRun | R2idRun] = {}
+    for stage in (loaded.riae, loaded.r2id):
+        inner = load_config(config.parent / stage.config, stage.set)
+        assert not isinstance(inner, PipelineRun)
+        stages[inner.stage] = inner
+    return stages
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    facts = {"version": version, "executable": sys.executable}
+    return Check("python", "ok", f"{version}, {sys.executable}", facts=facts)
+
+
+def _packages() -> Check:
+    """Compare what is installed with what r2id requires."""
+    versions = {name: _version(name) for name in _SHOWN}
+    shown = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    try:
+        required = [Requirement(line) for line in metadata.requires("r2id") or ()]
+    except metadata.PackageNotFoundError:
+        required = [Requirement(name) for name in _SHOWN[1:]]
+    wrong = []
+    for need in required:
+        if need.marker and not need.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(need.name)
+        if version is None or not need.specifier.contains(version, prereleases=True):
+            wrong.append(f"{need.name}{need.specifier} ({version or 'missing'})")
+    facts = {"versions": versions, "wrong": wrong}
+    if not wrong:
+        return Check("packages", "ok", shown, facts=facts)
+    advice = f"needed: {', '.join(wrong)}: pip install r2id again, or bash launch/setup.sh"
+    return Check("packages", "broken", shown, advice, facts)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a library of its own that is missing or damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return Check("torch", "broken", reason, "install torch again, for this machine")
+    return torch
+
+
+def _has_gpu(torch: Any) -> bool:
+    return not isinstance(torch, Check) and torch.cuda.is_available()
+
+
+def _devices(torch: Any) -> Iterable[Check]:
+    """Find the GPUs, each of which multiplies a matrix, or else tell why the CPU is used."""
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        name = f"cuda:{index}"
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+            torch.ones(8, 8, device=name).mm(torch.ones(8, 8, device=name)).sum().item()
+            kind = torch.cuda.get_device_name(index)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            advice = "another process may hold it; CUDA_VISIBLE_DEVICES chooses others"
+            yield Check(name, "broken", reason, advice)
+            continue
+        found = f"{kind}, {free / _GB:.1f} of {total / _GB:.1f} GB free"
+        yield Check(name, "ok", found, facts={"name": kind, "free": free, "total": total})
+    if torch.cuda.is_available():
+        return
+    listed = _run("nvidia-smi", "--list-gpus")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found, facts = f"the CPU: {_cpu()}", {"name": _cpu(), "cores": _cores()}
+    if not listed:
+        yield Check("device", "ok", f"{found}; no GPU was found", facts=facts)
+    elif hidden is not None:
+        yield Check("device", "note", f"{found}; CUDA_VISIBLE_DEVICES={hidden} hides the GPUs", "")
+    elif torch.version.cuda is None:
+        advice = "install a torch for CUDA (see pytorch.org)"
+        yield Check("device", "note", f"{found}; torch {torch.__version__} is for CPUs", advice)
+    else:
+        advice = f"the GPU's driver may be older than CUDA {torch.version.cuda}, which torch needs"
+        yield Check("device", "broken", f"{found}; torch cannot use the GPU", advice)
+
+
+def _precision(torch: Any, stages: Stages) -> Check:
+    """Say what numbers a run computes with, and what bfloat16 costs here."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    chosen = {name: stage.train.precision for name, stage in stages.items()}
+    words = (
+        ", ".join(f"{name} {precision} (train.precision)" for name, precision in chosen.items())
+        or "that of the config, float32 by default (train.precision)"
+    )
+    facts = {"chosen": chosen, "bfloat16": native}
+    if native:
+        return Check("precision", "ok", f"{words}; bfloat16 is fast here", facts=facts)
+    slow = any(precision != "float32" for precision in chosen.values())
+    advice = "train.precision=float32 may be faster" if slow else ""
+    found = f"{words}; bfloat16 is emulated here, and slow"
+    return Check("precision", "note" if slow else "ok", found, advice, facts)
+
+
+def _threads(torch: Any) -> Check:
+    """Say how many threads each process computes with, beside the cores that it may use."""
+    threads, cores, given = torch.get_num_threads(), _cores(), os.environ.get("OMP_NUM_THREADS")
+    why = f"OMP_NUM_THREADS={given}" if given else "one per core; OMP_NUM_THREADS changes it"
+    processes = max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
+    found = (
+        f"{threads} in each process: {why}; {cores:g} cores, {processes} process"
+        f"{'es' if processes > 1 else ''} by launch/train.sh"
+    )
+    facts = {"threads": threads, "cores": cores, "OMP_NUM_THREADS": given, "processes": processes}
+    if threads <= max(1, cores):
+        return Check("threads", "ok", found, facts=facts)
+    advice = f"threads wait for each other: export OMP_NUM_THREADS={max(1, int(cores))}"
+    return Check("threads", "note", found, advice, facts)
+
+
+def _memory() -> Check:
+    """Find the free memory, and the shared memory, by which loaders hand images over."""
+    import psutil
+    import torch
+
+    from r2id.sampling.memory import free_memory
+
+    free, total = free_memory(torch.device("cpu")), psutil.virtual_memory().total
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
+    facts = {"free": free, "total": total, "shared": shared}
+    found = f"{free / _GB:.1f} of {total / _GB:.1f} GB free"
+    if shared is None or shared >= _LITTLE_SHARED:
+        return Check("memory", "ok", found, facts=facts)
+    advice = "data.workers above 0 need more (docker run --shm-size 8g)"
+    found += f", {shared / _GB:.2f} GB of shared memory"
+    return Check("memory", "note", found, advice, facts)
+
+
+def _disk() -> Check:
+    """Find the free space of the working folder, where runs go by default."""
+    here = Path.cwd()
+    usage = shutil.disk_usage(here)
+    facts = {"folder": str(here), "free": usage.free, "total": usage.total}
+    found = f"{usage.free / _GB:.1f} of {usage.total / _GB:.1f} GB free in {here}"
+    if not os.access(here, os.W_OK):
+        return Check("disk", "broken", f"{here} cannot be written", "go to another folder", facts)
+    advice = "checkpoints hold four times the weights, and train.keep of them are kept"
+    if usage.free < _NO_DISK:
+        return Check("disk", "broken", found, f"make room: {advice}", facts)
+    return Check("disk", "note" if usage.free < _LITTLE_DISK else "ok", found, "", facts)
+
+
+def _store(stages: Stages) -> Check:
+    off = stages and not any(stage.tracking.enabled for stage in stages.values())
+    if off:
+        return Check("mlflow", "ok", "not used: tracking.enabled = false")
+    where, wrong = find_store()
+    chosen = "" if os.environ.get("MLFLOW_TRACKING_URI") else ", the default (MLFLOW_TRACKING_URI)"
+    facts = {"store": where, "wrong": wrong}
+    if wrong is None:
+        return Check("mlflow", "ok", f"{where}{chosen}", facts=facts)
+    advice = "training works, but is not recorded there; MLFLOW_TRACKING_URI names another store"
+    return Check("mlflow", "note", f"{where} {wrong}", advice, facts)
+
+
+def _server() -> Check:
+    where, wrong = find_server()
+    facts = {"server": where, "wrong": wrong}
+    if where is None:
+        found = "one of its own for each r2id run, the default (PREFECT_API_URL)"
+        return Check("prefect", "ok", found, facts=facts)
+    if wrong is None:
+        return Check("prefect", "ok", where, facts=facts)
+    advice = (
+        "r2id run cannot start: start that server, or unset PREFECT_API_URL, in the environment or "
+        "by prefect config unset"
+    )
+    return Check("prefect", "broken", f"{where} {wrong}", advice, facts)
+
+
+def _compiler(stages: Stages, gpu: bool) -> Check:
+    """Find a C++ compiler, which few runs need."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        version = _run(name, "--version")
+        if version:
+            return Check("compiler", "ok", f"{name}: {version[0]}", facts={"name": name})
+    needed = not gpu and any(stage.train.compile for stage in stages.values())
+    found = f"no C++ compiler ({', '.join(names)})"
+    use = "train.compile on a CPU and packages without a wheel need one"
+    return Check("compiler", "broken" if needed else "note", found, f"{use}: install g++")
+
+
+def _cores() -> float:
+    """Count the cores that this process may use, which a container may limit to a fraction."""
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    cores = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return min(cores, int(quota) / int(period))
+    except (OSError, ValueError):  # there is no such file, or it says "max": no limit
+        return cores
+
+
+def _cpu() -> str:
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    return {*_cpu_line("flags").split(), *_cpu_line("Features").split()}
+
+
+def _cpu_line(name: str) -> str:
+    """Return the first line of a name in what Linux tells of its processors."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == name), "")
+
+
+def _run(*words: str) -> list[str]:
+    """Return the lines that a program prints; none where it is missing or fails."""
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()

@@ -1,0 +1,206 @@
+"""The launch check: what is there, what is broken and what to do, without loading what is heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from r2id.training.reachable import find_server, find_store
+from tests.conftest import CONFIGS
+
+ROOT = CONFIGS.parent
+VARIABLES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_PROFILE", "CXX")
+
+
+def doctor(
+    folder: Path, *words: str, before: Path | None = None, cores: int = 0, **variables: str
+) -> tuple[int, dict, str]:
+    """Run the command in a folder: (exit code, its checks by name, what it loaded).
+
+    ``before`` comes first where Python looks for modules; ``cores`` limits those that it may use.
+    """
+    allowed = sorted(os.sched_getaffinity(0))[: cores or None]
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    paths = [str(path) for path in (before, ROOT) if path]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "PREFECT_HOME": str(folder / "prefect")}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "r2id.cli", "doctor", *words, "--json"],
+        cwd=folder,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
+    )
+    found = json.loads(done.stdout)
+    assert found["ready"] == (done.returncode == 0)
+    return done.returncode, {check["name"]: check for check in found["checks"]}, done.stderr
+
+
+@pytest.fixture
+def answers() -> Iterator[tuple[str, dict[str, int]]]:
+    """A server, and the statuses that it answers with by path; 404 for all others."""
+    statuses: dict[str, int] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(statuses.get(self.path, 404))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}", statuses
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_machine_that_can_train(tmp_path: Path) -> None:
+    code, checks, loaded = doctor(tmp_path, OMP_NUM_THREADS="1", MLFLOW_TRACKING_URI="")
+    assert code == 0, checks
+    assert checks["packages"]["facts"]["versions"]["torch"]
+    assert checks["threads"]["facts"]["threads"] == 1
+    assert "OMP_NUM_THREADS=1" in checks["threads"]["found"]
+    assert checks["disk"]["facts"]["folder"] == str(tmp_path)
+    assert 0 < checks["memory"]["facts"]["free"] <= checks["memory"]["facts"]["total"]
+    assert checks["mlflow"]["facts"]["store"] == "sqlite:///mlflow.db"
+    assert checks["prefect"]["facts"]["server"] is None
+    assert not any(tmp_path.iterdir()), "it only looks"
+    heavy = {"mlflow", "prefect", "deepspeed", "webdataset"}
+    assert not heavy & {line.split("|")[-1].strip() for line in loaded.splitlines()}
+
+
+def test_it_fits_a_screen(r2id, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    code, out, _ = r2id("doctor", CONFIGS / "digits" / "pipeline.toml")
+    assert code == 0 and out.endswith("ready to train\n") and out.count("\n") < 24
+    assert "riae float32 (train.precision), r2id bfloat16 (train.precision)" in out
+
+
+def test_packages_that_do_not_fit(tmp_path: Path) -> None:
+    """What r2id requires is read from its own metadata, here from others."""
+    site, folder = tmp_path / "site", tmp_path / "folder"
+    (site / "r2id-9.dist-info").mkdir(parents=True)
+    (site / "r2id-9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: r2id\nVersion: 9\nRequires-Dist: numpy<1\n"
+        "Requires-Dist: pydantic>=2\nRequires-Dist: not-there>=1\n"
+        "Requires-Dist: nor-this; extra == 'dev'\n"
+    )
+    folder.mkdir()
+    code, checks, _ = doctor(folder, before=site)
+    wrong = checks["packages"]["facts"]["wrong"]
+    assert code == 1 and checks["packages"]["state"] == "broken"
+    assert wrong[0].startswith("numpy<1 (") and wrong[1:] == ["not-there>=1 (missing)"]
+    assert "pip install" in checks["packages"]["advice"]
+
+
+def test_a_torch_that_does_not_load(tmp_path: Path) -> None:
+    site, folder = tmp_path / "site", tmp_path / "folder"
+    (site / "torch").mkdir(parents=True)
+    (site / "torch" / "__init__.py").write_text('raise ImportError("libcudart.so.13: missing")')
+    folder.mkdir()
+    code, checks, _ = doctor(folder, before=site)
+    assert code == 1 and checks["torch"]["found"] == "libcudart.so.13: missing"
+    assert "install torch" in checks["torch"]["advice"] and "disk" in checks
+
+
+def test_what_a_config_needs(tmp_path: Path) -> None:
+    config = str(CONFIGS / "digits" / "riae.toml")
+    code, checks, _ = doctor(
+        tmp_path,
+        config,
+        "tracking.enabled=false",
+        cores=1,
+        CXX="no-such-compiler",
+        OMP_NUM_THREADS="2",
+    )
+    assert code == 0 and checks["compiler"]["state"] == checks["threads"]["state"] == "note"
+    assert checks["threads"]["facts"]["cores"] == 1
+    assert "export OMP_NUM_THREADS=1" in checks["threads"]["advice"]
+    assert checks["mlflow"]["found"].startswith("not used")
+    if checks.get("device"):  # without a GPU
+        code, checks, _ = doctor(tmp_path, config, "train.compile=true", CXX="no-such-compiler")
+        assert code == 1 and checks["compiler"]["state"] == "broken"
+
+
+def test_a_store_that_answers(answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, statuses = answers
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}/")
+    assert find_store() == (f"http://{address}/", f"answers 404 at http://{address}/health")
+    for status in (200, 401, 403):
+        statuses["/health"] = status
+        assert find_store() == (f"http://{address}/", None)
+
+
+def test_a_prefect_that_answers(answers, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address is in the environment or in the active profile."""
+    address, statuses = answers
+    statuses["/api/health"] = 200
+    monkeypatch.setenv("PREFECT_API_URL", f"http://{address}/api")
+    assert find_server() == (f"http://{address}/api", None)
+    monkeypatch.setenv("PREFECT_API_URL", f"http://{address}/other")
+    assert "answers 404" in str(find_server()[1])
+    monkeypatch.delenv("PREFECT_API_URL")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    assert find_server() == (None, None)
+    (tmp_path / "profiles.toml").write_text(
+        f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://{address}/api"\n'
+        "[profiles.none]\n"
+    )
+    assert find_server() == (f"http://{address}/api", None)
+    monkeypatch.setenv("PREFECT_PROFILE", "none")
+    assert find_server() == (None, None)
+
+
+def test_servers_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is gone, and one accepts connections but says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
+        assert "does not answer" in str(find_store()[1])
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:secret@{address}/mlflow")
+        assert find_store() == (f"postgresql://{address}/mlflow", None)
+    where, wrong = find_store()
+    assert where == f"postgresql://{address}/mlflow" and "does not answer" in str(wrong)
+    code, checks, _ = doctor(
+        tmp_path, PREFECT_API_URL=f"http://{address}/api", MLFLOW_TRACKING_URI=f"http://{address}"
+    )
+    assert code == 1 and checks["prefect"]["state"] == "broken"
+    assert "PREFECT_API_URL" in checks["prefect"]["advice"]
+    assert checks["mlflow"]["state"] == "note", "training works without it"
+
+
+def test_stores_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    def wrong(uri: str) -> str | None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        return find_store()[1]
+
+    store = tmp_path / "mlflow.db"
+    assert wrong(f"sqlite:///{store}") is None, "it will be made"
+    MlflowClient(f"sqlite:///{store}").search_experiments()
+    assert wrong(f"sqlite:///{store}") is None
+    (tmp_path / "other.db").touch()
+    assert "is no store of MLflow" in str(wrong(f"sqlite:///{tmp_path}/other.db"))
+    content = bytearray(store.read_bytes())
+    content[:100] = bytes(100)
+    store.write_bytes(content)
+    assert "is damaged" in str(wrong(f"sqlite:///{store}"))
+    assert "cannot be written" in str(wrong(f"sqlite:///{store}/in/a/file.db"))
+    assert wrong(f"file://{tmp_path}/runs") is None and wrong(f"{tmp_path}/runs") is None
