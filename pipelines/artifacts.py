@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
-import os
 import shlex
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+)
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.runtime import task_run
@@ -24,11 +27,11 @@ from prefect.runtime import task_run
 from pipelines.orchestration import describe_error, server_answers
 from r2id.config import R2idRun, RiaeRun
 from r2id.errors import Stopped
+from r2id.mlflow_pages import RUN_ID_FILE, read_run_ids, run_page, server_command
 from r2id.progress import FILE_VARIABLE, say
 
 _SECONDS_BETWEEN_UPDATES = 2.0
 _SECONDS_TO_END = 10.0  # that the end of a training waits for an update under way
-_MLFLOW = "http://127.0.0.1:5000"  # the default address of its server
 
 
 class LiveArtifact:
@@ -112,9 +115,7 @@ class TrainingArtifacts:
             "Starts": self.starts,
             "Progress": self._status(),
             "Checkpoint": f"`{newest}`" if newest else "none yet",
-            "MLflow": mlflow_run(_read(self.run.run / "mlflow-run-id"))
-            if self.run.tracking.enabled
-            else "switched off",
+            "MLflow": mlflow_run(self.run.run) if self.run.tracking.enabled else "switched off",
             **{
                 name.replace("_", " "): f"{value:.6g}"
                 for name, value in self.result.items()
@@ -167,33 +168,62 @@ class TrainingArtifacts:
         self.page.show(self.markdown(), last)
 
 
+def show_mlflow_run(address: str, command: str | None) -> None:
+    """Show a link to the pipeline's MLflow run, and the command that starts MLflow's server."""
+    first = f"First start MLflow's server: `{command}`" if command else None
+    _show(
+        "link",
+        lambda: create_link_artifact(
+            address, link_text="charts and pictures in MLflow", key="mlflow", description=first
+        ),
+    )
+
+
+def show_pipeline(
+    name: str, stages: Sequence[Mapping[str, str]], lines: Sequence[str], pictures: Sequence[Path]
+) -> None:
+    """Show the table of a pipeline's stages, and a page of its results with its pictures."""
+    _show(
+        "table",
+        lambda: create_table_artifact(
+            [dict(stage) for stage in stages], key="stages", description=f"The stages of {name}"
+        ),
+    )
+    page = [f"### {name}", "\n".join(f"* {line}" for line in lines)]
+    page += [f"{path.stem}:\n\n![{path.stem}]({data_uri(path)})" for path in pictures]
+    _show(
+        "page",
+        lambda: create_markdown_artifact(
+            "\n\n".join(page), key="r2id", description=f"Results of {name}, and where they are"
+        ),
+    )
+
+
+def data_uri(picture: Path) -> str:
+    """Return the content of a PNG file as an address, which a page can show by itself."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def _show(what: str, create: Callable[[], object]) -> None:
+    try:
+        create()
+    except Exception as error:
+        say(f"prefect: no {what} is shown: {describe_error(error)}")
+
+
 def printable(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """Format a command for a shell in the current folder, with paths relative to it."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     return " ".join([*settings, shlex.join(command)]).replace(f"{Path.cwd()}/", "")
 
 
-def mlflow_run(run_id: str | None) -> str:
-    """Return Markdown with a link to a run in MLflow, and how to start a server if needed."""
-    if not run_id:
+def mlflow_run(folder: Path) -> str:
+    """Return Markdown with a link to the MLflow run of a run directory, and what to start first."""
+    run, experiment = read_run_ids(folder / RUN_ID_FILE)
+    if not run:
         return "not reached yet"
-    place = how_to_open_mlflow()
-    if place.startswith("http"):
-        return f"[{run_id}]({place}/#/runs/{run_id})"
-    return f"`{place}`, then [{run_id}]({_MLFLOW}/#/runs/{run_id})"
-
-
-def how_to_open_mlflow() -> str:
-    """Return the address of MLflow's server, without any password, or a command that starts one."""
-    store = os.environ.get("MLFLOW_TRACKING_URI", "")
-    parts = urlsplit(store)
-    if parts.scheme in ("http", "https"):
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
-    script = Path("launch") / "mlflow.sh"
-    if script.exists():
-        return f"bash {script}"
-    place = '"$MLFLOW_TRACKING_URI"' if store else "sqlite:///mlflow.db"
-    return f"{printable([sys.executable], {})} -m mlflow server --backend-store-uri {place}"
+    link, command = f"[{run}]({run_page(experiment, run)})", server_command()
+    return f"`{command}`, then {link}" if command else link
 
 
 def _read(file: Path) -> str | None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 
 from data_prep.overview import check_split, count_classes
 from data_prep.readers import check_options
-from pipelines.artifacts import how_to_open_mlflow
+from pipelines.artifacts import show_mlflow_run, show_pipeline
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
 from pipelines.orchestration import prefect_ready
 from pipelines.preparation import check_engine, prepare_flow
@@ -37,6 +36,7 @@ from r2id.config import (
 )
 from r2id.errors import InputError, Stopped
 from r2id.files import exclusive, write_atomic
+from r2id.mlflow_pages import how_to_open, run_page, server_command
 from r2id.progress import duration, say
 
 
@@ -54,6 +54,8 @@ class Pipeline:
         self.record_file = self.out / "pipeline.json"
         check_options(config.prepare)
         self.executed: list[dict[str, Any]] = []
+        self.headlines: list[str] = []
+        self.stages: list[dict[str, str]] = []
         self.environment: dict[str, str] = {}
         # Both are read now, so that a misspelt option is reported before hours of work, not after.
         self.riae_stage = self._stage("riae", config.riae, {"run": self.riae})
@@ -159,7 +161,9 @@ class Pipeline:
         say(f"── {name}")
         began = time.monotonic()
         result = work()
-        say(f"── {name}: done in {duration(time.monotonic() - began)}")
+        took = duration(time.monotonic() - began)
+        say(f"── {name}: done in {took}")
+        self.stages.append({"stage": name, "time": took, "result": _outcome(result)})
         return result
 
     def once(
@@ -179,6 +183,8 @@ class Pipeline:
         previous = self.record["stages"].get(name)
         if previous and previous["key"] == key and all(path.exists() for path in artifacts):
             say(f"── {name}: up to date")
+            outcome = _outcome(previous["result"])
+            self.stages.append({"stage": name, "time": "up to date", "result": outcome})
             return previous["result"]
         result = self.stage(name, work)
         self.record["stages"][name] = {"key": key, "result": result}
@@ -212,7 +218,7 @@ class Pipeline:
         """Open the MLflow run that becomes the parent of the stages' runs, if tracking is on."""
         tracking = self.config.tracking
         if tracking.enabled:
-            run = _tracking(
+            begun = _tracking(
                 "begin",
                 {
                     "experiment": tracking.experiment,
@@ -221,16 +227,46 @@ class Pipeline:
                     "params": self.config.model_dump(mode="json"),
                 },
             )
-            if run:
-                self.environment["R2ID_PARENT_RUN"] = self.record["mlflow_run"] = run
+            if begun:
+                self.environment["R2ID_PARENT_RUN"] = self.record["mlflow_run"] = begun["run"]
+                self.record["mlflow_experiment"] = begun["experiment"]
                 self.write_record()
+                say(f"MLflow: {self.how_to_open_mlflow()}")
+                show_mlflow_run(run_page(begun["experiment"], begun["run"]), server_command())
+
+    def how_to_open_mlflow(self) -> str | None:
+        """Return one line that leads to the pipeline's MLflow run; None when it has none."""
+        run = self.record["mlflow_run"]
+        if not self.config.tracking.enabled or not run:
+            return None
+        return how_to_open(self.record.get("mlflow_experiment"), run)
 
     def end_tracking(self, status: str) -> None:
         """Close the MLflow run with a status, and add the noted stages as its children."""
         if self.environment:
-            _tracking(
-                "end", {"run": self.record["mlflow_run"], "status": status, "stages": self.executed}
-            )
+            request = {
+                "run": self.record["mlflow_run"],
+                "status": status,
+                "stages": self.executed,
+                "headlines": self.headlines,
+            }
+            _tracking("end", request)
+
+
+def _outcome(result: Any) -> str:
+    """Say in a few words what a stage has made."""
+    if not isinstance(result, Mapping):  # prepare returns its folder
+        return str(result)
+    if result.get("headlines"):
+        return "; ".join(result["headlines"])
+    if "files" in result:
+        return f"{len(result['files'])} pictures"
+    shown = ("step", "loss", "images_per_second", "checkpoint", "images", "reused", "out")
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name in shown
+        if (value := result.get(name)) is not None
+    )
 
 
 def newest_step(run: Path) -> int:
@@ -295,19 +331,15 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
         [pipeline.report],
         lambda: evaluate_flow(pipeline.r2id, shards, pipeline.report, config.evaluate, environment),
     )
-    summary = _summary(pipeline, samples, evaluation)
-    create_markdown_artifact(
-        key="r2id",
-        markdown="\n".join(f"* {line}" for line in summary["lines"]),
-        description=f"Where {config.name} landed, and its headline figures",
-    )
+    pipeline.headlines = list(evaluation["headlines"])
+    summary = _summary(pipeline, samples)
+    pictures = [Path(file) for file in summary["pictures"]]
+    show_pipeline(config.name, pipeline.stages, summary["lines"], pictures)
     return summary
 
 
-def _summary(
-    pipeline: Pipeline, samples: Mapping[str, Any], evaluation: Mapping[str, Any]
-) -> dict[str, Any]:
-    summary = {
+def _summary(pipeline: Pipeline, samples: Mapping[str, Any]) -> dict[str, Any]:
+    summary: dict[str, Any] = {
         "name": pipeline.config.name,
         "out": str(pipeline.out),
         "shards": str(pipeline.config.prepare.out),
@@ -316,21 +348,21 @@ def _summary(
         "pictures": [str(f) for f in samples["files"]],
         "report": str(pipeline.report / "report.html"),
         "metrics": str(pipeline.report / "metrics.json"),
-        "headlines": list(evaluation["headlines"]),
-        "mlflow": how_to_open_mlflow(),
+        "headlines": pipeline.headlines,
+        "mlflow": pipeline.how_to_open_mlflow(),
     }
     lines = [
         *summary["headlines"],
         *(f"picture: {path}" for path in summary["pictures"]),
         f"report: {summary['report']}",
     ]
-    if pipeline.config.tracking.enabled:
-        lines.append(f"to open MLflow: {summary['mlflow']}")
+    if summary["mlflow"]:
+        lines.append(f"MLflow: {summary['mlflow']}")
     return {**summary, "lines": lines}
 
 
-def _tracking(verb: str, request: Mapping[str, Any]) -> str | None:
-    """Begin or end the pipeline's MLflow run, and return what the process for it prints.
+def _tracking(verb: str, request: Mapping[str, Any]) -> dict[str, str] | None:
+    """Begin or end the pipeline's MLflow run, and return the ids of the run and its experiment.
 
     It is a process of its own, because importing mlflow takes seconds. Returns None when MLflow
     cannot be reached: the work goes on without it.
@@ -342,7 +374,7 @@ def _tracking(verb: str, request: Mapping[str, Any]) -> str | None:
         encoding="utf-8",
         check=False,
     )
-    return process.stdout.strip() if process.returncode == 0 else None
+    return json.loads(process.stdout) if process.returncode == 0 else None
 
 
 def _read_json(path: Path) -> Any:

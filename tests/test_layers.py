@@ -21,6 +21,7 @@ LAYER = {
     "r2id.dist": 0,
     "r2id.progress": 0,
     "r2id.files": 0,
+    "r2id.mlflow_pages": 0,
     "r2id.torchrun": 0,
     "r2id.images": 1,
     "r2id.data": 1,
@@ -60,6 +61,7 @@ ALLOWED = {
         "r2id.config",
         "r2id.errors",
         "r2id.files",
+        "r2id.mlflow_pages",
         "r2id.progress",
     ),
 }

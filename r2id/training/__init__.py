@@ -7,6 +7,7 @@ From the command to a step it is four calls::
 * ``loop.py``: the loop
 * ``state.py``: the state that the loop changes and its callbacks read
 * ``callbacks/``: all that a run does beside training: logs, checkpoints, pictures, signals
+* ``sheet.py``: how pictures of a run are laid out, with captions
 * ``tasks.py``: what is trained (RIAE or R2ID), on which data
 * ``losses/``: what is minimised
 * ``engines/``: forward, backward and update, in one process or many

@@ -16,6 +16,15 @@ from r2id.models.coords import Size
 from r2id.training.workload import Cost
 
 Figures = dict[str, float]
+RATES = (
+    "images_per_second",
+    "tokens_per_second",
+    "tflops_per_process",
+    "mfu",
+    "data_wait",
+    "memory_gib",
+)
+"""Names of the figures that are no losses."""
 
 
 class Meter:
@@ -42,7 +51,11 @@ class Meter:
         self._mark = now
 
     def add(self, figures: dict[str, Tensor], images: int, size: Size) -> None:
-        """Add a micro-batch of this process: its figures, and its images, which have one size."""
+        """Add a micro-batch of this process: its figures, and its images, which have one size.
+
+        A figure is a scalar, or [2]: a sum over some of the images and their number, for the mean
+        over those images alone.
+        """
         for key, value in figures.items():
             before = self._sums.get(key, torch.zeros((), device=self.device))
             self._sums[key] = before + value.float()
@@ -54,10 +67,14 @@ class Meter:
 
         Every rank must call it, because sums are reduced over all of them.
         """
-        means = {
-            key: float(dist.all_reduce_sum(total / self._micro_batches)) / dist.world_size()
+        totals = {
+            key: dist.all_reduce_sum(total / self._micro_batches) / dist.world_size()
             for key, total in self._sums.items()
         }
+        # The mean over no image is not a number, and is left out.
+        parts = {key: total.tolist() for key, total in totals.items() if total.ndim}
+        means = {key: float(total) for key, total in totals.items() if not total.ndim}
+        means |= {key: total / count for key, (total, count) in parts.items() if count}
         # Only now, because reading the sums has made the host wait until the GPU's work is done.
         self.lap("step")
         for size in self._last.images.keys() - self._costs.keys():
@@ -84,14 +101,15 @@ class Meter:
         images, counts = sum(tally.images.values()), tally.images.items()
         tokens = sum(self._costs[size].tokens * count for size, count in counts)
         flops = sum(self._costs[size].flops * count for size, count in counts)
-        return {
-            "images_per_second": images * dist.world_size() / busy,
-            "tokens_per_second": tokens * dist.world_size() / busy,
-            "tflops_per_process": flops / busy / 1e12,
-            "mfu": flops / busy / self.peak,
-            "data_wait": tally.seconds["data"] / busy,
-            "memory_gib": peak_memory(self.device) / 2**30,
-        }
+        rates = (
+            images * dist.world_size() / busy,
+            tokens * dist.world_size() / busy,
+            flops / busy / 1e12,
+            flops / busy / self.peak,
+            tally.seconds["data"] / busy,
+            peak_memory(self.device) / 2**30,
+        )
+        return dict(zip(RATES, rates, strict=True))
 
 
 class _Tally:

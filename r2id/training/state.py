@@ -20,7 +20,7 @@ class MicroBatchResult(NamedTuple):
     """The result of one forward pass of this process."""
 
     figures: dict[str, Tensor]
-    """Named scalars on the device, the loss among them."""
+    """Named tensors on the device, the loss among them; see Meter.add."""
     images: int
     """Number of images in the micro-batch."""
     size: Size

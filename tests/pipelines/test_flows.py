@@ -255,7 +255,19 @@ def check_tracked(folder: Path) -> None:
     assert client.get_run(parent).info.status == "FINISHED"
     for stage, last in {"riae": 40, "r2id": 20}.items():
         steps = [
-            point.step for point in client.get_metric_history(children[stage].info.run_id, "loss")
+            point.step
+            for point in client.get_metric_history(children[stage].info.run_id, "loss/loss")
         ]
         assert len(steps) == len(set(steps))
         assert steps[-1] == last
+        everything = client.get_metric_history(parent, f"{stage}/loss/loss")
+        assert [point.step for point in everything] == steps
+    whole = client.get_run(parent)
+    assert whole.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert "results/accuracy 8x8" in whole.data.metrics
+    files = {
+        file.path
+        for name in ("report", "samples", "r2id")
+        for file in client.list_artifacts(parent, name)
+    }
+    assert files >= {"report/report.html", "samples/8x8.png", "r2id/film.png"}

@@ -200,7 +200,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(flows, name, getattr(flows, name).fn)
     shown = SimpleNamespace(environment={}, result={})
     monkeypatch.setattr(flows, "TrainingArtifacts", lambda *_: contextlib.nullcontext(shown))
-    monkeypatch.setattr(pipeline, "create_markdown_artifact", lambda **_: None)
+    monkeypatch.setattr(pipeline, "show_pipeline", lambda *_: None)
     monkeypatch.setattr(pipeline, "_tracking", lambda verb, order: arrived.update({verb: order}))
 
     def prepare(config: PrepareConfig, _write_all: object) -> None:

@@ -195,11 +195,10 @@ def test_losses_fall_and_pictures_are_drawn(digits, tmp_path):
     first = train(riae_config(digits, tmp_path / "first", "start=random", "train.steps=1"))
     last = train(config)
     assert last["loss"] < 0.6 * first["loss"]
-    from PIL import Image
-
-    for step in (40, 80):
-        with Image.open(run / "samples" / f"step-{step:08d}.png") as picture:
-            assert picture.size == (10 * (8 + 2), 2 * (8 + 2))
+    assert {file.name for file in (run / "samples").iterdir()} == {
+        "step-00000040.png",
+        "step-00000080.png",
+    }
 
 
 @pytest.mark.parametrize(

@@ -88,13 +88,14 @@ def test_rates_follow_from_what_was_done(monkeypatch: pytest.MonkeyPatch) -> Non
 
     meter = Meter(torch.device("cpu"), cost, peak=100.0)  # at 0 s
     meter.lap("data")  # 1 s of data
-    meter.add({"loss": torch.tensor(2.0)}, 4, (2, 3))
+    meter.add({"loss": torch.tensor(2.0), "part": torch.tensor([6.0, 3.0])}, 4, (2, 3))
     meter.lap("step")  # 3 s of a step
-    meter.add({"loss": torch.tensor(4.0)}, 2, (1, 1))
+    meter.add({"loss": torch.tensor(4.0), "part": torch.tensor([5.0, 1.0])}, 2, (1, 1))
     found = meter.read()  # 1 s of a step, and 1 s of counting
-    assert {key: found[key] for key in RATES - {"memory_gib"} | {"loss"}} == pytest.approx(
+    assert {key: found[key] for key in RATES - {"memory_gib"} | {"loss", "part"}} == pytest.approx(
         {
             "loss": 3.0,
+            "part": 11 / 4,
             "images_per_second": 6 / 5,
             "tokens_per_second": 26 / 5,
             "tflops_per_process": 100 / 5 / 1e12,
@@ -103,12 +104,13 @@ def test_rates_follow_from_what_was_done(monkeypatch: pytest.MonkeyPatch) -> Non
         }
     )
     meter.lap("pause")
-    meter.add({"loss": torch.tensor(8.0)}, 6, (1, 1))
+    meter.add({"loss": torch.tensor(8.0), "part": torch.zeros(2)}, 6, (1, 1))
     meter.lap("data")  # 2 s
     again = meter.read()  # 1 s of a step
     assert (again["loss"], again["images_per_second"], again["data_wait"]) == pytest.approx(
         (8.0, 2.0, 2 / 3)
     )
+    assert "part" not in again, "the mean over no image"
     whole = meter.summary()
     assert (whole["images_per_second"], whole["data_wait"]) == pytest.approx((12 / 8, 3 / 8))
     assert asked == [(2, 3), (1, 1)] or asked == [(1, 1), (2, 3)], "each size is counted once"

@@ -23,9 +23,11 @@ from PIL import Image
 
 from r2id.checkpoints import reading
 from r2id.config import TrackingConfig, load_config
+from r2id.mlflow_pages import RUN_ID_FILE, read_run_ids, run_page
 from r2id.training.loop import train
 from r2id.training.tracking import PARENT_VARIABLE, NullTracker, Tracker
 from r2id.training.tracking.facts import flatten, git_tags
+from r2id.training.tracking.newest import newest_page
 from r2id.training.tracking.pipeline import begin_pipeline, end_pipeline
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.loop_ranks import at_step
@@ -67,8 +69,9 @@ def test_records_parameters_dataset_metrics_pictures_and_files(
     for step in (1, 2):
         tracker.metrics({"loss": 1 / step, "lr": 0.1}, step)
     tracker.metrics({"loss": float("nan"), "grad_norm": float("inf")}, 3)
-    tracker.image(np.zeros((4, 6, 3), np.uint8), "samples", 2)
-    tracker.image(Image.new("L", (5, 5)), "inputs", 2)
+    for step in (1, 2):
+        tracker.image(np.full((4, 6, 3), 100 * step, np.uint8), "samples", step)
+    tracker.image(Image.new("L", (5, 5)), "film")
     report = tmp_path / "report"
     report.mkdir()
     (report / "report.html").write_text("<p>")
@@ -95,10 +98,57 @@ def test_records_parameters_dataset_metrics_pictures_and_files(
     assert steps_of(client, tracker.run_id, "loss") == [1, 2]
     files = {
         file.path
-        for folder in ("samples", "inputs", "report")
+        for folder in (None, "samples", "report")
         for file in client.list_artifacts(tracker.run_id, folder)
+        if not file.is_dir
     }
-    assert files == {"samples/00000002.png", "inputs/00000002.png", "report/report.html"}
+    pictures = {"samples/00000001.png", "samples/00000002.png", "film.png"}
+    assert files == {*pictures, "report/report.html"}
+
+
+def test_the_newest_picture_of_each_name_is_among_the_charts(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    """In files that MLflow's page takes for pictures of step 0, the step it shows first."""
+    tracker = start()
+    for step in (10, 20):
+        tracker.image(np.full((4, 6, 3), 10 * step, np.uint8), "samples", step)
+    tracker.finish()
+    files = sorted(Path(file.path) for file in client.list_artifacts(tracker.run_id, "images"))
+    assert len(files) == 2
+    for file in files:
+        key, step_word, step, time_word, timestamp, *_ = file.stem.split("+")
+        assert (step_word, time_word) == ("step", "timestamp") and timestamp.isdigit()
+        assert (key.replace("~", "/"), step) == ("pictures/samples", "0")
+        with Image.open(client.download_artifacts(tracker.run_id, str(file), tmp_path)) as shown:
+            assert np.allclose(np.asarray(shown.convert("RGB")), 200, atol=2)
+    assert client.get_run(tracker.run_id).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_the_experiment_is_marked_as_model_training(client: MlflowClient) -> None:
+    """Unless its owner has marked it as something else."""
+    kind = "mlflow.experimentKind"
+    for name, before in (("unmarked", None), ("marked", "regression")):
+        if before:
+            client.set_experiment_tag(client.create_experiment(name), kind, before)
+        Tracker.start(TrackingConfig(experiment=name), run_name="riae", stage="riae").finish()
+        found = client.get_experiment_by_name(name).tags[kind]
+        assert found == (before or "custom_model_development")
+
+
+def test_the_address_of_the_run_is_said(
+    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = start(id_file=tmp_path / RUN_ID_FILE)
+    tracker.finish()
+    experiment = client.get_run(tracker.run_id).info.experiment_id
+    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{tracker.run_id}/"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "MLflow:" in line]
+    assert f"then {page}" in line and "mlflow" in line.partition("then")[0]
+    assert read_run_ids(tmp_path / RUN_ID_FILE) == (tracker.run_id, experiment)
+    assert newest_page("http://here/") == run_page(
+        experiment, tracker.run_id, server="http://here/"
+    )
 
 
 def test_a_continued_run_has_no_step_twice(client: MlflowClient) -> None:
@@ -175,7 +225,7 @@ def test_a_store_that_comes_back_gets_everything(
     place.symlink_to(store_file.parent)
     tracker.metrics({"loss": 0.5}, 2)
     tracker.finish()
-    assert tracker.run_id is not None and id_file.read_text().strip() == tracker.run_id
+    assert tracker.run_id is not None and id_file.read_text().split()[0] == tracker.run_id
     assert steps_of(client, tracker.run_id, "loss") == [1, 2]
 
 
@@ -203,7 +253,7 @@ class Trouble:
         with at_step(3, self.lose), at_step(5, self.wait), at_step(8, self.find):
             self.result = train(load_config(CONFIGS / "digits" / "riae.toml", settings))
         self.listen()
-        self.run_id = (run / "mlflow-run-id").read_text().strip()
+        self.run_id = (run / RUN_ID_FILE).read_text().split()[0]
 
     def listen(self) -> None:
         self.said += self.capfd.readouterr().err
@@ -232,7 +282,7 @@ class Trouble:
             == 1
         ), self.said
         assert self.result["step"] == 10 and not reading.find_damages(run)
-        assert steps_of(client, self.run_id, "loss") == list(range(1, 11))
+        assert steps_of(client, self.run_id, "loss/loss") == list(range(1, 11))
         assert client.get_run(self.run_id).info.status == "FINISHED"
 
 
@@ -333,32 +383,81 @@ def test_a_wrong_entry_is_left_out_and_the_rest_recorded(
     assert steps_of(client, tracker.run_id, "loss") == [1]
 
 
-def test_a_pipeline_has_one_run_with_children(
+def test_a_pipeline_has_one_run_with_all_to_see_and_children(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = {"experiment": "r2id", "name": "digits", "params": {"out": "runs/digits"}, "run": None}
-    parent = begin_pipeline(begin)
+    begun = begin_pipeline(begin)
+    parent = begun["run"]
     monkeypatch.setenv(PARENT_VARIABLE, parent)
-    trained = start()
+    first = start(dataset=("digits", "d" * 64, "data/digits"))
+    first.metrics({"loss/loss": 1.0}, 1)
+    first.finish("KILLED")
+    trained = start(dataset=("digits", "d" * 64, "data/digits"), run_id=first.run_id)
+    for step in (1, 2):  # step 1 again, as after a crash
+        trained.metrics({"loss/loss": 1.0}, step)
+    trained.image(np.zeros((4, 6, 3), np.uint8), "reconstructions", 2)
     trained.finish()
-    file = tmp_path / "report.html"
-    file.write_text("<p>")
+    report = tmp_path / "report"
+    (report / "figures").mkdir(parents=True)
+    for name in ("report.html", "classifier.safetensors", "figures/samples.png"):
+        (report / name).write_text("x")
     stage = {
         "name": "evaluate",
         "params": {"count": 10},
-        "metrics": {"fd": {"8x8": 1.5}, "note": "text"},
-        "artifacts": [str(file)],
+        "metrics": {
+            "r2id": {"sizes": {"8x8": {"accuracy": 0.5, "samples": 10}}},
+            "riae": {"native": {"psnr": 40.0}},
+            "note": "text",
+        },
+        "artifacts": [str(report)],
     }
-    end_pipeline({"run": parent, "status": "FAILED", "stages": [stage]})
-    assert begin_pipeline({**begin, "run": parent}) == parent
-    end_pipeline({"run": parent, "status": "FINISHED", "stages": [stage]})
+    end = {"run": parent, "stages": [stage], "headlines": ["samples at 8x8: class accuracy 0.5"]}
+    end_pipeline({**end, "status": "FAILED"})
+    assert begin_pipeline({**begin, "run": parent}) == begun
+    end_pipeline({**end, "status": "FINISHED"})
 
-    experiment = client.get_experiment_by_name("r2id").experiment_id
-    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert {run.data.tags["stage"] for run in children} == {"riae", "evaluate"}
-    assert len(children) == 2
+    children = client.search_runs([begun["experiment"]], f"tags.`mlflow.parentRunId` = '{parent}'")
+    by_stage = {run.data.tags["stage"]: run for run in children}
+    assert set(by_stage) == {"riae", "evaluate"} and len(children) == 2
+    assert by_stage["evaluate"].data.metrics["r2id/sizes/8x8/samples"] == 10
     run = client.get_run(parent)
-    assert (run.info.status, run.data.metrics["fd.8x8"]) == ("FINISHED", 1.5)
+    assert run.info.status == "FINISHED"
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert run.data.metrics == {
+        "riae/loss/loss": 1.0,
+        "results/accuracy 8x8": 0.5,
+        "results/RIAE psnr native": 40.0,
+    }
+    assert steps_of(client, parent, "riae/loss/loss") == [1, 2]
+    files = {
+        file.path
+        for folder in ("report", "report/figures", "riae/reconstructions")
+        for file in client.list_artifacts(parent, folder)
+        if not file.is_dir
+    }
+    assert files == {
+        "report/report.html",
+        "report/figures/samples.png",
+        "riae/reconstructions/00000002.png",
+    }
+    note = run.data.tags["mlflow.note.content"]
+    page = f"#/experiments/{begun['experiment']}/runs/{parent}/artifacts/report/report.html"
+    assert "class accuracy 0.5" in note and f"[Report]({page}" in note
+
+
+def test_a_parent_that_is_no_pipeline_stays_as_it_is(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = start(stage="sweep")
+    sweep.finish()
+    monkeypatch.setenv(PARENT_VARIABLE, sweep.run_id)
+    child = start(dataset=("digits", "d" * 64, "data/digits"))
+    child.metrics({"loss/loss": 1.0}, 1)
+    child.finish()
+    assert steps_of(client, child.run_id, "loss/loss") == [1]
+    run = client.get_run(sweep.run_id)
+    assert run.data.metrics == {} and not run.inputs.dataset_inputs
 
 
 def test_a_pipeline_opens_its_run_by_a_process(client: MlflowClient) -> None:
@@ -370,7 +469,7 @@ def test_a_pipeline_opens_its_run_by_a_process(client: MlflowClient) -> None:
         text=True,
         check=True,
     )
-    assert client.get_run(done.stdout.strip()).data.tags["stage"] == "pipeline"
+    assert client.get_run(json.loads(done.stdout)["run"]).data.tags["stage"] == "pipeline"
 
 
 def test_flatten_names_nested_keys() -> None:

@@ -1,29 +1,37 @@
-"""Pictures of a run's progress: reconstructions under their originals, or samples."""
+"""Pictures of a run's progress, with captions: reconstructions beside originals, or samples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2id import dist
 from r2id.data.loader import eval_loader
-from r2id.images import save_png, tile
+from r2id.images import psnr, resize, save_png, tile
+from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.sampler import Sampler
 from r2id.training.callbacks.base import Callback
+from r2id.training.sheet import Row, enlargement, read_row, save_sheet
 from r2id.training.state import TrainState
-from r2id.training.tasks import R2idTask, RiaeTask, Task
+from r2id.training.tasks import R2idTask, RiaeTask
 
-_IMAGES = 10  # in a row
+_IMAGES, _WIDTH = 10, 1600  # the most images in a row, and the most pixels of them
+_FILM_ROWS = 24
 
 
 class Previews(Callback):
-    """Draw RUN/samples/step-STEP.png every ``train.preview_every`` steps and at the end."""
+    """Draw RUN/samples/step-STEP.png every ``train.preview_every`` steps and at the end.
+
+    It shows an RIAE's reconstructions under their originals at native, half and double size, or an
+    R2ID's samples at three sizes. The R2ID's seeds are those of all its previews, and
+    RUN/samples/film.png has a row for each preview so far.
+    """
 
     def post_step(self, state: TrainState) -> None:
         # After a signal there may be little time left.
@@ -31,34 +39,89 @@ class Previews(Callback):
             return
         model = state.ema_model()
         if model is not None:
-            file = state.folder / "samples" / f"step-{state.step:08d}.png"
-            state.tracker.image(preview(state.task, model, file), "samples", state.step)
+            _draw(state, model)
         dist.barrier()  # the other ranks wait for rank 0 here, and not somewhere in the next step
 
 
-def preview(task: Task, model: nn.Module, file: Path) -> Path:
-    """Write a picture of an RIAE's reconstructions, or of an R2ID's samples at three sizes."""
+def _draw(state: TrainState, model: nn.Module) -> None:
+    task, folder = state.task, state.folder / "samples"
+    file = folder / f"step-{state.step:08d}.png"
     if isinstance(task, RiaeTask):
         assert isinstance(model, RIAE)
-        return save_png(_reconstructions(task, model), file)
+        title = f"RIAE at step {state.step}"
+        state.tracker.image(
+            save_sheet(title, _reconstructions(task, model), file), "reconstructions", state.step
+        )
+        return
     assert isinstance(task, R2idTask) and isinstance(model, R2ID)
-    return save_png(_samples(task, model), file)
+    rows = _samples(task, model)
+    title = f"R2ID at step {state.step}: each column is one seed"
+    state.tracker.image(save_sheet(title, rows, file), "samples", state.step)
+    save_png(rows[0].picture, folder / "film" / file.name)
+    state.tracker.image(_film(folder, state.step, rows[0].scale), "film")
 
 
-def _reconstructions(task: RiaeTask, model: RIAE) -> Tensor:
-    """Tile images in one row, and their reconstructions in a row under it."""
+def _film(folder: Path, step: int, scale: int) -> Path:
+    """Stack the rows of all previews up to a step, or some of many, and return the file."""
+    # A process that was killed may have left rows of later steps.
+    steps = sorted(int(file.stem.removeprefix("step-")) for file in (folder / "film").glob("*.png"))
+    steps = _spread([past for past in steps if past <= step], _FILM_ROWS)
+    rows = [
+        Row(f"step {past}", read_row(folder / "film" / f"step-{past:08d}.png"), scale)
+        for past in steps
+    ]
+    title = f"R2ID up to step {step}: each column is one seed, each row a preview"
+    return save_sheet(title, rows, folder / "film.png")
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """Choose at most ``count`` of them, evenly spaced, the first and the last among them."""
+    last = len(values) - 1
+    if last < count:
+        return list(values)
+    return [values[round(place * last / (count - 1))] for place in range(count)]
+
+
+def _columns(size: Size, scale: int) -> int:
+    """Return how many images of a size fit in a row when they are drawn at twice that size."""
+    return min(max(_WIDTH // (2 * size[1] * scale), 2), _IMAGES)
+
+
+def _reconstructions(task: RiaeTask, model: RIAE) -> list[Row]:
+    """Draw images and their reconstructions at native, half and double size, two rows for each."""
     data, device = task.config.data, next(model.parameters()).device
     # A small folder of images may have no test split. The pictures then show training images.
     split = data.test_split if data.test_split in task.shards.manifest.splits else data.train_split
     batches = eval_loader(task.shards, data, split=split, batch=_IMAGES, limit=_IMAGES)
-    images = next(iter(batches))["image"].to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=task.config.train.autocast):
-        decoded = model.decode(model.encode(images), (images.shape[2], images.shape[3]))
-    return tile(torch.cat([images, decoded]), len(images))
+    images = next(iter(batches))["image"]
+    native = (images.shape[2], images.shape[3])
+    scale = enlargement(native)
+    images = images[: _columns(native, scale)].to(device)
+    rows = []
+    for name, factor in (("native", 1.0), ("half", 0.5), ("double", 2.0)):
+        size = (max(1, round(native[0] * factor)), max(1, round(native[1] * factor)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.config.train.autocast):
+            decoded = model.decode(model.encode(images), size).float()
+        originals, text = resize(images, size), f"{name} size, {size[0]}x{size[1]}"
+        resized = "" if name == "native" else " resized to"
+        rows += [
+            Row(f"originals{resized or ','} {text}", tile(originals, len(images)), scale),
+            Row(f"reconstructions at {text}{_quality(originals, decoded, name)}",
+                tile(decoded, len(images)), scale),
+        ]  # fmt: skip
+    return rows
 
 
-def _samples(task: R2idTask, model: R2ID) -> Tensor:
-    """Tile the same samples at the codec's image size, at 1.5 times its height, and at twice it."""
+def _quality(originals: Tensor, decoded: Tensor, name: str) -> str:
+    """Return the PSNR of reconstructions as text, where the originals are no enlargements."""
+    if name == "double":
+        return ""
+    error = (originals - decoded).square().mean()
+    return f": PSNR {float(psnr(error)):.2f} dB"
+
+
+def _samples(task: R2idTask, model: R2ID) -> list[Row]:
+    """Draw the same samples at the codec's image size, at 1.5 times its height, and at twice it."""
     config, facts = task.config, task.facts
     sampler = Sampler(
         model,
@@ -71,12 +134,17 @@ def _samples(task: R2idTask, model: R2ID) -> Tensor:
         config.train.autocast,
         tuple(facts.get("attributes", ())),
     )
-    labels = choose_labels(config.sample.labels, _IMAGES, sampler.num_classes)
     height, width = task.codec.image
+    scale = enlargement((height, width))
+    count = _columns((height, width), scale)
+    labels = choose_labels(config.sample.labels[:count], count, sampler.num_classes)
     sizes = ((height, width), (height * 3 // 2, width), (height * 2, width * 2))
-    rows = [
-        tile(sampler.sample(labels, torch.arange(len(labels)), size), len(labels)) for size in sizes
+    seeds = torch.arange(len(labels))
+    return [
+        Row(
+            f"samples, {size[0]}x{size[1]}, guidance {config.sample.guidance:g}",
+            tile(sampler.sample(labels, seeds, size), len(labels)),
+            scale,
+        )
+        for size in sizes
     ]
-    # Rows differ in width: pad them with black (−1) on the right.
-    widest = max(row.shape[2] for row in rows)
-    return torch.cat([F.pad(row, (0, widest - row.shape[2]), value=-1.0) for row in rows], dim=1)

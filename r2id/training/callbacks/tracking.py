@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 from r2id import dist
 from r2id.errors import Stopped
+from r2id.mlflow_pages import RUN_ID_FILE, read_run_ids
 from r2id.training.callbacks.base import Callback
+from r2id.training.meter import RATES
 from r2id.training.state import TrainState
 from r2id.training.tracking import NullTracker, Tracker
 
@@ -23,7 +25,7 @@ class Tracking(Callback):
             figures = {**state.figures, "lr": state.lr, "grad_norm": float(state.grad_norm)}
             if state.skipped:
                 figures["skipped_steps"] = state.skipped
-            state.tracker.metrics(figures, state.step)
+            state.tracker.metrics(grouped(figures), state.step)
 
     def close(self, state: TrainState, error: BaseException | None) -> None:
         if error is None:
@@ -32,22 +34,27 @@ class Tracking(Callback):
             state.tracker.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
 
 
+def grouped(figures: Mapping[str, float]) -> dict[str, float]:
+    """Put figures into groups, ``group/name``: MLflow shows the charts of a group together."""
+    groups = {"lr": "optimizer", "grad_norm": "optimizer", "skipped_steps": "optimizer"}
+    groups |= dict.fromkeys(RATES, "speed")
+    return {
+        name if "/" in name else f"{groups.get(name, 'loss')}/{name}": value
+        for name, value in figures.items()
+    }
+
+
 def _start_tracker(state: TrainState) -> NullTracker:
     """Begin or continue the MLflow run of the run directory, which keeps its id in a file."""
     config, shards = state.config, state.task.shards
-    id_file = state.folder / "mlflow-run-id"
+    id_file = state.folder / RUN_ID_FILE
     return Tracker.start(
         config.tracking,
         run_name=state.folder.name,
         stage=config.stage,
         params=config.model_dump(mode="json"),
-        run_id=_recorded_run_id(id_file) if state.start else None,
+        run_id=read_run_ids(id_file)[0] if state.start else None,
         tags={f"fact.{key}": str(value) for key, value in state.task.facts.items()},
         dataset=(shards.manifest.dataset, shards.digest, str(config.data.shards)),
         id_file=id_file,
     )
-
-
-def _recorded_run_id(id_file: Path) -> str | None:
-    """Return the id of the run to continue; None when there is none, as in a damaged file."""
-    return (id_file.read_text(encoding="utf-8").strip() or None) if id_file.exists() else None

@@ -8,6 +8,7 @@ Shape letters: B batch · L latent channels · h, w latent grid.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from r2id import rng
@@ -21,6 +22,7 @@ from r2id.models.r2id import R2ID
 # One stream of random numbers for each purpose. Their numbers are those of no stream of RIAE's
 # loss, and must stay: with others, a resumed run would not equal an uninterrupted one.
 _TIME, _NOISE, _DROP, _JITTER, _CLOUDS = 6, 7, 8, 9, 11
+_QUARTERS = 4
 
 Figures = dict[str, Tensor]
 
@@ -50,15 +52,33 @@ class R2idLoss(nn.Module):
         if self.model.config.jitter:
             noise = rng.normal(rng.fold(rng_keys, _JITTER), len(coordinates), 2)
             coordinates = coords.displace(coordinates, self.model.config.jitter * noise, grid)
+        times = draw_times(rng.fold(rng_keys, _TIME), self.diffusion.time_sampling)
         losses, unweighted = denoising_loss(
             self.model,
             self.diffusion,
             self.base_side,
             latent,
             drop(condition, dropped),
-            draw_times(rng.fold(rng_keys, _TIME), self.diffusion.time_sampling),
+            times,
             rng.normal(rng.fold(rng_keys, _NOISE), *latent.shape[1:]),
             coordinates,
             rng.fold(self.seed, step, _CLOUDS).to(latent.device),
         )
-        return losses.mean(), {"denoising_mse": unweighted.detach().mean()}
+        unweighted = unweighted.detach()
+        return losses.mean(), {"denoising_mse": unweighted.mean(), **by_time(unweighted, times)}
+
+
+def by_time(errors: Tensor, times: Tensor) -> Figures:
+    """Sum errors [B] within each quarter of the times [B] in (0, 1) → figures [2]: sum, number.
+
+    Time 0 is an image, time 1 is noise.
+    """
+    quarters = (times * _QUARTERS).floor().clamp(max=_QUARTERS - 1)
+    figures = {}
+    for quarter in range(_QUARTERS):
+        within = (quarters == quarter).to(errors.dtype)
+        begin, end = quarter / _QUARTERS, (quarter + 1) / _QUARTERS
+        figures[f"loss_by_time/{begin:.2f}-{end:.2f}"] = torch.stack(
+            [(errors * within).sum(), within.sum()]
+        )
+    return figures

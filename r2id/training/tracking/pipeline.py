@@ -1,8 +1,9 @@
 """The MLflow run of a pipeline; the runs of its stages are child runs of it.
 
 ``python -m r2id.training.tracking.pipeline begin|end`` reads a request as JSON from stdin and
-prints the run's id. A pipeline runs it in a process of its own, because pipelines import no mlflow.
-Its training stages find the run's id in the environment variable R2ID_PARENT_RUN.
+prints the ids of the run and its experiment. A pipeline runs it in a process of its own, because
+pipelines import no mlflow. Its training stages find the run's id in the environment variable
+R2ID_PARENT_RUN.
 """
 
 from __future__ import annotations
@@ -12,22 +13,27 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r2id.mlflow_pages import run_page
 from r2id.progress import say
 from r2id.training.tracking.facts import flatten, git_tags
 from r2id.training.tracking.store import RunOpening, connect, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _MAX_METRICS_PER_BATCH = 1000  # limit of MLflow's own stores
+# The main results among the metrics of an evaluation.
+_OF_SIZE = re.compile(r"r2id\.sizes\.(?P<size>[^.]+)\.(?P<name>accuracy|frechet|precision|recall)")
+_OF_RIAE = re.compile(r"riae\.(?P<size>native|half|double)\.(?P<name>psnr)")
 
 
-def begin_pipeline(request: Mapping[str, Any]) -> str:
-    """Begin the run of a pipeline, or continue ``request["run"]``; return its id.
+def begin_pipeline(request: Mapping[str, Any]) -> dict[str, str]:
+    """Begin the run of a pipeline, or continue ``request["run"]`` → the ids of run and experiment.
 
     ``request`` also has experiment, name and params.
     """
@@ -39,27 +45,33 @@ def begin_pipeline(request: Mapping[str, Any]) -> str:
         tags,
         run_id=request["run"],
     )
-    return opening.open(connect())[0]
+    opened = opening.open(connect())
+    return {"run": opened.run_id, "experiment": opened.experiment_id}
 
 
-def end_pipeline(request: Mapping[str, Any]) -> str:
+def end_pipeline(request: Mapping[str, Any]) -> dict[str, str]:
     """End the run of a pipeline, and record the stages that do not record themselves.
 
-    ``request`` has run, status and stages. Each stage has name, params, metrics and artifacts
-    (paths), and becomes a child run. Its metrics are recorded in the pipeline's own run too.
+    ``request`` has run, status, stages and headlines (lines of text). Each stage has name, params,
+    metrics and artifacts (paths), and becomes a child run. The pipeline's own run gets its files
+    too, its main results, and a description with the headlines.
     """
     client = connect()
     parent = client.get_run(request["run"])
     for stage in request["stages"]:
         child = _open_child(client, parent, stage)
-        for run_id in (child, parent.info.run_id):
-            _log_numbers(client, run_id, stage["metrics"])
+        numbers = _numbers(stage["metrics"])
+        _log_numbers(client, child, {name.replace(".", "/"): n for name, n in numbers.items()})
+        _log_numbers(client, parent.info.run_id, _main_results(numbers))
         for path in map(Path, stage["artifacts"]):
-            record = client.log_artifacts if path.is_dir() else client.log_artifact
-            record(child, str(path))
+            _log_files(client, child, path, "")
+            _log_files(client, parent.info.run_id, path, path.name)
         client.set_terminated(child)
+    if request["stages"] and request["headlines"]:
+        note = _description(client, parent, request["headlines"])
+        client.set_tag(parent.info.run_id, "mlflow.note.content", note)
     client.set_terminated(parent.info.run_id, request["status"])
-    return parent.info.run_id
+    return {"run": parent.info.run_id, "experiment": parent.info.experiment_id}
 
 
 def _open_child(client: MlflowClient, parent: Any, stage: Mapping[str, Any]) -> str:
@@ -77,25 +89,71 @@ def _open_child(client: MlflowClient, parent: Any, stage: Mapping[str, Any]) -> 
         {"stage": name, "mlflow.parentRunId": parent_id, **git_tags()},
         run_id=existing[0].info.run_id if existing else None,
     )
-    return opening.open(client)[0]
+    return opening.open(client).run_id
 
 
-def _log_numbers(client: MlflowClient, run_id: str, table: Mapping[str, Any]) -> None:
-    """Record the numbers of a nested table, under names that MLflow allows."""
-    from mlflow.entities import Metric
-
-    now, numbers = int(time.time() * 1000), {}
+def _numbers(table: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a nested table, under names that MLflow allows."""
+    numbers = {}
     for key, text in flatten(table).items():
         with contextlib.suppress(ValueError):  # raised by text that is no number
             numbers[re.sub(r"[^\w./ -]", "_", key)] = float(text)
+    return numbers
+
+
+def _main_results(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Pick the results that a pipeline's own run shows, such as ``results/accuracy 8x8``."""
+    found = {}
+    for key, value in numbers.items():
+        of_size, of_riae = (pattern.fullmatch(key) for pattern in (_OF_SIZE, _OF_RIAE))
+        if of_size:
+            found[f"results/{of_size['name']} {of_size['size']}"] = value
+        elif of_riae:
+            found[f"results/RIAE {of_riae['name']} {of_riae['size']}"] = value
+    return found
+
+
+def _log_numbers(client: MlflowClient, run_id: str, numbers: Mapping[str, float]) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
     metrics = [Metric(key, value, now, 0) for key, value in numbers.items()]
     client.log_batch(run_id, metrics=metrics[:_MAX_METRICS_PER_BATCH])
+
+
+def _log_files(client: MlflowClient, run_id: str, path: Path, folder: str) -> None:
+    """Record a file, or those of a folder, without weights: nobody looks at them in MLflow."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and file.suffix != ".safetensors":
+            inner = file.parent.relative_to(path) if path.is_dir() else Path()
+            place = (Path(folder) / inner).as_posix()
+            client.log_artifact(run_id, str(file), None if place == "." else place)
+
+
+def _description(client: MlflowClient, parent: Run, headlines: Sequence[str]) -> str:
+    """Write what the page of a pipeline's run says first, as Markdown.
+
+    Links come first, because MLflow folds all but the first lines away.
+    """
+    run, experiment = parent.info.run_id, parent.info.experiment_id
+    pages = {"Charts": "model-metrics", "Samples": "artifacts/samples"}
+    if any(file.path == "report/report.html" for file in client.list_artifacts(run, "report")):
+        pages = {"Report": "artifacts/report/report.html", **pages}
+    links = [f"[{name}]({run_page(experiment, run, tab, '')})" for name, tab in pages.items()]
+    pictures = [
+        f"{Path(file.path).stem}:\n\n![{file.path}](get-artifact?path={file.path}&run_uuid={run})"
+        for file in client.list_artifacts(run, "samples")
+        if file.path.endswith(".png")
+    ]
+    lines = "\n".join(f"* {line}" for line in headlines)
+    return "\n\n".join([" · ".join(links), lines, *pictures])
 
 
 def main() -> int:
     """Carry out the request on stdin; return the exit code: 0, or 1 when MLflow fails."""
     try:
-        print({"begin": begin_pipeline, "end": end_pipeline}[sys.argv[1]](json.load(sys.stdin)))
+        act = {"begin": begin_pipeline, "end": end_pipeline}[sys.argv[1]]
+        print(json.dumps(act(json.load(sys.stdin))))
         return 0
     except Exception as error:  # the pipeline goes on without tracking
         say(f"tracking: {first_line(error)}")

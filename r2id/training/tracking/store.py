@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 CHANGED = "changed."
 """Beginning of the names of tags with the values of parameters that changed on a resume."""
 _DEFAULT_STORE = "sqlite:///mlflow.db"
+# What MLflow's pages read: this kind of experiment has runs with charts, not traces of agents.
+_KIND, _MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
+_PIPELINE = "pipeline"  # the tag ``stage`` of a pipeline's run
 # Limits of MLflow's own stores.
 _MAX_PARAM_LENGTH = 500
 _MAX_PARAMS_PER_BATCH = 100
@@ -51,6 +55,16 @@ class StoreRefusal(Exception):
     """The store answers, but will not take the run, however often it is asked."""
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A run that entries are recorded in."""
+
+    run_id: str
+    experiment_id: str
+    last_step: Mapping[str, int]
+    """The last recorded step of each of its metrics."""
+
+
 @dataclass
 class RunOpening:
     """What is needed to begin or continue a run, kept until the store can be reached."""
@@ -64,8 +78,8 @@ class RunOpening:
     run_id: str | None = None
     """The run to continue, if it still exists."""
 
-    def open(self, client: MlflowClient) -> tuple[str, dict[str, int]]:
-        """Begin or continue the run → (its id, the last recorded step of each of its metrics)."""
+    def open(self, client: MlflowClient) -> Opened:
+        """Begin or continue the run."""
         # Kept at once: after a failure below, the next attempt must not create a second run.
         run_id = self.run_id = self._existing(client) or self._create(client)
         run = client.get_run(run_id)
@@ -73,13 +87,23 @@ class RunOpening:
         for key, value in self.tags.items():
             client.set_tag(run_id, key, value)
         self._log_params(client, run_id, run.data.params, run.data.tags)
-        if self.dataset and not (run.inputs and run.inputs.dataset_inputs):
-            self._log_dataset(client, run_id, *self.dataset)
-        last = {
-            key: max(point.step for point in client.get_metric_history(run_id, key))
-            for key in run.data.metrics
-        }
-        return run_id, last
+        _mark_experiment(client, run.info.experiment_id)
+        if self.dataset:
+            _log_dataset(client, run, *self.dataset)
+        return _opened(client, run)
+
+    def open_pipeline(self, client: MlflowClient) -> Opened | None:
+        """Return the pipeline's run that this run is a stage of, which gets its dataset too.
+
+        None when there is none: also when the parent is another run, which a user has named.
+        """
+        parent = self.tags.get("mlflow.parentRunId")
+        run = client.get_run(parent) if parent else None
+        if run is None or run.data.tags.get("stage") != _PIPELINE:
+            return None
+        if self.dataset:
+            _log_dataset(client, run, *self.dataset)
+        return _opened(client, run)
 
     def _existing(self, client: MlflowClient) -> str | None:
         """Return the id of the run to continue; None when there is none or it was deleted."""
@@ -136,18 +160,35 @@ class RunOpening:
         for begin in range(0, len(params), _MAX_PARAMS_PER_BATCH):
             client.log_batch(run_id, params=params[begin : begin + _MAX_PARAMS_PER_BATCH])
 
-    def _log_dataset(
-        self, client: MlflowClient, run_id: str, name: str, digest: str, location: str
-    ) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source = json.dumps({"uri": location})
-        dataset = Dataset(
-            name=name, digest=digest[:_MAX_DIGEST_LENGTH], source_type="local", source=source
-        )
-        dataset_input = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
-        client.log_inputs(run_id, datasets=[dataset_input])
-        client.set_tag(run_id, "dataset.digest", digest)  # in full
+def _opened(client: MlflowClient, run: Run) -> Opened:
+    run_id = run.info.run_id
+    last = {
+        key: max(point.step for point in client.get_metric_history(run_id, key))
+        for key in run.data.metrics
+    }
+    return Opened(run_id, run.info.experiment_id, last)
+
+
+def _mark_experiment(client: MlflowClient, experiment_id: str) -> None:
+    """Mark an experiment as model training, unless somebody has marked it."""
+    if _KIND not in client.get_experiment(experiment_id).tags:
+        client.set_experiment_tag(experiment_id, _KIND, _MODEL_TRAINING)
+
+
+def _log_dataset(client: MlflowClient, run: Run, name: str, digest: str, location: str) -> None:
+    """Record the dataset of a run that has none yet."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if run.inputs and run.inputs.dataset_inputs:
+        return
+    source = json.dumps({"uri": location})
+    dataset = Dataset(
+        name=name, digest=digest[:_MAX_DIGEST_LENGTH], source_type="local", source=source
+    )
+    dataset_input = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+    client.log_inputs(run.info.run_id, datasets=[dataset_input])
+    client.set_tag(run.info.run_id, "dataset.digest", digest)  # in full
 
 
 def first_line(error: Exception) -> str:

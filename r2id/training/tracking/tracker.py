@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from r2id.config import TrackingConfig
 from r2id.files import write_atomic
+from r2id.mlflow_pages import how_to_open
 from r2id.progress import say
 from r2id.training.tracking.facts import flatten, git_tags
-from r2id.training.tracking.store import RunOpening, StoreRefusal, connect, first_line
+from r2id.training.tracking.store import Opened, RunOpening, StoreRefusal, connect, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,10 +45,11 @@ class NullTracker:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record finite numbers at a step, unless an earlier process has recorded that step."""
 
-    def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
+    def image(self, picture: Path | Image | np.ndarray, name: str, step: int | None = None) -> None:
         """Record a picture: a file, an image, or an array uint8 [H, W] or [H, W, C].
 
-        It replaces an earlier picture of the same name and step.
+        It replaces an earlier picture of the same name and step. The newest one of each name is
+        shown among the charts of the run.
         """
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -61,7 +63,11 @@ class NullTracker:
 
 
 class Tracker(NullTracker):
-    """A run in MLflow. ``run_id`` is None until the store has been reached."""
+    """A run in MLflow. ``run_id`` is None until the store has been reached.
+
+    Figures, pictures and files of a pipeline's stage are recorded in the pipeline's run too, under
+    the stage's name, so that one page shows all of a pipeline.
+    """
 
     @classmethod
     def start(
@@ -97,7 +103,10 @@ class Tracker(NullTracker):
         self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._client: MlflowClient | None = None
         self._id_file = id_file
-        self._last_step: dict[str, int] = {}
+        self._own: Opened | None = None
+        self._pipeline: Opened | None = None
+        self._stage = opening.tags["stage"]
+        self._has_parent = "mlflow.parentRunId" in opening.tags
         self._said: set[str] = set()
         self._asked = self._done = 0  # entries
         self._refused = self._ended = False
@@ -115,30 +124,31 @@ class Tracker(NullTracker):
         # MLflow keeps an infinite value as the largest number, and pages of runs with a NaN may not
         # load.
         numbers = {key: float(value) for key, value in values.items() if math.isfinite(value)}
-        self._put(lambda: self._log_metrics(numbers, step, now))
+        self._put_everywhere(lambda run, prefix: self._log_metrics(run, prefix, numbers, step, now))
 
-    def image(self, picture: Path | Image | np.ndarray, name: str, step: int) -> None:
+    def image(self, picture: Path | Image | np.ndarray, name: str, step: int | None = None) -> None:
         # Copied now, because the caller may change the array or the file before the thread records
         # it.
-        image, file = _as_image(picture), f"{name}/{step:08d}.png"
-        self._put(lambda: self._store().log_image(self._run(), image, artifact_file=file))
+        image = _as_image(picture)
+        file = f"{name}.png" if step is None else f"{name}/{step:08d}.png"
+        self._put_everywhere(lambda run, prefix: self._log_image(run, prefix, image, name, file))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        def log() -> None:
+        def log(run: Opened, prefix: str) -> None:
             record = self._store().log_artifacts if path.is_dir() else self._store().log_artifact
-            record(self._run(), str(path), folder)
+            record(run.run_id, str(path), f"{prefix}{folder or ''}".rstrip("/") or None)
 
-        self._put(log)
+        self._put_everywhere(log)
 
     def tag(self, name: str, value: str) -> None:
-        self._put(lambda: self._store().set_tag(self._run(), name, value))
+        self._put(lambda: self._store().set_tag(self._run().run_id, name, value))
 
     def finish(self, status: Status = "FINISHED") -> None:
         if self._closing.is_set():
             return
 
         def end() -> None:
-            self._store().set_terminated(self._run(), status)
+            self._store().set_terminated(self._run().run_id, status)
             self._ended = True
 
         self._jobs.put(end)
@@ -151,6 +161,12 @@ class Tracker(NullTracker):
         if not self._refused and (lost or not self._ended):
             entries = f"{lost} entries, and " if lost else ""
             say(f"tracking: {entries}how the run ended, could not be recorded: lost")
+
+    def _put_everywhere(self, entry: Callable[[Opened, str], object]) -> None:
+        """Have an entry recorded in this run, and in the pipeline's with the stage as prefix."""
+        self._put(lambda: entry(self._run(), ""))
+        if self._has_parent:  # an entry of its own, because each is tried until it is recorded
+            self._put(lambda: self._pipeline and entry(self._pipeline, f"{self._stage}/"))
 
     def _put(self, entry: Callable[[], object]) -> None:
         """Have an entry recorded after those before it."""
@@ -173,27 +189,46 @@ class Tracker(NullTracker):
         assert self._client is not None
         return self._client
 
-    def _run(self) -> str:
-        assert self.run_id is not None
-        return self.run_id
+    def _run(self) -> Opened:
+        assert self._own is not None
+        return self._own
 
     def _open(self, opening: RunOpening) -> None:
         self._client = self._client or connect()
-        run_id, self._last_step = opening.open(self._client)
+        self._own = opening.open(self._client)
+        self._pipeline = opening.open_pipeline(self._client)
+        run_id, experiment = self._own.run_id, self._own.experiment_id
         if self._id_file is not None:
-            write_atomic(self._id_file, f"{run_id}\n".encode())
+            write_atomic(self._id_file, f"{run_id}\n{experiment}\n".encode())
         self.run_id = run_id
+        if not self._has_parent:  # a pipeline says where its own run is
+            say(f"MLflow: {how_to_open(experiment, run_id)}")
 
-    def _log_metrics(self, values: Mapping[str, float], step: int, now: int) -> None:
+    def _log_metrics(
+        self, run: Opened, prefix: str, values: Mapping[str, float], step: int, now: int
+    ) -> None:
         from mlflow.entities import Metric
 
         fresh = [
-            Metric(key, value, now, step)
+            Metric(f"{prefix}{key}", value, now, step)
             for key, value in values.items()
-            if step > self._last_step.get(key, -1)
+            if step > run.last_step.get(f"{prefix}{key}", -1)
         ]
         if fresh:
-            self._store().log_batch(self._run(), metrics=fresh)
+            self._store().log_batch(run.run_id, metrics=fresh)
+
+    def _log_image(self, run: Opened, prefix: str, image: Image, name: str, file: str) -> None:
+        """Record a picture as a file, and again as the one that is shown among the charts.
+
+        MLflow's page first shows the picture of step 0 in the grid for a name, and reads name and
+        step from the names of two files, whatever stands behind them.
+        """
+        client = self._store()
+        client.log_image(run.run_id, image, artifact_file=f"{prefix}{file}")
+        shown = f"{prefix}pictures/{name}".replace("/", "~") + "+step+0+timestamp+0+newest"
+        for ending in (".png", "+compressed.webp"):
+            client.log_image(run.run_id, image, artifact_file=f"images/{shown}{ending}")
+        client.set_tag(run.run_id, "mlflow.loggedImages", "True")
 
     def _work(self) -> None:
         """Do the jobs in order until ``finish`` ends it. The thread runs this method."""

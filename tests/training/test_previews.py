@@ -1,0 +1,135 @@
+"""Pictures while training: what is in them, and a film that goes on after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from r2id.config import R2idRun, load_config
+from r2id.data.loader import eval_loader
+from r2id.data.shards import ShardSet
+from r2id.images import resize, tile, to_bytes
+from r2id.models.codec import Codec
+from r2id.sampling import Sampler
+from r2id.training.loop import train
+from r2id.training.sheet import Row, save_sheet
+from tests.conftest import CONFIGS, TINY_R2ID
+from tests.training.test_loop import riae_config
+
+SCALE = 6  # of 8x8 pixels to 48x48
+
+
+def row_of(images: torch.Tensor) -> np.ndarray:
+    """Grey images side by side, as they look on a sheet."""
+    pixels = to_bytes(tile(images, len(images))).repeat_interleave(SCALE, 0)
+    return pixels.repeat_interleave(SCALE, 1).expand(-1, -1, 3).numpy()
+
+
+def places(file: Path, picture: np.ndarray, shades: int = 3) -> list[int]:
+    """The heights at which a sheet shows a picture, at most a few shades away."""
+    sheet = np.asarray(Image.open(file)).astype(int)
+    height, width, _ = picture.shape
+    return [
+        top
+        for top in range(len(sheet) - height + 1)
+        if np.abs(sheet[top : top + height, 6 : 6 + width] - picture).max(initial=0) <= shades
+    ]
+
+
+def test_reconstructions_are_under_their_originals_at_three_sizes(
+    digits: Path, tmp_path: Path
+) -> None:
+    config = riae_config(digits, tmp_path / "run", "train.steps=6", "train.preview_every=6")
+    train(config)
+    codec = Codec.load(tmp_path / "run")
+    batches = eval_loader(
+        ShardSet.open(digits), config.data, split=config.data.test_split, batch=10, limit=10
+    )
+    images = next(iter(batches))["image"]
+    found = []
+    for side in (8, 4, 16):
+        found += [
+            places(tmp_path / "run" / "samples" / "step-00000006.png", row_of(pictures))
+            for pictures in (
+                resize(images, (side, side)),
+                codec.decode(codec.encode(images), (side, side)),
+            )
+        ]
+    assert all(found)
+    # At half size both may look the same: then each is found at both places.
+    tops = [min(found[row]) if row % 2 == 0 else max(found[row]) for row in range(6)]
+    assert tops == sorted(set(tops))
+
+
+def r2id_config(digits: Path, riae_run: Path, latents: Path, run: Path, steps: int) -> R2idRun:
+    settings = [
+        *TINY_R2ID,
+        f"run={run}",
+        f"data.shards={digits}",
+        f"codec={riae_run}",
+        f"data.latents={latents}",
+        f"train.steps={steps}",
+        "train.preview_every=10",
+        "train.save_every=10",
+    ]
+    config = load_config(CONFIGS / "digits" / "r2id.toml", settings)
+    assert isinstance(config, R2idRun)
+    return config
+
+
+def test_the_film_has_a_row_for_each_preview(
+    digits: Path, riae_run: Path, latents: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(r2id_config(digits, riae_run, latents, run, 20))
+    rows = {}
+    for step in (10, 20):
+        name = f"step-{step:08d}.png"
+        pixels = torch.from_numpy(
+            np.array(Image.open(run / "samples" / "film" / name).convert("RGB"))
+        )
+        rows[step] = pixels.repeat_interleave(SCALE, 0).repeat_interleave(SCALE, 1).numpy()
+        assert len(places(run / "samples" / name, rows[step], 0)) == 1
+    film = run / "samples" / "film.png"
+    assert (rows[10] != rows[20]).any()
+    first, last = places(film, rows[10], 0), places(film, rows[20], 0)
+    assert len(first) == len(last) == 1 and first < last
+    sampler = Sampler.load(run)
+    labels = torch.arange(10)
+    drawn = row_of(sampler.sample(labels, labels, (8, 8)))
+    assert places(film, drawn) == last, "the newest row is drawn by the newest averages"
+
+    # What a process that was killed has drawn of steps that are made again.
+    (run / "samples" / "film" / "step-00000099.png").write_bytes(
+        (run / "samples" / "film" / "step-00000010.png").read_bytes()
+    )
+    train(r2id_config(digits, riae_run, latents, run, 30))
+    assert places(film, rows[10], 0) == first and places(film, rows[20], 0) == last
+    row = last[0] - first[0]
+    with Image.open(film) as picture:
+        assert last[0] + row < picture.height < last[0] + 2 * row, "one more row, not two"
+
+
+def test_a_long_film_shows_some_rows_the_first_and_the_last() -> None:
+    from r2id.training.callbacks.previews import _spread
+
+    assert _spread(range(10, 60, 10), 5) == [10, 20, 30, 40, 50]
+    chosen = _spread(range(1000), 24)
+    assert (chosen[0], chosen[-1], len(set(chosen))) == (0, 999, 24)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_caption_is_drawn_above_its_row_and_whole(channels: int, tmp_path: Path) -> None:
+    picture = torch.full((channels, 4, 4), -1.0)
+    rows = [Row("a caption that is wider than the picture", picture, 3)]
+    sheet = np.asarray(Image.open(save_sheet("title", rows, tmp_path / "sheet.png")).convert("L"))
+    empty = [Row("", picture, 3)]
+    blank = np.asarray(Image.open(save_sheet("title", empty, tmp_path / "0.png")).convert("L"))
+    assert sheet.shape[0] == blank.shape[0] and sheet.shape[1] > 200
+    (dark,) = np.nonzero((sheet < 255).any(1))
+    assert (sheet[:, -6:] == 255).all(), "no letter is cut off"
+    assert len(dark) > 3 * 4
