@@ -95,7 +95,7 @@ def _introduction(card: Card) -> Iterable[str]:
             "width."
         )
         return
-    where = f"in the latents of an {riae}" if riae else "in pixels"
+    where = f"the latents of an {riae}" if riae else "pixels"
     yield (
         f"A generator that draws pictures of any size and aspect ratio: an R2ID of "
         f"{counts['r2id']:,} parameters that diffuses {where}. Trained on images of {native} "

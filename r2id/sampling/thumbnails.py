@@ -21,8 +21,9 @@ from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
 LADDER = "one-seed-many-sizes.png"
-_COUNT, _ROWS = 10, 4
-"""Samples of a size, and how many of them are shown at many sizes; few, to be drawn in seconds."""
+_COUNT, _ROWS, _MANY = 10, 4, 4
+"""Samples of a size, how many of them are shown at many sizes, and how many sizes are many; few, to
+be drawn soon."""
 _SIDE, _HEIGHT, _GAP = 640, 96, 6
 """In pixels: about the longer side of a grid; the height of a picture beside others, and the gap
 between them."""
@@ -31,9 +32,9 @@ between them."""
 def draw_thumbnails(sampler: Sampler, folder: Path) -> list[Size]:
     """Draw samples into a folder: ``HxW.png`` for each size, and all sizes side by side (LADDER).
 
-    The sizes are the run's own, the training images' size and twice that, and that stretched both
-    ways; those that do not fit into memory are left out. Each sample has the same seed and
-    condition at all of them. Returns the sizes, in the order of LADDER's columns.
+    The sizes are the run's own and the training images'; if these are few, twice those too, and
+    those stretched both ways. What does not fit into memory is left out. Each sample has the same
+    seed and condition at all of them. Returns the sizes, in the order of LADDER's columns.
     """
     check_samples(sampler, sampler.codec.image, None, _COUNT)  # that one is always drawn
     sizes = [size for size in _sizes(sampler) if _fits(sampler, size)]
@@ -54,14 +55,10 @@ def draw_thumbnails(sampler: Sampler, folder: Path) -> list[Size]:
 def _sizes(sampler: Sampler) -> list[Size]:
     """Return the sizes to draw, the smaller first."""
     height, width = sampler.codec.image
-    half = (height + 1) // 2, (width + 1) // 2
-    wanted = {
-        *sampler.defaults.sizes,
-        (height, width),
-        (height + half[0], width),
-        (height, width + half[1]),
-        (2 * height, 2 * width),
-    }
+    wanted = {*sampler.defaults.sizes, (height, width)}
+    if len(wanted) < _MANY:
+        stretched = (height + (height + 1) // 2, width), (height, width + (width + 1) // 2)
+        wanted |= {*stretched, (2 * height, 2 * width)}
     return sorted(wanted, key=lambda size: (size[0] * size[1], size))
 
 
