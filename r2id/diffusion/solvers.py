@@ -1,9 +1,10 @@
-"""Solvers: functions of (denoise, noise, log_snrs, kind) that turn noise into samples.
+"""Solvers: functions of (denoise, x, log_snrs, kind) that turn noise into samples.
 
 ``denoise(x, log_snr) → (x₀, ε)`` estimates data and noise of a noised grid; ``log_snrs`` [S] rise
-from noise to data; ``kind`` is the schedule's, which amplitudes depend on. A solver steps from each
-of them to the next, and from the last one to the data by returning the network's x₀ itself, so that
-no step ends where the noise's amplitude vanishes.
+from noise to data; ``x`` is the noised grid at the first of them; ``kind`` is the schedule's, which
+amplitudes depend on. A solver steps from each of them to the next, and from the last one to the
+data by returning the network's x₀ itself, so that no step ends where the noise's amplitude
+vanishes.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ Fresh = Callable[[int], Tensor]
 """Number of a step → new standard normal noise, in the shape of x."""
 
 
-def time_steps(steps: int, kind: Kind, shift: float) -> Tensor:
-    """Return logSNR at S evenly spaced times from t = 1 (noise) down to t = 1/S: float32 [S]."""
-    return log_snr(torch.arange(steps, 0, -1) / steps, kind, shift)
+def time_steps(steps: int, kind: Kind, shift: float, start: float = 1.0) -> Tensor:
+    """Return logSNR at S evenly spaced times from t = start down to t = start/S: float32 [S].
+
+    Time 1 is pure noise, and time 0 the data.
+    """
+    return log_snr(start * torch.arange(steps, 0, -1) / steps, kind, shift)
 
 
 def ddim(
     denoise: Denoise,
-    noise: Tensor,
+    x: Tensor,
     log_snrs: Tensor,
     kind: Kind,
     eta: float = 0.0,
@@ -40,8 +44,6 @@ def ddim(
     Step i goes to σ' and SNR' and adds ``fresh(i)`` with a standard deviation of η·σ'·√(1 −
     SNR/SNR'), which is eq. 16 for any schedule. Without ``fresh``, η has no effect.
     """
-    # At the first time the data's amplitude is negligible, and all is noise.
-    x = noise * alpha_sigma(log_snrs[0], kind)[1]
     for step, (here, there) in enumerate(pairwise(log_snrs)):
         data, eps = denoise(x, here)
         alpha, sigma = alpha_sigma(there, kind)
@@ -53,25 +55,25 @@ def ddim(
     return denoise(x, log_snrs[-1])[0]
 
 
-def euler(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
+def euler(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
     """Euler's method on the probability-flow ODE: first order, one evaluation per step.
 
     For flow it is dx/dσ = ε − x₀, whose paths are straight lines where the estimates stay the same;
     this is DDIM. For the other schedules it is dx/dφ = v with tan φ = σ/α, whose paths are arcs.
     """
-    return _along_the_path(denoise, noise, log_snrs, kind, correct=False)
+    return _along_the_path(denoise, x, log_snrs, kind, correct=False)
 
 
-def heun(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
+def heun(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
     """Heun's method on the ODE of ``euler``: second order, two evaluations per step.
 
     Karras et al. 2022, algorithm 1.
     """
-    return _along_the_path(denoise, noise, log_snrs, kind, correct=True)
+    return _along_the_path(denoise, x, log_snrs, kind, correct=True)
 
 
 def _along_the_path(
-    denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind, correct: bool
+    denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind, correct: bool
 ) -> Tensor:
     """Integrate the ODE of ``euler``, with Heun's correction if ``correct``."""
 
@@ -86,7 +88,6 @@ def _along_the_path(
         alpha, sigma = alpha_sigma(log_snr, kind)
         return eps - data if kind == "flow" else alpha * eps - sigma * data
 
-    x = noise * alpha_sigma(log_snrs[0], kind)[1]
     for here, there in pairwise(log_snrs):
         step, first = place(there) - place(here), slope(x, here)
         ahead = x + step * first  # Euler's step; Heun's takes the mean of the slopes at both ends
@@ -94,9 +95,8 @@ def _along_the_path(
     return denoise(x, log_snrs[-1])[0]
 
 
-def dpmpp_2m(denoise: Denoise, noise: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
+def dpmpp_2m(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation per step."""
-    x = noise * alpha_sigma(log_snrs[0], kind)[1]
     previous: tuple[Tensor, Tensor] | None = None  # the last x₀ and the step λ that followed it
     for here, there in pairwise(log_snrs):
         data, _ = denoise(x, here)

@@ -26,9 +26,12 @@ from r2id.models.conditioning import empty
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.sampling.noise_shift import applied_exponent
+from r2id.sampling.steps import Adjust, Step, Watch
 
-# Upper limits of a batch: its images, the latent cells of all of them, and their pixels.
-_BATCH, _BATCH_TOKENS, _BATCH_PIXELS = 64, 4096, 1 << 20
+# Upper limits of a batch: its images and their latent cells by device, and its pixels. A single
+# image costs as much as a whole batch, so on a CPU batches are no longer than throughput needs.
+_BATCH = {"cpu": (16, 512), "cuda": (64, 4096)}
+_BATCH_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,7 @@ class Sampler:
 
         It is a power of two, so that a shard holds whole batches.
         """
-        return min(
-            _batch_length(_BATCH_TOKENS, grid or self.grid_for(size)),
-            _batch_length(_BATCH_PIXELS, size),
-        )
+        return min(self._at_once(grid or self.grid_for(size)), self._at_once(size, _BATCH_PIXELS))
 
     @torch.no_grad()
     def sample(
@@ -143,7 +143,7 @@ class Sampler:
         An image has the same bits whatever else is drawn in the same call. All batches have one
         length for this, because matrix products of other lengths round differently.
         """
-        overrides = {
+        overrides: dict[str, Any] = {
             "steps": steps,
             "guidance": guidance,
             "solver": solver,
@@ -154,28 +154,68 @@ class Sampler:
         return self.render(latents, size)
 
     @torch.no_grad()
-    def latents(self, condition: Tensor, seeds: Tensor, grid: Size, **overrides: Any) -> Tensor:
+    def latents(
+        self,
+        condition: Tensor,
+        seeds: Tensor,
+        grid: Size,
+        *,
+        noise: Tensor | None = None,
+        start: Tensor | None = None,
+        strength: float = 1.0,
+        adjust: Adjust | None = None,
+        watch: Watch | None = None,
+        **overrides: Any,
+    ) -> Tensor:
         """Draw the latents of ``sample`` on a grid (h, w), without rendering them.
 
-        ``overrides`` are the settings of ``sample``. → raw latents [B, L, h, w]. Raises InputError
-        for guidance of a model without conditions, and WorkError when they are not finite.
+        Sampling begins at pure noise: ``noise`` [B, L, h, w], by default the seeds'. With ``start``
+        it begins at these raw latents [B, L, h, w] with noise added, at the time ``strength`` in
+        (0, 1] of the schedule (SDEdit, Meng et al. 2022). ``adjust`` may improve each estimate, and
+        ``watch`` is told each of them. ``overrides`` are the settings of ``sample``.
+
+        → raw latents [B, L, h, w]. Raises InputError for guidance of a model without conditions,
+        and WorkError when they are not finite.
         """
         self.check_guidance(overrides.get("guidance"))
         settings = change(
             self.defaults, {name: value for name, value in overrides.items() if value is not None}
         )
-        condition, length = self._adapt(condition), _batch_length(_BATCH_TOKENS, grid)
-        latents = _in_batches(
-            lambda rows: self._latents(condition[rows], seeds[rows], grid, settings),
-            len(seeds),
-            length,
-        )
+        condition, length = self._adapt(condition), self._at_once(grid)
+        batches, kind, shift = -(-len(seeds) // length), self.diffusion.schedule, self._shift(grid)
+        log_snrs = solvers.time_steps(settings.steps, kind, shift, strength).to(self.codec.device)
+
+        def draw(rows: Tensor) -> Tensor:
+            x = self.noise(seeds[rows], grid) if noise is None else noise[rows]
+            x = x.to(self.codec.device)
+            alpha, sigma = schedule.alpha_sigma(log_snrs[0], kind)
+            x = sigma * x
+            if start is not None:
+                x = x + alpha * self.codec.normalise(start[rows].to(x.device))
+            done = int(rows[0]) // length * settings.steps
+
+            def estimated(latents: Tensor, step: int) -> Tensor:
+                latents = latents if adjust is None else adjust(rows, latents)
+                if watch is not None:
+                    watch(Step(done + step + 1, batches * settings.steps, rows, latents))
+                return latents
+
+            plain = adjust is None and watch is None
+            return self._solve(
+                condition[rows], seeds[rows], x, log_snrs, settings, None if plain else estimated
+            )
+
+        latents = _in_batches(draw, len(seeds), length)
         if not torch.isfinite(latents).all():  # would be drawn black
             raise WorkError(
                 f"samples on a grid of {grid[0]}x{grid[1]} are not finite: the weights are, or "
                 f"guidance {settings.guidance} is too much for them"
             )
         return latents
+
+    def noise(self, seeds: Tensor, grid: Size) -> Tensor:
+        """Return the noise that sampling begins with: seeds int64 [B] → float32 [B, L, h, w]."""
+        return noise_field(rng.fold(seeds), self.codec.latent_channels, grid)
 
     def check_guidance(self, guidance: float | None) -> None:
         """Raise InputError for guidance of a model without conditions."""
@@ -188,7 +228,7 @@ class Sampler:
     @torch.no_grad()
     def render(self, latents: Tensor, size: Size) -> Tensor:
         """Decode raw latents [B, L, h, w] → float32 [B, C, H, W] in [−1, 1], on the CPU."""
-        length, grid = _batch_length(_BATCH_PIXELS, size), (latents.shape[2], latents.shape[3])
+        length, grid = self._at_once(size, _BATCH_PIXELS), (latents.shape[2], latents.shape[3])
         native = None
         if self.codec.grid_for(size) != grid == self.codec.grid_for(self.codec.image):
             # The grid of the training images, drawn at another size: cells at the border hold as
@@ -200,41 +240,57 @@ class Sampler:
             length,
         )
 
-    def _latents(
-        self, condition: Tensor, seeds: Tensor, grid: Size, settings: SampleConfig
+    def _solve(
+        self,
+        condition: Tensor,
+        seeds: Tensor,
+        x: Tensor,
+        log_snrs: Tensor,
+        settings: SampleConfig,
+        estimated: Callable[[Tensor, int], Tensor] | None,
     ) -> Tensor:
-        """Draw one batch of ``latents`` by solving the diffusion equation from pure noise."""
-        device, channels = self.codec.device, self.codec.latent_channels
+        """Draw one batch of ``latents``: solve the diffusion equation from a noised grid.
+
+        x [B, L, h, w] at the first of the log_snrs [S], conditions and seeds [B] → raw latents.
+        ``estimated(raw latents, step)`` replaces each estimate, unless it is None.
+        """
+        grid: Size = (x.shape[2], x.shape[3])
         kind, shift = self.diffusion.schedule, self._shift(grid)
         # Outside the guidance interval the model predicts without guidance: conditionally, or
         # unconditionally when guidance is 0.
         guided, plain = (
-            _conditions(condition.to(device), scale)
+            _conditions(condition.to(x.device), scale)
             for scale in (settings.guidance, float(settings.guidance > 0))
         )
         # The logSNR falls with time, and sampling goes back in time, from low to high.
         latest, earliest = schedule.log_snr(
             torch.tensor(settings.guidance_interval), kind, shift
         ).tolist()
+        levels = log_snrs.tolist()
 
         def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-            alpha_bar = schedule.alpha_bar(log_snr).expand(len(seeds))
-            conditions = guided if earliest <= float(log_snr) <= latest else plain
+            level, alpha_bar = float(log_snr), schedule.alpha_bar(log_snr).expand(len(seeds))
+            alpha, sigma = schedule.alpha_sigma(log_snr, kind)
+            conditions = guided if earliest <= level <= latest else plain
             with self._autocast():
                 predicted = _guide(self.model.predict(x, alpha_bar, conditions), settings.guidance)
-            return objective.to_data_and_noise(
-                self.diffusion.objective, x, predicted, *schedule.alpha_sigma(log_snr, kind)
+            data, eps = objective.to_data_and_noise(
+                self.diffusion.objective, x, predicted, alpha, sigma
             )
+            if estimated is None:
+                return data, eps
+            step = levels.index(level)
+            data = self.codec.normalise(estimated(self.codec.denormalise(data), step))
+            return data, (x - alpha * data) / sigma
 
         def fresh_noise(step: int) -> Tensor:
-            return noise_field(rng.fold(seeds, step), channels, grid).to(device)
+            keys = rng.fold(seeds, step)
+            return noise_field(keys, self.codec.latent_channels, grid).to(x.device)
 
         solve = solvers.SOLVERS[settings.solver]
         if settings.eta:
             solve = partial(solvers.ddim, eta=settings.eta, fresh=fresh_noise)
-        log_snrs = solvers.time_steps(settings.steps, kind, shift).to(device)
-        noise = noise_field(rng.fold(seeds), channels, grid).to(device)
-        return self.codec.denormalise(solve(denoise, noise, log_snrs, kind))
+        return self.codec.denormalise(solve(denoise, x, log_snrs, kind))
 
     @torch.no_grad()
     def loss_at(self, latents: Tensor, condition: Tensor, time: float, seed: int = 0) -> Tensor:
@@ -278,6 +334,15 @@ class Sampler:
         )
         return (predicted_data - data).square().flatten(1).mean(1)
 
+    def _at_once(self, size: Size, most: int | None = None) -> int:
+        """Return how many grids or images of a size have at most ``most`` cells or pixels together.
+
+        By default as many cells as the device's batches have. It is a power of two.
+        """
+        images, cells = _BATCH.get(self.codec.device.type, _BATCH["cuda"])
+        fits = (most or cells) // (size[0] * size[1])
+        return 1 << max(1, min(images, fits)).bit_length() - 1
+
     def _adapt(self, condition: Tensor) -> Tensor:
         """Replace classes by empty conditions for a model of attributes or embeddings."""
         if condition.dim() == 1 and self.model.condition_shape:
@@ -292,14 +357,6 @@ class Sampler:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.codec.device.type, torch.bfloat16, enabled=self.bfloat16)
-
-
-def _batch_length(most: int, size: Size) -> int:
-    """Return how many grids or images of a size have at most ``most`` cells or pixels together.
-
-    It is a power of two, at least 1 and at most _BATCH.
-    """
-    return 1 << max(1, min(_BATCH, most // (size[0] * size[1]))).bit_length() - 1
 
 
 def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) -> Tensor:

@@ -1,0 +1,363 @@
+"""A trained R2ID in Python: pictures in and out, of any size.
+
+::
+
+    from r2id import Pipeline
+
+    pipe = Pipeline.from_pretrained("runs/digits/r2id")
+    images = pipe(labels=[3, 7], size=(48, 32), seeds=[0, 1])
+    images[0].save("three.png")
+
+Sizes are (height, width) in pixels. Pictures are those of Pillow, or paths of files; results are
+those of Pillow. A result depends on its seed, condition, size and settings alone, not on what else
+is drawn in the same call. Settings are those of Sampler.sample (steps, guidance, solver, eta,
+guidance_interval), by default the model's own. ``callback`` is called with a Step (its number, the
+total, and the latents so far, which ``decode`` shows) at each step; an error that it raises ends
+the work.
+
+Errors are InputError when what is asked for cannot be done, with one line that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+
+from r2id.checkpoints.hub import fetch, is_hub_name
+from r2id.config import check_labels
+from r2id.data.pixels import decoding, flatten, load_upright
+from r2id.data.records import to_array
+from r2id.errors import InputError
+from r2id.images import read_image, to_bytes, to_float
+from r2id.models.codec import Codec
+from r2id.models.coords import Size, Window
+from r2id.sampling import editing
+from r2id.sampling.conditions import choose_attributes
+from r2id.sampling.memory import check_reconstruction, check_samples
+from r2id.sampling.sampler import Sampler
+from r2id.sampling.steps import Watch
+
+Picture = Image.Image | PathLike[str] | str
+"""A picture of Pillow, or the path of an image file."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A trained R2ID with its RIAE."""
+
+    sampler: Sampler
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str = "auto",
+        revision: str | None = None,
+        cache_dir: Path | str | None = None,
+    ) -> Pipeline:
+        """Load a model: a run directory, a checkpoint, or an exported file or folder.
+
+        Or one of the Hugging Face Hub by its name, ``owner/name``, of a ``revision``, kept in
+        ``cache_dir``: see r2id.checkpoints.hub. ``device`` "auto" is a GPU if there is one. Raises
+        InputError when there is no such model, or when it is damaged or no R2ID.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if is_hub_name(str(source)):
+            source = fetch(str(source), revision, cache_dir)
+        return cls(Sampler.load(source, device))
+
+    @property
+    def codec(self) -> Codec:
+        """The autoencoder."""
+        return self.sampler.codec
+
+    def __call__(
+        self,
+        labels: int | Sequence[int] | None = None,
+        *,
+        size: Size | None = None,
+        seeds: int | Sequence[int] = 0,
+        attributes: Sequence[str] = (),
+        embeddings: Tensor | np.ndarray | None = None,
+        grid: Size | None = None,
+        callback: Watch | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Draw new pictures.
+
+        labels: a class for each picture, or one for all; None or −1 for none · size: by default
+        that of the training images · seeds: one for each picture, or one for all · attributes: what
+        all pictures have ("Smiling") or lack ("-Male") · embeddings: [B, …], one for each picture ·
+        grid: (h, w) of latent cells, by default what suits the size. Where several are given for
+        each picture, they are equally many.
+        """
+        size = size or self.codec.image
+        grid = grid or self.sampler.grid_for(size)
+        given = {"labels": _listed(labels), "seeds": _listed(seeds)}
+        if embeddings is not None:
+            given["embeddings"] = list(embeddings)
+        counts = {name: len(values) for name, values in given.items() if len(values) > 1}
+        if len(set(counts.values())) > 1:
+            raise InputError(
+                "pictures: as many as "
+                + ", ".join(f"{number} {name}" for name, number in counts.items())
+                + "; must be equally many, or one for all"
+            )
+        count = max(counts.values(), default=1)
+        condition = self._condition(labels, attributes, embeddings, count)
+        check_samples(self.sampler, size, grid, count)
+        chosen = torch.tensor(given["seeds"]).expand(count)
+        latents = self.sampler.latents(condition, chosen, grid, watch=callback, **settings)
+        return [_to_picture(image) for image in self.sampler.render(latents, size)]
+
+    def encode(self, *pictures: Picture) -> Tensor:
+        """Encode pictures of one size → raw latents [B, L, h, w]."""
+        images = [self._read(picture) for picture in pictures]
+        sizes = {tuple(image.shape[1:]) for image in images}
+        if len(sizes) > 1:
+            raise InputError(f"pictures of sizes {sorted(sizes)}: must have one size")
+        return self.codec.encode(torch.stack(images))
+
+    def decode(
+        self,
+        latents: Tensor,
+        size: Size | None = None,
+        window: Window | None = None,
+        native: Size | None = None,
+    ) -> list[Image.Image]:
+        """Draw latents [B, L, h, w] at any size, or a window (y0, x0, y1, x1) of that.
+
+        ``size`` is by default where no pixel is resampled; ``native`` is that of pictures that were
+        encoded, if it is no multiple of a latent cell.
+        """
+        grid: Size = (latents.shape[2], latents.shape[3])
+        if size is None:
+            own = self.codec.grid_for(self.codec.image) == grid
+            cell = self.codec.downsample
+            size = self.codec.image if own else (round(grid[0] * cell), round(grid[1] * cell))
+        check_reconstruction(self.codec, grid, size, window)
+        images = self.codec.decode(latents, size, window, native).cpu()
+        return [_to_picture(image) for image in images]
+
+    def upscale(self, picture: Picture, size: Size, window: Window | None = None) -> Image.Image:
+        """Resize a picture, with the detail that the autoencoder adds to larger ones.
+
+        With a window (y0, x0, y1, x1) of the result, only that is drawn.
+        """
+        image = self._read(picture)
+        check_reconstruction(self.codec, self.codec.grid_for(_size(image)), size, window)
+        return _to_picture(editing.upscale(self.codec, image[None], size, window)[0])
+
+    def vary(
+        self,
+        picture: Picture,
+        strength: float = 0.5,
+        *,
+        seed: int = 0,
+        label: int | None = None,
+        attributes: Sequence[str] = (),
+        embedding: Tensor | np.ndarray | None = None,
+        size: Size | None = None,
+        callback: Watch | None = None,
+        **settings: Any,
+    ) -> Image.Image:
+        """Draw a picture like another: strength near 0 changes nearly nothing, 1 all of it."""
+        image = self._read(picture)
+        self._check_edit(size or _size(image), _size(image))
+        return self._edit(
+            partial(editing.vary, images=image[None], strength=strength, size=size),
+            self._one_condition(label, attributes, embedding),
+            seed,
+            callback,
+            settings,
+        )
+
+    def inpaint(
+        self,
+        picture: Picture,
+        mask: Picture,
+        *,
+        seed: int = 0,
+        label: int | None = None,
+        attributes: Sequence[str] = (),
+        embedding: Tensor | np.ndarray | None = None,
+        callback: Watch | None = None,
+        **settings: Any,
+    ) -> Image.Image:
+        """Draw a part of a picture anew, to fit the rest, which stays as it is.
+
+        The mask has the picture's size, and is white where pixels are drawn.
+        """
+        image = self._read(picture)
+        self._check_edit(_size(image), _size(image))
+        masked = _read(mask, 1) >= 0
+        return self._edit(
+            partial(editing.inpaint, images=image[None], masks=masked[None]),
+            self._one_condition(label, attributes, embedding),
+            seed,
+            callback,
+            settings,
+        )
+
+    def outpaint(
+        self,
+        picture: Picture,
+        size: Size,
+        at: Size | None = None,
+        *,
+        seed: int = 0,
+        label: int | None = None,
+        attributes: Sequence[str] = (),
+        embedding: Tensor | np.ndarray | None = None,
+        callback: Watch | None = None,
+        **settings: Any,
+    ) -> Image.Image:
+        """Continue a picture beyond its borders, to a larger size.
+
+        It stays as it is, with its top left corner ``at`` (y, x), by default in the middle.
+        """
+        image = self._read(picture)
+        own = _size(image)
+        self._check_edit(size, size)
+        at = at or ((size[0] - own[0]) // 2, (size[1] - own[1]) // 2)
+        return self._edit(
+            partial(editing.outpaint, images=image[None], size=size, at=at),
+            self._one_condition(label, attributes, embedding),
+            seed,
+            callback,
+            settings,
+        )
+
+    def interpolate(
+        self,
+        seed: int,
+        other: int,
+        count: int = 8,
+        *,
+        label: int | None = None,
+        attributes: Sequence[str] = (),
+        embedding: Tensor | np.ndarray | None = None,
+        size: Size | None = None,
+        callback: Watch | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Draw pictures that go from one seed's to another's, both included."""
+        size = size or self.codec.image
+        check_samples(self.sampler, size, None, count)
+        condition = self._one_condition(label, attributes, embedding)
+        images = editing.interpolate(
+            self.sampler,
+            condition.expand(count, *condition.shape[1:]),
+            (seed, other),
+            count,
+            size,
+            watch=callback,
+            **settings,
+        )
+        return [_to_picture(image) for image in images]
+
+    def _edit(
+        self,
+        edit: Callable[..., Tensor],
+        condition: Tensor,
+        seed: int,
+        callback: Watch | None,
+        settings: dict[str, Any],
+    ) -> Image.Image:
+        """Call a function of r2id.sampling.editing that edits one image."""
+        images = edit(
+            self.sampler,
+            condition=condition,
+            seeds=torch.tensor([seed]),
+            watch=callback,
+            **settings,
+        )
+        return _to_picture(images[0])
+
+    def _read(self, picture: Picture) -> Tensor:
+        return _read(picture, self.codec.channels)
+
+    def _check_edit(self, drawn: Size, edited: Size) -> None:
+        """Raise InputError when editing would not fit into memory."""
+        native = editing.edited_size(self.sampler, edited)
+        check_samples(self.sampler, drawn, self.codec.grid_for(native), 1)
+
+    def _one_condition(
+        self,
+        label: int | None,
+        attributes: Sequence[str],
+        embedding: Tensor | np.ndarray | None,
+    ) -> Tensor:
+        batch = None if embedding is None else torch.as_tensor(embedding)[None]
+        return self._condition(label, attributes, batch, 1)
+
+    def _condition(
+        self,
+        labels: int | Sequence[int] | None,
+        attributes: Sequence[str],
+        embeddings: Tensor | np.ndarray | None,
+        count: int,
+    ) -> Tensor:
+        """Make the condition of ``count`` pictures: labels, attributes or embeddings."""
+        if sum((labels is not None, bool(attributes), embeddings is not None)) > 1:
+            raise InputError("labels, attributes and embeddings exclude each other")
+        if attributes:
+            if isinstance(attributes, str):
+                attributes = [attributes]
+            return choose_attributes(attributes, self.sampler.attributes).expand(count, -1)
+        model = self.sampler.model
+        if embeddings is not None:
+            given = torch.as_tensor(embeddings)
+            if model.config.condition != "embedding":
+                raise InputError("embeddings: the model was not trained with embeddings")
+            if tuple(given.shape[1:]) != tuple(model.condition_shape):
+                raise InputError(
+                    f"embeddings of shape {tuple(given.shape)}: must be [B, "
+                    f"{', '.join(map(str, model.condition_shape))}]"
+                )
+            return given.expand(count, *given.shape[1:])
+        chosen = [-1] if labels is None else _listed(labels)
+        check_labels([label for label in chosen if label != -1], self.sampler.num_classes)
+        return torch.tensor(chosen).expand(count)
+
+
+def _listed(values: int | Sequence[int] | None) -> list[Any]:
+    """Return one value, several or none as a list."""
+    if values is None:
+        return []
+    return [values] if isinstance(values, int) else [int(value) for value in values]
+
+
+def _size(image: Tensor) -> Size:
+    return image.shape[1], image.shape[2]
+
+
+def _read(picture: Picture, channels: int) -> Tensor:
+    """Read a picture, upright, as float32 [C, H, W] in [−1, 1]."""
+    if not isinstance(picture, Image.Image):
+        return read_image(Path(picture), channels)
+    try:
+        with decoding():
+            # Of an image file that Pillow has opened, as of one that is named.
+            opened = isinstance(picture, ImageFile.ImageFile)
+            upright = load_upright(picture) if opened else picture
+            array = to_array(flatten(upright, channels))
+    except ValueError as error:
+        raise InputError(f"picture: {error}") from None
+    return to_float(torch.from_numpy(array).movedim(-1, 0))
+
+
+def _to_picture(image: Tensor) -> Image.Image:
+    """Convert an image [C, H, W] in [−1, 1] to Pillow's, of mode L or RGB."""
+    return Image.fromarray(to_bytes(image).squeeze(-1).cpu().numpy())

@@ -1,0 +1,249 @@
+"""Editing pictures of any size with a trained R2ID: vary, inpaint, outpaint, upscale, interpolate.
+
+A picture is edited in latents, on the grid of its own size as far as the R2ID copes with that (see
+``edited_size``), and drawn again at its own size.
+
+To inpaint, samples are drawn as always, but each estimate is corrected by what is known: it is
+decoded, the known pixels are put in, and the result is encoded again. Where the drawn part meets
+the known one, it is shifted in colour so that both agree along the border, and less and less away
+from it: the shift is the harmonic function with these values at the border (Pérez et al. 2003). So
+there is no seam, and the model sees none that it would have to keep. Known pixels come back
+unchanged.
+
+Shape letters: B batch · C colours · H, W picture · L latent channels · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2id.errors import InputError
+from r2id.images import resize
+from r2id.models.codec import Codec
+from r2id.models.coords import Size, Window, part_of
+from r2id.models.resampling import resample
+from r2id.sampling.sampler import Sampler
+from r2id.sampling.steps import Watch
+
+_BEYOND = 4.0
+"""How many times more cells than it was trained on an R2ID is given: twice as many a side."""
+_SMOOTHINGS = 20
+"""Rounds of averaging at each scale of ``extend``."""
+
+
+def edited_size(sampler: Sampler, size: Size) -> Size:
+    """Return the size at which a picture of a size (H, W) is encoded to be edited.
+
+    It is the picture's own, unless that has fewer latent cells than the R2ID was trained on, or
+    more than four times as many.
+    """
+    height, width = sampler.codec.grid_for(size)
+    cells = min(max(height * width, sampler.areas[0]), _BEYOND * sampler.areas[1])
+    scale = math.sqrt(cells / (height * width))
+    if scale == 1:
+        return size
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def vary(
+    sampler: Sampler,
+    images: Tensor,
+    condition: Tensor,
+    seeds: Tensor,
+    strength: float,
+    *,
+    size: Size | None = None,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Draw images like others: add noise to their latents, and remove it again.
+
+    images [B, C, H, W] in [−1, 1] · condition and seeds [B], as for Sampler.sample · strength in
+    (0, 1]: from nearly nothing to all but a new sample · size of the results, by default the
+    images' own · settings of Sampler.sample. → float32 [B, C, H', W'] in [−1, 1], on the CPU.
+    """
+    _check_strength(strength)
+    own: Size = (images.shape[2], images.shape[3])
+    native, codec = edited_size(sampler, own), sampler.codec
+    latents = sampler.latents(
+        condition,
+        seeds,
+        codec.grid_for(native),
+        start=codec.encode(images, native),
+        strength=strength,
+        watch=watch,
+        **settings,
+    )
+    return codec.decode(latents, size or own, native=native).cpu()
+
+
+def inpaint(
+    sampler: Sampler,
+    images: Tensor,
+    masks: Tensor,
+    condition: Tensor,
+    seeds: Tensor,
+    *,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Draw the masked parts of images anew, to fit the rest.
+
+    images [B, C, H, W] in [−1, 1] · masks bool [B, 1, H, W], true where pixels are drawn ·
+    condition, seeds and settings as for Sampler.sample. → float32 [B, C, H, W] in [−1, 1], on the
+    CPU, with all other pixels unchanged. Raises InputError for a mask that is empty or full.
+    """
+    _check_masks(images, masks)
+    own: Size = (images.shape[2], images.shape[3])
+    codec, native = sampler.codec, edited_size(sampler, own)
+    known = ~masks
+    seen, seen_known = images, known
+    if native != own:
+        # A pixel of the smaller picture is known when all of its pixels are.
+        seen = resize(images, native)
+        seen_known = resize(known.float(), native) > 1 - 1e-3
+    seen, seen_known = seen.to(codec.device), seen_known.to(codec.device)
+
+    def correct(rows: Tensor, latents: Tensor) -> Tensor:
+        rows = rows.to(codec.device)
+        drawn = codec.decode(latents, native, native=native)
+        return codec.encode(put_in(seen[rows], seen_known[rows], drawn), native)
+
+    latents = sampler.latents(
+        condition, seeds, codec.grid_for(native), adjust=correct, watch=watch, **settings
+    )
+    drawn = codec.decode(latents, own, native=native).cpu()
+    return put_in(images.cpu(), known.cpu(), drawn)
+
+
+def outpaint(
+    sampler: Sampler,
+    images: Tensor,
+    size: Size,
+    at: Size,
+    condition: Tensor,
+    seeds: Tensor,
+    *,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Continue images beyond their borders: they become the part ``at`` (y, x) of larger ones.
+
+    images [B, C, H, W] in [−1, 1] · size (H', W') of the results. The rest as for ``inpaint``.
+    Raises InputError when the images are not within that size, or nothing is added.
+    """
+    own: Size = (images.shape[2], images.shape[3])
+    for side, out, first, name in zip(own, size, at, ("height", "width"), strict=True):
+        if not 0 <= first <= out - side:
+            raise InputError(
+                f"outpaint: {name} {side} from {first} on is not within {out}, the {name} of the "
+                "result"
+            )
+    canvas = torch.zeros(len(images), images.shape[1], *size)
+    masks = torch.ones(len(images), 1, *size, dtype=torch.bool)
+    rows, columns = (slice(first, first + side) for first, side in zip(at, own, strict=True))
+    canvas[:, :, rows, columns], masks[:, :, rows, columns] = images.cpu(), False
+    return inpaint(sampler, canvas, masks, condition, seeds, watch=watch, **settings)
+
+
+def upscale(codec: Codec, images: Tensor, size: Size, window: Window | None = None) -> Tensor:
+    """Resize images, and add the detail that the decoder draws at that size beyond its native one.
+
+    images [B, C, H, W] in [−1, 1] · size (H', W') of the results · window (y0, x0, y1, x1): only
+    that part of them. → float32 in [−1, 1], on the CPU. What the autoencoder loses of the images is
+    not lost here, because they are resized themselves.
+    """
+    own, part = (images.shape[2], images.shape[3]), part_of(size, window)
+    latents = codec.encode(images)
+    drawn = codec.decode(latents, size, window, native=own).cpu()
+    again = codec.decode(latents, own, native=own).cpu()
+    return (drawn + resample(images.cpu() - again, size, part)).clamp(-1, 1)
+
+
+def interpolate(
+    sampler: Sampler,
+    condition: Tensor,
+    seeds: tuple[int, int],
+    count: int,
+    size: Size,
+    *,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Draw images whose noise goes from one seed's to another's, in ``count`` even steps.
+
+    condition [count], as for Sampler.sample · size (H, W) · settings of Sampler.sample.
+    → float32 [count, C, H, W] in [−1, 1], on the CPU; the first and the last are the seeds' own.
+    """
+    if count < 2:
+        raise InputError(f"count {count}: must be at least 2, the two seeds' own pictures")
+    grid = sampler.grid_for(size)
+    first, last = sampler.noise(torch.tensor(seeds), grid)
+    # Weights on a circle: the sum of independent noises keeps its variance.
+    angles = torch.linspace(0, math.pi / 2, count)[:, None, None, None]
+    noise = first * angles.cos() + last * angles.sin()
+    noise[0], noise[-1] = first, last
+    latents = sampler.latents(
+        condition, torch.full((count,), seeds[0]), grid, noise=noise, watch=watch, **settings
+    )
+    return sampler.render(latents, size)
+
+
+def put_in(images: Tensor, known: Tensor, drawn: Tensor) -> Tensor:
+    """Put known pixels into drawn images, whose colours are shifted to fit along the border.
+
+    images and drawn [B, C, H, W], known bool [B, 1, H, W] → [B, C, H, W] in [−1, 1].
+    """
+    shift = extend(images - drawn, known)
+    return torch.where(known, images, (drawn + shift).clamp(-1, 1))
+
+
+def extend(values: Tensor, known: Tensor) -> Tensor:
+    """Continue known values smoothly, as a harmonic function, to where they are not known.
+
+    values [B, C, H, W], known bool [B, 1, H, W] → [B, C, H, W]. From coarse to fine scales, each
+    of which begins with the coarser one's result.
+    """
+    height, width = values.shape[2:]
+    weights = known.to(values.dtype)
+    values = values * weights
+    if max(height, width) <= 2:
+        mean = values.sum((2, 3), keepdim=True) / weights.sum((2, 3), keepdim=True).clamp(min=1)
+        return torch.where(known, values, mean)
+    # Sums over blocks of 2×2 pixels; those beyond an odd side count as not known.
+    odd = (0, width % 2, 0, height % 2)
+    totals, counts = (4 * F.avg_pool2d(F.pad(part, odd), 2) for part in (values, weights))
+    coarse = extend(totals / counts.clamp(min=1), counts > 0)
+    guess = F.interpolate(coarse, scale_factor=2, mode="bilinear")[:, :, :height, :width]
+    extended = torch.where(known, values, guess)
+    for _ in range(_SMOOTHINGS):
+        near = F.pad(extended, (1, 1, 1, 1), mode="replicate")
+        mean = (near[:, :, :-2, 1:-1] + near[:, :, 2:, 1:-1] + near[:, :, 1:-1, :-2]) + near[
+            :, :, 1:-1, 2:
+        ]
+        extended = torch.where(known, values, mean / 4)
+    return extended
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 < strength <= 1:
+        raise InputError(f"strength {strength}: must be above 0 and at most 1")
+
+
+def _check_masks(images: Tensor, masks: Tensor) -> None:
+    expected = (len(images), 1, *images.shape[2:])
+    if tuple(masks.shape) != expected:
+        raise InputError(
+            f"mask of {masks.shape[-2]}x{masks.shape[-1]} pixels: must have the size of the "
+            f"picture, {images.shape[2]}x{images.shape[3]}"
+        )
+    drawn = masks.flatten(1)
+    if not drawn.any(1).all():
+        raise InputError("mask: is empty; pixels that are to be drawn must be white")
+    if drawn.all(1).any():
+        raise InputError("mask: is full; pixels that are to stay must be black")
