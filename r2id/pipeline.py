@@ -294,10 +294,7 @@ class Pipeline:
         check_samples(self.sampler, drawn, self.codec.grid_for(native), 1)
 
     def _one_condition(
-        self,
-        label: int | None,
-        attributes: Sequence[str],
-        embedding: Tensor | np.ndarray | None,
+        self, label: int | None, attributes: Sequence[str], embedding: Tensor | np.ndarray | None
     ) -> Tensor:
         batch = None if embedding is None else torch.as_tensor(embedding)[None]
         return self._condition(label, attributes, batch, 1)
@@ -349,10 +346,10 @@ def _read(picture: Picture, channels: int) -> Tensor:
         return read_image(Path(picture), channels)
     try:
         with decoding():
-            # Of an image file that Pillow has opened, as of one that is named.
-            opened = isinstance(picture, ImageFile.ImageFile)
-            upright = load_upright(picture) if opened else picture
-            array = to_array(flatten(upright, channels))
+            # A file that Pillow has opened is read as one that is named.
+            if isinstance(picture, ImageFile.ImageFile):
+                picture = load_upright(picture)
+            array = to_array(flatten(picture, channels))
     except ValueError as error:
         raise InputError(f"picture: {error}") from None
     return to_float(torch.from_numpy(array).movedim(-1, 0))

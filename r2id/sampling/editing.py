@@ -155,14 +155,35 @@ def upscale(codec: Codec, images: Tensor, size: Size, window: Window | None = No
     """Resize images, and add the detail that the decoder draws at that size beyond its native one.
 
     images [B, C, H, W] in [−1, 1] · size (H', W') of the results · window (y0, x0, y1, x1): only
-    that part of them. → float32 in [−1, 1], on the CPU. What the autoencoder loses of the images is
-    not lost here, because they are resized themselves.
+    that part of them. → float32 in [−1, 1], on the CPU.
+
+    The images themselves are resized, so that what the autoencoder loses of them is not lost here.
+    How much of the detail is added is learnt from each image: a smaller copy of it is upscaled to
+    its own size, where the share that fits best is known. It is 0 where detail only harms.
     """
-    own, part = (images.shape[2], images.shape[3]), part_of(size, window)
+    own: Size = (images.shape[2], images.shape[3])
+    images, part = images.cpu(), part_of(size, window)
+    resized = resample(images, size, part)
+    if size[0] <= own[0] and size[1] <= own[1]:
+        return resized.clamp(-1, 1)
+    smaller: Size = (
+        max(1, min(own[0], round(own[0] ** 2 / size[0]))),
+        max(1, min(own[1], round(own[1] ** 2 / size[1]))),
+    )
+    copy = resize(images, smaller).clamp(-1, 1)
+    missing, detail = images - resize(copy, own), _detail(codec, copy, own)
+    fit = (missing * detail).sum((1, 2, 3), keepdim=True)
+    share = fit / detail.square().sum((1, 2, 3), keepdim=True).clamp(min=1e-9)
+    return (resized + share.clamp(0, 1) * _detail(codec, images, size, window)).clamp(-1, 1)
+
+
+def _detail(codec: Codec, images: Tensor, size: Size, window: Window | None = None) -> Tensor:
+    """Return what the decoder draws of images at a size, less its native drawing resized to it."""
+    own: Size = (images.shape[2], images.shape[3])
     latents = codec.encode(images)
+    native = codec.decode(latents, own, native=own).cpu()
     drawn = codec.decode(latents, size, window, native=own).cpu()
-    again = codec.decode(latents, own, native=own).cpu()
-    return (drawn + resample(images.cpu() - again, size, part)).clamp(-1, 1)
+    return drawn - resample(native, size, part_of(size, window))
 
 
 def interpolate(
