@@ -41,11 +41,13 @@ from r2id.images import read_image, to_bytes, to_float
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window
 from r2id.sampling import editing
-from r2id.sampling.conditions import choose_attributes
+from r2id.sampling.conditions import choose_attributes, choose_embeddings
 from r2id.sampling.memory import check_reconstruction, check_samples
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 
+Embedding = Tensor | np.ndarray | PathLike[str] | str
+"""An embedding in the shape that the model was trained on, or the path of a ``.npy`` file of it."""
 Picture = Image.Image | PathLike[str] | str
 """A picture of Pillow, or the path of an image file."""
 
@@ -119,7 +121,7 @@ class Pipeline:
         check_samples(self.sampler, size, grid, count)
         chosen = torch.tensor(given["seeds"]).expand(count)
         latents = self.sampler.latents(condition, chosen, grid, watch=callback, **settings)
-        return [_to_picture(image) for image in self.sampler.render(latents, size)]
+        return [to_picture(image) for image in self.sampler.render(latents, size)]
 
     def encode(self, *pictures: Picture) -> Tensor:
         """Encode pictures of one size → raw latents [B, L, h, w]."""
@@ -148,16 +150,14 @@ class Pipeline:
             size = self.codec.image if own else (round(grid[0] * cell), round(grid[1] * cell))
         check_reconstruction(self.codec, grid, size, window)
         images = self.codec.decode(latents, size, window, native).cpu()
-        return [_to_picture(image) for image in images]
+        return [to_picture(image) for image in images]
 
     def upscale(self, picture: Picture, size: Size, window: Window | None = None) -> Image.Image:
         """Resize a picture, with the detail that the autoencoder adds to larger ones.
 
         With a window (y0, x0, y1, x1) of the result, only that is drawn.
         """
-        image = self._read(picture)
-        check_reconstruction(self.codec, self.codec.grid_for(_size(image)), size, window)
-        return _to_picture(editing.upscale(self.codec, image[None], size, window)[0])
+        return to_picture(upscaled(self.codec, self._read(picture), size, window))
 
     def vary(
         self,
@@ -167,7 +167,7 @@ class Pipeline:
         seed: int = 0,
         label: int | None = None,
         attributes: Sequence[str] = (),
-        embedding: Tensor | np.ndarray | None = None,
+        embedding: Embedding | None = None,
         size: Size | None = None,
         callback: Watch | None = None,
         **settings: Any,
@@ -191,7 +191,7 @@ class Pipeline:
         seed: int = 0,
         label: int | None = None,
         attributes: Sequence[str] = (),
-        embedding: Tensor | np.ndarray | None = None,
+        embedding: Embedding | None = None,
         callback: Watch | None = None,
         **settings: Any,
     ) -> Image.Image:
@@ -219,7 +219,7 @@ class Pipeline:
         seed: int = 0,
         label: int | None = None,
         attributes: Sequence[str] = (),
-        embedding: Tensor | np.ndarray | None = None,
+        embedding: Embedding | None = None,
         callback: Watch | None = None,
         **settings: Any,
     ) -> Image.Image:
@@ -247,7 +247,7 @@ class Pipeline:
         *,
         label: int | None = None,
         attributes: Sequence[str] = (),
-        embedding: Tensor | np.ndarray | None = None,
+        embedding: Embedding | None = None,
         size: Size | None = None,
         callback: Watch | None = None,
         **settings: Any,
@@ -265,7 +265,7 @@ class Pipeline:
             watch=callback,
             **settings,
         )
-        return [_to_picture(image) for image in images]
+        return [to_picture(image) for image in images]
 
     def _edit(
         self,
@@ -283,7 +283,7 @@ class Pipeline:
             watch=callback,
             **settings,
         )
-        return _to_picture(images[0])
+        return to_picture(images[0])
 
     def _read(self, picture: Picture) -> Tensor:
         return _read(picture, self.codec.channels)
@@ -294,9 +294,13 @@ class Pipeline:
         check_samples(self.sampler, drawn, self.codec.grid_for(native), 1)
 
     def _one_condition(
-        self, label: int | None, attributes: Sequence[str], embedding: Tensor | np.ndarray | None
+        self, label: int | None, attributes: Sequence[str], embedding: Embedding | None
     ) -> Tensor:
-        batch = None if embedding is None else torch.as_tensor(embedding)[None]
+        batch = None
+        if isinstance(embedding, PathLike | str):
+            batch = choose_embeddings(Path(embedding), self.sampler.model, 1)
+        elif embedding is not None:
+            batch = torch.as_tensor(embedding)[None]
         return self._condition(label, attributes, batch, 1)
 
     def _condition(
@@ -355,6 +359,21 @@ def _read(picture: Picture, channels: int) -> Tensor:
     return to_float(torch.from_numpy(array).movedim(-1, 0))
 
 
-def _to_picture(image: Tensor) -> Image.Image:
+def upscaled(codec: Codec, image: Tensor, size: Size, window: Window | None = None) -> Tensor:
+    """Upscale one image [C, H, W] in [−1, 1], if that fits into memory; see editing.upscale."""
+    check_reconstruction(codec, codec.grid_for(_size(image)), size, window)
+    return editing.upscale(codec, image[None], size, window)[0]
+
+
+def in_a_row(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Put pictures of one size side by side."""
+    width, height = pictures[0].size
+    row = Image.new(pictures[0].mode, (width * len(pictures), height))
+    for number, picture in enumerate(pictures):
+        row.paste(picture, (number * width, 0))
+    return row
+
+
+def to_picture(image: Tensor) -> Image.Image:
     """Convert an image [C, H, W] in [−1, 1] to Pillow's, of mode L or RGB."""
     return Image.fromarray(to_bytes(image).squeeze(-1).cpu().numpy())

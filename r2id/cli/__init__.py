@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from r2id.cli import checkpoints, data, training, use  # noqa: F401  (they register their commands)
+from r2id.cli import checkpoints, data, edit, training, use  # noqa: F401  (they register their commands)
 from r2id.cli.options import app
 from r2id.errors import InputError, Stopped, WorkError
 from r2id.progress import say

@@ -88,6 +88,12 @@ class Codec:
             return cls.of_pixels(data, tuple(meta.model["image"]), device)
         return cls.load(trained.codec(), device)
 
+    @classmethod
+    def of_any(cls, source: Trained | Path | str, device: torch.device | str = "cpu") -> Codec:
+        """Load an RIAE itself, or the codec of an R2ID. Raises InputError like ``load``."""
+        trained = open_trained(source)
+        return (cls.of_r2id if trained.meta.stage == "r2id" else cls.load)(trained, device)
+
     def export(self) -> bytes | None:
         """Return the RIAE as an exported model, which R2ID's checkpoints hold; None for pixels."""
         if self.about is None:

@@ -1,0 +1,268 @@
+"""Commands that edit pictures: upscale, vary, inpaint, outpaint, interpolate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from r2id.cli.fields import Fields, Given, with_fields
+from r2id.cli.options import Device, Json, Overwrite, app, find_device, parse_window, report
+from r2id.config import SamplerConfig
+from r2id.config.arguments import parse_size
+from r2id.errors import InputError
+
+if TYPE_CHECKING:  # the commands' help needs neither torch nor Pillow
+    from PIL import Image
+
+    from r2id.pipeline import Pipeline
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="R2ID: run directory, checkpoint, exported file or folder, or hub name.",
+    ),
+]
+Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture of any size.")]
+Out = Annotated[Path, typer.Option(help="PNG file to write; must not exist.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
+Label = Annotated[int | None, typer.Option(help="Class of the picture. Default: none.")]
+Attributes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attribute",
+        help="Attribute that the picture has, NAME, or lacks, -NAME, if the model was trained on "
+        "attributes. May be repeated.",
+    ),
+]
+Embedding = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.npy", help="Embedding, in the shape that the model was trained on."),
+]
+Settings = Annotated[Given, Fields(SamplerConfig, unset="the run's own")]
+
+
+@app.command()
+def upscale(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CKPT", help="R2ID or RIAE: run directory, checkpoint or exported file."
+        ),
+    ],
+    image: Picture,
+    size: Annotated[
+        str, typer.Option(metavar="HxW", help="Height x width of the result in pixels.")
+    ],
+    out: Out,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="y0,x0,y1,x1", help="Draw only this part, in pixels of the result of --size."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Resize a picture, and add the detail that the autoencoder knows of larger ones."""
+    from r2id.images import read_image
+    from r2id.models.codec import Codec
+    from r2id.pipeline import to_picture, upscaled
+
+    codec = Codec.of_any(checkpoint, find_device(device))
+
+    def edit() -> Image.Image:
+        picture = read_image(image, codec.channels)
+        return to_picture(upscaled(codec, picture, parse_size(size), parse_window(window)))
+
+    _write(edit, out, overwrite, as_json)
+
+
+@app.command()
+@with_fields
+def vary(
+    checkpoint: Model,
+    image: Picture,
+    out: Out,
+    settings: Settings,
+    strength: Annotated[
+        float, typer.Option(help="How much is changed, above 0 and at most 1, which is all of it.")
+    ] = 0.5,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="Height x width of the result in pixels. Default: the picture's own.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    label: Label = None,
+    attribute: Attributes = None,
+    embedding: Embedding = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw a picture like another one."""
+    condition = _condition(label, attribute, embedding)
+    _write(
+        lambda: _load(checkpoint, device).vary(
+            image,
+            strength,
+            seed=seed,
+            size=parse_size(size) if size else None,
+            **condition,
+            **settings,
+        ),
+        out,
+        overwrite,
+        as_json,
+    )
+
+
+@app.command()
+@with_fields
+def inpaint(
+    checkpoint: Model,
+    image: Picture,
+    mask: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MASK", help="Picture of the same size, white where pixels are drawn anew."
+        ),
+    ],
+    out: Out,
+    settings: Settings,
+    seed: Seed = 0,
+    label: Label = None,
+    attribute: Attributes = None,
+    embedding: Embedding = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw a part of a picture anew, to fit the rest; other pixels stay as they are."""
+    condition = _condition(label, attribute, embedding)
+    _write(
+        lambda: _load(checkpoint, device).inpaint(image, mask, seed=seed, **condition, **settings),
+        out,
+        overwrite,
+        as_json,
+    )
+
+
+@app.command()
+@with_fields
+def outpaint(
+    checkpoint: Model,
+    image: Picture,
+    size: Annotated[
+        str, typer.Option(metavar="HxW", help="Height x width of the result in pixels.")
+    ],
+    out: Out,
+    settings: Settings,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="y,x", help="Where the picture's top left corner goes. Default: in the middle."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    label: Label = None,
+    attribute: Attributes = None,
+    embedding: Embedding = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a picture beyond its borders, to a larger size; it stays as it is itself."""
+    condition = _condition(label, attribute, embedding)
+    _write(
+        lambda: _load(checkpoint, device).outpaint(
+            image, parse_size(size), _parse_place(at), seed=seed, **condition, **settings
+        ),
+        out,
+        overwrite,
+        as_json,
+    )
+
+
+@app.command()
+@with_fields
+def interpolate(
+    checkpoint: Model,
+    seed: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="Seed of the first picture.")],
+    other: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="Seed of the last picture.")],
+    out: Out,
+    settings: Settings,
+    count: Annotated[int, typer.Option(min=2, help="Number of pictures, in one row.")] = 8,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="Height x width of each picture. Default: that of the training images.",
+        ),
+    ] = None,
+    label: Label = None,
+    attribute: Attributes = None,
+    embedding: Embedding = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw pictures that go from one seed's to another's."""
+    condition = _condition(label, attribute, embedding)
+
+    def draw() -> Image.Image:
+        from r2id.pipeline import in_a_row
+
+        return in_a_row(
+            _load(checkpoint, device).interpolate(
+                seed, other, count, size=parse_size(size) if size else None, **condition, **settings
+            )
+        )
+
+    _write(draw, out, overwrite, as_json)
+
+
+def _load(checkpoint: str, device: str) -> Pipeline:
+    from r2id.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(checkpoint, device=find_device(device))
+
+
+def _condition(
+    label: int | None, attributes: list[str] | None, embedding: Path | None
+) -> dict[str, Any]:
+    """Return what a picture is conditioned on as keywords of Pipeline's methods."""
+    return {"label": label, "attributes": tuple(attributes or ()), "embedding": embedding}
+
+
+def _parse_place(text: str | None) -> tuple[int, int] | None:
+    """Read a place: '0,8' → (0, 8). Raises InputError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+),([0-9]+)", text.replace(" ", ""))
+    if not match:
+        raise InputError(f"--at {text!r}: must be y,x in whole pixels of the result, such as 0,8")
+    return int(match[1]), int(match[2])
+
+
+def _write(edit: Callable[[], Image.Image], out: Path, overwrite: bool, as_json: bool) -> None:
+    """Make a picture, and write it to a PNG file, which is checked first."""
+    from r2id.data.records import png_bytes
+    from r2id.files import write_atomic
+
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: must be a .png file")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: exists already; choose another --out or add --overwrite")
+    picture = edit()
+    write_atomic(out, png_bytes(picture))
+    result = {"file": str(out), "size": [picture.height, picture.width]}
+    report(result, as_json, lambda r: [r["file"]])

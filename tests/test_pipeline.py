@@ -1,0 +1,177 @@
+"""r2id.Pipeline: pictures in and out, in Python and by commands."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from r2id import Pipeline
+from r2id.errors import InputError
+from r2id.images import to_bytes
+
+
+@pytest.fixture(scope="module")
+def pipe(r2id_run):
+    return Pipeline.from_pretrained(r2id_run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture(pipe):
+    return pipe(3, size=(8, 8), seeds=4)[0]
+
+
+def pixels(picture):
+    return np.asarray(picture).astype(int)
+
+
+def test_pictures_are_those_of_the_sampler(pipe):
+    drawn = pipe([3, 7], size=(12, 9), seeds=[0, 1], steps=3, guidance=1.5)
+    labels, seeds = torch.tensor([3, 7]), torch.tensor([0, 1])
+    images = pipe.sampler.sample(labels, seeds, (12, 9), steps=3, guidance=1.5)
+    assert [picture.size for picture in drawn] == [(9, 12)] * 2
+    for one, other in zip(drawn, images, strict=True):
+        assert one.mode == "L" and np.array_equal(pixels(one), to_bytes(other)[..., 0].numpy())
+
+
+def test_one_for_all_or_one_for_each(pipe):
+    four = pipe(2, size=(8, 8), seeds=[0, 1, 2, 3])
+    assert len(four) == 4 and np.array_equal(
+        pixels(four[2]), pixels(pipe([2], size=(8, 8), seeds=2)[0])
+    )
+    assert len(pipe([0, 1, 2])) == 3 and pipe()[0].size == (8, 8)
+    assert np.array_equal(pixels(pipe(-1)[0]), pixels(pipe()[0])), "no class"
+    with pytest.raises(InputError, match="2 labels, 3 seeds"):
+        pipe([0, 1], seeds=[0, 1, 2])
+
+
+def test_callbacks_see_each_step_and_may_end_it(pipe):
+    steps = []
+    drawn = pipe([1] * 20, seeds=range(20), steps=3, callback=steps.append)
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6], "two batches of three steps"
+    assert {step.total for step in steps} == {6}
+    last = pipe.decode(steps[2].latents, (8, 8))
+    assert np.array_equal(pixels(last[5]), pixels(drawn[5])), "the last estimate is the picture"
+
+    class Enough(Exception):
+        pass
+
+    def stop(step):
+        if step.number == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        pipe(1, steps=3, callback=stop)
+
+
+def test_a_callback_changes_nothing(pipe):
+    plain = pipe(5, seeds=8, size=(10, 8))
+    watched = pipe(5, seeds=8, size=(10, 8), callback=lambda step: None)
+    assert np.abs(pixels(plain[0]) - pixels(watched[0])).max() <= 1
+
+
+def test_latents_and_windows(pipe, picture):
+    latents = pipe.encode(picture, picture)
+    assert latents.shape[0] == 2 and latents.shape[2:] == (4, 4)
+    whole = pipe.decode(latents, (40, 24))[0]
+    part = pipe.decode(latents, (40, 24), window=(10, 3, 31, 20))[0]
+    assert np.abs(pixels(whole)[10:31, 3:20] - pixels(part)).max() <= 1
+    assert pipe.decode(latents)[0].size == (8, 8)
+    with pytest.raises(InputError, match="one size"):
+        pipe.encode(picture, picture.resize((9, 9)))
+
+
+def test_edits(pipe, picture, tmp_path):
+    mask = Image.new("1", (8, 8))
+    mask.paste(1, (4, 0, 8, 8))
+    drawn = pipe.inpaint(picture, mask, label=3, seed=1)
+    assert np.array_equal(pixels(drawn)[:, :4], pixels(picture)[:, :4])
+    assert not np.array_equal(pixels(drawn)[:, 4:], pixels(picture)[:, 4:])
+    wide = pipe.outpaint(picture, (8, 16), label=3)
+    assert wide.size == (16, 8) and np.array_equal(pixels(wide)[:, 4:12], pixels(picture))
+    assert pipe.vary(picture, 0.3, label=3, size=(16, 16)).size == (16, 16)
+    assert pipe.upscale(picture, (40, 40), window=(0, 0, 10, 20)).size == (20, 10)
+    assert len(pipe.interpolate(0, 1, 3, label=3)) == 3
+    file = tmp_path / "colour.png"
+    picture.convert("RGB").save(file)
+    with Image.open(file) as opened:
+        same = [pipe.vary(source, 0.3, label=3) for source in (picture, file, str(file), opened)]
+    assert all(np.array_equal(pixels(one), pixels(same[0])) for one in same)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe, picture: pipe(10), "label 10"),
+        (lambda pipe, picture: pipe(attributes=["Smiling"]), "Smiling"),
+        (lambda pipe, picture: pipe(embeddings=torch.zeros(1, 4)), "without|not trained with"),
+        (lambda pipe, picture: pipe(1, attributes=["Smiling"]), "exclude"),
+        (lambda pipe, picture: pipe(1, guidance=-1), "guidance"),
+        (lambda pipe, picture: pipe(1, size=(100_000, 100_000)), "100000x100000.*memory"),
+        (lambda pipe, picture: pipe.upscale(picture, (200_000, 100_000)), "memory"),
+        (lambda pipe, picture: pipe.vary("nowhere.png"), "nowhere.png"),
+        (lambda pipe, picture: pipe.vary(__file__), "not a readable image"),
+        (lambda pipe, picture: pipe.inpaint(picture, Image.new("L", (7, 8), 255)), "8x7"),
+    ],
+)
+def test_what_cannot_be_done(pipe, picture, call, message):
+    with pytest.raises(InputError, match=message):
+        call(pipe, picture)
+
+
+def test_the_import_loads_nothing_of_training_or_orchestration():
+    code = (
+        "import sys\nfrom r2id import Pipeline\n"
+        "print([name for name in ('mlflow', 'prefect', 'deepspeed', 'webdataset', 'matplotlib', "
+        "'sklearn', 'pyarrow', 'r2id.training', 'r2id.evaluation') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    import r2id
+
+    with pytest.raises(AttributeError, match="Pipelines"):
+        r2id.Pipelines  # noqa: B018
+
+
+def test_the_commands(pipe, picture, r2id_run, riae_run, tmp_path, r2id):
+    mask, file = tmp_path / "mask.png", tmp_path / "picture.png"
+    picture.save(file)
+    marked = Image.new("L", (8, 8))
+    marked.paste(255, (0, 4, 8, 8))
+    marked.save(mask)
+    runs = {
+        "upscale": ([r2id_run, file, "--size", "20x16"], (20, 16), None),
+        "vary": (
+            [r2id_run, file, "--strength", "0.4", "--label", "3", "--seed", "2"],
+            (8, 8),
+            lambda: pipe.vary(picture, 0.4, label=3, seed=2),
+        ),
+        "inpaint": (
+            [r2id_run, file, mask, "--label", "3", "--steps", "3"],
+            (8, 8),
+            lambda: pipe.inpaint(picture, marked, label=3, steps=3),
+        ),
+        "outpaint": (
+            [r2id_run, file, "--size", "8x16", "--at", "0,2"],
+            (8, 16),
+            lambda: pipe.outpaint(picture, (8, 16), (0, 2)),
+        ),
+        "interpolate": ([r2id_run, 0, 1, "--count", "3", "--label", "3"], (8, 24), None),
+    }
+    for name, (arguments, size, expected) in runs.items():
+        out = tmp_path / f"{name}.png"
+        code, printed, errors = r2id(name, *arguments, "--out", out, "--device", "cpu", "--json")
+        assert (code, errors) == (0, ""), f"{name}: {errors}"
+        assert json.loads(printed)["size"] == list(size)
+        if expected:
+            assert np.array_equal(pixels(Image.open(out)), pixels(expected())), name
+        code, _, errors = r2id(name, *arguments, "--out", out)
+        assert code == 2 and "exists already" in errors
+    out = tmp_path / "of-riae.png"
+    assert r2id("upscale", riae_run, file, "--size", "20x16", "--out", out)[0] == 0
+    assert np.array_equal(pixels(Image.open(out)), pixels(Image.open(tmp_path / "upscale.png")))
+    code, _, errors = r2id("outpaint", r2id_run, file, "--size", "9x9", "--at", "x", "--out", "a")
+    assert code == 2 and "--out a" in errors
