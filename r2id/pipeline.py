@@ -125,7 +125,7 @@ class Pipeline:
 
     def encode(self, *pictures: Picture) -> Tensor:
         """Encode pictures of one size → raw latents [B, L, h, w]."""
-        images = [self._read(picture) for picture in pictures]
+        images = [self.read(picture) for picture in pictures]
         sizes = {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1:
             raise InputError(f"pictures of sizes {sorted(sizes)}: must have one size")
@@ -157,7 +157,7 @@ class Pipeline:
 
         With a window (y0, x0, y1, x1) of the result, only that is drawn.
         """
-        return to_picture(upscaled(self.codec, self._read(picture), size, window))
+        return to_picture(upscaled(self.codec, self.read(picture), size, window))
 
     def vary(
         self,
@@ -173,8 +173,8 @@ class Pipeline:
         **settings: Any,
     ) -> Image.Image:
         """Draw a picture like another: strength near 0 changes nearly nothing, 1 all of it."""
-        image = self._read(picture)
-        self._check_edit(size or _size(image), _size(image))
+        image = self.read(picture)
+        self._check_edit(_size(image), size)
         return self._edit(
             partial(editing.vary, images=image[None], strength=strength, size=size),
             self._one_condition(label, attributes, embedding),
@@ -199,8 +199,8 @@ class Pipeline:
 
         The mask has the picture's size, and is white where pixels are drawn.
         """
-        image = self._read(picture)
-        self._check_edit(_size(image), _size(image))
+        image = self.read(picture)
+        self._check_edit(_size(image))
         masked = _read(mask, 1) >= 0
         return self._edit(
             partial(editing.inpaint, images=image[None], masks=masked[None]),
@@ -227,9 +227,9 @@ class Pipeline:
 
         It stays as it is, with its top left corner ``at`` (y, x), by default in the middle.
         """
-        image = self._read(picture)
+        image = self.read(picture)
         own = _size(image)
-        self._check_edit(size, size)
+        self._check_edit(own, within=size)
         at = at or ((size[0] - own[0]) // 2, (size[1] - own[1]) // 2)
         return self._edit(
             partial(editing.outpaint, images=image[None], size=size, at=at),
@@ -285,13 +285,14 @@ class Pipeline:
         )
         return to_picture(images[0])
 
-    def _read(self, picture: Picture) -> Tensor:
+    def read(self, picture: Picture) -> Tensor:
+        """Read a picture, upright, as float32 [C, H, W] in [−1, 1] with the model's channels."""
         return _read(picture, self.codec.channels)
 
-    def _check_edit(self, drawn: Size, edited: Size) -> None:
-        """Raise InputError when editing would not fit into memory."""
-        native = editing.edited_size(self.sampler, edited)
-        check_samples(self.sampler, drawn, self.codec.grid_for(native), 1)
+    def _check_edit(self, own: Size, size: Size | None = None, within: Size | None = None) -> None:
+        """Raise InputError when editing a picture, and drawing it at a size, would not fit."""
+        native = editing.edited_size(self.sampler, own, within)
+        check_samples(self.sampler, size or within or own, self.codec.grid_for(native), 1)
 
     def _one_condition(
         self, label: int | None, attributes: Sequence[str], embedding: Embedding | None

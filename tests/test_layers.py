@@ -30,6 +30,7 @@ LAYER = {
     "r2id.models": 2,
     "r2id.sampling": 3,
     "r2id.pipeline": 4,
+    "r2id.app": 5,
     "r2id.training": 4,
     "r2id.evaluation": 5,
     "r2id.cli": 6,

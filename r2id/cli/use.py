@@ -261,3 +261,27 @@ def _noise_shift_lines(found: dict[str, Any]) -> list[str]:
         f"k = {found['k']:.3f}, residual {found['residual']:.3f} in logSNR; "
         f"used so far: {found['used_before']:.3f}",
     ]
+
+
+@app.command("app")
+def serve_page(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT",
+            help="R2ID: run directory, checkpoint, exported file or folder, or hub name.",
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    device: Device = "auto",
+) -> None:
+    """Show a page in the browser: draw, zoom, edit and upload pictures of any size."""
+    from r2id.app.actions import Actions
+    from r2id.app.page import serve
+    from r2id.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(checkpoint, device=find_device(device))
+    serve(Actions(pipe), checkpoint, host, port, lambda url: print(url, flush=True))

@@ -1,6 +1,6 @@
 """Editing pictures of any size with a trained R2ID: vary, inpaint, outpaint, upscale, interpolate.
 
-A picture is edited in latents, on the grid of its own size as far as the R2ID copes with that (see
+A picture is edited in latents, on a grid of about as many cells as the R2ID was trained on (see
 ``edited_size``), and drawn again at its own size.
 
 To inpaint, samples are drawn as always, but each estimate is corrected by what is known: it is
@@ -30,24 +30,22 @@ from r2id.models.resampling import resample
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 
-_BEYOND = 4.0
-"""How many times more cells than it was trained on an R2ID is given: twice as many a side."""
 _SMOOTHINGS = 20
 """Rounds of averaging at each scale of ``extend``."""
 
 
-def edited_size(sampler: Sampler, size: Size) -> Size:
+def edited_size(sampler: Sampler, size: Size, within: Size | None = None) -> Size:
     """Return the size at which a picture of a size (H, W) is encoded to be edited.
 
-    It is the picture's own, unless that has fewer latent cells than the R2ID was trained on, or
-    more than four times as many.
+    It is the picture's own, unless that has fewer or more latent cells than the R2ID was trained
+    on. ``within`` is the size of a larger picture, of which this one is a part: that one's size is
+    returned then, at the scale of the part.
     """
     height, width = sampler.codec.grid_for(size)
-    cells = min(max(height * width, sampler.areas[0]), _BEYOND * sampler.areas[1])
+    cells = min(max(height * width, sampler.areas[0]), sampler.areas[1])
     scale = math.sqrt(cells / (height * width))
-    if scale == 1:
-        return size
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    whole = within or size
+    return max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
 
 
 def vary(
@@ -66,20 +64,26 @@ def vary(
     images [B, C, H, W] in [−1, 1] · condition and seeds [B], as for Sampler.sample · strength in
     (0, 1]: from nearly nothing to all but a new sample · size of the results, by default the
     images' own · settings of Sampler.sample. → float32 [B, C, H', W'] in [−1, 1], on the CPU.
+
+    What the autoencoder loses of the images is kept, the less of it the more is changed.
     """
     _check_strength(strength)
     own: Size = (images.shape[2], images.shape[3])
     native, codec = edited_size(sampler, own), sampler.codec
+    # One at a time, so that an image has the same bits in any batch.
+    start = torch.cat([codec.encode(image[None], native) for image in images])
     latents = sampler.latents(
         condition,
         seeds,
         codec.grid_for(native),
-        start=codec.encode(images, native),
+        start=start,
         strength=strength,
         watch=watch,
         **settings,
     )
-    return codec.decode(latents, size or own, native=native).cpu()
+    drawn = sampler.render(latents, size or own, native)
+    lost = images.cpu() - sampler.render(start, own, native)
+    return (drawn + (1 - strength) * resize(lost, size or own)).clamp(-1, 1)
 
 
 def inpaint(
@@ -98,15 +102,28 @@ def inpaint(
     condition, seeds and settings as for Sampler.sample. → float32 [B, C, H, W] in [−1, 1], on the
     CPU, with all other pixels unchanged. Raises InputError for a mask that is empty or full.
     """
+    native = edited_size(sampler, (images.shape[2], images.shape[3]))
+    return _fill(sampler, images, masks, native, condition, seeds, watch, settings)
+
+
+def _fill(
+    sampler: Sampler,
+    images: Tensor,
+    masks: Tensor,
+    native: Size,
+    condition: Tensor,
+    seeds: Tensor,
+    watch: Watch | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    """Draw the masked parts of images anew, edited at a native size; see ``inpaint``."""
     _check_masks(images, masks)
     own: Size = (images.shape[2], images.shape[3])
-    codec, native = sampler.codec, edited_size(sampler, own)
-    known = ~masks
-    seen, seen_known = images, known
-    if native != own:
-        # A pixel of the smaller picture is known when all of its pixels are.
-        seen = resize(images, native)
-        seen_known = resize(known.float(), native) > 1 - 1e-3
+    codec, known = sampler.codec, ~masks
+    # One at a time, so that an image has the same bits in any batch.
+    seen = torch.cat([resize(image[None], native) for image in images])
+    # A pixel of a smaller picture is known when all of its pixels are.
+    seen_known = resize(known.float(), native) > 1 - 1e-3
     seen, seen_known = seen.to(codec.device), seen_known.to(codec.device)
 
     def correct(rows: Tensor, latents: Tensor) -> Tensor:
@@ -117,7 +134,7 @@ def inpaint(
     latents = sampler.latents(
         condition, seeds, codec.grid_for(native), adjust=correct, watch=watch, **settings
     )
-    drawn = codec.decode(latents, own, native=native).cpu()
+    drawn = sampler.render(latents, own, native)
     return put_in(images.cpu(), known.cpu(), drawn)
 
 
@@ -148,7 +165,8 @@ def outpaint(
     masks = torch.ones(len(images), 1, *size, dtype=torch.bool)
     rows, columns = (slice(first, first + side) for first, side in zip(at, own, strict=True))
     canvas[:, :, rows, columns], masks[:, :, rows, columns] = images.cpu(), False
-    return inpaint(sampler, canvas, masks, condition, seeds, watch=watch, **settings)
+    native = edited_size(sampler, own, size)
+    return _fill(sampler, canvas, masks, native, condition, seeds, watch, settings)
 
 
 def upscale(codec: Codec, images: Tensor, size: Size, window: Window | None = None) -> Tensor:

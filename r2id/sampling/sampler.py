@@ -22,9 +22,9 @@ from r2id.diffusion.denoising import denoising_loss
 from r2id.diffusion.noise import noise_field
 from r2id.errors import InputError, WorkError
 from r2id.models.codec import Codec
-from r2id.models.conditioning import empty
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
+from r2id.sampling.guidance import conditions_for, guide
 from r2id.sampling.noise_shift import applied_exponent
 from r2id.sampling.steps import Adjust, Step, Watch
 
@@ -226,19 +226,34 @@ class Sampler:
             )
 
     @torch.no_grad()
-    def render(self, latents: Tensor, size: Size) -> Tensor:
-        """Decode raw latents [B, L, h, w] → float32 [B, C, H, W] in [−1, 1], on the CPU."""
-        length, grid = self._at_once(size, _BATCH_PIXELS), (latents.shape[2], latents.shape[3])
-        native = None
-        if self.codec.grid_for(size) != grid == self.codec.grid_for(self.codec.image):
-            # The grid of the training images, drawn at another size: cells at the border hold as
-            # much of the picture as theirs did.
-            native = self.codec.image
+    def render(self, latents: Tensor, size: Size, native: Size | None = None) -> Tensor:
+        """Decode raw latents [B, L, h, w] → float32 [B, C, H, W] in [−1, 1], on the CPU.
+
+        ``native`` is the size of the images that were encoded, by default that of native_size.
+        """
+        length, native = (
+            self._at_once(size, _BATCH_PIXELS),
+            native or self.native_size(latents, size),
+        )
         return _in_batches(
             lambda rows: self.codec.decode(latents[rows], size, native=native).cpu(),
             len(latents),
             length,
         )
+
+    def native_size(self, latents: Tensor, size: Size) -> Size | None:
+        """Return the size of the images that sampled latents [B, L, h, w] stand for, at a size.
+
+        None is the codec's own choice; see RIAE.decode.
+        """
+        grid = latents.shape[2:]
+        if self.codec.grid_for(size) == grid:
+            return size
+        if self.codec.grid_for(self.codec.image) == grid:
+            # The grid of the training images, drawn at another size: cells at the border hold as
+            # much of the picture as theirs did.
+            return self.codec.image
+        return None
 
     def _solve(
         self,
@@ -259,7 +274,7 @@ class Sampler:
         # Outside the guidance interval the model predicts without guidance: conditionally, or
         # unconditionally when guidance is 0.
         guided, plain = (
-            _conditions(condition.to(x.device), scale)
+            conditions_for(condition.to(x.device), scale)
             for scale in (settings.guidance, float(settings.guidance > 0))
         )
         # The logSNR falls with time, and sampling goes back in time, from low to high.
@@ -273,7 +288,7 @@ class Sampler:
             alpha, sigma = schedule.alpha_sigma(log_snr, kind)
             conditions = guided if earliest <= level <= latest else plain
             with self._autocast():
-                predicted = _guide(self.model.predict(x, alpha_bar, conditions), settings.guidance)
+                predicted = guide(self.model.predict(x, alpha_bar, conditions), settings.guidance)
             data, eps = objective.to_data_and_noise(
                 self.diffusion.objective, x, predicted, alpha, sigma
             )
@@ -370,20 +385,3 @@ def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) ->
         for start in range(0, count, length)
     ]
     return torch.cat(parts)
-
-
-def _conditions(condition: Tensor, guidance: float) -> Tensor:
-    """Return the conditions that guidance needs, empty ones first: [B, …] → [1 or 2, B, …]."""
-    if guidance == 0:
-        return empty(condition).unsqueeze(0)
-    return condition.unsqueeze(0) if guidance == 1 else torch.stack([empty(condition), condition])
-
-
-def _guide(predictions: Tensor, guidance: float) -> Tensor:
-    """Guide without a classifier (Ho & Salimans 2022): empty + guidance·(conditional − empty).
-
-    Predictions [1 or 2, B, …], in the order of _conditions → [B, …].
-    """
-    if len(predictions) == 1:
-        return predictions[0]
-    return torch.lerp(predictions[0], predictions[1], guidance)

@@ -38,9 +38,8 @@ def test_inpainting_keeps_all_other_pixels(sampler, images, size):
     assert torch.equal(drawn[known], images[known]) and drawn.abs().max() <= 1
     others = editing.inpaint(sampler, images, masks, LABELS, SEEDS + 1)
     assert not torch.equal(drawn[~known], others[~known]), "other seeds, other pictures"
-    assert torch.equal(
-        editing.inpaint(sampler, images[1:], masks[1:], LABELS[1:], SEEDS[1:]), drawn[1:]
-    ), "whatever else is edited"
+    fewer = editing.inpaint(sampler, images[1:], masks[1:], LABELS[1:], SEEDS[1:])
+    assert (fewer - drawn[1:]).abs().max() < 1e-5, "whatever else is edited"
 
 
 def test_what_is_drawn_depends_on_what_is_known(sampler, images):
@@ -84,12 +83,13 @@ def test_outpainting_keeps_the_picture(sampler, images):
 
 
 def test_variations_leave_the_picture_by_their_strength(sampler, images):
-    decoded = sampler.codec.decode(sampler.codec.encode(images), (8, 8), native=(8, 8))
     away = [
-        float((editing.vary(sampler, images, LABELS, SEEDS, strength) - decoded).square().mean())
+        float((editing.vary(sampler, images, LABELS, SEEDS, strength) - images).square().mean())
         for strength in (0.02, 0.3, 1.0)
     ]
     assert away[0] < 0.01 < away[1] < away[2]
+    one = editing.vary(sampler, images[1:2], LABELS[1:2], SEEDS[1:2], 0.3)
+    assert torch.equal(one, editing.vary(sampler, images, LABELS, SEEDS, 0.3)[1:2])
     larger = editing.vary(sampler, images, LABELS, SEEDS, 0.3, size=(24, 16))
     assert larger.shape == (3, 1, 24, 16)
     for strength in (0.0, 1.5):
@@ -145,6 +145,7 @@ def test_masks_that_do_not_go(sampler, images, masks, message):
 def test_pictures_are_edited_at_a_size_that_the_model_copes_with(sampler):
     assert sampler.areas == (16, 16)
     assert editing.edited_size(sampler, (8, 8)) == (8, 8)
-    assert editing.edited_size(sampler, (16, 16)) == (16, 16), "up to twice as many cells a side"
-    assert editing.edited_size(sampler, (400, 100)) == (32, 8)
+    assert editing.edited_size(sampler, (16, 16)) == (8, 8)
+    assert editing.edited_size(sampler, (400, 100)) == (16, 4)
     assert editing.edited_size(sampler, (2, 2)) == (8, 8)
+    assert editing.edited_size(sampler, (16, 16), (16, 48)) == (8, 24), "a part of a wide one"
