@@ -19,7 +19,13 @@ from r2id.config import PipelineRun, R2idRun, RiaeRun, load_config
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted(ROOT.glob("*/README.md")), ROOT / "tests" / "bench" / "README.md"]
-SCRIPTS = {"train.sh": ["train"], "flow.sh": ["run"], "multinode.sh": [], "slurm.sh": []}
+SCRIPTS = {
+    "app.sh": ["app"],
+    "train.sh": ["train"],
+    "flow.sh": ["run"],
+    "multinode.sh": [],
+    "slurm.sh": [],
+}
 
 
 def of(document: Path) -> str:

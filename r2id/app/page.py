@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import wraps
@@ -58,6 +60,8 @@ def serve(actions: Actions, title: str, host: str, port: int, ready: Callable[[s
             theme=theme,
             css=_CSS,
         )
+        # Ends the block, so that what is temporary is removed.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
             ready(address)
             page.block_thread()
