@@ -163,7 +163,14 @@ def _draw_tab(
                 elem_id="window",
                 elem_classes="drawn",
             )
-    gallery = gr.Gallery(label="One seed, many sizes", visible=False, elem_id="gallery", columns=7)
+    gallery = gr.Gallery(
+        label="One seed, many sizes",
+        visible=False,
+        elem_id="gallery",
+        columns=7,
+        height=190,
+        object_fit="contain",
+    )
     centre = gr.State((0.5, 0.5))
     model = {"concurrency_id": "model", "show_progress": "minimal"}
 
