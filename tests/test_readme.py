@@ -159,7 +159,7 @@ def test_the_example_of_a_trained_model(r2id_run, tmp_path, monkeypatch):
     names = run_example(README)
     assert len(names["digits"]) == 10 and names["digits"][3].size == (32, 48)
     assert names["wide"].size == (96, 48) and names["other"].size == (32, 48)
-    assert names["close"].size == (400, 400)
+    assert names["part"][0].size == (400, 400)
     assert (tmp_path / "three.png").is_file()
 
 
