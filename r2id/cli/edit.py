@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import Device, Json, Overwrite, app, find_device, parse_window, report
-from r2id.config import SamplerConfig
+from r2id.config import SamplerConfig, SubjectConfig
 from r2id.config.arguments import parse_size
 from r2id.errors import InputError
 
@@ -29,20 +29,7 @@ Model = Annotated[
 ]
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture of any size.")]
 Out = Annotated[Path, typer.Option(help="PNG file to write; must not exist.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
-Label = Annotated[int | None, typer.Option(help="Class of the picture. Default: none.")]
-Attributes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--attribute",
-        help="Attribute that the picture has, NAME, or lacks, -NAME, if the model was trained on "
-        "attributes. May be repeated.",
-    ),
-]
-Embedding = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.npy", help="Embedding, in the shape that the model was trained on."),
-]
+Subject = Annotated[Given, Fields(SubjectConfig)]
 Settings = Annotated[Given, Fields(SamplerConfig, unset="the run's own")]
 
 
@@ -89,6 +76,7 @@ def vary(
     checkpoint: Model,
     image: Picture,
     out: Out,
+    subject: Subject,
     settings: Settings,
     strength: Annotated[
         float, typer.Option(help="How much is changed, above 0 and at most 1, which is all of it.")
@@ -100,24 +88,14 @@ def vary(
             help="Height x width of the result in pixels. Default: the picture's own.",
         ),
     ] = None,
-    seed: Seed = 0,
-    label: Label = None,
-    attribute: Attributes = None,
-    embedding: Embedding = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Draw a picture like another one."""
-    condition = _condition(label, attribute, embedding)
     _write(
         lambda: _load(checkpoint, device).vary(
-            image,
-            strength,
-            seed=seed,
-            size=parse_size(size) if size else None,
-            **condition,
-            **settings,
+            image, strength, size=parse_size(size) if size else None, **subject, **settings
         ),
         out,
         overwrite,
@@ -137,19 +115,15 @@ def inpaint(
         ),
     ],
     out: Out,
+    subject: Subject,
     settings: Settings,
-    seed: Seed = 0,
-    label: Label = None,
-    attribute: Attributes = None,
-    embedding: Embedding = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Draw a part of a picture anew, to fit the rest; other pixels stay as they are."""
-    condition = _condition(label, attribute, embedding)
     _write(
-        lambda: _load(checkpoint, device).inpaint(image, mask, seed=seed, **condition, **settings),
+        lambda: _load(checkpoint, device).inpaint(image, mask, **subject, **settings),
         out,
         overwrite,
         as_json,
@@ -165,6 +139,7 @@ def outpaint(
         str, typer.Option(metavar="HxW", help="Height x width of the result in pixels.")
     ],
     out: Out,
+    subject: Subject,
     settings: Settings,
     at: Annotated[
         str | None,
@@ -172,19 +147,14 @@ def outpaint(
             metavar="y,x", help="Where the picture's top left corner goes. Default: in the middle."
         ),
     ] = None,
-    seed: Seed = 0,
-    label: Label = None,
-    attribute: Attributes = None,
-    embedding: Embedding = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Continue a picture beyond its borders, to a larger size; it stays as it is itself."""
-    condition = _condition(label, attribute, embedding)
     _write(
         lambda: _load(checkpoint, device).outpaint(
-            image, parse_size(size), _parse_place(at), seed=seed, **condition, **settings
+            image, parse_size(size), _parse_place(at), **subject, **settings
         ),
         out,
         overwrite,
@@ -199,6 +169,7 @@ def interpolate(
     seed: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="Seed of the first picture.")],
     other: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="Seed of the last picture.")],
     out: Out,
+    subject: Annotated[Given, Fields(SubjectConfig, without=("seed",))],
     settings: Settings,
     count: Annotated[int, typer.Option(min=2, help="Number of pictures, in one row.")] = 8,
     size: Annotated[
@@ -208,22 +179,18 @@ def interpolate(
             help="Height x width of each picture. Default: that of the training images.",
         ),
     ] = None,
-    label: Label = None,
-    attribute: Attributes = None,
-    embedding: Embedding = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Draw pictures that go from one seed's to another's."""
-    condition = _condition(label, attribute, embedding)
 
     def draw() -> Image.Image:
         from r2id.pipeline import in_a_row
 
         return in_a_row(
             _load(checkpoint, device).interpolate(
-                seed, other, count, size=parse_size(size) if size else None, **condition, **settings
+                seed, other, count, size=parse_size(size) if size else None, **subject, **settings
             )
         )
 
@@ -234,13 +201,6 @@ def _load(checkpoint: str, device: str) -> Pipeline:
     from r2id.pipeline import Pipeline
 
     return Pipeline.from_pretrained(checkpoint, device=find_device(device))
-
-
-def _condition(
-    label: int | None, attributes: list[str] | None, embedding: Path | None
-) -> dict[str, Any]:
-    """Return what a picture is conditioned on as keywords of Pipeline's methods."""
-    return {"label": label, "attributes": tuple(attributes or ()), "embedding": embedding}
 
 
 def _parse_place(text: str | None) -> tuple[int, int] | None:

@@ -132,7 +132,8 @@ def _help(option: Option, unset: str) -> str:
     field = option.field
     if not field.description:
         raise TypeError(f"{option.name}: the field needs a docstring, which is the option's help")
-    default = unset or ("" if field.default in (None, (), False) else str(field.default))
+    empty = field.default is None or field.default is False or field.default == ()
+    default = unset or ("" if empty else str(field.default))
     sentences = [
         " ".join(field.description.split()).replace("``", ""),
         "May be repeated." if option.repeated else "",

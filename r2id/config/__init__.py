@@ -6,7 +6,13 @@ its stages, are generated from the fields (see r2id.config.arguments).
 """
 
 from r2id.config.arguments import to_arguments
-from r2id.config.diffusion import DiffusionConfig, SampleConfig, SamplerConfig, check_labels
+from r2id.config.diffusion import (
+    DiffusionConfig,
+    SampleConfig,
+    SamplerConfig,
+    SubjectConfig,
+    check_labels,
+)
 from r2id.config.files import Run, build, change, load_config, override, parse_config, to_toml
 from r2id.config.losses import LossConfig
 from r2id.config.models import LevelConfig, R2idConfig, RiaeConfig
@@ -49,6 +55,7 @@ __all__ = [
     "Section",
     "Size",
     "StageConfig",
+    "SubjectConfig",
     "TrackingConfig",
     "TrainConfig",
     "build",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -15,6 +16,7 @@ from r2id.config.section import (
     Seed,
     Sizes,
     Solver,
+    Strings,
     as_tuple,
     check_seeds,
 )
@@ -87,6 +89,20 @@ class SamplerConfig(Section):
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta = {self.eta}: goes with solver 'ddim', not {self.solver!r}")
         return self
+
+
+class SubjectConfig(Section):
+    """What one picture shows."""
+
+    seed: Seed = 0
+    """Seed of the noise."""
+    label: int | None = Field(default=None, ge=0)
+    """Class of the picture, by its index; without one, any."""
+    attributes: Strings = ()
+    """Attribute that the picture has, NAME, or lacks, -NAME, if the model was trained on
+    attributes."""
+    embedding: Path | None = None
+    """``.npy`` file of an embedding, in the shape that the model was trained on."""
 
 
 def check_labels(labels: Sequence[int], classes: int) -> None:
