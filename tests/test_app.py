@@ -163,8 +163,8 @@ class Browser:
             Keys.CONTROL, "a", Keys.NULL, str(value), Keys.TAB
         )
 
-    def picture(self, name: str, size: tuple[int, int]) -> np.ndarray:
-        """Wait for the picture of an element to have a height and width, and return its pixels."""
+    def any_picture(self, name: str) -> np.ndarray:
+        """Wait for the picture of an element, and return its pixels, in grey."""
         script = (
             "const image = document.querySelector(arguments[0]);"
             "if (!image || !image.complete) return null;"
@@ -173,22 +173,18 @@ class Browser:
             "canvas.getContext('2d').drawImage(image, 0, 0);"
             "return canvas.toDataURL('image/png')"
         )
+        address = self.wait(name, lambda: self.driver.execute_script(script, f"#{name} img"))
+        content = base64.b64decode(address.partition(",")[2])
+        return np.asarray(Image.open(io.BytesIO(content)).convert("L")).astype(int)
 
-        def read() -> np.ndarray | None:
-            address = self.driver.execute_script(script, f"#{name} img")
-            content = base64.b64decode(address.partition(",")[2])
-            found = np.asarray(Image.open(io.BytesIO(content)).convert("L")).astype(int)
-            return found if found.shape == size else None
+    def picture(self, name: str, size: tuple[int, int]) -> np.ndarray:
+        """Wait for the picture of an element to have a height and width."""
 
-        end = time.monotonic() + 180
-        while time.monotonic() < end:
-            try:
-                if (found := read()) is not None:
-                    return found
-            except AttributeError:  # no picture yet
-                pass
-            time.sleep(0.1)
-        raise AssertionError(f"no picture of {size} at #{name}")
+        def read() -> list[np.ndarray] | None:
+            found = self.any_picture(name)
+            return [found] if found.shape == size else None
+
+        return self.wait(f"{name} of {size}", read)[0]
 
 
 @pytest.fixture(scope="module")

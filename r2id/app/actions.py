@@ -85,6 +85,19 @@ class Actions:
         times = max(1, math.ceil(_FIRST / min(height, width)))
         return min(LARGEST, height * times), min(LARGEST, width * times)
 
+    @property
+    def conditional(self) -> bool:
+        """Whether the model was trained with conditions, without which guidance does nothing."""
+        model = self.pipe.sampler.model
+        return bool(model.classes or model.condition_shape)
+
+    @property
+    def first_wish(self) -> Wish:
+        """The picture that the page begins with."""
+        defaults = self.pipe.sampler.defaults
+        guidance = defaults.guidance if self.conditional else 1.0
+        return Wish(0, guidance, defaults.steps, 0 if self.classes else None)
+
     def draw(self, wish: Wish, size: Size) -> Image.Image:
         """Draw a picture of a size (height, width)."""
         with self._lock:

@@ -46,6 +46,7 @@ def serve(actions: Actions, title: str, host: str, port: int, ready: Callable[[s
         font = ["system-ui", "sans-serif"]
         theme = gradio.themes.Default(font=font, font_mono=["monospace"])
         page = build(actions, title)
+        actions.draw(actions.first_wish, actions.first_size)  # so that the first visit waits less
         page.queue(default_concurrency_limit=1, max_size=_QUEUE, api_open=False)
         _, address, _ = page.launch(
             server_name=host,
@@ -90,14 +91,12 @@ def build(actions: Actions, title: str) -> Any:
 
 def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
     """Add the controls of what is drawn, in the order in which ``_wish`` takes their values."""
-    sampler = actions.pipe.sampler
-    classes, names = actions.classes, list(sampler.attributes)
-    conditional = bool(sampler.model.classes or sampler.model.condition_shape)
-    defaults = sampler.defaults
+    classes, names = actions.classes, list(actions.pipe.sampler.attributes)
+    first = actions.first_wish
     return [
         gr.Dropdown(
             [("any", None), *((str(label), label) for label in range(classes))],
-            value=0 if classes else None,
+            value=first.label,
             label="Class",
             visible=bool(classes),
             elem_id="label",
@@ -109,17 +108,17 @@ def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
             visible=bool(names),
             elem_id="attributes",
         ),
-        gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, elem_id="seed"),
+        gr.Number(first.seed, label="Seed", precision=0, minimum=0, maximum=2**53, elem_id="seed"),
         gr.Slider(
             0,
             8,
-            value=defaults.guidance if conditional else 1,
+            value=first.guidance,
             step=0.05,
             label="Guidance",
-            visible=conditional,
+            visible=actions.conditional,
             elem_id="guidance",
         ),
-        gr.Slider(1, 100, value=defaults.steps, step=1, label="Steps", elem_id="steps"),
+        gr.Slider(1, 100, value=first.steps, step=1, label="Steps", elem_id="steps"),
     ]
 
 
