@@ -307,7 +307,7 @@ def _run(*words: str) -> list[str]:
     """Return the lines that a program prints; none where it is missing or fails."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, errors="replace", timeout=10, check=True
+            words, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return []
