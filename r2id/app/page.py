@@ -258,20 +258,24 @@ def _edit_tab(
     held = gr.State(None)
     model = {"concurrency_id": "model", "show_progress": "minimal"}
 
+    def taken(picture: Any) -> Any:
+        """Show a picture on the canvas, and offer to grow it to twice its width."""
+        if picture is None:
+            return None, None, gr.skip(), gr.skip()
+        size = picture.height, min(LARGEST, 2 * picture.width)
+        return picture, picture.convert("RGBA"), *size
+
     @messages
     def take_file(path: str | None) -> Any:
-        if path is None:
-            return None, None
-        picture = actions.upload(path)
-        return picture, picture.convert("RGBA")
+        return taken(None if path is None else actions.upload(path))
 
     @messages
     def take_drawn(*values: Any) -> Any:
-        picture = actions.draw(_wish(*values), first)
-        return picture, picture.convert("RGBA")
+        return taken(actions.draw(_wish(*values), first))
 
+    @messages
     def take_result(picture: Any) -> Any:
-        return (picture, picture.convert("RGBA")) if picture else (gr.skip(), gr.skip())
+        return taken(held_or_refused(picture))
 
     def held_or_refused(picture: Any) -> Any:
         if picture is None:
@@ -297,12 +301,13 @@ def _edit_tab(
     def vary(picture: Any, amount: float, *values: Any) -> Any:
         return actions.vary(held_or_refused(picture), amount, _wish(*values))
 
-    upload.change(take_file, upload, [held, canvas], **model)
-    start.click(take_drawn, wish, [held, canvas], **model)
+    begun = [held, canvas, high, wide]
+    upload.change(take_file, upload, begun, **model)
+    start.click(take_drawn, wish, begun, **model)
     fill.click(inpaint, [held, canvas, *wish], result, **model)
     grow.click(outpaint, [held, high, wide, *wish], result, **model)
     change.click(vary, [held, strength, *wish], result, **model)
-    keep.click(take_result, result, [held, canvas], show_progress="hidden")
+    keep.click(take_result, result, begun, show_progress="hidden")
 
 
 def _autoencoder_tab(gr: Any, actions: Actions, messages: Any) -> None:
@@ -348,7 +353,9 @@ def _autoencoder_tab(gr: Any, actions: Actions, messages: Any) -> None:
         )
 
 
-def _messages(error: type[Exception]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _messages(
+    error: Callable[..., Exception],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that turns what is wrong into a message on the page."""
 
     def decorate(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -357,9 +364,9 @@ def _messages(error: type[Exception]) -> Callable[[Callable[..., Any]], Callable
             try:
                 return action(*values)
             except (InputError, WorkError) as wrong:
-                raise error(str(wrong)) from None
+                raise error(str(wrong), print_exception=False) from None
             except MemoryError:
-                raise error("there is not enough memory for this") from None
+                raise error("there is not enough memory for this", print_exception=False) from None
 
         return wrapped
 

@@ -155,12 +155,16 @@ def outpaint(
     Raises InputError when the images are not within that size, or nothing is added.
     """
     own: Size = (images.shape[2], images.shape[3])
-    for side, out, first, name in zip(own, size, at, ("height", "width"), strict=True):
-        if not 0 <= first <= out - side:
-            raise InputError(
-                f"outpaint: {name} {side} from {first} on is not within {out}, the {name} of the "
-                "result"
-            )
+    if size[0] < own[0] or size[1] < own[1]:
+        raise InputError(
+            f"size {size[0]}x{size[1]}: must be at least the picture's own, {own[0]}x{own[1]}"
+        )
+    most = size[0] - own[0], size[1] - own[1]
+    if not (0 <= at[0] <= most[0] and 0 <= at[1] <= most[1]):
+        raise InputError(
+            f"place {at[0]},{at[1]}: must be from 0,0 to {most[0]},{most[1]}, so that the picture "
+            f"of {own[0]}x{own[1]} is within {size[0]}x{size[1]}"
+        )
     canvas = torch.zeros(len(images), images.shape[1], *size)
     masks = torch.ones(len(images), 1, *size, dtype=torch.bool)
     rows, columns = (slice(first, first + side) for first, side in zip(at, own, strict=True))

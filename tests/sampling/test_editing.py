@@ -75,8 +75,11 @@ def test_a_drawn_part_has_the_colour_of_its_border():
 def test_outpainting_keeps_the_picture(sampler, images):
     drawn = editing.outpaint(sampler, images, (8, 16), (0, 3), LABELS, SEEDS)
     assert drawn.shape == (3, 1, 8, 16) and torch.equal(drawn[:, :, :, 3:11], images)
-    for size, at, name in (((8, 16), (0, 9), "width"), ((6, 16), (0, 0), "height")):
-        with pytest.raises(InputError, match=name):
+    for size, at, message in (
+        ((8, 16), (0, 9), "place 0,9: must be from 0,0 to 0,8"),
+        ((6, 16), (0, 0), "size 6x16: must be at least the picture's own, 8x8"),
+    ):
+        with pytest.raises(InputError, match=message):
             editing.outpaint(sampler, images, size, at, LABELS, SEEDS)
     with pytest.raises(InputError, match="empty"):
         editing.outpaint(sampler, images, (8, 8), (0, 0), LABELS, SEEDS)
