@@ -149,7 +149,6 @@ def test_the_shell_s_example_runs_as_printed(published):
 
 
 def test_the_python_example_runs_as_printed(published):
-    pytest.importorskip("r2id.pipeline")
     (example,) = blocks(published, "python")
     run_in(published.parent, sys.executable, "-c", example)
     with Image.open(published.parent / "sample.png") as picture:
