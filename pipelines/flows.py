@@ -80,7 +80,7 @@ def train_flow(
     return train_task(config, tuple(overrides), environment or {})
 
 
-@flow(name="encode", validate_parameters=False)
+@flow(name="encode", flow_run_name="encode {shards}", validate_parameters=False)
 def encode_flow(
     riae: Path,
     shards: Path,
@@ -94,7 +94,7 @@ def encode_flow(
     return run_stage_task(arguments, environment or {}, max(gpu_count(), 1))
 
 
-@flow(name="sample", validate_parameters=False)
+@flow(name="sample", flow_run_name="sample {checkpoint}", validate_parameters=False)
 def sample_flow(
     checkpoint: Path, out: Path, config: SampleConfig, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def sample_flow(
     )
 
 
-@flow(name="evaluate", validate_parameters=False)
+@flow(name="evaluate", flow_run_name="evaluate {checkpoint}", validate_parameters=False)
 def evaluate_flow(
     checkpoint: Path,
     shards: Path,

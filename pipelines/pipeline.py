@@ -258,7 +258,7 @@ def _outcome(result: Any) -> str:
     if not isinstance(result, Mapping):  # prepare returns its folder
         return str(result)
     if result.get("headlines"):
-        return "; ".join(result["headlines"])
+        return str(result["headlines"][0])  # all are in the results
     if "files" in result:
         return f"{len(result['files'])} pictures"
     shown = ("step", "loss", "images_per_second", "checkpoint", "images", "reused", "out")

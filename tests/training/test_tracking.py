@@ -203,7 +203,8 @@ def test_an_unreachable_store_delays_nothing_and_warns_once(
     began = time.monotonic()
     for step in range(1000):
         tracker.metrics({"loss": 1.0}, step)
-    assert time.monotonic() - began < 1.0
+    # One attempt for each would take a thousand seconds; an overloaded machine takes some.
+    assert time.monotonic() - began < 60.0
     tracker.finish()
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
     assert len(told) == 2
@@ -444,6 +445,7 @@ def test_a_pipeline_has_one_run_with_all_to_see_and_children(
     note = run.data.tags["mlflow.note.content"]
     page = f"#/experiments/{begun['experiment']}/runs/{parent}/artifacts/report/report.html"
     assert "class accuracy 0.5" in note and f"[Report]({page}" in note
+    assert "artifacts/riae/reconstructions?" in note and "film" not in note
 
 
 def test_a_parent_that_is_no_pipeline_stays_as_it_is(

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _MAX_METRICS_PER_BATCH = 1000  # limit of MLflow's own stores
+# Pages of a pipeline's run, and the parts of their addresses.
+_PAGES = {
+    "Report": "artifacts/report/report.html",
+    "Charts": "model-metrics",
+    "Samples": "artifacts/samples",
+    "Samples while training": "artifacts/r2id/film.png",
+    "Reconstructions while training": "artifacts/riae/reconstructions",
+}
 # The main results among the metrics of an evaluation.
 _OF_SIZE = re.compile(r"r2id\.sizes\.(?P<size>[^.]+)\.(?P<name>accuracy|frechet|precision|recall)")
 _OF_RIAE = re.compile(r"riae\.(?P<size>native|half|double)\.(?P<name>psnr)")
@@ -136,10 +144,16 @@ def _description(client: MlflowClient, parent: Run, headlines: Sequence[str]) ->
     Links come first, because MLflow folds all but the first lines away.
     """
     run, experiment = parent.info.run_id, parent.info.experiment_id
-    pages = {"Charts": "model-metrics", "Samples": "artifacts/samples"}
-    if any(file.path == "report/report.html" for file in client.list_artifacts(run, "report")):
-        pages = {"Report": "artifacts/report/report.html", **pages}
-    links = [f"[{name}]({run_page(experiment, run, tab, '')})" for name, tab in pages.items()]
+    recorded = {
+        file.path
+        for folder in (None, "report", "r2id", "riae")
+        for file in client.list_artifacts(run, folder)
+    }
+    links = [
+        f"[{name}]({run_page(experiment, run, tab, '')})"
+        for name, tab in _PAGES.items()
+        if tab.removeprefix("artifacts/") in {*recorded, "model-metrics"}
+    ]
     pictures = [
         f"{Path(file.path).stem}:\n\n![{file.path}](get-artifact?path={file.path}&run_uuid={run})"
         for file in client.list_artifacts(run, "samples")
