@@ -189,7 +189,7 @@ def test_a_jpeg_2000_of_sixteen_bits(tmp_path):
 
 
 def modes_in_formats():
-    """A file of each mode in each format that Pillow writes it as."""
+    """A file of each mode in each format that Pillow writes it as, and can read again."""
     colours = Image.fromarray(ramp("u1", (*SHAPE, 3)))
     files = {}
     for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"):
@@ -198,6 +198,7 @@ def modes_in_formats():
             file = io.BytesIO()
             with contextlib.suppress(OSError, KeyError, ValueError):
                 image.save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+                Image.open(file).load()  # Pillow 12 cannot read its own YCbCr TIFF
                 files[f"{mode} {kind}"] = file.getvalue()
     return files
 
