@@ -10,22 +10,20 @@
 
 Sizes are (height, width) in pixels. Pictures are those of Pillow, or paths of files; results are
 those of Pillow. A result depends on its seed, condition, size and settings alone, not on what else
-is drawn in the same call. Settings are those of Sampler.sample (steps, guidance, solver, eta,
-guidance_interval), by default the model's own. ``callback`` is called with a Step (its number, the
-total, and the latents so far, which ``decode`` shows) at each step; an error that it raises ends
-the work.
+is drawn in the same call. Keywords that several methods take are those of Settings and Drawing.
+``callback`` is called with a Step (its number, the total, and the latents so far, which ``decode``
+shows) at each step; an error that it raises ends the work.
 
 Errors are InputError when what is asked for cannot be done, with one line that says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -50,6 +48,28 @@ Embedding = Tensor | np.ndarray | PathLike[str] | str
 """An embedding in the shape that the model was trained on, or the path of a ``.npy`` file of it."""
 Picture = Image.Image | PathLike[str] | str
 """A picture of Pillow, or the path of an image file."""
+
+
+class Settings(TypedDict, total=False):
+    """How pictures are drawn, by default as in the model's config; see SamplerConfig."""
+
+    steps: int
+    guidance: float
+    guidance_interval: tuple[float, float]
+    eta: float
+    solver: str
+
+
+class Drawing(Settings, total=False):
+    """What one picture shows, and how it is drawn."""
+
+    label: int | None
+    """Its class; None for none."""
+    attributes: Sequence[str]
+    """What it has ("Smiling") or lacks ("-Male")."""
+    embedding: Embedding | None
+    callback: Watch | None
+    """Is told each step."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,7 @@ class Pipeline:
         embeddings: Tensor | np.ndarray | None = None,
         grid: Size | None = None,
         callback: Watch | None = None,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> list[Image.Image]:
         """Draw new pictures.
 
@@ -117,7 +137,7 @@ class Pipeline:
                 + "; must be equally many, or one for all"
             )
         count = max(counts.values(), default=1)
-        condition = self._condition(labels, attributes, embeddings, count)
+        condition = self.condition(labels, attributes, embeddings, count)
         check_samples(self.sampler, size, grid, count)
         chosen = torch.tensor(given["seeds"]).expand(count)
         latents = self.sampler.latents(condition, chosen, grid, watch=callback, **settings)
@@ -165,50 +185,27 @@ class Pipeline:
         strength: float = 0.5,
         *,
         seed: int = 0,
-        label: int | None = None,
-        attributes: Sequence[str] = (),
-        embedding: Embedding | None = None,
         size: Size | None = None,
-        callback: Watch | None = None,
-        **settings: Any,
+        **drawing: Unpack[Drawing],
     ) -> Image.Image:
         """Draw a picture like another: strength near 0 changes nearly nothing, 1 all of it."""
         image = self.read(picture)
         self._check_edit(_size(image), size)
-        return self._edit(
-            partial(editing.vary, images=image[None], strength=strength, size=size),
-            self._one_condition(label, attributes, embedding),
-            seed,
-            callback,
-            settings,
-        )
+        given = self._arguments(seed, drawing)
+        varied = editing.vary(self.sampler, image[None], strength=strength, size=size, **given)
+        return to_picture(varied[0])
 
     def inpaint(
-        self,
-        picture: Picture,
-        mask: Picture,
-        *,
-        seed: int = 0,
-        label: int | None = None,
-        attributes: Sequence[str] = (),
-        embedding: Embedding | None = None,
-        callback: Watch | None = None,
-        **settings: Any,
+        self, picture: Picture, mask: Picture, *, seed: int = 0, **drawing: Unpack[Drawing]
     ) -> Image.Image:
         """Draw a part of a picture anew, to fit the rest, which stays as it is.
 
         The mask has the picture's size, and is white where pixels are drawn.
         """
-        image = self.read(picture)
+        image, masked = self.read(picture), _read(mask, 1) >= 0
         self._check_edit(_size(image))
-        masked = _read(mask, 1) >= 0
-        return self._edit(
-            partial(editing.inpaint, images=image[None], masks=masked[None]),
-            self._one_condition(label, attributes, embedding),
-            seed,
-            callback,
-            settings,
-        )
+        given = self._arguments(seed, drawing)
+        return to_picture(editing.inpaint(self.sampler, image[None], masked[None], **given)[0])
 
     def outpaint(
         self,
@@ -217,11 +214,7 @@ class Pipeline:
         at: Size | None = None,
         *,
         seed: int = 0,
-        label: int | None = None,
-        attributes: Sequence[str] = (),
-        embedding: Embedding | None = None,
-        callback: Watch | None = None,
-        **settings: Any,
+        **drawing: Unpack[Drawing],
     ) -> Image.Image:
         """Continue a picture beyond its borders, to a larger size.
 
@@ -231,13 +224,8 @@ class Pipeline:
         own = _size(image)
         self._check_edit(own, within=size)
         at = at or ((size[0] - own[0]) // 2, (size[1] - own[1]) // 2)
-        return self._edit(
-            partial(editing.outpaint, images=image[None], size=size, at=at),
-            self._one_condition(label, attributes, embedding),
-            seed,
-            callback,
-            settings,
-        )
+        given = self._arguments(seed, drawing)
+        return to_picture(editing.outpaint(self.sampler, image[None], size, at, **given)[0])
 
     def interpolate(
         self,
@@ -245,45 +233,18 @@ class Pipeline:
         other: int,
         count: int = 8,
         *,
-        label: int | None = None,
-        attributes: Sequence[str] = (),
-        embedding: Embedding | None = None,
         size: Size | None = None,
-        callback: Watch | None = None,
-        **settings: Any,
+        **drawing: Unpack[Drawing],
     ) -> list[Image.Image]:
         """Draw pictures that go from one seed's to another's, both included."""
         size = size or self.codec.image
         check_samples(self.sampler, size, None, count)
-        condition = self._one_condition(label, attributes, embedding)
-        images = editing.interpolate(
-            self.sampler,
-            condition.expand(count, *condition.shape[1:]),
-            (seed, other),
-            count,
-            size,
-            watch=callback,
-            **settings,
-        )
+        given = self._arguments(seed, drawing)
+        condition = given.pop("condition")
+        given["condition"] = condition.expand(count, *condition.shape[1:])
+        given["seeds"] = (seed, other)
+        images = editing.interpolate(self.sampler, count=count, size=size, **given)
         return [to_picture(image) for image in images]
-
-    def _edit(
-        self,
-        edit: Callable[..., Tensor],
-        condition: Tensor,
-        seed: int,
-        callback: Watch | None,
-        settings: dict[str, Any],
-    ) -> Image.Image:
-        """Call a function of r2id.sampling.editing that edits one image."""
-        images = edit(
-            self.sampler,
-            condition=condition,
-            seeds=torch.tensor([seed]),
-            watch=callback,
-            **settings,
-        )
-        return to_picture(images[0])
 
     def read(self, picture: Picture) -> Tensor:
         """Read a picture, upright, as float32 [C, H, W] in [−1, 1] with the model's channels."""
@@ -294,24 +255,31 @@ class Pipeline:
         native = editing.edited_size(self.sampler, own, within)
         check_samples(self.sampler, size or within or own, self.codec.grid_for(native), 1)
 
-    def _one_condition(
-        self, label: int | None, attributes: Sequence[str], embedding: Embedding | None
-    ) -> Tensor:
-        batch = None
+    def _arguments(self, seed: int, drawing: Drawing) -> dict[str, Any]:
+        """Turn the keywords of one picture into those of r2id.sampling.editing."""
+        settings: dict[str, Any] = dict(drawing)
+        embedding = settings.pop("embedding", None)
         if isinstance(embedding, PathLike | str):
-            batch = choose_embeddings(Path(embedding), self.sampler.model, 1)
+            embedding = choose_embeddings(Path(embedding), self.sampler.model, 1)
         elif embedding is not None:
-            batch = torch.as_tensor(embedding)[None]
-        return self._condition(label, attributes, batch, 1)
+            embedding = torch.as_tensor(embedding)[None]
+        condition = self.condition(
+            settings.pop("label", None), settings.pop("attributes", ()), embedding, 1
+        )
+        watch = settings.pop("callback", None)
+        return {"condition": condition, "seeds": torch.tensor([seed]), "watch": watch, **settings}
 
-    def _condition(
+    def condition(
         self,
         labels: int | Sequence[int] | None,
         attributes: Sequence[str],
         embeddings: Tensor | np.ndarray | None,
         count: int,
     ) -> Tensor:
-        """Make the condition of ``count`` pictures: labels, attributes or embeddings."""
+        """Make the condition of ``count`` pictures: of labels, attributes or embeddings, or none.
+
+        Raises InputError for more than one of them, and for what the model was not trained with.
+        """
         if sum((labels is not None, bool(attributes), embeddings is not None)) > 1:
             raise InputError("labels, attributes and embeddings exclude each other")
         if attributes:
@@ -364,15 +332,6 @@ def upscaled(codec: Codec, image: Tensor, size: Size, window: Window | None = No
     """Upscale one image [C, H, W] in [−1, 1], if that fits into memory; see editing.upscale."""
     check_reconstruction(codec, codec.grid_for(_size(image)), size, window)
     return editing.upscale(codec, image[None], size, window)[0]
-
-
-def in_a_row(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Put pictures of one size side by side."""
-    width, height = pictures[0].size
-    row = Image.new(pictures[0].mode, (width * len(pictures), height))
-    for number, picture in enumerate(pictures):
-        row.paste(picture, (number * width, 0))
-    return row
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -249,6 +250,17 @@ def test_ten_clients_at_once_are_served(address, actions):
     for seed, picture in enumerate(drawn):
         wish = Wish(seed=seed, guidance=1.5, steps=3, label=4)
         assert np.array_equal(picture, pixels(actions.draw(wish, (8, 12)))), "each its own"
+
+
+def test_it_listens_on_this_machine_alone(address):
+    port = int(address.rstrip("/").rpartition(":")[2])
+    open_ports = [
+        connection.laddr
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    ]
+    assert {place.ip for place in open_ports} == {"127.0.0.1"}
 
 
 def test_a_port_in_use_is_named(address, r2id_run, r2id):

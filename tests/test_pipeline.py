@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from r2id import Pipeline
 from r2id.errors import InputError
 from r2id.images import to_bytes
+from r2id.models.r2id import R2ID
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,49 @@ def test_one_for_all_or_one_for_each(pipe):
     assert np.array_equal(pixels(pipe(-1)[0]), pixels(pipe()[0])), "no class"
     with pytest.raises(InputError, match="2 labels, 3 seeds"):
         pipe([0, 1], seeds=[0, 1, 2])
+
+
+def with_condition(pipe, condition, *, attributes=(), shape=()):
+    """The pipeline with an untrained R2ID of another condition, whose weights are not zero."""
+    sampler = pipe.sampler
+    config = sampler.model.config.model_copy(update={"condition": condition})
+    channels = sampler.codec.latent_channels
+    model = R2ID(config, channels, len(attributes), shape).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    return Pipeline(replace(sampler, model=model, attributes=attributes))
+
+
+def test_attributes_are_a_condition(pipe):
+    faces = with_condition(pipe, "attributes", attributes=("Smiling", "Male"))
+    drawn = faces(attributes=["Smiling", "-Male"], seeds=[0, 1], steps=2, guidance=3.0)
+    wanted = torch.tensor([[1.0, -1.0]]).expand(2, -1)
+    images = faces.sampler.sample(wanted, torch.arange(2), (8, 8), steps=2, guidance=3.0)
+    for one, other in zip(drawn, images, strict=True):
+        assert np.array_equal(pixels(one), to_bytes(other)[..., 0].numpy())
+    others = faces(attributes="Male", seeds=[0, 1], steps=2, guidance=3.0)
+    assert not np.array_equal(pixels(others[0]), pixels(drawn[0]))
+    edited = [faces.vary(drawn[0], 0.9, attributes=[name], steps=2) for name in ("Male", "-Male")]
+    assert not np.array_equal(*map(pixels, edited))
+
+
+def test_embeddings_are_a_condition(pipe, tmp_path):
+    texts = with_condition(pipe, "embedding", shape=(3, 4))
+    given = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)).half()
+    drawn = texts(embeddings=given, seeds=[0, 1], steps=2, guidance=3.0)
+    images = texts.sampler.sample(given, torch.arange(2), (8, 8), steps=2, guidance=3.0)
+    for one, other in zip(drawn, images, strict=True):
+        assert np.array_equal(pixels(one), to_bytes(other)[..., 0].numpy())
+    np.save(tmp_path / "text.npy", given[0].numpy())
+    edited = [
+        texts.vary(drawn[0], 0.9, embedding=embedding, steps=2)
+        for embedding in (given[0], tmp_path / "text.npy", given[1])
+    ]
+    assert np.array_equal(pixels(edited[0]), pixels(edited[1]))
+    assert not np.array_equal(pixels(edited[0]), pixels(edited[2]))
+    with pytest.raises(InputError, match=r"must be \[B, 3, 4\]"):
+        texts(embeddings=given[0])
 
 
 def test_callbacks_see_each_step_and_may_end_it(pipe):
@@ -110,6 +155,7 @@ def test_edits(pipe, picture, tmp_path):
         (lambda pipe, picture: pipe(embeddings=torch.zeros(1, 4)), "without|not trained with"),
         (lambda pipe, picture: pipe(1, attributes=["Smiling"]), "exclude"),
         (lambda pipe, picture: pipe(1, guidance=-1), "guidance"),
+        (lambda pipe, picture: pipe.vary(picture, labels=1), "labels"),
         (lambda pipe, picture: pipe(1, size=(100_000, 100_000)), "100000x100000.*memory"),
         (lambda pipe, picture: pipe.upscale(picture, (200_000, 100_000)), "memory"),
         (lambda pipe, picture: pipe.vary("nowhere.png"), "nowhere.png"),
@@ -174,4 +220,4 @@ def test_the_commands(pipe, picture, r2id_run, riae_run, tmp_path, r2id):
     assert r2id("upscale", riae_run, file, "--size", "20x16", "--out", out)[0] == 0
     assert np.array_equal(pixels(Image.open(out)), pixels(Image.open(tmp_path / "upscale.png")))
     code, _, errors = r2id("outpaint", r2id_run, file, "--size", "9x9", "--at", "x", "--out", "a")
-    assert code == 2 and "--out a" in errors
+    assert code == 2 and "--at 'x'" in errors

@@ -23,8 +23,7 @@ from r2id.errors import InputError
 from r2id.images import psnr, read_image
 from r2id.models.coords import Size, Window
 from r2id.pipeline import Pipeline, to_picture
-from r2id.sampling.conditions import choose_attributes
-from r2id.sampling.memory import check_reconstruction
+from r2id.sampling.memory import check_reconstruction, check_samples
 
 LARGEST = 2048
 """Largest height and width that the page offers, in pixels."""
@@ -101,9 +100,8 @@ class Actions:
     def draw(self, wish: Wish, size: Size) -> Image.Image:
         """Draw a picture of a size (height, width)."""
         with self._lock:
-            latents = self._of(wish, size)
-            check_reconstruction(self.pipe.codec, _grid(latents), size, None)
-            return to_picture(self.pipe.sampler.render(latents, size)[0])
+            check_samples(self.pipe.sampler, size, None, 1)
+            return to_picture(self.pipe.sampler.render(self._of(wish, size), size)[0])
 
     def zoom(
         self, wish: Wish, size: Size, factor: float, centre: tuple[float, float]
@@ -191,10 +189,7 @@ class Actions:
         grid = sampler.grid_for(size)
         key = wish.key(grid)
         if key not in self._latents:
-            if wish.attributes:
-                condition = choose_attributes(wish.attributes, sampler.attributes)[None]
-            else:
-                condition = torch.tensor([-1 if wish.label is None else wish.label])
+            condition = self.pipe.condition(wish.label, wish.attributes, None, 1)
             self._latents[key] = sampler.latents(
                 condition, torch.tensor([wish.seed]), grid, guidance=wish.guidance, steps=wish.steps
             )

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from r2id.cli.fields import Fields, Given, with_fields
-from r2id.cli.options import Device, Json, Overwrite, app, find_device, parse_window, report
+from r2id.cli.options import (
+    Device,
+    Json,
+    Model,
+    Overwrite,
+    WithCodec,
+    app,
+    find_device,
+    parse_window,
+    report,
+)
 from r2id.config import SamplerConfig, SubjectConfig
 from r2id.config.arguments import parse_size
 from r2id.errors import InputError
@@ -20,27 +30,15 @@ if TYPE_CHECKING:  # the commands' help needs neither torch nor Pillow
 
     from r2id.pipeline import Pipeline
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="CKPT",
-        help="R2ID: run directory, checkpoint, exported file or folder, or hub name.",
-    ),
-]
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture of any size.")]
-Out = Annotated[Path, typer.Option(help="PNG file to write; must not exist.")]
+Out = Annotated[Path, typer.Option(help="PNG file to write, or folder for it; must not exist.")]
 Subject = Annotated[Given, Fields(SubjectConfig)]
 Settings = Annotated[Given, Fields(SamplerConfig, unset="the run's own")]
 
 
 @app.command()
 def upscale(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CKPT", help="R2ID or RIAE: run directory, checkpoint or exported file."
-        ),
-    ],
+    checkpoint: WithCodec,
     image: Picture,
     size: Annotated[
         str, typer.Option(metavar="HxW", help="Height x width of the result in pixels.")
@@ -186,13 +184,16 @@ def interpolate(
     """Draw pictures that go from one seed's to another's."""
 
     def draw() -> Image.Image:
-        from r2id.pipeline import in_a_row
+        import torch
 
-        return in_a_row(
-            _load(checkpoint, device).interpolate(
-                seed, other, count, size=parse_size(size) if size else None, **subject, **settings
-            )
+        from r2id.images import tile
+        from r2id.pipeline import to_picture
+
+        pipe = _load(checkpoint, device)
+        pictures = pipe.interpolate(
+            seed, other, count, size=parse_size(size) if size else None, **subject, **settings
         )
+        return to_picture(tile(torch.stack([*map(pipe.read, pictures)]), count, gap=0))
 
     _write(draw, out, overwrite, as_json)
 
@@ -217,12 +218,10 @@ def _write(edit: Callable[[], Image.Image], out: Path, overwrite: bool, as_json:
     """Make a picture, and write it to a PNG file, which is checked first."""
     from r2id.data.records import png_bytes
     from r2id.files import write_atomic
+    from r2id.sampling.grids import output_files
 
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: must be a .png file")
-    if out.exists() and not overwrite:
-        raise InputError(f"{out}: exists already; choose another --out or add --overwrite")
+    (file,) = output_files(out, ["picture"], overwrite)
     picture = edit()
-    write_atomic(out, png_bytes(picture))
-    result = {"file": str(out), "size": [picture.height, picture.width]}
+    write_atomic(file, png_bytes(picture))
+    result = {"file": str(file), "size": [picture.height, picture.width]}
     report(result, as_json, lambda r: [r["file"]])

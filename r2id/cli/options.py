@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,19 @@ SizeList = Annotated[
     list[str] | None,
     typer.Option(
         "--size", metavar="HxW", help="Height x width of the picture in pixels. May be repeated."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="R2ID: run directory, checkpoint, exported file or folder, or hub name.",
+    ),
+]
+WithCodec = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CKPT", help="R2ID or RIAE: run directory, checkpoint, exported file or folder."
     ),
 ]
 Device = Annotated[

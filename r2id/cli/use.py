@@ -11,8 +11,10 @@ from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import (
     Device,
     Json,
+    Model,
     Overwrite,
     SizeList,
+    WithCodec,
     app,
     find_device,
     parse_sizes,
@@ -140,7 +142,7 @@ def _draw_many(
 
 @app.command()
 def reconstruct(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="RIAE: " + MODEL)],
+    checkpoint: WithCodec,
     image: Annotated[Path, typer.Argument(help="Picture of any size.")],
     out: Annotated[
         Path, typer.Option(help="PNG file, or folder for one file per size; must not exist.")
@@ -265,13 +267,7 @@ def _noise_shift_lines(found: dict[str, Any]) -> list[str]:
 
 @app.command("app")
 def serve_page(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            metavar="CKPT",
-            help="R2ID: run directory, checkpoint, exported file or folder, or hub name.",
-        ),
-    ],
+    checkpoint: Model,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",

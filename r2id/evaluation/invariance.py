@@ -34,10 +34,10 @@ from r2id.evaluation.reference import (
     real_batches,
     window_part,
 )
-from r2id.evaluation.riae import frechet_of_batches, scale_size
+from r2id.evaluation.riae import frechet_of_batches
 from r2id.images import psnr
 from r2id.models.codec import Codec
-from r2id.models.coords import Size
+from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress
 
 _SIDE = 28  # the sizes below are for MNIST; other data is measured at the same ratios to its size

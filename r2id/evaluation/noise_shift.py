@@ -35,9 +35,8 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.evaluation import figures
 from r2id.evaluation.r2id import Latents, encode_resized
-from r2id.evaluation.riae import scale_size
 from r2id.files import write_atomic, write_json
-from r2id.models.coords import Size
+from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress
 from r2id.sampling import noise_shift
 from r2id.sampling.sampler import Sampler

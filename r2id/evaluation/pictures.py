@@ -12,9 +12,9 @@ from r2id.evaluation.images import load_images
 from r2id.evaluation.neighbours import Neighbours
 from r2id.evaluation.provenance import Subject
 from r2id.evaluation.r2id import Samples, draw_samples
-from r2id.evaluation.riae import reconstruct_examples, scale_size
+from r2id.evaluation.riae import reconstruct_examples
 from r2id.images import to_float
-from r2id.models.coords import Size
+from r2id.models.coords import Size, scale_size
 from r2id.sampling.sampler import Sampler
 
 GRID_COUNT = 100  # samples shown per size

@@ -31,8 +31,7 @@ from r2id.evaluation.reference import (
     real_batches,
     window_part,
 )
-from r2id.evaluation.riae import scale_size
-from r2id.models.coords import Size
+from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.sampler import Sampler

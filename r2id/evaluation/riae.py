@@ -20,7 +20,7 @@ from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import frechet_distance, mse, ssim
 from r2id.images import psnr
 from r2id.models.codec import Codec
-from r2id.models.coords import Size
+from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress
 
 SCALES = {
@@ -46,11 +46,6 @@ class ReconstructionExamples:
     """By the name of a scale: all images decoded at that scale, from latents of their own size."""
     latents: list[Tensor]
     """Raw latents [L, h, w]."""
-
-
-def scale_size(size: Size, scale: tuple[float, float]) -> Size:
-    """Multiply a size (H, W) by factors of height and width; at least 1×1."""
-    return max(1, round(size[0] * scale[0])), max(1, round(size[1] * scale[1]))
 
 
 def measure_riae(

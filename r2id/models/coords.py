@@ -32,6 +32,11 @@ Advance = Callable[[int], object]
 """Is told numbers of pixels as they are computed, such as Progress.advance."""
 
 
+def scale_size(size: Size, scale: tuple[float, float]) -> Size:
+    """Multiply a size (H, W) by factors of height and width; at least 1×1."""
+    return max(1, round(size[0] * scale[0])), max(1, round(size[1] * scale[1]))
+
+
 def part_of(size: Size, window: Window | None) -> Part:
     """Return the rows and columns of a window, or all of those of a picture (H, W).
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from r2id.errors import InputError
 from r2id.images import resize
 from r2id.models.codec import Codec
-from r2id.models.coords import Size, Window, part_of
+from r2id.models.coords import Size, Window, part_of, scale_size
 from r2id.models.resampling import resample
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
@@ -44,8 +44,7 @@ def edited_size(sampler: Sampler, size: Size, within: Size | None = None) -> Siz
     height, width = sampler.codec.grid_for(size)
     cells = min(max(height * width, sampler.areas[0]), sampler.areas[1])
     scale = math.sqrt(cells / (height * width))
-    whole = within or size
-    return max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
+    return scale_size(within or size, (scale, scale))
 
 
 def vary(

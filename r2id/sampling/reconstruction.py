@@ -39,7 +39,7 @@ def reconstruct_file(
     its own size. Raises InputError when the window does not lie within the picture at each size, or
     when one would not fit into memory.
     """
-    codec = Codec.load(source, device)
+    codec = Codec.of_any(source, device)
     image = read_image(picture, codec.channels)
     own: Size = (image.shape[1], image.shape[2])
     sizes = tuple(sizes) or (own,)

@@ -52,9 +52,8 @@ from r2id.errors import InputError
 from r2id.evaluation.classifier import Classifier, load_or_train_classifier
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import frechet_distance, mse, ssim
-from r2id.evaluation.riae import scale_size
 from r2id.images import psnr, to_uint8
-from r2id.models.coords import Size
+from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress, say
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbours

@@ -7,9 +7,10 @@ from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
-from r2id.evaluation.riae import SCALES, measure_riae, reconstruct_examples, scale_size
+from r2id.evaluation.riae import SCALES, measure_riae, reconstruct_examples
 from r2id.images import to_float
 from r2id.models.codec import Codec
+from r2id.models.coords import scale_size
 from tests.evaluation.folders import write_folder
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from r2id import dist
 from r2id.data.loader import eval_loader
 from r2id.images import psnr, resize, save_png, tile
-from r2id.models.coords import Size
+from r2id.models.coords import Size, scale_size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.sampling.conditions import choose_labels
@@ -23,6 +23,7 @@ from r2id.training.tasks import R2idTask, RiaeTask
 
 _IMAGES, _WIDTH = 10, 1600  # the most images in a row, and the most pixels of them
 _FILM_ROWS = 24
+_SIZES = {"native": 1.0, "half": 0.5, "double": 2.0}  # of reconstructions
 
 
 class Previews(Callback):
@@ -97,18 +98,22 @@ def _reconstructions(task: RiaeTask, model: RIAE) -> list[Row]:
     native = (images.shape[2], images.shape[3])
     scale = enlargement(native)
     images = images[: _columns(native, scale)].to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=task.config.train.autocast):
+        latents = model.encode(images)
+        decoded = {
+            name: model.decode(latents, scale_size(native, (factor, factor)), native=native).float()
+            for name, factor in _SIZES.items()
+        }
     rows = []
-    for name, factor in (("native", 1.0), ("half", 0.5), ("double", 2.0)):
-        size = (max(1, round(native[0] * factor)), max(1, round(native[1] * factor)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=task.config.train.autocast):
-            decoded = model.decode(model.encode(images), size).float()
+    for name, drawn in decoded.items():
+        size = (drawn.shape[2], drawn.shape[3])
         originals, text = resize(images, size), f"{name} size, {size[0]}x{size[1]}"
-        resized = "" if name == "native" else " resized to"
+        original = "originals," if name == "native" else "originals resized to"
+        quality = _quality(originals, drawn, name)
         rows += [
-            Row(f"originals{resized or ','} {text}", tile(originals, len(images)), scale),
-            Row(f"reconstructions at {text}{_quality(originals, decoded, name)}",
-                tile(decoded, len(images)), scale),
-        ]  # fmt: skip
+            Row(f"{original} {text}", tile(originals, len(images)), scale),
+            Row(f"reconstructions at {text}{quality}", tile(drawn, len(images)), scale),
+        ]
     return rows
 
 
