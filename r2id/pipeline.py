@@ -40,7 +40,7 @@ from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window
 from r2id.sampling import editing
 from r2id.sampling.conditions import choose_attributes, choose_embeddings
-from r2id.sampling.memory import check_reconstruction, check_samples
+from r2id.sampling.memory import check_edit, check_reconstruction, check_samples
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 
@@ -253,7 +253,7 @@ class Pipeline:
     def _check_edit(self, own: Size, size: Size | None = None, within: Size | None = None) -> None:
         """Raise InputError when editing a picture, and drawing it at a size, would not fit."""
         native = editing.edited_size(self.sampler, own, within)
-        check_samples(self.sampler, size or within or own, self.codec.grid_for(native), 1)
+        check_edit(self.sampler, size or within or own, self.codec.grid_for(native))
 
     def _arguments(self, seed: int, drawing: Drawing) -> dict[str, Any]:
         """Turn the keywords of one picture into those of r2id.sampling.editing."""

@@ -158,6 +158,7 @@ def test_edits(pipe, picture, tmp_path):
         (lambda pipe, picture: pipe.vary(picture, labels=1), "labels"),
         (lambda pipe, picture: pipe(1, size=(100_000, 100_000)), "100000x100000.*memory"),
         (lambda pipe, picture: pipe.upscale(picture, (200_000, 100_000)), "memory"),
+        (lambda pipe, picture: pipe.vary(picture, size=(90_000, 90_000)), "90000x90000.*memory"),
         (lambda pipe, picture: pipe.vary("nowhere.png"), "nowhere.png"),
         (lambda pipe, picture: pipe.vary(__file__), "not a readable image"),
         (lambda pipe, picture: pipe.inpaint(picture, Image.new("L", (7, 8), 255)), "8x7"),

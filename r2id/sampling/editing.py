@@ -30,6 +30,8 @@ from r2id.models.resampling import resample
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 
+_MARGIN = 8
+"""Known pixels around a mask, at most, whose colours the drawn ones are shifted to."""
 _SMOOTHINGS = 20
 """Rounds of averaging at each scale of ``extend``."""
 
@@ -133,8 +135,25 @@ def _fill(
     latents = sampler.latents(
         condition, seeds, codec.grid_for(native), adjust=correct, watch=watch, **settings
     )
-    drawn = sampler.render(latents, own, native)
-    return put_in(images.cpu(), known.cpu(), drawn)
+    edited = images.cpu().clone()
+    for number, image in enumerate(edited):
+        # Only what surrounds the mask is drawn, so that a large picture takes no more than a small.
+        window = _around(masks[number, 0].cpu())
+        rows, columns = part_of(own, window)
+        drawn = codec.decode(latents[number : number + 1], own, window, native).cpu()
+        part = known[number : number + 1, :, rows, columns].cpu()
+        image[:, rows, columns] = put_in(image[None, :, rows, columns], part, drawn)[0]
+    return edited
+
+
+def _around(mask: Tensor) -> Window:
+    """Return the smallest window that holds all of a mask [H, W] and a margin of known pixels."""
+    starts, stops = [], []
+    for axis, side in enumerate(mask.shape):
+        drawn = mask.any(1 - axis).nonzero()
+        starts.append(max(0, int(drawn.min()) - _MARGIN))
+        stops.append(min(side, int(drawn.max()) + 1 + _MARGIN))
+    return starts[0], starts[1], stops[0], stops[1]
 
 
 def outpaint(

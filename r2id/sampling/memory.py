@@ -25,6 +25,7 @@ from r2id.models.coords import Size, Window
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
+from r2id.sampling.editing import put_in
 from r2id.sampling.sampler import Sampler
 
 _ALWAYS_FITS = 1 << 28
@@ -51,6 +52,24 @@ def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -
     if sampler.batch_length((1, 1), grid) == 1:
         _check_grid(sampler, grid, free)
     _check_pictures("size", size, sampler.codec, grid, count, free)
+
+
+def check_edit(sampler: Sampler, size: Size, grid: Size) -> None:
+    """Raise InputError when editing a picture of a size (H, W) on a grid would not fit."""
+    check_samples(sampler, size, grid, 1)
+    channels, free = sampler.codec.channels, free_memory(sampler.codec.device)
+
+    def work() -> Callable[[], Any]:
+        image, known = torch.zeros(1, channels, *_SMALL), torch.ones(1, 1, *_SMALL).bool()
+        return lambda: put_in(image, known, image + 0)
+
+    pixels = size[0] * size[1]
+    if 4 * channels * pixels <= _ALWAYS_FITS // 16:
+        return
+    per_pixel = _held(channels) + trace_peak(work) / (_SMALL[0] * _SMALL[1])
+    if per_pixel * pixels > free:
+        fits = _shrunk(size, (free / (per_pixel * pixels)) ** 0.5)
+        raise _too_large("size", size, int(per_pixel * pixels), free, fits)
 
 
 def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | None) -> None:

@@ -131,3 +131,21 @@ def test_the_prediction_is_what_it_takes(riae_run):
         [sys.executable, "-c", _MEASURE, riae_run], capture_output=True, check=True, text=True
     )
     assert 0.7 * int(run.stdout) < predicted < 2 * int(run.stdout)
+
+
+def test_editing_takes_more_than_drawing(r2id_run, free):
+    sampler, size, grid = Sampler.load(r2id_run), (3000, 4000), (4, 4)
+
+    def fits(check, *arguments) -> bool:
+        try:
+            check(sampler, size, grid, *arguments)
+        except InputError as error:
+            assert "3000x4000: takes about" in str(error) and "the largest" in str(error)
+            return False
+        return True
+
+    found = set()
+    for number in (1e7, 2e8, 4e8, 6e8, 8e8, 1e9, 1e11):
+        free(number)
+        found.add((fits(memory.check_samples, 1), fits(memory.check_edit)))
+    assert (True, False) in found and (True, True) in found and (False, True) not in found
