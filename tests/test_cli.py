@@ -247,10 +247,6 @@ MISTAKES = {
         "encode --riae {r2id} --shards {digits} --out {tmp}/o",
         ["stage 'r2id', not 'riae'"],
     ),
-    "reconstruct of the other stage": (
-        "reconstruct {r2id} {tmp}/text.jpg --out {tmp}/o",
-        ["stage 'r2id', not 'riae'"],
-    ),
     "no checkpoint": ("sample {tmp}/empty --out {tmp}/s.png", ["empty", "no checkpoint"]),
     "size 0x8": (SAMPLE + " --size 0x8", ["'0x8'", "HEIGHTxWIDTH"]),
     "size axb": (SAMPLE + " --size axb", ["'axb'", "HEIGHTxWIDTH"]),
