@@ -102,10 +102,12 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(default=None, ge=1)
     """Largest number of samples in a forward pass of one process. Without it, a process takes its
     whole share of the batch at once."""
-    precision: Literal["float32", "bfloat16", "bfloat16_weights"] = "float32"
-    """Number formats. bfloat16 is autocast: weights, norms and gradients stay float32.
-    bfloat16_weights needs less memory: the weights of the forward pass and their gradients are
-    bfloat16, and float32 weights are sharded over the processes (zero_stage 2 or 3)."""
+    precision: Literal["auto", "float32", "bfloat16", "bfloat16_weights"] = "auto"
+    """Number formats. bfloat16 is autocast: weights, norms and gradients stay float32. auto is
+    bfloat16 where the machine that the run begins on is fast at it (GPUs that have it, CPUs with
+    AMX), else float32; the run keeps it from then on. bfloat16_weights needs less memory: the
+    weights of the forward pass and their gradients are bfloat16, and float32 weights are sharded
+    over the processes (zero_stage 2 or 3)."""
     activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=2)] = "none"
     """Blocks whose activations are not kept but computed again in the backward pass, which saves
     memory: none, all, or every n-th."""
@@ -142,7 +144,10 @@ class TrainConfig(Section):
 
     @property
     def autocast(self) -> bool:
-        """Whether the forward pass runs under bfloat16 autocast."""
+        """Whether the forward pass runs under bfloat16 autocast.
+
+        Where ``auto`` is not decided yet, as in plans, it counts as a GPU's: bfloat16.
+        """
         return self.precision != "float32"
 
     @model_validator(mode="after")

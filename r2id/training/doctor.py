@@ -166,22 +166,20 @@ def _devices(torch: Any) -> Iterable[Check]:
 
 
 def _precision(torch: Any, stages: Stages) -> Check:
-    """Say what numbers a run computes with, and what bfloat16 costs here."""
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    """Say what numbers a run computes with, and whether bfloat16 is fast here."""
+    from r2id.training.precision import fastest_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fastest, why = fastest_precision(device)
     chosen = {name: stage.train.precision for name, stage in stages.items()}
-    words = (
-        ", ".join(f"{name} {precision} (train.precision)" for name, precision in chosen.items())
-        or "that of the config, float32 by default (train.precision)"
+    words = ", ".join(
+        f"{name} {fastest if precision == 'auto' else precision} ({precision})"
+        for name, precision in chosen.items()
     )
-    facts = {"chosen": chosen, "bfloat16": native}
-    if native:
-        return Check("precision", "ok", f"{words}; bfloat16 is fast here", facts=facts)
-    slow = any(precision != "float32" for precision in chosen.values())
-    advice = "train.precision=float32 may be faster" if slow else ""
-    found = f"{words}; bfloat16 is emulated here, and slow"
+    facts = {"chosen": chosen, "auto": fastest}
+    found = f"{words or f'train.precision auto is {fastest} here'}, {why}"
+    slow = fastest == "float32" and any(one not in ("auto", "float32") for one in chosen.values())
+    advice = "train.precision=auto may be faster, if nothing else asks for it" if slow else ""
     return Check("precision", "note" if slow else "ok", found, advice, facts)
 
 
@@ -287,10 +285,6 @@ def _cores() -> float:
 
 def _cpu() -> str:
     return _cpu_line("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> set[str]:
-    return {*_cpu_line("flags").split(), *_cpu_line("Features").split()}
 
 
 def _cpu_line(name: str) -> str:

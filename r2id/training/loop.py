@@ -18,6 +18,7 @@ from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks import Callbacks, make_callbacks
 from r2id.training.engines import make_engine
 from r2id.training.nonfinite import blame
+from r2id.training.precision import resolve_precision
 from r2id.training.resume import is_finished, restore, start_folder
 from r2id.training.state import MicroBatchResult, TrainState
 from r2id.training.tasks import Batch, make_task
@@ -44,6 +45,8 @@ def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[
     newest = Checkpoint.open_newest(config.run)
     if newest is not None and is_finished(config, newest):
         return {"checkpoint": newest.path, "step": newest.step}
+    recorded = newest.meta.config["train"]["precision"] if newest is not None else None
+    config = resolve_precision(config, world.device, recorded)
     micro_batch = micro_batch_size(config.train, world.world_size)
     task = make_task(config, world, micro_batch, newest)
     if newest is None and config.init_from is None:

@@ -55,6 +55,7 @@ from r2id.evaluation.metrics import frechet_distance, mse, ssim
 from r2id.images import psnr, to_uint8
 from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress, say
+from r2id.training.precision import resolve_precision
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbours
 from autoencoder_training import PEERS, Job, load, train
@@ -116,6 +117,7 @@ def configured(setting: Setting, options: argparse.Namespace) -> tuple[RiaeRun, 
     riae = load_config(path, [*shape, *data, *plain, *options.override])
     first = parse_config(setting.first, [*shape, *data])
     assert isinstance(riae, RiaeRun) and isinstance(first, RiaeRun)
+    riae = resolve_precision(riae, torch.device("cpu"))
     if riae.riae.kind != "lattice":
         raise InputError(f"{path}: riae.kind = {riae.riae.kind!r}: must be 'lattice' here")
     return riae, first

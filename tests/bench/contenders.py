@@ -37,6 +37,7 @@ from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.sampling.sampler import Sampler
 from r2id.training.engines.local import LocalEngine
+from r2id.training.precision import resolve_precision
 from r2id.training.tasks import make_task
 
 
@@ -161,8 +162,9 @@ class R2idPixels(Contender):
         return self.setup.pixels.model_copy(update={"run": run})
 
     def begin(self) -> Attempt:
-        config = self.config
-        task = make_task(config, dist.init(), config.train.batch)
+        world = dist.init()
+        config = resolve_precision(self.config, world.device)
+        task = make_task(config, world, config.train.batch)
         engine = LocalEngine(task.module, config.optim, config.train, torch.device("cpu"))
 
         def inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -215,6 +217,7 @@ class R2idLatents(R2idPixels):
     def _train_riae(self) -> dict[str, Any]:
         setup, config = self.setup, self.setup.riae
         config = config.model_copy(update={"run": setup.out / "riae"})
+        config = resolve_precision(config, torch.device("cpu"))
         file = setup.out / "riae-training.pt"
         began = time.process_time()
         task = make_task(config, dist.init(), config.train.batch)

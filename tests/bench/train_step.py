@@ -35,6 +35,7 @@ from r2id.training.engines import make_engine
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import riae_loss
 from r2id.training.meter import matmul_peak
+from r2id.training.precision import resolve_precision
 
 WARMUP = 3
 
@@ -124,8 +125,8 @@ def speed(config, options, size, images_per_second, peak):
 
 def main():
     options = arguments()
-    config = load_config(options.config, options.overrides)
     size, world = parse_size(options.size), dist.init()
+    config = resolve_precision(load_config(options.config, options.overrides), world.device)
     count, micro_batch = (
         accumulation(config.train, world.world_size),
         micro_batch_size(config.train, world.world_size),

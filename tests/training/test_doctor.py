@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from r2id import dist
+from r2id.training.precision import bfloat16_is_fast
 from r2id.training.reachable import find_server, find_store
 from tests.conftest import CONFIGS
 
@@ -89,7 +91,8 @@ def test_it_fits_a_screen(r2id, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     code, out, _ = r2id("doctor", CONFIGS / "digits" / "pipeline.toml")
     assert code == 0 and out.endswith("ready to train\n") and out.count("\n") < 24
-    assert "riae float32 (train.precision), r2id bfloat16 (train.precision)" in out
+    fastest = "bfloat16" if bfloat16_is_fast(dist.init().device) else "float32"
+    assert f"riae {fastest} (auto), r2id {fastest} (auto)" in out
 
 
 def test_packages_that_do_not_fit(tmp_path: Path) -> None:
