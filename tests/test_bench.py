@@ -56,7 +56,7 @@ class Line(nn.Module):
 
 
 def line() -> LocalEngine:
-    train = TrainConfig(steps=1, ema=0.9)
+    train = TrainConfig(steps=1, precision="float32", ema=0.9)
     return LocalEngine(Line(), OptimConfig(), train, torch.device("cpu"))
 
 

@@ -61,7 +61,7 @@ def main():
     engine = make_engine(
         module,
         optim=OptimConfig(),
-        train=TrainConfig(steps=1, batch=world.world_size),
+        train=TrainConfig(steps=1, batch=world.world_size, precision="float32"),
         world=world,
         engine=EngineConfig(zero_stage=options.zero_stage),
     )

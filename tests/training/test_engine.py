@@ -175,7 +175,7 @@ def test_several_averages_are_tracked_and_go_on(tmp_path: Path) -> None:
             optim=OptimConfig(),
             engine=EngineConfig(),
             world=World(0, 1, 0, torch.device("cpu")),
-            train=TrainConfig(steps=9, batch=4, ema_profiles=profiles),
+            train=TrainConfig(steps=9, batch=4, precision="float32", ema_profiles=profiles),
         )
 
     trained = made()
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_other_averages_is_refused(tmp_path: Path) -> None:
         optim=OptimConfig(),
         engine=EngineConfig(),
         world=World(0, 1, 0, torch.device("cpu")),
-        train=TrainConfig(steps=9, batch=4, ema_profiles=(0.05, 0.1)),
+        train=TrainConfig(steps=9, batch=4, precision="float32", ema_profiles=(0.05, 0.1)),
     )
     with pytest.raises(InputError, match=r"step-00000000: holds no ema-0\.1\.safetensors"):
         reading.resume(other, tmp_path)
