@@ -37,20 +37,30 @@ def plan(
     config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs of the whole job.")] = 1,
+    gpu: Annotated[
+        str, typer.Option(help="Kind of GPU, for what is not given: a100, h100 or rtx5080.")
+    ] = "a100",
     memory: Annotated[
-        float, typer.Option(min=1, help="Memory of one GPU in GB (10⁹ bytes).")
-    ] = 80.0,
+        float | None, typer.Option(min=1, help="Memory of one GPU in GB (10⁹ bytes).")
+    ] = None,
     share: Annotated[
         float,
         typer.Option(min=0.01, max=1, help="Share of --peak that training is expected to reach."),
     ] = 0.4,
     peak: Annotated[
-        float,
-        typer.Option(
-            min=0.001,
-            help="Peak speed of one GPU in TFLOP/s, such as 312 (A100) or 989 (H100) in bfloat16.",
-        ),
-    ] = 312.0,
+        float | None, typer.Option(min=0.001, help="Peak speed of one GPU in TFLOP/s, in bfloat16.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs of one computer.")
+    ] = None,
+    intra_node_bandwidth: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GB/s from one GPU to another of its node, one way."),
+    ] = None,
+    inter_node_bandwidth: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GB/s from one node to another, one way, of all adapters."),
+    ] = None,
     riae: Annotated[
         Path | None,
         typer.Option(help="Config of the RIAE, for an R2ID whose RIAE is not trained yet."),
@@ -61,17 +71,24 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a training run needs: parameters, memory, FLOPs, micro-batch and days."""
+    """Estimate what a training run needs: parameters, memory, FLOPs, micro-batch, days, workers."""
+    from r2id.training.communication import find_gpu
     from r2id.training.planner import describe
     from r2id.training.planner import plan as run_plan
 
+    given = {
+        "memory": memory,
+        "tflops": peak,
+        "per_node": gpus_per_node,
+        "intra_node": intra_node_bandwidth,
+        "inter_node": inter_node_bandwidth,
+    }
     result = run_plan(
         config,
         tuple(overrides or ()),
         gpus=gpus,
-        gigabytes=memory,
+        gpu=find_gpu(gpu, **given),
         share=share,
-        teraflops=peak,
         riae=riae,
         classes=classes,
     )

@@ -18,10 +18,12 @@ from r2id.models.coords import Size
 from r2id.models.tracing import trace_peak
 from r2id.training import pca
 from r2id.training.batch_split import accumulation, micro_batch_size
+from r2id.training.communication import Gpu, seconds, step_time, traffic
 from r2id.training.conditions import condition_facts
 from r2id.training.ema import decays
 from r2id.training.engines.settings import deepspeed_config, engine_kind
 from r2id.training.memory_estimate import Sharding, peak
+from r2id.training.reading_rate import reading_rate
 from r2id.training.workload import Dimensions, Workload, check_depth, image_cost, parameter_count
 
 RUNTIME = 2_000_000_000
@@ -110,23 +112,9 @@ def memory(workload: Workload, gpus: int, as_on_gpu: bool = True) -> dict[str, i
     """Estimate the bytes of each of ``gpus`` processes, by part and in total; see ``peak``."""
     config = workload.config
     with torch.device("meta"):
-        parameters = parameter_count(workload.module())
         has_codec = workload.dimensions.riae is not None
         codec = 4 * parameter_count(workload.codec()) if has_codec else 0
-    local = engine_kind(config.train, config.engine, gpus) == "local"
-    zero: dict[str, Any] = {}
-    if not local:
-        settings = deepspeed_config(config.optim, config.train, config.engine, gpus, parameters)
-        zero = settings["zero_optimization"]
-    sharding = Sharding(
-        parameters,
-        gpus,
-        None if local else config.engine.zero_stage,
-        len(decays(config.train)),
-        accumulation(config.train, gpus),
-        zero,
-        config.train.precision == "bfloat16_weights",
-    )
+    sharding = _sharding(config, gpus, _tensors(workload))
     samples = micro_batch_size(config.train, gpus) * workload.dimensions.copies
     encode = trace_peak(lambda: workload.encode(samples), as_on_gpu) if workload.encodes() else 0
     needed = peak(sharding, workload.trace(samples, as_on_gpu), codec, encode)
@@ -135,6 +123,29 @@ def memory(workload: Workload, gpus: int, as_on_gpu: bool = True) -> dict[str, i
         needed["perceptual"] = weights + kept * samples
         needed["total"] += needed["perceptual"]
     return needed
+
+
+def _tensors(workload: Workload) -> list[int]:
+    """Return the number of elements of each tensor that is trained."""
+    with torch.device("meta"):
+        return [parameter.numel() for parameter in workload.module().parameters()]
+
+
+def _sharding(config: RiaeRun | R2idRun, gpus: int, tensors: list[int]) -> Sharding:
+    local = engine_kind(config.train, config.engine, gpus) == "local"
+    zero: dict[str, Any] = {}
+    if not local:
+        settings = deepspeed_config(config.optim, config.train, config.engine, gpus, sum(tensors))
+        zero = settings["zero_optimization"]
+    return Sharding(
+        sum(tensors),
+        gpus,
+        None if local else config.engine.zero_stage,
+        len(decays(config.train)),
+        accumulation(config.train, gpus),
+        zero,
+        config.train.precision == "bfloat16_weights",
+    )
 
 
 def largest_micro_batch(
@@ -164,18 +175,17 @@ def plan(
     overrides: tuple[str, ...] = (),
     *,
     gpus: int,
-    gigabytes: float,
+    gpu: Gpu,
     share: float,
-    teraflops: float,
     riae: Path | None = None,
     classes: int | None = None,
 ) -> dict[str, Any]:
     """Compute everything that ``r2id plan`` prints.
 
-    ``gigabytes`` (10⁹ bytes) and ``teraflops`` (10¹² FLOP/s) are those of one GPU; ``share`` is the
-    part of its FLOP/s that training reaches. For ``riae`` and ``classes`` see find_dimensions. In
-    the result memory is in bytes, and FLOPs are those of one optimizer step of the whole job.
-    Raises InputError for a pipeline's config, a batch that does not divide, and missing facts.
+    ``share`` is the part of a GPU's FLOP/s that training reaches. For ``riae`` and ``classes`` see
+    find_dimensions. In the result memory and what is sent are in bytes, and FLOPs are those of one
+    optimizer step of the whole job. Raises InputError for a pipeline's config, a batch that does
+    not divide, and missing facts.
     """
     config = load_config(path, overrides)
     if isinstance(config, PipelineRun):
@@ -187,13 +197,15 @@ def plan(
     if isinstance(config, R2idRun):
         check_depth(config, workload.grid())
     dimensions = workload.dimensions
-    limit = gigabytes * 1e9
+    limit = gpu.memory * 1e9
     needed = memory(workload, gpus)
     cost = image_cost(workload)
     images = config.train.batch * dimensions.copies
-    seconds = cost.flops * images / (gpus * teraflops * 1e12 * share)
     with torch.device("meta"):
         parameters = parameter_count(workload.module().model)
+    compute = cost.flops * images / (gpus * gpu.tflops * 1e12 * share)
+    times = _times(workload, gpus, gpu, compute)
+    per_second = images / times["seconds_per_step"]
     return {
         "config": str(path),
         "stage": config.stage,
@@ -212,12 +224,39 @@ def plan(
         "fits": needed["total"] + RUNTIME <= limit,
         "largest_micro_batch": largest_micro_batch(config, dimensions, gpus, limit),
         "steps": config.train.steps,
-        "seconds_per_step": seconds,
-        "images_per_second": images / seconds,
+        **times,
+        "images_per_second": per_second,
+        "loading": _loading(workload, per_second / gpus),
         "pca": _pca(config, dimensions),
-        "days": seconds * config.train.steps / 86400,
+        "days": times["seconds_per_step"] * config.train.steps / 86400,
         "share": share,
-        "peak_tflops": teraflops,
+        "peak_tflops": gpu.tflops,
+    }
+
+
+def _times(workload: Workload, gpus: int, gpu: Gpu, compute: float) -> dict[str, Any]:
+    """Estimate the seconds of a step: computing, sending, and both as far as they overlap."""
+    tensors = _tensors(workload)
+    sent = traffic(_sharding(workload.config, gpus, tensors), tensors)
+    return {
+        "compute_seconds": compute,
+        "sent": round(sent.total),
+        "communication_seconds": seconds(sent.total, gpus, gpu),
+        "overlapped": sent.hidden > 0,
+        "seconds_per_step": step_time(compute, sent, gpus, gpu),
+    }
+
+
+def _loading(workload: Workload, needed: float) -> dict[str, Any]:
+    """Say how many loader workers give a process that many images per second."""
+    values = math.prod(workload.grid()) * workload.channels()
+    pixels = math.prod(workload.dimensions.image)
+    rate, measured = reading_rate(workload.config.data, pixels, values)
+    return {
+        "needed": needed,
+        "per_worker": rate,
+        "measured": measured,
+        "workers": math.ceil(needed / rate),
     }
 
 
@@ -241,7 +280,6 @@ def describe(result: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
     total, limit = (result["memory"]["total"] + result["reserved"]) / 1e9, result["limit"] / 1e9
     largest = result["largest_micro_batch"]
-    start = result["pca"]
     return [
         f"{result['stage']}: {result['parameters'] / 1e6:.1f} M parameters; {result['tokens']} "
         f"tokens per image ({rows}x{columns} latents of {height}x{width} pixels)",
@@ -252,8 +290,29 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"{total:.2f} of {limit:g}, {'fits' if result['fits'] else 'does not fit'}",
         "largest micro-batch that fits: "
         + (f"{largest}" if largest else "none, not even one image"),
-        f"time: {result['days']:.1f} days for {result['steps']} steps at {result['share']:.0%} of "
-        f"{result['peak_tflops']:g} TFLOP/s ({result['images_per_second']:.0f} images/s)",
+        *_describe_times(result),
+    ]
+
+
+def _describe_times(result: dict[str, Any]) -> list[str]:
+    compute, sending, step = (
+        1e3 * result[name]
+        for name in ("compute_seconds", "communication_seconds", "seconds_per_step")
+    )
+    loading, start = result["loading"], result["pca"]
+    spent = f"{compute:.3g} ms at {result['share']:.0%} of {result['peak_tflops']:g} TFLOP/s"
+    if result["sent"]:
+        spent = (
+            f"{spent}, {sending:.3g} ms for {result['sent'] / 1e9:.2g} GB that each GPU sends; "
+            f"{step:.3g} ms {'overlapped' if result['overlapped'] else 'one after the other'}"
+        )
+    return [
+        f"time per step: {spent}",
+        f"run: {_describe_days(result['days'])} for {result['steps']} steps "
+        f"({result['images_per_second']:.0f} images/s)",
+        f"loading: {loading['needed']:.0f} images/s per GPU, of which a worker reads "
+        f"{loading['per_worker']:.0f} ({'measured' if loading['measured'] else 'assumed'}): "
+        f"data.workers={loading['workers']}",
         *(
             [
                 f"start: a PCA of up to {start['images']:,} images, once, by one process; "
@@ -263,3 +322,10 @@ def describe(result: dict[str, Any]) -> list[str]:
             else []
         ),
     ]
+
+
+def _describe_days(days: float) -> str:
+    for unit, length in (("days", 1.0), ("hours", 24.0)):
+        if days * length >= 1:
+            return f"{days * length:.1f} {unit}"
+    return f"{days * 1440:.1f} minutes"

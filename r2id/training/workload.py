@@ -85,7 +85,7 @@ class Workload:
             module = riae_loss(RIAE(config.riae, config.data.channels), loss, config.seed)
         else:
             classes, embedding = self.dimensions.classes, self.dimensions.embedding
-            model = R2ID(config.r2id, self._channels(), classes, embedding)
+            model = R2ID(config.r2id, self.channels(), classes, embedding)
             module = R2idLoss(model, config.diffusion, 1.0, config.seed)
         if fullest:
             # Not compiled, because compiled blocks cannot be traced.
@@ -114,7 +114,7 @@ class Workload:
         index = torch.zeros(samples, dtype=torch.int64)  # of the samples in their data set
         if isinstance(self.config, RiaeRun):
             return {"image": self._images(samples), "index": index}
-        latent = torch.zeros(samples, self._channels(), *self.grid())
+        latent = torch.zeros(samples, self.channels(), *self.grid())
         condition = {
             "attributes": torch.zeros(samples, self.dimensions.classes, dtype=torch.int8),
             "embedding": torch.zeros(samples, *self.dimensions.embedding, dtype=torch.float16),
@@ -124,7 +124,7 @@ class Workload:
     def _images(self, samples: int) -> torch.Tensor:
         return torch.zeros(samples, self.config.data.channels, *self.dimensions.image)
 
-    def _channels(self) -> int:
+    def channels(self) -> int:
         """Return the number of channels of what is diffused: latents, or pixels without a codec."""
         riae = self.dimensions.riae
         return self.config.data.channels if riae is None else riae.latent_channels

@@ -21,6 +21,7 @@ from r2id.images import save_png, tile
 from r2id.models.conditioning import drop, empty
 from r2id.models.r2id import R2ID
 from r2id.sampling.sampler import Sampler
+from r2id.training.communication import GPUS
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import plan
@@ -214,19 +215,12 @@ def test_a_set_without_embeddings(digits, tmp_path):
         train(load_config(PIXELS, overrides))
     for shards, named in ((digits, r"r2id\.condition"), (tmp_path / "none", r"data\.shards.*none")):
         with pytest.raises(InputError, match=named):
-            plan(
-                PIXELS,
-                (*overrides, f"data.shards={shards}"),
-                gpus=1,
-                gigabytes=80,
-                share=0.4,
-                teraflops=300,
-            )
+            plan(PIXELS, (*overrides, f"data.shards={shards}"), gpus=1, gpu=GPUS["a100"], share=0.4)
 
 
 def test_the_plan_counts_the_model_that_is_trained(run):
     model = Sampler.load(run).model
-    found = plan(run / "config.toml", (), gpus=1, gigabytes=80, share=0.4, teraflops=300)
+    found = plan(run / "config.toml", (), gpus=1, gpu=GPUS["a100"], share=0.4)
     assert found["parameters"] == sum(p.numel() for p in model.parameters()) and found["fits"]
 
 

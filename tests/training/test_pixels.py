@@ -16,6 +16,7 @@ from r2id.images import resize
 from r2id.models.pixels import STD, Pixels
 from r2id.models.r2id import R2ID
 from r2id.sampling.sampler import Sampler
+from r2id.training.communication import GPUS
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import plan
@@ -117,9 +118,8 @@ def test_a_plan_takes_no_autoencoder():
         CONFIG,
         ("train.batch=2", "r2id.encoder_blocks=1", "r2id.decoder_blocks=1"),
         gpus=1,
-        gigabytes=16,
+        gpu=GPUS["rtx5080"],
         share=0.5,
-        teraflops=100,
         classes=10,
     )
     assert (
@@ -162,9 +162,8 @@ def test_levels_and_scales_deeper_than_the_training_images(digits, tmp_path):
             CONFIG,
             (*TINY_R2ID, "data.size=[8, 8]", f"r2id.levels=[{', '.join(['{width=16}'] * 4)}]"),
             gpus=1,
-            gigabytes=16,
+            gpu=GPUS["rtx5080"],
             share=0.5,
-            teraflops=100,
             classes=10,
         )
 

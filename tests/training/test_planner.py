@@ -1,6 +1,7 @@
 """``r2id plan``: its memory against what real steps take, its arithmetic, and what it asks for."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_step
+from r2id.training.communication import GPUS, Gpu
 from r2id.training.losses.riae import riae_loss
 from r2id.training.planner import RUNTIME, describe, largest_micro_batch, memory, plan
+from r2id.training.reading_rate import reading_rate
 from r2id.training.workload import Dimensions, Workload
 from tests.conftest import CONFIGS
 
@@ -32,6 +35,7 @@ R2ID_CASE = [
     "r2id.encoder_blocks=4",
     "r2id.decoder_blocks=2",
 ]
+SMALL = Gpu(memory=16, tflops=100, per_node=2, intra_node=20, inter_node=5)
 RIAE_CASE = [str(PHOTOS / "riae-256.toml"), "riae.width=384"]
 
 
@@ -117,9 +121,8 @@ def test_a_plan_says_what_a_run_comes_to():
         config,
         ("data.size=[32, 32]",),
         gpus=4,
-        gigabytes=16,
+        gpu=SMALL,
         share=0.5,
-        teraflops=100,
         riae=DIGITS / "riae.toml",
         classes=10,
     )
@@ -135,12 +138,32 @@ def test_a_plan_says_what_a_run_comes_to():
         p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name
     )
     assert 0.5 < found["flops_per_step"] / (6 * linear * found["tokens"] * 128) < 2
-    assert found["days"] * 86400 == pytest.approx(
-        run.train.steps * found["flops_per_step"] / (4 * 100e12 * 0.5)
+    assert found["compute_seconds"] == pytest.approx(found["flops_per_step"] / (4 * 100e12 * 0.5))
+    # ZeRO 1 reduces gradients to all, which is twice three quarters of them from each of four, and
+    # gathers weights, over the links between two nodes, while nothing is computed.
+    assert found["sent"] == pytest.approx(3 * 0.75 * 4 * found["parameters"], rel=1e-3)
+    assert found["communication_seconds"] == pytest.approx(found["sent"] / 5e9)
+    assert found["seconds_per_step"] == pytest.approx(
+        found["compute_seconds"] + found["communication_seconds"]
     )
+    assert found["days"] * 86400 == pytest.approx(run.train.steps * found["seconds_per_step"])
     assert found["images_per_second"] * found["seconds_per_step"] == pytest.approx(128)
     assert found["fits"] and found["largest_micro_batch"] == 32
-    assert json.loads(json.dumps(found)) == found and len(describe(found)) == 5
+    assert json.loads(json.dumps(found)) == found and len(describe(found)) == 7
+
+
+def test_workers_are_counted_from_what_one_reads(digits, tmp_path):
+    data = load_config(DIGITS / "riae.toml", [f"data.shards={digits}"]).data
+    rate, measured = reading_rate(data, 1, 1)
+    assert measured and rate > 1000  # 8x8 pixels that are kept in memory
+    missing = data.model_copy(update={"shards": tmp_path})
+    assert reading_rate(missing, 256 * 256, 1) == (pytest.approx(153, abs=1), False)
+    cached = missing.model_copy(update={"latents": tmp_path})
+    assert reading_rate(cached, 1, 16 * 16 * 64) == (pytest.approx(6100, abs=10), False)
+    found = plan(PHOTOS / "riae-256.toml", ("train.batch=8",), gpus=8, gpu=GPUS["h100"], share=0.4)
+    loading = found["loading"]
+    assert loading["needed"] == pytest.approx(found["images_per_second"] / 8)
+    assert loading["workers"] == math.ceil(loading["needed"] / loading["per_worker"])
 
 
 def test_without_a_condition_nobody_asks_for_classes():
@@ -148,9 +171,8 @@ def test_without_a_condition_nobody_asks_for_classes():
         DIGITS / "r2id.toml",
         ('r2id.condition="none"', "data.size=[8, 8]"),
         gpus=1,
-        gigabytes=16,
+        gpu=SMALL,
         share=0.5,
-        teraflops=100,
         riae=DIGITS / "riae.toml",
     )
     run = load_config(DIGITS / "r2id.toml", ('r2id.condition="none"',))
@@ -188,4 +210,4 @@ def test_the_largest_micro_batch_is_the_largest_that_fits():
 def test_what_a_plan_cannot_know_is_asked_for(config, options, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where nothing has been prepared or trained
     with pytest.raises(InputError, match=message):
-        plan(config, (), **{"gpus": 1, "gigabytes": 16, "share": 0.4, "teraflops": 312, **options})
+        plan(config, (), **{"gpus": 1, "gpu": SMALL, "share": 0.4, **options})
