@@ -109,21 +109,35 @@ def _enter(stack: ExitStack, as_on_gpu: bool) -> _Ledger:
     stack.enter_context(FakeTensorMode())
     if as_on_gpu:
         stack.enter_context(plain_up_to(0))
-        stack.enter_context(_FusedDropout())
+        stack.enter_context(_KernelsOfGpu())
     return stack.enter_context(_Ledger())
 
 
-class _FusedDropout(TorchFunctionMode):
-    """Makes dropout keep a mask of one byte per element, as on a GPU.
+class _KernelsOfGpu(TorchFunctionMode):
+    """Makes functions keep what a GPU's kernels keep for the backward pass, instead of a CPU's.
 
-    On a CPU, PyTorch's mask is of the input's dtype.
+    Dropout keeps a mask of one byte per element; on a CPU, PyTorch's is of the input's dtype.
+    RMSNorm keeps its input and one number per row, where a CPU's keeps every intermediate; a GPU's
+    autocast has it compute in float32. Other functions that r2id uses have the same dtypes under
+    both kinds of autocast (tests/models/test_autocast_of_cuda.py).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.dropout and kwargs.get("training", True) and kwargs.get("p", 0.5) > 0:
             return torch.native_dropout(args[0], kwargs.get("p", 0.5), True)[0]
+        if func is F.rms_norm:
+            return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _rms_norm(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = x.float(), None if weight is None else weight.float()
+    # A CPU has no fused RMSNorm. LayerNorm keeps the same, and one more number per row.
+    return torch.native_layer_norm(x, normalized_shape, weight, None, eps or 1e-6)[0]
 
 
 class _Ledger(TorchDispatchMode):
