@@ -14,6 +14,7 @@ from typing import TextIO
 from r2id.cli import checkpoints, data, edit, training, use  # noqa: F401  (they register their commands)
 from r2id.cli.options import app
 from r2id.errors import InputError, Stopped, WorkError
+from r2id.openmp import wait_considerately
 from r2id.progress import say
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     Exit codes: 0 done, 1 the work failed, 2 the input or arguments are wrong, 75 stopped by a
     signal with everything saved.
     """
+    wait_considerately()  # first, because a command may load torch
     _make_up_an_account()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: names of files, and signs that the terminal's encoding lacks, are escaped.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from r2id.config import PipelineRun, R2idRun, RiaeRun, load_config
+from r2id.openmp import waiting
 from r2id.training.reachable import find_server, find_store
 
 State = Literal["ok", "note", "broken"]
@@ -190,9 +191,10 @@ def _threads(torch: Any) -> Check:
     processes = max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
     found = (
         f"{threads} in each process: {why}; {cores:g} cores, {processes} process"
-        f"{'es' if processes > 1 else ''} by launch/train.sh"
+        f"{'es' if processes > 1 else ''} by launch/train.sh; {waiting()}"
     )
     facts = {"threads": threads, "cores": cores, "OMP_NUM_THREADS": given, "processes": processes}
+    facts["waiting"] = waiting()
     if threads <= max(1, cores):
         return Check("threads", "ok", found, facts=facts)
     advice = f"threads wait for each other: export OMP_NUM_THREADS={max(1, int(cores))}"
