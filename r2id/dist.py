@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from r2id import files
 from r2id.errors import InputError, WorkError
+
+Wait = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """Return the elementwise maximum over all ranks; the argument stays as it is."""
     return _all_reduce(tensor, group.ReduceOp.MAX)
+
+
+def start_all_reduce_max(tensor: Tensor) -> Wait:
+    """Start replacing a tensor by its elementwise maximum over all ranks; return how to wait.
+
+    Waiting makes the host wait with gloo, and the GPU's current stream with NCCL.
+    """
+    work = group.all_reduce(tensor, group.ReduceOp.MAX, async_op=True)
+    return work.wait
 
 
 def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 From the command to a step it is four calls::
 
-    r2id train CONFIG → loop.train(config) → loop.run(state, callbacks) → loop.step(state)
+    r2id train CONFIG → loop.train(config) → loop.run(state, callbacks) → step.step_or_skip(state)
 
 * ``loop.py``: the loop
 * ``state.py``: the state that the loop changes and its callbacks read

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from r2id.training import callbacks, loop
+from r2id.training import callbacks, step
 from r2id.training.callbacks import Callback, Callbacks
 from r2id.training.loop import train
 from r2id.training.state import TrainState
@@ -97,11 +97,13 @@ def test_figures_of_skipped_steps_are_not_those_before_them(
 ) -> None:
     """Of an interval in which all steps were skipped, there is no loss to be logged."""
     spoilt = {2, 3}
-    forward = loop._forward
+    forward = step._forward
 
-    def with_fault(state: TrainState, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, figures = forward(state, batch, step)
-        return (loss * math.nan if step in spoilt else loss), figures
+    def with_fault(
+        state: TrainState, batch: Batch, number: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, figures = forward(state, batch, number)
+        return (loss * math.nan if number in spoilt else loss), figures
 
     logged: list[dict[str, float]] = []
 
@@ -110,7 +112,7 @@ def test_figures_of_skipped_steps_are_not_those_before_them(
             if state.log_due:
                 logged.append(dict(state.figures))
 
-    monkeypatch.setattr(loop, "_forward", with_fault)
+    monkeypatch.setattr(step, "_forward", with_fault)
     monkeypatch.setattr(callbacks, "REGISTRY", (*callbacks.REGISTRY, Seen))
     overrides = ("train.steps=6", "train.log_every=2", "train.skip_nonfinite=2")
     result = train(riae_config(digits, tmp_path, *overrides))

@@ -14,7 +14,8 @@ from r2id.config import load_config
 from r2id.errors import InputError
 from r2id.models import lattice
 from r2id.models.layers import FeedForward
-from r2id.training.loop import learning_rate, train
+from r2id.training.loop import train
+from r2id.training.step import learning_rate
 from tests.conftest import ATTENTION_CONFIG, CONFIGS, TINY_ATTENTION, TINY_R2ID, TINY_RIAE
 from tests.training import children, loop_ranks
 

@@ -15,6 +15,7 @@ from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
 from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks.watchdog import Watchdog
+from r2id.training.engines import LocalEngine
 from r2id.training.loop import train
 from r2id.training.losses.windows import WindowLoss
 from tests.conftest import CONFIGS, TINY_RIAE
@@ -134,6 +135,58 @@ def test_a_step_left_out_changes_nothing(digits, tmp_path, spoil):
         )
     )
     assert_same(tmp_path / "short", tmp_path / "long")
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The engine finds out late, as on a GPU: at the next step, or when its state is read."""
+    begin = LocalEngine.__init__
+
+    def begin_late(self, *args):
+        begin(self, *args)
+        self.late = True
+
+    monkeypatch.setattr(LocalEngine, "__init__", begin_late)
+
+
+STEPS = ("train.steps=8", "train.save_every=4", "train.keep=9")
+
+
+def test_steps_found_out_late_are_left_out_where_the_state_is_saved_and_at_the_end(
+    digits, tmp_path, spoil, late, capfd
+):
+    """Steps 3 and 7 are followed by a checkpoint; 5 is found out at the next step."""
+    spoil({3, 5, 7}, nan_loss)
+    profiles = ("train.ema_profiles=[0.1]", "train.ema_snapshot_every=4")
+    settings = (*STEPS, *profiles, "train.skip_nonfinite=3")
+    assert train(riae_config(digits, tmp_path / "late", *settings))["step"] == 8
+    said = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
+    assert [line.split(": ")[1] for line in said] == ["step 3", "step 5", "step 7"]
+    assert all("the loss" in line and "samples train-" in line for line in said)
+    for found in reading.list_checkpoints(tmp_path / "late" / "checkpoints"):
+        for kind in ("model", "ema", "optimizer"):
+            values = Checkpoint.open(found).tensors(kind).values()
+            assert all(torch.isfinite(value).all() for value in values), kind
+
+
+def test_what_is_found_out_late_leaves_the_same_weights(digits, tmp_path, spoil, request):
+    spoil({3, 5, 7}, nan_loss)
+    train(riae_config(digits, tmp_path / "at once", *STEPS, "train.skip_nonfinite=3"))
+    request.getfixturevalue("late")
+    train(riae_config(digits, tmp_path / "late", *STEPS, "train.skip_nonfinite=3"))
+    for kind in ("model", "optimizer"):
+        found = Checkpoint.open(tmp_path / "late").tensors(kind)
+        for name, value in Checkpoint.open(tmp_path / "at once").tensors(kind).items():
+            assert torch.equal(value, found[name]), f"{kind} {name}"
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_what_is_found_out_late_stops_a_run_before_it_is_saved(step, digits, tmp_path, spoil, late):
+    spoil({step}, nan_loss)
+    with pytest.raises(NonFiniteError, match=rf"step {step}: .*the loss .*samples train-\d+"):
+        train(riae_config(digits, tmp_path / "run", *STEPS))
+    kept = reading.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [found.name for found in kept] == (["step-00000004"] if step == 7 else [])
 
 
 STALL = """

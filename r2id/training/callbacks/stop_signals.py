@@ -9,27 +9,34 @@ import torch
 from r2id import dist
 from r2id.progress import say
 from r2id.training.callbacks.base import Callback
+from r2id.training.host_copy import HostCopy
 from r2id.training.state import TrainState
 
 
 class StopSignals(Callback):
-    """Stop the run after the step in which a signal comes; a second SIGINT interrupts at once."""
+    """Stop the run after the step in which a signal comes; a second SIGINT interrupts at once.
+
+    A signal may reach one rank alone, and all must stop at the same step. In a job of several
+    processes they tell each other after every step, and read it one step later, when it is there
+    without waiting: they stop after the step that follows the one in which the signal comes.
+    """
 
     def __init__(self) -> None:
         self.received = False
 
     def pre_train(self, state: TrainState) -> None:
+        self.poll = Poll(state.engine.device)
         self.handlers = {  # those from before, to be put back at the end
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }
 
     def post_step(self, state: TrainState) -> None:
-        # A signal may reach one rank alone, and all must stop at the same step.
-        stopping = self.received
-        if dist.world_size() > 1:
-            flag = torch.tensor(float(stopping), device=state.engine.device)
-            stopping = bool(dist.all_reduce_max(flag))
-        state.stopping = stopping
+        if dist.world_size() == 1:
+            state.stopping = self.received
+            return
+        state.stopping = self.poll.read()
+        if not (state.stopping or state.finished):
+            self.poll.start(self.received)
 
     def close(self, state: TrainState, error: BaseException | None) -> None:
         for number, handler in self.handlers.items():
@@ -39,4 +46,31 @@ class StopSignals(Callback):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
-        say("stopping at the end of this step; everything will be saved")
+        which = "this step" if dist.world_size() == 1 else "the next step"
+        say(f"stopping at the end of {which}; everything will be saved")
+
+
+class Poll:
+    """A question to all ranks, whose answer is read later: has any of them said yes?"""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.copy = device, HostCopy(device)
+        self.wait: dist.Wait | None = None
+
+    def start(self, yes: bool) -> None:
+        """Tell the others this rank's answer. Every rank calls it at the same step."""
+        self.answer = torch.full((), float(yes), device=self.device)
+        self.wait = dist.start_all_reduce_max(self.answer)
+        if self.device.type == "cuda":  # it is the GPU that waits there, and not the host
+            self.wait()
+            self.copy.start(self.answer)
+
+    def read(self) -> bool:
+        """Return whether any rank has said yes when it was last told; false if it never was."""
+        wait, self.wait = self.wait, None
+        if wait is None:
+            return False
+        if self.device.type == "cuda":
+            return bool(self.copy.read())
+        wait()
+        return bool(self.answer)

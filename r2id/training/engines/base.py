@@ -88,7 +88,8 @@ class Engine(ABC):
         Call it after the step's last micro-batch. Returns the gradient norm before clipping, a
         scalar on the device. Gradients that are not finite never reach the weights: every rank
         raises NonFiniteError, and the engine can make more steps afterwards. On a GPU in one
-        process, the error comes with the next call, before that call changes anything.
+        process, the error comes with ``confirm``, or with the next call, before that call changes
+        anything.
         """
         self.steps = step + 1
         for group in self.optimizer.param_groups:
@@ -99,6 +100,12 @@ class Engine(ABC):
             count = self.optimizer.state[self.masters[number]]["step"]
             count.fill_(max(0, step - self.discriminator_start))
         return self._update(step)
+
+    def confirm(self) -> None:  # noqa: B027  (most engines know at once)
+        """Raise NonFiniteError, once, if the last step's gradient was not finite.
+
+        Call it before the state is read.
+        """
 
     def state(self) -> EngineState:
         """Return this rank's share of the state.

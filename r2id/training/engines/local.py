@@ -21,6 +21,7 @@ from r2id.training.engines.base import (
     trained_model,
     trained_parameters,
 )
+from r2id.training.host_copy import HostCopy
 
 
 class LocalEngine(Engine):
@@ -39,6 +40,7 @@ class LocalEngine(Engine):
         self.masters = list(self.names.values())
         self.layout = whole_layout(self.shapes)
         self.guard = _FiniteGuard(device)
+        self.late = device.type != "cpu"  # on a CPU a norm is known at once
         self._track_masters(module, train)
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
@@ -57,9 +59,12 @@ class LocalEngine(Engine):
         setattr(self.optimizer, "found_inf", self.guard.watch(norm, step))  # noqa: B010
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cpu":  # the norm is there already
+        if not self.late:
             self.guard.check()
         return norm
+
+    def confirm(self) -> None:
+        self.guard.check()
 
     def state(self) -> EngineState:
         self.guard.check()
@@ -80,24 +85,18 @@ class _FiniteGuard:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.norm = torch.zeros((), pin_memory=self.cuda)
-        self.copied = torch.cuda.Event() if self.cuda else None
+        self.norm = HostCopy(device)
         self.step: int | None = None
 
     def watch(self, norm: Tensor, step: int) -> Tensor:
         """Start copying a step's norm; return a flag on the device, 1.0 if it is not finite."""
-        self.norm.copy_(norm, non_blocking=True)
+        self.norm.start(norm)
         self.step = step
-        if self.copied is not None:
-            self.copied.record()
         return torch.logical_not(torch.isfinite(norm)).float()
 
     def check(self) -> None:
         """Raise NonFiniteError, once, when the last norm that was watched is not finite."""
         if self.step is None:
             return
-        if self.copied is not None:
-            self.copied.synchronize()
         step, self.step = self.step, None
-        raise_unless_finite(float(self.norm), step)
+        raise_unless_finite(self.norm.read(), step)
