@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from r2id import files
 from r2id.errors import InputError, WorkError
 
 Wait = Callable[[], Any]
+
+_PATIENCE = timedelta(hours=1)
+"""How long a rank waits for another in a collective. NCCL's ten minutes are too few for what one
+rank does alone, such as a principal component analysis; a rank that is stuck is found by the
+watchdog before (``train.stall_seconds``), and one that died by the launcher."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,11 @@ def init_group(world: World) -> None:
 
 def _join(device: torch.device, **place: Any) -> None:
     if not group.is_initialized():
-        group.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
+        if device.type == "cuda":
+            # NCCL would guess the GPU from the rank, which is wrong on hosts of unlike many GPUs.
+            group.init_process_group("nccl", device_id=device, timeout=_PATIENCE, **place)
+        else:
+            group.init_process_group("gloo", timeout=_PATIENCE, **place)
         if device.type == "cpu":
             atexit.register(shutdown)  # gloo's threads must end before the interpreter does
 

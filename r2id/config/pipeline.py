@@ -78,8 +78,9 @@ class EncodeConfig(Section):
 
     batch: int = Field(default=256, ge=1)
     """Number of images that are encoded at once."""
-    workers: int = Field(default=0, ge=0)
-    """Number of processes that load images; 0 loads them in the encoding process."""
+    workers: int | None = Field(default=None, ge=0)
+    """Number of processes that load images; 0 loads them in the encoding process. Without it, as
+    many as the RIAE's training had (``data.workers``)."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the latents on disk."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def encode(
     out: Path,
     *,
     batch: int = 256,
-    workers: int = 0,
+    workers: int | None = None,
     dtype: Dtype = "float32",
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
@@ -34,12 +35,15 @@ def encode(
     mirrored images, each is encoded mirrored too. Shards that an earlier call has finished are
     kept. In a job of several processes (torchrun) each encodes its share of the shards, on its own
     device. Returns the folder, the number of images and how many of them were kept. Raises
-    InputError when the RIAE, the shards and the cache do not fit together.
+    InputError when the RIAE, the shards and the cache do not fit together. ``workers``: see
+    EncodeConfig.
     """
     world = dist.init()
     codec = Codec.load(riae, world.device if world.world_size > 1 else device)
     data_set = ShardSet.open(shards)
-    data = codec.data.model_copy(update={"shards": shards, "workers": workers})
+    data = codec.data.model_copy(update={"shards": shards})
+    if workers is not None:
+        data = data.model_copy(update={"workers": workers})
     writer = LatentWriter(
         out,
         data_set,
@@ -53,40 +57,64 @@ def encode(
         if dist.is_main():
             writer.prepare()
         dist.barrier()
-        reused = _encode_share(codec, data_set, data, writer, batch)
-        # Summing also waits until every rank has written.
-        total = dist.all_reduce_sum(torch.tensor(reused, device=world.device))
+        images = sum(split.samples for split in data_set.manifest.splits.values())
+        missing = _find_missing(data_set, writer)
+        reused = images - sum(map(len, missing.values()))
+        # What is missing is shared out, not everything: else the ranks whose shards are there would
+        # wait for those whose shards are not.
+        mine = dict(list(missing.items())[dist.rank() :: dist.world_size()])
+        _encode_shards(codec, data_set, data, writer, batch, mine, reused)
+        dist.barrier()  # until every rank has written
         if dist.is_main():
             writer.finish()
         dist.barrier()
     return {
         "out": str(out),
-        "images": sum(split.samples for split in data_set.manifest.splits.values()),
-        "reused": int(total),
+        "images": images,
+        "reused": reused,
         "codec": codec.name,
         "codec_hash": codec.identity,
     }
 
 
-def _encode_share(
-    codec: Codec, data_set: ShardSet, data: DataConfig, writer: LatentWriter, batch: int
-) -> int:
-    """Encode this rank's shards; return the number of images whose latents were cached already."""
+Missing = dict[tuple[str, int], np.ndarray]
+"""(Split, shard number) → the samples of the shard."""
+
+
+def _find_missing(data_set: ShardSet, writer: LatentWriter) -> Missing:
+    """List the shards whose latents are not cached yet, in the set's order, on every rank.
+
+    Every rank must call it: they share the work, because what is there is hashed.
+    """
     shards = [
         (split, number)
         for split, entry in data_set.manifest.splits.items()
         for number in range(len(entry.shards))
-    ][dist.rank() :: dist.world_size()]
-    members = {
-        (split, number): data_set.split(split).indices_in_shard(number) for split, number in shards
+    ]
+    share = shards[dist.rank() :: dist.world_size()]
+    found = dist.gather_objects([shard for shard in share if not writer.done(*shard)])
+    missing = {shard for part in found for shard in part}
+    return {
+        (split, number): data_set.split(split).indices_in_shard(number)
+        for split, number in shards
+        if (split, number) in missing
     }
-    reused, total = 0, sum(map(len, members.values()))
-    with Progress("encode", total, unit="images", shown=dist.is_main()) as progress:
-        for (split, number), indices in members.items():
-            if writer.done(split, number):
-                reused += len(indices)
-                progress.advance(len(indices))
-                continue
+
+
+def _encode_shards(
+    codec: Codec,
+    data_set: ShardSet,
+    data: DataConfig,
+    writer: LatentWriter,
+    batch: int,
+    shards: Missing,
+    reused: int,
+) -> None:
+    """Encode and write the latents of some shards; ``reused`` images were there already."""
+    total = reused + sum(map(len, shards.values()))
+    shown = dist.is_main()
+    with Progress("encode", total, start=reused, unit="images", shown=shown) as progress:
+        for (split, number), indices in shards.items():
             # Batches are grouped by image size, but the cache keeps the order of the shard's index.
             latents: dict[int, Tensor] = {}
             for images in eval_loader(data_set, data, split, batch, indices=indices):
@@ -97,4 +125,3 @@ def _encode_share(
                 latents.update(zip(images["index"].tolist(), encoded, strict=True))
                 progress.advance(len(images["index"]))
             writer.write(split, number, [latents[int(index)] for index in indices])
-    return reused

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from r2id import dist
+from r2id.config import TrainConfig
 from r2id.errors import InputError
 
 
@@ -31,3 +34,23 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
     with pytest.raises(InputError, match=f"LOCAL_RANK = {torch.cuda.device_count()}"):
         dist.init()
+
+
+def test_nccl_is_told_its_gpu_and_waits_longer_than_its_ten_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What torch is asked for; nothing is joined, for there may be no GPU here."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, **settings: asked.append((backend, settings)),
+    )
+    gpu = torch.device("cuda", 3)
+    dist.init_group(dist.World(0, 1, 3, gpu))
+    dist.init_group(dist.World(0, 1, 0, torch.device("cpu")))
+    (nccl, of_nccl), (gloo, of_gloo) = asked
+    assert (nccl, gloo) == ("nccl", "gloo") and of_nccl["device_id"] == gpu
+    assert "device_id" not in of_gloo
+    stall = TrainConfig(steps=1).stall_seconds
+    assert stall and of_nccl["timeout"].total_seconds() > stall, "the watchdog speaks first"

@@ -6,12 +6,15 @@ import pytest
 
 from data_prep.prepare import prepare
 from r2id.config import PrepareConfig, load_config
+from r2id.data.latent_writer import LatentWriter
+from r2id.data.loader import eval_loader
 from r2id.errors import InputError
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from tests.conftest import CONFIGS
 from tests.training import children
 from tests.training.children import Ranks
+from tests.training.test_loop import riae_config
 
 
 def test_two_processes_write_the_same_cache(riae_run, tmp_path):
@@ -41,6 +44,54 @@ def test_two_processes_write_the_same_cache(riae_run, tmp_path):
         for name in ("one", "two")
     ]
     assert len(files[0]) > 8 and files[0] == files[1]
+
+
+def _encoded_by_each(_world, riae, shards, out):
+    """How many shards this rank writes."""
+    written = []
+    write = LatentWriter.write
+
+    def noted(self, split, number, latents):
+        written.append((split, number))
+        write(self, split, number, latents)
+
+    LatentWriter.write = noted
+    try:
+        encode(riae, shards, out)
+    finally:
+        LatentWriter.write = write
+    return len(written)
+
+
+def test_what_is_missing_is_shared_out_evenly(ranks, riae_run, tmp_path):
+    """Every second shard is missing, all of which one rank would have had by their numbers."""
+    shards, out = tmp_path / "digits", tmp_path / "latents"
+    prepare(PrepareConfig(dataset="digits", out=shards, shard_mb=0.02))
+    encode(riae_run, shards, out)
+    whole = {path: path.read_bytes() for path in out.rglob("*.*")}
+    missing = sorted(out.glob("train/*.safetensors"))[::2]
+    assert len(missing) >= 4
+    for path in missing:
+        path.unlink()
+    counts = ranks(_encoded_by_each, riae_run, shards, out)
+    assert sum(counts) == len(missing) and max(counts) - min(counts) <= 1
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == whole
+
+
+def test_images_are_loaded_by_as_many_processes_as_the_riae_was_trained_with(
+    digits, tmp_path, monkeypatch
+):
+    train(riae_config(digits, tmp_path / "run", "train.steps=1", "data.workers=1"))
+    workers = []
+
+    def noted(data_set, data, *arguments, **options):
+        workers.append(data.workers)
+        return eval_loader(data_set, data, *arguments, **options)
+
+    monkeypatch.setattr("r2id.training.encode.eval_loader", noted)
+    encode(tmp_path / "run", digits, tmp_path / "as trained")
+    encode(tmp_path / "run", digits, tmp_path / "none", workers=0)
+    assert sorted({*workers}) == [0, 1] and workers == sorted(workers, reverse=True)
 
 
 def test_a_run_that_its_cache_is_not_for_leaves_nothing_behind(riae_run, tmp_path):
