@@ -44,6 +44,57 @@ def test_how_time_grows_is_measured(script: str) -> None:
     assert all(row["seconds"] > 0 for row in found["rows"])
 
 
+@pytest.mark.slow
+def test_a_gpu_is_measured_part_by_part(tmp_path: Path) -> None:
+    parts = ["peak", "sampling", "resume", "syncs", "zero"]
+    command = [sys.executable, BENCH / "gpu.py", "--small", "--out", tmp_path, "--only", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["part"] for row in rows} == set(parts)
+    assert not [row for row in rows if "failed" in str(row.get("note"))]
+    assert all(row["same_bits"] for row in rows if row["part"] == "resume")
+    assert "## peak" in (tmp_path / "gpu.md").read_text()
+    subprocess.run([*command, "--minutes", "0"], check=True)
+    later = json.loads((tmp_path / "gpu.json").read_text())
+    assert later[: len(rows)] == rows  # what was measured stays
+    assert [row["note"] for row in later[len(rows) :]] == ["no time left"] * len(parts)
+
+
+def test_kernels_of_a_block_that_follow_one_another_are_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    roofline: Any = importlib.import_module("roofline")
+    kernel = roofline.Kernel
+    listed = [
+        kernel("mul", 1, reads={1: 8, 2: 4}, writes={3: 8}),
+        kernel("add", 1, reads={3: 8}, writes={4: 8}),
+        kernel("silu", 1, reads={4: 8}, writes={5: 8}),
+        kernel("mm", 1, 100, reads={5: 8, 6: 2}, writes={7: 8}),
+        kernel("mul", 1, reads={7: 8, 4: 8}, writes={8: 8}),
+        kernel("sum", None, reads={8: 8}, writes={9: 4}),
+    ]
+    found = roofline.compiled(listed)
+    assert [part.name for part in found] == ["fused", "mm", "mul", "sum"]
+    # 3 is of no use to others; 4 is, to the kernel after the product.
+    assert found[0].reads == {1: 8, 2: 4} and found[0].writes == {4: 8, 5: 8}
+    gpu = roofline.Gpu(bfloat16=50.0, float32=5.0, bandwidth=2.0)
+    assert [part.seconds(gpu) for part in found] == [14, 9, 12, 6]
+    assert kernel("mm", 1, 100, wide=True).seconds(gpu) == 20
+
+
+@pytest.mark.slow
+def test_a_step_is_estimated_for_gpus() -> None:
+    command = [sys.executable, BENCH / "roofline.py", "--only", "MNIST RIAE", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert 0 < row["compiled_kernels"] < row["eager_kernels"]
+    for found in row["gpus"].values():
+        assert 0 < found["eager"]["share"] <= found["compiled"]["share"] < 1
+
+
 class Line(nn.Module):
     """Fits a line to numbers."""
 

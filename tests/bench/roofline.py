@@ -205,7 +205,9 @@ def estimate(name, overrides):
 
 
 def cell(found):
-    return f"{found['ms']:.3g} ms, {found['share']:.2f}" + (" ¹" if found["host_bound"] else "")
+    ms = found["ms"]
+    spent = f"{ms:.3g} ms" if ms < 999 else f"{ms / 1e3:.3g} s"
+    return f"{spent}, {found['share']:.2f}" + (" ¹" if found["host_bound"] else "")
 
 
 def main():

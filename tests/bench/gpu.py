@@ -1,0 +1,382 @@
+"""Everything worth knowing of a GPU, in one command of nine minutes at most.
+
+    python tests/bench/gpu.py --out FOLDER [--minutes 9] [--only PART ...] [--small]
+
+Writes FOLDER/gpu.md and gpu.json after every measurement, so that a cut keeps those before it. Each
+part is a process of its own, which may fail or be stopped without the others. Models have random
+weights. ``--small`` is for trying the command on a CPU.
+
+    peak      bfloat16 products of large matrices
+    mnist     a step of the reference RIAE and R2ID: eager, compiled, with CUDA graphs
+    base      a step of R2ID-B on 256 tokens, compiled or not, with checkpointing or not, and memory
+              beside what `r2id plan` says
+    base-512  the same on 1,024 tokens
+    xl        the same of R2ID-XL on 256 tokens
+    sampling  the reference models at 32x32, and ten samples of 1024x1024 at once
+    resume    whether a run that goes on has the bits of one that was not interrupted
+    zero      a step with DeepSpeed's ZeRO 1 in one process, beside one without
+    syncs     where a training step and a sample wait for the GPU
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from r2id import dist, rng
+from r2id.checkpoints import reading, writing
+from r2id.checkpoints.files import Meta
+from r2id.config import TrainConfig, load_config
+from r2id.files import write_atomic
+from r2id.models.codec import Codec
+from r2id.models.r2id import R2ID
+from r2id.models.riae import RIAE
+from r2id.sampling.sampler import Sampler
+from r2id.training.engines import make_engine
+from r2id.training.meter import matmul_peak
+from r2id.training.planner import memory
+from r2id.training.workload import Dimensions, Workload, image_cost
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SECONDS = {
+    "peak": 20,
+    "base": 110,
+    "mnist": 100,
+    "sampling": 50,
+    "resume": 30,
+    "syncs": 25,
+    "zero": 45,
+    "base-512": 80,
+    "xl": 80,
+}
+"""Most that each part takes, by importance."""
+TIMED = 3.0  # seconds of steps that are timed
+RIAES = {"mnist/reference-r2id": "mnist/reference-riae", "imagenet/r2id-b-512": "imagenet/riae-512"}
+NARROW = {"riae": ["riae.width=16", "train.batch=2"], "r2id": ["r2id.width=32", "r2id.heads=2"]}
+NARROW["r2id"] += ["r2id.encoder_blocks=2", "r2id.decoder_blocks=1", "train.batch=2"]
+
+
+class Report:
+    """The measurements so far, in a folder."""
+
+    def __init__(self, folder, part):
+        self.folder, self.part = folder, part
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "gpu.json"
+        self.rows = json.loads(file.read_text()) if file.is_file() else []
+
+    def add(self, **row):
+        self.rows.append({"part": self.part, **row})
+        write_atomic(self.folder / "gpu.json", (json.dumps(self.rows, indent=1) + "\n").encode())
+        write_atomic(self.folder / "gpu.md", markdown(self.rows).encode())
+        print(json.dumps(self.rows[-1]), flush=True)
+
+
+def markdown(rows):
+    lines = []
+    for part in dict.fromkeys(row["part"] for row in rows):
+        mine = [
+            {k: v for k, v in row.items() if k != "part"} for row in rows if row["part"] == part
+        ]
+        heads = list(dict.fromkeys(key for row in mine for key in row))
+        lines += [f"## {part}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [f"| {' | '.join(cell(row.get(head)) for head in heads)} |" for row in mine]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cell(value):
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def workload(path, side, options, *overrides):
+    """The steps of a config, of one micro-batch each."""
+    narrow = NARROW["riae" if "riae" in path else "r2id"] if options.small else []
+    config = load_config(
+        CONFIGS / f"{path}.toml", [*narrow, "train.precision=bfloat16", *overrides]
+    )
+    count = min(config.train.batch, config.train.micro_batch or config.train.batch)
+    config = load_config(
+        CONFIGS / f"{path}.toml",
+        [*narrow, "train.precision=bfloat16", f"train.batch={count}", *overrides],
+    )
+    riae = None
+    if "r2id" in path:
+        riae = load_config(CONFIGS / f"{RIAES.get(path, 'imagenet/riae-256')}.toml").riae
+    side = 32 if options.small else side
+    classes = 10 if path.startswith("mnist") else 1000
+    return Workload(config, Dimensions((side, side), 1, classes, riae))
+
+
+def engine_of(work, world):
+    torch.manual_seed(0)
+    config = work.config
+    return make_engine(
+        work.module(compiled=config.train.compile),
+        optim=config.optim,
+        train=config.train,
+        engine=config.engine,
+        world=world,
+    )
+
+
+def inputs_of(work, world):
+    torch.manual_seed(1)
+    made = work.inputs(work.config.train.batch)
+    made = {k: torch.randn_like(v) if v.ndim == 4 else v for k, v in made.items()}
+    return {key: value.to(world.device) for key, value in made.items()}
+
+
+def steps(engine, inputs, first, last):
+    for step in range(first, last):
+        torch.manual_seed(int(rng.fold(0, step)))  # of dropout, as in training
+        loss, _ = engine.forward({**inputs, "step": step})
+        engine.backward(loss, 1)
+        del loss, _
+        engine.step(1e-4, step)
+        engine.ema.update(step)
+
+
+def wait(world):
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_step(report, world, work, peak, **names):
+    """Time a step, and compare its memory with the plan."""
+    cuda = world.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    try:
+        engine, inputs = engine_of(work, world), inputs_of(work, world)
+        began = time.perf_counter()
+        steps(engine, inputs, 0, 3)
+        wait(world)
+        start_up, began, done = time.perf_counter() - began, time.perf_counter(), 3
+        while done < 6 or time.perf_counter() - began < TIMED:
+            steps(engine, inputs, done, done + 3)
+            wait(world)
+            done += 3
+    except torch.cuda.OutOfMemoryError:
+        report.add(**names, note="out of memory")
+        return
+    seconds = (time.perf_counter() - began) / (done - 3)
+    batch = work.config.train.batch
+    row = {
+        "batch": batch,
+        "ms": seconds * 1e3,
+        "images/s": batch / seconds,
+        "share of peak": image_cost(work).flops * batch / seconds / peak,
+        "first steps, s": start_up,
+    }
+    if cuda and not work.config.train.compile:
+        needed = memory(work, 1)
+        planned, used = needed["total"] - needed.get("codec", 0), torch.cuda.max_memory_allocated()
+        row |= {"GB": (used - before) / 1e9, "planned GB": planned / 1e9}
+        row["planned / used"] = planned / (used - before)
+    report.add(**names, **row)
+
+
+def each_variant(report, world, path, side, options, variants):
+    peak = matmul_peak(world.device, torch.bfloat16)
+    for name, overrides in variants.items():
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.reset()
+        work = workload(path, side, options, *overrides)
+        time_step(report, world, work, peak, step=path, variant=name)
+
+
+def measure_peak(report, world, _options):
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    for dtype in (torch.bfloat16, torch.float32):
+        tflops = matmul_peak(world.device, dtype) / 1e12
+        report.add(device=device, torch=torch.__version__, products=str(dtype), tflops=tflops)
+
+
+def measure_mnist(report, world, options):
+    variants = {"eager": [], "compiled": ["train.compile=true"]}
+    if "cuda_graphs" in TrainConfig.model_fields and world.device.type == "cuda":
+        variants["CUDA graphs"] = ["train.cuda_graphs=true"]
+    for path in ("mnist/reference-riae", "mnist/reference-r2id"):
+        each_variant(report, world, path, 32, options, variants)
+
+
+def measure_model(path, side):
+    variants = {
+        f"{'compiled' if compiled == 'true' else 'eager'}, checkpointing {checkpointing}": [
+            f"train.compile={compiled}",
+            f"train.activation_checkpointing={checkpointing}",
+        ]
+        for compiled in ("false", "true")
+        for checkpointing in ("none", "all")
+    }
+    return lambda report, world, options: each_variant(report, world, path, side, options, variants)
+
+
+def reference_sampler(world, options):
+    """The reference models with random weights."""
+    work = workload("mnist/reference-r2id", 32, options)
+    config, riae, device = work.config, work.dimensions.riae, world.device
+    torch.manual_seed(0)
+    channels = riae.latent_channels
+    model = R2ID(config.r2id, channels, 10).to(device).eval().requires_grad_(False)
+    codec = RIAE(riae, 1).to(device).eval().requires_grad_(False)
+    mean, std = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+    codec = Codec(codec, mean, std, True, None, None, (32, 32), config.data)
+    cells = math.prod(work.grid())
+    return Sampler(
+        model, codec, config.diffusion, config.sample, cells**0.5, (cells, cells), (1, 1), True
+    )
+
+
+def draw(sampler, count, size, steps=None):
+    device = sampler.codec.device
+    seeds = torch.arange(count, device=device)
+    return sampler.sample(seeds % 10, seeds, size, steps=steps)
+
+
+def measure_sampling(report, world, options):
+    sampler, cuda = reference_sampler(world, options), world.device.type == "cuda"
+    for count, side in ((4, 32), (2, 64)) if options.small else ((256, 32), (10, 1024)):
+        draw(sampler, min(count, 4), (32, 32), steps=2)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        wait(world)
+        began = time.perf_counter()
+        draw(sampler, count, (side, side), steps=2 if options.small else None)
+        wait(world)
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+        size = f"{side}x{side}"
+        report.add(samples=count, size=size, seconds=seconds, per_second=count / seconds, GB=peak)
+
+
+def measure_resume(report, world, options):
+    """Four steps in deterministic mode, and two and two with a checkpoint between them."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for path in ("mnist/reference-riae", "mnist/reference-r2id"):
+        work = workload(path, 32, options)
+        inputs, whole, again = (
+            inputs_of(work, world),
+            engine_of(work, world),
+            engine_of(work, world),
+        )
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            steps(whole, inputs, 0, 2)
+            meta = Meta(stage="riae", step=2, samples=2, seed=0, config={}, model={})
+            writing.save(Path(folder), whole.state(), meta, keep=1)
+            steps(whole, inputs, 2, 4)
+            reading.resume(again, Path(folder))
+            steps(again, inputs, 2, 4)
+        pairs = zip(whole.masters, again.masters, strict=True)
+        same = all(torch.equal(one, other) for one, other in pairs)
+        refused = sorted({str(w.message).split()[0] for w in said if "determin" in str(w.message)})
+        report.add(step=path, same_bits=same, not_deterministic=", ".join(refused) or "none")
+
+
+def measure_zero(report, world, options):
+    variants = {"local": [], "ZeRO 1": ["engine.kind=deepspeed", "engine.zero_stage=1"]}
+    each_variant(report, world, "imagenet/r2id-b-256", 256, options, variants)
+
+
+def measure_syncs(report, world, options):
+    for path in ("mnist/reference-riae", "mnist/reference-r2id"):
+        work = workload(path, 32, options)
+        engine, inputs = engine_of(work, world), inputs_of(work, world)
+        steps(engine, inputs, 0, 2)
+        count_syncs(report, world, path, lambda e=engine, i=inputs: steps(e, i, 2, 3))
+    sampler = reference_sampler(world, options)
+    draw(sampler, 4, (32, 32), steps=2)
+    count_syncs(
+        report, world, "4 samples of 10 steps", lambda: draw(sampler, 4, (32, 32), steps=10)
+    )
+
+
+def count_syncs(report, world, name, work):
+    if world.device.type != "cuda":
+        work()
+        report.add(work=name, note="a CPU has none")
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        work()
+        torch.cuda.set_sync_debug_mode("default")
+    places = Counter(
+        f"{Path(w.filename).name}:{w.lineno}" for w in said if "synchroniz" in str(w.message)
+    )
+    report.add(work=name, syncs=sum(places.values()), places=str(dict(places.most_common(12))))
+
+
+PARTS = {
+    "peak": measure_peak,
+    "mnist": measure_mnist,
+    "base": measure_model("imagenet/r2id-b-256", 256),
+    "base-512": measure_model("imagenet/r2id-b-512", 512),
+    "xl": measure_model("imagenet/r2id-xl-256", 256),
+    "sampling": measure_sampling,
+    "resume": measure_resume,
+    "zero": measure_zero,
+    "syncs": measure_syncs,
+}
+
+
+def run_parts(options):
+    """Run each part as a process; stop it after its time."""
+    end = time.monotonic() + 60 * options.minutes
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    for part in SECONDS:
+        if part not in options.only:
+            continue
+        command = [sys.executable, __file__, "--out", str(options.out), "--part", part]
+        limit = min(1.3 * SECONDS[part], end - time.monotonic())
+        note = "no time left"
+        if limit > 5:
+            try:
+                done = subprocess.run(
+                    [*command, *(["--small"] if options.small else [])],
+                    env=environment,
+                    timeout=limit,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    check=False,
+                )
+                note = done.returncode and f"failed: {(done.stderr.splitlines() or ['?'])[-1]}"
+            except subprocess.TimeoutExpired:
+                note = f"stopped after {limit:.0f} s"
+        if note:
+            Report(options.out, part).add(note=note)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part is None:
+        run_parts(options)
+        return
+    if options.small:
+        globals()["TIMED"] = 0.0
+    PARTS[options.part](Report(options.out, options.part), dist.init(), options)
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    main()
