@@ -1,0 +1,90 @@
+"""Every kind of both models trains on a GPU as on a CPU, on the stand-in of tests/stand_in.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from r2id.training.loop import train
+from tests.stand_in import stand_in_gpu
+from tests.training.test_loop import attention_config, r2id_config, riae_config
+
+SHORT = ("train.steps=2", "train.batch=8", "train.log_every=1")
+LATTICE = {
+    "plain": (),
+    "resized latents": ("loss.equivariance=1.0", "loss.latent_mask=0.3"),
+    "smaller pictures": ("loss.equivariance=0.0", "loss.magnify=1.0", "riae.linear=false"),
+    "all terms": (
+        "loss.texture=0.1",
+        "loss.ssim=0.1",
+        "loss.pixel=charbonnier",
+        "loss.discriminator=0.1",
+        "loss.discriminator_start=1",
+        "loss.discriminator_width=8",
+    ),
+    "windows, activations again": ("loss.window=[6,5]", "train.activation_checkpointing=all"),
+}
+ATTENTION = {
+    "cloud": ("loss.encode_scales=[0.5,1.5]", "riae.decode_scales=[0.5,2.0]"),
+    "cloud of latents": ("loss.decode_cloud=0.5", "loss.jitter=0.5", "loss.texture=0.1"),
+    "tiled": ("riae.attention=tiled", "riae.tile=2", "riae.halo=1", "riae.gaussian_window=true"),
+    "tiled latents": (
+        "riae.attention=tiled",
+        "riae.latent_attention=tiled",
+        "riae.tile=2",
+        "riae.halo=1",
+        "riae.linear=true",
+        "riae.bounded=false",
+    ),
+}
+R2ID = {
+    "context": (),
+    "cross": ("r2id.conditioning=cross", "diffusion.multiscale=1"),
+    "no condition": ("r2id.condition=none", "diffusion.objective=v", "diffusion.schedule=cosine"),
+    "cloud": ('r2id.attention=["cloud"]', "r2id.cloud_tokens=6"),
+    "axial and linear, activations again": (
+        'r2id.attention=["axial","linear"]',
+        "train.activation_checkpointing=2",
+    ),
+    "tiled": ('r2id.attention=["tiled"]', "r2id.tile=2", "r2id.halo=1"),
+    "levels": ("r2id.levels=[{width=32,blocks=1}]", "train.micro_batch=4"),
+    "bfloat16": ("train.precision=bfloat16",),
+}
+
+
+def assert_agree(config: Any, folder: Path, rel: float = 1e-3) -> None:
+    """Train on the CPU and on the stand-in, and compare all losses."""
+    found = []
+    for name in ("cpu", "gpu"):
+        moved = config.model_copy(update={"run": folder / name})
+        if name == "cpu":
+            found.append(train(moved))
+        else:
+            with stand_in_gpu():
+                found.append(train(moved))
+    on_cpu, on_gpu = found
+    losses = {key for key in on_cpu if "loss" in key or "mse" in key or "rms" in key}
+    assert "loss" in losses and on_gpu["step"] == 2
+    for key in losses:
+        assert on_gpu[key] == pytest.approx(on_cpu[key], rel=rel), key
+
+
+@pytest.mark.parametrize("more", LATTICE.values(), ids=LATTICE)
+def test_an_riae_on_a_lattice(digits: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    assert_agree(riae_config(digits, tmp_path / "run", *SHORT, *more), tmp_path)
+
+
+@pytest.mark.parametrize("more", ATTENTION.values(), ids=ATTENTION)
+def test_an_riae_by_attention(digits: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    assert_agree(attention_config(digits, tmp_path / "run", *SHORT, *more), tmp_path)
+
+
+@pytest.mark.parametrize("more", R2ID.values(), ids=R2ID)
+def test_an_r2id(
+    digits: Path, riae_run: Path, latents: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    rel = 0.02 if "train.precision=bfloat16" in more else 1e-3
+    more = (f"data.latents={latents}", *SHORT, *more)
+    assert_agree(r2id_config(digits, riae_run, tmp_path / "run", *more), tmp_path, rel)
