@@ -5,16 +5,17 @@ processes, device or what was drawn before. So a resumed run equals an uninterru
 names one picture.
 
 The generator is SplitMix64 in counter mode (Steele, Lea & Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014): value n of key k is mix(k + n·γ). It runs on whatever device the
-keys are on, for all samples at once.
+number generators", OOPSLA 2014): value n of key k is mix(k + n·γ). Values are computed for all
+samples at once, on whatever device they are wanted. Keys are few: they are folded on the CPU.
 
-Shape letters: B keys, usually one per sample.
+Shape letters: B keys, usually one per sample · S streams of random numbers.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,16 +27,39 @@ _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX2 = 0x94D049BB133111EB - (1 << 64)
 
 
+_ALL_BITS = (1 << 64) - 1
+
+Shape = tuple[int, ...]
+
+
+def _signed(x: int) -> int:
+    """Wrap an integer around to int64."""
+    x &= _ALL_BITS
+    return x - (1 << 64) if x >> 63 else x
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Shift right with zeros from the left; torch's own shift copies the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _mix_high(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer up to its last step, which leaves the highest 31 bits alone."""
+    x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX1)
+    return _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX2)
 
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finalizer: every bit of the result depends on every bit of x."""
-    x = (x ^ _shift_right(x, 30)) * _MIX1
-    x = (x ^ _shift_right(x, 27)) * _MIX2
-    return x ^ _shift_right(x, 31)
+    x = _mix_high(x)
+    return _shift_right(x, 31).bitwise_xor_(x)
+
+
+def _mix_int(x: int) -> int:
+    """Do what ``_mix`` does to one integer from 0 to 2^64 − 1."""
+    x = ((x ^ (x >> 30)) * _MIX1) & _ALL_BITS
+    x = ((x ^ (x >> 27)) * _MIX2) & _ALL_BITS
+    return x ^ (x >> 31)
 
 
 def fold(*parts: int | Tensor) -> Tensor:
@@ -43,31 +67,44 @@ def fold(*parts: int | Tensor) -> Tensor:
 
     Their order matters. The key of ints alone is a scalar on the CPU.
     """
-    device = next((part.device for part in parts if isinstance(part, Tensor)), torch.device("cpu"))
-    key = torch.zeros((), dtype=torch.int64, device=device)
+    # The finalizer comes before and after each part, so that neighbouring numbers, such as steps
+    # and samples, make unrelated keys.
+    key: int | Tensor = 0
     for part in parts:
-        number = (
-            part
-            if isinstance(part, Tensor)
-            else torch.tensor(part, dtype=torch.int64, device=device)
-        )
-        # The finalizer comes before and after each part, so that neighbouring numbers, such as
-        # steps and samples, make unrelated keys.
-        key = _mix(_mix(key + _GAMMA) ^ (number + 1) * _GAMMA)
-    return key
+        if not isinstance(part, Tensor):
+            number = ((int(part) + 1) * _GAMMA) & _ALL_BITS
+            if isinstance(key, int):
+                key = _mix_int(_mix_int((key + _GAMMA) & _ALL_BITS) ^ number)
+                continue
+            key = _mix(_mix(key + _GAMMA).bitwise_xor_(_signed(number)))
+        elif isinstance(key, int):
+            mixed = _signed(_mix_int((key + _GAMMA) & _ALL_BITS))
+            key = _mix(((part + 1) * _GAMMA).bitwise_xor_(mixed))
+        else:
+            key = _mix(_mix(key + _GAMMA) ^ (part + 1) * _GAMMA)
+    return torch.tensor(_signed(key)) if isinstance(key, int) else key
 
 
 def bits(keys: Tensor, count: int) -> Tensor:
     """Draw uniform 64-bit integers: keys [B] → int64 [B, count]."""
+    return _mix(_states(keys, count))
+
+
+def _states(keys: Tensor, count: int) -> Tensor:
+    """What the finalizer makes values of: keys [B] → int64 [B, count]."""
     counter = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device)
-    return _mix(keys.unsqueeze(-1) + counter * _GAMMA)
+    return keys.unsqueeze(-1) + counter.mul_(_GAMMA)
+
+
+def _uniform_of(states: Tensor) -> Tensor:
+    """Make numbers in (0, 1) of states, in their shape."""
+    # (n + ½)/2²³ of 23 random bits n: float32 holds every value exactly, the largest is 1 − 2⁻²⁴.
+    return _shift_right(_mix_high(states), 41).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def uniform(keys: Tensor, *shape: int) -> Tensor:
     """Draw uniformly from (0, 1), never 0 nor 1: keys [B] → float32 [B, *shape]."""
-    # (n + ½)/2²³ of 23 random bits n: float32 holds every value exactly, the largest is 1 − 2⁻²⁴.
-    drawn = _shift_right(bits(keys, math.prod(shape)), 41)
-    return ((drawn.to(torch.float32) + 0.5) * 2.0**-23).reshape(*keys.shape, *shape)
+    return _uniform_of(_states(keys, math.prod(shape))).reshape(*keys.shape, *shape)
 
 
 def number(*parts: int) -> float:
@@ -79,15 +116,39 @@ def number(*parts: int) -> float:
     return random.Random(repr(parts)).random()
 
 
-def normal(keys: Tensor, *shape: int) -> Tensor:
-    """Draw from the standard normal, by Box & Muller (1958): keys [B] → float32 [B, *shape]."""
-    count = math.prod(shape)
-    half = (count + 1) // 2
-    u = uniform(keys, 2, half)
-    radius = torch.sqrt(-2.0 * torch.log(u[..., 0, :]))
+def normal(keys: Tensor, *shape: int, device: torch.device | None = None) -> Tensor:
+    """Draw from the standard normal, by Box & Muller (1958): keys [B] → float32 [B, *shape].
+
+    On ``device``, by default that of the keys.
+    """
+    return normals(keys.unsqueeze(-1), [shape], device)[0]
+
+
+def normals(
+    keys: Tensor, shapes: Sequence[Shape], device: torch.device | None = None
+) -> list[Tensor]:
+    """Draw what ``normal`` does for several streams at once, which a GPU does in fewer kernels.
+
+    Keys [B, S] and the shapes of the S streams → for each of them float32 [B, *shape].
+    """
+    if device is not None:
+        keys = keys.to(device, non_blocking=True)
+    counts = [math.prod(shape) for shape in shapes]
+    halves = [(count + 1) // 2 for count in counts]
+    counter = torch.arange(1, 2 * max(halves) + 1, dtype=torch.int64, device=keys.device)
+    counter.mul_(_GAMMA)
+    states = [
+        key[..., None, None] + counter[: 2 * half].view(2, half)
+        for key, half in zip(keys.unbind(-1), halves, strict=True)
+    ]
+    u = _uniform_of(states[0] if len(states) == 1 else torch.cat(states, dim=-1))
+    radius = u[..., 0, :].log().mul_(-2.0).sqrt_()
     angle = (2.0 * math.pi) * u[..., 1, :]
-    drawn = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return drawn[..., :count].reshape(*keys.shape, *shape)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-2)
+    return [
+        drawn.flatten(-2)[..., :count].reshape(*keys.shape[:-1], *shape)
+        for drawn, count, shape in zip(pairs.split(halves, dim=-1), counts, shapes, strict=True)
+    ]
 
 
 def subset(keys: Tensor, total: int, count: int) -> Tensor:

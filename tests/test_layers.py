@@ -18,6 +18,7 @@ LAYER = {
     "r2id.config": 0,
     "r2id.errors": 0,
     "r2id.rng": 0,
+    "r2id.constants": 0,
     "r2id.dist": 0,
     "r2id.progress": 0,
     "r2id.files": 0,

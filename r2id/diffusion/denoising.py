@@ -36,21 +36,23 @@ def denoising_loss(
     """Mean squared error of a prediction, per sample: (weighted, unweighted), each [B].
 
     The weighted one counts coarser scales too, as ``diffusion.multiscale`` says.
-    ``latent`` and ``noise`` [B, L, h, w], ``time`` [B] in (0, 1). ``base_side`` is the side √(h·w)
-    of the grid whose schedule is not shifted; other arguments are those of R2ID.forward.
+    ``latent`` and ``noise`` [B, L, h, w], ``time`` [B] in (0, 1), on any device. ``base_side`` is
+    the side √(h·w) of the grid whose schedule is not shifted; other arguments are those of
+    R2ID.forward.
     """
     side = (latent.shape[2] * latent.shape[3]) ** 0.5
     shift = schedule.size_shift(side, base_side, diffusion.shift_exponent)
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)
     alpha, sigma = schedule.alpha_sigma(log_snr, diffusion.schedule)
+    weight = objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma)
+    # One number per sample of each, in one copy.
+    numbers = torch.stack([alpha, sigma, schedule.alpha_bar(log_snr), weight])
+    alpha, sigma, alpha_bar, weight = numbers.to(latent.device, non_blocking=True).unbind()
     a, s = (rearrange(part, "b -> b 1 1 1") for part in (alpha, sigma))
-    predicted = model(
-        a * latent + s * noise, schedule.alpha_bar(log_snr), condition, coordinates, cloud_key
-    )
+    predicted = model(a * latent + s * noise, alpha_bar, condition, coordinates, cloud_key)
     target = objective.target(diffusion.objective, latent, noise, a, s)
     difference = predicted - target
     error = difference.square().flatten(1).mean(1)
-    weight = objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma)
     return weight * (error + _coarse_errors(difference, diffusion.multiscale)), error
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from r2id import rng
+from r2id.constants import kept
 
 # Positions along an axis, at least. Grids of up to 64 cells share one field this way.
 _POSITIONS = 256
@@ -24,23 +25,38 @@ _POSITIONS = 256
 _POSITIONS_PER_CELL = 4
 
 
-def noise_field(rng_keys: Tensor, channels: int, grid: tuple[int, int]) -> Tensor:
+def noise_field(
+    rng_keys: Tensor, channels: int, grid: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
     """Standard normal noise of a grid: rng_keys int64 [B], one per sample → float32 [B, L, h, w].
 
     A sample's noise depends on its key alone, not on the batch or the number of devices. Grids of
-    other sizes see the same field.
+    other sizes see the same field. It is computed on ``device``, by default that of the keys.
     """
-    positions = max(_POSITIONS, _POSITIONS_PER_CELL * max(grid))
-    levels = (positions - 1).bit_length()  # R = 2^levels, the next power of 2
-    (rows, down), (columns, across) = (_haar_sums(count, levels) for count in grid)
-    rows, down, columns, across = (
-        part.to(rng_keys.device) for part in (rows, down, columns, across)
-    )
-    keys = rng.fold(rng.fold(rng_keys.unsqueeze(1), rows).unsqueeze(2), columns)
+    device = device or rng_keys.device
+    rows, down, columns, across = _haar_matrices(grid, device)
+    # The few keys of rows are made where those of samples are, as a rule on the CPU.
+    keys = rng.fold(rng_keys.unsqueeze(1), rows.to(rng_keys.device))
+    keys = rng.fold(keys.to(device, non_blocking=True).unsqueeze(2), columns)
     coefficients = rng.normal(keys, channels).permute(0, 3, 1, 2)
     # As matrices of one sample and channel each, whose products round alike in any batch.
     batch = coefficients.shape[:2]
     return down.expand(*batch, -1, -1) @ coefficients @ across.T.expand(*batch, -1, -1)
+
+
+@kept(16)
+def _haar_matrices(
+    grid: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return numbers and sums of the Haar functions down, then across: [I], [h, I], [J], [w, J].
+
+    All are on the device but the first, which is on the CPU.
+    """
+    positions = max(_POSITIONS, _POSITIONS_PER_CELL * max(grid))
+    levels = (positions - 1).bit_length()  # R = 2^levels, the next power of 2
+    (rows, down), (columns, across) = (_haar_sums(count, levels) for count in grid)
+    down, columns, across = (part.to(device, non_blocking=True) for part in (down, columns, across))
+    return rows, down, columns, across
 
 
 def _haar_sums(cells: int, levels: int) -> tuple[Tensor, Tensor]:

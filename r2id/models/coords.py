@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2id.constants import constant, kept
 from r2id.errors import InputError
 
 Size = tuple[int, int]
@@ -28,6 +29,8 @@ PHASE_DIM = 8
 """Length of cell_phase."""
 Window = tuple[int, int, int, int]
 """A rectangle of a picture, (y0, x0, y1, x1): its pixels of y0 ≤ row < y1 and x0 ≤ column < x1."""
+_KEPT_CELLS = 1 << 16
+"""The most cells of a grid whose coordinates are kept, a megabyte."""
 Advance = Callable[[int], object]
 """Is told numbers of pixels as they are computed, such as Progress.advance."""
 
@@ -66,20 +69,34 @@ def grid_coordinates(
     """Coordinates (ax, ay, rx, ry) of the centres of a grid's cells, row by row: float32 [H·W, 4].
 
     The relative coordinates take the aspect ratio of ``shape`` (height, width), by default the
-    grid's own. ``part`` limits the result to a rectangle of cells.
+    grid's own. ``part`` limits the result to a rectangle of cells. Nothing may write to the result,
+    which is shared.
     """
+    if part == WHOLE and grid[0] * grid[1] <= _KEPT_CELLS:
+        return _whole_grid(grid, shape or grid, device)
+    return _grid_coordinates(grid, shape or grid, device, part)
+
+
+@kept()
+def _whole_grid(grid: Size, shape: Size, device: torch.device | None) -> Tensor:
+    return _grid_coordinates(grid, shape, device, WHOLE)
+
+
+def _grid_coordinates(grid: Size, shape: Size, device: torch.device | None, part: Part) -> Tensor:
     height, width = grid
     ay, ax = torch.meshgrid(
         centres(height, device, part[0]), centres(width, device, part[1]), indexing="ij"
     )
     absolute = torch.stack([ax.flatten(), ay.flatten()], dim=-1)
-    return torch.cat([absolute, absolute * relative_scale(shape or grid, device)], dim=-1)
+    return torch.cat([absolute, absolute * relative_scale(shape, device)], dim=-1)
 
 
+@kept()
 def relative_scale(shape: Size, device: torch.device | None = None) -> Tensor:
     """(W/m, H/m) with m = max(H, W): absolute coordinates times this are relative ones."""
     height, width = shape
-    return torch.tensor([width, height], dtype=torch.float32, device=device) / max(height, width)
+    scale = torch.tensor([width, height], dtype=torch.float32) / max(height, width)
+    return scale.to(device, non_blocking=True)
 
 
 def displace(coordinates: Tensor, noise: Tensor, grid: Size, shape: Size | None = None) -> Tensor:
@@ -89,7 +106,7 @@ def displace(coordinates: Tensor, noise: Tensor, grid: Size, shape: Size | None 
     rx becomes rx + ε_x/(2W)·W/m with m = max(H, W); y likewise.
     """
     height, width = grid
-    step = noise * torch.tensor([0.5 / width, 0.5 / height], device=noise.device)
+    step = noise * constant((0.5 / width, 0.5 / height), noise.device)
     return coordinates + torch.cat(
         [step, step * relative_scale(shape or grid, noise.device)], dim=-1
     )
@@ -136,7 +153,7 @@ def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
     features of the image, up to the window's offset.
     """
     height, width = grid
-    extent = torch.tensor([width, height], dtype=torch.float32, device=coordinates.device)
+    extent = constant((width, height), coordinates.device)
     exponents = torch.arange(
         powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device
     )
@@ -152,28 +169,23 @@ def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
     sin and cos of 2π and 4π times its place in cells: [..., 4] → float32 [..., PHASE_DIM].
     """
     height, width = grid
-    cells = coordinates[..., :2] * torch.tensor(
-        [width, height], dtype=torch.float32, device=coordinates.device
-    )
+    cells = coordinates[..., :2] * constant((width, height), coordinates.device)
     # Phase 0 is a cell's edge. The image's centre is an edge in grids of even size and the middle
     # of a cell in those of odd size, so counting from there would make the two disagree.
-    cells = cells + torch.tensor(
-        [width / 2, height / 2], dtype=torch.float32, device=coordinates.device
-    )
+    cells = cells + constant((width / 2, height / 2), coordinates.device)
     angles = torch.cat([2 * math.pi * cells, 4 * math.pi * cells], dim=-1)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def in_cells(coordinates: Tensor, grid: Size) -> Tensor:
     """Absolute coordinates (x, y) in cells, from the image's centre: [..., 4] → [..., 2]."""
-    extent = torch.tensor([grid[1], grid[0]], dtype=torch.float32, device=coordinates.device)
+    extent = constant((grid[1], grid[0]), coordinates.device)
     return coordinates[..., :2] * extent
 
 
 def pixel_size(coordinates: Tensor, size: Size, grid: Size) -> Tensor:
     """Width and height of an image's pixel in cells of a grid: [..., 4] → float32 [..., 2]."""
-    sides = [grid[1] / size[1], grid[0] / size[0]]
-    pixel = torch.tensor(sides, dtype=torch.float32, device=coordinates.device)
+    pixel = constant((grid[1] / size[1], grid[0] / size[0]), coordinates.device)
     return pixel.expand(*coordinates.shape[:-1], -1)
 
 

@@ -56,6 +56,7 @@ class Pass:
         if self.cloud_key is None or groups == 1:
             return attend
         order = rng.subset(rng.fold(self.cloud_key, number), tokens, tokens)
+        order = order.to(self.device, non_blocking=True)
         return partial(cloud, order=order, groups=groups)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r2id.constants import kept
 from r2id.images import resize
 from r2id.models.coords import WHOLE, Part, Size
 
@@ -38,16 +39,25 @@ def resample_seen(seen: Tensor, whole: Size, size: Size, part: Part, first: Size
 
     ``seen`` [B, C, …] are those from row and column ``first`` on, of pictures of size ``whole``.
     """
-    matrices = []
-    for count, out, side, start, known in zip(
-        whole, size, part, first, seen.shape[2:], strict=True
-    ):
-        needed, weights = taps(count, out, side)
-        matrix = np.zeros((len(weights), known))
-        matrix[:, needed.start - start : needed.stop - start] = weights
-        matrices.append(torch.from_numpy(matrix).to(seen.device, torch.float32))
+    rows, columns = (
+        _matrix(count, out, side.indices(out), start, known, seen.device)
+        for count, out, side, start, known in zip(
+            whole, size, part, first, seen.shape[2:], strict=True
+        )
+    )
     # Matrix products over the few pixels that a piece sees: fast on every device.
-    return matrices[0] @ seen.float() @ matrices[1].T
+    return rows @ seen.float() @ columns.T
+
+
+@kept(32)
+def _matrix(
+    count: int, out: int, part: tuple[int, int, int], start: int, known: int, device: torch.device
+) -> Tensor:
+    """Make the matrix that resizes one axis, given ``known`` of its pixels from ``start`` on."""
+    needed, weights = taps(count, out, slice(*part))
+    matrix = np.zeros((len(weights), known))
+    matrix[:, needed.start - start : needed.stop - start] = weights
+    return torch.from_numpy(matrix).float().to(device, non_blocking=True)
 
 
 def taps(count: int, out: int, part: slice = slice(None)) -> tuple[slice, np.ndarray]:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from r2id.constants import kept
 from r2id.models.coords import WHOLE, Part, Size
 
 
@@ -150,41 +151,11 @@ class Tiles:
         """Build tiles for a query grid (or a part of it) attending to a key grid over one image.
 
         ``queries`` and ``keys`` are the (H, W) of the two grids. Tiles are of ``tile`` × ``tile``
-        cells of the latent grid ``grid`` (h, w); ``halo`` is in cells too.
+        cells of the latent grid ``grid`` (h, w); ``halo`` is in cells too. They are shared: nothing
+        may write to them.
         """
-        y, x = (
-            _axis(
-                positions(queries[i], grid[i], part[i]),
-                positions(keys[i], grid[i]),
-                grid[i],
-                tile,
-                halo,
-            )
-            for i in (0, 1)
-        )
-        rows, columns = (len(positions(queries[i], grid[i], part[i])) for i in (0, 1))
-        index, query_mask = (
-            _crossed(y.queries, x.queries, columns),
-            _crossed(y.query_mask, x.query_mask),
-        )
-        slots = np.empty(rows * columns, dtype=np.int64)
-        slots[index[query_mask]] = np.flatnonzero(query_mask)
-        centre = np.stack(
-            np.broadcast_arrays(x.middle[None, :], y.middle[:, None]), axis=-1
-        ).reshape(-1, 2)
-
-        def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(array, dtype=dtype, device=device)
-
-        return cls(
-            tensor(index[None], torch.int64),
-            tensor(query_mask[None], torch.bool),
-            tensor(_crossed(y.keys, x.keys, x.part.stop - x.part.start)[None], torch.int64),
-            tensor(_crossed(y.key_mask, x.key_mask)[None], torch.bool),
-            tensor(centre[None], torch.float32),
-            tensor(slots, torch.int64),
-            (y.part, x.part),
-        )
+        spans = part[0].indices(queries[0]), part[1].indices(queries[1])
+        return _tiles_between(queries, keys, grid, tile, halo, spans, device)
 
     def choose(self, index: Tensor) -> Tiles:
         """Take some of the tiles for each sample: index int64 [B, S] → tiles [B, S, …]."""
@@ -239,6 +210,52 @@ class Tiles:
     def join_queries(self, x: Tensor) -> Tensor:
         """Invert split_queries: [B·T, H, Q, d] → [B, H, T·Q, d]."""
         return rearrange(x, "(b t) h q d -> b h (t q) d", t=self.queries.shape[1])
+
+
+@kept(32)
+def _tiles_between(
+    queries: Size,
+    keys: Size,
+    grid: Size,
+    tile: int,
+    halo: float,
+    spans: tuple[tuple[int, int, int], tuple[int, int, int]],
+    device: torch.device | None,
+) -> Tiles:
+    """See Tiles.between. ``spans``: start, stop and step of the part's rows and columns."""
+    y, x = (
+        _axis(
+            positions(queries[i], grid[i], slice(*spans[i])),
+            positions(keys[i], grid[i]),
+            grid[i],
+            tile,
+            halo,
+        )
+        for i in (0, 1)
+    )
+    rows, columns = (len(positions(queries[i], grid[i], slice(*spans[i]))) for i in (0, 1))
+    index, query_mask = (
+        _crossed(y.queries, x.queries, columns),
+        _crossed(y.query_mask, x.query_mask),
+    )
+    slots = np.empty(rows * columns, dtype=np.int64)
+    slots[index[query_mask]] = np.flatnonzero(query_mask)
+    centre = np.stack(np.broadcast_arrays(x.middle[None, :], y.middle[:, None]), axis=-1).reshape(
+        -1, 2
+    )
+
+    def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(array).to(device, dtype, non_blocking=True)
+
+    return Tiles(
+        tensor(index[None], torch.int64),
+        tensor(query_mask[None], torch.bool),
+        tensor(_crossed(y.keys, x.keys, x.part.stop - x.part.start)[None], torch.int64),
+        tensor(_crossed(y.key_mask, x.key_mask)[None], torch.bool),
+        tensor(centre[None], torch.float32),
+        tensor(slots, torch.int64),
+        (y.part, x.part),
+    )
 
 
 def _crossed(y: np.ndarray, x: np.ndarray, width: int = 0) -> np.ndarray:

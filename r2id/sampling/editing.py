@@ -244,7 +244,7 @@ def interpolate(
     if count < 2:
         raise InputError(f"count {count}: must be at least 2, the two seeds' own pictures")
     grid = sampler.grid_for(size)
-    first, last = sampler.noise(torch.tensor(seeds), grid)
+    first, last = sampler.noise(torch.tensor(seeds), grid).cpu()
     # Weights on a circle: the sum of independent noises keeps its variance.
     angles = torch.linspace(0, math.pi / 2, count)[:, None, None, None]
     noise = first * angles.cos() + last * angles.sin()

@@ -183,11 +183,12 @@ class Sampler:
         )
         condition, length = self._adapt(condition), self._at_once(grid)
         batches, kind, shift = -(-len(seeds) // length), self.diffusion.schedule, self._shift(grid)
-        log_snrs = solvers.time_steps(settings.steps, kind, shift, strength).to(self.codec.device)
+        # On the CPU, since the GPU takes a number along with a kernel.
+        log_snrs = solvers.time_steps(settings.steps, kind, shift, strength)
 
         def draw(rows: Tensor) -> Tensor:
             x = self.noise(seeds[rows], grid) if noise is None else noise[rows]
-            x = x.to(self.codec.device)
+            x = x.to(self.codec.device, non_blocking=True)
             alpha, sigma = schedule.alpha_sigma(log_snrs[0], kind)
             x = sigma * x
             if start is not None:
@@ -215,7 +216,7 @@ class Sampler:
 
     def noise(self, seeds: Tensor, grid: Size) -> Tensor:
         """Return the noise that sampling begins with: seeds int64 [B] → float32 [B, L, h, w]."""
-        return noise_field(rng.fold(seeds), self.codec.latent_channels, grid)
+        return noise_field(rng.fold(seeds), self.codec.latent_channels, grid, self.codec.device)
 
     def check_guidance(self, guidance: float | None) -> None:
         """Raise InputError for guidance of a model without conditions."""
@@ -274,7 +275,7 @@ class Sampler:
         # Outside the guidance interval the model predicts without guidance: conditionally, or
         # unconditionally when guidance is 0.
         guided, plain = (
-            conditions_for(condition.to(x.device), scale)
+            conditions_for(condition.to(x.device, non_blocking=True), scale)
             for scale in (settings.guidance, float(settings.guidance > 0))
         )
         # The logSNR falls with time, and sampling goes back in time, from low to high.
@@ -284,11 +285,12 @@ class Sampler:
         levels = log_snrs.tolist()
 
         def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-            level, alpha_bar = float(log_snr), schedule.alpha_bar(log_snr).expand(len(seeds))
+            level, alpha_bar = float(log_snr), float(schedule.alpha_bar(log_snr))
             alpha, sigma = schedule.alpha_sigma(log_snr, kind)
             conditions = guided if earliest <= level <= latest else plain
             with self._autocast():
-                predicted = guide(self.model.predict(x, alpha_bar, conditions), settings.guidance)
+                times = torch.full((len(x),), alpha_bar, device=x.device)
+                predicted = guide(self.model.predict(x, times, conditions), settings.guidance)
             data, eps = objective.to_data_and_noise(
                 self.diffusion.objective, x, predicted, alpha, sigma
             )
@@ -300,7 +302,7 @@ class Sampler:
 
         def fresh_noise(step: int) -> Tensor:
             keys = rng.fold(seeds, step)
-            return noise_field(keys, self.codec.latent_channels, grid).to(x.device)
+            return noise_field(keys, self.codec.latent_channels, grid, x.device)
 
         solve = solvers.SOLVERS[settings.solver]
         if settings.eta:
@@ -313,7 +315,8 @@ class Sampler:
 
         Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
         """
-        noise = rng.normal(rng.fold(seed, torch.arange(len(latents))), *latents.shape[1:])
+        keys = rng.fold(seed, torch.arange(len(latents)))
+        noise = rng.normal(keys, *latents.shape[1:], device=latents.device)
         with self._autocast():
             return denoising_loss(
                 self.model,
@@ -321,8 +324,8 @@ class Sampler:
                 self.base_side,
                 self.codec.normalise(latents),
                 self._adapt(condition),
-                torch.full((len(latents),), time, device=latents.device),
-                noise.to(latents.device),
+                torch.full((len(latents),), time),
+                noise,
             )[1]
 
     @torch.no_grad()
@@ -334,16 +337,14 @@ class Sampler:
         Unlike in training and sampling, the noise level is not shifted with the grid's size.
         Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
         """
-        data, level = self.codec.normalise(latents), torch.tensor(log_snr, device=latents.device)
+        data, level = self.codec.normalise(latents), torch.tensor(log_snr)
         alpha, sigma = schedule.alpha_sigma(level, self.diffusion.schedule)
-        noise = rng.normal(rng.fold(seed, torch.arange(len(latents))), *latents.shape[1:]).to(
-            latents.device
-        )
+        keys = rng.fold(seed, torch.arange(len(latents)))
+        noise = rng.normal(keys, *latents.shape[1:], device=latents.device)
         x = alpha * data + sigma * noise
         with self._autocast():
-            predicted = self.model(
-                x, schedule.alpha_bar(level).expand(len(x)), self._adapt(condition)
-            )
+            times = torch.full((len(x),), float(schedule.alpha_bar(level)), device=x.device)
+            predicted = self.model(x, times, self._adapt(condition))
         predicted_data, _ = objective.to_data_and_noise(
             self.diffusion.objective, x, predicted.float(), alpha, sigma
         )

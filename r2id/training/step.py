@@ -105,8 +105,11 @@ def _blame(state: TrainState, micro_batches: list[Batch], step: int) -> str:
 def _forward(state: TrainState, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Move a micro-batch to the device and compute its loss and figures."""
     device = state.engine.device
+    # Samples' numbers stay on the CPU, where keys of random numbers are made of them.
     batch = {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        key: value.to(device, non_blocking=True)
+        if isinstance(value, Tensor) and key != "index"
+        else value
         for key, value in batch.items()
     }
     return state.engine.forward({**state.task.inputs(batch), "step": step})

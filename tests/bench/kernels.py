@@ -25,7 +25,7 @@ from r2id.models.codec import Codec
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.sampling.sampler import Sampler
-from r2id.training import loop
+from r2id.training import step as training_step
 from r2id.training.blocks import prepare_blocks
 from r2id.training.engines.local import LocalEngine
 from r2id.training.losses.r2id import R2idLoss
@@ -65,8 +65,16 @@ class Figures:
     def __sub__(self, other: Figures) -> Figures:
         return Figures(self.kernels - other.kernels, self.syncs - other.syncs)
 
+    @property
+    def random(self) -> int:
+        """Kernels of random numbers."""
+        return sum(count for place, count in self.kernels.items() if place.startswith("rng.py"))
+
     def __str__(self) -> str:
-        return f"{self.kernels.total():,} kernels, {self.syncs.total()} syncs"
+        return (
+            f"{self.kernels.total():,} kernels, {self.random} of them for random numbers, "
+            f"{self.syncs.total()} syncs"
+        )
 
 
 def counted(counts: Counts, work: Callable[[], Any]) -> Figures:
@@ -103,7 +111,7 @@ def count_training(counts: Counts, case: Case) -> dict[str, Figures]:
     state: Any = SimpleNamespace(engine=engine, task=SimpleNamespace(inputs=lambda given: given))
 
     def micro_batch(step: int) -> None:
-        loss, _ = loop._forward(state, batch, step)
+        loss, _ = training_step._forward(state, batch, step)
         engine.backward(loss, 1)
 
     def update(step: int) -> None:

@@ -24,6 +24,8 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from r2id.constants import constant
+
 _LEVELS = 3  # places of 2, 4 and 8 pixels
 
 
@@ -69,7 +71,7 @@ class Discriminator(nn.Module):
         height, width = pictures.shape[2:]
         even = F.pad(pictures, (0, width % 2, 0, height % 2), mode="replicate")
         x = F.pixel_unshuffle(even, 2)
-        told = x.new_tensor([math.log(side) for side in pixel])
+        told = constant(tuple(math.log(side) for side in pixel), x.device).to(x.dtype)
         told = repeat(told, "n -> b n h w", b=len(x), h=x.shape[2], w=x.shape[3])
         x = self.blocks[0](self.see(torch.cat([x, told], dim=1)))
         for widen, block in zip(self.widen, self.blocks[1:], strict=True):

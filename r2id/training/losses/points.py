@@ -25,6 +25,7 @@ from r2id.models import coords
 from r2id.models.coords import Size
 from r2id.models.riae import RIAE
 from r2id.models.tiles import Tiles
+from r2id.models.visibility import DecoderPixels
 from r2id.training.losses.pixel import reconstruction_loss
 from r2id.training.losses.rescaling import rescaled
 
@@ -33,8 +34,26 @@ _ENCODER_PIXELS, _ENCODER_JITTER, _DECODER_PIXELS, _DECODER_JITTER, _LATENT_NOIS
     range(6)
 )
 _DECODE_SCALE, _ENCODE_SCALE, _DIRECTION = 10, 12, 13  # the numbers between are R2ID's
+_STREAMS = (*range(6), _DIRECTION)
+"""Those that have a key for each sample; the others are drawn once per step."""
 
 Figures = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Pixels of a training step, and what is drawn for them from the standard normal."""
+
+    encoder: Tensor
+    """Pixels that the encoder sees, int64 [B, N]."""
+    decoder: DecoderPixels
+    """Pixels that the decoder renders, P of each image."""
+    encoder_jitter: Tensor | None
+    """[B, N, 2]; None without jitter, as below."""
+    decoder_jitter: Tensor | None
+    """[B, P, 2]."""
+    latent_noise: Tensor | None
+    """[B, M, L]."""
 
 
 @dataclass(frozen=True)
@@ -78,44 +97,69 @@ class PointLoss(nn.Module):
         ``index`` is a sample's number in the dataset, which keys its random draws.
         """
         config, size = self.config, (image.shape[2], image.shape[3])
-        rng_keys = rng.fold(self.seed, step, index)
+        keys = self._keys(step, index, image.device)
         grid = self.model.grid_for(size)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
         seen = rescaled(image, config.encode_scales, self.seed, step, _ENCODE_SCALE)
         asked = rescaled(image, self.model.config.decode_scales, self.seed, step, _DECODE_SCALE)
         count = max(1, round(config.encode_cloud * size[0] * size[1]))
-        latents = self._encode(seen, count, cells, grid, rng_keys)
+        chosen = self._choose_pixels(seen, asked, grid, count, keys)
+        latents = self._encode(seen, cells, grid, chosen)
         latents = latents + self.model.parts.encoder.encode_linearly(seen, grid)
-        if config.latent_noise:
-            noise = rng.normal(rng.fold(rng_keys, _LATENT_NOISE), *latents.shape[1:])
-            latents = latents + config.latent_noise * noise
+        if chosen.latent_noise is not None:
+            latents = latents + config.latent_noise * chosen.latent_noise
         kv = self.model.parts.decoder.spread_latents(latents, cells, grid)
         linear = self.model.parts.decoder.decode_linearly(latents, grid)
-        points = self._choose_points(kv, cells, grid, asked, rng_keys, linear)
+        points = self._choose_points(kv, cells, grid, asked, chosen, keys, linear)
         decoded = self._decode(points, points.coordinates, grid)
         loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
         if config.texture:
-            texture = self._texture_loss(points, decoded, grid, asked, rng_keys)
+            texture = self._texture_loss(points, decoded, grid, asked, keys)
             loss = loss + config.texture * texture
         return loss, {
             "mse": reconstruction_loss(decoded.detach(), points.colours, "mse", points.weight),
             "latent_rms": latents.detach().square().mean().sqrt(),
         }
 
-    def _encode(
-        self, image: Tensor, count: int, cells: Tensor, grid: Size, rng_keys: Tensor
-    ) -> Tensor:
-        """Encode the pixels that the encoder may see, about ``count`` of them: [B, M, L]."""
+    def _keys(self, step: int, index: Tensor, device: torch.device) -> dict[int, Tensor]:
+        """Make the keys of all streams on the CPU, and send them at once: int64 [B] each."""
+        keys = rng.fold(self.seed, step, index)
+        folded = torch.stack([rng.fold(keys, stream) for stream in _STREAMS])
+        return dict(zip(_STREAMS, folded.to(device, non_blocking=True).unbind(), strict=True))
+
+    def _choose_pixels(
+        self, seen: Tensor, asked: Tensor, grid: Size, count: int, keys: dict[int, Tensor]
+    ) -> _Chosen:
+        """Choose the pixels of both images, about ``count`` for the encoder, and draw all noise."""
+        visibility, config = self.model.parts.encoder.visibility, self.config
+        of_encoder = visibility.choose_encoder_pixels(
+            keys[_ENCODER_PIXELS], seen.shape[2] * seen.shape[3], count
+        )
+        of_decoder = visibility.choose_decoder_pixels(
+            keys[_DECODER_PIXELS], (asked.shape[2], asked.shape[3]), grid, config.decode_pixels
+        )
+        shapes = {}
+        if config.jitter:
+            shapes[_ENCODER_JITTER] = of_encoder.shape[1], 2
+            shapes[_DECODER_JITTER] = of_decoder.pixels.shape[1], 2
+        if config.latent_noise:
+            shapes[_LATENT_NOISE] = grid[0] * grid[1], self.model.config.latent_channels
+        noise = {}
+        if shapes:
+            streams = torch.stack([keys[stream] for stream in shapes], dim=-1)
+            noise = dict(zip(shapes, rng.normals(streams, list(shapes.values())), strict=True))
+        return _Chosen(
+            of_encoder,
+            of_decoder,
+            *map(noise.get, (_ENCODER_JITTER, _DECODER_JITTER, _LATENT_NOISE)),
+        )
+
+    def _encode(self, image: Tensor, cells: Tensor, grid: Size, chosen: _Chosen) -> Tensor:
+        """Encode the pixels that the encoder may see: [B, M, L]."""
         size: Size = (image.shape[2], image.shape[3])
         encoder = self.model.parts.encoder
-        visibility = encoder.visibility
-        chosen = visibility.choose_encoder_pixels(
-            rng.fold(rng_keys, _ENCODER_PIXELS), size[0] * size[1], count
-        )
-        coordinates, colours = self._points(
-            image, grid, chosen, rng.fold(rng_keys, _ENCODER_JITTER)
-        )
-        tiles = visibility.tiles(grid, size, grid, device=image.device)
+        coordinates, colours = self._points(image, grid, chosen.encoder, chosen.encoder_jitter)
+        tiles = encoder.visibility.tiles(grid, size, grid, device=image.device)
         return encoder.encode_points(colours, coordinates, size, cells, grid, tiles)
 
     def _choose_points(
@@ -124,20 +168,16 @@ class PointLoss(nn.Module):
         cells: Tensor,
         grid: Size,
         image: Tensor,
-        rng_keys: Tensor,
+        chosen: _Chosen,
+        keys: dict[int, Tensor],
         linear: Tensor | None,
     ) -> _Points:
-        """Choose points of the image, and the latents that the decoder may see for them."""
+        """Take the points of the image, and choose the latents that the decoder may see."""
         size: Size = (image.shape[2], image.shape[3])
-        visibility = self.model.parts.encoder.visibility
-        asked = visibility.choose_decoder_pixels(
-            rng.fold(rng_keys, _DECODER_PIXELS), size, grid, self.config.decode_pixels
-        )
-        coordinates, truth = self._points(
-            image, grid, asked.pixels, rng.fold(rng_keys, _DECODER_JITTER)
-        )
-        kv, cells = visibility.choose_decoder_latents(
-            rng.fold(rng_keys, _LATENT_CLOUD), kv, cells, self.config.decode_cloud
+        asked = chosen.decoder
+        coordinates, truth = self._points(image, grid, asked.pixels, chosen.decoder_jitter)
+        kv, cells = self.model.parts.encoder.visibility.choose_decoder_latents(
+            keys[_LATENT_CLOUD], kv, cells, self.config.decode_cloud
         )
         return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight, linear)
 
@@ -150,12 +190,10 @@ class PointLoss(nn.Module):
         return decoded + coords.sample_image(points.linear, coordinates)
 
     def _texture_loss(
-        self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, rng_keys: Tensor
+        self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, keys: dict[int, Tensor]
     ) -> Tensor:
         """Loss of the differences between each point and another one, one pixel away from it."""
-        angle = (2 * math.pi) * rng.uniform(
-            rng.fold(rng_keys, _DIRECTION), points.coordinates.shape[1]
-        )
+        angle = (2 * math.pi) * rng.uniform(keys[_DIRECTION], points.coordinates.shape[1])
         # displace counts in halves of a pixel, so 2 is a whole one.
         beside = coords.displace(
             points.coordinates,
@@ -168,21 +206,20 @@ class PointLoss(nn.Module):
         return reconstruction_loss(change, true_change, self.config.pixel, points.weight)
 
     def _points(
-        self, image: Tensor, shape: Size, chosen: Tensor, jitter_keys: Tensor
+        self, image: Tensor, shape: Size, chosen: Tensor, jitter: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Draw points near the chosen pixels [B, P] → coordinates [B, P, 4], colours [B, P, C].
+        """Move the chosen pixels [B, P] by normal noise [B, P, 2], if there is any.
+
+        Returns coordinates [B, P, 4] and colours [B, P, C].
 
         A jittered point has the bicubic colour of its own place, not that of its pixel, because
         then the same place would be shown with several colours and the model would learn their
         blurred mean.
         """
         size: Size = (image.shape[2], image.shape[3])
-        jitter = self.config.jitter
         coordinates = coords.grid_coordinates(size, shape, image.device)[chosen]
-        if not jitter:
+        if jitter is None:
             flat = rearrange(image, "b c h w -> b (h w) c")
             return coordinates, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
-        coordinates = coords.displace(
-            coordinates, jitter * rng.normal(jitter_keys, chosen.shape[1], 2), size, shape
-        )
+        coordinates = coords.displace(coordinates, self.config.jitter * jitter, size, shape)
         return coordinates, coords.sample_image(image, coordinates)

@@ -41,31 +41,42 @@ class R2idLoss(nn.Module):
     ) -> tuple[Tensor, Figures]:
         """Normalised latent [B, L, h, w], condition [B, …], index [B] of samples → scalar, figures.
 
-        ``index`` is a sample's number in the dataset, which keys its random draws.
+        ``index`` is a sample's number in the dataset, which keys its random draws. On the CPU it
+        stays there, and with it all that is drawn once per sample.
         """
         rng_keys = rng.fold(self.seed, step, index)
         grid: Size = (latent.shape[2], latent.shape[3])
         dropped = (
             rng.uniform(rng.fold(rng_keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
         )
-        coordinates = coords.grid_coordinates(grid, device=latent.device)
-        if self.model.config.jitter:
-            noise = rng.normal(rng.fold(rng_keys, _JITTER), len(coordinates), 2)
-            coordinates = coords.displace(coordinates, self.model.config.jitter * noise, grid)
         times = draw_times(rng.fold(rng_keys, _TIME), self.diffusion.time_sampling)
+        noise, coordinates = self._draw(rng_keys, latent, grid)
         losses, unweighted = denoising_loss(
             self.model,
             self.diffusion,
             self.base_side,
             latent,
-            drop(condition, dropped),
+            drop(condition, dropped.to(condition.device, non_blocking=True)),
             times,
-            rng.normal(rng.fold(rng_keys, _NOISE), *latent.shape[1:]),
+            noise,
             coordinates,
-            rng.fold(self.seed, step, _CLOUDS).to(latent.device),
+            rng.fold(self.seed, step, _CLOUDS),
         )
         unweighted = unweighted.detach()
         return losses.mean(), {"denoising_mse": unweighted.mean(), **by_time(unweighted, times)}
+
+    def _draw(self, rng_keys: Tensor, latent: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
+        """Draw noise in the shape of the latent, and the places of its cells [B or 1, N, 4]."""
+        shape, jitter = tuple(latent.shape[1:]), self.model.config.jitter
+        coordinates = coords.grid_coordinates(grid, device=latent.device)
+        streams = {_NOISE: shape, _JITTER: (len(coordinates), 2)}
+        if not jitter:
+            del streams[_JITTER]
+        keys = torch.stack([rng.fold(rng_keys, stream) for stream in streams], dim=-1)
+        noise, *moves = rng.normals(keys, list(streams.values()), latent.device)
+        if moves:
+            coordinates = coords.displace(coordinates, jitter * moves[0], grid)
+        return noise, coordinates
 
 
 def by_time(errors: Tensor, times: Tensor) -> Figures:
@@ -74,11 +85,10 @@ def by_time(errors: Tensor, times: Tensor) -> Figures:
     Time 0 is an image, time 1 is noise.
     """
     quarters = (times * _QUARTERS).floor().clamp(max=_QUARTERS - 1)
-    figures = {}
-    for quarter in range(_QUARTERS):
-        within = (quarters == quarter).to(errors.dtype)
-        begin, end = quarter / _QUARTERS, (quarter + 1) / _QUARTERS
-        figures[f"loss_by_time/{begin:.2f}-{end:.2f}"] = torch.stack(
-            [(errors * within).sum(), within.sum()]
-        )
-    return figures
+    within = (quarters == torch.arange(_QUARTERS, device=times.device).unsqueeze(1)).float()
+    within = within.to(errors.device, non_blocking=True)
+    sums = torch.stack([(errors * within).sum(1), within.sum(1)], dim=1)
+    return {
+        f"loss_by_time/{quarter / _QUARTERS:.2f}-{(quarter + 1) / _QUARTERS:.2f}": both
+        for quarter, both in enumerate(sums.unbind(0))
+    }

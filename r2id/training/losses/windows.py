@@ -94,11 +94,12 @@ class WindowLoss(nn.Module):
         """Add noise to latents [B, L, h, w], and set those of some cells to 0."""
         config, shape = self.config, latents.shape[1:]
         if config.latent_noise:
-            noise = rng.normal(rng.fold(rng_keys, _NOISE), *shape)
+            noise = rng.normal(rng.fold(rng_keys, _NOISE), *shape, device=latents.device)
             latents = latents + config.latent_noise * noise
         if config.latent_mask:
             # Of each image another share of the cells, up to latent_mask.
-            draws = rng.uniform(rng.fold(rng_keys, _MASK), 1 + shape[1] * shape[2])
+            keys = rng.fold(rng_keys, _MASK).to(latents.device, non_blocking=True)
+            draws = rng.uniform(keys, 1 + shape[1] * shape[2])
             share = config.latent_mask * draws[:, :1]
             hidden = (draws[:, 1:] < share).view(-1, 1, shape[1], shape[2])
             latents = torch.where(hidden, 0.0, latents)

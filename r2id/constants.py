@@ -1,0 +1,47 @@
+"""Tensors that follow from sizes alone: made once, sent to their device once, and kept.
+
+Making a tensor of Python numbers on a GPU makes the host wait for all of the GPU's work. So
+constants are made on the CPU and sent without waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+
+
+def kept(most: int = 64) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
+    """Keep the last ``most`` results of a function that makes tensors of hashable arguments.
+
+    Its tensors are shared: nothing may write to them. Nothing is kept, or taken of what is, while a
+    mode such as FakeTensorMode looks on, whose tensors have no contents, nor while torch compiles.
+    """
+
+    def decorate(make: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+        remembered = lru_cache(maxsize=most)(make)
+
+        @wraps(make)
+        def made(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+            if torch.compiler.is_compiling() or _get_current_dispatch_mode_stack():
+                return make(*args, **kwargs)
+            # A tensor made in inference mode could not be used in training.
+            with torch.inference_mode(False):
+                return remembered(*args, **kwargs)  # type: ignore[arg-type]
+
+        return made
+
+    return decorate
+
+
+@kept(256)
+def constant(values: tuple[float, ...], device: torch.device | None = None) -> Tensor:
+    """Return numbers as a tensor: float32 [n]."""
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
