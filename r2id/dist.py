@@ -62,9 +62,20 @@ def init() -> World:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        allow_tf32(device)
     if size > 1:
         _join(device)
     return World(number, size, local, device)
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Have a GPU multiply float32 matrices in TF32, several times as fast, where one is used.
+
+    TF32 has float32's range and three more bits of mantissa than bfloat16. What is added up, and
+    what the GPU does beside matrix products, stays float32. A CPU's products stay as they are.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def init_group(world: World) -> None:

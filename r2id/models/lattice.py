@@ -289,20 +289,8 @@ class BetweenPoints(nn.Module):
             (torch.arange(*side.indices(out), device=features.device) + 0.5) * (own / out) - 0.5
             for side, out, own in zip(part, size, native, strict=True)
         ]
-        sides = features.shape[2:]
-        # grid_sample counts from −1 to 1 between the edges of what is given.
-        y, x = (
-            (2 * (places - start) + 1) / count - 1
-            for places, start, count in zip(at, first, sides, strict=True)
-        )
-        where = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).float()
-        seen = F.grid_sample(
-            features.float(),
-            where.expand(len(features), -1, -1, -1),
-            mode="bilinear",
-            padding_mode="border",
-            align_corners=False,
-        )
+        y, x = (places - start for places, start in zip(at, first, strict=True))
+        seen = _between(features.float(), y, x)
         told = torch.cat(
             [
                 _told(at[0], native[0] / size[0])[:, None].expand(-1, len(at[1]), -1),
@@ -313,6 +301,32 @@ class BetweenPoints(nn.Module):
         hidden = rearrange(seen, "b f h w -> b h w f") + self.place(told)
         hidden = F.gelu(self.hidden(F.gelu(hidden)))
         return rearrange(self.to_colour(hidden), "b h w c -> b c h w").float()
+
+
+def _between(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Interpolate [B, F, H, W] bilinearly at these rows and columns, which may be fractions."""
+    if torch.are_deterministic_algorithms_enabled():  # the backward of grid_sample is not, on CUDA
+        for axis, places in ((2, rows), (3, columns)):
+            last = x.shape[axis] - 1
+            lower = places.floor().clamp(0, last)
+            share = (places - lower).clamp(0, 1).float()
+            lower = lower.long()
+            low, high = (x.index_select(axis, it) for it in (lower, (lower + 1).clamp(max=last)))
+            x = torch.lerp(low, high, share[:, None] if axis == 2 else share)
+        return x
+    # grid_sample counts from −1 to 1 between the edges of what is given.
+    down, across = (
+        (2 * places + 1) / count - 1
+        for places, count in zip((rows, columns), x.shape[2:], strict=True)
+    )
+    where = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1).float()
+    return F.grid_sample(
+        x,
+        where.expand(len(x), -1, -1, -1),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
 
 
 def _told(places: Tensor, pixel: float) -> Tensor:

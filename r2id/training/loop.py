@@ -11,6 +11,7 @@ from r2id.errors import Stopped
 from r2id.training.batch_split import micro_batch_size
 from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks import Callbacks, make_callbacks
+from r2id.training.determinism import deterministic
 from r2id.training.engines import make_engine
 from r2id.training.precision import resolve_precision
 from r2id.training.resume import is_finished, restore, start_folder
@@ -30,9 +31,10 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
     gradient is not finite, before it reaches the weights, and Stopped after SIGTERM or SIGINT, with
     everything saved; and WorkError when another process trains in the run directory.
     """
-    world = dist.init()
-    with dist.exclusive(config.run):  # from the look for the newest checkpoint on
-        return _train(config, world, profile)
+    with deterministic(config.train.deterministic):
+        world = dist.init()
+        with dist.exclusive(config.run):  # from the look for the newest checkpoint on
+            return _train(config, world, profile)
 
 
 def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[str, Any]:
