@@ -173,13 +173,12 @@ def count_sampling(counts: Counts, case: Case) -> dict[str, Figures]:
     }
 
 
-def count(name: str) -> dict[str, Figures]:
+def count(case: Case) -> dict[str, Figures]:
     """Count all that a case has."""
-    case = CASES[name]
     torch.manual_seed(0)
     with stand_in_gpu() as counts:
         found = count_training(counts, case)
-        return found | (count_sampling(counts, case) if "R2ID" in name else {})
+        return found | (count_sampling(counts, case) if "r2id" in case.config else {})
 
 
 def main() -> None:
@@ -191,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in [options.only] if options.only else CASES:
         print(name)
-        for what, figures in count(name).items():
+        for what, figures in count(CASES[name]).items():
             print(f"  {what}: {figures}")
             for kind in (figures.kernels, figures.syncs)[: 2 * bool(options.places)]:
                 for place, number in kind.most_common(options.places):

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from r2id.checkpoints import Checkpoint
+from r2id.errors import NonFiniteError
 from r2id.training.loop import train
-from tests.stand_in import stand_in_gpu
+from r2id.training.losses.windows import WindowLoss
+from tests.stand_in import Counts, stand_in_gpu
 from tests.training.test_loop import attention_config, r2id_config, riae_config
 
 SHORT = ("train.steps=2", "train.batch=8", "train.log_every=1")
@@ -88,3 +92,24 @@ def test_an_r2id(
     rel = 0.02 if "train.precision=bfloat16" in more else 1e-3
     more = (f"data.latents={latents}", *SHORT, *more)
     assert_agree(r2id_config(digits, riae_run, tmp_path / "run", *more), tmp_path, rel)
+
+
+def test_a_step_that_is_not_finite_is_skipped_where_the_state_is_saved(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Counts
+) -> None:
+    """A GPU finds out one step late, and there is none after the last step or before saving."""
+    forward = WindowLoss.forward
+
+    def spoilt(self: WindowLoss, image: Tensor, index: Tensor, step: int) -> Any:
+        loss, figures = forward(self, image, index, step)
+        return loss * (float("nan") if step in (1, 3) else 1.0), figures
+
+    monkeypatch.setattr(WindowLoss, "forward", spoilt)
+    given = (*SHORT, "train.steps=4", "train.save_every=2")
+    train(riae_config(digits, tmp_path / "run", *given, "train.skip_nonfinite=2"))
+    saved = Checkpoint.open(tmp_path / "run")
+    assert saved.step == 4
+    for kind in ("model", "ema", "optimizer"):
+        assert all(value.isfinite().all() for value in saved.tensors(kind).values()), kind
+    with pytest.raises(NonFiniteError, match="step 3"):
+        train(riae_config(digits, tmp_path / "other", *given, "train.skip_nonfinite=1"))
