@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,7 +65,17 @@ def trace_step(case: Case, bfloat16: bool, as_on_gpu: bool = True) -> Trace:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss, _ = module(**inputs, step=0)
         forward = len(ledger.events) - start
-        loss.backward()
+        # Not loss.backward(), which the mode of a GPU's kernels would handle: a mode is off while
+        # it handles a function, and blocks that are computed again would be computed otherwise.
+        _engine_run_backward(
+            (loss,),
+            (torch.ones_like(loss),),
+            False,
+            False,
+            (),
+            allow_unreachable=True,
+            accumulate_grad=True,
+        )
         gradients = {ledger.number(p.grad) for p in module.parameters() if p.grad is not None}
         others = weights | gradients | ledger.casts
         activations, casts, gradient_bytes = (

@@ -26,6 +26,7 @@ from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
 from r2id.sampling.guidance import conditions_for, guide
 from r2id.sampling.noise_shift import applied_exponent
+from r2id.sampling.out_of_memory import naming
 from r2id.sampling.steps import Adjust, Step, Watch
 
 # Upper limits of a batch: its images and their latent cells by device, and its pixels. A single
@@ -206,7 +207,8 @@ class Sampler:
                 condition[rows], seeds[rows], x, log_snrs, settings, None if plain else estimated
             )
 
-        latents = _in_batches(draw, len(seeds), length)
+        with naming(f"denoising {length} grids of {grid[0]}x{grid[1]} at once"):
+            latents = _in_batches(draw, len(seeds), length)
         if not torch.isfinite(latents).all():  # would be drawn black
             raise WorkError(
                 f"samples on a grid of {grid[0]}x{grid[1]} are not finite: the weights are, or "
@@ -236,11 +238,12 @@ class Sampler:
             self._at_once(size, _BATCH_PIXELS),
             native or self.native_size(latents, size),
         )
-        return _in_batches(
-            lambda rows: self.codec.decode(latents[rows], size, native=native).cpu(),
-            len(latents),
-            length,
-        )
+        with naming(f"decoding {length} pictures of {size[0]}x{size[1]} at once"):
+            return _in_batches(
+                lambda rows: self.codec.decode(latents[rows], size, native=native).cpu(),
+                len(latents),
+                length,
+            )
 
     def native_size(self, latents: Tensor, size: Size) -> Size | None:
         """Return the size of the images that sampled latents [B, L, h, w] stand for, at a size.

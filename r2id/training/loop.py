@@ -13,6 +13,7 @@ from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks import Callbacks, make_callbacks
 from r2id.training.determinism import deterministic
 from r2id.training.engines import make_engine
+from r2id.training.out_of_memory import with_advice
 from r2id.training.precision import resolve_precision
 from r2id.training.resume import is_finished, restore, start_folder
 from r2id.training.state import TrainState
@@ -29,7 +30,8 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
 
     Raises InputError when config, data and run directory do not fit together, NonFiniteError when a
     gradient is not finite, before it reaches the weights, and Stopped after SIGTERM or SIGINT, with
-    everything saved; and WorkError when another process trains in the run directory.
+    everything saved; and WorkError when another process trains in the run directory, and when
+    memory runs out, with the settings that need less.
     """
     with deterministic(config.train.deterministic):
         world = dist.init()
@@ -49,13 +51,14 @@ def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[
     if newest is None and config.init_from is None:
         task.start()
     prepare_blocks(task.module.model.blocks(), config.train)
-    engine = make_engine(
-        task.module, optim=config.optim, train=config.train, engine=config.engine, world=world
-    )
-    state = TrainState(task, engine, profile)
-    restore(state, newest)
-    start_folder(state)
-    run(state, make_callbacks())
+    with with_advice(config, world):
+        engine = make_engine(
+            task.module, optim=config.optim, train=config.train, engine=config.engine, world=world
+        )
+        state = TrainState(task, engine, profile)
+        restore(state, newest)
+        start_folder(state)
+        run(state, make_callbacks())
     return {"checkpoint": state.checkpoint, "step": state.step, **state.figures}
 
 
