@@ -138,6 +138,10 @@ def _devices(torch: Any) -> Iterable[Check]:
     """Find the GPUs, each of which multiplies a matrix, or else tell why the CPU is used."""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         name = f"cuda:{index}"
+        wrong = _unsupported(torch, index)
+        if wrong is not None:
+            yield wrong
+            continue
         try:
             free, total = torch.cuda.mem_get_info(index)
             torch.ones(8, 8, device=name).mm(torch.ones(8, 8, device=name)).sum().item()
@@ -164,6 +168,39 @@ def _devices(torch: Any) -> Iterable[Check]:
     else:
         advice = f"the GPU's driver may be older than CUDA {torch.version.cuda}, which torch needs"
         yield Check("device", "broken", f"{found}; torch cannot use the GPU", advice)
+
+
+def _unsupported(torch: Any, index: int) -> Check | None:
+    """Tell if torch has no kernels for a GPU: its first ones would fail, and not say why."""
+    own, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    if not built or any(_runs_on(target, own) for target in built):
+        return None
+    kind = torch.cuda.get_device_name(index)
+    found = f"{kind} is sm_{own[0]}{own[1]}; torch {torch.__version__} has {', '.join(built)}"
+    advice = (
+        "install a torch for a newer CUDA (an RTX 50 needs torch 2.7 or later for CUDA 12.8 or "
+        "later; see pytorch.org)"
+    )
+    facts = {"name": kind, "capability": list(own), "built": built}
+    return Check(f"cuda:{index}", "broken", found, advice, facts)
+
+
+def _runs_on(target: str, own: tuple[int, int]) -> bool:
+    """Tell whether kernels for a target, such as sm_86, run on a GPU of a compute capability.
+
+    Those of sm_XY run on the same major number from that minor one on; those with an "a" on that
+    one alone. From compute_XY the driver compiles for all later ones.
+    """
+    kind, _, number = target.partition("_")
+    digits = number.rstrip("af")
+    if not digits.isdecimal():
+        return True  # of another maker, which names its GPUs otherwise
+    made_for = int(digits[:-1]), int(digits[-1])
+    if kind == "compute":
+        return made_for <= own
+    if number.endswith("a"):
+        return made_for == own
+    return made_for[0] == own[0] and made_for[1] <= own[1]
 
 
 def _precision(torch: Any, stages: Stages) -> Check:

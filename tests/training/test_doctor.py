@@ -11,10 +11,12 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from r2id import dist
+from r2id.training.doctor import _runs_on, _unsupported
 from r2id.training.precision import bfloat16_is_fast
 from r2id.training.reachable import find_server, find_store
 from tests.conftest import CONFIGS
@@ -207,3 +209,39 @@ def test_stores_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "is damaged" in str(wrong(f"sqlite:///{store}"))
     assert "cannot be written" in str(wrong(f"sqlite:///{store}/in/a/file.db"))
     assert wrong(f"file://{tmp_path}/runs") is None and wrong(f"{tmp_path}/runs") is None
+
+
+@pytest.mark.parametrize(
+    ("target", "own", "runs"),
+    [
+        ("sm_86", (8, 9), True),  # an RTX 4090 with kernels of an RTX 3090
+        ("sm_86", (8, 0), False),
+        ("sm_90", (12, 0), False),  # an RTX 5080 with a torch for CUDA 12.4
+        ("sm_120", (12, 0), True),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (9, 1), False),
+        ("sm_100f", (10, 3), True),
+        ("compute_90", (12, 0), True),
+        ("compute_90", (8, 9), False),
+        ("gfx942", (9, 4), True),
+    ],
+)
+def test_kernels_run_on_what_they_were_made_for(
+    target: str, own: tuple[int, int], runs: bool
+) -> None:
+    assert _runs_on(target, own) == runs
+
+
+def test_a_gpu_that_torch_has_no_kernels_for() -> None:
+    """A GPU that says of itself what an RTX 5080 does, and what torch is asked of it."""
+    cuda = SimpleNamespace(
+        get_device_capability=lambda _index: (12, 0),
+        get_device_name=lambda _index: "NVIDIA GeForce RTX 5080",
+        get_arch_list=lambda: ["sm_80", "sm_86", "sm_90"],
+    )
+    found = _unsupported(SimpleNamespace(cuda=cuda, __version__="2.6.0+cu124"), 0)
+    assert found is not None and found.state == "broken" and found.name == "cuda:0"
+    assert "sm_120" in found.found and "sm_80, sm_86, sm_90" in found.found
+    assert "CUDA 12.8" in found.advice
+    cuda.get_arch_list = lambda: ["sm_90", "sm_100", "sm_120"]
+    assert _unsupported(SimpleNamespace(cuda=cuda, __version__="2.9.0+cu128"), 0) is None
