@@ -66,3 +66,29 @@ def test_subsets_are_distinct_and_fair(count):
     )
     frequency = torch.bincount(chosen.flatten(), minlength=50) / 4000
     assert (frequency - count / 50).abs().max() < 0.04
+
+
+def test_integers_are_folded_as_tensors_are():
+    numbers = [0, 1, -1, 7, 123456789, 2**63 - 1, -(2**63), 12345678901234567]
+    for one in numbers:
+        for other in numbers:
+            key = int(rng.fold(one, other, 3))
+            for parts in ((one, torch.tensor([other]), 3), (torch.tensor([one]), other, 3)):
+                assert rng.fold(*parts).tolist() == [key], parts
+
+
+def test_keys_and_normal_numbers_never_change():
+    """A resumed run draws the same as the run that an older version began."""
+    assert int(rng.fold(1, 2, 3)) == -1785774669831269853
+    drawn = rng.normal(rng.fold(7, torch.tensor([42])), 3)
+    torch.testing.assert_close(
+        drawn, torch.tensor([[-0.52122, 0.747911, -1.18543]]), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (5, 12), (64, 7)])
+def test_streams_drawn_at_once_are_those_drawn_alone(counts):
+    keys = torch.stack([KEYS[:9], KEYS[9:18]], dim=-1)
+    first, second = rng.normals(keys, [(counts[0],), (2, counts[1])])
+    assert torch.equal(first, rng.normal(keys[:, 0], counts[0]))
+    assert torch.equal(second, rng.normal(keys[:, 1], 2, counts[1]))
