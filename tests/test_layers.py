@@ -22,6 +22,7 @@ LAYER = {
     "r2id.dist": 0,
     "r2id.progress": 0,
     "r2id.files": 0,
+    "r2id.host_memory": 0,
     "r2id.mlflow_pages": 0,
     "r2id.openmp": 0,
     "r2id.torchrun": 0,

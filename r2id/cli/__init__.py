@@ -14,6 +14,7 @@ from typing import TextIO
 from r2id.cli import checkpoints, data, edit, training, use  # noqa: F401  (they register their commands)
 from r2id.cli.options import app
 from r2id.errors import InputError, Stopped, WorkError
+from r2id.host_memory import keep_freed_memory
 from r2id.openmp import wait_considerately
 from r2id.progress import say
 
@@ -26,6 +27,7 @@ def main() -> None:
     """
     wait_considerately()  # first, because a command may load torch
     _make_up_an_account()
+    keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: names of files, and signs that the terminal's encoding lacks, are escaped.
         sys.stdout.reconfigure(errors="backslashreplace")

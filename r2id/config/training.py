@@ -105,9 +105,10 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "bfloat16_weights"] = "auto"
     """Number formats. bfloat16 is autocast: weights, norms and gradients stay float32. auto is
     bfloat16 where the machine that the run begins on is fast at it (GPUs that have it, CPUs with
-    AMX), else float32; the run keeps it from then on. A GPU multiplies float32 matrices in TF32.
-    bfloat16_weights needs less memory: the weights of the forward pass and their gradients are
-    bfloat16, and float32 weights are sharded over the processes (zero_stage 2 or 3)."""
+    AMX or AVX512-BF16), else float32; the run keeps it from then on. A GPU multiplies float32
+    matrices in TF32. bfloat16_weights needs less memory: the weights of the forward pass and their
+    gradients are bfloat16, and float32 weights are sharded over the processes (zero_stage 2 or
+    3)."""
     deterministic: bool = False
     """Have a GPU give the same bits every time, as a CPU does: a run that was stopped and goes on
     then equals one that was not. Slower. Not every perceptual network can."""

@@ -111,7 +111,7 @@ class R2ID(nn.Module):
         """Predict under one condition → float32 [B, L, h, w].
 
         * x [B, L, h, w]: the noised grid
-        * alpha_bar [B]: the share of signal in its variance, in (0, 1)
+        * alpha_bar [B], or [1] for all: the share of signal in its variance, in (0, 1)
         * condition: classes [B], attributes [B, A], or embeddings [B, D] or [B, T, D]
         * coordinates [B or 1, N, 4]: where the cells are, by default in a grid (h, w)
         * cloud_key: the random key of cloud attention's groups; by default all tokens are one
@@ -143,7 +143,9 @@ class R2ID(nn.Module):
             tokens = block(tokens, time, mix=mix[number])
         # From here on, the batch holds all samples under each of the conditions.
         count = conditions.shape[0]
-        tokens, time = (repeat(part, "b ... -> (k b) ...", k=count) for part in (tokens, time))
+        tokens = repeat(tokens, "b ... -> (k b) ...", k=count)
+        if len(time) > 1:  # one time for all stays one row, which is as good and faster
+            time = repeat(time, "b ... -> (k b) ...", k=count)
         context = self.condition(conditions.flatten(0, 1))
         among = context.shape[1] if self.config.conditioning == "context" else 0
         if among:

@@ -23,6 +23,7 @@ from r2id.diffusion.noise import noise_field
 from r2id.errors import InputError, WorkError
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
+from r2id.models.layers import store_in_bfloat16
 from r2id.models.r2id import R2ID
 from r2id.sampling.guidance import conditions_for, guide
 from r2id.sampling.noise_shift import applied_exponent
@@ -79,6 +80,9 @@ class Sampler:
         model = R2ID.of(R2idConfig.model_validate(meta.config["r2id"]), meta.model)
         trained.load_ema(model)
         model.to(device).eval().requires_grad_(False)
+        bfloat16 = meta.config["train"]["precision"] != "float32"
+        if bfloat16:
+            store_in_bfloat16(model)
         diffusion = DiffusionConfig.model_validate(meta.config["diffusion"])
         exponent = applied_exponent(trained)
         if exponent is not None:
@@ -91,7 +95,7 @@ class Sampler:
             meta.model["base_side"],
             tuple(meta.model["areas"]),
             tuple(meta.model["ratios"]),
-            meta.config["train"]["precision"] != "float32",
+            bfloat16,
             tuple(meta.model.get("attributes", ())),
         )
 
@@ -292,7 +296,7 @@ class Sampler:
             alpha, sigma = schedule.alpha_sigma(log_snr, kind)
             conditions = guided if earliest <= level <= latest else plain
             with self._autocast():
-                times = torch.full((len(x),), alpha_bar, device=x.device)
+                times = torch.full((1,), alpha_bar, device=x.device)
                 predicted = guide(self.model.predict(x, times, conditions), settings.guidance)
             data, eps = objective.to_data_and_noise(
                 self.diffusion.objective, x, predicted, alpha, sigma
@@ -346,7 +350,7 @@ class Sampler:
         noise = rng.normal(keys, *latents.shape[1:], device=latents.device)
         x = alpha * data + sigma * noise
         with self._autocast():
-            times = torch.full((len(x),), float(schedule.alpha_bar(level)), device=x.device)
+            times = torch.full((1,), float(schedule.alpha_bar(level)), device=x.device)
             predicted = self.model(x, times, self._adapt(condition))
         predicted_data, _ = objective.to_data_and_noise(
             self.diffusion.objective, x, predicted.float(), alpha, sigma

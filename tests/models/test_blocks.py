@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from r2id.models.attention import RMSNorm
-from r2id.models.layers import Dropout, FeedForward, _Gated
+from r2id.models.attention import RMSNorm, linear_together
+from r2id.models.layers import DiffusionBlock, Dropout, FeedForward, _Gated, store_in_bfloat16
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -49,13 +50,38 @@ def test_gated_layer_has_the_derivative_of_what_it_computes():
     assert torch.autograd.gradcheck(_Gated.apply, (gate, value))
 
 
-def test_dropout_draws_as_pytorch_does_and_scales():
-    x, drop = torch.randn(8, 64), Dropout(0.25)
+def test_dropout_drops_its_share_and_scales_the_rest():
+    x, drop = torch.ones(64, 1001, requires_grad=True), Dropout(0.25)
     torch.manual_seed(3)
     out = drop(x)
+    out.sum().backward()
+    assert out.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(x.grad, out)
     torch.manual_seed(3)
-    torch.testing.assert_close(out, F.dropout(x, 0.25))
+    assert torch.equal(drop(x), out), "drawn from torch's generator"
     assert drop.eval()(x) is x
+
+
+def test_layers_together_compute_what_each_does():
+    x, layers = torch.randn(2, 5, 8), [nn.Linear(8, out, bias=False) for out in (8, 8, 3)]
+    with torch.no_grad():
+        parts = linear_together(x, *layers)
+    for part, layer in zip(parts, layers, strict=True):
+        torch.testing.assert_close(part, layer(x))
+
+
+def test_weights_stored_in_bfloat16_give_the_bits_of_autocast():
+    torch.manual_seed(0)
+    block = DiffusionBlock(64, 2, 4.0, dropout=0.0, conditional=True)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.1)
+        x, time, context = torch.randn(2, 6, 64), torch.randn(2, 64), torch.randn(2, 3, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = block(x, time, context)
+            store_in_bfloat16(block)
+            assert torch.equal(block(x, time, context), expected)
 
 
 def test_blocks_keep_little_for_the_backward_pass():

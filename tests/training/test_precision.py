@@ -98,10 +98,14 @@ def test_a_plan_counts_auto_as_a_gpu_does() -> None:
     assert TrainConfig(steps=1).precision == "auto" and TrainConfig(steps=1).autocast
 
 
-def test_a_cpu_is_fast_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    for amx in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert precision.bfloat16_is_fast(torch.device("cpu")) == amx
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("avx", [True, False])
+def test_a_cpu_is_fast_that_multiplies_bfloat16(
+    amx: bool, avx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    assert precision.bfloat16_is_fast(torch.device("cpu")) == (amx or avx)
 
 
 def _on_unlike_machines(_world: dist.World, shards: Path, run: Path) -> str:
