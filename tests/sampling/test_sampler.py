@@ -1,5 +1,6 @@
 """Sampling: sizes, seeds, guidance, and files."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -63,7 +64,12 @@ def test_guidance_scales(sampler):
 
 
 def test_guidance_within_an_interval_alone(sampler):
-    exact = replace(sampler, bfloat16=False, codec=replace(sampler.codec, bfloat16=False))
+    exact = replace(
+        sampler,
+        model=copy.deepcopy(sampler.model).float(),
+        bfloat16=False,
+        codec=replace(sampler.codec, bfloat16=False),
+    )
 
     def draw(guidance, interval=None):
         return exact.sample(
