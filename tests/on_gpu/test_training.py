@@ -15,7 +15,7 @@ from r2id.training.losses.windows import WindowLoss
 from tests.stand_in import Counts, stand_in_gpu
 from tests.training.test_loop import attention_config, r2id_config, riae_config
 
-SHORT = ("train.steps=2", "train.batch=8", "train.log_every=1")
+SHORT = ("train.steps=2", "train.batch=8", "train.log_every=1", "data.train_split=test")
 LATTICE = {
     "plain": (),
     "resized latents": ("loss.equivariance=1.0", "loss.latent_mask=0.3"),
@@ -27,6 +27,8 @@ LATTICE = {
         "loss.discriminator=0.1",
         "loss.discriminator_start=1",
         "loss.discriminator_width=8",
+        "loss.equivariance=1.0",
+        "loss.latent_mask=0.3",
     ),
     "windows, activations again": ("loss.window=[6,5]", "train.activation_checkpointing=all"),
 }
@@ -54,8 +56,33 @@ R2ID = {
     ),
     "tiled": ('r2id.attention=["tiled"]', "r2id.tile=2", "r2id.halo=1"),
     "levels": ("r2id.levels=[{width=32,blocks=1}]", "train.micro_batch=4"),
+    "all kinds": (
+        'r2id.attention=["cloud","tiled","axial","linear"]',
+        "r2id.cloud_tokens=6",
+        "r2id.tile=2",
+        "r2id.halo=1",
+        "r2id.encoder_blocks=3",
+        "r2id.levels=[{width=32,blocks=1}]",
+        "r2id.conditioning=cross",
+        "diffusion.multiscale=1",
+        "train.activation_checkpointing=2",
+        "train.micro_batch=4",
+    ),
     "bfloat16": ("train.precision=bfloat16",),
 }
+FAST = ("all terms", "windows, activations again", "cloud of latents", "tiled latents", "all kinds")
+"""Those that have most of what the others have one by one; the others are slow."""
+
+
+def each(settings: dict[str, tuple[str, ...]]) -> pytest.MarkDecorator:
+    """Run a test with each of these settings."""
+    return pytest.mark.parametrize(
+        "more",
+        [
+            pytest.param(more, id=name, marks=[] if name in FAST else pytest.mark.slow)
+            for name, more in settings.items()
+        ],
+    )
 
 
 def assert_agree(config: Any, folder: Path, rel: float = 1e-3) -> None:
@@ -75,22 +102,22 @@ def assert_agree(config: Any, folder: Path, rel: float = 1e-3) -> None:
         assert on_gpu[key] == pytest.approx(on_cpu[key], rel=rel), key
 
 
-@pytest.mark.parametrize("more", LATTICE.values(), ids=LATTICE)
+@each(LATTICE)
 def test_an_riae_on_a_lattice(digits: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     assert_agree(riae_config(digits, tmp_path / "run", *SHORT, *more), tmp_path)
 
 
-@pytest.mark.parametrize("more", ATTENTION.values(), ids=ATTENTION)
+@each(ATTENTION)
 def test_an_riae_by_attention(digits: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     assert_agree(attention_config(digits, tmp_path / "run", *SHORT, *more), tmp_path)
 
 
-@pytest.mark.parametrize("more", R2ID.values(), ids=R2ID)
+@each(R2ID)
 def test_an_r2id(
     digits: Path, riae_run: Path, latents: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     rel = 0.02 if "train.precision=bfloat16" in more else 1e-3
-    more = (f"data.latents={latents}", *SHORT, *more)
+    more = (f"data.latents={latents}", "sample.steps=2", *SHORT, *more)
     assert_agree(r2id_config(digits, riae_run, tmp_path / "run", *more), tmp_path, rel)
 
 

@@ -20,16 +20,16 @@ from r2id.training.loop import train
 from tests.stand_in import Counts, stand_in_gpu
 from tests.training.test_loop import assert_same, r2id_config, riae_config
 
-SHORT = ("train.batch=8", "train.log_every=1", "train.precision=bfloat16")
+SHORT = ("train.batch=8", "train.log_every=1", "train.precision=bfloat16", "data.train_split=test")
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(
     digits: Path, tmp_path: Path, counts: Counts
 ) -> None:
     for run in ("whole", "parts"):
-        train(riae_config(digits, tmp_path / run, *SHORT, "train.steps=4", "train.save_every=2"))
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000004")
-    train(riae_config(digits, tmp_path / "parts", *SHORT, "train.steps=4", "train.save_every=2"))
+        train(riae_config(digits, tmp_path / run, *SHORT, "train.steps=2", "train.save_every=1"))
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000002")
+    train(riae_config(digits, tmp_path / "parts", *SHORT, "train.steps=2", "train.save_every=1"))
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -44,6 +44,7 @@ def test_both_stages_follow_each_other(digits: Path, tmp_path: Path, counts: Cou
             f"data.latents={tmp_path}/latents",
             *SHORT,
             "train.steps=2",
+            "sample.steps=2",
         )
     )
     assert result["step"] == 2 and result["loss"] == result["loss"]
