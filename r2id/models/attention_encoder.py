@@ -119,7 +119,7 @@ class AttentionEncoder(nn.Module):
         place = self.visibility.point_features(points, size, grid).expand(batch, -1, -1)
         pixels = self.pixel_in(torch.cat([colours, place], dim=-1))
         if tiles is not None:
-            cells = tiles.to_tile_order(cells[0])
+            cells = tiles.to_tile_order(cells)
         x = self.cell_in(self.visibility.cell_features(cells, grid)).expand(batch, -1, -1)
         cell_places, pixel_places = coords.in_cells(cells, grid), coords.in_cells(points, grid)
         for block in self.cross_blocks:

@@ -114,11 +114,10 @@ class SelfBlock(nn.Module):
         if tiles is None:
             x = x + self.attention(normed, normed, places, places)
         else:
-            query_places = None if places is None else tiles.to_tile_order(places[0])
+            query_places = None if places is None else tiles.to_tile_order(places)
+            queries = tiles.to_tile_order(normed)
             x = x + tiles.from_tile_order(
-                self.attention(
-                    normed[:, tiles.queries[0].flatten()], normed, query_places, places, tiles
-                )
+                self.attention(queries, normed, query_places, places, tiles)
             )
         return x + self.ffn(self.ffn_norm(x))
 

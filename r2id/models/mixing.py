@@ -27,6 +27,7 @@ from r2id.config import R2idConfig
 from r2id.config.models import AttentionKind
 from r2id.models.attention import attend
 from r2id.models.coords import Size
+from r2id.models.rows import reordered
 from r2id.models.tiles import Tiles
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -128,18 +129,21 @@ def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor
     """
     tokens = len(order)
     size = -(-tokens // groups)
-    filled = torch.cat([order, order[: groups * size - tokens]])
-    apart = (
-        rearrange(part[:, :, filled], "b n (g s) d -> (b g) n s d", g=groups) for part in (q, k, v)
-    )
-    mixed = rearrange(attend(*apart), "(b g) n s d -> b n (g s) d", g=groups)
-    return mixed[:, :, torch.argsort(order)]
+    inverse, spare = torch.argsort(order), groups * size - tokens
+
+    def apart(part: Tensor) -> Tensor:
+        part = reordered(part, order, inverse, 2)
+        filled = torch.cat([part, part[:, :, :spare]], dim=2) if spare else part
+        return rearrange(filled, "b n (g s) d -> (b g) n s d", g=groups)
+
+    mixed = rearrange(attend(*map(apart, (q, k, v))), "(b g) n s d -> b n (g s) d", g=groups)
+    return reordered(mixed[:, :, :tokens], inverse, order, 2)
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
     """Attend within tiles and a halo around each: cost linear in N."""
-    queries = tiles.split_queries(q[:, :, tiles.queries.flatten()])
+    queries = tiles.split_queries(tiles.to_tile_order(q, 2))
     mixed = tiles.join_queries(
         attend(queries, tiles.gather_keys(k), tiles.gather_keys(v), tiles.mask(len(q)))
     )
-    return mixed[:, :, tiles.slots]
+    return tiles.from_tile_order(mixed, 2)

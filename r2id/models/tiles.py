@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from r2id.constants import kept
 from r2id.models.coords import WHOLE, Part, Size
+from r2id.models.rows import Takers, reordered, taken
 
 
 def positions(count: int, cells: int, part: slice = slice(None)) -> np.ndarray:
@@ -130,6 +130,10 @@ class Tiles:
     """Index of each tile's keys among the M of ``part``, row by row: int64 [B or 1, T, K]."""
     key_mask: Tensor
     """False for padding: bool [B or 1, T, K]."""
+    takers: Takers
+    """Which of the T·K keys of all tiles, padding left out, each of the M keys is."""
+    padded: bool
+    """Whether any tile has padding among its keys."""
     centre: Tensor
     """Centre (x, y) of each tile, in cells from the grid's centre: float32 [B or 1, T, 2]."""
     slots: Tensor
@@ -163,15 +167,39 @@ class Tiles:
             part[0][index]
             for part in (self.queries, self.query_mask, self.keys, self.key_mask, self.centre)
         )
-        return Tiles(queries, query_mask, keys, key_mask, centre, self.slots, self.part)
+        return replace(
+            self,
+            queries=queries,
+            query_mask=query_mask,
+            keys=keys,
+            key_mask=key_mask,
+            takers=self._takers_among(index),
+            centre=centre,
+        )
 
-    def to_tile_order(self, x: Tensor) -> Tensor:
-        """Bring queries into tile order: [N, …] → [B or 1, T·Q, …]."""
-        return x[self.queries.flatten(1)]
+    def _takers_among(self, index: Tensor) -> Takers:
+        """Find the takers of each key among some tiles, int64 [B, S]: [B, M, R]."""
+        batch, count = index.shape
+        tiles, keys = self.keys.shape[1:]
+        number = torch.full((batch, tiles), -1, dtype=torch.int64, device=index.device)
+        number = number.scatter_(
+            1, index, torch.arange(count, device=index.device).expand(batch, -1)
+        )[:, self.takers.index[0] // keys]
+        chosen = self.takers.real & (number >= 0)
+        return Takers((number * keys + self.takers.index % keys).where(chosen, 0), chosen)
 
-    def from_tile_order(self, x: Tensor) -> Tensor:
-        """Bring queries of all tiles back into the grid's order: [B, T·Q, …] → [B, N, …]."""
-        return x[:, self.slots]
+    def to_tile_order(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Bring queries of all samples alike into tile order: N in dimension ``dim`` → T·Q.
+
+        Holds for all tiles, as ``from_tile_order``, in which padding is dropped. So its gradient is
+        0, and that of the queries is that of their slots.
+        """
+        return reordered(x, self.queries.flatten(), self.slots, dim)
+
+    def from_tile_order(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Bring queries of all tiles back into the grid's order: T·Q in dimension ``dim`` → N."""
+        padding = None if self.queries.numel() == len(self.slots) else ~self.query_mask.flatten()
+        return reordered(x, self.slots, self.queries.flatten(), dim, padding)
 
     def split_queries(self, x: Tensor) -> Tensor:
         """Separate queries in tile order by tile: [B, H, T·Q, d] → [B·T, H, Q, d]."""
@@ -179,12 +207,9 @@ class Tiles:
 
     def gather_keys(self, x: Tensor) -> Tensor:
         """Collect each tile's keys (or values): [B, H, M, d] → [B·T, H, K, d]."""
-        batch, heads, count, dim = x.shape
-        # An embedding look-up of whole rows; its backward pass adds up what several tiles take.
-        offset = count * torch.arange(batch, device=x.device).view(-1, 1, 1)
-        rows = x.transpose(1, 2).reshape(batch * count, heads * dim)
-        gathered = F.embedding((self.keys + offset).flatten(), rows)
-        return gathered.view(-1, self.keys.shape[2], heads, dim).transpose(1, 2)
+        heads = x.shape[1]
+        rows = taken(x.transpose(1, 2).flatten(2), self.keys.flatten(1), self.takers)
+        return rearrange(rows, "b (t k) (h d) -> (b t) h k d", t=self.keys.shape[1], h=heads)
 
     def split_places(
         self, places: Tensor, context_places: Tensor, batch: int
@@ -203,8 +228,13 @@ class Tiles:
             batch, -1, -1, -1
         ).flatten(0, 1)
 
-    def mask(self, batch: int) -> Tensor:
-        """Mask of gathered keys for ``attend``, False for padding: bool [B·T, 1, 1, K]."""
+    def mask(self, batch: int) -> Tensor | None:
+        """Mask of gathered keys for ``attend``, False for padding: bool [B·T, 1, 1, K].
+
+        None where there is no padding: a GPU's fastest kernels take no mask.
+        """
+        if not self.padded:
+            return None
         return rearrange(self.key_mask.expand(batch, -1, -1), "b t k -> (b t) 1 1 k")
 
     def join_queries(self, x: Tensor) -> Tensor:
@@ -238,6 +268,15 @@ def _tiles_between(
         _crossed(y.queries, x.queries, columns),
         _crossed(y.query_mask, x.query_mask),
     )
+    keys_of_tiles, key_mask = (
+        _crossed(y.keys, x.keys, x.part.stop - x.part.start),
+        _crossed(y.key_mask, x.key_mask),
+    )
+    takers, real = _takers(
+        keys_of_tiles[key_mask],
+        np.flatnonzero(key_mask),
+        (y.part.stop - y.part.start) * (x.part.stop - x.part.start),
+    )
     slots = np.empty(rows * columns, dtype=np.int64)
     slots[index[query_mask]] = np.flatnonzero(query_mask)
     centre = np.stack(np.broadcast_arrays(x.middle[None, :], y.middle[:, None]), axis=-1).reshape(
@@ -250,12 +289,25 @@ def _tiles_between(
     return Tiles(
         tensor(index[None], torch.int64),
         tensor(query_mask[None], torch.bool),
-        tensor(_crossed(y.keys, x.keys, x.part.stop - x.part.start)[None], torch.int64),
-        tensor(_crossed(y.key_mask, x.key_mask)[None], torch.bool),
+        tensor(keys_of_tiles[None], torch.int64),
+        tensor(key_mask[None], torch.bool),
+        Takers(tensor(takers[None], torch.int64), tensor(real[None], torch.bool)),
+        bool((~key_mask).any()),
         tensor(centre[None], torch.float32),
         tensor(slots, torch.int64),
         (y.part, x.part),
     )
+
+
+def _takers(keys: np.ndarray, places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """List at which places each of ``count`` keys is: keys and places int64 [E] → Takers [M, R]."""
+    order = np.argsort(keys, kind="stable")
+    keys, places = keys[order], places[order]
+    of_each = np.bincount(keys, minlength=count)
+    number = np.arange(len(keys)) - np.repeat(np.cumsum(of_each) - of_each, of_each)
+    takers = np.zeros((count, of_each.max()), dtype=np.int64)
+    takers[keys, number] = places
+    return takers, np.arange(takers.shape[1]) < of_each[:, None]
 
 
 def _crossed(y: np.ndarray, x: np.ndarray, width: int = 0) -> np.ndarray:

@@ -33,6 +33,7 @@ from r2id import rng
 from r2id.config import RiaeConfig
 from r2id.models import coords
 from r2id.models.coords import WHOLE, Part, Size
+from r2id.models.rows import inverted, taken
 from r2id.models.tiles import Tiles, rectangles
 
 # How much is computed at once outside training, so that memory does not grow with the work.
@@ -218,8 +219,7 @@ class Cloud(Visibility):
             return kv, cells
         count = max(1, round(kv.shape[1] * share))
         chosen = rng.subset(rng_keys, kv.shape[1], count)
-        index = chosen.unsqueeze(-1).expand(-1, -1, kv.shape[-1])
-        return kv.gather(1, index), cells[0][chosen]
+        return taken(kv, chosen, inverted(chosen, kv.shape[1])), cells[0][chosen]
 
 
 class Tiled(Visibility):
@@ -277,7 +277,7 @@ class Tiled(Visibility):
             y, x = tiles.part
             near_kv, near_cells = (values[:, y, x].flatten(1, 2) for values in by_cell)
             points = tiles.to_tile_order(
-                coords.grid_coordinates(size, grid, kv.device, (rows, columns))
+                coords.grid_coordinates(size, grid, kv.device, (rows, columns)).unsqueeze(0)
             )
             colours = tiles.from_tile_order(draw(near_kv, near_cells, points, size, grid, tiles))
             if not len(image):
