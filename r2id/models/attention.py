@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from r2id.models.tiles import Tiles
 # Dimensions of a head that hold the window: 2 for u_q·u_k, 2 for |u_k|² and 2 for |u_q|², each
 # square in two parts (see _in_two).
 _WINDOW_DIMS = 6
+_NO_PLACES = "attention with a Gaussian window needs the places of its queries and keys"
 # On a CPU, plain products are faster than the fused kernel up to this number of scores.
 _FAST_PLAIN = 1 << 24
 # A context variable: one thread may count memory as on a GPU while another one draws samples.
@@ -130,6 +131,15 @@ def linear_together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
 
 
+class Context(NamedTuple):
+    """What queries attend to, made by ``Attention.context``."""
+
+    keys: Tensor
+    """[B, H, M, d], with the dimensions of a window if there is one."""
+    values: Tensor
+    """[B, H, M, d]."""
+
+
 class Attention(nn.Module):
     """Multi-head attention from queries [B, N, D] to context [B, M, D'].
 
@@ -163,7 +173,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor,
+        context: Tensor | Context,
         places: Tensor | None = None,
         context_places: Tensor | None = None,
         tiles: Tiles | None = None,
@@ -175,22 +185,22 @@ class Attention(nn.Module):
         are in cells; a Gaussian window needs them. With ``tiles``, queries are in tile order and
         see only the keys of their tile. Without, ``mix`` computes the attention.
         """
-        if x is context:
-            projected = linear_together(x, self.query, self.key, self.value)
+        if isinstance(context, Context):
+            q, (k, v) = self.query_norm(self._heads(self.query(x))), context
+        elif x is context:
+            together = linear_together(x, self.query, self.key, self.value)
+            q, k, v = map(self._heads, together)
+            q, k = self.query_norm(q), self.key_norm(k)
         else:
-            projected = (self.query(x), *linear_together(context, self.key, self.value))
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in projected)
-        q, k = self.query_norm(q), self.key_norm(k)
+            q = self.query_norm(self._heads(self.query(x)))
+            k, v = self._keys_and_values(context)
         if tiles is not None:
             q, k, v = tiles.split_queries(q), tiles.gather_keys(k), tiles.gather_keys(v)
             if places is not None and context_places is not None:
                 places, context_places = tiles.split_places(places, context_places, len(x))
         if self.log_reach is not None:
-            if places is None or context_places is None:
-                raise ValueError(
-                    "attention with a Gaussian window needs the places of its queries and keys"
-                )
-            q, k, v = self._with_window(q, k, v, places, context_places)
+            q = self._query_with_window(q, places)
+            k = k if isinstance(context, Context) else _key_with_window(k, context_places)
         attended = (
             mix(q, k, v)
             if tiles is None
@@ -198,30 +208,42 @@ class Attention(nn.Module):
         )
         return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
 
-    def _with_window(
-        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, context_places: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Append the window's dimensions, whose dot product is −s·|u_q − u_k|², to q and k."""
+    def context(self, context: Tensor, context_places: Tensor | None = None) -> Context:
+        """Make keys and values once, for several calls without tiles that see all of a context."""
+        k, v = self._keys_and_values(context)
+        if self.log_reach is not None:
+            k = _key_with_window(k, context_places)
+        return Context(k, v)
+
+    def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = map(self._heads, linear_together(context, self.key, self.value))
+        return self.key_norm(k), v
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+    def _query_with_window(self, q: Tensor, places: Tensor | None) -> Tensor:
+        """Append the window's dimensions, whose dot product with a key's is −s·|u_q − u_k|²."""
         assert self.log_reach is not None
+        if places is None:
+            raise ValueError(_NO_PLACES)
         # attend divides logits by √d, which the window's must not be: it is multiplied in here.
         sharpness = torch.exp(-self.log_reach).view(1, -1, 1, 1) * math.sqrt(self.head_dim)
-        places, context_places = places.unsqueeze(1), context_places.unsqueeze(1)
-        ones, context_ones = torch.ones_like(places), torch.ones_like(context_places)
+        places = places.unsqueeze(1)
+        ones = torch.ones_like(places)
         own = _in_two(sharpness * places.square().sum(-1, keepdim=True), q.dtype)
-        q_window = torch.cat([sharpness * torch.cat([2.0 * places, -ones], dim=-1), -own], dim=-1)
-        k_window = torch.cat(
-            [
-                context_places,
-                _in_two(context_places.square().sum(-1, keepdim=True), q.dtype),
-                context_ones,
-            ],
-            dim=-1,
-        )
-        return (
-            torch.cat([q, _spread(q_window, q)], dim=-1),
-            torch.cat([k, _spread(k_window, k)], dim=-1),
-            v,
-        )
+        window = torch.cat([sharpness * torch.cat([2.0 * places, -ones], dim=-1), -own], dim=-1)
+        return torch.cat([q, _spread(window, q)], dim=-1)
+
+
+def _key_with_window(k: Tensor, places: Tensor | None) -> Tensor:
+    """Append the window's dimensions to keys, as _query_with_window does to queries."""
+    if places is None:
+        raise ValueError(_NO_PLACES)
+    places = places.unsqueeze(1)
+    squares = _in_two(places.square().sum(-1, keepdim=True), k.dtype)
+    window = torch.cat([places, squares, torch.ones_like(places)], dim=-1)
+    return torch.cat([k, _spread(window, k)], dim=-1)
 
 
 def _in_two(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ Shape letters: B batch · C colours · H, W image size · h, w latent grid · L 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from r2id.config import RiaeConfig
 from r2id.models import coords
-from r2id.models.attention import RMSNorm
+from r2id.models.attention import Context, RMSNorm
 from r2id.models.cells import to_points
 from r2id.models.coords import Advance, Part, Size, Window
 from r2id.models.latent_blocks import LatentBlocks
 from r2id.models.layers import CrossBlock, ExactLinear, zero_linear
 from r2id.models.resampling import resample
 from r2id.models.tiles import Tiles
-from r2id.models.visibility import Visibility
+from r2id.models.visibility import Draw, Visibility
 
 _BAND = 1 << 18
 """Where a pixel is the mean of several points: how many points are held at once, at least those of
@@ -89,18 +90,20 @@ class AttentionDecoder(nn.Module):
         size: Size,
         grid: Size,
         tiles: Tiles | None = None,
+        contexts: list[Context] | None = None,
     ) -> Tensor:
         """Decode points of images of ``size`` (H, W).
 
         kv [B, M, D] of spread_latents at cells [B or 1, M, 4], points [B or 1, P, 4] → colours
         [B, P, C]. With ``tiles``, points are in tile order, and kv and cells are those of
-        ``tiles.part``.
+        ``tiles.part``. ``contexts``, those of all blocks, are what blocks would make of kv.
         """
         x = self.point_in(self.visibility.point_features(points, size, grid))
         x = x.expand(kv.shape[0], -1, -1)
         cell_places, point_places = coords.in_cells(cells, grid), coords.in_cells(points, grid)
-        for block in self.cross_blocks:
-            x = block(x, kv, point_places, cell_places, tiles)
+        for number, block in enumerate(self.cross_blocks):
+            context = contexts[number] if contexts else kv
+            x = block(x, context, point_places, cell_places, tiles)
         return self.to_colour(x).float()
 
     def points_per_pixel(self, grid: Size, size: Size) -> Size:
@@ -136,23 +139,37 @@ class AttentionDecoder(nn.Module):
         count = math.prod(side.stop - side.start for side in part) * math.prod(
             self.points_per_pixel(grid, size)
         )
-        at_once = self.visibility.images_decoded_at_once(count, len(latents))
+        at_once = self.visibility.images_decoded_at_once(count, len(latents), latents.device)
         images = []
         for chunk in latents.split(at_once):
             flat = rearrange(chunk, "b l h w -> b (h w) l")
             kv = self.spread_latents(flat, cells, grid)
-            drawn = self._render(kv, cells, grid, size, part)
+            contexts = self._contexts(kv, cells, grid)
+            draw = partial(self.decode_points, contexts=contexts)
+            drawn = self._render(draw, kv, cells, grid, size, part)
             linear = self.decode_linearly(flat, grid)
             images.append(drawn if linear is None else drawn + resample(linear, size, part))
         if advance:
             advance(math.prod(side.stop - side.start for side in part))
         return torch.cat(images)
 
-    def _render(self, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
+    def _contexts(self, kv: Tensor, cells: Tensor, grid: Size) -> list[Context] | None:
+        """Make what all points attend to, once; None where each tile attends to its own."""
+        if self.visibility.is_local:
+            return None
+        places, contexts = coords.in_cells(cells, grid), []
+        for block in self.cross_blocks:
+            assert isinstance(block, CrossBlock)
+            contexts.append(block.context(kv, places))
+        return contexts
+
+    def _render(
+        self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
+    ) -> Tensor:
         """Render a part of an image, in bands of rows where pixels are means of points."""
         down, across = points = self.points_per_pixel(grid, size)
         if points == (1, 1):
-            return self._draw(kv, cells, grid, size, part)
+            return self.visibility.decode(draw, kv, cells, grid, size, part)
         rows, columns = part
         fine = (size[0] * down, size[1] * across)
         wide = slice(columns.start * across, columns.stop * across)
@@ -160,9 +177,6 @@ class AttentionDecoder(nn.Module):
         bands = []
         for y in range(rows.start, rows.stop, band):
             high = slice(y * down, min(y + band, rows.stop) * down)
-            bands.append(F.avg_pool2d(self._draw(kv, cells, grid, fine, (high, wide)), points))
+            drawn = self.visibility.decode(draw, kv, cells, grid, fine, (high, wide))
+            bands.append(F.avg_pool2d(drawn, points))
         return torch.cat(bands, dim=2)
-
-    def _draw(self, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part) -> Tensor:
-        """Render a part of an image (H, W) with one point per pixel: [B, C, h', w']."""
-        return self.visibility.decode(self.decode_points, kv, cells, grid, size, part)

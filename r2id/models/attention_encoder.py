@@ -62,7 +62,8 @@ class AttentionEncoder(nn.Module):
         """
         grid = self.config.grid_for(native)
         cells = coords.grid_coordinates(grid, device=images.device).unsqueeze(0)
-        at_once = self.visibility.images_encoded_at_once(images.shape[2] * images.shape[3])
+        pixels = images.shape[2] * images.shape[3]
+        at_once = self.visibility.images_encoded_at_once(pixels, images.device)
         latents = torch.cat(
             [
                 self._to_latents(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from r2id.models.attention import Attention, RMSNorm, attend, linear_together
+from r2id.models.attention import Attention, Context, RMSNorm, attend, linear_together
 from r2id.models.mixing import Mix
 from r2id.models.tiles import Tiles
 
@@ -84,15 +84,19 @@ class CrossBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor,
+        context: Tensor | Context,
         places: Tensor | None = None,
         context_places: Tensor | None = None,
         tiles: Tiles | None = None,
     ) -> Tensor:
-        x = x + self.attention(
-            self.norm(x), self.context_norm(context), places, context_places, tiles
-        )
+        if isinstance(context, Tensor):
+            context = self.context_norm(context)
+        x = x + self.attention(self.norm(x), context, places, context_places, tiles)
         return x + self.ffn(self.ffn_norm(x))
+
+    def context(self, context: Tensor, context_places: Tensor) -> Context:
+        """Make what several calls attend to, see Attention.context."""
+        return self.attention.context(self.context_norm(context), context_places)
 
 
 class SelfBlock(nn.Module):

@@ -24,6 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -38,8 +39,16 @@ from r2id.models.tiles import Tiles, rectangles
 
 # How much is computed at once outside training, so that memory does not grow with the work.
 _ENCODE_CHUNK = 1 << 19  # cloud: pixels that are encoded, at least one image
-_DECODE_CHUNK = 8192  # cloud: points that are decoded
+_DECODE_CHUNK = 1 << 13  # cloud: points that are decoded
 _TILES_CHUNK = 1 << 13  # tiled: pixels that are encoded or decoded
+_GPU_FACTOR = 8
+"""How many times as many pixels or points a GPU takes at once: about 10 kB each, in fewer
+kernels. On a CPU they should fit into its cache."""
+
+
+def _at_once(chunk: int, device: torch.device) -> int:
+    return chunk if device.type == "cpu" else _GPU_FACTOR * chunk
+
 
 Look = Callable[[Tensor, Tensor, Size, Tensor, Size, Tiles | None], Tensor]
 """(colours [B, N, C], points [1, N, 4], image size, cells [1, M, 4], grid, tiles) → [B, M, D]: how
@@ -64,6 +73,9 @@ class DecoderPixels:
 
 class Visibility(ABC):
     """Decides what attends to what, and describes places to the network."""
+
+    is_local: ClassVar[bool]
+    """Whether what attends sees only what is near it, which ``tiles`` says."""
 
     def __init__(self, config: RiaeConfig) -> None:
         self.config = config
@@ -124,11 +136,11 @@ class Visibility(ABC):
         """
 
     @abstractmethod
-    def images_encoded_at_once(self, pixels: int) -> int:
+    def images_encoded_at_once(self, pixels: int, device: torch.device) -> int:
         """Say how many images of this many pixels go into one call of ``encode``."""
 
     @abstractmethod
-    def images_decoded_at_once(self, pixels: int, batch: int) -> int:
+    def images_decoded_at_once(self, pixels: int, batch: int, device: torch.device) -> int:
         """Say how many images of a batch, of this many pixels, go into one call of ``decode``."""
 
     @abstractmethod
@@ -153,6 +165,8 @@ class Visibility(ABC):
 
 class Cloud(Visibility):
     """All attend to all; in training, to random clouds."""
+
+    is_local = False
 
     @property
     def cell_dim(self) -> int:
@@ -193,14 +207,15 @@ class Cloud(Visibility):
         self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
     ) -> Tensor:
         points = coords.grid_coordinates(size, grid, kv.device, part).unsqueeze(0)
-        chunks = points.split(max(1, _DECODE_CHUNK // len(kv)), dim=1)
+        most = _at_once(_DECODE_CHUNK, kv.device)
+        chunks = points.split(max(1, most // len(kv)), dim=1)
         colours = torch.cat([draw(kv, cells, chunk, size, grid, None) for chunk in chunks], dim=1)
         return rearrange(colours, "b (h w) c -> b c h w", h=part[0].stop - part[0].start)
 
-    def images_encoded_at_once(self, pixels: int) -> int:
+    def images_encoded_at_once(self, pixels: int, device: torch.device) -> int:
         return max(1, _ENCODE_CHUNK // pixels)
 
-    def images_decoded_at_once(self, pixels: int, batch: int) -> int:
+    def images_decoded_at_once(self, pixels: int, batch: int, device: torch.device) -> int:
         return batch  # points are drawn in chunks already
 
     def choose_encoder_pixels(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
@@ -224,6 +239,8 @@ class Cloud(Visibility):
 
 class Tiled(Visibility):
     """What lies in a tile attends to what lies in the tile and in its halo."""
+
+    is_local = True
 
     @property
     def cell_dim(self) -> int:
@@ -249,8 +266,10 @@ class Tiled(Visibility):
 
     def encode(self, look: Look, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
         size: Size = (images.shape[2], images.shape[3])
-        # As many cells as lie over _TILES_CHUNK pixels of all images together.
-        most = max(1, _TILES_CHUNK * grid[0] * grid[1] // images[:, 0].numel())
+        # As many cells as lie over _TILES_CHUNK pixels, or those of a GPU, of all images together.
+        most = max(
+            1, _at_once(_TILES_CHUNK, images.device) * grid[0] * grid[1] // images[:, 0].numel()
+        )
         values = images.new_empty(0)  # allocated once the first call tells width and dtype
         for rows, columns in rectangles(grid, grid, self.config.tile, most):
             tiles = self.tiles(grid, size, grid, (rows, columns), images.device)
@@ -271,7 +290,7 @@ class Tiled(Visibility):
         by_cell = [rearrange(x, "b (h w) d -> b h w d", h=grid[0]) for x in (kv, cells)]
         top, left = (side.start for side in part)
         image = kv.new_empty(0)  # allocated once the first call tells channels and dtype
-        most = max(1, _TILES_CHUNK // len(kv))
+        most = max(1, _at_once(_TILES_CHUNK, kv.device) // len(kv))
         for rows, columns in rectangles(size, grid, self.config.tile, most, part):
             tiles = self.tiles(size, grid, grid, (rows, columns), kv.device)
             y, x = tiles.part
@@ -289,11 +308,11 @@ class Tiled(Visibility):
             )
         return image
 
-    def images_encoded_at_once(self, pixels: int) -> int:
-        return max(1, _TILES_CHUNK // pixels)
+    def images_encoded_at_once(self, pixels: int, device: torch.device) -> int:
+        return max(1, _at_once(_TILES_CHUNK, device) // pixels)
 
-    def images_decoded_at_once(self, pixels: int, batch: int) -> int:
-        return max(1, _TILES_CHUNK // pixels)
+    def images_decoded_at_once(self, pixels: int, batch: int, device: torch.device) -> int:
+        return max(1, _at_once(_TILES_CHUNK, device) // pixels)
 
     def choose_encoder_pixels(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
         """Take all pixels; a tile sees those that are near."""

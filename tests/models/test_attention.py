@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from r2id.models.attention import Attention, RMSNorm, attend, plain_up_to
+from r2id.models.attention import Attention, RMSNorm, _key_with_window, attend, plain_up_to
 from r2id.models.coords import grid_coordinates, in_cells
 
 
@@ -23,12 +23,25 @@ def test_window_is_a_gaussian_in_cells():
         torch.randn(1, 2, 6, 10),
         layer.value(values).view(1, 6, 2, 16).transpose(1, 2),
     )
-    attended = attend(*layer._with_window(q, k, v, at, context_at))
+    attended = attend(layer._query_with_window(q, at), _key_with_window(k, context_at), v)
     distance = (at[:, :, None] - context_at[:, None]).square().sum(-1)
     weights = torch.softmax(
         -torch.exp(-layer.log_reach).view(1, 2, 1, 1) * distance.unsqueeze(1), dim=-1
     )
     torch.testing.assert_close(attended, weights @ v, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_a_context_that_is_made_once_is_that_of_each_call(window):
+    layer = Attention(32, 12, 2, gaussian_window=window)
+    x, context, at, context_at = (
+        torch.randn(2, n, d) for n, d in ((5, 32), (7, 12), (5, 2), (7, 2))
+    )
+    made = layer.context(context, context_at)
+    assert torch.equal(layer(x, made, at), layer(x, context, at, context_at))
+    if window:
+        with pytest.raises(ValueError, match="needs the places of its queries and keys"):
+            layer(x, made)
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (16, 9), (64, 64)])
