@@ -115,9 +115,11 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=2)] = "none"
     """Blocks whose activations are not kept but computed again in the backward pass, which saves
     memory: none, all, or every n-th."""
-    compile: bool = False
-    """Compile each block with torch.compile, once for each shape that it meets. A CPU needs a C++
-    compiler."""
+    compile: Literal["auto", "cuda_graphs"] | bool = "auto"
+    """Compile each block with torch.compile: auto on a GPU, and not on a CPU, where it takes long
+    and gains nothing. cuda_graphs also replays each block as a CUDA graph, for small models, whose
+    kernels take less time than starting them. Not with zero_stage 3: auto leaves it out there. A
+    CPU needs a C++ compiler."""
     skip_nonfinite: int = Field(default=0, ge=0)
     """How many steps of the run may be skipped because their loss or gradient is not finite; one
     more ends the run."""

@@ -60,7 +60,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
         # 16 bits per element, of which a share of whole 65,536ths is dropped.
         dropped = min(round(self.p * (1 << 16)), (1 << 16) - 1)

@@ -305,7 +305,7 @@ def _compiler(stages: Stages, gpu: bool) -> Check:
         version = _run(name, "--version")
         if version:
             return Check("compiler", "ok", f"{name}: {version[0]}", facts={"name": name})
-    needed = not gpu and any(stage.train.compile for stage in stages.values())
+    needed = not gpu and any(stage.train.compile is True for stage in stages.values())
     found = f"no C++ compiler ({', '.join(names)})"
     use = "train.compile on a CPU and packages without a wheel need one"
     return Check("compiler", "broken" if needed else "note", found, f"{use}: install g++")

@@ -13,6 +13,7 @@ from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks import Callbacks, make_callbacks
 from r2id.training.determinism import deterministic
 from r2id.training.engines import make_engine
+from r2id.training.engines.settings import engine_kind
 from r2id.training.out_of_memory import with_advice
 from r2id.training.precision import resolve_precision
 from r2id.training.resume import is_finished, restore, start_folder
@@ -50,7 +51,14 @@ def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[
     task = make_task(config, world, micro_batch, newest)
     if newest is None and config.init_from is None:
         task.start()
-    prepare_blocks(task.module.model.blocks(), config.train)
+    kind = engine_kind(config.train, config.engine, world.world_size)
+    prepare_blocks(
+        task.module.model.blocks(),
+        config.train,
+        world.device,
+        shapes=task.shapes,
+        gathered=kind == "deepspeed" and config.engine.zero_stage == 3,
+    )
     with with_advice(config, world):
         engine = make_engine(
             task.module, optim=config.optim, train=config.train, engine=config.engine, world=world

@@ -56,6 +56,9 @@ class Task(ABC):
     facts: dict[str, Any]
     """What is needed, beside the config, to build the model and use it. Checkpoints record it."""
 
+    shapes: int | None
+    """How many different latent grids the model's blocks meet; None where sizes are random."""
+
     def __init__(
         self, config: RiaeRun | R2idRun, shards: ShardSet, world: World, micro_batch: int
     ) -> None:
@@ -117,6 +120,9 @@ class RiaeTask(Task):
         whole = config.data.model_copy(update={"window": None})
         whole_sizes = image_sizes(shards, whole, config.data.train_split)
         self.images = len(whole_sizes)
+        loss, scales = config.loss, config.riae.decode_scales
+        resized = loss.magnify or loss.equivariance or loss.encode_scales or scales
+        self.shapes = None if resized else len({config.riae.grid_for(size) for size in sizes})
         self.sizes = whole_sizes[:: math.ceil(len(whole_sizes) / _SIZES)]
         """Sizes of some whole training images, evenly spaced by area."""
         self.facts = {
@@ -210,6 +216,7 @@ class R2idTask(Task):
             self.cache.check(config.data)
         check_depth(config, self.codec.grid_for(_median(sizes)))
         self.facts = self._find_facts(sizes)
+        self.shapes = len({self.codec.grid_for(size) for size in sizes})
         if newest is not None and newest.meta.model.get("codec_hash") == self.codec.identity:
             self.facts["codec"] = newest.meta.model["codec"]  # where it came from at first
         model = R2ID.of(config.r2id, self.facts)

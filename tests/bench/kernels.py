@@ -106,7 +106,7 @@ def count_training(counts: Counts, case: Case) -> dict[str, Figures]:
     config = load_config(CONFIGS / case.config, [*case.overrides, "train.compile=false"])
     assert isinstance(config, RiaeRun | R2idRun)
     module, batch = loss_module(config, case.size)
-    prepare_blocks(module.model.blocks(), config.train)
+    prepare_blocks(module.model.blocks(), config.train, torch.device("cpu"))
     engine = LocalEngine(module, config.optim, config.train, GPU)
     state: Any = SimpleNamespace(engine=engine, task=SimpleNamespace(inputs=lambda given: given))
 

@@ -180,7 +180,8 @@ def test_clouds_are_new_each_step_and_layer_and_the_same_again():
     assert not torch.allclose(mixed(1, 0), mixed(1, 1)) and not torch.allclose(
         mixed(1, 0), mixed(2, 0)
     )
-    prepare_blocks(model.blocks(), TrainConfig(steps=1, activation_checkpointing="all"))
+    train = TrainConfig(steps=1, activation_checkpointing="all")
+    prepare_blocks(model.blocks(), train, torch.device("cpu"))
     again = loss(*batch, step=3)[0]
     assert_close(
         torch.autograd.grad(again, model.token_in.weight)[0],

@@ -13,7 +13,6 @@ import torch
 from r2id.checkpoints import Checkpoint, reading
 from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
-from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks.watchdog import Watchdog
 from r2id.training.engines import LocalEngine
 from r2id.training.loop import train
@@ -262,21 +261,6 @@ def test_the_watchdog_leaves_those_alone_that_move(capfd):
 def test_activation_checkpointing_of_every_block_is_called_all(digits, tmp_path):
     with pytest.raises(InputError, match="activation_checkpointing"):
         riae_config(digits, tmp_path, "train.activation_checkpointing=1")
-
-
-def test_compiled_blocks_compute_the_same():
-    """One small block, for a compilation takes seconds; recomputed as well."""
-    torch.manual_seed(0)
-    block, images = (
-        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()),
-        torch.randn(5, 4, requires_grad=True),
-    )
-    (plain,) = torch.autograd.grad(block(images).square().sum(), images)
-    prepare_blocks([block], TrainConfig(steps=1, compile=True, activation_checkpointing="all"))
-    torch._dynamo.utils.counters.clear()
-    (compiled,) = torch.autograd.grad(block(images).square().sum(), images)
-    assert torch.allclose(plain, compiled, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was compiled"
 
 
 def test_offload_needs_a_stage_that_shards(digits, tmp_path):

@@ -264,7 +264,11 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     found = []
     for chosen in ("none", "all"):
         loss = window_loss(ssim=0.2, discriminator=0.1, discriminator_width=4)
-        prepare_blocks(loss.model.blocks(), TrainConfig(steps=1, activation_checkpointing=chosen))
+        prepare_blocks(
+            loss.model.blocks(),
+            TrainConfig(steps=1, activation_checkpointing=chosen),
+            torch.device("cpu"),
+        )
         loss(pictures(2, 1, 8, 6), torch.arange(2), step=0)[0].backward()
         found.append({name: p.grad for name, p in loss.named_parameters() if p.grad is not None})
     assert any(name.startswith("discriminator.") for name in found[0])
