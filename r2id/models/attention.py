@@ -37,7 +37,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and _most_plain_scores():  # 0 stands for a GPU's kernels
+        if x.device.type == "cpu" and most_plain_scores():  # 0 stands for a GPU's kernels
             return _RmsNorm.apply(x, self.weight, self.eps)
         weight = None if self.weight is None else self.weight.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -89,7 +89,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     slower in bfloat16 (tests/bench/attention.py). Large grids take the fused kernel, whose memory
     does not grow with N·M.
     """
-    if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= _most_plain_scores():
+    if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= most_plain_scores():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
@@ -113,7 +113,8 @@ def plain_up_to(scores: float) -> Iterator[None]:
         _PLAIN_UP_TO.reset(token)
 
 
-def _most_plain_scores() -> float:
+def most_plain_scores() -> float:
+    """Return up to how many scores a CPU computes attention by plain products here."""
     # torch.compile cannot trace a context variable, and compiled code is never counted.
     return _FAST_PLAIN if torch.compiler.is_compiling() else _PLAIN_UP_TO.get()
 
