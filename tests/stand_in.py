@@ -322,6 +322,8 @@ def stand_in_gpu() -> Iterator[Counts]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         stack.enter_context(mock.patch.object(torch.autocast, "__init__", autocast_on_cpu))
+        # No compiler knows this device: what would be compiled stays as it is.
+        stack.enter_context(mock.patch.object(torch, "compile", lambda function, **_: function))
         stack.enter_context(
             mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped)
         )
