@@ -38,7 +38,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and most_plain_scores():  # 0 stands for a GPU's kernels
-            return _RmsNorm.apply(x, self.weight, self.eps)
+            if torch.is_grad_enabled():
+                return _RmsNorm.apply(x, self.weight, self.eps)
+            return _rms_normed(x, self.weight, self.eps)[0]
         weight = None if self.weight is None else self.weight.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.normalized_shape, weight, self.eps)
@@ -54,11 +56,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean.add_(torch.finfo(wide.dtype).eps if eps is None else eps).rsqrt_()
-        normed = wide * scale
-        out = (normed if weight is None else normed.mul_(weight)).to(x.dtype)
+        out, scale = _rms_normed(x, weight, eps)
         ctx.save_for_backward(out if weight is None else x, weight, scale)
         return out
 
@@ -80,6 +78,20 @@ class _RmsNorm(torch.autograd.Function):
         return out.to(kept.dtype), weight_gradient, None
 
 
+def _rms_normed(x: Tensor, weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    """RMSNorm of [..., D] → the normed in x's dtype, contiguous, and the scales [..., 1]."""
+    # A copy, on which the rest is done in place. Heads that were cut out of rows are put together.
+    wide = x.to(
+        torch.promote_types(x.dtype, torch.float32),
+        copy=True,
+        memory_format=torch.contiguous_format,
+    )
+    mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    scale = mean.add_(torch.finfo(wide.dtype).eps if eps is None else eps).rsqrt_()
+    wide.mul_(scale)
+    return (wide if weight is None else wide.mul_(weight)).to(x.dtype), scale
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention: q [B, H, N, d], k and v [B, H, M, d] → [B, H, N, d].
 
@@ -93,9 +105,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
-        # Softmax returns float32 under autocast. Rounding it costs little: the product still sums
-        # in float32.
-        return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+        # In float32, as autocast has it; PyTorch's softmax takes twice as long to convert them
+        # itself. Rounding the result costs little: the product still sums in float32.
+        return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
