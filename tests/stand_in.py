@@ -189,12 +189,12 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Tensor.to: the copy to or from the GPU, which waits unless non_blocking, and the cast."""
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
+    rest = {"copy": kwargs.pop("copy")} if "copy" in kwargs else {}  # which _parse_to refuses
     device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     if device is not None and (device.type == "cuda") != isinstance(tensor, StandIn):
         if not non_blocking:
             _counts.syncs[_place(f"copy to {device.type}")] += 1
         tensor = _Move.apply(tensor)
-    rest = {"copy": kwargs["copy"]} if "copy" in kwargs else {}
     if memory_format is not None:
         rest["memory_format"] = memory_format
     return Tensor.to(tensor, dtype or tensor.dtype, **rest)

@@ -183,6 +183,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1.0 + scale)
 
 
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """Return x + gate·branch."""
+    if torch.is_grad_enabled():  # the backward pass of addcmul takes more kernels
+        return x + gate * branch
+    return torch.addcmul(x, gate, branch)
+
+
 class DiffusionBlock(nn.Module):
     """Self-attention and a feed-forward layer, modulated by time.
 
@@ -221,12 +228,13 @@ class DiffusionBlock(nn.Module):
         """
         (shift, scale, gate), *cross, (ffn_shift, ffn_scale, ffn_gate) = self.modulation(time)
         normed = modulate(self.norm(x), shift, scale)
-        x = x + gate * self.dropout(self.attention(normed, normed, mix=mix))
+        x = add_gated(x, gate, self.dropout(self.attention(normed, normed, mix=mix)))
         if self.conditional:
             if context is None:
                 raise ValueError("a conditional block needs condition tokens")
             cross_shift, cross_scale, cross_gate = cross[0]
             normed = modulate(self.cross_norm(x), cross_shift, cross_scale)
-            x = x + cross_gate * self.dropout(self.cross(normed, self.context_norm(context)))
+            seen = self.cross(normed, self.context_norm(context))
+            x = add_gated(x, cross_gate, self.dropout(seen))
         normed = modulate(self.ffn_norm(x), ffn_shift, ffn_scale)
-        return x + ffn_gate * self.dropout(self.ffn(normed))
+        return add_gated(x, ffn_gate, self.dropout(self.ffn(normed)))

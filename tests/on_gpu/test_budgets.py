@@ -35,8 +35,8 @@ CASES = {
         {
             "a micro-batch": 710,
             "an optimizer step": 24,
-            "a sampling step": 240,
-            "a sampling step with η = 1": 310,
+            "a sampling step": 205,
+            "a sampling step with η = 1": 276,
         },
     ),
 }
