@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from r2id import Pipeline
+from r2id.app.actions import Actions
 from r2id.diffusion.solvers import SOLVERS
 from r2id.evaluation.noise_shift import measure_noise_shift
 from r2id.evaluation.run import evaluate
@@ -101,3 +103,10 @@ def test_the_pipeline_draws_and_edits(r2id_run: Path, counts: Counts) -> None:
     assert pipe.upscale(picture, (16, 16)).size == (16, 16)
     assert pipe.vary(picture, 0.5, steps=2).size == (8, 8)
     assert len(pipe.interpolate(0, 1, count=2, steps=2)) == 2
+
+
+def test_the_page_draws_and_zooms(r2id_run: Path, counts: Counts) -> None:
+    page = Actions(Pipeline.from_pretrained(r2id_run))
+    wish = replace(page.first_wish, steps=2)
+    assert page.draw(wish, (8, 8)).size == (8, 8)
+    assert max(page.zoom(wish, (8, 8), 2.0, (0.5, 0.5)).size) == 512
