@@ -37,7 +37,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and most_plain_scores():  # 0 stands for a GPU's kernels
+        if not as_on_gpu(x.device):
             if torch.is_grad_enabled():
                 return _RmsNorm.apply(x, self.weight, self.eps)
             return _rms_normed(x, self.weight, self.eps)[0]
@@ -101,7 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     slower in bfloat16 (tests/bench/attention.py). Large grids take the fused kernel, whose memory
     does not grow with N·M.
     """
-    if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= most_plain_scores():
+    if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= _most_plain_scores():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
@@ -125,7 +125,7 @@ def plain_up_to(scores: float) -> Iterator[None]:
         _PLAIN_UP_TO.reset(token)
 
 
-def most_plain_scores() -> float:
+def _most_plain_scores() -> float:
     """Return up to how many scores a CPU computes attention by plain products here."""
     # torch.compile cannot trace a context variable, and compiled code is never counted.
     return _FAST_PLAIN if torch.compiler.is_compiling() else _PLAIN_UP_TO.get()
@@ -138,7 +138,7 @@ def linear_together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     the product, and three small products cost more than a large one. Not so in training on a CPU,
     where the parts of one result have to be copied for the backward pass.
     """
-    if x.device.type == "cpu" and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not as_on_gpu(x.device):
         return tuple(layer(x) for layer in layers)
     weight = torch.cat([layer.weight for layer in layers])
     return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
@@ -151,6 +151,11 @@ class Context(NamedTuple):
     """[B, H, M, d], with the dimensions of a window if there is one."""
     values: Tensor
     """[B, H, M, d]."""
+
+
+def as_on_gpu(device: torch.device) -> bool:
+    """Tell whether to compute as on a GPU: it is one, or its memory is being counted."""
+    return device.type != "cpu" or not _most_plain_scores()
 
 
 class Attention(nn.Module):

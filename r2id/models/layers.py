@@ -12,14 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from r2id.models.attention import (
-    Attention,
-    Context,
-    RMSNorm,
-    attend,
-    linear_together,
-    most_plain_scores,
-)
+from r2id.models.attention import Attention, Context, RMSNorm, as_on_gpu, attend, linear_together
 from r2id.models.mixing import Mix
 from r2id.models.tiles import Tiles
 
@@ -67,8 +60,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
-        as_on_gpu = x.device.type != "cpu" or not most_plain_scores()  # 0: count as on a GPU
-        if as_on_gpu or torch.compiler.is_compiling():
+        if as_on_gpu(x.device) or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
         # 16 bits per element, of which a share of whole 65,536ths is dropped.
         dropped = min(round(self.p * (1 << 16)), (1 << 16) - 1)

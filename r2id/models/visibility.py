@@ -33,6 +33,7 @@ from torch import Tensor
 from r2id import rng
 from r2id.config import RiaeConfig
 from r2id.models import coords
+from r2id.models.attention import as_on_gpu
 from r2id.models.coords import WHOLE, Part, Size
 from r2id.models.rows import inverted, taken
 from r2id.models.tiles import Tiles, rectangles
@@ -47,7 +48,7 @@ kernels. On a CPU they should fit into its cache."""
 
 
 def _at_once(chunk: int, device: torch.device) -> int:
-    return chunk if device.type == "cpu" else _GPU_FACTOR * chunk
+    return _GPU_FACTOR * chunk if as_on_gpu(device) else chunk
 
 
 Look = Callable[[Tensor, Tensor, Size, Tensor, Size, Tiles | None], Tensor]
