@@ -13,12 +13,11 @@ from safetensors.torch import save_file
 
 from r2id.checkpoints import Checkpoint, pretrained, reading
 from r2id.checkpoints.export import describe, export
-from r2id.config import load_config
+from r2id.config import R2idConfig, load_config
 from r2id.errors import InputError
 from r2id.models.codec import Codec
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
-from r2id.sampling.sampler import Sampler
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_RIAE
 
@@ -113,7 +112,10 @@ def test_riae_in_three_lines(riae_run: Path, tmp_path: Path) -> None:
 
 
 def test_r2id_in_three_lines_from_half_precision(r2id_run: Path, tmp_path: Path) -> None:
-    whole = Sampler.load(r2id_run).model
+    checkpoint = Checkpoint.open(r2id_run)
+    meta = checkpoint.meta
+    whole = R2ID.of(R2idConfig.model_validate(meta.config["r2id"]), meta.model)
+    checkpoint.load_ema(whole.eval())
     for dtype, error in (("float16", 1e-3), ("bfloat16", 1e-2)):
         file = tmp_path / f"{dtype}.safetensors"
         export(r2id_run, file, dtype=dtype)

@@ -31,13 +31,13 @@ def shows_artifacts(picture: Path) -> None:
 
 
 def show(picture: Path) -> dict[str, tuple[Any, str]]:
-    """Data and description of the artifacts, by their keys."""
-    shows_artifacts(picture)
+    """Data and description of the flow's artifacts, by their keys; the server has others too."""
+    run = shows_artifacts(picture, return_state=True).state_details.flow_run_id
     with get_client(sync_client=True) as client:
         return {
             str(artifact.key): (artifact.data, str(artifact.description))
             for artifact in client.read_artifacts()
-            if artifact.key in ("mlflow", "stages", "r2id")
+            if artifact.flow_run_id == run
         }
 
 
