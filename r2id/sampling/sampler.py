@@ -41,6 +41,7 @@ class Sampler:
     """Draws images with an R2ID and the codec of its latents."""
 
     model: R2ID
+    """Its weights are bfloat16 where it computes in that; a checkpoint has the exact ones."""
     codec: Codec
     diffusion: DiffusionConfig
     defaults: SampleConfig

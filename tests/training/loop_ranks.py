@@ -10,6 +10,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,34 @@ def stopped_at(
     }
 
 
+def compiled(shards: Path, folder: Path, *more: str) -> tuple[float, int]:
+    """Train a few steps with compiled blocks, whose code is PyTorch's own, and without.
+
+    Half of the blocks recompute their activations. Returns how far the weights are apart, and
+    how many graphs this rank compiled.
+    """
+    compiler = torch.compile
+    torch.compile = partial(compiler, backend="eager")
+    try:
+        for name in ("true", "false"):
+            train(
+                config(
+                    shards,
+                    folder / name,
+                    "train.steps=3",
+                    "train.activation_checkpointing=2",
+                    f"train.compile={name}",
+                    *more,
+                )
+            )
+    finally:
+        torch.compile = compiler
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    dist.barrier()  # rank 0 writes the last of a checkpoint
+    one, other = (Checkpoint.open(folder / name).tensors("model") for name in ("true", "false"))
+    return max(float((one[name] - other[name]).abs().max()) for name in other), graphs
+
+
 def nan_loss(_module: WindowLoss, run: Callable[[], Any]) -> Any:
     loss, figures = run()
     return loss * math.nan, figures
@@ -199,3 +228,7 @@ def ranks_spoilt(
     _world: dist.World, zero_stage: int, how: str, shards: Path, folder: Path
 ) -> dict[str, Any]:
     return spoilt(shards, folder, how, *of_stage(zero_stage))
+
+
+def ranks_compiled(_world: dist.World, stage: int, shards: Path, folder: Path) -> tuple[float, int]:
+    return compiled(shards, folder, f"engine.zero_stage={stage}")

@@ -50,3 +50,13 @@ def test_what_is_not_finite_on_one_rank_leaves_a_clean_checkpoint(
     named = {"loss": "the loss", "gradient": "backward", "parameter": "decoder_blocks.0"}[how]
     assert named in result["said"][1]
     assert (result["step"], result["damages"], result["finite"]) == (loop_ranks.SAVED, [], True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_compiled_blocks_train_as_others(
+    stage: int, ranks: Ranks, digits: Path, tmp_path: Path
+) -> None:
+    """With gradient accumulation, and with activation checkpointing of every other block."""
+    for apart, graphs in ranks(loop_ranks.ranks_compiled, stage, digits, tmp_path):
+        assert apart < 1e-6 and graphs > 0
