@@ -43,8 +43,8 @@ _ENCODE_CHUNK = 1 << 19  # cloud: pixels that are encoded, at least one image
 _DECODE_CHUNK = 1 << 13  # cloud: points that are decoded
 _TILES_CHUNK = 1 << 13  # tiled: pixels that are encoded or decoded
 _GPU_FACTOR = 8
-"""How many times as many pixels or points a GPU takes at once, in fewer kernels. Each takes 6 to 7 kB
-with configs/mnist/published-riae.toml. On a CPU they should fit into its cache."""
+"""How many times as many pixels or points a GPU takes at once, in fewer kernels: 6 to 7 kB each in
+configs/mnist/published-riae.toml. On a CPU they should fit into its cache."""
 
 
 def _at_once(chunk: int, device: torch.device) -> int:
