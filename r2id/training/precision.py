@@ -21,7 +21,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     """Tell whether bfloat16 autocast is faster on a device than float32.
 
     It is on GPUs that have bfloat16 (not those that emulate it), and on CPUs that multiply it, with
-    AMX or AVX512-BF16: 1.5 to 1.9 times as fast for an R2ID, 0.8 to 1.3 times for an RIAE
+    AMX or AVX512-BF16: 1.4 to 1.9 times as fast for an R2ID, 0.8 to 1.3 times for an RIAE
     (tests/bench/train_step.py). Other CPUs convert it, which costs more than it gains.
     """
     if device.type == "cuda":
