@@ -1,6 +1,6 @@
 """RIAE against other codes of equal latents, each trained for equal CPU seconds on one thread.
 
-    python -m tests.bench.autoencoders --set photos --seconds 180 [--out FOLDER] [--data data]
+    python tests/bench/autoencoders.py --set photos --seconds 180 [--out FOLDER] [--data data]
         [--only NAME …] [--config RIAE.toml] [--override section.key=value …]
 
 Compared are PCA of the pixels of each cell (``pca``), which is where RIAE starts; RIAE (``riae``)
@@ -42,6 +42,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from autoencoder_training import PEERS, Job, load, train
+from codes import Code
+from image_sets import SETTINGS, Images, Setting, Windows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,11 +59,6 @@ from r2id.images import psnr, to_uint8
 from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress, say
 from r2id.training.precision import resolve_precision
-
-sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbours
-from autoencoder_training import PEERS, Job, load, train
-from codes import Code
-from image_sets import SETTINGS, Images, Setting, Windows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCALES = {

@@ -1,6 +1,6 @@
 """How well pictures are edited: classes kept, seams, and upscaling beside bicubic resizing.
 
-    python -m tests.bench.editing RUN --shards data/digits --out FOLDER [--count 200]
+    python tests/bench/editing.py RUN --shards data/digits --out FOLDER [--count 200]
 
 Test images have a square of a quarter of their area masked, at a place of its own in each, and are
 inpainted under their own class, and without one; and they are continued to twice their width. The

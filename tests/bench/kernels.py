@@ -1,6 +1,6 @@
 """Kernels and host syncs of a training step and of a sampling step, counted without a GPU.
 
-    python -m tests.bench.kernels [--only NAME] [--places N]
+    python tests/bench/kernels.py [--only NAME] [--places N]
 
 The real modules, engine and sampler run on tests/stand_in.py, at small widths and a batch of two:
 numbers depend on neither. ``--places`` lists the places that launch and wait most. Figures are in
@@ -10,6 +10,7 @@ tests/bench/README.md.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from r2id.training.blocks import prepare_blocks
 from r2id.training.engines.local import LocalEngine
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import riae_loss
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where tests/ is
 from tests.stand_in import GPU, Counts, stand_in_gpu
 
 CONFIGS = Path(__file__).parents[2] / "configs"

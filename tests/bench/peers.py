@@ -1,6 +1,6 @@
 """R2ID beside other generators of classes of photos, each trained for equal CPU seconds.
 
-    python -m tests.bench.peers --seconds 600 [--out FOLDER] [--data data] [--only NAME …]
+    python tests/bench/peers.py --seconds 600 [--out FOLDER] [--data data] [--only NAME …]
         [--seed N] [--samples 1000] [--resized 500]
 
 Compared are diffusers' UNet2DModel in pixels, trained and sampled as in its authors' course, by
@@ -37,6 +37,11 @@ from typing import Any
 
 import matplotlib
 import torch
+from autoencoder_training import TUNING
+from contenders import CONTENDERS, NAMES
+from image_sets import Images
+from kept_samples import draw_kept, score
+from peer_training import LARGER, Contender, Setup
 from torch import Tensor
 
 from r2id.config import Run, load_config
@@ -51,13 +56,6 @@ from r2id.images import tile, to_bytes, to_float, to_uint8
 from r2id.models.coords import Size
 from r2id.progress import say
 from r2id.sampling.conditions import choose_labels
-
-sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbours
-from autoencoder_training import TUNING
-from contenders import CONTENDERS, NAMES
-from image_sets import Images
-from kept_samples import draw_kept, score
-from peer_training import LARGER, Contender, Setup
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs" / "photos"

@@ -1,6 +1,6 @@
 """What each solver draws with how many evaluations of the network: one trained R2ID, same seeds.
 
-    python -m tests.bench.solvers RUN --out FOLDER [--shards SHARDS] [--judge FILE] [--count 500]
+    python tests/bench/solvers.py RUN --out FOLDER [--shards SHARDS] [--judge FILE] [--count 500]
         [--guidance G] [--size HxW]
 
 Draws samples with DDIM, DPM-Solver++ (2M), Euler and Heun, in 5, 10, 20 and 50 evaluations, of
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept_samples import draw_kept, score
 from torch import Tensor
 
 from r2id.checkpoints import Checkpoint
@@ -34,9 +35,6 @@ from r2id.files import write_atomic
 from r2id.images import save_png, tile, to_float
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.sampler import Sampler
-
-sys.path.insert(0, str(Path(__file__).parent))  # so that the module also finds its neighbours
-from kept_samples import draw_kept, score
 
 EVALUATIONS = (5, 10, 20, 50)
 SHOWN = 10

@@ -1,6 +1,6 @@
 """How long people wait: for the import, for r2id.Pipeline beside its sampler, and for the page.
 
-    python -m tests.bench.use RUN [--port 7868]
+    python tests/bench/use.py RUN [--port 7868]
 
 The page is opened in headless Chromium, as tests/test_app.py does, and a width is typed in.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where tests/ is
 from tests.test_app import Browser
 
 REPEATS = 5
