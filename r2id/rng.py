@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from r2id.constants import kept
+
 # SplitMix64's constants, as signed integers, since torch has no arithmetic of uint64. Its int64
 # wraps around, so that products and sums have the same bits.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -28,6 +30,7 @@ _MIX2 = 0x94D049BB133111EB - (1 << 64)
 
 
 _ALL_BITS = (1 << 64) - 1
+_KEPT = 1 << 16  # the longest counter that is kept: half a megabyte
 
 Shape = tuple[int, ...]
 
@@ -92,14 +95,27 @@ def bits(keys: Tensor, count: int) -> Tensor:
 
 def _states(keys: Tensor, count: int) -> Tensor:
     """What the finalizer makes values of: keys [B] → int64 [B, count]."""
-    counter = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device)
-    return keys.unsqueeze(-1) + counter.mul_(_GAMMA)
+    return keys.unsqueeze(-1) + _counter(count, keys.device)
+
+
+def _counter(count: int, device: torch.device) -> Tensor:
+    """Return n·γ for n from 1 to ``count``: int64 [count]."""
+    length = 1 << (count - 1).bit_length()
+    return (_kept_counter if length <= _KEPT else _new_counter)(length, device)[:count]
+
+
+def _new_counter(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device).mul_(_GAMMA)
+
+
+_kept_counter = kept()(_new_counter)
 
 
 def _uniform_of(states: Tensor) -> Tensor:
     """Make numbers in (0, 1) of states, in their shape."""
     # (n + ½)/2²³ of 23 random bits n: float32 holds every value exactly, the largest is 1 − 2⁻²⁴.
-    return _shift_right(_mix_high(states), 41).to(torch.float32).add_(0.5).mul_(2.0**-23)
+    numbers = _shift_right(_mix_high(states), 41)
+    return torch.add(numbers, 0.5).to(torch.float32).mul_(2.0**-23)
 
 
 def uniform(keys: Tensor, *shape: int) -> Tensor:
@@ -135,8 +151,7 @@ def normals(
         keys = keys.to(device, non_blocking=True)
     counts = [math.prod(shape) for shape in shapes]
     halves = [(count + 1) // 2 for count in counts]
-    counter = torch.arange(1, 2 * max(halves) + 1, dtype=torch.int64, device=keys.device)
-    counter.mul_(_GAMMA)
+    counter = _counter(2 * max(halves), keys.device)
     states = [
         key[..., None, None] + counter[: 2 * half].view(2, half)
         for key, half in zip(keys.unbind(-1), halves, strict=True)
@@ -144,7 +159,9 @@ def normals(
     u = _uniform_of(states[0] if len(states) == 1 else torch.cat(states, dim=-1))
     radius = u[..., 0, :].log().mul_(-2.0).sqrt_()
     angle = (2.0 * math.pi) * u[..., 1, :]
-    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-2)
+    pairs = torch.empty_like(u)
+    torch.mul(radius, angle.cos(), out=pairs[..., 0, :])
+    torch.mul(radius, angle.sin(), out=pairs[..., 1, :])
     return [
         drawn.flatten(-2)[..., :count].reshape(*keys.shape[:-1], *shape)
         for drawn, count, shape in zip(pairs.split(halves, dim=-1), counts, shapes, strict=True)
@@ -153,7 +170,18 @@ def normals(
 
 def subset(keys: Tensor, total: int, count: int) -> Tensor:
     """Draw distinct indices of range(total), in random order: keys [B] → int64 [B, count]."""
-    order = bits(keys, total)
-    return (
-        torch.topk(order, count, dim=-1).indices if count < total else torch.argsort(order, dim=-1)
-    )
+    return subsets(keys.unsqueeze(-1), [(total, count)])[0]
+
+
+def subsets(keys: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Draw what ``subset`` does for several streams at once, which a GPU does in fewer kernels.
+
+    Keys [B, S] and (total, count) of the S streams → for each of them int64 [B, count].
+    """
+    orders = bits(keys, max(total for total, _ in sizes)).unbind(-2)
+    return [
+        torch.topk(order[..., :total], count, dim=-1).indices
+        if count < total
+        else torch.argsort(order[..., :total], dim=-1)
+        for order, (total, count) in zip(orders, sizes, strict=True)
+    ]

@@ -92,3 +92,15 @@ def test_streams_drawn_at_once_are_those_drawn_alone(counts):
     first, second = rng.normals(keys, [(counts[0],), (2, counts[1])])
     assert torch.equal(first, rng.normal(keys[:, 0], counts[0]))
     assert torch.equal(second, rng.normal(keys[:, 1], 2, counts[1]))
+
+
+def test_subsets_drawn_at_once_are_those_drawn_alone():
+    keys = torch.stack([KEYS[:9], KEYS[9:18]], dim=-1)
+    first, second = rng.subsets(keys, [(7, 7), (100, 20)])
+    assert torch.equal(first, rng.subset(keys[:, 0], 7, 7))
+    assert torch.equal(second, rng.subset(keys[:, 1], 100, 20))
+
+
+def test_long_and_short_draws_begin_alike():
+    long = rng.bits(KEYS[:2], (1 << 16) + 3)
+    assert torch.equal(long[:, :1000], rng.bits(KEYS[:2], 1000))

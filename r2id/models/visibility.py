@@ -30,12 +30,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from r2id import rng
 from r2id.config import RiaeConfig
 from r2id.models import coords
 from r2id.models.attention import as_on_gpu
 from r2id.models.coords import WHOLE, Part, Size
-from r2id.models.rows import inverted, taken
 from r2id.models.tiles import Tiles, rectangles
 
 # How much is computed at once outside training, so that memory does not grow with the work.
@@ -70,6 +68,18 @@ class DecoderPixels:
     weight: Tensor | None = None
     """Weights of their errors [B, P, 1], with which the mean error is an unbiased estimate of the
     mean over the whole image; None: all are 1."""
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """Random subsets of a training step, as (total, count) each; None: all are taken."""
+
+    encoder: tuple[int, int] | None
+    """Of the pixels that the encoder sees."""
+    decoder: tuple[int, int]
+    """Of the pixels that the decoder renders, or of their tiles."""
+    latents: tuple[int, int] | None
+    """Of the latents that the decoder sees."""
 
 
 class Visibility(ABC):
@@ -145,23 +155,15 @@ class Visibility(ABC):
         """Say how many images of a batch, of this many pixels, go into one call of ``decode``."""
 
     @abstractmethod
-    def choose_encoder_pixels(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
-        """Choose ``count`` pixels for the encoder to see in a training step: int64 [B, N]."""
+    def subsets(self, wanted: Subsets, size: Size, grid: Size, device: torch.device) -> Subsets:
+        """Say which subsets a training step draws, where all attend to all in those ``wanted``.
 
-    @abstractmethod
-    def choose_decoder_pixels(
-        self, rng_keys: Tensor, size: Size, grid: Size, count: int
-    ) -> DecoderPixels:
-        """Choose about ``count`` pixels for the decoder to render in a training step."""
-
-    @abstractmethod
-    def choose_decoder_latents(
-        self, rng_keys: Tensor, kv: Tensor, cells: Tensor, share: float
-    ) -> tuple[Tensor, Tensor]:
-        """Choose a share of the latents for the decoder to see in a training step.
-
-        kv [B, M, D], cells [1, M, 4] → the chosen ones of both, [B, M', D] and [B or 1, M', 4].
+        ``size`` is the (H, W) of the image that the decoder renders.
         """
+
+    @abstractmethod
+    def decoder_pixels(self, chosen: Tensor, size: Size, grid: Size) -> DecoderPixels:
+        """Make the pixels that the decoder renders of the subset [B, N] that was drawn for it."""
 
 
 class Cloud(Visibility):
@@ -219,23 +221,11 @@ class Cloud(Visibility):
     def images_decoded_at_once(self, pixels: int, batch: int, device: torch.device) -> int:
         return batch  # points are drawn in chunks already
 
-    def choose_encoder_pixels(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
-        return rng.subset(rng_keys, pixels, min(count, pixels))
+    def subsets(self, wanted: Subsets, size: Size, grid: Size, device: torch.device) -> Subsets:
+        return wanted
 
-    def choose_decoder_pixels(
-        self, rng_keys: Tensor, size: Size, grid: Size, count: int
-    ) -> DecoderPixels:
-        pixels = size[0] * size[1]
-        return DecoderPixels(rng.subset(rng_keys, pixels, min(count, pixels)))
-
-    def choose_decoder_latents(
-        self, rng_keys: Tensor, kv: Tensor, cells: Tensor, share: float
-    ) -> tuple[Tensor, Tensor]:
-        if share >= 1:
-            return kv, cells
-        count = max(1, round(kv.shape[1] * share))
-        chosen = rng.subset(rng_keys, kv.shape[1], count)
-        return taken(kv, chosen, inverted(chosen, kv.shape[1])), cells[0][chosen]
+    def decoder_pixels(self, chosen: Tensor, size: Size, grid: Size) -> DecoderPixels:
+        return DecoderPixels(chosen)
 
 
 class Tiled(Visibility):
@@ -315,31 +305,24 @@ class Tiled(Visibility):
     def images_decoded_at_once(self, pixels: int, batch: int, device: torch.device) -> int:
         return max(1, _at_once(_TILES_CHUNK, device) // pixels)
 
-    def choose_encoder_pixels(self, rng_keys: Tensor, pixels: int, count: int) -> Tensor:
-        """Take all pixels; a tile sees those that are near."""
-        return torch.arange(pixels, device=rng_keys.device).expand(len(rng_keys), -1)
+    def subsets(self, wanted: Subsets, size: Size, grid: Size, device: torch.device) -> Subsets:
+        """Draw tiles for the decoder alone; a tile sees few pixels and latents already."""
+        tiles = self.tiles(size, grid, grid, device=device).queries.shape[1]
+        pixels, count = wanted.decoder
+        return Subsets(None, (tiles, max(1, round(count * tiles / pixels))), None)
 
-    def choose_decoder_pixels(
-        self, rng_keys: Tensor, size: Size, grid: Size, count: int
-    ) -> DecoderPixels:
-        """Choose random tiles of about ``count`` pixels in all; padding has weight 0."""
-        tiles = self.tiles(size, grid, grid, device=rng_keys.device)
-        total, pixels = tiles.queries.shape[1], size[0] * size[1]
-        drawn = min(total, max(1, round(count * total / pixels)))
-        tiles = tiles.choose(rng.subset(rng_keys, total, drawn))
+    def decoder_pixels(self, chosen: Tensor, size: Size, grid: Size) -> DecoderPixels:
+        """Take the pixels of the chosen tiles; padding has weight 0."""
+        tiles = self.tiles(size, grid, grid, device=chosen.device)
+        total = tiles.queries.shape[1]
+        tiles = tiles.choose(chosen)
         # Tiles at the edges have fewer pixels than others and are drawn as often. The mean over
         # all slots, padding included, times the slots per pixel of the whole image is a mean over
         # pixels.
         weight = tiles.query_mask.flatten(1).unsqueeze(-1) * (
-            total * tiles.queries.shape[2] / pixels
+            total * tiles.queries.shape[2] / (size[0] * size[1])
         )
         return DecoderPixels(tiles.queries.flatten(1), tiles, weight)
-
-    def choose_decoder_latents(
-        self, rng_keys: Tensor, kv: Tensor, cells: Tensor, share: float
-    ) -> tuple[Tensor, Tensor]:
-        """Take all latents; a tile sees few already."""
-        return kv, cells
 
 
 VISIBILITIES: dict[str, type[Visibility]] = {"cloud": Cloud, "tiled": Tiled}

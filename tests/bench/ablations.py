@@ -91,6 +91,8 @@ R2ID = {
     "x₀, cosine": diffusion("x0", "cosine"),
     "v, cosine, min-SNR": diffusion("v", "cosine", 'diffusion.weighting="min_snr"'),
     "v, linear β": diffusion("v", "linear_beta"),
+    "no levels": ["r2id.levels=[]"],
+    "multiscale loss": ["diffusion.multiscale=2"],
     "condition by cross-attention": ['r2id.conditioning="cross"'],
     "no jitter": ["r2id.jitter=0.0"],
     "jitter 1": ["r2id.jitter=1.0"],

@@ -51,6 +51,7 @@ class Case:
 
 CASES = {
     "MNIST reference RIAE": Case("mnist/reference-riae.toml", (32, 32), (*_NARROW_RIAE,)),
+    "MNIST RIAE by attention": Case("mnist/published-riae.toml", (32, 32)),
     "MNIST reference R2ID": Case("mnist/reference-r2id.toml", (8, 8), ("r2id.width=32",)),
     "ImageNet RIAE": Case("imagenet/riae-256.toml", (64, 64), (*_NARROW_RIAE,)),
     "R2ID-B, 256 tokens": Case("imagenet/r2id-b-256.toml", (16, 16), ("r2id.width=96",)),

@@ -27,6 +27,10 @@ CASES = {
         kernels.CASES["MNIST reference RIAE"],
         {"a micro-batch": 470, "an optimizer step": 24},
     ),
+    "riae by attention": (
+        kernels.CASES["MNIST RIAE by attention"],
+        {"a micro-batch": 530, "an optimizer step": 24},
+    ),
     "r2id": (
         replace(
             kernels.CASES["MNIST reference R2ID"],

@@ -13,7 +13,9 @@ that the encoder sees · M = h·w latents · P points that the decoder renders �
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -24,8 +26,9 @@ from r2id.config import LossConfig
 from r2id.models import coords
 from r2id.models.coords import Size
 from r2id.models.riae import RIAE
+from r2id.models.rows import inverted, taken
 from r2id.models.tiles import Tiles
-from r2id.models.visibility import DecoderPixels
+from r2id.models.visibility import DecoderPixels, Subsets
 from r2id.training.losses.pixel import reconstruction_loss
 from r2id.training.losses.rescaling import rescaled
 
@@ -38,16 +41,32 @@ _STREAMS = (*range(6), _DIRECTION)
 """Those that have a key for each sample; the others are drawn once per step."""
 
 Figures = dict[str, Tensor]
+Asked = TypeVar("Asked")
+
+
+def _drawn(
+    draw: Callable[[Tensor, Sequence[Asked]], list[Tensor]],
+    keys: dict[int, Tensor],
+    asked: dict[int, Asked | None],
+) -> dict[int, Tensor]:
+    """Draw for several streams at once what is asked of each, but for those of which it is None."""
+    some = {stream: wanted for stream, wanted in asked.items() if wanted is not None}
+    if not some:
+        return {}
+    streams = torch.stack([keys[stream] for stream in some], dim=-1)
+    return dict(zip(some, draw(streams, list(some.values())), strict=True))
 
 
 @dataclass(frozen=True)
 class _Chosen:
     """Pixels of a training step, and what is drawn for them from the standard normal."""
 
-    encoder: Tensor
-    """Pixels that the encoder sees, int64 [B, N]."""
+    encoder: Tensor | None
+    """Pixels that the encoder sees, int64 [B, N]; None: all."""
     decoder: DecoderPixels
     """Pixels that the decoder renders, P of each image."""
+    latents: Tensor | None
+    """Latents that the decoder sees, int64 [B, M']; None: all."""
     encoder_jitter: Tensor | None
     """[B, N, 2]; None without jitter, as below."""
     decoder_jitter: Tensor | None
@@ -102,15 +121,15 @@ class PointLoss(nn.Module):
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
         seen = rescaled(image, config.encode_scales, self.seed, step, _ENCODE_SCALE)
         asked = rescaled(image, self.model.config.decode_scales, self.seed, step, _DECODE_SCALE)
-        count = max(1, round(config.encode_cloud * size[0] * size[1]))
-        chosen = self._choose_pixels(seen, asked, grid, count, keys)
+        shown = max(1, round(config.encode_cloud * size[0] * size[1]))
+        chosen = self._choose(seen, asked, grid, shown, keys)
         latents = self._encode(seen, cells, grid, chosen)
         latents = latents + self.model.parts.encoder.encode_linearly(seen, grid)
         if chosen.latent_noise is not None:
             latents = latents + config.latent_noise * chosen.latent_noise
         kv = self.model.parts.decoder.spread_latents(latents, cells, grid)
         linear = self.model.parts.decoder.decode_linearly(latents, grid)
-        points = self._choose_points(kv, cells, grid, asked, chosen, keys, linear)
+        points = self._choose_points(kv, cells, grid, asked, chosen, linear)
         decoded = self._decode(points, points.coordinates, grid)
         loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
         if config.texture:
@@ -127,30 +146,50 @@ class PointLoss(nn.Module):
         folded = torch.stack([rng.fold(keys, stream) for stream in _STREAMS])
         return dict(zip(_STREAMS, folded.to(device, non_blocking=True).unbind(), strict=True))
 
-    def _choose_pixels(
-        self, seen: Tensor, asked: Tensor, grid: Size, count: int, keys: dict[int, Tensor]
+    def _choose(
+        self, seen: Tensor, asked: Tensor, grid: Size, shown: int, keys: dict[int, Tensor]
     ) -> _Chosen:
-        """Choose the pixels of both images, about ``count`` for the encoder, and draw all noise."""
-        visibility, config = self.model.parts.encoder.visibility, self.config
-        of_encoder = visibility.choose_encoder_pixels(
-            keys[_ENCODER_PIXELS], seen.shape[2] * seen.shape[3], count
+        """Draw all subsets and all noise; the encoder is shown ``shown`` pixels, or all."""
+        config, visibility = self.config, self.model.parts.encoder.visibility
+        pixels, cells = seen.shape[2] * seen.shape[3], grid[0] * grid[1]
+        size: Size = (asked.shape[2], asked.shape[3])
+        rendered = size[0] * size[1]
+        wanted = Subsets(
+            encoder=(pixels, min(pixels, shown)),
+            decoder=(rendered, min(rendered, config.decode_pixels)),
+            latents=(cells, max(1, round(cells * config.decode_cloud)))
+            if config.decode_cloud < 1
+            else None,
         )
-        of_decoder = visibility.choose_decoder_pixels(
-            keys[_DECODER_PIXELS], (asked.shape[2], asked.shape[3]), grid, config.decode_pixels
+        drawn = visibility.subsets(wanted, size, grid, asked.device)
+        subsets = _drawn(
+            rng.subsets,
+            keys,
+            {
+                _ENCODER_PIXELS: drawn.encoder,
+                _DECODER_PIXELS: drawn.decoder,
+                _LATENT_CLOUD: drawn.latents,
+            },
         )
-        shapes = {}
-        if config.jitter:
-            shapes[_ENCODER_JITTER] = of_encoder.shape[1], 2
-            shapes[_DECODER_JITTER] = of_decoder.pixels.shape[1], 2
-        if config.latent_noise:
-            shapes[_LATENT_NOISE] = grid[0] * grid[1], self.model.config.latent_channels
-        noise = {}
-        if shapes:
-            streams = torch.stack([keys[stream] for stream in shapes], dim=-1)
-            noise = dict(zip(shapes, rng.normals(streams, list(shapes.values())), strict=True))
+        of_encoder = subsets.get(_ENCODER_PIXELS)
+        of_decoder = visibility.decoder_pixels(subsets[_DECODER_PIXELS], size, grid)
+        noise = _drawn(
+            rng.normals,
+            keys,
+            {
+                _ENCODER_JITTER: (pixels if of_encoder is None else of_encoder.shape[1], 2)
+                if config.jitter
+                else None,
+                _DECODER_JITTER: (of_decoder.pixels.shape[1], 2) if config.jitter else None,
+                _LATENT_NOISE: (cells, self.model.config.latent_channels)
+                if config.latent_noise
+                else None,
+            },
+        )
         return _Chosen(
             of_encoder,
             of_decoder,
+            subsets.get(_LATENT_CLOUD),
             *map(noise.get, (_ENCODER_JITTER, _DECODER_JITTER, _LATENT_NOISE)),
         )
 
@@ -169,16 +208,15 @@ class PointLoss(nn.Module):
         grid: Size,
         image: Tensor,
         chosen: _Chosen,
-        keys: dict[int, Tensor],
         linear: Tensor | None,
     ) -> _Points:
-        """Take the points of the image, and choose the latents that the decoder may see."""
+        """Take the points of the image, and the latents that the decoder may see."""
         size: Size = (image.shape[2], image.shape[3])
         asked = chosen.decoder
         coordinates, truth = self._points(image, grid, asked.pixels, chosen.decoder_jitter)
-        kv, cells = self.model.parts.encoder.visibility.choose_decoder_latents(
-            keys[_LATENT_CLOUD], kv, cells, self.config.decode_cloud
-        )
+        if chosen.latents is not None:
+            kv = taken(kv, chosen.latents, inverted(chosen.latents, kv.shape[1]))
+            cells = cells[0][chosen.latents]
         return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight, linear)
 
     def _decode(self, points: _Points, coordinates: Tensor, grid: Size) -> Tensor:
@@ -206,9 +244,9 @@ class PointLoss(nn.Module):
         return reconstruction_loss(change, true_change, self.config.pixel, points.weight)
 
     def _points(
-        self, image: Tensor, shape: Size, chosen: Tensor, jitter: Tensor | None
+        self, image: Tensor, shape: Size, chosen: Tensor | None, jitter: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Move the chosen pixels [B, P] by normal noise [B, P, 2], if there is any.
+        """Move the chosen pixels [B, P], or all, by normal noise [B, P, 2], if there is any.
 
         Returns coordinates [B, P, 4] and colours [B, P, C].
 
@@ -217,9 +255,14 @@ class PointLoss(nn.Module):
         blurred mean.
         """
         size: Size = (image.shape[2], image.shape[3])
-        coordinates = coords.grid_coordinates(size, shape, image.device)[chosen]
+        coordinates = coords.grid_coordinates(size, shape, image.device)
+        coordinates = (
+            coordinates.expand(len(image), -1, -1) if chosen is None else coordinates[chosen]
+        )
         if jitter is None:
             flat = rearrange(image, "b c h w -> b (h w) c")
+            if chosen is None:
+                return coordinates, flat
             return coordinates, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
         coordinates = coords.displace(coordinates, self.config.jitter * jitter, size, shape)
         return coordinates, coords.sample_image(image, coordinates)
