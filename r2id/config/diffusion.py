@@ -66,12 +66,16 @@ class SamplerConfig(Section):
     """Steps of the solver."""
     guidance: Guidance = 2.0
     """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""
+    attention_guidance: float = Field(default=0.0, ge=0, le=10)
+    """Perturbed-attention guidance, for models without conditions too: moves away from what the
+    network predicts when tokens of a middle block do not see each other; 0 is none (Ahn et al.
+    2024)."""
     guidance_interval: Annotated[tuple[Fraction0, Fraction0], BeforeValidator(as_tuple)] = (
         0.0,
         1.0,
     )
-    """Range of times in which guidance applies, from 0 (data) to 1 (noise); at other times the
-    scale is 1 (Kynkäänniemi et al. 2024)."""
+    """Range of times in which both kinds of guidance apply, from 0 (data) to 1 (noise); at other
+    times there is none (Kynkäänniemi et al. 2024)."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """Share of fresh noise in the steps of solver ddim: 0 is none, 1 is ancestral sampling."""
     solver: Solver = Field(

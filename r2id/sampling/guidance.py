@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the conditions that the model is asked for, and their combination.
+"""Guidance: what the model is asked for, and how its predictions are combined.
 
 Shape letter: B samples.
 """
@@ -18,11 +18,17 @@ def conditions_for(condition: Tensor, guidance: float) -> Tensor:
     return condition.unsqueeze(0) if guidance == 1 else torch.stack([empty(condition), condition])
 
 
-def guide(predictions: Tensor, guidance: float) -> Tensor:
+def guide(predictions: Tensor, guidance: float, attention_guidance: float = 0.0) -> Tensor:
     """Guide without a classifier (Ho & Salimans 2022): empty + guidance·(conditional − empty).
 
-    Predictions [1 or 2, B, …], in the order of conditions_for → [B, …].
+    Predictions [K, B, L, h, w], in the order of conditions_for → [B, L, h, w]. With attention
+    guidance, one of an unmixed model is the last (see R2ID.predict), and its scale times the
+    difference from it is added (Ahn et al. 2024, arXiv 2403.17377). Each channel's mean over the
+    grid is left out of that, which would make pictures brighter.
     """
-    if len(predictions) == 1:
-        return predictions[0]
-    return torch.lerp(predictions[0], predictions[1], guidance)
+    asked = predictions[:-1] if attention_guidance else predictions
+    guided = asked[0] if len(asked) == 1 else torch.lerp(asked[0], asked[1], guidance)
+    if not attention_guidance:
+        return guided
+    away = asked[-1] - predictions[-1]
+    return guided + attention_guidance * (away - away.mean((2, 3), keepdim=True))

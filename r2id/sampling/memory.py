@@ -157,7 +157,7 @@ def _shrunk(size: Size, factor: float) -> Size:
 
 
 def _denoising(sampler: Sampler, grid: Size) -> int:
-    """Predict the peak bytes of evaluating the model once, with guidance, on a grid (h, w)."""
+    """Predict the peak bytes of evaluating the model once, with all guidance, on a grid (h, w)."""
     model, channels = sampler.model, sampler.codec.latent_channels
     batch = sampler.batch_length((1, 1), grid)
 
@@ -166,9 +166,8 @@ def _denoising(sampler: Sampler, grid: Size) -> int:
         # Built anew under trace_peak, so that its weights are tensors without data too.
         fresh = R2ID(model.config, channels, model.classes, shape).eval().requires_grad_(False)
         condition = torch.zeros(2, batch, *shape) if shape else torch.full((2, batch), -1)
-        return partial(
-            fresh.predict, torch.zeros(batch, channels, *grid), torch.zeros(batch), condition
-        )
+        noised, times = torch.zeros(batch, channels, *grid), torch.zeros(batch)
+        return partial(fresh.predict, noised, times, condition, unmixed=True)
 
     return _traced(sampler.codec, work)
 

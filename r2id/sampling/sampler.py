@@ -135,6 +135,7 @@ class Sampler:
         grid: Size | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        attention_guidance: float | None = None,
         solver: str | None = None,
         eta: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -152,6 +153,7 @@ class Sampler:
         overrides: dict[str, Any] = {
             "steps": steps,
             "guidance": guidance,
+            "attention_guidance": attention_guidance,
             "solver": solver,
             "eta": eta,
             "guidance_interval": guidance_interval,
@@ -282,10 +284,12 @@ class Sampler:
         kind, shift = self.diffusion.schedule, self._shift(grid)
         # Outside the guidance interval the model predicts without guidance: conditionally, or
         # unconditionally when guidance is 0.
-        guided, plain = (
-            conditions_for(condition.to(x.device, non_blocking=True), scale)
-            for scale in (settings.guidance, float(settings.guidance > 0))
-        )
+        scales = settings.guidance, settings.attention_guidance
+        unguided = float(settings.guidance > 0), 0.0
+        conditions = {
+            scale: conditions_for(condition.to(x.device, non_blocking=True), scale)
+            for scale in (scales[0], unguided[0])
+        }
         # The logSNR falls with time, and sampling goes back in time, from low to high.
         latest, earliest = schedule.log_snr(
             torch.tensor(settings.guidance_interval), kind, shift
@@ -295,10 +299,13 @@ class Sampler:
         def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
             level, alpha_bar = float(log_snr), float(schedule.alpha_bar(log_snr))
             alpha, sigma = schedule.alpha_sigma(log_snr, kind)
-            conditions = guided if earliest <= level <= latest else plain
+            scale, of_attention = scales if earliest <= level <= latest else unguided
             with self._autocast():
                 times = torch.full((1,), alpha_bar, device=x.device)
-                predicted = guide(self.model.predict(x, times, conditions), settings.guidance)
+                predictions = self.model.predict(
+                    x, times, conditions[scale], unmixed=of_attention > 0
+                )
+                predicted = guide(predictions, scale, of_attention)
             data, eps = objective.to_data_and_noise(
                 self.diffusion.objective, x, predicted, alpha, sigma
             )

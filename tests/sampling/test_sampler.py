@@ -13,6 +13,7 @@ from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.grids import draw_grids, output_files
+from r2id.sampling.guidance import guide
 from r2id.sampling.reconstruction import reconstruct_file
 from r2id.sampling.sampler import Sampler
 
@@ -61,6 +62,30 @@ def test_guidance_scales(sampler):
     empty = sampler.sample(torch.tensor([-1]), torch.tensor([5]), (8, 8), guidance=1.0)
     torch.testing.assert_close(draw(0.0), empty)
     assert not torch.equal(draw(1.0), draw(3.0))
+
+
+def test_attention_guidance_adds_a_difference_without_the_channels_means():
+    predictions = torch.randn(3, 2, 4, 5, 6)
+    empty, conditional, unmixed = predictions
+    away = conditional - unmixed
+    found = guide(predictions, 3.0, 0.5) - guide(predictions[:2], 3.0)
+    torch.testing.assert_close(found, 0.5 * (away - away.mean((2, 3), keepdim=True)))
+    found = guide(predictions[1:], 1.0, 2.0) - conditional
+    torch.testing.assert_close(found.mean((2, 3)), torch.zeros(2, 4), atol=1e-6, rtol=0)
+    assert torch.equal(guide(predictions[:1], 0.0), empty)
+
+
+def test_attention_guidance_with_and_without_conditions(sampler):
+    def draw(**settings):
+        return sampler.sample(torch.tensor([2]), torch.tensor([5]), (8, 8), steps=4, **settings)
+
+    for guidance in (0.0, 1.0, 3.0):
+        plain = draw(guidance=guidance)
+        assert torch.equal(draw(guidance=guidance, attention_guidance=0.0), plain)
+        guided = draw(guidance=guidance, attention_guidance=1.0)
+        assert guided.isfinite().all() and not torch.equal(guided, plain)
+        nowhere = draw(guidance=1.0, attention_guidance=1.0, guidance_interval=(0.8, 0.9))
+        assert torch.equal(nowhere, draw(guidance=1.0)), "steps of 4 are at times 1, ¾, ½ and ¼"
 
 
 def test_guidance_within_an_interval_alone(sampler):
