@@ -242,13 +242,15 @@ def test_ten_clients_at_once_are_served(address, actions):
     from gradio_client import Client
 
     def draw(seed: int) -> np.ndarray:
-        file = Client(address, verbose=False).predict(8, 12, 4, [], seed, 1.5, 3, api_name="/draw")
+        file = Client(address, verbose=False).predict(
+            8, 12, 4, [], seed, 1.5, 0.5, 3, api_name="/draw"
+        )
         return pixels(Image.open(file))
 
     with ThreadPoolExecutor(10) as clients:
         drawn = list(clients.map(draw, range(10)))
     for seed, picture in enumerate(drawn):
-        wish = Wish(seed=seed, guidance=1.5, steps=3, label=4)
+        wish = Wish(seed=seed, guidance=1.5, attention_guidance=0.5, steps=3, label=4)
         assert np.array_equal(picture, pixels(actions.draw(wish, (8, 12)))), "each its own"
 
 

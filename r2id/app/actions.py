@@ -46,12 +46,10 @@ class Wish:
     seed: int
     guidance: float
     steps: int
+    attention_guidance: float = 0.0
     label: int | None = None
     attributes: tuple[str, ...] = ()
     """Names of attributes that it has, and with a minus those that it lacks."""
-
-    def key(self, grid: Size) -> tuple[Any, ...]:
-        return (self.seed, self.guidance, self.steps, self.label, self.attributes, grid)
 
     def settings(self) -> dict[str, Any]:
         """Return these as keywords of Pipeline's methods."""
@@ -60,6 +58,7 @@ class Wish:
             "attributes": self.attributes,
             "seed": self.seed,
             "guidance": self.guidance,
+            "attention_guidance": self.attention_guidance,
             "steps": self.steps,
         }
 
@@ -69,7 +68,7 @@ class Actions:
     """Serves one model. One request at a time computes."""
 
     pipe: Pipeline
-    _latents: OrderedDict[tuple[Any, ...], Tensor] = field(default_factory=OrderedDict)
+    _latents: OrderedDict[tuple[Wish, Size], Tensor] = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
     @property
@@ -95,7 +94,8 @@ class Actions:
         """The picture that the page begins with."""
         defaults = self.pipe.sampler.defaults
         guidance = defaults.guidance if self.conditional else 1.0
-        return Wish(0, guidance, defaults.steps, 0 if self.classes else None)
+        label = 0 if self.classes else None
+        return Wish(0, guidance, defaults.steps, defaults.attention_guidance, label)
 
     def draw(self, wish: Wish, size: Size) -> Image.Image:
         """Draw a picture of a size (height, width)."""
@@ -187,11 +187,16 @@ class Actions:
         """Return the latents of a picture for a size, drawn now or kept."""
         sampler = self.pipe.sampler
         grid = sampler.grid_for(size)
-        key = wish.key(grid)
+        key = wish, grid
         if key not in self._latents:
             condition = self.pipe.condition(wish.label, wish.attributes, None, 1)
             self._latents[key] = sampler.latents(
-                condition, torch.tensor([wish.seed]), grid, guidance=wish.guidance, steps=wish.steps
+                condition,
+                torch.tensor([wish.seed]),
+                grid,
+                guidance=wish.guidance,
+                attention_guidance=wish.attention_guidance,
+                steps=wish.steps,
             )
             while len(self._latents) > _KEPT:
                 self._latents.popitem(last=False)

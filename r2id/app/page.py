@@ -118,6 +118,14 @@ def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
             visible=actions.conditional,
             elem_id="guidance",
         ),
+        gr.Slider(
+            0,
+            4,
+            value=first.attention_guidance,
+            step=0.05,
+            label="Attention guidance",
+            elem_id="attention-guidance",
+        ),
         gr.Slider(1, 100, value=first.steps, step=1, label="Steps", elem_id="steps"),
     ]
 

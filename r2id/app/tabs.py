@@ -239,11 +239,23 @@ def autoencoder_tab(gr: Any, actions: Actions, messages: Messages) -> None:
 
 
 def _wish(
-    label: int | None, attributes: list[str] | None, seed: float, guidance: float, steps: float
+    label: int | None,
+    attributes: list[str] | None,
+    seed: float,
+    guidance: float,
+    attention_guidance: float,
+    steps: float,
 ) -> Wish:
     if seed is None or seed < 0:
         raise InputError(f"seed {seed}: must be a whole number from 0")
-    return Wish(int(seed), float(guidance), int(steps), label, tuple(attributes or ()))
+    return Wish(
+        int(seed),
+        float(guidance),
+        int(steps),
+        float(attention_guidance),
+        label,
+        tuple(attributes or ()),
+    )
 
 
 def messages_of(error: Callable[..., Exception]) -> Messages:

@@ -177,7 +177,8 @@ def _samples_table(metrics: Mapping[str, Any]) -> str:
         "same features, for few images. Spectrum: mean absolute log ratio of the power at each "
         "spatial frequency to that of real images of the same size; blur and noise raise it. "
         f"Windows: {escape(provenance['rules']['windows'])}. {sampling['steps']} steps of "
-        f"{sampling['solver']}, guidance {sampling['guidance']:g}.</p>"
+        f"{sampling['solver']}, guidance {sampling['guidance']:g}, "
+        f"attention guidance {sampling['attention_guidance']:g}.</p>"
     )
 
 

@@ -230,8 +230,9 @@ def _command(card: Card, metrics: Facts) -> list[str]:
     if sizes:
         count = next(iter(sizes.values()))["samples"]
         words += ["--count", f"{count}", "--seed", f"{sampling['first_seed']}"]
-        for name in ("steps", "guidance", "solver"):
-            words += [f"--{name}", f"{sampling[name]}"]
+        for name in ("steps", "guidance", "attention_guidance", "solver"):
+            if name in sampling:  # reports of before have no attention guidance
+                words += [f"--{name.replace('_', '-')}", f"{sampling[name]}"]
     judge = provenance.get("extractor", {})
     if judge.get("name") not in (None, "classifier", "self-supervised"):
         height, width = judge["size"]
@@ -243,8 +244,9 @@ def _samples(card: Card) -> Iterable[str]:
     sample = card.config["config"]["sample"]
     yield (
         f"Seeds from {sample['seed']} on, each class in turn where there are classes; "
-        f"{sample['steps']} steps of {sample['solver']}, guidance {sample['guidance']:g}. Not "
-        "chosen: the first that were drawn. Pixels of small pictures are shown as squares."
+        f"{sample['steps']} steps of {sample['solver']}, guidance {sample['guidance']:g}, "
+        f"attention guidance {sample['attention_guidance']:g}. Not chosen: "
+        " the first that were drawn. Pixels of small pictures are shown as squares."
     )
     for height, width in card.sizes:
         yield f"{height}×{width}:\n\n![Samples of {height}×{width}](pictures/{height}x{width}.png)"

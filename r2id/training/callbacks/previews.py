@@ -147,7 +147,8 @@ def _samples(task: R2idTask, model: R2ID) -> list[Row]:
     seeds = torch.arange(len(labels))
     return [
         Row(
-            f"samples, {size[0]}x{size[1]}, guidance {config.sample.guidance:g}",
+            f"samples, {size[0]}x{size[1]}, guidance {config.sample.guidance:g}, "
+            f"attention guidance {config.sample.attention_guidance:g}",
             tile(sampler.sample(labels, seeds, size), len(labels)),
             scale,
         )
