@@ -245,8 +245,9 @@ def _samples(card: Card) -> Iterable[str]:
     yield (
         f"Seeds from {sample['seed']} on, each class in turn where there are classes; "
         f"{sample['steps']} steps of {sample['solver']}, guidance {sample['guidance']:g}, "
-        f"attention guidance {sample['attention_guidance']:g}. Not chosen: "
-        " the first that were drawn. Pixels of small pictures are shown as squares."
+        # Models that were trained before there was attention guidance have no scale of it.
+        f"attention guidance {sample.get('attention_guidance', 0):g}. Not chosen: "
+        "the first that were drawn. Pixels of small pictures are shown as squares."
     )
     for height, width in card.sizes:
         yield f"{height}×{width}:\n\n![Samples of {height}×{width}](pictures/{height}x{width}.png)"
