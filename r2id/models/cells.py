@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F
+import torch
 from einops import rearrange
 from torch import Tensor
 
 from r2id.config.models import lattice_grid
+from r2id.constants import kept
 from r2id.models.coords import WHOLE, Part, Size
 from r2id.models.resampling import resample
 
@@ -40,18 +41,37 @@ def native_size(grid: Size, size: Size, cell: int) -> Size:
 def on_lattice(images: Tensor, native: Size, cell: int, part: Part = WHOLE) -> Tensor:
     """Read images [B, C, H, W] at the lattice points of a part of the cells.
 
-    Resized to the native size where they have another; the last row and column are repeated up to
-    the end of the last cells.
+    Resized to the native size where they have another, and mirrored at the lower and right border
+    up to the end of the last cells. A diffusion model draws whole cells: what lies beyond a border
+    may become visible at another size, and should look like a picture too.
     """
-    spans, beyond = [], []
-    for side, cells, own in zip(part, lattice_grid(native, cell), native, strict=True):
+    spans: list[slice] = []
+    mirrored: dict[int, tuple[int, ...]] = {}
+    for dim, (side, cells, own) in enumerate(
+        zip(part, lattice_grid(native, cell), native, strict=True), start=2
+    ):
         start, stop, _ = side.indices(cells)
-        spans.append(slice(start * cell, min(own, stop * cell)))
-        beyond.append(max(0, stop * cell - own))
+        span = slice(start * cell, stop * cell)
+        if span.stop > own:
+            wanted = [_mirror(place, own) for place in range(span.start, span.stop)]
+            span = slice(min(wanted), own)
+            mirrored[dim] = tuple(place - span.start for place in wanted)
+        spans.append(span)
     points = resample(images, native, (spans[0], spans[1]))
-    if not any(beyond):
-        return points
-    return F.pad(points, (0, beyond[1], 0, beyond[0]), mode="replicate")
+    for dim, places in mirrored.items():
+        points = points.index_select(dim, _indices(places, points.device))
+    return points
+
+
+def _mirror(place: int, length: int) -> int:
+    """Return the place in range(length) that a place beyond its end mirrors."""
+    place %= max(1, 2 * (length - 1))
+    return min(place, 2 * (length - 1) - place)
+
+
+@kept()
+def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places).to(device, non_blocking=True)
 
 
 def to_cells(points: Tensor, cell: int) -> Tensor:

@@ -9,8 +9,8 @@ smaller than the distance of points.
 
 A picture has a *native size* on its latent grid: the number of lattice points that it covers. Where
 its own size is the native one, points and pixels coincide and nothing is resampled. The picture
-begins at the lattice's top left corner and may end within the last cells; the points beyond repeat
-its border and are never decoded. So no size is cropped, and none is resampled to fit the cells.
+begins at the lattice's top left corner and may end within the last cells; the points beyond mirror
+it and are never decoded. So no size is cropped, and none is resampled to fit the cells.
 
 All layers look a fixed number of cells far. So a part of a picture, computed from the part and its
 surroundings, equals the same part of the whole, and large pictures are computed piece by piece.

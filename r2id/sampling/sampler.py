@@ -232,7 +232,8 @@ class Sampler:
         conditional = self.model.classes or self.model.condition_shape
         if guidance not in (None, 0, 1) and not conditional:
             raise InputError(
-                f"guidance {guidance}: the model was trained without conditions; must be 0 or 1"
+                f"guidance {guidance}: the model was trained without conditions; must be 0 or 1 "
+                "(attention_guidance needs none)"
             )
 
     @torch.no_grad()

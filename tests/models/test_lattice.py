@@ -1,7 +1,7 @@
 """RIAE on a lattice: any size without loss, in parts as in whole, by what each place may see."""
 
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from r2id.config.models import lattice_grid
 from r2id.errors import InputError
 from r2id.images import resize
 from r2id.models import cells as geometry
-from r2id.models.cells import native_size
+from r2id.models.cells import native_size, on_lattice
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
 
@@ -61,14 +61,27 @@ def test_no_size_is_cropped_or_resampled(size, channels):
     assert torch.equal(model.decode(latents, size), image)
 
 
-def test_latents_are_the_cells_of_points_and_borders_are_repeated():
+def test_latents_are_the_cells_of_points_and_borders_are_mirrored():
     image = picture(1, 2, 6, 9)
     latents = lossless(2).encode(image)
-    whole = F.pad(image, (0, 3, 0, 2), mode="replicate")
+    whole = F.pad(image, (0, 3, 0, 2), mode="reflect")
     for row in range(2):
         for column in range(3):
             cell = whole[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
             assert torch.equal(latents[0, :, row, column], cell.flatten())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (5, 3), (17, 33), (18, 31)])
+def test_a_part_of_the_lattice_is_that_of_the_whole(size):
+    image, cell = picture(1, 2, *size), 16
+    whole = on_lattice(image, size, cell)
+    height, width = (-(-side // cell) for side in size)
+    assert whole.shape[2:] == (height * cell, width * cell)
+    assert torch.equal(whole[:, :, : size[0], : size[1]], image)
+    for row, column in product(range(height), range(width)):
+        part = slice(row, row + 1), slice(column, column + 1)
+        rows, columns = (slice(cell * side.start, cell * side.stop) for side in part)
+        assert torch.equal(on_lattice(image, size, cell, part), whole[:, :, rows, columns])
 
 
 @pytest.mark.parametrize("size", ODD_SIZES[:4])

@@ -36,9 +36,10 @@ def pictures(count: int, *shape: int) -> Tensor:
 
 
 def cells_of(images: Tensor, cell: int) -> np.ndarray:
-    """The values of all cells, [cells, C·s²], with repeated borders."""
+    """The values of all cells, [cells, C·s²], with mirrored borders."""
     height, width = images.shape[2:]
-    padded = F.pad(images, (0, -width % cell, 0, -height % cell), mode="replicate")
+    beyond = ((0, 0), (0, 0), (0, -height % cell), (0, -width % cell))
+    padded = torch.from_numpy(np.pad(images.numpy(), beyond, mode="reflect"))
     cells = rearrange(padded, "b c (h i) (w j) -> (b h w) (c i j)", i=cell, j=cell)
     return cells.double().numpy()
 
