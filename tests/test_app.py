@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 from PIL import Image
 
 from r2id.app.actions import MOST_PIXELS, Actions, Wish, mask_of
+from r2id.app.page import build
+from r2id.config import change
 from r2id.errors import InputError
 from r2id.pipeline import Pipeline
 
@@ -47,6 +50,29 @@ def test_a_picture_is_drawn_once_and_shown_at_any_size(actions, monkeypatch):
         assert actions.draw(WISH, (40, 24)).size == (24, 40)
         with pytest.raises(AssertionError, match="again"):
             actions.draw(Wish(seed=4, guidance=1.5, steps=3, label=4), (8, 8))
+
+
+def test_all_settings_of_a_wish_reach_the_picture(actions):
+    drawn = pixels(actions.draw(WISH, (8, 8)))
+    changes = {"seed": 4, "guidance": 3.0, "steps": 2, "attention_guidance": 2.0, "label": 7}
+    for name, value in changes.items():
+        other = pixels(actions.draw(replace(WISH, **{name: value}), (8, 8)))
+        assert not np.array_equal(other, drawn), name
+
+
+def test_sliders_reach_what_the_model_was_trained_with(actions):
+    pytest.importorskip("gradio")
+    defaults = {"guidance": 20.0, "attention_guidance": 6.0, "steps": 250}
+    sampler = actions.pipe.sampler
+    sampler = replace(sampler, defaults=change(sampler.defaults, defaults))
+    page = build(Actions(Pipeline(sampler)), "a model")
+    sliders = {
+        block.elem_id.replace("-", "_"): block
+        for block in page.blocks.values()
+        if getattr(block, "elem_id", None)
+    }
+    for name, value in defaults.items():
+        assert sliders[name].value == value <= sliders[name].maximum, name
 
 
 def test_a_zoomed_view_is_a_window_of_the_large_picture(actions):

@@ -111,7 +111,7 @@ def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
         gr.Number(first.seed, label="Seed", precision=0, minimum=0, maximum=2**53, elem_id="seed"),
         gr.Slider(
             0,
-            8,
+            max(8, first.guidance),
             value=first.guidance,
             step=0.05,
             label="Guidance",
@@ -120,13 +120,15 @@ def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
         ),
         gr.Slider(
             0,
-            4,
+            max(4, first.attention_guidance),
             value=first.attention_guidance,
             step=0.05,
             label="Attention guidance",
             elem_id="attention-guidance",
         ),
-        gr.Slider(1, 100, value=first.steps, step=1, label="Steps", elem_id="steps"),
+        gr.Slider(
+            1, max(100, first.steps), value=first.steps, step=1, label="Steps", elem_id="steps"
+        ),
     ]
 
 

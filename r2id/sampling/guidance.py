@@ -1,6 +1,6 @@
 """Guidance: what the model is asked for, and how its predictions are combined.
 
-Shape letter: B samples.
+Shape letters: B samples · K predictions · L latent channels · h, w latent grid.
 """
 
 from __future__ import annotations
@@ -8,7 +8,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r2id.config import SampleConfig
+from r2id.diffusion import schedule
 from r2id.models.conditioning import empty
+from r2id.models.r2id import R2ID
+
+
+class Guidance:
+    """Guided predictions under the conditions of one batch [B, …], by a run's settings.
+
+    Outside the guidance interval predictions are not guided: they are conditional, or unconditional
+    when the scale is 0. ``kind`` and ``shift`` are those of the noise schedule on the batch's grid.
+    """
+
+    def __init__(
+        self, settings: SampleConfig, condition: Tensor, kind: schedule.Kind, shift: float
+    ) -> None:
+        self._inside = settings.guidance, settings.attention_guidance
+        self._outside = float(settings.guidance > 0), 0.0
+        self._conditions = {
+            scale: conditions_for(condition, scale) for scale, _ in (self._inside, self._outside)
+        }
+        # The logSNR falls with time.
+        interval = schedule.log_snr(torch.tensor(settings.guidance_interval), kind, shift)
+        self._latest, self._earliest = interval.tolist()
+
+    def predict(self, model: R2ID, x: Tensor, log_snr: float, alpha_bar: float) -> Tensor:
+        """Predict a grid [B, L, h, w] noised to a level → float32 [B, L, h, w]."""
+        inside = self._earliest <= log_snr <= self._latest
+        scale, of_attention = self._inside if inside else self._outside
+        times = torch.full((1,), alpha_bar, device=x.device)
+        conditions = self._conditions[scale]
+        predictions = model.predict(x, times, conditions, unmixed=of_attention > 0)
+        return guide(predictions, scale, of_attention)
 
 
 def conditions_for(condition: Tensor, guidance: float) -> Tensor:

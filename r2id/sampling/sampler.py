@@ -25,7 +25,7 @@ from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.models.layers import store_in_bfloat16
 from r2id.models.r2id import R2ID
-from r2id.sampling.guidance import conditions_for, guide
+from r2id.sampling.guidance import Guidance
 from r2id.sampling.noise_shift import applied_exponent
 from r2id.sampling.out_of_memory import naming
 from r2id.sampling.steps import Adjust, Step, Watch
@@ -219,7 +219,8 @@ class Sampler:
         if not torch.isfinite(latents).all():  # would be drawn black
             raise WorkError(
                 f"samples on a grid of {grid[0]}x{grid[1]} are not finite: the weights are, or "
-                f"guidance {settings.guidance} is too much for them"
+                f"guidance {settings.guidance} or attention guidance "
+                f"{settings.attention_guidance} is too much for them"
             )
         return latents
 
@@ -282,31 +283,16 @@ class Sampler:
         ``estimated(raw latents, step)`` replaces each estimate, unless it is None.
         """
         grid: Size = (x.shape[2], x.shape[3])
-        kind, shift = self.diffusion.schedule, self._shift(grid)
-        # Outside the guidance interval the model predicts without guidance: conditionally, or
-        # unconditionally when guidance is 0.
-        scales = settings.guidance, settings.attention_guidance
-        unguided = float(settings.guidance > 0), 0.0
-        conditions = {
-            scale: conditions_for(condition.to(x.device, non_blocking=True), scale)
-            for scale in (scales[0], unguided[0])
-        }
-        # The logSNR falls with time, and sampling goes back in time, from low to high.
-        latest, earliest = schedule.log_snr(
-            torch.tensor(settings.guidance_interval), kind, shift
-        ).tolist()
+        kind = self.diffusion.schedule
+        condition = condition.to(x.device, non_blocking=True)
+        guidance = Guidance(settings, condition, kind, self._shift(grid))
         levels = log_snrs.tolist()
 
         def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
             level, alpha_bar = float(log_snr), float(schedule.alpha_bar(log_snr))
             alpha, sigma = schedule.alpha_sigma(log_snr, kind)
-            scale, of_attention = scales if earliest <= level <= latest else unguided
             with self._autocast():
-                times = torch.full((1,), alpha_bar, device=x.device)
-                predictions = self.model.predict(
-                    x, times, conditions[scale], unmixed=of_attention > 0
-                )
-                predicted = guide(predictions, scale, of_attention)
+                predicted = guidance.predict(self.model, x, level, alpha_bar)
             data, eps = objective.to_data_and_noise(
                 self.diffusion.objective, x, predicted, alpha, sigma
             )
