@@ -90,9 +90,11 @@ def fit_pca(images: Iterable[Tensor], cell: int, components: int, cells: int) ->
         )
     kept = min(components, len(mean))
     variances, axes = variances[:kept], axes[:, :kept]
-    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    axes = axes * torch.where(largest < 0, -1.0, 1.0)
     scales = variances.clamp(min=_FLATTEST * float(variances[0])).sqrt()
+    # The largest weight is positive; of several that are equal as they are stored, the first one.
+    stored = (axes * scales).float()
+    largest = stored.gather(0, stored.abs().argmax(0, keepdim=True))
+    axes = axes * torch.where(largest < 0, -1.0, 1.0)
     encode, decode = (axes / scales).T, axes * scales
     if components > kept:
         generator = torch.Generator().manual_seed(0)
