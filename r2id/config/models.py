@@ -43,6 +43,9 @@ class RiaeConfig(Section):
     """Code and decode by a linear map of the colours at the points of cells too, which the network
     corrects. ``attention`` does so only when this is set, with points in each cell as many as
     pixels."""
+    lapped: bool = True
+    """Mix the colours of points across the borders of cells before coding, and unmix them after
+    decoding, so that neighbouring cells join without a line (``lattice``)."""
     features: int = Field(default=16, ge=0)
     """Features of each point, from which a network draws what lies between points; 0: nothing but
     bicubic interpolation does (``lattice``)."""
@@ -101,16 +104,18 @@ class RiaeConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _not_linear_by_attention_unless_set(cls, values: Any) -> Any:
+    def _plain_by_attention_unless_set(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("kind") == "attention":
-            return {"linear": False, **values}
+            return {"linear": False, "lapped": False, **values}
         return values
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> RiaeConfig:
         foreign = _ATTENTION if self.kind == "lattice" else _LATTICE
         for name in foreign:
-            value, default = getattr(self, name), type(self).model_fields[name].default
+            value = getattr(self, name)
+            # By attention nothing can be lapped, whatever the default of a lattice.
+            default = name != "lapped" and type(self).model_fields[name].default
             if value != default:
                 other = "attention" if self.kind == "lattice" else "lattice"
                 raise ValueError(
@@ -132,7 +137,7 @@ class RiaeConfig(Section):
         return self
 
 
-_LATTICE = ("features",)
+_LATTICE = ("lapped", "features")
 _ATTENTION = (
     "pixel_width",
     "heads",

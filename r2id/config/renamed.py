@@ -57,6 +57,8 @@ def renew_config(config: Mapping[str, Any], where: str | None = None) -> dict[st
     }
     if where is None and "riae" in config and "kind" not in config["riae"]:
         renewed["riae"]["kind"] = "attention"  # what a checkpoint without a kind has
+    if where is None and "riae" in config and "lapped" not in config["riae"]:
+        renewed["riae"]["lapped"] = False  # likewise
     if where is None and "r2id" in config and "conditioning" not in config["r2id"]:
         renewed["r2id"]["conditioning"] = "cross"  # likewise
     for section, part in config.items():

@@ -3,8 +3,8 @@
 Every latent cell has a lattice of s×s points. To encode, the picture is read at the points, and
 each cell's C·s² values become its L latents: by a linear map, which begins as a principal component
 analysis (PCA) of the training images, and by a network that corrects it, which sees the cells
-around too. To decode, the latents become the colours at the points in the same two ways. Any other
-place is then read by bicubic interpolation, which a second network corrects for pixels that are
+around too. To decode, the latents become the colours at the points in the same two ways. Colours are
+mixed across the borders of cells before, and unmixed after (r2id.models.lapped). Any other place is then read by bicubic interpolation, which a second network corrects for pixels that are
 smaller than the distance of points.
 
 A picture has a *native size* on its latent grid: the number of lattice points that it covers. Where
@@ -35,6 +35,7 @@ from r2id.errors import InputError
 from r2id.models.attention import RMSNorm
 from r2id.models.cells import native_size, on_lattice, pieces, to_cells, to_points
 from r2id.models.coords import WHOLE, Advance, Part, Size, Window, part_of
+from r2id.models.lapped import lap, unlap
 from r2id.models.layers import ExactLinear, zero_linear
 from r2id.models.resampling import resample_seen, taps
 
@@ -80,13 +81,15 @@ class LatticeEncoder(nn.Module):
         self.correct_code = nn.Sequential(
             RMSNorm(config.width), last(config.width, config.latent_channels)
         )
-        self.reach = 1 + len(self.cell_blocks) * (_KERNEL // 2)
+        self.reach = 1 + len(self.cell_blocks) * (_KERNEL // 2) + config.lapped
 
     def blocks(self) -> list[nn.Module]:
         return list(self.cell_blocks)
 
     def forward(self, lattice: Tensor) -> Tensor:
         """Colours at all points [B, C, h·s, w·s] → latents [B, L, h, w]."""
+        if self.config.lapped:
+            lattice = lap(lattice, self.cell)
         x = to_cells(lattice, self.cell).contiguous()
         hidden = _convolve(self.see, x)
         for block in self.cell_blocks:
@@ -140,7 +143,7 @@ class LatticeDecoder(nn.Module):
         self.decoded = RMSNorm(width)
         self.correct_colours = zero_linear(width, values)
         self.fine = Points(features, channels, width, self.cell) if features else None
-        self.reach = 1 + len(self.cell_blocks) * (_KERNEL // 2)
+        self.reach = 1 + len(self.cell_blocks) * (_KERNEL // 2) + config.lapped
 
     def blocks(self) -> list[nn.Module]:
         return list(self.cell_blocks)
@@ -159,6 +162,8 @@ class LatticeDecoder(nn.Module):
         if self.from_code is not None:
             colours = colours + self.from_code(code)
         colours = to_points(colours, self.cell)
+        if self.config.lapped:
+            colours = unlap(colours, self.cell)
         return (colours, None) if self.fine is None else self.fine(hidden, colours)
 
     def render(

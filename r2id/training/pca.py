@@ -19,6 +19,7 @@ from torch import Tensor
 from r2id.errors import InputError
 from r2id.models.cells import on_lattice, to_cells
 from r2id.models.coords import Size
+from r2id.models.lapped import lap
 from r2id.models.riae import RIAE
 
 _IMAGES = 4096
@@ -54,10 +55,13 @@ def memory_need(sizes: Sequence[Size], channels: int, cell: int) -> int:
 
 
 @torch.no_grad()
-def fit_pca(images: Iterable[Tensor], cell: int, components: int, cells: int) -> dict[str, Tensor]:
+def fit_pca(
+    images: Iterable[Tensor], cell: int, components: int, cells: int, lapped: bool
+) -> dict[str, Tensor]:
     """Fit the PCA of cells of cell×cell pixels, in batches of images [B, C, H, W].
 
-    ``cells`` is about how many there are; of more than _CELLS, evenly spaced ones are used. Returns
+    ``cells`` is about how many there are; of more than _CELLS, evenly spaced ones are used. With
+    ``lapped``, colours are mixed across the borders of cells before. Returns
     the weights and biases of the linear layers ``to_code`` and ``from_code``, by name. Components
     have variance 1, and their largest element is positive. With more components than values, they
     are spread evenly over the components (a tight frame), which averages noise on them. Raises
@@ -68,7 +72,7 @@ def fit_pca(images: Iterable[Tensor], cell: int, components: int, cells: int) ->
     for batch in images:
         size: Size = (batch.shape[2], batch.shape[3])
         lattice = on_lattice(batch.float().cpu(), size, cell)
-        values = to_cells(lattice, cell).flatten(0, 2)
+        values = to_cells(lap(lattice, cell) if lapped else lattice, cell).flatten(0, 2)
         values = values[::every]
         count += len(values)
         mean = mean + values.double().sum(0)

@@ -160,6 +160,7 @@ class RiaeTask(Task):
                 riae.cell,
                 riae.latent_channels,
                 cells * count // len(self.sizes),
+                riae.lapped,
             )
         assert isinstance(self.module.model, RIAE)
         pca.start_from_pca(self.module.model, dist.broadcast_object(weights))
