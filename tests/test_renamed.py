@@ -42,7 +42,8 @@ def changed(config, section="riae"):
 
 def test_a_table_under_old_names_is_read_and_told(capsys):
     config = parse_config({**RUN, "stage": "riae", "riae": OLD}, where="old.toml")
-    assert isinstance(config, RiaeRun) and changed(config) == NEW | {"linear": False}
+    assert isinstance(config, RiaeRun)
+    assert changed(config) == NEW | {"linear": False, "lapped": False}
     assert changed(config, "loss") == LOSS | {"encode_scales": (0.5, 1.0)}
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(OLD) - 1 and all(line.startswith("old.toml: ") for line in told)
@@ -51,9 +52,11 @@ def test_a_table_under_old_names_is_read_and_told(capsys):
 def test_a_checkpoint_without_a_setting_has_the_kind_of_model_that_there_was_then():
     saved = {"riae": {"width": 32}, "r2id": {"width": 32, "attention": ["full"]}}
     renewed = renew_config(saved)
-    assert renewed["riae"] == {"width": 32, "kind": "attention"}
+    assert renewed["riae"] == {"width": 32, "kind": "attention", "lapped": False}
     assert renewed["r2id"] == {"width": 32, "attention": ["full"], "conditioning": "cross"}
-    later = {"riae": {"kind": "lattice"}, "r2id": {"conditioning": "context"}}
+    second = {"riae": {"kind": "lattice"}, "r2id": {"conditioning": "context"}}
+    assert renew_config(second)["riae"] == {"kind": "lattice", "lapped": False}
+    later = {"riae": {"kind": "lattice", "lapped": True}, "r2id": {"conditioning": "context"}}
     assert renew_config(later) == later
     assert renew_config(saved, where="a person's.toml") == saved
 
@@ -63,7 +66,7 @@ def test_overrides_under_old_names_win_over_tables_under_new_ones(capsys):
         {**RUN, "stage": "riae", "riae": {"kind": "attention", "downsample": 2.0}},
         ["riae.cell=8.0", "riae.locality=false", "riae.attention=local"],
     )
-    assert changed(config) == NEW_BY_OVERRIDES | {"linear": False}
+    assert changed(config) == NEW_BY_OVERRIDES | {"linear": False, "lapped": False}
     told = capsys.readouterr().err
     assert all(word in told for word in ("riae.cell", "riae.locality", "'tiled'"))
 
@@ -81,16 +84,17 @@ def test_today_s_names_are_silent(capsys):
 
 def test_stored_configs_are_renewed_silently_and_stay_as_they_are(capsys):
     stored = {**RUN, "stage": "riae", "riae": OLD}
-    assert renew_config(stored) == {**RUN, "stage": "riae", "riae": NEW, "loss": LOSS}
+    renewed = {**RUN, "stage": "riae", "riae": NEW | {"lapped": False}, "loss": LOSS}
+    assert renew_config(stored) == renewed
     assert stored["riae"] is OLD and "cell" in OLD and capsys.readouterr().err == ""
 
 
 def test_a_checkpoint_without_a_kind_is_of_the_first_design():
     first = {name: value for name, value in OLD.items() if name != "kind"}
-    assert renew_config({**RUN, "stage": "riae", "riae": first})["riae"] == NEW
-    assert renew_config({**RUN, "stage": "riae", "riae": {"kind": "lattice"}})["riae"] == {
-        "kind": "lattice"
-    }
+    renewed = renew_config({**RUN, "stage": "riae", "riae": first})["riae"]
+    assert renewed == NEW | {"lapped": False}
+    lattice = {"kind": "lattice", "lapped": True}
+    assert renew_config({**RUN, "stage": "riae", "riae": lattice})["riae"] == lattice
     with pytest.raises(InputError, match=r"'attention'.*'lattice'"):
         parse_config({**RUN, "stage": "riae", "riae": first})  # a file is of today's default
 

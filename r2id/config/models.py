@@ -114,8 +114,9 @@ class RiaeConfig(Section):
         foreign = _ATTENTION if self.kind == "lattice" else _LATTICE
         for name in foreign:
             value = getattr(self, name)
-            # By attention nothing can be lapped, whatever the default of a lattice.
-            default = name != "lapped" and type(self).model_fields[name].default
+            default = type(self).model_fields[name].default
+            if name == "lapped":  # True is the default of a lattice alone
+                default = False
             if value != default:
                 other = "attention" if self.kind == "lattice" else "lattice"
                 raise ValueError(

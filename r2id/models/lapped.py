@@ -6,10 +6,10 @@ errors are large. So the points on both sides of each border are mixed before ce
 what is decoded is unmixed. The picture of one latent then reaches half a cell into the cells
 around, and fades out there.
 
-The mixing takes the points on both sides of a border apart into means of mirrored pairs, which stay,
-and their differences, of which the smoothest is enlarged: Tran, Liang & Tu 2003, "Lapped transform
-via time-domain pre- and post-filtering". With a principal component analysis as the code of cells,
-it has less error than cells by themselves at the same number of latents.
+The mixing takes the points on both sides of a border apart into the sums of mirrored pairs, which
+stay, and their differences, of which the smoothest is enlarged (Tran, Liang & Tu 2003, "Lapped
+transform via time-domain pre- and post-filtering"). A principal component analysis of cells that
+are mixed so has less error than one of cells by themselves with as many latents.
 
 Shape letters: B batch · C colours · s points per side of a cell · h, w cells.
 """

@@ -3,9 +3,10 @@
 Every latent cell has a lattice of s×s points. To encode, the picture is read at the points, and
 each cell's C·s² values become its L latents: by a linear map, which begins as a principal component
 analysis (PCA) of the training images, and by a network that corrects it, which sees the cells
-around too. To decode, the latents become the colours at the points in the same two ways. Colours are
-mixed across the borders of cells before, and unmixed after (r2id.models.lapped). Any other place is then read by bicubic interpolation, which a second network corrects for pixels that are
-smaller than the distance of points.
+around too. To decode, the latents become the colours at the points in the same two ways. Before
+coding, colours are mixed across the borders of cells, and after decoding unmixed, so that cells
+join (r2id.models.lapped). Any other place is then read by bicubic interpolation, which a second
+network corrects for pixels that are smaller than the distance of points.
 
 A picture has a *native size* on its latent grid: the number of lattice points that it covers. Where
 its own size is the native one, points and pixels coincide and nothing is resampled. The picture

@@ -64,6 +64,7 @@ RIAE = {
     "no PCA start": ['start="random"'],
     "no linear map": ["riae.linear=false"],
     "no network": ["riae.encoder_blocks=0", "riae.decoder_blocks=0"],
+    "not lapped": ["riae.lapped=false"],
     "no features of points": ["riae.features=0"],
     "no smaller copies": ["loss.magnify=0.0"],
     "no latent noise": ["loss.latent_noise=0.0"],

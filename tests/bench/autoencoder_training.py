@@ -69,12 +69,12 @@ class Job:
     def channels(self) -> int:
         return self.riae.data.channels
 
-    def weights(self) -> dict[str, Tensor]:
-        """Fit the PCA, from which RIAE starts and which is the floor of the comparison."""
+    def weights(self, lapped: bool) -> dict[str, Tensor]:
+        """Fit the PCA of cells, or of cells that are lapped, from which RIAE starts."""
         riae, images = self.riae.riae, list(self.pca())
         grid = riae.grid_for(self.size)
         cells = sum(map(len, images)) * math.prod(grid)
-        return fit_pca(images, riae.cell, riae.latent_channels, cells)
+        return fit_pca(images, riae.cell, riae.latent_channels, cells, lapped)
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,18 @@ Made = tuple[Training | None, Callable[[], Code]]
 
 
 def pca(job: Job) -> Made:
-    return None, lambda: Linear(job.weights(), job.riae.riae.cell)
+    return None, lambda: Linear(job.weights(lapped=False), job.riae.riae.cell, lapped=False)
+
+
+def lapped(job: Job) -> Made:
+    return None, lambda: Linear(job.weights(lapped=True), job.riae.riae.cell, lapped=True)
 
 
 def riae(job: Job) -> Made:
     began = time.process_time()
     torch.manual_seed(job.riae.seed)
     model = RIAE(job.riae.riae, job.channels)
-    start_from_pca(model, job.weights())
+    start_from_pca(model, job.weights(job.riae.riae.lapped))
     module = riae_loss(model, job.riae.loss, job.riae.seed)
     training = Training(module, job.riae, time.process_time() - began)
     return training, lambda: Riae(model, job.riae.train.autocast)
@@ -146,6 +150,7 @@ def plain(job: Job) -> Made:
 
 PEERS: dict[str, Callable[[Job], Made]] = {
     "pca": pca,
+    "lapped": lapped,
     "riae": riae,
     "first": first,
     "kl": kl,

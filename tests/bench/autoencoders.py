@@ -3,13 +3,13 @@
     python tests/bench/autoencoders.py --set photos --seconds 180 [--out FOLDER] [--data data]
         [--only NAME …] [--config RIAE.toml] [--override section.key=value …]
 
-Compared are PCA of the pixels of each cell (``pca``), which is where RIAE starts; RIAE (``riae``)
-without noise on its latents; RIAE as first published (``first``); and two convolutional
-autoencoders of about RIAE's number of parameters: diffusers' AutoencoderKL (``kl``, needs
-``pip install r2id[bench]``) and a plain one that is faster on a CPU (``plain``). All see the same
-batches; the last two get the best of three learning rates, each tried for a fifth of the seconds.
-Seconds are those of the process while it trains, RIAE's PCA included; loading and evaluation do not
-count.
+Compared are PCA of the pixels of each cell (``pca``), and of pixels that are mixed across the
+borders of cells (``lapped``), which is where RIAE starts; RIAE (``riae``) without noise on its
+latents; RIAE as first published (``first``); and two convolutional autoencoders of about RIAE's
+number of parameters: diffusers' AutoencoderKL (``kl``, needs ``pip install r2id[bench]``) and a
+plain one that is faster on a CPU (``plain``). All see the same batches; the last two get the best
+of three learning rates, each tried for a fifth of the seconds. Seconds are those of the process
+while it trains, RIAE's PCA included; loading and evaluation do not count.
 
 Sets (--set): digits, mnist and photos as the configs of these names prepare them, and native:
 photos at their own sizes, of which every tenth is held out, trained in windows of 64×64 with cells
@@ -81,6 +81,7 @@ SHOWN = 6
 GROUPS = {"native": ("native-8", "native-4")}
 NAMES = {
     "pca": "PCA",
+    "lapped": "PCA, lapped",
     "riae": "RIAE",
     "first": "RIAE, first design",
     "kl": "AutoencoderKL",

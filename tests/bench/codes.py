@@ -19,6 +19,7 @@ from r2id.errors import InputError
 from r2id.images import resize
 from r2id.models.cells import on_lattice, to_cells, to_points
 from r2id.models.coords import Size
+from r2id.models.lapped import lap, unlap
 from r2id.models.riae import RIAE
 
 
@@ -45,21 +46,23 @@ class Code:
 
 
 class Linear(Code):
-    """PCA of the pixels of each cell; other sizes by bicubic resizing."""
+    """PCA of the pixels of each cell, lapped or not; other sizes by bicubic resizing."""
 
-    def __init__(self, weights: dict[str, Tensor], cell: int) -> None:
-        self.weights, self.cell = weights, cell
+    def __init__(self, weights: dict[str, Tensor], cell: int, lapped: bool) -> None:
+        self.weights, self.cell, self.lapped = weights, cell, lapped
         self.parameters = sum(part.numel() for part in weights.values())
 
     def encode(self, images: Tensor) -> Tensor:
-        cells = to_cells(on_lattice(images, own_size(images), self.cell), self.cell)
+        points = on_lattice(images, own_size(images), self.cell)
+        cells = to_cells(lap(points, self.cell) if self.lapped else points, self.cell)
         code = F.linear(cells, self.weights["to_code.weight"], self.weights["to_code.bias"])
         return code.movedim(-1, 1)
 
     def decode(self, latents: Tensor, own: Size) -> Tensor:
         code = latents.movedim(1, -1)
         cells = F.linear(code, self.weights["from_code.weight"], self.weights["from_code.bias"])
-        images = to_points(cells, self.cell)
+        points = to_points(cells, self.cell)
+        images = unlap(points, self.cell) if self.lapped else points
         return images[:, :, : own[0], : own[1]].clamp(-1, 1)
 
 

@@ -34,11 +34,11 @@ def made(channels=1, **changes):
     return model
 
 
-def lossless(channels=1, cell=4):
+def lossless(channels=1, cell=4, lapped=False):
     """An untrained model whose latents are the colours at the points themselves."""
     torch.manual_seed(0)
     values = channels * cell**2
-    changes = {"downsample": float(cell), "latent_channels": values}
+    changes = {"downsample": float(cell), "latent_channels": values, "lapped": lapped}
     model = RIAE(SMALL.model_copy(update=changes), channels).eval()
     for layer in (model.to_code, model.from_code):
         torch.nn.init.eye_(layer.weight)
@@ -59,6 +59,8 @@ def test_no_size_is_cropped_or_resampled(size, channels):
     latents = model.encode(image)
     assert latents.shape[2:] == (-(-size[0] // 4), -(-size[1] // 4)) == model.grid_for(size)
     assert torch.equal(model.decode(latents, size), image)
+    model = lossless(channels, lapped=True)
+    torch.testing.assert_close(model.decode(model.encode(image), size), image, atol=1e-5, rtol=0)
 
 
 def test_latents_are_the_cells_of_points_and_borders_are_mirrored():
@@ -139,6 +141,7 @@ SCALES = {
         {"downsample": 2.0, "decoder_blocks": 0},
         {"features": 0},
         {"linear": False},
+        {"lapped": False},
     ],
     ids=str,
 )
@@ -166,7 +169,9 @@ def test_windows_and_pieces_make_the_whole(changes, native, size, monkeypatch):
     ("size", "native"),
     [((45, 30), (45, 30)), ((45, 30), (23, 77)), ((45, 30), (90, 60)), ((3, 70), (3, 70))],
 )
-@pytest.mark.parametrize("changes", [{}, {"downsample": 1.0, "encoder_blocks": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"downsample": 1.0, "encoder_blocks": 2}, {"lapped": False}], ids=str
+)
 def test_encoding_in_pieces_changes_nothing(changes, size, native, monkeypatch):
     model, images = made(2, **changes), picture(3, 2, *size)
     whole = model.encode(images, native)
@@ -181,21 +186,22 @@ def test_a_picture_does_not_depend_on_its_batch():
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_a_change_reaches_no_further_than_the_layers():
+@pytest.mark.parametrize("lapped", [0, 1])
+def test_a_change_reaches_no_further_than_the_layers(lapped):
     """Of one pixel: the cells that the encoder's layers reach. Of one cell: as many, and one more
-    for the layers on points."""
-    model, image = made(), torch.zeros(1, 1, 4, 160)
+    for the layers on points. Half a cell more where cells are lapped."""
+    model, image = made(lapped=bool(lapped)), torch.zeros(1, 1, 4, 160)
     changed = image.clone()
     changed[..., 80] = 1
     moved = (model.encode(changed) - model.encode(image)).abs().amax(dim=(0, 1, 2)) > 1e-7
-    assert moved.nonzero().flatten().tolist() == list(range(20 - 3, 20 + 4))
+    assert moved.nonzero().flatten().tolist() == list(range(20 - 3 - lapped, 20 + 4))
     latents = torch.zeros(1, 5, 1, 40)
     other = latents.clone()
     other[..., 20] = 1
     drawn = (model.decode(other, (4, 160)) - model.decode(latents, (4, 160))).abs() > 1e-7
     places = drawn.any(dim=2).nonzero()[:, -1]
-    assert 4 * (20 - 4) <= places.min() < 4 * (20 - 2)
-    assert 4 * (20 + 3) <= places.max() < 4 * (20 + 5)
+    assert 4 * (20 - 4) - 2 * lapped <= places.min() < 4 * (20 - 2)
+    assert 4 * (20 + 3) <= places.max() < 4 * (20 + 5) + 2 * lapped
 
 
 @pytest.mark.parametrize("factor", [1, 2])

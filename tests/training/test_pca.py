@@ -44,13 +44,16 @@ def cells_of(images: Tensor, cell: int) -> np.ndarray:
     return cells.double().numpy()
 
 
-def fit(images: Tensor, cell: int, components: int, batch: int = 7) -> dict[str, Tensor]:
-    return pca.fit_pca(images.split(batch), cell, components, len(cells_of(images, cell)))
+def fit(
+    images: Tensor, cell: int, components: int, batch: int = 7, lapped: bool = False
+) -> dict[str, Tensor]:
+    cells = len(cells_of(images, cell))
+    return pca.fit_pca(images.split(batch), cell, components, cells, lapped)
 
 
-def model_of(weights: dict[str, Tensor], cell: int, channels: int) -> RIAE:
+def model_of(weights: dict[str, Tensor], cell: int, channels: int, lapped: bool = False) -> RIAE:
     components = len(weights["to_code.weight"])
-    config = RiaeConfig(latent_channels=components, downsample=cell, width=16)
+    config = RiaeConfig(latent_channels=components, downsample=cell, width=16, lapped=lapped)
     torch.manual_seed(0)
     model = RIAE(config, channels)
     pca.start_from_pca(model, weights)
@@ -99,6 +102,18 @@ def test_an_untrained_model_is_the_analysis(size: tuple[int, int]) -> None:
     found = model.decode(model.encode(images), size)
     torch.testing.assert_close(found, expected[:, :, : size[0], : size[1]], atol=1e-5, rtol=1e-5)
     assert 0 < F.mse_loss(found, images) < images.var()
+
+
+def test_a_lapped_model_starts_from_the_analysis_of_mixed_points() -> None:
+    images, cell = pictures(300, 1, 16, 16), 4
+    errors = []
+    for lapped in (False, True):
+        model = model_of(fit(images, cell, 3, lapped=lapped), cell, 1, lapped)
+        latents = model.encode(images)
+        torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(3), atol=0.01, rtol=0)
+        torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(3), atol=0.01, rtol=0)
+        errors.append(float(F.mse_loss(model.decode(latents, (16, 16)), images)))
+    assert errors[1] < 0.95 * errors[0]
 
 
 def test_more_channels_than_values_share_them_out_and_average_noise() -> None:
@@ -168,7 +183,7 @@ def test_what_it_cannot_use_is_one_clear_line(
     images: Tensor, components: int, words: list[str]
 ) -> None:
     with pytest.raises(InputError) as caught:
-        pca.fit_pca([images] if len(images) else [], 4, components, 100)
+        pca.fit_pca([images] if len(images) else [], 4, components, 100, False)
     said = str(caught.value)
     assert "\n" not in said and all(word in said for word in words), said
 
@@ -300,7 +315,8 @@ def test_attention_may_begin_with_it_too(
     task = make_task(config, dist.init(), 8)
     assert isinstance(task, RiaeTask) and len(fits) == 1
     images = next(task._training_images(100, 100))["image"]
-    lattice = started(riae_config(digits, tmp_path / "run", "riae.latent_channels=2"))
+    settings = "riae.latent_channels=2", "riae.lapped=false"
+    lattice = started(riae_config(digits, tmp_path / "run", *settings))
     latents, expected = model.encode(images), lattice.encode(images)
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
     for size in ((8, 8), (16, 12), (5, 8)):
