@@ -24,6 +24,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 ATTENTION_CONFIG = Path(__file__).parent / "attention-riae.toml"
 
 TINY_RIAE = [
+    "riae.lapped=true",
     "riae.width=32",
     "riae.features=4",
     "riae.encoder_blocks=1",
@@ -36,7 +37,7 @@ TINY_RIAE = [
 ]
 """For configs/digits/riae.toml."""
 TINY_ATTENTION = [
-    *(setting for setting in TINY_RIAE if setting != "riae.features=4"),
+    *(setting for setting in TINY_RIAE if setting not in ("riae.features=4", "riae.lapped=true")),
     "riae.pixel_width=32",
     "riae.heads=2",
 ]

@@ -96,11 +96,10 @@ def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path)
         raise InputError(
             f"init_from = {str(path)!r}: has weights of stage {meta.stage!r}, not {config.stage!r}"
         )
+    here, there = config.model_dump(mode="json")[config.stage], meta.config[meta.stage]
     try:
         resume(_InitialWeights(engine), checkpoint)
     except InputError as error:
-        here = config.model_dump(mode="json")[config.stage]
-        there = meta.config[meta.stage]
         differing = [
             f"{config.stage}.{name} = {there[name]!r} there and {value!r} here"
             for name, value in here.items()
@@ -108,6 +107,12 @@ def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path)
         ]
         message = "; ".join([f"init_from = {str(path)!r}: {error}", *differing[:1]])
         raise InputError(message) from None
+    # Weights depend on it, and their shapes do not show it.
+    if here.get("lapped") != there.get("lapped"):
+        raise InputError(
+            f"init_from = {str(path)!r}: riae.lapped = {there['lapped']} there and "
+            f"{here['lapped']} here"
+        )
     say(f"{path}: beginning with its averaged weights, of step {meta.step}")
 
 

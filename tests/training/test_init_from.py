@@ -70,6 +70,15 @@ def test_another_architecture_is_refused(digits: Path, riae_run: Path, tmp_path:
     assert not config.run.exists(), "nothing was begun"
 
 
+def test_weights_of_cells_that_are_not_lapped_are_refused(
+    digits: Path, riae_run: Path, tmp_path: Path
+) -> None:
+    """Their shapes fit, and what they code does not."""
+    config = riae_config(digits, tmp_path / "run", f"init_from={riae_run}", "riae.lapped=false")
+    with pytest.raises(InputError, match=r"riae\.lapped = True there and False here"):
+        start(config)
+
+
 def test_another_stage_is_refused(digits: Path, r2id_run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'r2id'"):
         train(riae_config(digits, tmp_path / "run", f"init_from={r2id_run}"))

@@ -22,10 +22,10 @@ from r2id.training.loop import train
 from tests.training.test_loop import attention_config, r2id_config, riae_config
 
 NEW = {
-    "riae": ("kind", "linear", "features"),
+    "riae": ("kind", "linear", "lapped", "features"),
     "loss": ("latent_mask", "equivariance", "equivariance_scales", "magnify", "magnify_scales"),
 }
-"""Settings that came with the lattice."""
+"""Settings that came with the lattice, and later."""
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,26 @@ def test_a_run_of_version_0_1_goes_on(attention_run: Path, digits: Path, tmp_pat
         digits, tmp_path / "next", "train.steps=1", f"init_from={attention_run}"
     )
     assert train(begun)["step"] == 1
+
+
+def test_a_lattice_of_before_lapping_is_used_and_goes_on_without(
+    digits: Path, tmp_path: Path
+) -> None:
+    config = riae_config(digits, tmp_path / "run", "train.steps=2", "riae.lapped=false")
+    train(config)
+    checkpoint = Checkpoint.open(config.run).path
+    description, _ = read_description(checkpoint)
+    facts = {name: getattr(description, name) for name in Meta.model_fields}
+    del facts["config"]["riae"]["lapped"]
+    write_description(checkpoint, Meta(**facts), description.files)
+    codec = Codec.load(config.run)
+    assert codec.riae is not None and not codec.riae.lapped
+    export(config.run, tmp_path / "riae.safetensors")
+    assert not RIAE.from_pretrained(tmp_path / "riae.safetensors").config.lapped
+    said = refusal(train, riae_config(digits, config.run, "train.steps=3"))
+    assert "riae.lapped = False, not True" in said
+    more = riae_config(digits, config.run, "train.steps=3", "riae.lapped=false")
+    assert train(more)["step"] == 3
 
 
 def test_a_run_of_one_kind_is_not_gone_on_with_as_the_other(
