@@ -22,7 +22,7 @@ from r2id.training.reachable import find_server, find_store
 from tests.conftest import CONFIGS
 
 ROOT = CONFIGS.parent
-VARIABLES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_PROFILE", "CXX")
+VARIABLES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_PROFILE", "CXX", "MKL_NUM_THREADS")
 
 
 def doctor(
