@@ -104,19 +104,18 @@ class RiaeConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _plain_by_attention_unless_set(cls, values: Any) -> Any:
+    def _defaults_of_attention(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("kind") == "attention":
-            return {"linear": False, "lapped": False, **values}
+            return {**_BY_ATTENTION, **values}
         return values
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> RiaeConfig:
         foreign = _ATTENTION if self.kind == "lattice" else _LATTICE
         for name in foreign:
-            value = getattr(self, name)
-            default = type(self).model_fields[name].default
-            if name == "lapped":  # True is the default of a lattice alone
-                default = False
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.kind == "attention":
+                default = _BY_ATTENTION.get(name, default)
             if value != default:
                 other = "attention" if self.kind == "lattice" else "lattice"
                 raise ValueError(
@@ -138,6 +137,8 @@ class RiaeConfig(Section):
         return self
 
 
+_BY_ATTENTION = {"linear": False, "lapped": False}
+"""Defaults of kind 'attention' that are others than those of the fields."""
 _LATTICE = ("lapped", "features")
 _ATTENTION = (
     "pixel_width",
