@@ -9,10 +9,14 @@ Kernels are PyTorch's operations on StandIns, but for views. That is what a GPU 
 few per cent: some operations take two or three kernels there, above all backward passes.
 
 Of this process's threads only the one that entered the block can make StandIns.
+
+With ``R2ID_TEST_GPU=1`` in the environment the block is on a real GPU instead, which PyTorch does
+not show outside of it. Nothing is counted or compiled then.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -59,6 +63,14 @@ _FLOAT32 = {
 }
 # fmt: on
 """Functions that autocast computes in float32 on CUDA and not on a CPU."""
+
+
+REAL = os.environ.get("R2ID_TEST_GPU") == "1"
+_is_available = torch.cuda.is_available
+if REAL:
+    if not _is_available():
+        raise RuntimeError("R2ID_TEST_GPU=1: PyTorch finds no GPU here")
+    torch.cuda.is_available = lambda: False
 
 
 class Counts:
@@ -289,6 +301,13 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None: ...
 @contextmanager
 def stand_in_gpu() -> Iterator[Counts]:
     """Let there be one GPU within the block; see the module's docstring."""
+    if REAL:
+        with (
+            mock.patch.object(torch.cuda, "is_available", _is_available),
+            mock.patch.object(torch, "compile", lambda function, **_: function),
+        ):
+            yield _counts
+        return
     autocast, group = torch.autocast.__init__, torch._C._group_tensors_by_device_and_dtype
 
     def autocast_on_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:

@@ -17,9 +17,10 @@ import pytest
 from r2id.training import loop
 from r2id.training.step import step_or_skip
 from tests.bench import kernels
-from tests.stand_in import Counts
+from tests.stand_in import REAL, Counts
 from tests.training.test_loop import attention_config, r2id_config, riae_config
 
+pytestmark = pytest.mark.skipif(REAL, reason="a real GPU is not counted")
 RANDOM = 40
 """Kernels of random numbers in a micro-batch."""
 CASES = {

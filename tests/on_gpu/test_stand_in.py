@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.stand_in import GPU, Counts, StandIn, stand_in_gpu
+from tests.stand_in import GPU, REAL, Counts, StandIn, stand_in_gpu
+
+pytestmark = pytest.mark.skipif(REAL, reason="the stand-in is not in use")
 
 
 def test_devices_do_not_mix(counts: Counts) -> None:
