@@ -72,6 +72,12 @@ if REAL:
         raise RuntimeError("R2ID_TEST_GPU=1: PyTorch finds no GPU here")
     torch.cuda.is_available = lambda: False
 
+_ASKS_FOR_GRAPHS = {
+    "_accelerator_graph_capture_health_check",
+    "_cuda_graph_capture_health_check",  # its name in earlier versions
+}
+"""Methods of optimizers that look for a driver wherever torch was built for CUDA."""
+
 
 class Counts:
     """What happened on the GPU: numbers by place in r2id and operation."""
@@ -343,6 +349,8 @@ def stand_in_gpu() -> Iterator[Counts]:
         stack.enter_context(mock.patch.object(torch.autocast, "__init__", autocast_on_cpu))
         # No compiler knows this device: what would be compiled stays as it is.
         stack.enter_context(mock.patch.object(torch, "compile", lambda function, **_: function))
+        for name in _ASKS_FOR_GRAPHS & vars(torch.optim.Optimizer).keys():
+            stack.enter_context(mock.patch.object(torch.optim.Optimizer, name, _nothing))
         stack.enter_context(
             mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped)
         )
