@@ -6,9 +6,10 @@ constants are made on the CPU and sent without waiting.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,21 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
+_collecting: list[list[Any]] = []
+
+
+@contextmanager
+def collected() -> Iterator[list[Any]]:
+    """Collect what functions of ``kept`` return within the block.
+
+    A CUDA graph reads tensors where they were when it was recorded, so it must hold them.
+    """
+    found: list[Any] = []
+    _collecting.append(found)
+    try:
+        yield found
+    finally:
+        _collecting.remove(found)
 
 
 def kept(most: int = 64) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
@@ -34,7 +50,10 @@ def kept(most: int = 64) -> Callable[[Callable[_Given, _Made]], Callable[_Given,
                 return make(*args, **kwargs)
             # A tensor made in inference mode could not be used in training.
             with torch.inference_mode(False):
-                return remembered(*args, **kwargs)  # type: ignore[arg-type]
+                result = remembered(*args, **kwargs)  # type: ignore[arg-type]
+            for found in _collecting:
+                found.append(result)
+            return result
 
         return made
 

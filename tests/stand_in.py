@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import r2id
+from r2id.training.engines import local
 
 GPU = torch.device("cuda:0")
 _PACKAGE = str(Path(r2id.__file__).parent) + "/"
@@ -349,6 +350,8 @@ def stand_in_gpu() -> Iterator[Counts]:
         stack.enter_context(mock.patch.object(torch.autocast, "__init__", autocast_on_cpu))
         # No compiler knows this device: what would be compiled stays as it is.
         stack.enter_context(mock.patch.object(torch, "compile", lambda function, **_: function))
+        # Nor can a graph of its kernels be recorded.
+        stack.enter_context(mock.patch.object(local, "recordable", lambda *_: False))
         for name in _ASKS_FOR_GRAPHS & vars(torch.optim.Optimizer).keys():
             stack.enter_context(mock.patch.object(torch.optim.Optimizer, name, _nothing))
         stack.enter_context(

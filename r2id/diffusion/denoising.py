@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from r2id import rng
 from r2id.config import DiffusionConfig
 from r2id.diffusion import objective, schedule
+from r2id.models.coords import Size
 
 
 def draw_times(rng_keys: Tensor, sampling: str) -> Tensor:
@@ -40,14 +41,37 @@ def denoising_loss(
     the side √(h·w) of the grid whose schedule is not shifted; other arguments are those of
     R2ID.forward.
     """
-    side = (latent.shape[2] * latent.shape[3]) ** 0.5
-    shift = schedule.size_shift(side, base_side, diffusion.shift_exponent)
+    grid = (latent.shape[2], latent.shape[3])
+    levels = noise_levels(diffusion, base_side, grid, time).to(latent.device, non_blocking=True)
+    return loss_at_levels(
+        model, diffusion, levels, latent, condition, noise, coordinates, cloud_key
+    )
+
+
+def noise_levels(diffusion: DiffusionConfig, base_side: float, grid: Size, time: Tensor) -> Tensor:
+    """Return what a grid's times [B] amount to → [4, B], on their device.
+
+    The rows are α, σ, the share of signal in the variance ᾱ, and the weight of the squared error.
+    """
+    shift = schedule.size_shift((grid[0] * grid[1]) ** 0.5, base_side, diffusion.shift_exponent)
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)
     alpha, sigma = schedule.alpha_sigma(log_snr, diffusion.schedule)
     weight = objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma)
-    # One number per sample of each, in one copy.
-    numbers = torch.stack([alpha, sigma, schedule.alpha_bar(log_snr), weight])
-    alpha, sigma, alpha_bar, weight = numbers.to(latent.device, non_blocking=True).unbind()
+    return torch.stack([alpha, sigma, schedule.alpha_bar(log_snr), weight])
+
+
+def loss_at_levels(
+    model: nn.Module,
+    diffusion: DiffusionConfig,
+    levels: Tensor,
+    latent: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    coordinates: Tensor | None = None,
+    cloud_key: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do what ``denoising_loss`` does, at ``noise_levels`` that are on the latent's device."""
+    alpha, sigma, alpha_bar, weight = levels.unbind()
     a, s = (rearrange(part, "b -> b 1 1 1") for part in (alpha, sigma))
     predicted = model(a * latent + s * noise, alpha_bar, condition, coordinates, cloud_key)
     target = objective.target(diffusion.objective, latent, noise, a, s)

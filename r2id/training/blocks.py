@@ -57,8 +57,10 @@ def _compiles(train: TrainConfig, device: torch.device, gathered: bool) -> bool:
     matrix products.
     """
     asked, gpu = train.compile, device.type == "cuda"
-    if asked == "cuda_graphs" and not gpu:
-        raise InputError("train.compile = 'cuda_graphs': needs a GPU; use 'auto'")
+    if asked == "cuda_graphs":
+        if not gpu:
+            raise InputError("train.compile = 'cuda_graphs': needs a GPU; use 'auto'")
+        return False
     if gathered and asked not in ("auto", False):
         raise InputError(
             f"train.compile = {asked!r}: does not go with engine.zero_stage 3, which gathers the "
@@ -84,7 +86,6 @@ class _Compiled:
             function,
             fullgraph=True,
             dynamic=False if shapes is not None and shapes <= _STATIC_SHAPES else None,
-            mode="reduce-overhead" if train.compile == "cuda_graphs" else None,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

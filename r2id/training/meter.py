@@ -137,22 +137,25 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s that this process reaches in one large product of square matrices.
 
     The matrices have 8192 rows on a GPU and 1024 on a CPU. Takes about a tenth of a second, and
-    returns the best of several products, because the first ones include start-up work.
+    returns the best of several products.
     """
     cuda = device.type == "cuda"
     side = 8192 if cuda else 1024
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
-    best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < 0.1 or best == float("inf"):
+    times: list[float] = []
+    end = float("inf")
+    while len(times) < 2 or time.perf_counter() < end:
         before = time.perf_counter()
         torch.mm(left, right, out=out)
         if cuda:
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - before)
+        times.append(time.perf_counter() - before)
+        if len(times) == 1:  # a GPU's first product loads a library, which may take a second
+            end = time.perf_counter() + 0.1
     del left, right, out
     if cuda:
         # The run's own memory figures must not include these matrices.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return 2 * side**3 / best
+    return 2 * side**3 / min(times)

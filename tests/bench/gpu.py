@@ -7,9 +7,9 @@ part is a process of its own, which may fail or be stopped without the others. M
 weights. ``--small`` is for trying the command on a CPU.
 
     peak      bfloat16 products of large matrices
-    mnist     a step of the reference RIAE and R2ID: eager, compiled, with CUDA graphs
-    base      a step of R2ID-B on 256 tokens, compiled or not, with checkpointing or not, and memory
-              beside what `r2id plan` says
+    mnist     a step of the reference RIAE and R2ID: eager, compiled, as a CUDA graph
+    base      a step of R2ID-B on 256 tokens, with small and large batches, compiled or not, as a
+              CUDA graph or not, with checkpointing or not, and memory beside what `r2id plan` says
     base-512  the same on 1,024 tokens
     xl        the same of R2ID-XL on 256 tokens
     sampling  the reference models at 32x32, and ten samples of 1024x1024 at once
@@ -133,7 +133,8 @@ def inputs_of(work, world):
     torch.manual_seed(1)
     made = work.inputs(work.config.train.batch)
     made = {k: torch.randn_like(v) if v.ndim == 4 else v for k, v in made.items()}
-    return {key: value.to(world.device) for key, value in made.items()}
+    # Samples' numbers stay on the CPU, as in training.
+    return {k: v if k == "index" else v.to(world.device) for k, v in made.items()}
 
 
 def steps(engine, inputs, first, last):
@@ -177,7 +178,7 @@ def time_step(report, world, work, peak, flops, **names):
         "share of peak": flops * batch / seconds / peak,
         "first steps, s": start_up,
     }
-    if cuda and not work.config.train.compile:
+    if cuda and work.config.train.compile is False:
         needed = memory(work, 1)
         planned, used = needed["total"] - needed.get("codec", 0), torch.cuda.max_memory_allocated()
         row |= {"GB": (used - before) / 1e9, "planned GB": planned / 1e9}
@@ -205,23 +206,34 @@ def measure_peak(report, world, _options):
 
 
 def measure_mnist(report, world, options):
+    each_variant(report, world, "mnist/reference-riae", 32, options, variants_of(world, "riae"))
+    each_variant(report, world, "mnist/reference-r2id", 32, options, variants_of(world, "r2id"))
+
+
+def variants_of(world, stage):
     variants = {"eager": ["train.compile=false"], "compiled": ["train.compile=true"]}
-    if world.device.type == "cuda":
-        variants["CUDA graphs"] = ["train.compile=cuda_graphs"]
-    for path in ("mnist/reference-riae", "mnist/reference-r2id"):
-        each_variant(report, world, path, 32, options, variants)
+    if stage == "r2id" and world.device.type == "cuda":
+        variants["CUDA graph"] = ["train.compile=cuda_graphs"]
+        variants["compiled, CUDA graph"] = ["train.compile=auto"]
+    return variants
 
 
 def measure_model(path, side):
-    variants = {
-        f"{'compiled' if compiled == 'true' else 'eager'}, checkpointing {checkpointing}": [
-            f"train.compile={compiled}",
-            f"train.activation_checkpointing={checkpointing}",
-        ]
-        for compiled in ("false", "true")
-        for checkpointing in ("none", "all")
-    }
-    return lambda report, world, options: each_variant(report, world, path, side, options, variants)
+    """Time the config's micro-batch, one that fills the GPU, and one that needs little memory."""
+
+    def measure(report, world, options):
+        variants = variants_of(world, "r2id")
+        for count in () if options.small else (128, 256):
+            for name in ("eager", "compiled, CUDA graph"):
+                variants[f"{name}, batch {count}"] = [f"train.micro_batch={count}", *variants[name]]
+        for name in ("eager", "compiled"):
+            variants[f"{name}, checkpointing"] = [
+                "train.activation_checkpointing=all",
+                *variants[name],
+            ]
+        each_variant(report, world, path, side, options, variants)
+
+    return measure
 
 
 def reference_sampler(world, options):
@@ -264,8 +276,14 @@ def measure_sampling(report, world, options):
 
 def measure_resume(report, world, options):
     """Four steps in deterministic mode, and two and two with a checkpoint between them."""
+    cuda = world.device.type == "cuda"
     for path in ("mnist/reference-riae", "mnist/reference-r2id"):
-        work = workload(path, 32, options)
+        work = workload(
+            path,
+            32,
+            options,
+            "train.compile=cuda_graphs" if cuda and "r2id" in path else "train.compile=false",
+        )
         try:
             with deterministic(True):
                 same = same_bits(work, world)

@@ -22,6 +22,7 @@ from r2id.training.engines.base import (
     trained_parameters,
 )
 from r2id.training.host_copy import HostCopy
+from r2id.training.recording import RecordedLoss, recordable
 
 
 class LocalEngine(Engine):
@@ -41,13 +42,23 @@ class LocalEngine(Engine):
         self.layout = whole_layout(self.shapes)
         self.guard = _FiniteGuard(device)
         self.late = device.type != "cpu"  # on a CPU a norm is known at once
+        self.recorded = (
+            RecordedLoss(module, self.masters, self.autocast)
+            if recordable(module, train, device)
+            else None
+        )
         self._track_masters(module, train)
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:
+        if self.recorded is not None and torch.is_grad_enabled():
+            return self.recorded.forward(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.module(**batch)
 
     def backward(self, loss: Tensor, accumulation: int) -> None:
+        if self.recorded is not None:
+            self.recorded.backward(loss, accumulation)
+            return
         (loss / accumulation).backward()
 
     def _update(self, step: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from r2id import rng
 from r2id.config import DiffusionConfig
-from r2id.diffusion.denoising import denoising_loss, draw_times
+from r2id.diffusion.denoising import draw_times, loss_at_levels, noise_levels
 from r2id.models import coords
 from r2id.models.conditioning import drop
 from r2id.models.coords import Size
@@ -44,26 +44,42 @@ class R2idLoss(nn.Module):
         ``index`` is a sample's number in the dataset, which keys its random draws. On the CPU it
         stays there, and with it all that is drawn once per sample.
         """
+        return self.evaluate(**self.draw(latent, condition, index, step))
+
+    def draw(
+        self, latent: Tensor, condition: Tensor, index: Tensor, step: int
+    ) -> dict[str, Tensor]:
+        """Draw all random numbers of ``forward`` → arguments of ``evaluate``."""
         rng_keys = rng.fold(self.seed, step, index)
         grid: Size = (latent.shape[2], latent.shape[3])
         dropped = (
             rng.uniform(rng.fold(rng_keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
         )
         times = draw_times(rng.fold(rng_keys, _TIME), self.diffusion.time_sampling)
+        levels = noise_levels(self.diffusion, self.base_side, grid, times)
         noise, coordinates = self._draw(rng_keys, latent, grid)
-        losses, unweighted = denoising_loss(
-            self.model,
-            self.diffusion,
-            self.base_side,
-            latent,
-            drop(condition, dropped.to(condition.device, non_blocking=True)),
-            times,
-            noise,
-            coordinates,
-            rng.fold(self.seed, step, _CLOUDS),
-        )
+        # All numbers per sample go to the device in one copy.
+        per_sample = torch.cat([levels, quarters(times)]).to(latent.device, non_blocking=True)
+        drawn = {
+            "latent": latent,
+            "condition": drop(condition, dropped.to(condition.device, non_blocking=True)),
+            "noise": noise,
+            "coordinates": coordinates,
+            "levels": per_sample[: len(levels)],
+            "within": per_sample[len(levels) :],
+        }
+        if "cloud" in self.model.config.attention:
+            drawn["cloud_key"] = rng.fold(self.seed, step, _CLOUDS)
+        return drawn
+
+    def evaluate(self, within: Tensor, levels: Tensor, **drawn: Tensor) -> tuple[Tensor, Figures]:
+        """Compute the loss of what was drawn → scalar, figures.
+
+        It depends on nothing but its arguments, the weights and torch's generator (dropout).
+        """
+        losses, unweighted = loss_at_levels(self.model, self.diffusion, levels, **drawn)
         unweighted = unweighted.detach()
-        return losses.mean(), {"denoising_mse": unweighted.mean(), **by_time(unweighted, times)}
+        return losses.mean(), {"denoising_mse": unweighted.mean(), **by_time(unweighted, within)}
 
     def _draw(self, rng_keys: Tensor, latent: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
         """Draw noise in the shape of the latent, and the places of its cells [B or 1, N, 4]."""
@@ -79,14 +95,17 @@ class R2idLoss(nn.Module):
         return noise, coordinates
 
 
-def by_time(errors: Tensor, times: Tensor) -> Figures:
-    """Sum errors [B] within each quarter of the times [B] in (0, 1) → figures [2]: sum, number.
+def quarters(times: Tensor) -> Tensor:
+    """Tell which quarter of (0, 1) each of the times [B] is in: 0 or 1, float32 [4, B].
 
     Time 0 is an image, time 1 is noise.
     """
-    quarters = (times * _QUARTERS).floor().clamp(max=_QUARTERS - 1)
-    within = (quarters == torch.arange(_QUARTERS, device=times.device).unsqueeze(1)).float()
-    within = within.to(errors.device, non_blocking=True)
+    number = (times * _QUARTERS).floor().clamp(max=_QUARTERS - 1)
+    return (number == torch.arange(_QUARTERS, device=times.device).unsqueeze(1)).float()
+
+
+def by_time(errors: Tensor, within: Tensor) -> Figures:
+    """Sum errors [B] within each of the ``quarters`` [4, B] → figures [2]: sum, number."""
     sums = torch.stack([(errors * within).sum(1), within.sum(1)], dim=1)
     return {
         f"loss_by_time/{quarter / _QUARTERS:.2f}-{(quarter + 1) / _QUARTERS:.2f}": both
