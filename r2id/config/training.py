@@ -116,10 +116,12 @@ class TrainConfig(Section):
     """Blocks whose activations are not kept but computed again in the backward pass, which saves
     memory: none, all, or every n-th."""
     compile: Literal["auto", "cuda_graphs"] | bool = "auto"
-    """Compile each block with torch.compile: auto on a GPU, and not on a CPU, where it takes long
-    and gains nothing. cuda_graphs also replays each block as a CUDA graph, for small models, whose
-    kernels take less time than starting them. Not with zero_stage 3: auto leaves it out there. A
-    CPU needs a C++ compiler."""
+    """How to keep a GPU from waiting for its host. auto compiles each block with torch.compile and,
+    of R2ID in one process, records each step as one CUDA graph, unless activations are
+    checkpointed. cuda_graphs records without compiling, which takes a second instead of half a
+    minute; true compiles without recording, false does neither. auto does nothing on a CPU, where
+    compiling takes long, gains nothing and needs a C++ compiler; nor does it compile with
+    zero_stage 3."""
     skip_nonfinite: int = Field(default=0, ge=0)
     """How many steps of the run may be skipped because their loss or gradient is not finite; one
     more ends the run."""
