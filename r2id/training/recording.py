@@ -20,8 +20,9 @@ from r2id import constants
 from r2id.config import TrainConfig
 from r2id.training.losses.r2id import Figures, R2idLoss
 
-_MOST = 8
-"""Number of shapes that are recorded; a graph keeps the memory of its activations."""
+_MOST = 4
+"""Number of shapes that are recorded. Their graphs share the memory of activations, since one runs
+at a time, but each keeps gradients of its own."""
 _WARM_UP = 3  # passes before a recording, in which compilers and libraries choose their kernels
 
 Tensors = tuple[Tensor, ...]
@@ -64,6 +65,7 @@ class RecordedLoss:
         self.module, self.parameters, self.autocast = module, list(parameters), autocast
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
         self._last: _Recording | None = None
+        self._pool: Any = None
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Figures]:
         """Return the loss and the figures of a micro-batch, as the module's ``forward`` does."""
@@ -113,17 +115,17 @@ class RecordedLoss:
             return loss.detach(), figures, gradients
 
         with constants.collected() as kept:
-            (loss, figures, gradients), replay = record(run)
+            (loss, figures, gradients), replay, self._pool = record(run, self._pool)
         return _Recording(
             replay, inputs, loss, list(figures), list(figures.values()), gradients, kept
         )
 
 
-def record(run: Callable[[], Any]) -> tuple[Any, Replay]:
-    """Record what ``run`` starts on the GPU.
+def record(run: Callable[[], Any], pool: Any) -> tuple[Any, Replay, Any]:
+    """Record what ``run`` starts on the GPU, in a memory pool of other recordings if there is one.
 
-    Returns what it returns, which holds nothing yet, and a function that does it all again with the
-    same tensors. The state of torch's generators is as before.
+    Returns what it returns, which holds nothing yet, a function that does it all again with the
+    same tensors, and the pool. The state of torch's generators is as before.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -133,6 +135,6 @@ def record(run: Callable[[], Any]) -> tuple[Any, Replay]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Threads that load data may use the GPU's driver meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         result = run()
-    return result, graph.replay
+    return result, graph.replay, graph.pool()

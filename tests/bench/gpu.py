@@ -49,7 +49,7 @@ from r2id.training.workload import Dimensions, Workload, image_cost
 CONFIGS = Path(__file__).parents[2] / "configs"
 SECONDS = {
     "peak": 20,
-    "base": 110,
+    "base": 160,
     "mnist": 100,
     "sampling": 50,
     "resume": 30,

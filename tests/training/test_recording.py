@@ -46,7 +46,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Let recordings be made without a GPU; has one item for each that was made."""
     made: list[None] = []
 
-    def record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def record(run: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None], str]:
+        assert pool == ("pool" if made else None)
         result = run()
         made.append(None)
 
@@ -55,7 +56,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[None]:
                 if isinstance(kept, Tensor):
                     kept.copy_(new.detach())
 
-        return result, replay
+        return result, replay, "pool"
 
     monkeypatch.setattr(recording, "record", record)
     return made
