@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from r2id import rng
 from r2id.config import DiffusionConfig
 from r2id.diffusion import objective, schedule
-from r2id.models.coords import Size
 
 
 def draw_times(rng_keys: Tensor, sampling: str) -> Tensor:
@@ -41,19 +40,19 @@ def denoising_loss(
     the side √(h·w) of the grid whose schedule is not shifted; other arguments are those of
     R2ID.forward.
     """
-    grid = (latent.shape[2], latent.shape[3])
-    levels = noise_levels(diffusion, base_side, grid, time).to(latent.device, non_blocking=True)
+    side = (latent.shape[2] * latent.shape[3]) ** 0.5
+    levels = noise_levels(diffusion, base_side, side, time).to(latent.device, non_blocking=True)
     return loss_at_levels(
         model, diffusion, levels, latent, condition, noise, coordinates, cloud_key
     )
 
 
-def noise_levels(diffusion: DiffusionConfig, base_side: float, grid: Size, time: Tensor) -> Tensor:
-    """Return what a grid's times [B] amount to → [4, B], on their device.
+def noise_levels(diffusion: DiffusionConfig, base_side: float, side: float, time: Tensor) -> Tensor:
+    """Return what times [B] amount to on a grid of a side √(h·w) → [4, B], on their device.
 
     The rows are α, σ, the share of signal in the variance ᾱ, and the weight of the squared error.
     """
-    shift = schedule.size_shift((grid[0] * grid[1]) ** 0.5, base_side, diffusion.shift_exponent)
+    shift = schedule.size_shift(side, base_side, diffusion.shift_exponent)
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)
     alpha, sigma = schedule.alpha_sigma(log_snr, diffusion.schedule)
     weight = objective.weight(diffusion.objective, diffusion.weighting, log_snr, sigma)

@@ -56,7 +56,8 @@ class R2idLoss(nn.Module):
             rng.uniform(rng.fold(rng_keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
         )
         times = draw_times(rng.fold(rng_keys, _TIME), self.diffusion.time_sampling)
-        levels = noise_levels(self.diffusion, self.base_side, grid, times)
+        side = (grid[0] * grid[1]) ** 0.5
+        levels = noise_levels(self.diffusion, self.base_side, side, times)
         noise, coordinates = self._draw(rng_keys, latent, grid)
         # All numbers per sample go to the device in one copy.
         per_sample = torch.cat([levels, quarters(times)]).to(latent.device, non_blocking=True)
