@@ -351,7 +351,7 @@ def stand_in_gpu() -> Iterator[Counts]:
         # No compiler knows this device: what would be compiled stays as it is.
         stack.enter_context(mock.patch.object(torch, "compile", lambda function, **_: function))
         # Nor can a graph of its kernels be recorded.
-        stack.enter_context(mock.patch.object(local, "recordable", lambda *_: False))
+        stack.enter_context(mock.patch.object(local, "recorded_loss", _nothing))
         for name in _ASKS_FOR_GRAPHS & vars(torch.optim.Optimizer).keys():
             stack.enter_context(mock.patch.object(torch.optim.Optimizer, name, _nothing))
         stack.enter_context(

@@ -22,35 +22,12 @@ def draw_times(rng_keys: Tensor, sampling: str) -> Tensor:
     return torch.sigmoid(rng.normal(rng_keys, 1).squeeze(-1))
 
 
-def denoising_loss(
-    model: nn.Module,
-    diffusion: DiffusionConfig,
-    base_side: float,
-    latent: Tensor,
-    condition: Tensor,
-    time: Tensor,
-    noise: Tensor,
-    coordinates: Tensor | None = None,
-    cloud_key: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean squared error of a prediction, per sample: (weighted, unweighted), each [B].
-
-    The weighted one counts coarser scales too, as ``diffusion.multiscale`` says.
-    ``latent`` and ``noise`` [B, L, h, w], ``time`` [B] in (0, 1), on any device. ``base_side`` is
-    the side √(h·w) of the grid whose schedule is not shifted; other arguments are those of
-    R2ID.forward.
-    """
-    side = (latent.shape[2] * latent.shape[3]) ** 0.5
-    levels = noise_levels(diffusion, base_side, side, time).to(latent.device, non_blocking=True)
-    return loss_at_levels(
-        model, diffusion, levels, latent, condition, noise, coordinates, cloud_key
-    )
-
-
 def noise_levels(diffusion: DiffusionConfig, base_side: float, side: float, time: Tensor) -> Tensor:
-    """Return what times [B] amount to on a grid of a side √(h·w) → [4, B], on their device.
+    """Return what times in (0, 1) amount to on a grid of a side √(h·w): [B] → [4, B].
 
     The rows are α, σ, the share of signal in the variance ᾱ, and the weight of the squared error.
+    ``base_side`` is the side of the grid whose schedule is not shifted. The result is on the times'
+    device, best the CPU, from which one copy brings all of it to another.
     """
     shift = schedule.size_shift(side, base_side, diffusion.shift_exponent)
     log_snr = schedule.log_snr(time, diffusion.schedule, shift)
@@ -59,7 +36,7 @@ def noise_levels(diffusion: DiffusionConfig, base_side: float, side: float, time
     return torch.stack([alpha, sigma, schedule.alpha_bar(log_snr), weight])
 
 
-def loss_at_levels(
+def denoising_loss(
     model: nn.Module,
     diffusion: DiffusionConfig,
     levels: Tensor,
@@ -69,7 +46,12 @@ def loss_at_levels(
     coordinates: Tensor | None = None,
     cloud_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Do what ``denoising_loss`` does, at ``noise_levels`` that are on the latent's device."""
+    """Mean squared error of a prediction, per sample: (weighted, unweighted), each [B].
+
+    The weighted one counts coarser scales too, as ``diffusion.multiscale`` says. ``levels`` are
+    those of ``noise_levels``, on the device of ``latent`` and ``noise`` [B, L, h, w]; other
+    arguments are those of R2ID.forward.
+    """
     alpha, sigma, alpha_bar, weight = levels.unbind()
     a, s = (rearrange(part, "b -> b 1 1 1") for part in (alpha, sigma))
     predicted = model(a * latent + s * noise, alpha_bar, condition, coordinates, cloud_key)

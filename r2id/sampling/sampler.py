@@ -18,7 +18,7 @@ from r2id import rng
 from r2id.checkpoints.trained import Trained, open_trained
 from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, change
 from r2id.diffusion import objective, schedule, solvers
-from r2id.diffusion.denoising import denoising_loss
+from r2id.diffusion.denoising import denoising_loss, noise_levels
 from r2id.diffusion.noise import noise_field
 from r2id.errors import InputError, WorkError
 from r2id.models.codec import Codec
@@ -319,16 +319,13 @@ class Sampler:
         """
         keys = rng.fold(seed, torch.arange(len(latents)))
         noise = rng.normal(keys, *latents.shape[1:], device=latents.device)
+        side = (latents.shape[2] * latents.shape[3]) ** 0.5
+        times = torch.full((len(latents),), time)
+        levels = noise_levels(self.diffusion, self.base_side, side, times)
+        levels = levels.to(latents.device, non_blocking=True)
         with self._autocast():
-            return denoising_loss(
-                self.model,
-                self.diffusion,
-                self.base_side,
-                self.codec.normalise(latents),
-                self._adapt(condition),
-                torch.full((len(latents),), time),
-                noise,
-            )[1]
+            data, condition = self.codec.normalise(latents), self._adapt(condition)
+            return denoising_loss(self.model, self.diffusion, levels, data, condition, noise)[1]
 
     @torch.no_grad()
     def data_error(

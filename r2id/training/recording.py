@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from r2id import constants
 from r2id.config import TrainConfig
+from r2id.errors import InputError
 from r2id.training.losses.r2id import Figures, R2idLoss
 
 _MOST = 4
@@ -29,19 +30,30 @@ Tensors = tuple[Tensor, ...]
 Replay = Callable[[], None]
 
 
-def recordable(module: nn.Module, train: TrainConfig, device: torch.device) -> TypeGuard[R2idLoss]:
-    """Tell whether the steps of a loss are recorded.
+def recorded_loss(
+    module: nn.Module, parameters: Sequence[Tensor], train: TrainConfig, device: torch.device
+) -> RecordedLoss | None:
+    """Return the recorded form of a loss in these parameters, or None if it is not recorded.
 
-    They are R2ID's on a GPU, unless the config forbids it, activations are computed again (which
-    reads the generator's state on the host), or attention draws groups at random.
+    Recorded is R2ID's on a GPU, if ``train.compile`` is auto or cuda_graphs, unless activations are
+    computed again (which reads the generator's state on the host) or attention draws groups at
+    random. Raises InputError where cuda_graphs was asked for and cannot be.
     """
-    return (
+    if train.compile not in ("auto", "cuda_graphs"):
+        return None
+    if (
         device.type == "cuda"
-        and train.compile in ("auto", "cuda_graphs")
         and train.activation_checkpointing == "none"
         and isinstance(module, R2idLoss)
         and "cloud" not in module.model.config.attention
-    )
+    ):
+        return RecordedLoss(module, parameters, train.autocast)
+    if train.compile == "cuda_graphs":
+        raise InputError(
+            "train.compile = 'cuda_graphs': records an R2ID on a GPU, without "
+            "activation_checkpointing and attention 'cloud'; use 'auto'"
+        )
+    return None
 
 
 @dataclass(frozen=True)

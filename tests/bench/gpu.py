@@ -14,7 +14,7 @@ weights. ``--small`` is for trying the command on a CPU.
     xl        the same of R2ID-XL on 256 tokens
     sampling  the reference models at 32x32, and ten samples of 1024x1024 at once
     resume    whether a run that goes on has the bits of one that was not interrupted
-    zero      a step with DeepSpeed's ZeRO 1 in one process, beside one without
+    zero      a step with DeepSpeed's ZeRO 1 and 3 in one process, beside one without, all eager
     syncs     where a training step and a sample wait for the GPU
 """
 
@@ -23,30 +23,23 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
+from config_steps import each_variant, engine_of, inputs_of, same_bits, steps, wait, workload
 
-from r2id import dist, rng
-from r2id.checkpoints import reading, writing
-from r2id.checkpoints.files import Meta
-from r2id.config import load_config
+from r2id import dist
 from r2id.files import write_atomic
 from r2id.models.codec import Codec
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.sampling.sampler import Sampler
 from r2id.training.determinism import deterministic
-from r2id.training.engines import make_engine
 from r2id.training.meter import matmul_peak
-from r2id.training.planner import memory
-from r2id.training.workload import Dimensions, Workload, image_cost
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SECONDS = {
     "peak": 20,
     "base": 160,
@@ -59,10 +52,6 @@ SECONDS = {
     "xl": 80,
 }
 """Most that each part takes, by importance."""
-TIMED = 3.0  # seconds of steps that are timed
-RIAES = {"mnist/reference-r2id": "mnist/reference-riae", "imagenet/r2id-b-512": "imagenet/riae-512"}
-NARROW = {"riae": ["riae.width=16", "train.batch=2"], "r2id": ["r2id.width=32", "r2id.heads=2"]}
-NARROW["r2id"] += ["r2id.encoder_blocks=2", "r2id.decoder_blocks=1", "train.batch=2"]
 
 
 class Report:
@@ -96,106 +85,6 @@ def markdown(rows):
 
 def cell(value):
     return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
-
-
-def workload(path, side, options, *overrides):
-    """The steps of a config, of one micro-batch each."""
-    narrow = NARROW["riae" if "riae" in path else "r2id"] if options.small else []
-    config = load_config(
-        CONFIGS / f"{path}.toml", [*narrow, "train.precision=bfloat16", *overrides]
-    )
-    count = min(config.train.batch, config.train.micro_batch or config.train.batch)
-    config = load_config(
-        CONFIGS / f"{path}.toml",
-        [*narrow, "train.precision=bfloat16", f"train.batch={count}", *overrides],
-    )
-    riae = None
-    if "r2id" in path:
-        riae = load_config(CONFIGS / f"{RIAES.get(path, 'imagenet/riae-256')}.toml").riae
-    side = 32 if options.small else side
-    classes = 10 if path.startswith("mnist") else 1000
-    return Workload(config, Dimensions((side, side), 1, classes, riae))
-
-
-def engine_of(work, world):
-    torch.manual_seed(0)
-    config = work.config
-    return make_engine(
-        work.module(compiled_for=world.device),
-        optim=config.optim,
-        train=config.train,
-        engine=config.engine,
-        world=world,
-    )
-
-
-def inputs_of(work, world):
-    torch.manual_seed(1)
-    made = work.inputs(work.config.train.batch)
-    made = {k: torch.randn_like(v) if v.ndim == 4 else v for k, v in made.items()}
-    # Samples' numbers stay on the CPU, as in training.
-    return {k: v if k == "index" else v.to(world.device) for k, v in made.items()}
-
-
-def steps(engine, inputs, first, last):
-    for step in range(first, last):
-        torch.manual_seed(int(rng.fold(0, step)))  # of dropout, as in training
-        loss, _ = engine.forward({**inputs, "step": step})
-        engine.backward(loss, 1)
-        del loss, _
-        engine.step(1e-4, step)
-        engine.ema.update(step)
-
-
-def wait(world):
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def time_step(report, world, work, peak, flops, **names):
-    """Time a step of so many ``flops`` per image, and compare its memory with the plan."""
-    cuda = world.device.type == "cuda"
-    before = torch.cuda.memory_allocated() if cuda else 0
-    try:
-        engine, inputs = engine_of(work, world), inputs_of(work, world)
-        began = time.perf_counter()
-        steps(engine, inputs, 0, 3)
-        wait(world)
-        start_up, began, done = time.perf_counter() - began, time.perf_counter(), 3
-        while done < 6 or time.perf_counter() - began < TIMED:
-            steps(engine, inputs, done, done + 3)
-            wait(world)
-            done += 3
-    except torch.cuda.OutOfMemoryError:
-        report.add(**names, note="out of memory")
-        return
-    seconds = (time.perf_counter() - began) / (done - 3)
-    batch = work.config.train.batch
-    row = {
-        "batch": batch,
-        "ms": seconds * 1e3,
-        "images/s": batch / seconds,
-        "share of peak": flops * batch / seconds / peak,
-        "first steps, s": start_up,
-    }
-    if cuda and work.config.train.compile is False:
-        needed = memory(work, 1)
-        planned, used = needed["total"] - needed.get("codec", 0), torch.cuda.max_memory_allocated()
-        row |= {"GB": (used - before) / 1e9, "planned GB": planned / 1e9}
-        row["planned / used"] = planned / (used - before)
-    report.add(**names, **row)
-
-
-def each_variant(report, world, path, side, options, variants):
-    peak = matmul_peak(world.device, torch.bfloat16)
-    flops = image_cost(workload(path, side, options)).flops
-    for name, overrides in variants.items():
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        torch._dynamo.reset()
-        work = workload(path, side, options, *overrides)
-        time_step(report, world, work, peak, flops, step=path, variant=name)
 
 
 def measure_peak(report, world, _options):
@@ -278,12 +167,8 @@ def measure_resume(report, world, options):
     """Four steps in deterministic mode, and two and two with a checkpoint between them."""
     cuda = world.device.type == "cuda"
     for path in ("mnist/reference-riae", "mnist/reference-r2id"):
-        work = workload(
-            path,
-            32,
-            options,
-            "train.compile=cuda_graphs" if cuda and "r2id" in path else "train.compile=false",
-        )
+        compiled = "cuda_graphs" if cuda and "r2id" in path else "false"
+        work = workload(path, 32, options, f"train.compile={compiled}")
         try:
             with deterministic(True):
                 same = same_bits(work, world)
@@ -293,21 +178,12 @@ def measure_resume(report, world, options):
             report.add(step=path, same_bits=same)
 
 
-def same_bits(work, world):
-    inputs, whole, again = inputs_of(work, world), engine_of(work, world), engine_of(work, world)
-    with tempfile.TemporaryDirectory() as folder:
-        steps(whole, inputs, 0, 2)
-        meta = Meta(stage="riae", step=2, samples=2, seed=0, config={}, model={})
-        writing.save(Path(folder), whole.state(), meta, keep=1)
-        steps(whole, inputs, 2, 4)
-        reading.resume(again, Path(folder))
-        steps(again, inputs, 2, 4)
-    pairs = zip(whole.masters, again.masters, strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
-
-
 def measure_zero(report, world, options):
-    variants = {"local": [], "ZeRO 1": ["engine.kind=deepspeed", "engine.zero_stage=1"]}
+    eager = "train.compile=false"
+    variants = {"local": [eager]}
+    for stage in (1, 3):
+        zero = ["engine.kind=deepspeed", f"engine.zero_stage={stage}"]
+        variants[f"ZeRO {stage}"] = [eager, *zero]
     each_variant(report, world, "imagenet/r2id-b-256", 256, options, variants)
 
 
@@ -391,8 +267,6 @@ def main():
     if options.part is None:
         run_parts(options)
         return
-    if options.small:
-        globals()["TIMED"] = 0.0
     PARTS[options.part](Report(options.out, options.part), dist.init(), options)
     dist.shutdown()
 

@@ -25,7 +25,7 @@ from measure import baseline, rate, resident
 from r2id import dist, rng
 from r2id.cli.options import parse_size
 from r2id.config import RiaeRun, load_config
-from r2id.diffusion.denoising import denoising_loss, draw_times
+from r2id.diffusion.denoising import denoising_loss, draw_times, noise_levels
 from r2id.models import coords
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
@@ -61,13 +61,14 @@ class BothConditions(R2idLoss):
             rng.normal(rng.fold(keys, 1), *latent.shape[1:]),
             draw_times(rng.fold(keys, 2), "uniform"),
         )
+        side = (grid[0] * grid[1]) ** 0.5
+        levels = noise_levels(self.diffusion, self.base_side, side, times.repeat(2))
         losses, _ = denoising_loss(
             predict,
             self.diffusion,
-            self.base_side,
+            levels.to(latent.device),
             latent.repeat(2, 1, 1, 1),
             labels,
-            times.repeat(2),
             noise.repeat(2, 1, 1, 1),
             at,
         )

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from r2id.config import DiffusionConfig
 from r2id.diffusion import objective, schedule, solvers
-from r2id.diffusion.denoising import denoising_loss
+from r2id.diffusion.denoising import denoising_loss, noise_levels
 
 KINDS = ["cosine", "linear_beta", "flow"]
 PAIRS = [
@@ -215,15 +215,10 @@ def test_one_step_is_one_denoising():
 def errors(multiscale, wrong, weighting="uniform"):
     """Both errors of a model that is off by ``wrong`` in its prediction of the noise."""
     data, noise = torch.zeros_like(wrong), torch.zeros_like(wrong)
-    return denoising_loss(
-        lambda *_: wrong,
-        DiffusionConfig(objective="epsilon", multiscale=multiscale, weighting=weighting),
-        4.0,
-        data,
-        torch.zeros(len(wrong)),
-        torch.full((len(wrong),), 0.3),
-        noise,
-    )
+    diffusion = DiffusionConfig(objective="epsilon", multiscale=multiscale, weighting=weighting)
+    side = (wrong.shape[2] * wrong.shape[3]) ** 0.5
+    levels = noise_levels(diffusion, 4.0, side, torch.full((len(wrong),), 0.3))
+    return denoising_loss(lambda *_: wrong, diffusion, levels, data, torch.zeros(len(wrong)), noise)
 
 
 def test_the_error_at_one_scale_is_the_plain_one():

@@ -184,14 +184,6 @@ def test_auto_is_for_gpus() -> None:
         assert isinstance(layer.forward, blocks._Compiled) == compiled
 
 
-@pytest.mark.parametrize(
-    ("asked", "device", "gathered", "words"),
-    [("cuda_graphs", CPU, False, "needs a GPU"), (True, GPU, True, "engine.zero_stage 3")],
-)
-def test_what_cannot_be_compiled_is_refused(
-    asked: Any, device: torch.device, gathered: bool, words: str
-) -> None:
-    with pytest.raises(InputError, match=f"train.compile = .*{words}"):
-        prepare_blocks(
-            [nn.Linear(2, 2)], TrainConfig(steps=1, compile=asked), device, gathered=gathered
-        )
+def test_what_cannot_be_compiled_is_refused() -> None:
+    with pytest.raises(InputError, match=r"train.compile = True: .*engine.zero_stage 3"):
+        prepare_blocks([nn.Linear(2, 2)], TrainConfig(steps=1, compile=True), GPU, gathered=True)

@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from r2id import constants
-from r2id.config import DiffusionConfig, R2idConfig, TrainConfig
+from r2id.config import DiffusionConfig, EngineConfig, OptimConfig, R2idConfig, TrainConfig
+from r2id.dist import World
+from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.training import recording
+from r2id.training.engines import make_engine
 from r2id.training.losses.r2id import R2idLoss
-from r2id.training.recording import RecordedLoss, recordable
+from r2id.training.recording import RecordedLoss, recorded_loss
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = {"width": 16, "heads": 2, "encoder_blocks": 1, "decoder_blocks": 1, "dropout": 0.0}
 
 
@@ -27,7 +31,7 @@ def build(**settings: Any) -> R2idLoss:
     torch.manual_seed(0)
     model = R2ID(R2idConfig(**{**SMALL, "jitter": 1.0, **settings}), 3, 2)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        nn.init.normal_(parameter, std=0.1)
     return R2idLoss(model, DiffusionConfig(condition_dropout=0.5), 4.0, seed=0)
 
 
@@ -122,11 +126,36 @@ def test_constants_of_a_recording_are_held() -> None:
     assert numbers(3) is not first and made == [3, 4, 3] and len(found) == 1
 
 
+def made(module: nn.Module, device: torch.device = GPU, **train: Any) -> RecordedLoss | None:
+    return recorded_loss(module, list(module.parameters()), TrainConfig(steps=1, **train), device)
+
+
 def test_what_is_recorded() -> None:
-    gpu, plain = torch.device("cuda"), TrainConfig(steps=1)
-    assert recordable(build(), plain, gpu)
-    assert not recordable(build(), plain, torch.device("cpu"))
-    assert not recordable(build(attention=("full", "cloud")), plain, gpu)
-    assert not recordable(torch.nn.Linear(2, 2), plain, gpu)
-    for settings in ({"compile": False}, {"compile": True}, {"activation_checkpointing": "all"}):
-        assert not recordable(build(), TrainConfig(steps=1, **settings), gpu)
+    assert made(build()) and made(build(), compile="cuda_graphs")
+    assert not made(build(), compile=False) and not made(build(), compile=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "train"),
+    [
+        ({}, CPU, {}),
+        ({"attention": ("full", "cloud")}, GPU, {}),
+        ({}, GPU, {"activation_checkpointing": "all"}),
+        (None, GPU, {}),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_only_where_it_is_asked_for(
+    settings: dict[str, Any] | None, device: torch.device, train: dict[str, Any]
+) -> None:
+    module = nn.Linear(2, 2) if settings is None else build(**settings)
+    assert made(module, device, **train) is None
+    with pytest.raises(InputError, match=r"'cuda_graphs': records an R2ID on a GPU"):
+        made(module, device, compile="cuda_graphs", **train)
+
+
+def test_recordings_are_for_one_process() -> None:
+    train, engine = TrainConfig(steps=1, compile="cuda_graphs"), EngineConfig(kind="deepspeed")
+    with pytest.raises(InputError, match=r"cuda_graphs': is for engine.kind 'local'"):
+        make_engine(
+            build(), optim=OptimConfig(), train=train, engine=engine, world=World(0, 1, 0, GPU)
+        )

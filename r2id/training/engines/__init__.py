@@ -26,6 +26,11 @@ def make_engine(
     Raises InputError when that engine does not fit the number of processes.
     """
     if engine_kind(train, engine, world.world_size) == "deepspeed":
+        if train.compile == "cuda_graphs":
+            raise InputError(
+                "train.compile = 'cuda_graphs': is for engine.kind 'local', in one process; use "
+                "'auto'"
+            )
         # Imported here, because it takes seconds and a run in one process does without DeepSpeed.
         from r2id.training.engines.deepspeed import DeepSpeedEngine
 

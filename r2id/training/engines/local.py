@@ -22,7 +22,7 @@ from r2id.training.engines.base import (
     trained_parameters,
 )
 from r2id.training.host_copy import HostCopy
-from r2id.training.recording import RecordedLoss, recordable
+from r2id.training.recording import recorded_loss
 
 
 class LocalEngine(Engine):
@@ -42,11 +42,7 @@ class LocalEngine(Engine):
         self.layout = whole_layout(self.shapes)
         self.guard = _FiniteGuard(device)
         self.late = device.type != "cpu"  # on a CPU a norm is known at once
-        self.recorded = (
-            RecordedLoss(module, self.masters, self.autocast)
-            if recordable(module, train, device)
-            else None
-        )
+        self.recorded = recorded_loss(module, self.masters, train, device)
         self._track_masters(module, train)
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensors]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from r2id import rng
 from r2id.config import DiffusionConfig
-from r2id.diffusion.denoising import draw_times, loss_at_levels, noise_levels
+from r2id.diffusion.denoising import denoising_loss, draw_times, noise_levels
 from r2id.models import coords
 from r2id.models.conditioning import drop
 from r2id.models.coords import Size
@@ -78,7 +78,7 @@ class R2idLoss(nn.Module):
 
         It depends on nothing but its arguments, the weights and torch's generator (dropout).
         """
-        losses, unweighted = loss_at_levels(self.model, self.diffusion, levels, **drawn)
+        losses, unweighted = denoising_loss(self.model, self.diffusion, levels, **drawn)
         unweighted = unweighted.detach()
         return losses.mean(), {"denoising_mse": unweighted.mean(), **by_time(unweighted, within)}
 
