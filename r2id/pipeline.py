@@ -55,7 +55,7 @@ class Settings(TypedDict, total=False):
 
     steps: int
     guidance: float
-    attention_guidance: float
+    autoguidance: float
     guidance_interval: tuple[float, float]
     eta: float
     solver: str

@@ -54,7 +54,7 @@ def test_a_picture_is_drawn_once_and_shown_at_any_size(actions, monkeypatch):
 
 def test_all_settings_of_a_wish_reach_the_picture(actions):
     drawn = pixels(actions.draw(WISH, (8, 8)))
-    changes = {"seed": 4, "guidance": 3.0, "steps": 2, "attention_guidance": 2.0, "label": 7}
+    changes = {"seed": 4, "guidance": 3.0, "steps": 2, "autoguidance": 2.0, "label": 7}
     for name, value in changes.items():
         other = pixels(actions.draw(replace(WISH, **{name: value}), (8, 8)))
         assert not np.array_equal(other, drawn), name
@@ -62,7 +62,7 @@ def test_all_settings_of_a_wish_reach_the_picture(actions):
 
 def test_sliders_reach_what_the_model_was_trained_with(actions):
     pytest.importorskip("gradio")
-    defaults = {"guidance": 20.0, "attention_guidance": 6.0, "steps": 250}
+    defaults = {"guidance": 20.0, "autoguidance": 6.0, "steps": 250}
     sampler = actions.pipe.sampler
     sampler = replace(sampler, defaults=change(sampler.defaults, defaults))
     page = build(Actions(Pipeline(sampler)), "a model")
@@ -276,7 +276,7 @@ def test_ten_clients_at_once_are_served(address, actions):
     with ThreadPoolExecutor(10) as clients:
         drawn = list(clients.map(draw, range(10)))
     for seed, picture in enumerate(drawn):
-        wish = Wish(seed=seed, guidance=1.5, attention_guidance=0.5, steps=3, label=4)
+        wish = Wish(seed=seed, guidance=1.5, autoguidance=0.5, steps=3, label=4)
         assert np.array_equal(picture, pixels(actions.draw(wish, (8, 12)))), "each its own"
 
 

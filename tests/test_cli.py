@@ -293,6 +293,14 @@ MISTAKES = {
         ["stage 'riae', not 'r2id'"],
     ),
     "unknown device": (SAMPLE + " --device tpu9", ["tpu9"]),
+    "autoguidance without a guide": (
+        "train {configs}/digits/r2id.toml run={tmp}/r sample.autoguidance=1.0",
+        ["sample.autoguidance = 1.0", "train.guide_after"],
+    ),
+    "guide of an RIAE": (
+        TRAIN + " data.shards={digits} train.guide_after=0.5",
+        ["train.guide_after = 0.5", "stage 'r2id'"],
+    ),
     "uneven batch": (
         TRAIN + " data.shards={digits} train.batch=10 train.micro_batch=4",
         ["train.batch = 10", "multiple of 4"],

@@ -59,6 +59,8 @@ def test_a_checkpoint_without_a_setting_has_the_kind_of_model_that_there_was_the
     later = {"riae": {"kind": "lattice", "lapped": True}, "r2id": {"conditioning": "context"}}
     assert renew_config(later) == later
     assert renew_config(saved, where="a person's.toml") == saved
+    gone = {"sample": {"attention_guidance": 0.7, "steps": 20}}
+    assert renew_config(gone) == {"sample": {"steps": 20}}
 
 
 def test_overrides_under_old_names_win_over_tables_under_new_ones(capsys):

@@ -46,7 +46,7 @@ class Wish:
     seed: int
     guidance: float
     steps: int
-    attention_guidance: float = 0.0
+    autoguidance: float = 0.0
     label: int | None = None
     attributes: tuple[str, ...] = ()
     """Names of attributes that it has, and with a minus those that it lacks."""
@@ -58,7 +58,7 @@ class Wish:
             "attributes": self.attributes,
             "seed": self.seed,
             "guidance": self.guidance,
-            "attention_guidance": self.attention_guidance,
+            "autoguidance": self.autoguidance,
             "steps": self.steps,
         }
 
@@ -90,12 +90,17 @@ class Actions:
         return bool(model.classes or model.condition_shape)
 
     @property
+    def has_guide(self) -> bool:
+        """Whether the model has a guide, without which there is no autoguidance."""
+        return self.pipe.sampler.guide is not None
+
+    @property
     def first_wish(self) -> Wish:
         """The picture that the page begins with."""
         defaults = self.pipe.sampler.defaults
         guidance = defaults.guidance if self.conditional else 1.0
         label = 0 if self.classes else None
-        return Wish(0, guidance, defaults.steps, defaults.attention_guidance, label)
+        return Wish(0, guidance, defaults.steps, defaults.autoguidance, label)
 
     def draw(self, wish: Wish, size: Size) -> Image.Image:
         """Draw a picture of a size (height, width)."""
@@ -195,7 +200,7 @@ class Actions:
                 torch.tensor([wish.seed]),
                 grid,
                 guidance=wish.guidance,
-                attention_guidance=wish.attention_guidance,
+                autoguidance=wish.autoguidance,
                 steps=wish.steps,
             )
             while len(self._latents) > _KEPT:

@@ -120,11 +120,12 @@ def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
         ),
         gr.Slider(
             0,
-            max(4, first.attention_guidance),
-            value=first.attention_guidance,
+            max(4, first.autoguidance),
+            value=first.autoguidance,
             step=0.05,
-            label="Attention guidance",
-            elem_id="attention-guidance",
+            label="Autoguidance",
+            visible=actions.has_guide,
+            elem_id="autoguidance",
         ),
         gr.Slider(
             1, max(100, first.steps), value=first.steps, step=1, label="Steps", elem_id="steps"

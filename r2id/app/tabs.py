@@ -243,18 +243,13 @@ def _wish(
     attributes: list[str] | None,
     seed: float,
     guidance: float,
-    attention_guidance: float,
+    autoguidance: float,
     steps: float,
 ) -> Wish:
     if seed is None or seed < 0:
         raise InputError(f"seed {seed}: must be a whole number from 0")
     return Wish(
-        int(seed),
-        float(guidance),
-        int(steps),
-        float(attention_guidance),
-        label,
-        tuple(attributes or ()),
+        int(seed), float(guidance), int(steps), float(autoguidance), label, tuple(attributes or ())
     )
 
 

@@ -78,9 +78,9 @@ def export(
 
     ``sigma`` is the width σ_rel of an average to be reconstructed from the run's snapshots; None is
     the average that sampling uses. ``shift_exponent`` replaces an R2ID's trained noise shift. The
-    RIAE of an R2ID goes into the file too. With ``publish``, the configs in it do not tell where
-    files were, but only their names. Returns the file, its size, and how well the average was
-    fitted.
+    RIAE and the guide of an R2ID go into the file too. With ``publish``, the configs in it do not
+    tell where files were, but only their names. Returns the file, its size, and how well the
+    average was fitted.
     Raises InputError when there is no checkpoint, or it is damaged or has no such average, and
     WorkError when the disk is full.
     """
@@ -109,7 +109,8 @@ def export(
     if publish:
         described = _without_places(described)
         codec = codec and (_without_places(codec[0]), codec[1])
-    content = pack(described, converted(averaged), codec)
+    guide = checkpoint.guide()
+    content = pack(described, converted(averaged), codec, guide and converted(guide))
     write_atomic(out, content)
     return {
         "file": str(out),

@@ -7,7 +7,8 @@ else is needed to build the model), ``statistics`` (mean and standard deviation 
 latents, per channel), and ``identity`` (that of the checkpoint, where the file is the same model).
 
 The file of an R2ID of latents holds its RIAE too: format version 2, with the RIAE's metadata as
-``codec``, and its tensors under names that begin with ``codec.``.
+``codec``, and its tensors under names that begin with ``codec.``. With a guide, whose tensors'
+names begin with ``guide.``, the format version is 3.
 
 ``r2id checkpoint export`` writes such a file; RIAE.from_pretrained, R2ID.from_pretrained and the
 commands that use models read it. Checkpoints of an R2ID hold its RIAE as such a file. Reading it
@@ -35,8 +36,8 @@ from r2id.config import Section
 from r2id.config.renamed import renew_config
 from r2id.errors import InputError
 
-FORMAT, FORMAT_VERSION, WITH_CODEC = "r2id-model", "1", "2"
-_CODEC = "codec."
+FORMAT, FORMAT_VERSION, WITH_CODEC, WITH_GUIDE = "r2id-model", "1", "2", "3"
+_CODEC, _GUIDE = "codec.", "guide."
 
 S = TypeVar("S", bound=Section)
 M = TypeVar("M", bound=nn.Module)
@@ -72,6 +73,8 @@ class Pretrained:
     """That of the checkpoint which this is, or else the hash of the content."""
     inner: Pretrained | None = None
     """The RIAE of an R2ID."""
+    guide_weights: dict[str, Tensor] | None = None
+    """Those of the guide of an R2ID."""
 
     @property
     def meta(self) -> Meta:
@@ -92,6 +95,10 @@ class Pretrained:
         if known is None:
             return None
         return {name: torch.tensor(values) for name, values in known.items()}
+
+    def guide(self) -> Tensors | None:
+        """Return the weights of an R2ID's guide; None when it has none."""
+        return self.guide_weights
 
     def codec(self) -> Pretrained:
         """Return the RIAE of an R2ID. Raises InputError when the file was written without it."""
@@ -136,14 +143,23 @@ class Pretrained:
 
 
 def pack(
-    about: About, weights: dict[str, Tensor], codec: tuple[About, dict[str, Tensor]] | None = None
+    about: About,
+    weights: dict[str, Tensor],
+    codec: tuple[About, dict[str, Tensor]] | None = None,
+    guide: dict[str, Tensor] | None = None,
 ) -> bytes:
-    """Return the bytes of a file with this content; ``codec`` is the RIAE of an R2ID."""
+    """Return the bytes of a file with this content.
+
+    ``codec`` is the RIAE of an R2ID, and ``guide`` the weights of its guide.
+    """
     metadata = {name: json.dumps(value) for name, value in asdict(about).items()}
     version = FORMAT_VERSION
     if codec is not None:
         metadata["codec"], version = json.dumps(asdict(codec[0])), WITH_CODEC
         weights = weights | {_CODEC + name: value for name, value in codec[1].items()}
+    if guide is not None:
+        version = WITH_GUIDE
+        weights = weights | {_GUIDE + name: value for name, value in guide.items()}
     metadata |= {"format": FORMAT, "format_version": version}
     return save(weights, metadata | {"sha256": _digest(metadata, weights)})
 
@@ -172,10 +188,10 @@ def read(path: Path, stage: str | None = None) -> Pretrained:
             f"{path}: not a file that r2id checkpoint export wrote: its metadata has no format "
             f"{FORMAT!r}"
         )
-    if metadata.get("format_version") not in (FORMAT_VERSION, WITH_CODEC):
+    if metadata.get("format_version") not in (FORMAT_VERSION, WITH_CODEC, WITH_GUIDE):
         raise InputError(
             f"{path}: format_version {metadata.get('format_version')}; this version of r2id reads "
-            f"{FORMAT_VERSION} and {WITH_CODEC}"
+            f"{FORMAT_VERSION} to {WITH_GUIDE}"
         )
     stored = metadata.pop("sha256", None)
     if stored != _digest(metadata, weights):
@@ -205,11 +221,16 @@ def _unpack(
     about = About(**known | {"config": renew_config(known["config"])})
     inner = None
     if content.get("codec"):
-        names = [name for name in weights if name.startswith(_CODEC)]
-        part = {name.removeprefix(_CODEC): weights.pop(name) for name in names}
-        inner = _unpack(path, content["codec"], part, digest)
+        inner = _unpack(path, content["codec"], _taken(weights, _CODEC), digest)
         inner = replace(inner, identity=about.facts["codec_hash"])
-    return Pretrained(path, about, weights, about.identity or digest, inner)
+    guide = _taken(weights, _GUIDE) or None
+    return Pretrained(path, about, weights, about.identity or digest, inner, guide)
+
+
+def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the tensors of a prefix out of the weights, and return them by the rest of the name."""
+    names = [name for name in weights if name.startswith(prefix)]
+    return {name.removeprefix(prefix): weights.pop(name) for name in names}
 
 
 def _digest(metadata: dict[str, str], weights: dict[str, Tensor]) -> str:

@@ -140,6 +140,10 @@ class Checkpoint:
                     f"{self.path}: its weights do not fit the model: {reason}"
                 ) from None
 
+    def guide(self) -> Tensors | None:
+        """Read the weights of an R2ID's guide; None when it has none."""
+        return self.tensors("guide") if "guide" in self.kinds() else None
+
     def statistics(self) -> Tensors | None:
         """Read mean and std of an RIAE's latents, float32 [L]; None for any other checkpoint."""
         return self.tensors("stats") if "stats" in self.kinds() else None

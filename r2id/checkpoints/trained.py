@@ -12,7 +12,8 @@ from r2id.checkpoints.state import Tensors
 from r2id.errors import InputError
 
 Trained = Checkpoint | Pretrained
-"""Both have path, identity, meta, load_ema(model), statistics() and, for an R2ID, codec()."""
+"""Both have path, identity, meta, load_ema(model), statistics(), and, for an R2ID, codec() and
+guide()."""
 
 
 def open_trained(source: Trained | Path | str, stage: str | None = None) -> Trained:

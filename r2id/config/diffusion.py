@@ -66,10 +66,10 @@ class SamplerConfig(Section):
     """Steps of the solver."""
     guidance: Guidance = 2.0
     """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""
-    attention_guidance: float = Field(default=0.0, ge=0, le=10)
-    """Perturbed-attention guidance, for models without conditions too: moves away from what the
-    network predicts when tokens of a middle block do not see each other; 0 is none (Ahn et al.
-    2024)."""
+    autoguidance: float = Field(default=0.0, ge=0, le=10)
+    """Autoguidance, for models without conditions too: moves away from what an early average of the
+    same weights predicts, which the run kept (``train.guide_after``); 0 is none (Karras et al.
+    2024b)."""
     guidance_interval: Annotated[tuple[Fraction0, Fraction0], BeforeValidator(as_tuple)] = (
         0.0,
         1.0,

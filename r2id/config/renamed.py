@@ -33,6 +33,8 @@ VALUES = {
     "r2id.attention": {"local": "tiled"},
 }
 """Today's name of a setting → old → new value."""
+REMOVED = {"sample.attention_guidance"}
+"""Settings that are no more. The config in a checkpoint is read without them."""
 
 
 def renew_setting(name: str, value: Any) -> tuple[str, Any]:
@@ -63,6 +65,8 @@ def renew_config(config: Mapping[str, Any], where: str | None = None) -> dict[st
         renewed["r2id"]["conditioning"] = "cross"  # likewise
     for section, part in config.items():
         for key, old in part.items() if isinstance(part, dict) else ():
+            if where is None and f"{section}.{key}" in REMOVED:
+                continue
             name, value = renew_setting(f"{section}.{key}", old)
             if where is not None:
                 tell_if_renamed(where, f"{section}.{key}", old, name, value)

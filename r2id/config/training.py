@@ -139,6 +139,9 @@ class TrainConfig(Section):
     ema_snapshot_every: int | None = Field(default=None, ge=1)
     """Steps between copies of the ``ema_profiles`` averages, which export needs, in RUN/ema.
     Without it, a 32nd of the run."""
+    guide_after: float | None = Field(default=None, gt=0, lt=1)
+    """Share of an R2ID's run after which a copy of its average is kept as it is, for
+    ``sample.autoguidance`` to move away from. It takes as much memory as the average."""
     log_every: int = Field(default=50, ge=1)
     """Steps between records of loss and speed."""
     save_every: int = Field(default=1000, ge=1)
@@ -261,6 +264,15 @@ class RiaeRun(_StageRun):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_no_guide(self) -> RiaeRun:
+        if self.train.guide_after is not None:
+            raise ValueError(
+                f"train.guide_after = {self.train.guide_after}: is of stage 'r2id', whose samples "
+                "can be guided"
+            )
+        return self
+
     @property
     def starts_from_pca(self) -> bool:
         """Whether a new run computes a principal component analysis of its training images."""
@@ -290,6 +302,15 @@ class R2idRun(_StageRun):
     diffusion: DiffusionConfig = DiffusionConfig()
     sample: SampleConfig = SampleConfig()
     """How previews are drawn, and all samples that say nothing else."""
+
+    @model_validator(mode="after")
+    def _autoguidance_has_a_guide(self) -> R2idRun:
+        if self.sample.autoguidance and self.train.guide_after is None:
+            raise ValueError(
+                f"sample.autoguidance = {self.sample.autoguidance}: needs train.guide_after, such "
+                "as 0.1, the share of the run after which its guide is kept"
+            )
+        return self
 
     @model_validator(mode="after")
     def _latents_of_a_codec(self) -> R2idRun:

@@ -73,7 +73,7 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
                 "first_seed": subject.seed,
                 "steps": chosen.steps,
                 "guidance": chosen.guidance,
-                "attention_guidance": chosen.attention_guidance,
+                "autoguidance": chosen.autoguidance,
                 "guidance_interval": list(chosen.guidance_interval),
                 "solver": chosen.solver,
                 "shift_exponent": sampler.diffusion.shift_exponent,

@@ -178,7 +178,7 @@ def _samples_table(metrics: Mapping[str, Any]) -> str:
         "spatial frequency to that of real images of the same size; blur and noise raise it. "
         f"Windows: {escape(provenance['rules']['windows'])}. {sampling['steps']} steps of "
         f"{sampling['solver']}, guidance {sampling['guidance']:g}, "
-        f"attention guidance {sampling['attention_guidance']:g}.</p>"
+        f"autoguidance {sampling['autoguidance']:g}.</p>"
     )
 
 

@@ -185,8 +185,8 @@ def _with_sampling(
             f"{', '.join(names)}: for samples only, but {subject.trained.path} is an RIAE, "
             "which draws none"
         )
-    for scale in scales:
-        subject.sampler.check_guidance(scale)
+    for scale in scales or (None,):
+        subject.sampler.check_guidance(scale, settings.get("autoguidance"))
     return replace(
         subject,
         sampler=replace(subject.sampler, defaults=change(subject.sampler.defaults, settings)),

@@ -88,11 +88,6 @@ def local(config: R2idConfig, grid: Size, device: torch.device) -> Mix:
     return ATTENTION_KINDS["tiled"](Pass(config, grid, device, None), 0)
 
 
-def all_but_last(q: Tensor, k: Tensor, v: Tensor, mix: Mix, last: int) -> Tensor:
-    """Mix the tokens of all samples but the ``last``, of which each sees itself alone."""
-    return torch.cat([mix(q[:-last], k[:-last], v[:-last]), v[-last:]])
-
-
 def axial(q: Tensor, k: Tensor, v: Tensor, grid: Size) -> Tensor:
     """Attend along rows in half of the heads and along columns in the others: cost N·(h + w).
 

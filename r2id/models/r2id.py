@@ -25,7 +25,7 @@ from r2id.models.conditioning import AttributeCondition, ClassCondition, Embeddi
 from r2id.models.coords import Size
 from r2id.models.layers import DiffusionBlock, modulate, zero_linear
 from r2id.models.levels import Levels
-from r2id.models.mixing import all_but_last, mixes
+from r2id.models.mixing import mixes
 
 
 class R2ID(nn.Module):
@@ -125,16 +125,11 @@ class R2ID(nn.Module):
         conditions: Tensor,
         coordinates: Tensor | None = None,
         cloud_key: Tensor | None = None,
-        unmixed: bool = False,
     ) -> Tensor:
         """Predict one noised grid under K conditions [K, B, …] → float32 [K, B, L, h, w].
 
         Costs less than K calls of forward: encoder blocks run once. Other arguments are as there.
-        With ``unmixed``, a prediction K + 1 is the last one's when the tokens of the first decoder
-        block do not see each other.
         """
-        if unmixed:
-            conditions = torch.cat([conditions, conditions[-1:]])
         grid: Size = (x.shape[2], x.shape[3])
         if coordinates is None:
             coordinates = coords.grid_coordinates(grid, device=x.device).unsqueeze(0)
@@ -144,9 +139,6 @@ class R2ID(nn.Module):
         tokens, middle, passed = self.levels.descend(tokens, time, grid)
         blocks = len(self.encoder) + len(self.decoder)
         mix = mixes(self.config, middle, blocks, x.device, cloud_key)
-        if unmixed:
-            first = len(self.encoder)
-            mix[first] = partial(all_but_last, mix=mix[first], last=len(x))
         for number, block in enumerate(self.encoder):
             tokens = block(tokens, time, mix=mix[number])
         # From here on, the batch holds all samples under each of the conditions.

@@ -1,4 +1,4 @@
-"""Guidance: what the model is asked for, and how its predictions are combined.
+"""Guidance: what the models are asked for, and how their predictions are combined.
 
 Shape letters: B samples · K predictions · L latent channels · h, w latent grid.
 """
@@ -18,13 +18,21 @@ class Guidance:
     """Guided predictions under the conditions of one batch [B, …], by a run's settings.
 
     Outside the guidance interval predictions are not guided: they are conditional, or unconditional
-    when the scale is 0. ``kind`` and ``shift`` are those of the noise schedule on the batch's grid.
+    when the scale is 0. ``guide`` is an early average of the model, which autoguidance needs;
+    ``kind`` and ``shift`` are those of the noise schedule on the batch's grid.
     """
 
     def __init__(
-        self, settings: SampleConfig, condition: Tensor, kind: schedule.Kind, shift: float
+        self,
+        model: R2ID,
+        guide: R2ID | None,
+        settings: SampleConfig,
+        condition: Tensor,
+        kind: schedule.Kind,
+        shift: float,
     ) -> None:
-        self._inside = settings.guidance, settings.attention_guidance
+        self._model, self._guide = model, guide
+        self._inside = settings.guidance, settings.autoguidance
         self._outside = float(settings.guidance > 0), 0.0
         self._conditions = {
             scale: conditions_for(condition, scale) for scale, _ in (self._inside, self._outside)
@@ -33,14 +41,24 @@ class Guidance:
         interval = schedule.log_snr(torch.tensor(settings.guidance_interval), kind, shift)
         self._latest, self._earliest = interval.tolist()
 
-    def predict(self, model: R2ID, x: Tensor, log_snr: float, alpha_bar: float) -> Tensor:
-        """Predict a grid [B, L, h, w] noised to a level → float32 [B, L, h, w]."""
+    def predict(self, x: Tensor, log_snr: float, alpha_bar: float) -> Tensor:
+        """Predict a grid [B, L, h, w] noised to a level → float32 [B, L, h, w].
+
+        Guidance without a classifier (Ho & Salimans 2022) and autoguidance (Karras et al. 2024b,
+        arXiv 2406.02507): empty + guidance·(conditional − empty) + autoguidance·(conditional −
+        early), where early is what the guide predicts under the same condition.
+        """
         inside = self._earliest <= log_snr <= self._latest
-        scale, of_attention = self._inside if inside else self._outside
+        guidance, autoguidance = self._inside if inside else self._outside
         times = torch.full((1,), alpha_bar, device=x.device)
-        conditions = self._conditions[scale]
-        predictions = model.predict(x, times, conditions, unmixed=of_attention > 0)
-        return guide(predictions, scale, of_attention)
+        conditions = self._conditions[guidance]
+        predictions = self._model.predict(x, times, conditions)
+        guided = combine(predictions, guidance)
+        if not autoguidance:
+            return guided
+        assert self._guide is not None, "the sampler has checked that there is one"
+        early = self._guide.predict(x, times, conditions[-1:])
+        return torch.add(guided, predictions[-1] - early[0], alpha=autoguidance)
 
 
 def conditions_for(condition: Tensor, guidance: float) -> Tensor:
@@ -50,17 +68,8 @@ def conditions_for(condition: Tensor, guidance: float) -> Tensor:
     return condition.unsqueeze(0) if guidance == 1 else torch.stack([empty(condition), condition])
 
 
-def guide(predictions: Tensor, guidance: float, attention_guidance: float = 0.0) -> Tensor:
-    """Guide without a classifier (Ho & Salimans 2022): empty + guidance·(conditional − empty).
-
-    Predictions [K, B, L, h, w], in the order of conditions_for → [B, L, h, w]. With attention
-    guidance, one of an unmixed model is the last (see R2ID.predict), and its scale times the
-    difference from it is added (Ahn et al. 2024, arXiv 2403.17377). Each channel's mean over the
-    grid is left out of that, which would make pictures brighter.
-    """
-    asked = predictions[:-1] if attention_guidance else predictions
-    guided = asked[0] if len(asked) == 1 else torch.lerp(asked[0], asked[1], guidance)
-    if not attention_guidance:
-        return guided
-    away = asked[-1] - predictions[-1]
-    return guided + attention_guidance * (away - away.mean((2, 3), keepdim=True))
+def combine(predictions: Tensor, guidance: float) -> Tensor:
+    """Combine predictions [K, B, L, h, w] in the order of conditions_for → [B, L, h, w]."""
+    if len(predictions) == 1:
+        return predictions[0]
+    return torch.lerp(predictions[0], predictions[1], guidance)

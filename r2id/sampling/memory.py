@@ -167,7 +167,7 @@ def _denoising(sampler: Sampler, grid: Size) -> int:
         fresh = R2ID(model.config, channels, model.classes, shape).eval().requires_grad_(False)
         condition = torch.zeros(2, batch, *shape) if shape else torch.full((2, batch), -1)
         noised, times = torch.zeros(batch, channels, *grid), torch.zeros(batch)
-        return partial(fresh.predict, noised, times, condition, unmixed=True)
+        return partial(fresh.predict, noised, times, condition)
 
     return _traced(sampler.codec, work)
 

@@ -230,8 +230,8 @@ def _command(card: Card, metrics: Facts) -> list[str]:
     if sizes:
         count = next(iter(sizes.values()))["samples"]
         words += ["--count", f"{count}", "--seed", f"{sampling['first_seed']}"]
-        for name in ("steps", "guidance", "attention_guidance", "solver"):
-            if name in sampling:  # reports of before have no attention guidance
+        for name in ("steps", "guidance", "autoguidance", "solver"):
+            if name in sampling:  # reports of before have no autoguidance
                 words += [f"--{name.replace('_', '-')}", f"{sampling[name]}"]
     judge = provenance.get("extractor", {})
     if judge.get("name") not in (None, "classifier", "self-supervised"):
@@ -245,8 +245,8 @@ def _samples(card: Card) -> Iterable[str]:
     yield (
         f"Seeds from {sample['seed']} on, each class in turn where there are classes; "
         f"{sample['steps']} steps of {sample['solver']}, guidance {sample['guidance']:g}, "
-        # Models that were trained before there was attention guidance have no scale of it.
-        f"attention guidance {sample.get('attention_guidance', 0):g}. Not chosen: "
+        # Models that were trained before there was autoguidance have no scale of it.
+        f"autoguidance {sample.get('autoguidance', 0):g}. Not chosen: "
         "the first that were drawn. Pixels of small pictures are shown as squares."
     )
     for height, width in card.sizes:

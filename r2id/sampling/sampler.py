@@ -6,6 +6,7 @@ Shape letters: B samples · C colours · H, W image · L latent channels · h, w
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,8 @@ class Sampler:
     """Whether to compute under bfloat16 autocast, as in training, rather than in float32."""
     attributes: tuple[str, ...] = ()
     """Names of the attributes that samples can be conditioned on, in order."""
+    guide: R2ID | None = None
+    """An early average of the model, which autoguidance moves away from."""
 
     @classmethod
     def load(
@@ -80,10 +83,15 @@ class Sampler:
             )
         model = R2ID.of(R2idConfig.model_validate(meta.config["r2id"]), meta.model)
         trained.load_ema(model)
-        model.to(device).eval().requires_grad_(False)
+        guide, early = None, trained.guide()
+        if early is not None:
+            guide = deepcopy(model)
+            guide.load_state_dict(early)
         bfloat16 = meta.config["train"]["precision"] != "float32"
-        if bfloat16:
-            store_in_bfloat16(model)
+        for network in filter(None, (model, guide)):
+            network.to(device).eval().requires_grad_(False)
+            if bfloat16:
+                store_in_bfloat16(network)
         diffusion = DiffusionConfig.model_validate(meta.config["diffusion"])
         exponent = applied_exponent(trained)
         if exponent is not None:
@@ -98,6 +106,7 @@ class Sampler:
             tuple(meta.model["ratios"]),
             bfloat16,
             tuple(meta.model.get("attributes", ())),
+            guide,
         )
 
     @property
@@ -135,7 +144,7 @@ class Sampler:
         grid: Size | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        attention_guidance: float | None = None,
+        autoguidance: float | None = None,
         solver: str | None = None,
         eta: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -153,7 +162,7 @@ class Sampler:
         overrides: dict[str, Any] = {
             "steps": steps,
             "guidance": guidance,
-            "attention_guidance": attention_guidance,
+            "autoguidance": autoguidance,
             "solver": solver,
             "eta": eta,
             "guidance_interval": guidance_interval,
@@ -182,10 +191,10 @@ class Sampler:
         (0, 1] of the schedule (SDEdit, Meng et al. 2022). ``adjust`` may improve each estimate, and
         ``watch`` is told each of them. ``overrides`` are the settings of ``sample``.
 
-        → raw latents [B, L, h, w]. Raises InputError for guidance of a model without conditions,
-        and WorkError when they are not finite.
+        → raw latents [B, L, h, w]. Raises InputError for guidance of a model without conditions
+        or autoguidance of one without a guide, and WorkError when they are not finite.
         """
-        self.check_guidance(overrides.get("guidance"))
+        self.check_guidance(overrides.get("guidance"), overrides.get("autoguidance"))
         settings = change(
             self.defaults, {name: value for name, value in overrides.items() if value is not None}
         )
@@ -219,8 +228,8 @@ class Sampler:
         if not torch.isfinite(latents).all():  # would be drawn black
             raise WorkError(
                 f"samples on a grid of {grid[0]}x{grid[1]} are not finite: the weights are, or "
-                f"guidance {settings.guidance} or attention guidance "
-                f"{settings.attention_guidance} is too much for them"
+                f"guidance {settings.guidance} or autoguidance {settings.autoguidance} is too much "
+                "for them"
             )
         return latents
 
@@ -228,13 +237,18 @@ class Sampler:
         """Return the noise that sampling begins with: seeds int64 [B] → float32 [B, L, h, w]."""
         return noise_field(rng.fold(seeds), self.codec.latent_channels, grid, self.codec.device)
 
-    def check_guidance(self, guidance: float | None) -> None:
-        """Raise InputError for guidance of a model without conditions."""
+    def check_guidance(self, guidance: float | None, autoguidance: float | None = None) -> None:
+        """Raise InputError for guidance of a model without conditions, or without a guide."""
         conditional = self.model.classes or self.model.condition_shape
         if guidance not in (None, 0, 1) and not conditional:
             raise InputError(
                 f"guidance {guidance}: the model was trained without conditions; must be 0 or 1 "
-                "(attention_guidance needs none)"
+                "(autoguidance needs none)"
+            )
+        if autoguidance and self.guide is None:
+            raise InputError(
+                f"autoguidance {autoguidance}: the model was trained without a guide "
+                "(train.guide_after); must be 0"
             )
 
     @torch.no_grad()
@@ -285,14 +299,14 @@ class Sampler:
         grid: Size = (x.shape[2], x.shape[3])
         kind = self.diffusion.schedule
         condition = condition.to(x.device, non_blocking=True)
-        guidance = Guidance(settings, condition, kind, self._shift(grid))
+        guidance = Guidance(self.model, self.guide, settings, condition, kind, self._shift(grid))
         levels = log_snrs.tolist()
 
         def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
             level, alpha_bar = float(log_snr), float(schedule.alpha_bar(log_snr))
             alpha, sigma = schedule.alpha_sigma(log_snr, kind)
             with self._autocast():
-                predicted = guidance.predict(self.model, x, level, alpha_bar)
+                predicted = guidance.predict(x, level, alpha_bar)
             data, eps = objective.to_data_and_noise(
                 self.diffusion.objective, x, predicted, alpha, sigma
             )

@@ -1,7 +1,7 @@
 """Exponential moving averages (EMA) of weights.
 
 A run keeps one average with a fixed decay, or several with power-function profiles
-(r2id.checkpoints.averages).
+(r2id.checkpoints.averages), and a guide where autoguidance is to have one.
 """
 
 from __future__ import annotations
@@ -38,17 +38,25 @@ def power_decay(step: int, exponent: float) -> float:
     return (1 - 1 / (step + 1)) ** (exponent + 1)
 
 
+def decay_until(step: int, steps: int, decay: Decay) -> float:
+    """Return the decay of an average that keeps what it is after its first ``steps`` updates."""
+    return decay(step) if step < steps else 1.0
+
+
 def decays(train: TrainConfig) -> dict[str, Decay]:
     """Return the decay of each average that a run keeps, by the average's kind in checkpoints.
 
-    Sampling uses the kind ``ema``.
+    Sampling uses the kind ``ema``. The kind ``guide`` is a copy of it that no longer changes after
+    a share of the run, and is what autoguidance moves away from.
     """
-    if not train.ema_profiles:
-        return {"ema": partial(decay_at, limit=train.ema)}
-    return {
+    kept: dict[str, Decay] = {
         kind: partial(power_decay, exponent=exponent_of(sigma))
         for kind, sigma in widths(train).items()
-    }
+    } or {"ema": partial(decay_at, limit=train.ema)}
+    if train.guide_after is not None:
+        steps = max(1, round(train.guide_after * train.steps))
+        kept["guide"] = partial(decay_until, steps=steps, decay=kept["ema"])
+    return kept
 
 
 class Ema:
@@ -68,4 +76,6 @@ class Ema:
     def update(self, step: int) -> None:
         """Set average ← decay·average + (1 − decay)·source, after optimizer step ``step``."""
         for kind, decay in self.decays.items():
-            torch._foreach_lerp_(self.averages[kind], self.sources, 1.0 - decay(step))
+            share = 1.0 - decay(step)
+            if share:
+                torch._foreach_lerp_(self.averages[kind], self.sources, share)

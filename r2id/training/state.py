@@ -99,12 +99,12 @@ class TrainState:
             model=self.task.facts,
         )
 
-    def ema_model(self) -> nn.Module | None:
-        """Build the model with the averaged weights, as sampling uses it, on the device.
+    def ema_model(self, kind: str = "ema") -> nn.Module | None:
+        """Build the model with one of the averages, by default what sampling uses, on the device.
 
         Every rank must call it, because the weights are gathered; all but rank 0 get None.
         """
-        weights = self.engine.ema_state()
+        weights = self.engine.ema_state(kind)
         if weights is None:
             return None
         model = self.task.build_model()

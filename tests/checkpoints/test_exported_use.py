@@ -23,7 +23,8 @@ from r2id.training.chosen_codec import choose_codec
 
 
 def draw(source: Path) -> torch.Tensor:
-    return Sampler.load(source).sample(torch.tensor([3, 7]), torch.arange(2), (9, 7))
+    given = torch.tensor([3, 7]), torch.arange(2), (9, 7)
+    return Sampler.load(source).sample(*given, autoguidance=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +130,12 @@ def test_what_is_no_model_is_named(exported: Path, riae_run: Path, tmp_path: Pat
         Sampler.load(riae_run / "config.toml")
 
 
-def test_an_exported_r2id_builds_without_its_riae(exported: Path) -> None:
-    """from_pretrained gives the R2ID alone; the RIAE's tensors are in the file beside its own."""
+def test_an_exported_r2id_builds_alone(exported: Path) -> None:
+    """from_pretrained gives the R2ID alone; its RIAE's and its guide's tensors are in the file."""
     own = set(R2ID.from_pretrained(exported / "r2id.safetensors").state_dict())
     stored = set(load_file(exported / "r2id.safetensors"))
     riae = set(load_file(exported / "riae.safetensors"))
-    assert stored == own | {f"codec.{name}" for name in riae}
+    assert stored == own | {f"codec.{name}" for name in riae} | {f"guide.{name}" for name in own}
 
 
 def test_exported_models_are_used_like_checkpoints(

@@ -6,7 +6,6 @@ from pydantic import ValidationError
 
 from r2id.config import DiffusionConfig, R2idConfig
 from r2id.diffusion.denoising import draw_times
-from r2id.models.mixing import mixes
 from r2id.models.r2id import R2ID
 from r2id.training.losses.r2id import R2idLoss
 
@@ -82,28 +81,6 @@ def test_conditions_together_equal_conditions_alone(conditioning):
     together = model.predict(x, noise, labels)
     for row, out in zip(labels, together, strict=True):
         torch.testing.assert_close(model(x, noise, row), out, atol=1e-5, rtol=1e-4)
-
-
-@CONDITIONINGS
-def test_an_unmixed_prediction_is_one_more(conditioning, monkeypatch):
-    """Its tokens do not see each other in the first decoder block, and do in all others."""
-    model, x, noise = (
-        trained(build(conditioning=conditioning)),
-        torch.randn(2, 4, 3, 5),
-        torch.tensor([0.2, 0.7]),
-    )
-    labels = torch.tensor([[-1, -1], [0, 2]])
-    *mixed, unmixed = model.predict(x, noise, labels, unmixed=True)
-    torch.testing.assert_close(torch.stack(mixed), model.predict(x, noise, labels))
-
-    def one_without(*args):
-        mix = mixes(*args)
-        mix[len(model.encoder)] = lambda _q, _k, v: v
-        return mix
-
-    monkeypatch.setattr("r2id.models.r2id.mixes", one_without)
-    torch.testing.assert_close(unmixed, model(x, noise, labels[1]), atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(unmixed, mixed[1], atol=1e-3)
 
 
 @CONDITIONINGS

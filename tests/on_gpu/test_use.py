@@ -62,7 +62,7 @@ SAMPLING = {
     "fresh noise": {"solver": "ddim", "eta": 0.7},
     "guidance interval": {"guidance": 3.0, "guidance_interval": (0.2, 0.8)},
     "no guidance": {"guidance": 1.0},
-    "attention guidance": {"guidance": 1.5, "attention_guidance": 0.5},
+    "autoguidance": {"guidance": 1.5, "autoguidance": 0.5},
 }
 
 

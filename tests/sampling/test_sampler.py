@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from r2id.diffusion import solvers
+from r2id.config import change
+from r2id.diffusion import schedule, solvers
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.grids import draw_grids, output_files
-from r2id.sampling.guidance import guide
+from r2id.sampling.guidance import Guidance, conditions_for
 from r2id.sampling.reconstruction import reconstruct_file
 from r2id.sampling.sampler import Sampler
 
@@ -64,28 +65,42 @@ def test_guidance_scales(sampler):
     assert not torch.equal(draw(1.0), draw(3.0))
 
 
-def test_attention_guidance_adds_a_difference_without_the_channels_means():
-    predictions = torch.randn(3, 2, 4, 5, 6)
-    empty, conditional, unmixed = predictions
-    away = conditional - unmixed
-    found = guide(predictions, 3.0, 0.5) - guide(predictions[:2], 3.0)
-    torch.testing.assert_close(found, 0.5 * (away - away.mean((2, 3), keepdim=True)))
-    found = guide(predictions[1:], 1.0, 2.0) - conditional
-    torch.testing.assert_close(found.mean((2, 3)), torch.zeros(2, 4), atol=1e-6, rtol=0)
-    assert torch.equal(guide(predictions[:1], 0.0), empty)
+def test_autoguidance_moves_away_from_what_the_guide_predicts(sampler):
+    """Of the conditional prediction, whatever the guidance beside it."""
+    model, guide = (copy.deepcopy(network).float() for network in (sampler.model, sampler.guide))
+    x, times = torch.randn(2, model.channels, 3, 4), torch.tensor([0.4])
+    labels = torch.tensor([3, -1])
+    with torch.no_grad():
+        unconditional, conditional = model.predict(x, times, conditions_for(labels, 3.0))
+        early = guide(x, times, labels)
+        for scale in (1.0, 3.0):
+            settings = change(sampler.defaults, {"guidance": scale, "autoguidance": 2.0})
+            predict = Guidance(model, guide, settings, labels, "flow", 1.0).predict
+            found = predict(x, float(schedule.log_snr(torch.tensor(0.5), "flow")), 0.4)
+            wanted = unconditional + scale * (conditional - unconditional)
+            torch.testing.assert_close(found, wanted + 2.0 * (conditional - early))
+    assert not torch.equal(conditional, early)
 
 
-def test_attention_guidance_with_and_without_conditions(sampler):
+def test_autoguidance_with_and_without_conditions(sampler):
     def draw(**settings):
         return sampler.sample(torch.tensor([2]), torch.tensor([5]), (8, 8), steps=4, **settings)
 
     for guidance in (0.0, 1.0, 3.0):
         plain = draw(guidance=guidance)
-        assert torch.equal(draw(guidance=guidance, attention_guidance=0.0), plain)
-        guided = draw(guidance=guidance, attention_guidance=1.0)
+        assert torch.equal(draw(guidance=guidance, autoguidance=0.0), plain)
+        guided = draw(guidance=guidance, autoguidance=1.0)
         assert guided.isfinite().all() and not torch.equal(guided, plain)
-        nowhere = draw(guidance=1.0, attention_guidance=1.0, guidance_interval=(0.8, 0.9))
+        nowhere = draw(guidance=1.0, autoguidance=1.0, guidance_interval=(0.8, 0.9))
         assert torch.equal(nowhere, draw(guidance=1.0)), "steps of 4 are at times 1, ¾, ½ and ¼"
+
+
+def test_autoguidance_needs_a_guide(sampler):
+    alone = replace(sampler, guide=None)
+    given = torch.tensor([2]), torch.tensor([5]), (8, 8)
+    assert torch.equal(alone.sample(*given), sampler.sample(*given))
+    with pytest.raises(InputError, match=r"autoguidance 0\.5.*train\.guide_after.*must be 0"):
+        alone.sample(*given, autoguidance=0.5)
 
 
 def test_guidance_within_an_interval_alone(sampler):

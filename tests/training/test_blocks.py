@@ -114,20 +114,6 @@ def test_few_shapes_have_code_of_their_own_and_many_share_it(traced: None) -> No
     assert graphs() <= 4, "the second one is for any number of tokens"
 
 
-def test_previews_with_attention_guidance_compile(traced: None) -> None:
-    """Of one block, some samples' tokens are mixed and others' are not."""
-    torch.manual_seed(0)
-    config = R2idConfig(width=16, heads=2, encoder_blocks=1, decoder_blocks=2, dropout=0.0)
-    model = R2ID(config, 2, 10).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    given = torch.randn(3, 2, 4, 4), torch.tensor([0.3]), torch.tensor([[-1] * 3, [1, 2, 3]])
-    plain = model.predict(*given, unmixed=True)
-    prepare_blocks(model.blocks(), TrainConfig(steps=1, compile=True), CPU)
-    torch.testing.assert_close(model.predict(*given, unmixed=True), plain, atol=1e-5, rtol=1e-4)
-    assert graphs() == 3, "the encoder's block, and the decoder's two"
-
-
 @pytest.mark.slow
 def test_levels_compile(traced: None) -> None:
     levels = [LevelConfig(width=16, blocks=1)]

@@ -22,6 +22,20 @@ def test_decay_warms_up_to_its_limit() -> None:
     assert decay_at(100, 0.0) == 0.0
 
 
+@pytest.mark.parametrize("profiles", [(), (0.05, 0.1)])
+def test_a_guide_is_the_average_of_a_share_of_the_run(profiles: tuple[float, ...]) -> None:
+    train = TrainConfig(steps=8, ema=0.5, ema_profiles=profiles, guide_after=0.4)
+    source = torch.zeros(3)
+    averages = Ema([source], decays(train))
+    seen = []
+    for step in range(8):
+        source += torch.randn(3)
+        averages.update(step)
+        seen.append(averages.averages["ema"][0].clone())
+    assert torch.equal(averages.averages["guide"][0], seen[2]), "of the first three steps"
+    assert not torch.equal(seen[2], seen[-1])
+
+
 def test_averages_follow_the_recurrence() -> None:
     source = torch.tensor([1.0, -2.0])
     ema = average(source, 0.6)

@@ -38,13 +38,15 @@ class Previews(Callback):
         # After a signal there may be little time left.
         if state.stopping or not state.due(state.config.train.preview_every):
             return
-        model = state.ema_model()
+        model, guide = state.ema_model(), None
+        if state.config.stage == "r2id" and state.config.sample.autoguidance:
+            guide = state.ema_model("guide")
         if model is not None:
-            _draw(state, model)
+            _draw(state, model, guide)
         dist.barrier()  # the other ranks wait for rank 0 here, and not somewhere in the next step
 
 
-def _draw(state: TrainState, model: nn.Module) -> None:
+def _draw(state: TrainState, model: nn.Module, guide: nn.Module | None) -> None:
     task, folder = state.task, state.folder / "samples"
     file = folder / f"step-{state.step:08d}.png"
     if isinstance(task, RiaeTask):
@@ -55,7 +57,8 @@ def _draw(state: TrainState, model: nn.Module) -> None:
         )
         return
     assert isinstance(task, R2idTask) and isinstance(model, R2ID)
-    rows = _samples(task, model)
+    assert isinstance(guide, R2ID | None)
+    rows = _samples(task, model, guide)
     title = f"R2ID at step {state.step}: each column is one seed"
     state.tracker.image(save_sheet(title, rows, file), "samples", state.step)
     save_png(rows[0].picture, folder / "film" / file.name)
@@ -125,7 +128,7 @@ def _quality(originals: Tensor, decoded: Tensor, name: str) -> str:
     return f": PSNR {float(psnr(error)):.2f} dB"
 
 
-def _samples(task: R2idTask, model: R2ID) -> list[Row]:
+def _samples(task: R2idTask, model: R2ID, guide: R2ID | None) -> list[Row]:
     """Draw the same samples at the codec's image size, at 1.5 times its height, and at twice it."""
     config, facts = task.config, task.facts
     sampler = Sampler(
@@ -138,6 +141,7 @@ def _samples(task: R2idTask, model: R2ID) -> list[Row]:
         tuple(facts["ratios"]),
         config.train.autocast,
         tuple(facts.get("attributes", ())),
+        guide,
     )
     height, width = task.codec.image
     scale = enlargement((height, width))
@@ -148,7 +152,7 @@ def _samples(task: R2idTask, model: R2ID) -> list[Row]:
     return [
         Row(
             f"samples, {size[0]}x{size[1]}, guidance {config.sample.guidance:g}, "
-            f"attention guidance {config.sample.attention_guidance:g}",
+            f"autoguidance {config.sample.autoguidance:g}",
             tile(sampler.sample(labels, seeds, size), len(labels)),
             scale,
         )

@@ -164,8 +164,8 @@ class Engine(ABC):
         self._set_buffers(source, kind)
 
     @torch.no_grad()
-    def ema_state(self) -> Tensors | None:
-        """Gather the averaged weights that sampling uses, with the model's buffers.
+    def ema_state(self, kind: str = "ema") -> Tensors | None:
+        """Gather one of the averages, by default what sampling uses, with the model's buffers.
 
         Returns whole tensors on the CPU of rank 0, and None on other ranks, which must call it too.
         """
@@ -176,7 +176,7 @@ class Engine(ABC):
             full = torch.zeros(math.prod(shape), device=self.device)
             if name in pieces:
                 piece = pieces[name]
-                full[piece.start : piece.start + piece.count] = piece.of(self.ema.averages["ema"])
+                full[piece.start : piece.start + piece.count] = piece.of(self.ema.averages[kind])
             full = full if self._replicated() else dist.all_reduce_sum(full)
             if dist.is_main():
                 averages[name] = full.view(shape).cpu()
