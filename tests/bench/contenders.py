@@ -19,6 +19,7 @@ from codes import Code, count
 from peer_models import DiTPeer, Peer, UNetPeer
 from peer_training import (
     CODE_SHARE,
+    GUIDE_STEPS,
     LARGER,
     TRAINED,
     Attempt,
@@ -200,7 +201,11 @@ class R2idLatents(R2idPixels):
         run, codec = self.setup.out / self.name, self.setup.out / "riae"
         # Latents are in memory here.
         data = self.setup.r2id.data.model_copy(update={"latents": None})
-        return self.setup.r2id.model_copy(update={"run": run, "codec": codec, "data": data})
+        # The seconds end before the config's steps, and how many there will be is not known.
+        train = self.setup.r2id.train
+        train = train.model_copy(update={"guide_after": GUIDE_STEPS / train.steps})
+        changes = {"run": run, "codec": codec, "data": data, "train": train}
+        return self.setup.r2id.model_copy(update=changes)
 
     @property
     def rates(self) -> tuple[float, ...]:  # type: ignore[override]

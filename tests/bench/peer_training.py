@@ -32,6 +32,8 @@ from r2id.training.tasks import Task
 
 CODE_SHARE = 0.2
 """Share of the seconds in which an autoencoder is trained."""
+GUIDE_STEPS = 600
+"""Steps of R2ID after which its guide is kept: three eighths of those that 480 seconds allow."""
 LARGER, TRAINED = "larger grid", "trained grid"
 """Ways to draw another size: on a grid as much larger, or on the trained grid, decoded at it."""
 _TRIAL_BATCHES = 4
