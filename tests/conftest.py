@@ -51,7 +51,6 @@ TINY_R2ID = [
     "train.batch=32",
     "optim.warmup=10",
     "train.log_every=20",
-    "train.guide_after=0.5",
     "sample.steps=4",
     "tracking.enabled=false",
 ]

@@ -194,10 +194,10 @@ class Sampler:
         → raw latents [B, L, h, w]. Raises InputError for guidance of a model without conditions
         or autoguidance of one without a guide, and WorkError when they are not finite.
         """
-        self.check_guidance(overrides.get("guidance"), overrides.get("autoguidance"))
         settings = change(
             self.defaults, {name: value for name, value in overrides.items() if value is not None}
         )
+        self.check_guidance(overrides.get("guidance"), settings.autoguidance)
         condition, length = self._adapt(condition), self._at_once(grid)
         batches, kind, shift = -(-len(seeds) // length), self.diffusion.schedule, self._shift(grid)
         # On the CPU, since the GPU takes a number along with a kernel.

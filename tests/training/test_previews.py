@@ -75,7 +75,6 @@ def r2id_config(digits: Path, riae_run: Path, latents: Path, run: Path, steps: i
         f"train.steps={steps}",
         "train.preview_every=10",
         "train.save_every=10",
-        "sample.autoguidance=1.0",
     ]
     config = load_config(CONFIGS / "digits" / "r2id.toml", settings)
     assert isinstance(config, R2idRun)
