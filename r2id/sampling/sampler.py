@@ -191,8 +191,8 @@ class Sampler:
         (0, 1] of the schedule (SDEdit, Meng et al. 2022). ``adjust`` may improve each estimate, and
         ``watch`` is told each of them. ``overrides`` are the settings of ``sample``.
 
-        → raw latents [B, L, h, w]. Raises InputError for guidance of a model without conditions
-        or autoguidance of one without a guide, and WorkError when they are not finite.
+        → raw latents [B, L, h, w]. Raises the errors of check_guidance, and WorkError when they are
+        not finite.
         """
         settings = change(
             self.defaults, {name: value for name, value in overrides.items() if value is not None}
@@ -246,10 +246,8 @@ class Sampler:
                 "(autoguidance needs none)"
             )
         if autoguidance and self.guide is None:
-            raise InputError(
-                f"autoguidance {autoguidance}: the model was trained without a guide "
-                "(train.guide_after); must be 0"
-            )
+            why = "the model was trained without a guide (train.guide_after)"
+            raise InputError(f"autoguidance {autoguidance}: {why}; must be 0")
 
     @torch.no_grad()
     def render(self, latents: Tensor, size: Size, native: Size | None = None) -> Tensor:
