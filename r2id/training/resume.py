@@ -154,6 +154,7 @@ def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
         "seed": config["seed"],
         "train.batch": config["train"]["batch"],
         "train.ema_profiles": config["train"]["ema_profiles"],
+        "train.guide_after": config["train"].get("guide_after"),  # newer than some checkpoints
     }
     for name in _SELECTION:
         if name in config["data"]:  # absent from a checkpoint older than the setting

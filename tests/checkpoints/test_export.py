@@ -298,3 +298,9 @@ def test_profiles_may_not_change_in_a_run(profiles_run: Path) -> None:
         InputError, match=r"train\.ema_profiles = \[0\.05, 0\.1, 0\.15\], not \[0\.05\]"
     ):
         train(config)
+
+
+def test_a_guide_is_kept_from_the_beginning_or_not_at_all(r2id_run: Path) -> None:
+    config = load_config(r2id_run / "config.toml", ["train.steps=99", "train.guide_after=0.5"])
+    with pytest.raises(InputError, match=r"train\.guide_after = 0\.25, not 0\.5"):
+        train(config)
