@@ -25,7 +25,7 @@ from r2id.config import change
 from r2id.errors import InputError
 from r2id.pipeline import Pipeline
 
-WISH = Wish(seed=3, guidance=1.5, steps=3, label=4)
+WISH = Wish(seed=3, guidance=1.5, steps=3, autoguidance=0.5, label=4)
 
 
 def pixels(picture):
@@ -39,7 +39,8 @@ def actions(r2id_run):
 
 def test_a_picture_is_drawn_once_and_shown_at_any_size(actions, monkeypatch):
     drawn = actions.draw(WISH, (8, 8))
-    expected = actions.pipe(4, seeds=3, size=(8, 8), guidance=1.5, steps=3)[0]
+    settings = {"guidance": 1.5, "autoguidance": 0.5, "steps": 3}
+    expected = actions.pipe(4, seeds=3, size=(8, 8), **settings)[0]
     assert np.array_equal(pixels(drawn), pixels(expected))
 
     def never(*arguments, **settings):
@@ -49,7 +50,7 @@ def test_a_picture_is_drawn_once_and_shown_at_any_size(actions, monkeypatch):
         patched.setattr(type(actions.pipe.sampler), "latents", never)
         assert actions.draw(WISH, (40, 24)).size == (24, 40)
         with pytest.raises(AssertionError, match="again"):
-            actions.draw(Wish(seed=4, guidance=1.5, steps=3, label=4), (8, 8))
+            actions.draw(replace(WISH, seed=4), (8, 8))
 
 
 def test_all_settings_of_a_wish_reach_the_picture(actions):
