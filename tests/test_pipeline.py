@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from r2id import Pipeline
+from r2id.config import change
 from r2id.errors import InputError
 from r2id.images import to_bytes
 from r2id.models.r2id import R2ID
@@ -59,7 +60,10 @@ def with_condition(pipe, condition, *, attributes=(), shape=()):
     generator = torch.Generator().manual_seed(0)
     for value in model.parameters():
         value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-    return Pipeline(replace(sampler, model=model, attributes=attributes))
+    defaults = change(sampler.defaults, {"autoguidance": 0.0})
+    return Pipeline(
+        replace(sampler, model=model, attributes=attributes, guide=None, defaults=defaults)
+    )
 
 
 def test_attributes_are_a_condition(pipe):

@@ -47,8 +47,8 @@ STAGES: dict[str, type[Section]] = {
 }
 THE_PIPELINES = {"stage", "run", "codec", "data.shards", "data.latents"}
 """Settings of training runs that a pipeline decides itself."""
-NOT_WITH_LATENTS = {"r2id.data.window", "r2id.data.stream"}
-"""Settings that R2ID cannot have in a pipeline, which trains it on cached latents."""
+REFUSED = {"r2id.data.window", "r2id.data.stream", "riae.train.guide_after"}
+"""Settings that a stage cannot have: R2ID is trained on cached latents, an RIAE has no guide."""
 ALONE: dict[str, list[str]] = {
     "prepare.address": ["prepare.engine=dask"],
     "prepare.labels": ["prepare.dataset=folder"],
@@ -274,14 +274,12 @@ def test_every_setting_arrives(stage: str, run: Run) -> None:
         f"{stage}.{name}": other_value(f"{stage}.{name}", field)
         for name, field in settings(STAGES[stage])
     } | ({"prepare.dataset": "celeba"} if stage == "prepare" else {})
-    together = {
-        name: value for name, value in others.items() if name not in {*ALONE, *NOT_WITH_LATENTS}
-    }
+    together = {name: value for name, value in others.items() if name not in {*ALONE, *REFUSED}}
     check_arrival(stage, together, run(*(override(*item) for item in together.items()))[stage])
     for name in others.keys() & ALONE.keys():
         alone = run(override(name, others[name]), *ALONE[name])[stage]
         check_arrival(stage, {name: others[name]}, alone)
-    for name in others.keys() & NOT_WITH_LATENTS:
+    for name in others.keys() & REFUSED:
         with pytest.raises(InputError, match=name.rpartition(".")[2]):
             run(override(name, others[name]))
 
