@@ -110,10 +110,9 @@ class Pipeline:
             changes = getattr(self.config, name).changes()
             if name == "evaluate":  # it may be several scales, each checked by the section itself
                 changes.pop("guidance", None)
+            known = {k: v for k, v in changes.items() if k in SampleConfig.model_fields}
             try:
-                change(
-                    run.sample, {k: v for k, v in changes.items() if k in SampleConfig.model_fields}
-                )
+                change(run, {"sample": run.sample.model_dump() | known})
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
 

@@ -52,6 +52,8 @@ REFUSED = {"r2id.data.window", "r2id.data.stream", "riae.train.guide_after"}
 ALONE: dict[str, list[str]] = {
     "prepare.address": ["prepare.engine=dask"],
     "prepare.labels": ["prepare.dataset=folder"],
+    "sample.autoguidance": ["r2id.train.guide_after=0.5"],
+    "evaluate.autoguidance": ["r2id.train.guide_after=0.5"],
     "riae.data.window": [],
     "riae.riae.kind": [],
     "riae.riae.downsample": ["riae.riae.kind=attention"],
@@ -328,3 +330,7 @@ def test_settings_that_do_not_go_with_the_stages_own_are_told_before_anything_st
         with pytest.raises(InputError, match=rf"{table}.*eta = 0\.5.*heun"):
             run(f"{table}.eta=0.5")
         assert run(f"{table}.eta=0.5", f"{table}.solver=ddim")[table]["eta"] == 0.5
+        with pytest.raises(InputError, match=rf"{table}.*autoguidance = 1\.5.*train\.guide_after"):
+            run(f"{table}.autoguidance=1.5")
+        guided = run(f"{table}.autoguidance=1.5", "r2id.train.guide_after=0.5")
+        assert guided[table]["autoguidance"] == 1.5
