@@ -1,5 +1,6 @@
 """The command as people use it: help, results, and one clear line for each mistake."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -31,6 +32,11 @@ def test_every_command_has_help(r2id):
     for command in [*COMMANDS, "checkpoint show", "checkpoint verify", "checkpoint export"]:
         code, out, _ = r2id(*command.split(), "--help")
         assert code == 0 and "--json" in out
+
+
+def test_the_version_is_that_of_the_installed_package(r2id):
+    code, out, _ = r2id("--version")
+    assert code == 0 and out.strip() == f"r2id {importlib.metadata.version('r2id')}"
 
 
 def test_the_installed_command_reports_mistakes_in_one_line(tmp_path):

@@ -11,7 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from r2id.cli import checkpoints, data, edit, training, use  # noqa: F401  (they register their commands)
+# They register their commands, in the order in which the help lists them.
+# isort: off
+from r2id.cli import data, training, use, edit, checkpoints  # noqa: F401
+
+# isort: on
 from r2id.cli.options import app
 from r2id.errors import InputError, Stopped, WorkError
 from r2id.host_memory import keep_freed_memory

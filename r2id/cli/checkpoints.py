@@ -13,7 +13,7 @@ from r2id.errors import InputError
 checkpoint_app = typer.Typer(
     no_args_is_help=True, help="Show and verify checkpoints, and export their weights."
 )
-app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(checkpoint_app, name="checkpoint", rich_help_panel="Models")
 Checkpoint = Annotated[
     Path,
     typer.Argument(metavar="CKPT", help="Checkpoint, or run directory for its newest checkpoint."),

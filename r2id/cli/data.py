@@ -16,13 +16,13 @@ from r2id.errors import InputError
 data_app = typer.Typer(
     no_args_is_help=True, help="Describe shards, and fetch the index of shards that are elsewhere."
 )
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", rich_help_panel="Data")
 
 _STATS_FIELDS = ("size", "window", "max_pixels", "batch_pixels")
 """Settings that the sizes of training's batches depend on."""
 
 
-@app.command()
+@app.command(rich_help_panel="Data")
 @with_fields
 def prepare(
     dataset: Annotated[
@@ -57,7 +57,7 @@ def prepare(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Data")
 def verify(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder written by r2id prepare or r2id encode.")

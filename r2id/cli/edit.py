@@ -36,7 +36,7 @@ Subject = Annotated[Given, Fields(SubjectConfig)]
 Settings = Annotated[Given, Fields(SamplerConfig, unset="the run's own")]
 
 
-@app.command()
+@app.command(rich_help_panel="Editing")
 def upscale(
     checkpoint: WithCodec,
     image: Picture,
@@ -68,7 +68,7 @@ def upscale(
     _write(edit, out, overwrite, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel="Editing")
 @with_fields
 def vary(
     checkpoint: Model,
@@ -101,7 +101,7 @@ def vary(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Editing")
 @with_fields
 def inpaint(
     checkpoint: Model,
@@ -128,7 +128,7 @@ def inpaint(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Editing")
 @with_fields
 def outpaint(
     checkpoint: Model,
@@ -160,7 +160,7 @@ def outpaint(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Editing")
 @with_fields
 def interpolate(
     checkpoint: Model,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from r2id import __version__
 from r2id.config.arguments import parse_size
 from r2id.errors import InputError
 
@@ -57,6 +58,24 @@ WithCodec = Annotated[
 Device = Annotated[
     str, typer.Option(help="Device: cpu, cuda, or auto, which takes a GPU if there is one.")
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"r2id {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def take_common_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; ``--version`` needs none."""
 
 
 def parse_sizes(texts: list[str] | None) -> tuple[tuple[int, int], ...]:

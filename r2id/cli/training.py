@@ -14,7 +14,7 @@ from r2id.config import EncodeConfig, PipelineRun, build, load_config
 from r2id.errors import InputError
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 def doctor(
     config: Annotated[
         Path | None,
@@ -32,7 +32,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 def plan(
     config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
     overrides: Overrides = None,
@@ -95,7 +95,7 @@ def plan(
     report(result, as_json, describe)
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
     overrides: Overrides = None,
@@ -129,7 +129,7 @@ def _train_lines(figures: dict[str, Any]) -> list[str]:
     ]
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 @with_fields
 def encode(
     riae: Annotated[Path, typer.Option(metavar="CKPT", help="RIAE checkpoint or run directory.")],
@@ -153,7 +153,7 @@ def encode(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 def run(
     config: Annotated[Path, typer.Argument(help="TOML file of a pipeline.")],
     overrides: Overrides = None,

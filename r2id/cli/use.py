@@ -37,7 +37,7 @@ _OF_SAMPLER = tuple(name for name in SAMPLER_FIELDS if name != "guidance")
 """The same for evaluate, which takes several scales of guidance."""
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 @with_fields
 def sample(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID: " + MODEL)],
@@ -140,7 +140,7 @@ def _draw_many(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 def reconstruct(
     checkpoint: WithCodec,
     image: Annotated[Path, typer.Argument(help="Picture of any size.")],
@@ -181,7 +181,7 @@ def reconstruct(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 @with_fields
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="R2ID or RIAE: " + MODEL)],
@@ -214,7 +214,7 @@ def evaluate(
     report(result, as_json, lambda r: [*r["headlines"], f"report: {out / 'report.html'}"])
 
 
-@app.command("noise-shift")
+@app.command("noise-shift", rich_help_panel="Models")
 def noise_shift(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="R2ID checkpoint or run directory.")
@@ -265,7 +265,7 @@ def _noise_shift_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-@app.command("app")
+@app.command("app", rich_help_panel="Models")
 def serve_page(
     checkpoint: Model,
     host: Annotated[
