@@ -300,7 +300,7 @@ MISTAKES = {
     ),
     "unknown device": (SAMPLE + " --device tpu9", ["tpu9"]),
     "autoguidance without a guide": (
-        "train {configs}/mnist/small-r2id.toml run={tmp}/r sample.autoguidance=1.0",
+        "train {configs}/mnist/fast-r2id.toml run={tmp}/r sample.autoguidance=1.0",
         ["sample.autoguidance = 1.0", "train.guide_after"],
     ),
     "guide of an RIAE": (
