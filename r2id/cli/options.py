@@ -67,7 +67,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def take_common_options(
+def accept_global_options(
     version: Annotated[
         bool,
         typer.Option(
@@ -75,7 +75,7 @@ def take_common_options(
         ),
     ] = False,
 ) -> None:
-    """Take the options that stand before a command; ``--version`` needs none."""
+    """Accept the options that stand before a command; the one there is ends the program."""
 
 
 def parse_sizes(texts: list[str] | None) -> tuple[tuple[int, int], ...]:
