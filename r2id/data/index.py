@@ -73,5 +73,7 @@ def read_index(folder: Path, entry: ShardEntry, columns: list[str] | None = None
     none), ext and sha256 (of the image); and, where the set has them, attributes (−1 or 1 each) and
     embedding (flattened).
     """
-    with (folder / entry.index_file).open("rb") as raw:
-        return pq.read_table(raw, columns=columns).replace_schema_metadata()
+    # From memory and in this thread: Arrow's threads that read Python's files may free a buffer
+    # while Python exits, which aborts the process.
+    raw = pa.BufferReader((folder / entry.index_file).read_bytes())
+    return pq.ParquetFile(raw).read(columns, use_threads=False).replace_schema_metadata()
