@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -183,3 +185,17 @@ def test_an_empty_shard_is_a_shard(tmp_path):
     assert entry.samples == 0 and find_intact(tmp_path, "train/s.tar") == entry
     with tarfile.open(tmp_path / "train/s.tar") as tar:
         assert tar.getnames() == []
+
+
+def test_reading_an_index_leaves_no_threads_behind(digits):
+    # A thread of Arrow's that frees a buffer while Python exits aborts the process.
+    program = (
+        "import os, sys; from pathlib import Path; from r2id.data.shards import ShardSet\n"
+        "before = os.listdir('/proc/self/task')\n"
+        "shards = ShardSet.open(Path(sys.argv[1])); shards.split('train')\n"
+        "print(len(os.listdir('/proc/self/task')) - len(before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(digits)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "0"
