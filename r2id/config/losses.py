@@ -51,6 +51,9 @@ class LossConfig(Section):
     """Strength γ of the penalties R1 and R2, which count γ/2 times the squared gradient of the
     discriminator at real and at decoded pictures. A discriminator that never leaves 0.69 = ln 2,
     which is guessing, wants a smaller one; one that falls far below, a larger one."""
+    freeze_encoder: bool = False
+    """Train the decoder alone, so that images keep the latents of the run in ``init_from``
+    (``lattice``)."""
     latent_noise: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise that is added to the latents, so that similar latents
     are decoded to similar images."""
@@ -114,6 +117,7 @@ _LATTICE = (
     "discriminator_start",
     "discriminator_width",
     "discriminator_penalty",
+    "freeze_encoder",
     "latent_mask",
     "equivariance",
     "equivariance_scales",

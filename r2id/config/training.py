@@ -265,6 +265,14 @@ class RiaeRun(_StageRun):
         return self
 
     @model_validator(mode="after")
+    def _frozen_encoder_is_trained(self) -> RiaeRun:
+        if self.loss.freeze_encoder and self.init_from is None:
+            raise ValueError(
+                "loss.freeze_encoder = true: needs init_from, the run that has trained the encoder"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_no_guide(self) -> RiaeRun:
         if self.train.guide_after is not None:
             raise ValueError(

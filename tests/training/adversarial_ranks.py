@@ -81,3 +81,12 @@ def train(world: World, zero_stage: int | None, folder: Path) -> dict[int, list[
         found[first] = run(again, first, STEPS, world)
         save(folder / f"from-{first}", again)
     return found
+
+
+def train_decoder(world: World, zero_stage: int | None, folder: Path) -> None:
+    """Train with a frozen encoder; save before the first step and after the last."""
+    weight = 0.0 if zero_stage == 3 else LOSS.discriminator  # they do not go together
+    engine = make(world, zero_stage, freeze_encoder=True, discriminator=weight)
+    save(folder, engine)
+    run(engine, 0, STEPS, world)
+    save(folder, engine)

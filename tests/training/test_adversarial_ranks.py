@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from r2id.checkpoints import Checkpoint
+from r2id.models.riae import RIAE
 from tests.training import adversarial_ranks as job
 from tests.training.children import Ranks
 
@@ -70,6 +71,29 @@ def test_two_processes_train_and_resume_as_one(stage: int, ranks: Ranks, tmp_pat
         saved(tmp_path / "two"), saved(tmp_path / "one"), rtol=1e-4, atol=2e-5
     )
     assert_resumed(tmp_path / "two", norms)
+
+
+def assert_decoder_alone_moved(folder: Path) -> None:
+    first, last = (
+        Checkpoint.open(folder / "checkpoints" / f"step-{step:08d}") for step in (0, job.STEPS)
+    )
+    model = RIAE(job.RIAE_CONFIG, 1)
+    encoder = {id(weight) for weight in model.parts.encoder.parameters()}
+    frozen = {name for name, weight in model.named_parameters() if id(weight) in encoder}
+    for kind in ("model", "ema"):
+        before, after = first.tensors(kind), last.tensors(kind)
+        assert frozen == {name for name, value in after.items() if value.equal(before[name])}, kind
+
+
+def test_a_frozen_encoder_stays_in_one_process(tmp_path: Path) -> None:
+    job.train_decoder(job.ALONE, None, tmp_path)
+    assert_decoder_alone_moved(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_frozen_encoder_stays_in_two_processes(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    ranks(job.train_decoder, stage, tmp_path)
+    assert_decoder_alone_moved(tmp_path)
 
 
 @pytest.mark.slow

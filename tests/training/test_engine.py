@@ -107,10 +107,10 @@ def test_update_is_clipped_adamw() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    model = Net()
-    decayed, others = make_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
+    loss = Loss()
+    decayed, others = make_optimizer(loss, OptimConfig(weight_decay=0.5)).param_groups
     assert decayed["weight_decay"] == 0.5 and [
-        p is model.layer.weight for p in decayed["params"]
+        p is loss.model.layer.weight for p in decayed["params"]
     ] == [True]
     assert others["weight_decay"] == 0.0 and len(others["params"]) == 4
 

@@ -11,6 +11,7 @@ from r2id import dist
 from r2id.checkpoints import Checkpoint
 from r2id.config import RiaeRun
 from r2id.errors import InputError
+from r2id.models.codec import Codec
 from r2id.training.batch_split import micro_batch_size
 from r2id.training.engines import make_engine
 from r2id.training.loop import train
@@ -59,6 +60,23 @@ def test_a_resumed_run_goes_on_from_its_own(digits: Path, riae_run: Path, tmp_pa
     others = Checkpoint.open(riae_run).tensors("ema")
     moved = [name for name, value in others.items() if not torch.equal(now[name].values, value)]
     assert moved and any(not torch.equal(now[name].values, own[name]) for name in own)
+
+
+def test_a_frozen_encoder_leaves_latents_as_they_were(
+    digits: Path, riae_run: Path, tmp_path: Path
+) -> None:
+    more = f"init_from={riae_run}", "loss.freeze_encoder=true", "train.steps=2", "train.ema=0.5"
+    train(riae_config(digits, tmp_path / "run", *more))
+    before, after = (Codec.load(run).model for run in (riae_run, tmp_path / "run"))
+    images = torch.rand(2, 1, 9, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = before.encode(images)
+    assert torch.equal(latents, after.encode(images))
+    assert not torch.equal(before.decode(latents, (9, 7)), after.decode(latents, (9, 7)))
+
+
+def test_a_frozen_encoder_has_been_trained(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"loss\.freeze_encoder = true: needs init_from"):
+        riae_config(digits, tmp_path / "run", "loss.freeze_encoder=true")
 
 
 def test_another_architecture_is_refused(digits: Path, riae_run: Path, tmp_path: Path) -> None:

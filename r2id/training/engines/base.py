@@ -11,6 +11,9 @@ A loss may have a network of its own that learns beside the model, ``module.disc
 trained by the same optimizer, in groups of its own, and saved as another kind of tensors: nothing
 that loads a model meets it, and a run with other weights to begin with (``init_from``) begins with
 a new one.
+
+A loss may leave parts of the model as they are: it lists their parameters in ``module.frozen`` and
+gives them gradients of 0. They stay in the optimizer, so that checkpoints of all runs look alike.
 """
 
 from __future__ import annotations
@@ -232,22 +235,21 @@ class Engine(ABC):
         """Set weights of the forward pass, where they are not the masters themselves."""
 
 
-def make_optimizer(
-    model: nn.Module, optim: OptimConfig, discriminator: nn.Module | None = None
-) -> torch.optim.AdamW:
-    """Make AdamW (Loshchilov & Hutter 2019) with weight decay for matrices only.
+def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """Make AdamW (Loshchilov & Hutter 2019) for a loss module, with weight decay for matrices only.
 
-    Parameters of norms, biases and embeddings do not decay, nor does a discriminator. It has a
-    group of its own, so that DeepSpeed's flat masters hold parameters of one network only.
+    Parameters of norms, biases and embeddings do not decay, nor do frozen ones or a discriminator.
+    That has a group of its own, so that DeepSpeed's flat masters hold parameters of one network
+    only.
     """
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    model, discriminator = trained_model(module), discriminator_of(module)
+    kept = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    kept |= {id(parameter) for parameter in getattr(module, "frozen", [])}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or id(parameter) in embeddings
+            exempt = parameter.ndim < 2 or id(parameter) in kept
             (others if exempt else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},

@@ -24,7 +24,6 @@ from r2id.dist import World
 from r2id.training.batch_split import accumulation
 from r2id.training.engines.base import (
     Engine,
-    discriminator_of,
     make_optimizer,
     raise_unless_finite,
     trained_model,
@@ -55,7 +54,7 @@ class DeepSpeedEngine(Engine):
         self.names = trained_parameters(module)
         # Noted now, because stage 3 empties the tensors.
         self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}
-        self.optimizer = make_optimizer(self.model, optim, discriminator_of(module))
+        self.optimizer = make_optimizer(module, optim)
         exact: Tensors = {}
         if train.precision == "bfloat16_weights":
             exact = {name: p.detach().to("cpu", copy=True) for name, p in self.names.items()}

@@ -15,7 +15,6 @@ from r2id.checkpoints.state import EngineState, Source, Tensors, whole_layout
 from r2id.config import OptimConfig, TrainConfig
 from r2id.training.engines.base import (
     Engine,
-    discriminator_of,
     make_optimizer,
     raise_unless_finite,
     trained_model,
@@ -35,7 +34,7 @@ class LocalEngine(Engine):
         self.module = module.to(device).train()
         self.model = trained_model(module)
         self.clip, self.autocast = optim.clip, train.autocast
-        self.optimizer = make_optimizer(self.model, optim, discriminator_of(module))
+        self.optimizer = make_optimizer(module, optim)
         self.names = trained_parameters(module)
         self.shapes = {name: tuple(p.shape) for name, p in self.names.items()}
         self.masters = list(self.names.values())

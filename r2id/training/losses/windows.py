@@ -56,6 +56,7 @@ class WindowLoss(nn.Module):
             if config.discriminator
             else None
         )
+        self.frozen = [*model.parts.encoder.parameters()] if config.freeze_encoder else []
 
     def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
         """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures.
@@ -72,6 +73,9 @@ class WindowLoss(nn.Module):
         grid, cell = self.model.grid_for(native), self.model.config.cell
         lattice = on_lattice(image, native, cell)
         latents = self.model.parts.encoder(lattice)
+        if config.freeze_encoder:
+            # Engines want a gradient of every weight in every step: here it is 0.
+            latents = latents.detach() + 0 * latents
         given = self._disturbed(latents, rng.fold(self.seed, step, index))
         truth = image
         if resized:
