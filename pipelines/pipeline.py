@@ -1,7 +1,8 @@
 """The whole pipeline as a Prefect flow: images → shards → RIAE → latents → R2ID → samples → report.
 
-The pipeline's ``out`` folder holds riae/ and r2id/ (run directories), latents/, samples/, report/
-and pipeline.json, which records the MLflow run and what the samples and report were made from.
+The pipeline's ``out`` folder holds riae/ and r2id/ (run directories), riae-finetuned/ where the
+pipeline has that stage, latents/, samples/, report/ and pipeline.json, which records the MLflow run
+and what the samples and report were made from.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ class Pipeline:
             self.out / "r2id",
             self.out / "latents",
         )
+        # The RIAE that latents are made with, which is the first one where there is no second.
+        self.codec = self.out / "riae-finetuned" if config.finetune else self.riae
         self.samples, self.report = self.out / "samples", self.out / "report"
         self.record_file = self.out / "pipeline.json"
         check_options(config.prepare)
@@ -57,35 +61,41 @@ class Pipeline:
         self.headlines: list[str] = []
         self.stages: list[dict[str, str]] = []
         self.environment: dict[str, str] = {}
-        # Both are read now, so that a misspelt option is reported before hours of work, not after.
-        self.riae_stage = self._stage("riae", config.riae, {"run": self.riae})
+        # All are read now, so that a misspelt option is reported before hours of work, not after.
+        self.riae_stages = {"riae": self._stage("riae", "riae", config.riae, {"run": self.riae})}
+        if config.finetune:
+            self.riae_stages["finetune"] = self._stage(
+                "finetune", "riae", config.finetune, {"run": self.codec, "init_from": self.riae}
+            )
         self.r2id_stage = self._stage(
             "r2id",
+            "r2id",
             config.r2id,
-            {"run": self.r2id, "codec": self.riae, "data.latents": self.latents},
+            {"run": self.r2id, "codec": self.codec, "data.latents": self.latents},
         )
         self._check_riae_in_use()
         self.record = self._read_record()
 
     def _check_riae_in_use(self) -> None:
-        """Raise InputError when the RIAE would be trained under latents and an R2ID that use it."""
+        """Raise InputError when an RIAE would be trained under latents and an R2ID that use it."""
         users = [path for path in (self.latents, self.r2id / "checkpoints") if path.is_dir()]
         users = [path for path in users if any(path.iterdir())]
-        riae = load_config(*self.riae_stage)
-        assert isinstance(riae, RiaeRun)
-        steps, done = riae.train.steps, newest_step(self.riae)
-        if not users or done >= steps:
-            return
-        names = " and ".join(str(path) for path in (self.latents, self.r2id) if path.exists())
-        raise InputError(
-            f"riae.train.steps = {steps}: {self.riae} is at step {done}, and training it on would "
-            f"invalidate {names}, which were made with it as it is: remove them to make them anew "
-            "afterwards, or choose another out"
-            + (f", or keep riae.train.steps={done}" if done else "")
-        )
+        for name, stage in self.riae_stages.items():
+            riae = load_config(*stage)
+            assert isinstance(riae, RiaeRun)
+            steps, done = riae.train.steps, newest_step(riae.run)
+            if not users or done >= steps:
+                continue
+            names = " and ".join(str(path) for path in (self.latents, self.r2id) if path.exists())
+            raise InputError(
+                f"{name}.train.steps = {steps}: {riae.run} is at step {done}, and training it on "
+                f"would invalidate {names}, which were made with it as it is: remove them to make "
+                "them anew afterwards, or choose another out"
+                + (f", or keep {name}.train.steps={done}" if done else "")
+            )
 
     def _stage(
-        self, kind: str, stage: StageConfig, paths: Mapping[str, Path]
+        self, name: str, kind: str, stage: StageConfig, paths: Mapping[str, Path]
     ) -> tuple[Path, tuple[str, ...]]:
         """Return a stage's config file and overrides; those of the pipeline come last and win."""
         file = self.base / stage.config
@@ -99,7 +109,7 @@ class Pipeline:
         overrides = (*stage.set, *(override(key, value) for key, value in values.items()))
         run = load_config(file, overrides)
         if run.stage != kind:
-            raise InputError(f"{kind}.config: {file} is of stage {run.stage!r}, must be {kind!r}")
+            raise InputError(f"{name}.config: {file} is of stage {run.stage!r}, must be {kind!r}")
         if isinstance(run, R2idRun):
             self._check_sampling(run)
         return file, overrides
@@ -121,7 +131,8 @@ class Pipeline:
 
         That is known only when they are prepared.
         """
-        for kind, (file, overrides) in (("riae", self.riae_stage), ("r2id", self.r2id_stage)):
+        stages = {**self.riae_stages, "r2id": self.r2id_stage}
+        for name, (file, overrides) in stages.items():
             run = load_config(file, overrides)
             assert not isinstance(run, PipelineRun), "_stage has checked it"
             data = run.data
@@ -129,7 +140,7 @@ class Pipeline:
                 try:
                     check_split(self.config.prepare.out, getattr(data, setting))
                 except InputError as error:
-                    raise InputError(f"{kind}: data.{setting}: {error}") from None
+                    raise InputError(f"{name}: data.{setting}: {error}") from None
             if isinstance(run, R2idRun):
                 self._check_labels(run)
 
@@ -310,10 +321,13 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
         pipeline.note("prepare", config.prepare.model_dump(mode="json"))
     pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
     pipeline.check_data()
-    pipeline.stage("train riae", lambda: train_flow(*pipeline.riae_stage, environment))
+    for name, stage in pipeline.riae_stages.items():
+        pipeline.stage(
+            "train riae" if name == "riae" else name, partial(train_flow, *stage, environment)
+        )
     encoded = pipeline.stage(
         "encode",
-        lambda: encode_flow(pipeline.riae, shards, pipeline.latents, config.encode, environment),
+        lambda: encode_flow(pipeline.codec, shards, pipeline.latents, config.encode, environment),
     )
     if encoded["reused"] < encoded["images"]:
         pipeline.note("encode", encoded)
@@ -342,7 +356,7 @@ def _summary(pipeline: Pipeline, samples: Mapping[str, Any]) -> dict[str, Any]:
         "name": pipeline.config.name,
         "out": str(pipeline.out),
         "shards": str(pipeline.config.prepare.out),
-        "riae": str(pipeline.riae),
+        "riae": str(pipeline.codec),
         "r2id": str(pipeline.r2id),
         "pictures": [str(f) for f in samples["files"]],
         "report": str(pipeline.report / "report.html"),

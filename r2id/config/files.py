@@ -26,14 +26,16 @@ _KINDS: dict[str, type[Run]] = {
     for kind in get_args(schema.model_fields["stage"].annotation)
 }
 """A file's ``stage`` → its schema; each schema declares its own stage."""
+_TRAINED = ("riae", "finetune", "r2id")
+"""Tables of a pipeline whose other keys are overrides of a stage's own file."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     """Read a TOML file, apply ``section.key=value`` overrides and validate.
 
-    Overrides of a pipeline's stages are written ``riae.KEY=VALUE`` and ``r2id.KEY=VALUE``, where
-    KEY is a key of that stage's own file. Raises InputError, which names the file, the key, the
-    value and what is allowed.
+    Overrides of a pipeline's stages are written ``riae.KEY=VALUE``, ``finetune.KEY=VALUE`` and
+    ``r2id.KEY=VALUE``, where KEY is a key of that stage's own file. Raises InputError, which names
+    the file, the key, the value and what is allowed.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -95,7 +97,7 @@ def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
     if not equals or not all(name.split(".")):
         raise InputError(f"override {override!r}: must look like section.key=value")
     head, _, rest = name.partition(".")
-    if pipeline and head in ("riae", "r2id") and rest not in StageConfig.model_fields:
+    if pipeline and head in _TRAINED and rest not in StageConfig.model_fields:
         stage = table.setdefault(head, {})
         stage["set"] = [*stage.get("set", []), f"{rest}={text}"]
         return

@@ -118,7 +118,7 @@ class EvaluateConfig(SamplerConfig):
 
 
 class PipelineRun(Section):
-    """The whole pipeline: prepare, train riae, encode, train r2id, sample, evaluate.
+    """The whole pipeline: prepare, train riae, finetune, encode, train r2id, sample, evaluate.
 
     Its tables override the stages' own configs where they set something.
     """
@@ -130,6 +130,9 @@ class PipelineRun(Section):
     """Folder of the runs, the latent cache, the samples and the report."""
     prepare: PrepareConfig
     riae: StageConfig
+    finetune: StageConfig | None = None
+    """A second run of RIAE that begins with the weights of the first, under a loss of its own; its
+    RIAE is the one that all later stages use. Without it, that is the first one."""
     encode: EncodeConfig = EncodeConfig()
     r2id: StageConfig
     sample: SampleConfig = SampleConfig()
@@ -137,6 +140,11 @@ class PipelineRun(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     """What MLflow records of the pipeline; the stages' runs are children of its run."""
+
+    def training_stages(self) -> dict[str, StageConfig]:
+        """Return the stages that train, by the name of their table, in their order."""
+        stages = {"riae": self.riae, "finetune": self.finetune, "r2id": self.r2id}
+        return {name: stage for name, stage in stages.items() if stage}
 
     @field_serializer("encode", "sample", "evaluate", "tracking")
     def _only_changes(self, section: Section, info: SerializationInfo) -> dict[str, Any]:

@@ -79,10 +79,10 @@ def _stages(config: Path, overrides: Sequence[str]) -> dict[str, RiaeRun | R2idR
     if not isinstance(loaded, PipelineRun):
         return {loaded.stage: loaded}
     stages: dict[str, RiaeRun | R2idRun] = {}
-    for stage in (loaded.riae, loaded.r2id):
+    for name, stage in loaded.training_stages().items():
         inner = load_config(config.parent / stage.config, stage.set)
         assert not isinstance(inner, PipelineRun)
-        stages[inner.stage] = inner
+        stages[name] = inner
     return stages
 
 

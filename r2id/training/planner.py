@@ -189,10 +189,8 @@ def plan(
     """
     config = load_config(path, overrides)
     if isinstance(config, PipelineRun):
-        raise InputError(
-            f"{path}: stage 'pipeline'; plan its stages one by one: {config.riae.config}, "
-            f"{config.r2id.config}"
-        )
+        files = ", ".join(str(stage.config) for stage in config.training_stages().values())
+        raise InputError(f"{path}: stage 'pipeline'; plan its stages one by one: {files}")
     workload = Workload(config, find_dimensions(config, riae, classes))
     if isinstance(config, R2idRun):
         check_depth(config, workload.grid())

@@ -62,6 +62,9 @@ dataset = "digits"
 out = "data/digits"
 [riae]
 config = "riae.toml"
+[finetune]
+config = "riae.toml"
+set = ["train.steps=10", "loss.freeze_encoder=true"]
 [r2id]
 config = "r2id.toml"
 [sample]
@@ -246,14 +249,13 @@ def check_tracked(folder: Path) -> None:
     parent = json.loads((folder / "runs/tiny/pipeline.json").read_text())["mlflow_run"]
     runs = client.search_runs([client.get_experiment_by_name("r2id").experiment_id])
     children = {
-        run.data.tags["stage"]: run
-        for run in runs
-        if run.data.tags.get("mlflow.parentRunId") == parent
+        run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent
     }
-    assert set(children) == {"prepare", "riae", "encode", "r2id", "sample", "evaluate"}
+    stages = {"prepare", "riae", "riae-finetuned", "encode", "r2id", "sample", "evaluate"}
+    assert set(children) == stages
     assert len(runs) == 1 + len(children)
     assert client.get_run(parent).info.status == "FINISHED"
-    for stage, last in {"riae": 40, "r2id": 20}.items():
+    for stage, last in {"riae": 40, "riae-finetuned": 10, "r2id": 20}.items():
         steps = [
             point.step
             for point in client.get_metric_history(children[stage].info.run_id, "loss/loss")

@@ -52,6 +52,19 @@ def test_it_stops_before_it_trains(base: Path, user: str) -> None:
     pipeline(base, "riae.train.steps=30")
 
 
+def test_a_finetuned_riae_is_not_trained_on_either(base: Path) -> None:
+    out, finetune = base / "out", ("finetune.config=riae.toml", "finetune.train.steps=20")
+    checkpoint(out / "riae", 40)
+    checkpoint(out / "r2id", 10)
+    checkpoint(out / "riae-finetuned", 10)
+    with pytest.raises(
+        InputError, match=r"finetune\.train\.steps = 20: .*-finetuned is at step 10"
+    ):
+        pipeline(base, *finetune)
+    checkpoint(out / "riae-finetuned", 20)
+    pipeline(base, *finetune)
+
+
 def test_an_riae_that_is_gone_would_be_trained_anew(base: Path) -> None:
     checkpoint(base / "out" / "r2id", 10)
     assert newest_step(base / "out" / "riae") == 0

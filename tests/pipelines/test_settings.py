@@ -55,6 +55,7 @@ ALONE: dict[str, list[str]] = {
     "sample.autoguidance": ["r2id.train.guide_after=0.5"],
     "evaluate.autoguidance": ["r2id.train.guide_after=0.5"],
     "riae.data.window": [],
+    "riae.loss.freeze_encoder": ["riae.init_from=other"],
     "riae.riae.kind": [],
     "riae.riae.downsample": ["riae.riae.kind=attention"],
     **{
@@ -305,6 +306,19 @@ def test_tracking_arrives_at_every_stage_and_at_the_pipelines_own_run(run: Run) 
         for stage in ("riae", "r2id"):
             own = getattr(arrived[stage].tracking, name)
             assert own is None if name == "name" else own == value
+
+
+def test_a_finetuned_riae_takes_the_place_of_the_first(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "finetune.toml").write_text(RIAE)
+    out = tmp_path / "out"
+    first, last = run(), run("finetune.config=finetune.toml", "finetune.loss.freeze_encoder=true")
+    assert first["riae"].run == out / "riae" and first["riae"].init_from is None
+    assert last["riae"].run == out / "riae-finetuned" and last["riae"].init_from == out / "riae"
+    assert last["riae"].loss.freeze_encoder
+    for arrived, codec in ((first, out / "riae"), (last, out / "riae-finetuned")):
+        assert arrived["encode"]["riae"] == arrived["r2id"].codec == codec
+    with pytest.raises(InputError, match=r"finetune\.config: .*must be 'riae'"):
+        run("finetune.config=r2id.toml")
 
 
 def test_what_a_pipeline_does_not_set_is_the_stages_own(run: Run) -> None:

@@ -66,7 +66,7 @@ class Tracker(NullTracker):
     """A run in MLflow. ``run_id`` is None until the store has been reached.
 
     Figures, pictures and files of a pipeline's stage are recorded in the pipeline's run too, under
-    the stage's name, so that one page shows all of a pipeline.
+    the name of the stage's run directory, so that one page shows all of a pipeline.
     """
 
     @classmethod
@@ -85,6 +85,7 @@ class Tracker(NullTracker):
     ) -> NullTracker:
         """Begin a run, or continue ``run_id`` when that run still exists.
 
+        ``run_name`` is the name of the run directory, and of the run unless the config has one.
         ``params`` is a config as nested dictionaries, recorded as ``section.key``. ``dataset`` is
         its name, digest and location. ``parent_id`` is the run that this one is a child of, by
         default the one in R2ID_PARENT_RUN, if any. The run's id is written to ``id_file`` as soon
@@ -97,15 +98,16 @@ class Tracker(NullTracker):
         if parent_id:
             tags["mlflow.parentRunId"] = parent_id
         name, params = config.name or run_name, flatten(params or {})
-        return cls(RunOpening(config.experiment, name, params, tags, dataset, run_id), id_file)
+        opening = RunOpening(config.experiment, name, params, tags, dataset, run_id)
+        return cls(opening, run_name, id_file)
 
-    def __init__(self, opening: RunOpening, id_file: Path | None = None) -> None:
+    def __init__(self, opening: RunOpening, folder: str, id_file: Path | None = None) -> None:
         self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._client: MlflowClient | None = None
         self._id_file = id_file
         self._own: Opened | None = None
         self._pipeline: Opened | None = None
-        self._stage = opening.tags["stage"]
+        self._prefix = f"{folder}/"
         self._has_parent = "mlflow.parentRunId" in opening.tags
         self._said: set[str] = set()
         self._asked = self._done = 0  # entries
@@ -163,10 +165,10 @@ class Tracker(NullTracker):
             say(f"tracking: {entries}how the run ended, could not be recorded: lost")
 
     def _put_everywhere(self, entry: Callable[[Opened, str], object]) -> None:
-        """Have an entry recorded in this run, and in the pipeline's with the stage as prefix."""
+        """Have an entry recorded in this run, and in the pipeline's with a prefix."""
         self._put(lambda: entry(self._run(), ""))
         if self._has_parent:  # an entry of its own, because each is tried until it is recorded
-            self._put(lambda: self._pipeline and entry(self._pipeline, f"{self._stage}/"))
+            self._put(lambda: self._pipeline and entry(self._pipeline, self._prefix))
 
     def _put(self, entry: Callable[[], object]) -> None:
         """Have an entry recorded after those before it."""
