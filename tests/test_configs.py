@@ -132,10 +132,17 @@ def test_a_pipeline_finds_its_stages(path):
     config = load_config(path)
     assert isinstance(config, PipelineRun)
     pipeline = Pipeline(config, path.parent)
-    assert [load_config(*stage).stage for stage in (pipeline.riae_stage, pipeline.r2id_stage)] == [
-        "riae",
-        "r2id",
-    ]
+    assert {load_config(*stage).stage for stage in pipeline.riae_stages.values()} == {"riae"}
+    r2id = load_config(*pipeline.r2id_stage)
+    assert r2id.stage == "r2id"
+    # Stages that are trained one by one, without the pipeline, find each other too.
+    for name, stage in config.training_stages().items():
+        alone = load_config(path.parent / stage.config)
+        if name == "r2id":
+            assert alone.codec == r2id.codec
+        else:
+            given = load_config(*pipeline.riae_stages[name])
+            assert (alone.run, alone.init_from) == (given.run, given.init_from)
 
 
 @pytest.fixture(scope="module")

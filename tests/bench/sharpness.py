@@ -6,14 +6,18 @@ Reconstructs test images at their own size. Beside PSNR and SSIM it measures the
 between crops of 32×32 pixels of reconstructions and of the images, in the features of a classifier
 that is trained on the small labelled photos of --judge; the floor is that of one half of the
 images' crops to the other half. *Detail* is the energy of the differences between neighbouring
-pixels, relative to the images'. FOLDER/sharpness.png shows the images and each reconstruction,
-whole and in a part at twice the size.
+pixels, relative to the images'. *Dots* is how much finest detail, the squared difference from the
+mean of the 3×3 pixels around, there is at the place within a cell that has most of it, relative to
+the median of all places: a discriminator can make the decoder put dots at one place of every cell.
+FOLDER/sharpness.png shows the images and each reconstruction, whole and in a part at twice the
+size.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
@@ -34,6 +38,15 @@ def crops(images):
 
 def detail(images):
     return sum(images.diff(dim=axis).square().mean() for axis in (2, 3))
+
+
+def dots(images, cell):
+    inner = images[:, :, 1:-1, 1:-1]
+    finest = (inner - F.avg_pool2d(images, 3, stride=1)).square().mean((0, 1))
+    places = torch.stack(
+        [finest[y::cell, x::cell].mean() for y in range(cell) for x in range(cell)]
+    )
+    return places.max() / places.median()
 
 
 def main():
@@ -64,8 +77,9 @@ def main():
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     half = len(order) // 2
     floor = frechet_distance(features[order[:half]], features[order[half:]])
-    print("| RIAE | PSNR | SSIM | Fréchet of crops | detail |\n|---|---|---|---|---|")
-    print(f"| images, half to half | | | {floor:.3f} | 1 |", flush=True)
+    print("| RIAE | PSNR | SSIM | Fréchet of crops | detail | dots |\n|---|---|---|---|---|---|")
+    cell = codecs[0].riae.cell
+    print(f"| images, half to half | | | {floor:.3f} | 1 | {dots(images, cell):.1f} |", flush=True)
     rows = [images[:SHOWN]]
     for run, codec in zip(options.runs, codecs, strict=True):
         decoded = torch.cat([codec.decode(codec.encode(part), size) for part in images.split(50)])
@@ -74,7 +88,7 @@ def main():
         print(
             f"| {run.name} | {psnr(mse(decoded, images)).mean():.2f} | "
             f"{ssim(decoded, images).mean():.4f} | {distance:.3f} | "
-            f"{detail(decoded) / detail(images):.2f} |",
+            f"{detail(decoded) / detail(images):.2f} | {dots(decoded, codec.riae.cell):.1f} |",
             flush=True,
         )
     y, x = (side // 4 for side in size)
