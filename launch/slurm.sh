@@ -13,7 +13,8 @@
 #       encode --riae RUN --shards DIR --out DIR
 #
 # To train both models, submit three jobs, each of which starts when the one before has succeeded:
-# RIAE, its latents (if R2ID's config has data.latents) and R2ID. OPTIONS are sbatch's, for all:
+# RIAE, its latents (if R2ID's config has data.latents) and R2ID. An RIAE that is finetuned has one
+# more, after another --. OPTIONS are sbatch's, for all:
 #   OPTIONS="--nodes 8 --gpus-per-node 8" \
 #       launch/slurm.sh [--dry-run] stages RIAE.toml [key=value …] -- R2ID.toml [key=value …]
 set -euo pipefail
@@ -59,21 +60,27 @@ PYTHON
 }
 
 submit_stages() {
-    local riae=() job encode arguments
-    while [ $# -gt 0 ] && [ "$1" != -- ]; do
-        riae+=("$1")
-        shift
+    local words=("$@") stage=() last=0 job="" word encode arguments
+    for word in "${!words[@]}"; do
+        [ "${words[word]}" != -- ] || last=$word
     done
-    [ ${#riae[@]} -ge 1 ] && [ $# -ge 2 ] ||
+    local r2id=("${words[@]:last + 1}")
+    [ "$last" -ge 1 ] && [ ${#r2id[@]} -ge 1 ] && [[ " $* " != *" -- -- "* ]] ||
         wrong "stages: slurm.sh stages RIAE.toml [key=value …] -- R2ID.toml [key=value …]"
-    shift
-    arguments="$(encode_arguments "$@")" || exit 2
-    job="$(submit launch/slurm.sh train "${riae[@]}")"
+    arguments="$(encode_arguments "${r2id[@]}")" || exit 2
+    for word in "${words[@]:0:last}" --; do
+        if [ "$word" != -- ]; then
+            stage+=("$word")
+            continue
+        fi
+        job="$(submit ${job:+--dependency "afterok:$job"} launch/slurm.sh train "${stage[@]}")"
+        stage=()
+    done
     if [ -n "$arguments" ]; then
         mapfile -t encode <<< "$arguments"
         job="$(submit --dependency "afterok:$job" launch/slurm.sh "${encode[@]}")"
     fi
-    submit --dependency "afterok:$job" launch/slurm.sh train "$@"
+    submit --dependency "afterok:$job" launch/slurm.sh train "${r2id[@]}"
 }
 
 [ $# -ge 1 ] || wrong "which r2id command? sbatch launch/slurm.sh train CONFIG"

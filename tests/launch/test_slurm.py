@@ -145,10 +145,29 @@ def test_stages_wait_for_one_another(checkout: Path, slurm: dict[str, str], tmp_
     ]
 
 
+def test_a_finetuned_riae_has_a_job_of_its_own(checkout: Path, slurm: dict[str, str]) -> None:
+    riae, sharp, r2id = (
+        str(CONFIGS / "photos" / f"faces-{name}.toml") for name in ("riae", "sharp-riae", "r2id")
+    )
+    command = f"bash launch/slurm.sh stages {riae} seed=1 -- {sharp} seed=2 -- {r2id} seed=3"
+    done = bash(command, checkout, **slurm)
+    assert done.returncode == 0, done.stderr
+    assert notes(slurm) == [
+        f"sbatch --parsable launch/slurm.sh train {riae} seed=1",
+        f"sbatch --parsable --dependency afterok:1 launch/slurm.sh train {sharp} seed=2",
+        "sbatch --parsable --dependency afterok:2 launch/slurm.sh encode "
+        "--riae runs/faces/riae-finetuned --shards data/faces --out runs/faces/latents",
+        f"sbatch --parsable --dependency afterok:3 launch/slurm.sh train {r2id} seed=3",
+    ]
+
+
 def test_mistakes_submit_nothing(checkout: Path, slurm: dict[str, str]) -> None:
     riae = str(CONFIGS / "digits" / "riae.toml")
     for command, words in (
         (f"stages {riae}", "stages"),
+        (f"stages -- {riae}", "stages"),
+        (f"stages {riae} --", "stages"),
+        (f"stages {riae} -- -- {riae}", "stages"),
         (f"stages {riae} -- {riae}", "'r2id'"),
         (f"stages {riae} -- none.toml", "none.toml"),
         ("train a.toml", "sbatch"),
