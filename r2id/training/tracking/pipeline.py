@@ -146,7 +146,7 @@ def _description(client: MlflowClient, parent: Run, headlines: Sequence[str]) ->
     run, experiment = parent.info.run_id, parent.info.experiment_id
     recorded = {
         file.path
-        for folder in (None, "report", "r2id", "riae-finetuned", "riae")
+        for folder in (None, "report", "r2id", "riae")
         for file in client.list_artifacts(run, folder)
     }
     links = [
