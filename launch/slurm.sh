@@ -60,9 +60,9 @@ PYTHON
 }
 
 submit_stages() {
-    local words=("$@") stage=() last=0 job="" word encode arguments
-    for word in "${!words[@]}"; do
-        [ "${words[word]}" != -- ] || last=$word
+    local words=("$@") stage=() last=0 job="" index word encode arguments
+    for index in "${!words[@]}"; do
+        [ "${words[index]}" != -- ] || last=$index
     done
     local r2id=("${words[@]:last + 1}")
     [ "$last" -ge 1 ] && [ ${#r2id[@]} -ge 1 ] && [[ " $* " != *" -- -- "* ]] ||
