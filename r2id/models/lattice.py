@@ -38,6 +38,7 @@ from r2id.models.cells import native_size, on_lattice, pieces, to_cells, to_poin
 from r2id.models.coords import WHOLE, Advance, Part, Size, Window, part_of
 from r2id.models.lapped import lap, unlap
 from r2id.models.layers import ExactLinear, zero_linear
+from r2id.models.means import add_lacking, find_lacking, sampled_size, surroundings
 from r2id.models.resampling import resample_seen, taps
 
 _KERNEL = 5
@@ -172,10 +173,17 @@ class LatticeDecoder(nn.Module):
     ) -> Tensor:
         """Decode a part of pictures of any size → [B, C, rows, columns].
 
-        Latents [B, L, h, w] of pictures of a native size; see RIAE.decode.
+        Latents [B, L, h, w] of pictures of a native size; see RIAE.decode. In training, where the
+        means of smaller pixels are not corrected.
         """
         grid: Size = (latents.shape[2], latents.shape[3])
-        native = native or native_size(grid, size, self.cell)
+        return self._drawn(latents, size, native or native_size(grid, size, self.cell), part)[0]
+
+    def _drawn(
+        self, latents: Tensor, size: Size, native: Size, part: Part
+    ) -> tuple[Tensor, Tensor, Size]:
+        """Render a part. Returns also the colours of points around it and the first one's place."""
+        grid: Size = (latents.shape[2], latents.shape[3])
         near, points = self._needed(grid, size, native, part)
         colours, features = self(latents[:, :, near[0], near[1]])
         colours = colours[:, :, points[0], points[1]]
@@ -184,13 +192,14 @@ class LatticeDecoder(nn.Module):
             near[1].start * self.cell + points[1].start,
         )
         drawn = colours if native == size else resample_seen(colours, native, size, part, first)
-        if self.fine is None:
-            return drawn
-        assert features is not None
-        if native[0] >= size[0] and native[1] >= size[1]:  # pixels are means of points
-            return drawn + self.fine.nothing(features) if torch.is_grad_enabled() else drawn
-        features = self.fine.look(features)[:, :, points[0], points[1]]
-        return drawn + self.fine.between(features, native, size, part, first)
+        if self.fine is not None:
+            assert features is not None
+            if _finer(size, native):
+                features = self.fine.look(features)[:, :, points[0], points[1]]
+                drawn = drawn + self.fine.between(features, native, size, part, first)
+            elif torch.is_grad_enabled():
+                drawn = drawn + self.fine.nothing(features)
+        return drawn, colours, first
 
     def decode(
         self,
@@ -215,12 +224,26 @@ class LatticeDecoder(nn.Module):
         # Where pixels are larger than points, points are what is counted.
         scale = max(1.0, *(own / out for own, out in zip(native, size, strict=True)))
         for some, rows, columns in pieces(size, part, scale, len(latents)):
-            images[some, :, _within(rows, part[0]), _within(columns, part[1])] = self.render(
+            images[some, :, _within(rows, part[0]), _within(columns, part[1])] = self._averaging(
                 latents[some], size, native, (rows, columns)
             )
             if advance:
                 advance((rows.stop - rows.start) * (columns.stop - columns.start))
         return images
+
+    def _averaging(self, latents: Tensor, size: Size, native: Size, part: Part) -> Tensor:
+        """Render a part whose smaller pixels have the colours of points as their means."""
+        if not _finer(size, native):
+            return self.render(latents, size, native, part)
+        # Means are taken in the picture's own pixels, unless these are very small.
+        sampled, near = sampled_size(native, size), surroundings(native, size, part)
+        drawn, seen, first = self._drawn(latents, sampled, native, near)
+        lacking = find_lacking(drawn, seen, native, sampled, near, first)
+        if sampled == size:
+            drawn = drawn[:, :, _within(part[0], near[0]), _within(part[1], near[1])]
+        else:
+            drawn = self.render(latents, size, native, part)
+        return add_lacking(drawn, lacking, native, size, part)
 
     def _needed(self, grid: Size, size: Size, native: Size, part: Part) -> tuple[Part, Part]:
         """Which cells a part needs, and which of the points of these it reads."""
@@ -333,6 +356,11 @@ def _between(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         padding_mode="border",
         align_corners=False,
     )
+
+
+def _finer(size: Size, native: Size) -> bool:
+    """Whether pixels are smaller than the distance of points, along an axis at least."""
+    return size[0] > native[0] or size[1] > native[1]
 
 
 def _told(places: Tensor, pixel: float) -> Tensor:

@@ -1,0 +1,157 @@
+"""Pictures in smaller pixels whose means are the colours of the larger ones.
+
+A picture that is drawn in more pixels than it has points should, averaged down, be the same picture.
+Interpolation alone blurs it. So what means lack is interpolated and added, a few times, and before
+each time colours are clipped to what can be shown: iterative back-projection (Irani & Peleg 1991,
+"Improving resolution by image registration").
+
+Shape letters: B batch · C colours · P, Q points along one axis · N pixels along it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r2id.constants import kept
+from r2id.models.coords import Part, Size
+from r2id.models.resampling import taps
+
+_ROUNDS = 3
+_REACH = 3
+"""Points on each side through which a pixel depends on others in one round."""
+_MOST_SAMPLES = 4
+"""Pixels of a point along each axis, whose mean is taken. Pictures in still smaller ones get the
+corrections of these, so that a piece of a picture needs few pixels around it."""
+
+
+class Lacking(NamedTuple):
+    """What means of pixels lack in each round, by points."""
+
+    rounds: list[Tensor]
+    """[B, C, Q, Q'] each. An axis that has no smaller pixels than points has pixels here."""
+    first: Size
+    """Row and column of the first one."""
+
+
+def sampled_size(native: Size, size: Size) -> Size:
+    """The size (H, W) in whose pixels means are taken, for pictures of a size."""
+    height, width = (
+        min(pixels, _MOST_SAMPLES * points) for points, pixels in zip(native, size, strict=True)
+    )
+    return height, width
+
+
+def surroundings(native: Size, size: Size, part: Part) -> Part:
+    """The part of a picture of ``sampled_size`` that decides what a part of a size lacks."""
+    sides = zip(native, sampled_size(native, size), size, part, strict=True)
+    rows, columns = (_around(*side) for side in sides)
+    return rows, columns
+
+
+def _around(points: int, sampled: int, pixels: int, side: slice) -> slice:
+    start, stop, _ = side.indices(pixels)
+    if pixels <= points:
+        return slice(start, stop)
+    reach = _ROUNDS * _REACH
+    first = max(0, start * points // pixels - reach)
+    last = min(points, -(-stop * points // pixels) + reach)
+    return slice(first * sampled // points, -(-last * sampled // points))
+
+
+def find_lacking(
+    drawn: Tensor, seen: Tensor, native: Size, size: Size, part: Part, first: Size
+) -> Lacking:
+    """Compare means of pixels with points, in each round.
+
+    ``drawn`` [B, C, rows, columns] is a part of pictures of a size, ``seen`` [B, C, …] the colours
+    of points from row and column ``first`` on, of pictures of ``native`` points. Along an axis that
+    has fewer pixels than points, pixels are compared with resized points.
+    """
+    rows, columns = (
+        _means(points, pixels, side.indices(pixels)[:2], start, known, drawn.device)
+        for points, pixels, side, start, known in zip(
+            native, size, part, first, seen.shape[2:], strict=True
+        )
+    )
+    begin = rows.first, columns.first
+    wanted = (rows.wanted @ seen @ columns.wanted.T).clamp(-1, 1)
+    rounds: list[Tensor] = []
+    for _ in range(_ROUNDS):
+        if rounds:
+            drawn = add_lacking(drawn, Lacking(rounds[-1:], begin), native, size, part)
+        drawn = drawn.clamp(-1, 1)
+        rounds.append(wanted - rows.mean @ drawn @ columns.mean.T)
+    return Lacking(rounds, begin)
+
+
+def add_lacking(drawn: Tensor, lacking: Lacking, native: Size, size: Size, part: Part) -> Tensor:
+    """Correct a part of pictures of a size, [B, C, rows, columns], round by round."""
+    for missing in lacking.rounds:
+        rows, columns = (
+            _spread(points, pixels, side.indices(pixels)[:2], start, known, drawn.device)
+            for points, pixels, side, start, known in zip(
+                native, size, part, lacking.first, missing.shape[2:], strict=True
+            )
+        )
+        drawn = drawn.clamp(-1, 1) + rows @ missing @ columns.T
+    return drawn
+
+
+class _Means(NamedTuple):
+    """Matrices of one axis. Where pixels are not smaller than points, Q is N."""
+
+    wanted: Tensor
+    """Colours that means should have, from those of points: [Q, P]."""
+    mean: Tensor
+    """Means of pixels: [Q, N]."""
+    first: int
+    """Number of the first point of Q."""
+
+
+@kept(32)
+def _means(
+    points: int, pixels: int, part: tuple[int, int], first: int, known: int, device: torch.device
+) -> _Means:
+    start, stop = part
+    seen = range(first, first + known)
+    if pixels <= points:
+        needed, weights = taps(points, pixels, slice(start, stop))
+        wanted = _columns(weights, needed, seen)
+        return _Means(_sent(wanted, device), _sent(np.eye(stop - start), device), start)
+    # Points all of whose pixels are in the part.
+    whole = np.arange(-(-start * points // pixels), stop * points // pixels)
+    chosen = whole[:, None] == np.array(seen)
+    # How much of each point's place a pixel covers.
+    edges = np.arange(start, stop + 1) * (points / pixels)
+    covered = np.minimum(edges[1:], whole[:, None] + 1) - np.maximum(edges[:-1], whole[:, None])
+    return _Means(_sent(chosen, device), _sent(covered.clip(0), device), int(whole[0]))
+
+
+@kept(32)
+def _spread(
+    points: int, pixels: int, part: tuple[int, int], first: int, known: int, device: torch.device
+) -> Tensor:
+    """Interpolation of what ``known`` points from number ``first`` on lack: [N, Q]."""
+    if pixels <= points:
+        return _sent(np.eye(known), device)
+    needed, weights = taps(points, pixels, slice(*part))
+    return _sent(_columns(weights, needed, range(first, first + known)), device)
+
+
+def _columns(weights: np.ndarray, needed: slice, wanted: range) -> np.ndarray:
+    """Weights of the points needed → those of the points wanted, 0 where there are none."""
+    columns = np.zeros((len(weights), len(wanted)))
+    low, high = max(needed.start, wanted.start), min(needed.stop, wanted.stop)
+    if low < high:
+        columns[:, low - wanted.start : high - wanted.start] = weights[
+            :, low - needed.start : high - needed.start
+        ]
+    return columns
+
+
+def _sent(matrix: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(matrix.astype(np.float32)).to(device, non_blocking=True)
