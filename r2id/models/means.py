@@ -1,9 +1,9 @@
 """Pictures in smaller pixels whose means are the colours of the larger ones.
 
-A picture that is drawn in more pixels than it has points should, averaged down, be the same picture.
-Interpolation alone blurs it. So what means lack is interpolated and added, a few times, and before
-each time colours are clipped to what can be shown: iterative back-projection (Irani & Peleg 1991,
-"Improving resolution by image registration").
+A picture that is drawn in more pixels than it has points should be the same picture once it is
+averaged down. Interpolation alone blurs it. So what means lack is interpolated and added, a few
+times, and before each time colours are clipped to what can be shown: iterative back-projection
+(Irani & Peleg 1991, "Improving resolution by image registration").
 
 Shape letters: B batch · C colours · P, Q points along one axis · N pixels along it.
 """
