@@ -38,7 +38,7 @@ from r2id.models.cells import native_size, on_lattice, pieces, to_cells, to_poin
 from r2id.models.coords import WHOLE, Advance, Part, Size, Window, part_of
 from r2id.models.lapped import lap, unlap
 from r2id.models.layers import ExactLinear, zero_linear
-from r2id.models.means import add_lacking, find_lacking, sampled_size, surroundings
+from r2id.models.back_projection import back_project, find_residuals, sampled_size, surroundings
 from r2id.models.resampling import resample_seen, taps
 
 _KERNEL = 5
@@ -238,12 +238,12 @@ class LatticeDecoder(nn.Module):
         # Means are taken in the picture's own pixels, unless these are very small.
         sampled, near = sampled_size(native, size), surroundings(native, size, part)
         drawn, seen, first = self._drawn(latents, sampled, native, near)
-        lacking = find_lacking(drawn, seen, native, sampled, near, first)
+        residuals = find_residuals(drawn, seen, native, sampled, near, first)
         if sampled == size:
             drawn = drawn[:, :, _within(part[0], near[0]), _within(part[1], near[1])]
         else:
             drawn = self.render(latents, size, native, part)
-        return add_lacking(drawn, lacking, native, size, part)
+        return back_project(drawn, residuals, native, size, part)
 
     def _needed(self, grid: Size, size: Size, native: Size, part: Part) -> tuple[Part, Part]:
         """Which cells a part needs, and which of the points of these it reads."""

@@ -28,7 +28,7 @@ _MOST_SAMPLES = 4
 corrections of these, so that a piece of a picture needs few pixels around it."""
 
 
-class Lacking(NamedTuple):
+class Residuals(NamedTuple):
     """What means of pixels lack in each round, by points."""
 
     rounds: list[Tensor]
@@ -62,9 +62,9 @@ def _around(points: int, sampled: int, pixels: int, side: slice) -> slice:
     return slice(first * sampled // points, -(-last * sampled // points))
 
 
-def find_lacking(
+def find_residuals(
     drawn: Tensor, seen: Tensor, native: Size, size: Size, part: Part, first: Size
-) -> Lacking:
+) -> Residuals:
     """Compare means of pixels with points, in each round.
 
     ``drawn`` [B, C, rows, columns] is a part of pictures of a size, ``seen`` [B, C, …] the colours
@@ -82,22 +82,24 @@ def find_lacking(
     rounds: list[Tensor] = []
     for _ in range(_ROUNDS):
         if rounds:
-            drawn = add_lacking(drawn, Lacking(rounds[-1:], begin), native, size, part)
+            drawn = back_project(drawn, Residuals(rounds[-1:], begin), native, size, part)
         drawn = drawn.clamp(-1, 1)
         rounds.append(wanted - rows.mean @ drawn @ columns.mean.T)
-    return Lacking(rounds, begin)
+    return Residuals(rounds, begin)
 
 
-def add_lacking(drawn: Tensor, lacking: Lacking, native: Size, size: Size, part: Part) -> Tensor:
+def back_project(
+    drawn: Tensor, residuals: Residuals, native: Size, size: Size, part: Part
+) -> Tensor:
     """Correct a part of pictures of a size, [B, C, rows, columns], round by round."""
-    for missing in lacking.rounds:
+    for residual in residuals.rounds:
         rows, columns = (
             _spread(points, pixels, side.indices(pixels)[:2], start, known, drawn.device)
             for points, pixels, side, start, known in zip(
-                native, size, part, lacking.first, missing.shape[2:], strict=True
+                native, size, part, residuals.first, residual.shape[2:], strict=True
             )
         )
-        drawn = drawn.clamp(-1, 1) + rows @ missing @ columns.T
+        drawn = drawn.clamp(-1, 1) + rows @ residual @ columns.T
     return drawn
 
 

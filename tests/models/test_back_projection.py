@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from r2id.config import RiaeConfig
 from r2id.images import resize
-from r2id.models.means import sampled_size
+from r2id.models.back_projection import sampled_size
 from r2id.models.riae import RIAE
 
 
