@@ -34,11 +34,11 @@ from r2id.config import RiaeConfig
 from r2id.config.models import lattice_grid
 from r2id.errors import InputError
 from r2id.models.attention import RMSNorm
+from r2id.models.back_projection import back_project, find_residuals, sampled_size, surroundings
 from r2id.models.cells import native_size, on_lattice, pieces, to_cells, to_points
 from r2id.models.coords import WHOLE, Advance, Part, Size, Window, part_of
 from r2id.models.lapped import lap, unlap
 from r2id.models.layers import ExactLinear, zero_linear
-from r2id.models.back_projection import back_project, find_residuals, sampled_size, surroundings
 from r2id.models.resampling import resample_seen, taps
 
 _KERNEL = 5
