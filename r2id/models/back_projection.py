@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r2id.constants import kept
 from r2id.models.coords import Part, Size
-from r2id.models.resampling import taps
+from r2id.models.resampling import axis_matrix
 
 _ROUNDS = 3
 _REACH = 3
@@ -94,7 +94,9 @@ def back_project(
     """Correct a part of pictures of a size, [B, C, rows, columns], round by round."""
     for residual in residuals.rounds:
         rows, columns = (
-            _spread(points, pixels, side.indices(pixels)[:2], start, known, drawn.device)
+            axis_matrix(
+                min(points, pixels), pixels, side.indices(pixels), start, known, drawn.device
+            )
             for points, pixels, side, start, known in zip(
                 native, size, part, residuals.first, residual.shape[2:], strict=True
             )
@@ -118,42 +120,12 @@ class _Means(NamedTuple):
 def _means(
     points: int, pixels: int, part: tuple[int, int], first: int, known: int, device: torch.device
 ) -> _Means:
-    start, stop = part
-    seen = range(first, first + known)
-    if pixels <= points:
-        needed, weights = taps(points, pixels, slice(start, stop))
-        wanted = _columns(weights, needed, seen)
-        return _Means(_sent(wanted, device), _sent(np.eye(stop - start), device), start)
+    (start, stop), count = part, min(points, pixels)
     # Points all of whose pixels are in the part.
-    whole = np.arange(-(-start * points // pixels), stop * points // pixels)
-    chosen = whole[:, None] == np.array(seen)
+    whole = -(-start * count // pixels), stop * count // pixels
+    places = np.arange(*whole)[:, None]
     # How much of each point's place a pixel covers.
-    edges = np.arange(start, stop + 1) * (points / pixels)
-    covered = np.minimum(edges[1:], whole[:, None] + 1) - np.maximum(edges[:-1], whole[:, None])
-    return _Means(_sent(chosen, device), _sent(covered.clip(0), device), int(whole[0]))
-
-
-@kept(32)
-def _spread(
-    points: int, pixels: int, part: tuple[int, int], first: int, known: int, device: torch.device
-) -> Tensor:
-    """Interpolation of what ``known`` points from number ``first`` on lack: [N, Q]."""
-    if pixels <= points:
-        return _sent(np.eye(known), device)
-    needed, weights = taps(points, pixels, slice(*part))
-    return _sent(_columns(weights, needed, range(first, first + known)), device)
-
-
-def _columns(weights: np.ndarray, needed: slice, wanted: range) -> np.ndarray:
-    """Weights of the points needed → those of the points wanted, 0 where there are none."""
-    columns = np.zeros((len(weights), len(wanted)))
-    low, high = max(needed.start, wanted.start), min(needed.stop, wanted.stop)
-    if low < high:
-        columns[:, low - wanted.start : high - wanted.start] = weights[
-            :, low - needed.start : high - needed.start
-        ]
-    return columns
-
-
-def _sent(matrix: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(matrix.astype(np.float32)).to(device, non_blocking=True)
+    edges = np.arange(start, stop + 1) * (count / pixels)
+    covered = np.minimum(edges[1:], places + 1) - np.maximum(edges[:-1], places)
+    mean = torch.from_numpy(covered.clip(0)).float().to(device, non_blocking=True)
+    return _Means(axis_matrix(points, count, (*whole, 1), first, known, device), mean, whole[0])

@@ -173,8 +173,8 @@ class LatticeDecoder(nn.Module):
     ) -> Tensor:
         """Decode a part of pictures of any size → [B, C, rows, columns].
 
-        Latents [B, L, h, w] of pictures of a native size; see RIAE.decode. In training, where the
-        means of smaller pixels are not corrected.
+        Latents [B, L, h, w] of pictures of a native size; see RIAE.decode. Means of
+        smaller pixels are not corrected, as training has it.
         """
         grid: Size = (latents.shape[2], latents.shape[3])
         return self._drawn(latents, size, native or native_size(grid, size, self.cell), part)[0]
@@ -224,14 +224,14 @@ class LatticeDecoder(nn.Module):
         # Where pixels are larger than points, points are what is counted.
         scale = max(1.0, *(own / out for own, out in zip(native, size, strict=True)))
         for some, rows, columns in pieces(size, part, scale, len(latents)):
-            images[some, :, _within(rows, part[0]), _within(columns, part[1])] = self._averaging(
-                latents[some], size, native, (rows, columns)
+            images[some, :, _within(rows, part[0]), _within(columns, part[1])] = (
+                self._keeping_means(latents[some], size, native, (rows, columns))
             )
             if advance:
                 advance((rows.stop - rows.start) * (columns.stop - columns.start))
         return images
 
-    def _averaging(self, latents: Tensor, size: Size, native: Size, part: Part) -> Tensor:
+    def _keeping_means(self, latents: Tensor, size: Size, native: Size, part: Part) -> Tensor:
         """Render a part whose smaller pixels have the colours of points as their means."""
         if not _finer(size, native):
             return self.render(latents, size, native, part)

@@ -40,7 +40,7 @@ def resample_seen(seen: Tensor, whole: Size, size: Size, part: Part, first: Size
     ``seen`` [B, C, …] are those from row and column ``first`` on, of pictures of size ``whole``.
     """
     rows, columns = (
-        _matrix(count, out, side.indices(out), start, known, seen.device)
+        axis_matrix(count, out, side.indices(out), start, known, seen.device)
         for count, out, side, start, known in zip(
             whole, size, part, first, seen.shape[2:], strict=True
         )
@@ -50,13 +50,18 @@ def resample_seen(seen: Tensor, whole: Size, size: Size, part: Part, first: Size
 
 
 @kept(32)
-def _matrix(
+def axis_matrix(
     count: int, out: int, part: tuple[int, int, int], start: int, known: int, device: torch.device
 ) -> Tensor:
-    """Make the matrix that resizes one axis, given ``known`` of its pixels from ``start`` on."""
+    """Make the matrix that resizes one axis, given ``known`` of its pixels from ``start`` on.
+
+    Pixels that are not known count as 0.
+    """
     needed, weights = taps(count, out, slice(*part))
     matrix = np.zeros((len(weights), known))
-    matrix[:, needed.start - start : needed.stop - start] = weights
+    low = max(needed.start, start)
+    high = max(low, min(needed.stop, start + known))
+    matrix[:, low - start : high - start] = weights[:, low - needed.start : high - needed.start]
     return torch.from_numpy(matrix).float().to(device, non_blocking=True)
 
 

@@ -109,11 +109,12 @@ class RIAE(nn.Module):
     ) -> Tensor:
         """Decode raw latents [B, L, h, w] → images [B, C, H, W] of any size.
 
-        They are nominally in [−1, 1], but not clipped. With a window (y0, x0, y1, x1), only its
-        pixels are rendered: [B, C, y1 − y0, x1 − x0]. ``native`` is the size of the images that
-        were encoded, which cells at the border may exceed by a part; see
-        r2id.models.cells.native_size for what it is by default. Raises InputError when the window
-        is not within the image, or native is no size of this grid. ``advance`` is told how many
-        pixels have been rendered, whenever there are some more.
+        They are nominally in [−1, 1], but not clipped. Where they are larger than ``native``, the
+        means of their pixels are the colours of the picture at its native size, clipped. With a
+        window (y0, x0, y1, x1), only its pixels are rendered: [B, C, y1 − y0, x1 − x0]. ``native``
+        is the size of the images that were encoded, which cells at the border may exceed by a part;
+        see r2id.models.cells.native_size for what it is by default. Raises InputError when the
+        window is not within the image, or native is no size of this grid. ``advance`` is told how
+        many pixels have been rendered, whenever there are some more.
         """
         return self.parts.decoder.decode(latents, size, window, native, advance)
