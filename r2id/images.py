@@ -51,6 +51,14 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if size[1] == 1 and images.device.type == "cpu":
+        # PyTorch 2.13 repeats the first row on a CPU when the result is one pixel wide.
+        images = images.transpose(2, 3).contiguous()
+        return _bicubic_by_pytorch(images, (1, size[0])).transpose(2, 3)
+    return _bicubic_by_pytorch(images, size)
+
+
+def _bicubic_by_pytorch(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
 
 
