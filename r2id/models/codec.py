@@ -5,7 +5,7 @@ Shape letters: B batch · C colours · H, W image · L latent channels · h, w l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,9 +39,9 @@ class Codec:
     about: About | None
     """Its metadata as those of an exported file; None for pixels."""
     image: Size
-    """Size of the training images: their median height and width."""
+    """Median height and width of the training images: the R2ID's, if this is the codec of one."""
     data: DataConfig
-    """How the training images were prepared."""
+    """How the RIAE's training images were prepared."""
 
     @classmethod
     def load(cls, source: Trained | Path | str, device: torch.device | str = "cpu") -> Codec:
@@ -86,7 +86,9 @@ class Codec:
         if meta.model["codec"] is None:
             data = DataConfig.model_validate(meta.config["data"])
             return cls.of_pixels(data, tuple(meta.model["image"]), device)
-        return cls.load(trained.codec(), device)
+        codec = cls.load(trained.codec(), device)
+        image = meta.model.get("image", codec.image)  # newer than some checkpoints
+        return replace(codec, image=tuple(image))
 
     @classmethod
     def of_any(cls, source: Trained | Path | str, device: torch.device | str = "cpu") -> Codec:

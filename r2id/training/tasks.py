@@ -10,6 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -197,11 +198,11 @@ class R2idTask(Task):
         super().__init__(config, shards, world, micro_batch)
         self.config = config
         sizes = image_sizes(shards, config.data, config.data.train_split)
-        riae = choose_codec(config, newest)
+        riae, image = choose_codec(config, newest), _median(sizes)
         self.codec = (
-            Codec.of_pixels(config.data, _median(sizes), world.device)
+            Codec.of_pixels(config.data, image, world.device)
             if riae is None
-            else Codec.load(riae, world.device)
+            else replace(Codec.load(riae, world.device), image=image)
         )
         if self.codec.channels != config.data.channels:
             raise InputError(
@@ -215,7 +216,7 @@ class R2idTask(Task):
         )
         if self.cache is not None:
             self.cache.check(config.data)
-        check_depth(config, self.codec.grid_for(_median(sizes)))
+        check_depth(config, self.codec.grid_for(image))
         self.facts = self._find_facts(sizes)
         self.shapes = len({self.codec.grid_for(size) for size in sizes})
         if newest is not None and newest.meta.model.get("codec_hash") == self.codec.identity:
@@ -243,7 +244,7 @@ class R2idTask(Task):
             "base_side": areas[len(areas) // 2] ** 0.5,
             "areas": [areas[0], areas[-1]],
             "ratios": [ratios[0], ratios[-1]],
-            **({} if config.codec else {"image": list(_median(sizes))}),
+            "image": list(codec.image),
         }
 
     def loader(self, start: int) -> Iterator[list[Batch]]:

@@ -14,6 +14,7 @@ from r2id.checkpoints.files import CODEC, write_description
 from r2id.checkpoints.reading import find_damages
 from r2id.config import load_config
 from r2id.errors import InputError
+from r2id.models.codec import Codec
 from r2id.models.riae import RIAE
 from r2id.sampling.sampler import Sampler
 from r2id.training.encode import encode
@@ -64,6 +65,18 @@ def test_an_riae_is_trained_on_under_its_r2id(
     assert torch.equal(draw(tmp_path / "parts"), draw(tmp_path / "whole"))
     with pytest.raises(InputError, match=f"{tmp_path}/riae: no such folder"):
         train_r2id(digits, tmp_path, "new", 4)  # a run that begins needs the one that it names
+
+
+def test_pictures_have_the_size_of_the_r2ids_images(digits: Path, tmp_path: Path) -> None:
+    """Not that of the images that its RIAE was trained on."""
+    data = [f"data.shards={digits}", "data.size=[4,4]", "train.steps=1"]
+    train(load_config(CONFIGS / "digits/riae.toml", [*TINY_RIAE, *data, f"run={tmp_path}/riae"]))
+    named = [f"run={tmp_path}/r2id", f"data.shards={digits}", f"codec={tmp_path}/riae"]
+    config = load_config(CONFIGS / "digits/r2id.toml", [*TINY_R2ID, *named, "train.steps=1"])
+    images = config.data.model_copy(update={"latents": None})
+    train(config.model_copy(update={"data": images}))
+    assert Codec.load(tmp_path / "riae").image == (4, 4)
+    assert Sampler.load(tmp_path / "r2id").codec.image == (8, 8)
 
 
 def test_an_r2id_refuses_another_codec_that_its_config_names(
