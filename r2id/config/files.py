@@ -82,8 +82,17 @@ def build(schema: type[SectionT], values: Mapping[str, Any]) -> SectionT:
 
 
 def change(section: SectionT, changes: Mapping[str, Any]) -> SectionT:
-    """Copy a section with some values replaced; raises InputError when one is not allowed."""
-    return build(type(section), {**section.model_dump(), **changes})
+    """Copy a section with some values replaced; raises InputError when one is not allowed.
+
+    A default that follows from other values follows from the new ones.
+    """
+    values = section.model_dump()
+    for name, field in type(section).model_fields.items():
+        if field.default_factory_takes_validated_data:
+            default = field.get_default(call_default_factory=True, validated_data=values)
+            if values[name] == default:
+                del values[name]
+    return build(type(section), {**values, **changes})
 
 
 def override(key: str, value: Any) -> str:

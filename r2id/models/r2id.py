@@ -95,6 +95,11 @@ class R2ID(nn.Module):
         exported = pretrained.read(Path(path), "r2id")
         return exported.fill(cls.of(exported.section("r2id", R2idConfig), exported.facts))
 
+    @property
+    def conditional(self) -> bool:
+        """Whether it was made for conditions."""
+        return bool(self.classes or self.condition_shape)
+
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""
         outer = self.levels

@@ -170,12 +170,13 @@ def make_request(
 ) -> Request:
     """Resolve every setting that the samples depend on. ``identity`` is that of the checkpoint.
 
-    Raises InputError for labels that the model does not have, and when a batch would not fit into
-    memory.
+    Raises InputError for labels or guidance that the model does not have, and when a batch would
+    not fit into memory.
     """
     batch = sampler.batch_length(size, grid)
     check_samples(sampler, size, grid, batch)
     wanted = resolve(sampler, labels=tuple(labels), count=count, seed=seed, **settings)
+    sampler.check_guidance(wanted.guidance, wanted.autoguidance)
     count, chosen = wanted.count, list(wanted.labels)
     names = set(SamplerConfig.model_fields)
     resolved = wanted.model_dump(mode="json", include=names)

@@ -96,11 +96,14 @@ class Sampler:
         exponent = applied_exponent(trained)
         if exponent is not None:
             diffusion = change(diffusion, {"shift_exponent": exponent})
+        defaults = SampleConfig.model_validate(meta.config["sample"])
+        if defaults.guidance and not model.conditional:  # a scale that a config has for others
+            defaults = change(defaults, {"guidance": 1.0})
         return cls(
             model,
             codec,
             diffusion,
-            SampleConfig.model_validate(meta.config["sample"]),
+            defaults,
             meta.model["base_side"],
             tuple(meta.model["areas"]),
             tuple(meta.model["ratios"]),
@@ -239,8 +242,7 @@ class Sampler:
 
     def check_guidance(self, guidance: float | None, autoguidance: float | None = None) -> None:
         """Raise InputError for guidance of a model without conditions, or without a guide."""
-        conditional = self.model.classes or self.model.condition_shape
-        if guidance not in (None, 0, 1) and not conditional:
+        if guidance not in (None, 0, 1) and not self.model.conditional:
             raise InputError(
                 f"guidance {guidance}: the model was trained without conditions; must be 0 or 1 "
                 "(autoguidance needs none)"
@@ -255,10 +257,8 @@ class Sampler:
 
         ``native`` is the size of the images that were encoded, by default that of native_size.
         """
-        length, native = (
-            self._at_once(size, _BATCH_PIXELS),
-            native or self.native_size(latents, size),
-        )
+        length = self._at_once(size, _BATCH_PIXELS)
+        native = native or self.native_size(latents, size)
         with naming(f"decoding {length} pictures of {size[0]}x{size[1]} at once"):
             return _in_batches(
                 lambda rows: self.codec.decode(latents[rows], size, native=native).cpu(),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from r2id.config import load_config
 from r2id.data.shards import ShardSet
 from r2id.data.verify import verify
 from r2id.errors import InputError
@@ -16,6 +17,8 @@ from r2id.images import to_bytes
 from r2id.sampling.files import REQUEST, RESULT, draw_many
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.shards import shard_length
+from r2id.training.loop import train
+from tests.conftest import CONFIGS, TINY_R2ID
 from tests.training import children
 from tests.training.children import Ranks
 
@@ -160,6 +163,20 @@ def test_what_it_refuses(r2id_run, riae_run, pictures, tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}/cut/{REQUEST}"):
         draw(r2id_run, tmp_path / "cut")
     assert content(pictures) == before and not (tmp_path / "new").exists()
+
+
+def test_a_run_without_conditions_has_no_guidance(digits, riae_run, latents, tmp_path):
+    """Its config may have a scale, which is for models of classes. A scale that is asked for is
+    refused before anything is written."""
+    named = [f"data.shards={digits}", f"codec={riae_run}", f"data.latents={latents}"]
+    more = ["train.steps=1", "r2id.condition=none", f"run={tmp_path}/r2id", "sample.guidance=1.5"]
+    config = load_config(CONFIGS / "digits" / "r2id.toml", [*TINY_R2ID, *named, *more])
+    train(config)
+    with pytest.raises(InputError, match=r"guidance 1\.5: .*must be 0 or 1"):
+        draw(config.run, tmp_path / "out", count=2, settings={"guidance": 1.5})
+    assert not (tmp_path / "out").exists()
+    draw(config.run, tmp_path / "out", count=2, settings={"steps": 1})
+    assert json.loads((tmp_path / "out" / RESULT).read_text())["guidance"] == 1.0
 
 
 @pytest.mark.parametrize(

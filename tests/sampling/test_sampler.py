@@ -144,6 +144,7 @@ def test_solvers_and_grids_by_name(sampler):
         *(draw(solver=name) for name in solvers.SOLVERS),
     ]
     assert all(image.isfinite().all() for image in images)
+    assert torch.equal(images[1], draw(eta=1.0)), "eta alone is of ddim"
     assert torch.equal(images[1], draw(solver="ddim", eta=1.0)) and not torch.equal(
         images[0], images[1]
     )
