@@ -40,7 +40,7 @@ class Meter:
         self.device, self.peak = device, peak
         self._cost, self._costs = cost, dict[Size, Cost]()
         self._sums: dict[str, Tensor] = {}
-        self._micro_batches = 0
+        self._counts = Counter[str]()
         self._last, self._run = _Tally(), _Tally()
         self._mark = time.perf_counter()
 
@@ -59,16 +59,17 @@ class Meter:
         for key, value in figures.items():
             before = self._sums.get(key, torch.zeros((), device=self.device))
             self._sums[key] = before + value.float()
-        self._micro_batches += 1
+            self._counts[key] += 1
         self._last.images[size] += images
 
     def read(self) -> Figures:
         """Return the means over micro-batches and ranks, and the rates, since the last reading.
 
-        Every rank must call it, because sums are reduced over all of them.
+        The mean of a figure is over the micro-batches that had it: a loss may begin midway. Every
+        rank must call it, because sums are reduced over all of them.
         """
         totals = {
-            key: dist.all_reduce_sum(total / self._micro_batches) / dist.world_size()
+            key: dist.all_reduce_sum(total / self._counts[key]) / dist.world_size()
             for key, total in self._sums.items()
         }
         # The mean over no image is not a number, and is left out.
@@ -82,7 +83,7 @@ class Meter:
         self.lap("pause")  # the time of counting operations is not training time
         figures = {**means, **self._rates(self._last)}
         self._run.add(self._last)
-        self._last, self._sums, self._micro_batches = _Tally(), {}, 0
+        self._last, self._sums, self._counts = _Tally(), {}, Counter()
         return figures
 
     def summary(self) -> Figures:

@@ -90,12 +90,14 @@ def test_rates_follow_from_what_was_done(monkeypatch: pytest.MonkeyPatch) -> Non
     meter.lap("data")  # 1 s of data
     meter.add({"loss": torch.tensor(2.0), "part": torch.tensor([6.0, 3.0])}, 4, (2, 3))
     meter.lap("step")  # 3 s of a step
-    meter.add({"loss": torch.tensor(4.0), "part": torch.tensor([5.0, 1.0])}, 2, (1, 1))
+    more = {"loss": torch.tensor(4.0), "part": torch.tensor([5.0, 1.0]), "begun": torch.tensor(1.0)}
+    meter.add(more, 2, (1, 1))
     found = meter.read()  # 1 s of a step, and 1 s of counting
-    assert {key: found[key] for key in RATES - {"memory_gib"} | {"loss", "part"}} == pytest.approx(
+    assert {key: found[key] for key in RATES - {"memory_gib"} | set(more)} == pytest.approx(
         {
             "loss": 3.0,
             "part": 11 / 4,
+            "begun": 1.0,
             "images_per_second": 6 / 5,
             "tokens_per_second": 26 / 5,
             "tflops_per_process": 100 / 5 / 1e12,
