@@ -121,10 +121,12 @@ def _fill(
     _check_masks(images, masks)
     own: Size = (images.shape[2], images.shape[3])
     codec, known = sampler.codec, ~masks
-    # One at a time, so that an image has the same bits in any batch.
-    seen = torch.cat([resize(image[None], native) for image in images])
-    # A pixel of a smaller picture is known when all of its pixels are.
-    seen_known = resize(known.float(), native) > 1 - 1e-3
+    # Hidden pixels are replaced, so that nothing of them is seen in a resized picture. Each is made
+    # by itself, so that an image has the same bits in any batch.
+    seen = torch.cat([resize(image[None], native) for image in extend(images, known)])
+    # A pixel of a resized picture is known when all pixels that it is made of are. Some of them
+    # count negatively, so that hidden ones may raise the sum as well.
+    seen_known = (resize(known.float(), native) - 1).abs() < 1e-3
     seen, seen_known = seen.to(codec.device), seen_known.to(codec.device)
 
     def correct(rows: Tensor, latents: Tensor) -> Tensor:

@@ -92,13 +92,16 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     try:
-        allowed, used = (
-            int((_CONTROL_GROUP / name).read_text(encoding="utf-8"))
-            for name in ("memory.max", "memory.current")
+        allowed, used, parts = (
+            (_CONTROL_GROUP / name).read_text(encoding="utf-8")
+            for name in ("memory.max", "memory.current", "memory.stat")
         )
+        # Files that were read stay in memory until something else needs it.
+        cached = int(dict(line.split() for line in parts.splitlines())["inactive_file"])
+        left = int(allowed) - int(used) + cached
     except (OSError, ValueError):  # there is no such file, or it says "max": no limit
         return free
-    return max(0, min(free, allowed - used))
+    return max(0, min(free, left))
 
 
 def _check_grid(sampler: Sampler, grid: Size, free: int) -> None:

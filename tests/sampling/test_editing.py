@@ -42,8 +42,10 @@ def test_inpainting_keeps_all_other_pixels(sampler, images, size):
     assert torch.equal(fewer, drawn[1:]), "whatever else is edited"
 
 
-def test_what_is_drawn_depends_on_what_is_known(sampler, images):
-    masks = masks_of(images)
+@pytest.mark.parametrize("size", [(8, 8), (5, 6), (11, 7), (29, 31)])
+def test_what_is_drawn_depends_on_what_is_known(sampler, images, size):
+    images = resize(images, size).clamp(-1, 1)
+    masks = masks_of(images, slice(size[0] // 4, size[0] // 2), slice(size[1] // 3, size[1]))
     drawn = editing.inpaint(sampler, images, masks, LABELS, SEEDS)
     hidden = torch.where(masks, -images, images)
     assert torch.equal(editing.inpaint(sampler, hidden, masks, LABELS, SEEDS), drawn), (

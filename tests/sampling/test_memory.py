@@ -82,11 +82,13 @@ def test_a_window_of_what_does_not_fit(riae_run, tmp_path, free):
         ({"memory.max": "5000000000", "memory.current": "6000000000"}, 0),
         ({"memory.max": "50000000000", "memory.current": "2000000000"}, 8e9),
         ({"memory.max": "max", "memory.current": "2000000000"}, 8e9),
+        ({"memory.max": "5000000000", "memory.current": "4000000000", "files": "1000000000"}, 2e9),
         ({}, 8e9),
     ],
 )
 def test_free_memory_is_what_the_control_group_leaves(group, free, tmp_path, monkeypatch):
-    for name, text in group.items():
+    files = {"memory.stat": f"anon 1000\ninactive_file {group.pop('files', 0)}\nactive_file 7"}
+    for name, text in (group | files).items():
         (tmp_path / name).write_text(f"{text}\n")
     monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
