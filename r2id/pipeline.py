@@ -19,7 +19,7 @@ Errors are InputError when what is asked for cannot be done, with one line that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -126,8 +126,7 @@ class Pipeline:
         each picture, they are equally many.
         """
         size = size or self.codec.image
-        grid = grid or self.sampler.grid_for(size)
-        given = {"labels": _listed(labels), "seeds": _listed(seeds)}
+        given = {"labels": _listed("labels", labels), "seeds": _listed("seeds", seeds)}
         if embeddings is not None:
             given["embeddings"] = list(embeddings)
         counts = {name: len(values) for name, values in given.items() if len(values) > 1}
@@ -140,7 +139,8 @@ class Pipeline:
         count = max(counts.values(), default=1)
         condition = self.condition(labels, attributes, embeddings, count)
         check_samples(self.sampler, size, grid, count)
-        chosen = torch.tensor(given["seeds"]).expand(count)
+        chosen = _seeds(given["seeds"]).expand(count)
+        grid = grid or self.sampler.grid_for(size)
         latents = self.sampler.latents(condition, chosen, grid, watch=callback, **settings)
         return [to_picture(image) for image in self.sampler.render(latents, size)]
 
@@ -243,7 +243,7 @@ class Pipeline:
         given = self._arguments(seed, drawing)
         condition = given.pop("condition")
         given["condition"] = condition.expand(count, *condition.shape[1:])
-        given["seeds"] = (seed, other)
+        given["seeds"] = tuple(_seeds([seed, other]).tolist())
         images = editing.interpolate(self.sampler, count=count, size=size, **given)
         return [to_picture(image) for image in images]
 
@@ -268,7 +268,7 @@ class Pipeline:
             settings.pop("label", None), settings.pop("attributes", ()), embedding, 1
         )
         watch = settings.pop("callback", None)
-        return {"condition": condition, "seeds": torch.tensor([seed]), "watch": watch, **settings}
+        return {"condition": condition, "seeds": _seeds([seed]), "watch": watch, **settings}
 
     def condition(
         self,
@@ -298,16 +298,27 @@ class Pipeline:
                     f"{', '.join(map(str, model.condition_shape))}]"
                 )
             return given.expand(count, *given.shape[1:])
-        chosen = [-1] if labels is None else _listed(labels)
+        chosen = _listed("labels", labels) or [-1]
         check_labels([label for label in chosen if label != -1], self.sampler.num_classes)
         return torch.tensor(chosen).expand(count)
 
 
-def _listed(values: int | Sequence[int] | None) -> list[Any]:
-    """Return one value, several or none as a list."""
+def _listed(name: str, values: int | Sequence[int] | None) -> list[Any]:
+    """Return one value, several or none as a list. Raises InputError for an empty sequence."""
     if values is None:
         return []
-    return [values] if isinstance(values, int) else [int(value) for value in values]
+    listed = [int(value) for value in (values if isinstance(values, Iterable) else [values])]
+    if not listed:
+        raise InputError(f"{name} []: must be one or more, or left out")
+    return listed
+
+
+def _seeds(seeds: Sequence[int]) -> Tensor:
+    """Return seeds as int64 [B]; InputError for one that is out of range."""
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed {seed}: must be from 0 to {2**63 - 1}")
+    return torch.tensor(seeds, dtype=torch.int64)
 
 
 def _size(image: Tensor) -> Size:

@@ -46,6 +46,7 @@ def test_one_for_all_or_one_for_each(pipe):
         pixels(four[2]), pixels(pipe([2], size=(8, 8), seeds=2)[0])
     )
     assert len(pipe([0, 1, 2])) == 3 and pipe()[0].size == (8, 8)
+    assert np.array_equal(pixels(pipe(np.int64(3))[0]), pixels(pipe([3])[0]))
     assert np.array_equal(pixels(pipe(-1)[0]), pixels(pipe()[0])), "no class"
     with pytest.raises(InputError, match="2 labels, 3 seeds"):
         pipe([0, 1], seeds=[0, 1, 2])
@@ -159,6 +160,11 @@ def test_edits(pipe, picture, tmp_path):
         (lambda pipe, picture: pipe(embeddings=torch.zeros(1, 4)), "without|not trained with"),
         (lambda pipe, picture: pipe(1, attributes=["Smiling"]), "exclude"),
         (lambda pipe, picture: pipe(1, guidance=-1), "guidance"),
+        (lambda pipe, picture: pipe([]), r"labels \[\]"),
+        (lambda pipe, picture: pipe(1, seeds=2**63), str(2**63)),
+        (lambda pipe, picture: pipe(1, size=(0, 8)), "0x8"),
+        (lambda pipe, picture: pipe.upscale(picture, (8, 0)), "8x0"),
+        (lambda pipe, picture: pipe.vary(picture, seed=-1), "seed -1"),
         (lambda pipe, picture: pipe.vary(picture, labels=1), "labels"),
         (lambda pipe, picture: pipe(1, size=(100_000, 100_000)), "100000x100000.*memory"),
         (lambda pipe, picture: pipe.upscale(picture, (200_000, 100_000)), "memory"),

@@ -45,8 +45,10 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -> None:
     """Raise InputError when drawing ``count`` samples of a size (H, W) would not fit into memory.
 
-    ``grid`` is their latent grid, by default the one for their size.
+    ``grid`` is their latent grid, by default the one for their size. Another one is raised for a
+    size without pixels.
     """
+    _check_size(size)
     free, grid = free_memory(sampler.codec.device), grid or sampler.grid_for(size)
     # Grids that are so small that several are denoised at a time fit everywhere.
     if sampler.batch_length((1, 1), grid) == 1:
@@ -75,8 +77,10 @@ def check_edit(sampler: Sampler, size: Size, grid: Size) -> None:
 def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | None) -> None:
     """Raise InputError when decoding a grid at a size (H, W) would not fit into memory.
 
-    With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit.
+    With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit. Another one
+    is raised for a size without pixels.
     """
+    _check_size(size)
     free = free_memory(codec.device)
     if window is None:
         _check_pictures("size", size, codec, grid, 1, free, "; --window decodes a part")
@@ -84,6 +88,11 @@ def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | 
         top, left, bottom, right = window
         window_size = bottom - top, right - left
         _check_pictures("window of", window_size, codec, grid, 1, free, picture=size)
+
+
+def _check_size(size: Size) -> None:
+    if min(size) < 1:
+        raise InputError(f"size {size[0]}x{size[1]}: must be at least 1x1")
 
 
 def free_memory(device: torch.device) -> int:
