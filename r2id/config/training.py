@@ -123,8 +123,8 @@ class TrainConfig(Section):
     compiling takes long, gains nothing and needs a C++ compiler; nor does it compile with
     zero_stage 3."""
     skip_nonfinite: int = Field(default=0, ge=0)
-    """How many steps of the run may be skipped because their loss or gradient is not finite; one
-    more ends the run."""
+    """How many steps may be skipped because their loss or gradient is not finite, counted anew when
+    a run goes on; one more ends the run."""
     stall_seconds: float | None = Field(default=1800.0, gt=0)
     """A process that makes no step for this many seconds prints the stacks of its threads and ends.
     None waits for ever."""
