@@ -179,8 +179,8 @@ class LatentCache:
         )
         if self.manifest.identity != expected:
             raise InputError(
-                f"{self.folder}: {describe_difference(self.manifest.identity, expected)}: "
-                "run r2id encode again, into another folder"
+                f"{self.folder}: {describe_difference(self.manifest.identity, expected)}: images "
+                "are encoded as their RIAE was trained; must be so here, or without latents"
             )
         if data.flip and not expected.mirrored:
             raise InputError(
