@@ -8,6 +8,7 @@ import pytest
 from r2id.config import (
     EvaluateConfig,
     PipelineRun,
+    R2idConfig,
     RiaeRun,
     SampleConfig,
     build,
@@ -86,6 +87,17 @@ def test_mistakes_are_named_in_one_line(override, words):
     assert all(word in text for word in words), text
 
 
+def test_heads_that_do_not_divide_the_width_are_named():
+    with pytest.raises(InputError, match=r"width = 200: must be a multiple of its 3 heads"):
+        build(R2idConfig, {"width": 200, "heads": 3})
+
+
+def test_what_is_no_number_is_not_called_an_old_value(capsys):
+    with pytest.raises(InputError, match="nan"):
+        parse_config(table(), ["optim.lr=nan"])
+    assert not capsys.readouterr().err
+
+
 def test_an_unknown_key_is_named_before_what_is_missing():
     """A key may be missing because it is misspelt."""
     for misspelt, place in (("stpes", "train"), ("sards", "data")):
@@ -132,6 +144,12 @@ def test_samples_have_seeds_and_guidance_within_their_range(section):
         (
             ["riae.kind=attention", "riae.linear=true", "riae.bounded=true"],
             ["linear = True", "bounded = True"],
+        ),
+        (["riae.kind=attention", "riae.width=30"], ["riae.width = 30", "multiple of its 8 heads"]),
+        (["riae.kind=attention", "riae.width=48"], ["riae.width = 48", "8 heads, each at least 7"]),
+        (
+            ["riae.kind=attention", "riae.width=64", "riae.heads=4", "riae.pixel_width=50"],
+            ["riae.pixel_width = 50", "3 heads"],
         ),
         (["loss.jitter=0.5"], ["loss.jitter = 0.5", "'lattice'"]),
         (["riae.kind=attention", "loss.magnify=0.5"], ["loss.magnify = 0.5", "'attention'"]),

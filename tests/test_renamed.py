@@ -43,7 +43,7 @@ def changed(config, section="riae"):
 def test_a_table_under_old_names_is_read_and_told(capsys):
     config = parse_config({**RUN, "stage": "riae", "riae": OLD}, where="old.toml")
     assert isinstance(config, RiaeRun)
-    assert changed(config) == NEW | {"linear": False, "lapped": False}
+    assert changed(config) == NEW | {"linear": False, "lapped": False, "width": 256}
     assert changed(config, "loss") == LOSS | {"encode_scales": (0.5, 1.0)}
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(OLD) - 1 and all(line.startswith("old.toml: ") for line in told)
@@ -68,7 +68,7 @@ def test_overrides_under_old_names_win_over_tables_under_new_ones(capsys):
         {**RUN, "stage": "riae", "riae": {"kind": "attention", "downsample": 2.0}},
         ["riae.cell=8.0", "riae.locality=false", "riae.attention=local"],
     )
-    assert changed(config) == NEW_BY_OVERRIDES | {"linear": False, "lapped": False}
+    assert changed(config) == NEW_BY_OVERRIDES | {"linear": False, "lapped": False, "width": 256}
     told = capsys.readouterr().err
     assert all(word in told for word in ("riae.cell", "riae.locality", "'tiled'"))
 

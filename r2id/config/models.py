@@ -29,7 +29,7 @@ class RiaeConfig(Section):
     cells as it touches, H/downsample and W/downsample rounded up. ``attention``: rounded to the
     nearest, at least one each way."""
     width: int = Field(default=192, ge=8)
-    """Width of the latent side."""
+    """Width of the latent side; 256 of ``attention`` by default."""
     encoder_blocks: int = Field(default=2, ge=0)
     """Blocks of the encoder: on the latent grid (``lattice``), or in which the latents query the
     image's pixels (``attention``)."""
@@ -95,6 +95,11 @@ class RiaeConfig(Section):
         """Points per side of a cell's lattice."""
         return round(self.downsample)
 
+    @property
+    def pixel_heads(self) -> int:
+        """Heads of the pixel side, as wide as those of the latent side."""
+        return max(1, self.heads * self.pixel_width // self.width)
+
     def grid_for(self, image: Size) -> Size:
         """Return the latent grid (h, w) of an image (H, W) at its own size."""
         if self.kind == "lattice":
@@ -134,10 +139,26 @@ class RiaeConfig(Section):
             )
         if self.kind == "attention" and not (self.encoder_blocks and self.decoder_blocks):
             raise ValueError("encoder_blocks and decoder_blocks: at least 1 for kind 'attention'")
+        if self.kind == "attention":
+            least = WINDOW_DIMS + 1 if self.gaussian_window else 1
+            _check_heads("width", self.width, self.heads, least)
+            _check_heads("pixel_width", self.pixel_width, self.pixel_heads, least)
         return self
 
 
-_BY_ATTENTION = {"linear": False, "lapped": False}
+WINDOW_DIMS = 6
+"""Dimensions of a head that hold a Gaussian window: 2 for u_q·u_k, 2 for |u_k|² and 2 for |u_q|²,
+each square in two parts (see r2id.models.attention)."""
+
+
+def _check_heads(name: str, width: int, heads: int, least: int = 1) -> None:
+    """Raise ValueError unless a width divides into heads that are at least so wide."""
+    if width % heads or width // heads < least:
+        wide = f", each at least {least} wide" if least > 1 else ""
+        raise ValueError(f"{name} = {width}: must be a multiple of its {heads} heads{wide}")
+
+
+_BY_ATTENTION = {"linear": False, "lapped": False, "width": 256}
 """Defaults of kind 'attention' that are others than those of the fields."""
 _LATTICE = ("lapped", "features")
 _ATTENTION = (
@@ -245,9 +266,10 @@ class R2idConfig(Section):
 
     @model_validator(mode="after")
     def _levels_have_whole_heads(self) -> R2idConfig:
+        _check_heads("width", self.width, self.heads)
         head = self.width // self.heads
         for number, level in enumerate(self.levels):
-            if level.width % max(1, head):
+            if level.width % head:
                 raise ValueError(
                     f"levels.{number}.width = {level.width}: must be a multiple of {head}, the "
                     f"width of a head (width {self.width} / heads {self.heads})"

@@ -87,6 +87,6 @@ def tell_if_renamed(where: str, old_name: str, old: Any, name: str, value: Any) 
     """Note on stderr what an old name, or an old value, is called now."""
     if old_name != name:
         say(f"{where}: {old_name} is called {name} now; the old name is read for one more version")
-    if old != value:
+    if old is not value and old != value:  # not a number is not equal to itself
         change = f"{name} = {old!r} is {value!r} now"
         say(f"{where}: {change}; the old value is read for one more version")

@@ -17,11 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from r2id.config.models import WINDOW_DIMS
 from r2id.models.tiles import Tiles
 
-# Dimensions of a head that hold the window: 2 for u_q·u_k, 2 for |u_k|² and 2 for |u_q|², each
-# square in two parts (see _in_two).
-_WINDOW_DIMS = 6
 _NO_PLACES = "attention with a Gaussian window needs the places of its queries and keys"
 # On a CPU, plain products are faster than the fused kernel up to this number of scores.
 _FAST_PLAIN = 1 << 24
@@ -171,13 +169,8 @@ class Attention(nn.Module):
         self, width: int, context_width: int, heads: int, gaussian_window: bool = False
     ) -> None:
         super().__init__()
-        if width % heads or width // heads <= (_WINDOW_DIMS if gaussian_window else 0):
-            raise ValueError(
-                f"width {width} does not divide into {heads} heads"
-                + (f" of more than {_WINDOW_DIMS}" if gaussian_window else "")
-            )
         self.heads, self.head_dim = heads, width // heads
-        content = width - _WINDOW_DIMS * heads if gaussian_window else width
+        content = width - WINDOW_DIMS * heads if gaussian_window else width
         self.query = nn.Linear(width, content, bias=False)
         self.key = nn.Linear(context_width, content, bias=False)
         self.value = nn.Linear(context_width, width, bias=False)

@@ -41,8 +41,7 @@ class AttentionDecoder(nn.Module):
         super().__init__()
         self.config, self.visibility = config, visibility
         width, pixel_width = config.width, config.pixel_width
-        # Heads are as wide on the narrow pixel side as on the latent side.
-        heads = max(1, config.heads * pixel_width // width)
+        heads = config.pixel_heads
         self.latent_in = nn.Linear(config.latent_channels + visibility.cell_dim, width)
         self.latent_blocks = LatentBlocks(config, visibility)
         self.point_in = nn.Sequential(
