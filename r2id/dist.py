@@ -68,6 +68,20 @@ def init() -> World:
     return World(number, size, local, device)
 
 
+def find_device(name: torch.device | str) -> torch.device:
+    """Find a device; "auto" is CUDA if there is a GPU. Raises InputError if it is not usable."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device '{name}': not usable here: {str(error).splitlines()[0]}"
+        ) from None
+    allow_tf32(device)
+    return device
+
+
 def allow_tf32(device: torch.device) -> None:
     """Have a GPU multiply float32 matrices in TF32, several times as fast, where one is used.
 

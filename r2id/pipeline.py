@@ -19,11 +19,12 @@ Errors are InputError when what is asked for cannot be done, with one line that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_type_hints
 
 import numpy as np
 import torch
@@ -34,13 +35,14 @@ from r2id.checkpoints.hub import fetch, is_hub_name
 from r2id.config import check_labels
 from r2id.data.pixels import decoding, flatten, load_upright
 from r2id.data.records import to_array
+from r2id.dist import find_device
 from r2id.errors import InputError
 from r2id.images import read_image, to_bytes, to_float
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window
 from r2id.sampling import editing
 from r2id.sampling.conditions import choose_attributes, choose_embeddings
-from r2id.sampling.memory import check_edit, check_reconstruction, check_samples
+from r2id.sampling.memory import check_edit, check_reconstruction, check_samples, check_size
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 
@@ -92,13 +94,19 @@ class Pipeline:
 
         Or one of the Hugging Face Hub by its name, ``owner/name``, of a ``revision``, kept in
         ``cache_dir``: see r2id.checkpoints.hub. ``device`` "auto" is a GPU if there is one. Raises
-        InputError when there is no such model, or when it is damaged or no R2ID.
+        InputError when there is no such model or device, or when it is damaged or no R2ID.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = find_device(device)
         if is_hub_name(str(source)):
             source = fetch(str(source), revision, cache_dir)
         return cls(Sampler.load(source, device))
+
+    def __repr__(self) -> str:
+        size, classes = self.codec.image, self.sampler.num_classes
+        return (
+            f"<Pipeline of pictures of {size[0]}x{size[1]}, "
+            f"{f'{classes} classes, ' if classes else ''}on {self.codec.device}>"
+        )
 
     @property
     def codec(self) -> Codec:
@@ -137,6 +145,7 @@ class Pipeline:
                 + "; must be equally many, or one for all"
             )
         count = max(counts.values(), default=1)
+        _check_names(settings, Settings)
         condition = self.condition(labels, attributes, embeddings, count)
         check_samples(self.sampler, size, grid, count)
         chosen = _seeds(given["seeds"]).expand(count)
@@ -165,6 +174,11 @@ class Pipeline:
         encoded, if it is no multiple of a latent cell.
         """
         grid: Size = (latents.shape[2], latents.shape[3])
+        if latents.shape[1:2] != (self.codec.latent_channels,):
+            raise InputError(
+                f"latents of shape {list(latents.shape)}: must be [B, "
+                f"{self.codec.latent_channels}, h, w]"
+            )
         if size is None:
             own = self.codec.grid_for(self.codec.image) == grid
             cell = self.codec.downsample
@@ -253,11 +267,13 @@ class Pipeline:
 
     def _check_edit(self, own: Size, size: Size | None = None, within: Size | None = None) -> None:
         """Raise InputError when editing a picture, and drawing it at a size, would not fit."""
+        check_size(size or within or own)
         native = editing.edited_size(self.sampler, own, within)
         check_edit(self.sampler, size or within or own, self.codec.grid_for(native))
 
     def _arguments(self, seed: int, drawing: Drawing) -> dict[str, Any]:
         """Turn the keywords of one picture into those of r2id.sampling.editing."""
+        _check_names(drawing, Drawing)
         settings: dict[str, Any] = dict(drawing)
         embedding = settings.pop("embedding", None)
         if isinstance(embedding, PathLike | str):
@@ -304,13 +320,23 @@ class Pipeline:
 
 
 def _listed(name: str, values: int | Sequence[int] | None) -> list[Any]:
-    """Return one value, several or none as a list. Raises InputError for an empty sequence."""
+    """Return whole numbers, one, several or none, as a list; InputError for anything else."""
     if values is None:
         return []
-    listed = [int(value) for value in (values if isinstance(values, Iterable) else [values])]
+    listed = list(values) if isinstance(values, Iterable) else [values]
     if not listed:
         raise InputError(f"{name} []: must be one or more, or left out")
-    return listed
+    try:
+        return [index(value) for value in listed]
+    except TypeError:
+        raise InputError(f"{name} {values!r}: must be whole numbers") from None
+
+
+def _check_names(settings: Mapping[str, Any], allowed: type) -> None:
+    """Raise InputError for a setting that is none of the keys of a typed dictionary."""
+    known = get_type_hints(allowed)
+    for name in settings.keys() - known.keys():
+        raise InputError(f"{name}: no such setting; must be one of {', '.join(known)}")
 
 
 def _seeds(seeds: Sequence[int]) -> Tensor:
@@ -327,8 +353,12 @@ def _size(image: Tensor) -> Size:
 
 def _read(picture: Picture, channels: int) -> Tensor:
     """Read a picture, upright, as float32 [C, H, W] in [−1, 1]."""
-    if not isinstance(picture, Image.Image):
+    if isinstance(picture, str | PathLike):
         return read_image(Path(picture), channels)
+    if not isinstance(picture, Image.Image):
+        raise InputError(
+            f"picture of type {type(picture).__name__}: must be one of Pillow, or a file's path"
+        )
     try:
         with decoding():
             # A file that Pillow has opened is read as one that is named.

@@ -40,6 +40,10 @@ def test_pictures_are_those_of_the_sampler(pipe):
         assert one.mode == "L" and np.array_equal(pixels(one), to_bytes(other)[..., 0].numpy())
 
 
+def test_it_says_what_it_is_in_a_line(pipe):
+    assert repr(pipe) == "<Pipeline of pictures of 8x8, 10 classes, on cpu>"
+
+
 def test_one_for_all_or_one_for_each(pipe):
     four = pipe(2, size=(8, 8), seeds=[0, 1, 2, 3])
     assert len(four) == 4 and np.array_equal(
@@ -162,8 +166,15 @@ def test_edits(pipe, picture, tmp_path):
         (lambda pipe, picture: pipe(1, guidance=-1), "guidance"),
         (lambda pipe, picture: pipe([]), r"labels \[\]"),
         (lambda pipe, picture: pipe(1, seeds=2**63), str(2**63)),
-        (lambda pipe, picture: pipe(1, size=(0, 8)), "0x8"),
-        (lambda pipe, picture: pipe.upscale(picture, (8, 0)), "8x0"),
+        (lambda pipe, picture: pipe(["cat"]), r"labels \['cat'\]: must be whole numbers"),
+        (lambda pipe, picture: pipe(1, seeds=1.5), r"seeds 1\.5: must be whole numbers"),
+        (lambda pipe, picture: pipe(1, count=3), "count: no such setting; .*steps, guidance"),
+        (lambda pipe, picture: pipe(1, size=(0, 8)), r"size \(0, 8\): .*at least 1"),
+        (lambda pipe, picture: pipe(1, size=32), r"size 32: must be \(height, width\)"),
+        (lambda pipe, picture: pipe.outpaint(picture, "9x9"), "size '9x9': must be"),
+        (lambda pipe, picture: pipe.upscale(picture, (8, 0)), r"size \(8, 0\)"),
+        (lambda pipe, picture: pipe.encode(np.zeros((8, 8))), "type ndarray"),
+        (lambda pipe, picture: pipe.decode(torch.zeros(1, 9, 4, 4)), r"shape \[1, 9, 4, 4\]"),
         (lambda pipe, picture: pipe.vary(picture, seed=-1), "seed -1"),
         (lambda pipe, picture: pipe.vary(picture, labels=1), "labels"),
         (lambda pipe, picture: pipe(1, size=(100_000, 100_000)), "100000x100000.*memory"),

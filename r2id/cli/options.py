@@ -98,20 +98,9 @@ def parse_window(text: str | None) -> tuple[int, int, int, int] | None:
 
 def find_device(name: str) -> torch.device:
     """Find a device; ``auto`` is CUDA if there is a GPU. Raises InputError if it is not usable."""
-    import torch
+    from r2id import dist  # which loads PyTorch
 
-    from r2id.dist import allow_tf32
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {name!r}: not usable here: {str(error).splitlines()[0]}"
-        ) from None
-    allow_tf32(device)
-    return device
+    return dist.find_device(name)
 
 
 def report_job(

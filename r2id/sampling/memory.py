@@ -10,8 +10,9 @@ Shape letters: C colours · H, W image · L latent channels · h, w latent grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -
     ``grid`` is their latent grid, by default the one for their size. Another one is raised for a
     size without pixels.
     """
-    _check_size(size)
+    check_size(size)
     free, grid = free_memory(sampler.codec.device), grid or sampler.grid_for(size)
     # Grids that are so small that several are denoised at a time fit everywhere.
     if sampler.batch_length((1, 1), grid) == 1:
@@ -80,7 +81,7 @@ def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | 
     With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit. Another one
     is raised for a size without pixels.
     """
-    _check_size(size)
+    check_size(size)
     free = free_memory(codec.device)
     if window is None:
         _check_pictures("size", size, codec, grid, 1, free, "; --window decodes a part")
@@ -90,9 +91,11 @@ def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | 
         _check_pictures("window of", window_size, codec, grid, 1, free, picture=size)
 
 
-def _check_size(size: Size) -> None:
-    if min(size) < 1:
-        raise InputError(f"size {size[0]}x{size[1]}: must be at least 1x1")
+def check_size(size: Size) -> None:
+    """Raise InputError for what is no size."""
+    sides = size if isinstance(size, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in sides):
+        raise InputError(f"size {size!r}: must be (height, width) in pixels, at least 1 each")
 
 
 def free_memory(device: torch.device) -> int:
