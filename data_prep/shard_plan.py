@@ -158,8 +158,9 @@ def _check_budget(config: PrepareConfig, total: int, rejected: int, example: str
         )
     if rejected > max(_REJECTS_ALLOWED, config.max_rejects * total):
         raise WorkError(
-            f"source {config.source}: {rejected} of {total} images cannot be used, more than "
-            f"may be left out (max_rejects {config.max_rejects:g}): {example}"
+            f"source {config.source}: {rejected} of {total} images cannot be used, more than may "
+            f"be left out ({_REJECTS_ALLOWED}, or a share of max_rejects = {config.max_rejects:g}),"
+            f" such as {example}"
         )
 
 

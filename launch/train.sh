@@ -4,6 +4,7 @@
 # NPROC sets another number of processes. Exit codes are those of r2id train: 0 done, 1 failed,
 # 2 wrong input, 75 stopped with everything saved.
 set -euo pipefail
+[ $# -gt 0 ] || { echo "error: which CONFIG? train.sh CONFIG" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 choose_processes

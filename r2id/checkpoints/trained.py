@@ -61,6 +61,11 @@ def _open(path: Path, stage: str | None) -> Trained:
         path = hub.fetch(str(path))
     if path.is_file():
         return pretrained.read(path)
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such folder or file; must be a run directory, a checkpoint or an exported "
+            "model"
+        )
     if (path / DESCRIPTION).is_file() or list_checkpoints(path / "checkpoints"):
         return Checkpoint.open(path)
     stages = {file: pretrained.stage_of(file) for file in sorted(path.glob("*.safetensors"))}

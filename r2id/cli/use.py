@@ -87,7 +87,7 @@ def sample(
     options = {
         "sizes": (),
         **which,
-        "grid": parse_size(grid) if grid else None,
+        "grid": parse_size(grid, "grid", "cells") if grid else None,
         "device": find_device(device),
     }
     if kind != "grid":

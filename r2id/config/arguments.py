@@ -109,12 +109,12 @@ def to_arguments(section: Section) -> list[str]:
     ]
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Read a size: '56x42' → (56, 42). Raises InputError for anything else."""
+def parse_size(text: str, name: str = "size", unit: str = "pixels") -> tuple[int, int]:
+    """Read a size: '56x42' → (56, 42). Raises InputError for anything else, which it names."""
     match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
     if not match or not (int(match[1]) and int(match[2])):
         raise InputError(
-            f"size {text!r}: must be HEIGHTxWIDTH in whole pixels of at least 1, such as 56x42"
+            f"{name} {text!r}: must be HEIGHTxWIDTH in whole {unit}, at least 1x1, such as 56x42"
         )
     return int(match[1]), int(match[2])
 

@@ -227,7 +227,8 @@ def read_latents(folder: Path) -> LatentManifest:
             if list(folder.glob("*/*.safetensors"))
             else ("not a latent cache (no latents.json): give a folder written by r2id encode")
         )
-        raise InputError(f"{folder}: {state if folder.is_dir() else 'no such folder'}")
+        absent = "no such folder; r2id encode makes one"
+        raise InputError(f"latents {folder}: {state if folder.is_dir() else absent}")
     try:
         manifest = LatentManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -26,6 +26,8 @@ from r2id.training.tasks import Task
 
 _SELECTION = ("train_split", "size", "max_pixels", "window", "flip", "batch_pixels", "shuffle")
 """Settings of the data section that decide which samples a step holds, and in which form."""
+_FACTS = {"digest": "data.shards of digest", "codec_hash": "codec of hash"}
+"""Names of facts for which a setting is to blame."""
 
 
 def is_finished(config: RiaeRun | R2idRun, newest: Checkpoint) -> bool:
@@ -128,8 +130,8 @@ def _check_same_run(task: Task, newest: Checkpoint) -> None:
     for name, value in _essentials(task.config.model_dump(mode="json"), task.facts).items():
         if recorded.get(name, value) != value:
             raise InputError(
-                f"{folder}: holds a run with {name} = {recorded[name]!r}, not {value!r}: "
-                "choose another run directory, or remove this one to start over"
+                f"{folder}: holds a run with {name} = {_shown(recorded[name])}, not "
+                f"{_shown(value)}: choose another run directory, or remove this one to start over"
             )
     changed = _changes(meta.config, task.config.model_dump(mode="json"))
     more = f", with other settings than before: {', '.join(changed)}" if changed else ""
@@ -165,5 +167,10 @@ def _essentials(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
                 essentials[f"{section}.{key}"] = value
     for key, value in facts.items():
         if key != "codec":  # its path may change; codec_hash tells whether it is the same
-            essentials[f"recorded {key}"] = value
+            essentials[_FACTS.get(key, f"recorded {key}")] = value
     return essentials
+
+
+def _shown(value: Any) -> str:
+    """Show a value in a line; of a hash, twelve digits."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)

@@ -115,7 +115,15 @@ def test_deepspeeds_launcher_with_a_hostfile(checkout: Path) -> None:
     assert done.returncode == 2 and "none" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["multinode.sh", "slurm.sh"])
+@pytest.mark.parametrize("script", ["multinode.sh", "slurm.sh", "train.sh", "flow.sh", "app.sh"])
 def test_a_script_without_a_command_says_what_it_takes(script: str, checkout: Path) -> None:
     done = bash(f"bash launch/{script}", checkout, **BASE)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("script", ["train.sh", "flow.sh", "app.sh"])
+def test_nothing_is_installed_for_a_command_that_lacks_its_argument(
+    script: str, bare: Path
+) -> None:
+    done = bash(f"bash launch/{script}", bare, **BASE)
+    assert done.returncode == 2 and not (bare / ".venv").exists()
