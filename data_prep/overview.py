@@ -29,9 +29,9 @@ def check_split(out: Path, split: str) -> None:
     ShardSet.open(out).split(split)
 
 
-def count_classes(out: Path) -> int:
-    """Return the number of classes of the set in ``out``."""
-    return ShardSet.open(out).num_classes
+def class_names(out: Path) -> list[str]:
+    """Return the names of the classes of the set in ``out``."""
+    return ShardSet.open(out).class_names
 
 
 def overview(out: Path, rejects: dict[str, int]) -> Overview:

@@ -19,7 +19,7 @@ from typing import Any
 
 from prefect import flow
 
-from data_prep.overview import check_split, count_classes
+from data_prep.overview import check_split, class_names
 from data_prep.readers import check_options
 from pipelines.artifacts import show_mlflow_run, show_pipeline
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
@@ -32,7 +32,7 @@ from r2id.config import (
     SampleConfig,
     StageConfig,
     change,
-    check_labels,
+    find_labels,
     load_config,
     override,
 )
@@ -147,9 +147,9 @@ class Pipeline:
     def _check_labels(self, run: R2idRun) -> None:
         """Raise InputError when samples are asked of a class that there is not."""
         labels = self.config.sample.labels or run.sample.labels
-        classes = count_classes(self.config.prepare.out) if run.r2id.condition == "class" else 0
+        names = class_names(self.config.prepare.out) if run.r2id.condition == "class" else []
         try:
-            check_labels(labels, classes)
+            find_labels(labels, len(names), names)
         except InputError as error:
             raise InputError(f"sample.labels: {error}") from None
 

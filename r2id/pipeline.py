@@ -32,7 +32,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from r2id.checkpoints.hub import fetch, is_hub_name
-from r2id.config import check_labels
+from r2id.config import find_labels
 from r2id.data.pixels import decoding, flatten, load_upright
 from r2id.data.records import to_array
 from r2id.dist import find_device
@@ -66,8 +66,8 @@ class Settings(TypedDict, total=False):
 class Drawing(Settings, total=False):
     """What one picture shows, and how it is drawn."""
 
-    label: int | None
-    """Its class; None for none."""
+    label: int | str | None
+    """Its class, by name or number; None for none."""
     attributes: Sequence[str]
     """What it has ("Smiling") or lacks ("-Male")."""
     embedding: Embedding | None
@@ -115,7 +115,7 @@ class Pipeline:
 
     def __call__(
         self,
-        labels: int | Sequence[int] | None = None,
+        labels: int | str | Sequence[int | str] | None = None,
         *,
         size: Size | None = None,
         seeds: int | Sequence[int] = 0,
@@ -127,11 +127,11 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Draw new pictures.
 
-        labels: a class for each picture, or one for all; None or −1 for none · size: by default
-        that of the training images · seeds: one for each picture, or one for all · attributes: what
-        all pictures have ("Smiling") or lack ("-Male") · embeddings: [B, …], one for each picture ·
-        grid: (h, w) of latent cells, by default what suits the size. Where several are given for
-        each picture, they are equally many.
+        labels: a class for each picture, or one for all, by its name or number; None or −1 for none
+        · size: by default that of the training images · seeds: one for each picture, or one for all
+        · attributes: what all pictures have ("Smiling") or lack ("-Male") · embeddings: [B, …], one
+        for each picture · grid: (h, w) of latent cells, by default what suits the size. Where
+        several are given for each picture, they are equally many.
         """
         size = size or self.codec.image
         given = {"labels": _listed("labels", labels), "seeds": _listed("seeds", seeds)}
@@ -288,7 +288,7 @@ class Pipeline:
 
     def condition(
         self,
-        labels: int | Sequence[int] | None,
+        labels: int | str | Sequence[int | str] | None,
         attributes: Sequence[str],
         embeddings: Tensor | np.ndarray | None,
         count: int,
@@ -315,19 +315,21 @@ class Pipeline:
                 )
             return given.expand(count, *given.shape[1:])
         chosen = _listed("labels", labels) or [-1]
-        check_labels([label for label in chosen if label != -1], self.sampler.num_classes)
-        return torch.tensor(chosen).expand(count)
+        classes, names = self.sampler.num_classes, self.sampler.class_names
+        numbers = [find_labels([one], classes, names)[0] if one != -1 else -1 for one in chosen]
+        return torch.tensor(numbers).expand(count)
 
 
-def _listed(name: str, values: int | Sequence[int] | None) -> list[Any]:
-    """Return whole numbers, one, several or none, as a list; InputError for anything else."""
+def _listed(name: str, values: int | str | Sequence[int | str] | None) -> list[Any]:
+    """Return whole numbers or names, one, several or none, as a list; InputError for others."""
     if values is None:
         return []
-    listed = list(values) if isinstance(values, Iterable) else [values]
+    several = isinstance(values, Iterable) and not isinstance(values, str)
+    listed: list[Any] = [*values] if several else [values]  # type: ignore[misc]
     if not listed:
         raise InputError(f"{name} []: must be one or more, or left out")
     try:
-        return [index(value) for value in listed]
+        return [value if isinstance(value, str) else index(value) for value in listed]
     except TypeError:
         raise InputError(f"{name} {values!r}: must be whole numbers") from None
 
@@ -342,8 +344,8 @@ def _check_names(settings: Mapping[str, Any], allowed: type) -> None:
 def _seeds(seeds: Sequence[int]) -> Tensor:
     """Return seeds as int64 [B]; InputError for one that is out of range."""
     for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed {seed}: must be from 0 to {2**63 - 1}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise InputError(f"seed {seed}: must be a whole number from 0 to {2**63 - 1}")
     return torch.tensor(seeds, dtype=torch.int64)
 
 

@@ -87,6 +87,13 @@ def test_mistakes_are_named_in_one_line(override, words):
     assert all(word in text for word in words), text
 
 
+def test_classes_are_named_or_numbered():
+    assert build(SampleConfig, {"labels": ["cat", "3", 4]}).labels == ("cat", 3, 4)
+    for label in (-1, 1.5, "", True):
+        with pytest.raises(InputError, match=r"labels\.1 = .*name of a class, or its number"):
+            build(SampleConfig, {"labels": [0, label]})
+
+
 def test_heads_that_do_not_divide_the_width_are_named():
     with pytest.raises(InputError, match=r"width = 200: must be a multiple of its 3 heads"):
         build(R2idConfig, {"width": 200, "heads": 3})

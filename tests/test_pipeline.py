@@ -40,6 +40,18 @@ def test_pictures_are_those_of_the_sampler(pipe):
         assert one.mode == "L" and np.array_equal(pixels(one), to_bytes(other)[..., 0].numpy())
 
 
+def test_classes_by_their_names(pipe):
+    names = ("ant", "bee", "cat", "2", *"efghij")
+    named = Pipeline(replace(pipe.sampler, class_names=names))
+    by_name, by_number = named(["cat", "ant", 9]), pipe([2, 0, 9])
+    assert all(map(np.array_equal, map(pixels, by_name), map(pixels, by_number)))
+    assert np.array_equal(pixels(named("2")[0]), pixels(pipe(3)[0])), "a text is a name"
+    edited = named.vary(by_name[0], label="cat"), pipe.vary(by_name[0], label=2)
+    assert np.array_equal(*map(pixels, edited))
+    with pytest.raises(InputError, match=r"label dog: must be 0 to 9, or one of ant, bee, cat, 2"):
+        named("dog")
+
+
 def test_it_says_what_it_is_in_a_line(pipe):
     assert repr(pipe) == "<Pipeline of pictures of 8x8, 10 classes, on cpu>"
 
@@ -166,7 +178,9 @@ def test_edits(pipe, picture, tmp_path):
         (lambda pipe, picture: pipe(1, guidance=-1), "guidance"),
         (lambda pipe, picture: pipe([]), r"labels \[\]"),
         (lambda pipe, picture: pipe(1, seeds=2**63), str(2**63)),
-        (lambda pipe, picture: pipe(["cat"]), r"labels \['cat'\]: must be whole numbers"),
+        (lambda pipe, picture: pipe(["cat"]), "label cat: must be 0 to 9"),
+        (lambda pipe, picture: pipe([0.5]), r"labels \[0\.5\]: must be whole numbers"),
+        (lambda pipe, picture: pipe(1, seeds=["2"]), "seed 2: must be a whole number"),
         (lambda pipe, picture: pipe(1, seeds=1.5), r"seeds 1\.5: must be whole numbers"),
         (lambda pipe, picture: pipe(1, count=3), "count: no such setting; .*steps, guidance"),
         (lambda pipe, picture: pipe(1, size=(0, 8)), r"size \(0, 8\): .*at least 1"),

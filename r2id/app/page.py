@@ -91,11 +91,13 @@ def build(actions: Actions, title: str) -> Any:
 
 def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
     """Add the controls of what is drawn, in the order in which ``_wish`` takes their values."""
-    classes, names = actions.classes, list(actions.pipe.sampler.attributes)
+    sampler = actions.pipe.sampler
+    classes, names = actions.classes, list(sampler.attributes)
+    called = sampler.class_names or [str(label) for label in range(classes)]
     first = actions.first_wish
     return [
         gr.Dropdown(
-            [("any", None), *((str(label), label) for label in range(classes))],
+            [("any", None), *((name, label) for label, name in enumerate(called))],
             value=first.label,
             label="Class",
             visible=bool(classes),

@@ -11,7 +11,7 @@ from r2id.config.diffusion import (
     SampleConfig,
     SamplerConfig,
     SubjectConfig,
-    check_labels,
+    find_labels,
 )
 from r2id.config.files import Run, build, change, load_config, override, parse_config, to_toml
 from r2id.config.losses import LossConfig
@@ -60,7 +60,7 @@ __all__ = [
     "TrainConfig",
     "build",
     "change",
-    "check_labels",
+    "find_labels",
     "load_config",
     "override",
     "parse_config",

@@ -97,7 +97,8 @@ def find_option(schema: type[Section], name: str) -> Option:
     if kind is bool and field.default is not False:
         raise TypeError(f"{name}: an option can only switch on what is off by default")
     repeated = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
-    return Option(name, _bare(get_args(kind)[0]) if repeated else kind, repeated, field)
+    one = _without_none(_bare(get_args(kind)[0])) if repeated else kind
+    return Option(name, one, repeated, field)
 
 
 def to_arguments(section: Section) -> list[str]:
@@ -129,9 +130,11 @@ def _without_none(annotation: Any) -> Any:
     if get_origin(annotation) not in (Union, types.UnionType):
         return annotation
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if set(kinds) == {int, str}:
+        return str  # the section makes a number of it
     if len(kinds) != 1:
         raise TypeError(f"{annotation}: no option can be made of a field of several types")
-    return _bare(kinds[0])
+    return _without_none(_bare(kinds[0]))
 
 
 _SIZE = _bare(Size)

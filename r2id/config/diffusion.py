@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from r2id.config.section import (
     Fraction0,
     Guidance,
+    Label,
     Labels,
     Section,
     Seed,
@@ -21,6 +22,9 @@ from r2id.config.section import (
     check_seeds,
 )
 from r2id.errors import InputError
+
+_NAMED = 20
+"""The most classes that an error lists."""
 
 
 class DiffusionConfig(Section):
@@ -100,8 +104,8 @@ class SubjectConfig(Section):
 
     seed: Seed = 0
     """Seed of the noise."""
-    label: int | None = Field(default=None, ge=0)
-    """Class of the picture, by its index; without one, any."""
+    label: Label | None = None
+    """Class of the picture, by its name or number; without one, any."""
     attributes: Strings = ()
     """Attribute that the picture has, NAME, or lacks, -NAME, if the model was trained on
     attributes."""
@@ -109,12 +113,21 @@ class SubjectConfig(Section):
     """``.npy`` file of an embedding, in the shape that the model was trained on."""
 
 
-def check_labels(labels: Sequence[int], classes: int) -> None:
-    """Raise InputError when a label is not one of a model's classes; 0 classes have none."""
-    for label in labels:
-        if not 0 <= label < classes:
+def find_labels(labels: Sequence[int | str], classes: int, names: Sequence[str] = ()) -> list[int]:
+    """Return the numbers of classes, of which some may be given by their names.
+
+    Raises InputError when one is none of a model's classes.
+    """
+    numbers = {name: number for number, name in enumerate(names)}
+    found = [numbers.get(label, label) if isinstance(label, str) else label for label in labels]
+    for label in found:
+        if isinstance(label, str) or not 0 <= label < classes:
             allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
+            if not numbers.keys() <= {*map(str, range(classes))}:
+                shown = [*names[:_NAMED], *(["…"] if len(names) > _NAMED else [])]
+                allowed += f", or one of {', '.join(shown)}"
             raise InputError(f"label {label}: must be {allowed}")
+    return [int(label) for label in found]
 
 
 class SampleConfig(SamplerConfig):
@@ -125,8 +138,8 @@ class SampleConfig(SamplerConfig):
     count: int = Field(default=40, ge=1)
     """Number of images per size."""
     labels: Labels = ()
-    """Class of the images, by its index. Several take turns until there are ``count`` images;
-    without any, all classes do."""
+    """Class of the images, by its name or number. Several take turns until there are ``count``
+    images; without any, all classes do."""
     seed: Seed = 0
     """Seed of the first image of each size; image i has this seed + i."""
 

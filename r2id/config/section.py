@@ -26,6 +26,15 @@ def as_several(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) else as_tuple(value)
 
 
+def as_label(value: Any) -> int | str:
+    """Convert a text of digits to a number; raise ValueError for what is no class."""
+    if isinstance(value, str) and value:
+        return int(value) if value.isdecimal() else value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("must be the name of a class, or its number from 0 on")
+
+
 def check_scales(scales: tuple[float, float]) -> tuple[float, float]:
     """Raise ValueError unless 0 < smallest ≤ largest."""
     if not 0 < scales[0] <= scales[1]:
@@ -53,7 +62,9 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """Seeds are int64 in tensors."""
 Guidance = Annotated[float, Field(ge=0, le=100)]
 """Scales beyond these say nothing: at 100 the condition alone decides already."""
-Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
+Label = Annotated[int | str, BeforeValidator(as_label)]
+"""A class: its number, or its name."""
+Labels = Annotated[tuple[Label, ...], BeforeValidator(as_tuple)]
 Guidances = Annotated[tuple[Guidance, ...], BeforeValidator(as_several)]
 """A single number need not be in brackets."""
 Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]

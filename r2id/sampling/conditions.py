@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2id.config import SampleConfig, change, check_labels
+from r2id.config import SampleConfig, change, find_labels
 from r2id.data.embeddings import read_embeddings
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
@@ -28,16 +28,17 @@ def resolve(sampler: Sampler, **given: Any) -> SampleConfig:
     return change(sampler.defaults, changes)
 
 
-def choose_labels(labels: Sequence[int], count: int, classes: int) -> Tensor:
+def choose_labels(
+    labels: Sequence[int | str], count: int, classes: int, names: Sequence[str] = ()
+) -> Tensor:
     """Choose ``count`` labels: the given ones in turn, or else all classes in turn → int64 [count].
 
-    They are all −1 (none) when the model has no classes. Raises InputError when a label is out of
-    range, or when there are more labels than samples.
+    They are all −1 (none) when the model has no classes. ``names`` are those of the classes. Raises
+    InputError for a label that is none of them, and for more labels than samples.
     """
     if len(labels) > count:
         raise InputError(f"{len(labels)} labels: must be at most {count}, the number of samples")
-    check_labels(labels, classes)
-    choices = list(labels) or list(range(classes)) or [-1]
+    choices = find_labels(labels, classes, names) or list(range(classes)) or [-1]
     return torch.tensor([choices[i % len(choices)] for i in range(count)], dtype=torch.int64)
 
 

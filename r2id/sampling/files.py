@@ -29,7 +29,7 @@ from torch import Tensor
 
 from r2id import dist
 from r2id.checkpoints.trained import Trained, open_trained
-from r2id.config import SamplerConfig
+from r2id.config import SamplerConfig, find_labels
 from r2id.errors import InputError, WorkError
 from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic, write_json
 from r2id.images import encode_png
@@ -76,6 +76,8 @@ class Request:
     """Labels of all samples, int64 [count, rounded up to whole batches]."""
     settings: dict[str, Any]
     """Keyword arguments of Sampler.sample. ``facts`` has them too."""
+    class_names: Sequence[str]
+    """Names of the classes."""
 
     @property
     def count(self) -> int:
@@ -99,7 +101,7 @@ def draw_many(
     sizes: Sequence[Size],
     *,
     kind: Format,
-    labels: Sequence[int] = (),
+    labels: Sequence[int | str] = (),
     count: int | None = None,
     seed: int | None = None,
     grid: Size | None = None,
@@ -162,7 +164,7 @@ def make_request(
     size: Size,
     *,
     kind: Format,
-    labels: Sequence[int],
+    labels: Sequence[int | str],
     count: int | None,
     seed: int | None,
     grid: Size | None,
@@ -177,10 +179,12 @@ def make_request(
     check_samples(sampler, size, grid, batch)
     wanted = resolve(sampler, labels=tuple(labels), count=count, seed=seed, **settings)
     sampler.check_guidance(wanted.guidance, wanted.autoguidance)
-    count, chosen = wanted.count, list(wanted.labels)
+    count, classes = wanted.count, sampler.num_classes
+    called = sampler.class_names or [str(label) for label in range(classes)]
+    chosen = find_labels(wanted.labels, classes, called)
     names = set(SamplerConfig.model_fields)
     resolved = wanted.model_dump(mode="json", include=names)
-    choose_labels(chosen, count, sampler.num_classes)  # InputError for more labels than samples
+    choose_labels(chosen, count, classes)  # InputError for more labels than samples
     facts = {
         "format_version": FORMAT_VERSION,
         "format": kind,
@@ -191,14 +195,14 @@ def make_request(
         "count": count,
         "first_seed": wanted.seed,
         "labels": chosen,
-        "classes": sampler.num_classes,
+        "classes": classes,
         "shift_exponent": sampler.diffusion.shift_exponent,
         **resolved,
         "batch": batch,
         "device": sampler.codec.device.type,
     }
     whole_batches = -(-count // batch) * batch  # count, rounded up
-    return Request(facts, choose_labels(chosen, whole_batches, sampler.num_classes), resolved)
+    return Request(facts, choose_labels(chosen, whole_batches, classes), resolved, called)
 
 
 class PngFiles:
@@ -236,7 +240,7 @@ def _make_writer(out: Path, request: Request) -> Writer:
     # Imported here, because it loads pyarrow, which nothing else in inference needs.
     from r2id.sampling.shards import ShardFiles
 
-    return ShardFiles(out, request.facts, request.labels.tolist())
+    return ShardFiles(out, request.facts, request.labels.tolist(), request.class_names)
 
 
 def _check_folder(out: Path, request: Request) -> None:

@@ -22,7 +22,7 @@ def draw_grids(
     out: Path,
     sizes: Sequence[Size],
     *,
-    labels: Sequence[int] = (),
+    labels: Sequence[int | str] = (),
     attributes: Sequence[str] = (),
     embedding: Path | None = None,
     count: int | None = None,
@@ -53,7 +53,8 @@ def draw_grids(
     for size in sizes:
         check_samples(sampler, size, grid, wanted.count)
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
-    chosen_labels = choose_labels(wanted.labels, wanted.count, sampler.num_classes)
+    classes, names = sampler.num_classes, sampler.class_names
+    chosen_labels = choose_labels(wanted.labels, wanted.count, classes, names)
     condition = (
         choose_attributes(attributes, sampler.attributes).expand(len(chosen_labels), -1)
         if attributes
@@ -63,7 +64,7 @@ def draw_grids(
         condition = choose_embeddings(embedding, sampler.model, len(chosen_labels))
     seeds = wanted.seed + torch.arange(wanted.count)
     # One column per class (ten without classes), so that each row shows every class once.
-    columns = min(len(chosen_labels), sampler.num_classes or 10)
+    columns = min(len(chosen_labels), classes or 10)
     for file, size in zip(files, sizes, strict=True):
         images = sampler.sample(condition, seeds, size, grid=grid, **settings)
         save_png(tile(images, columns), file)

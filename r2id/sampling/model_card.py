@@ -110,7 +110,7 @@ def _told(card: Card) -> str:
     """Say what samples can be conditioned on."""
     config = card.config
     if config["condition"] == "class" and config["classes"]:
-        names = card.metrics and card.metrics["provenance"]["data"].get("class_names")
+        names = config["class_names"]
         return f", with {config['classes']} classes" + (f": {', '.join(names)}" if names else "")
     if config["condition"] == "attributes":
         return f", with the attributes {', '.join(config['attributes'])}"
@@ -120,8 +120,11 @@ def _told(card: Card) -> str:
 def _use_r2id(card: Card) -> Iterable[str]:
     height, width = card.example_size
     classes = card.config["classes"]
-    labels = [label % classes for label in (3, 7)] if classes else []
-    given = f"labels={labels}, " if labels else ""
+    names = card.config["class_names"]
+    if not names or any(name.isdecimal() for name in names):  # in a shell, digits are a number
+        names = range(classes)
+    labels = [names[label % classes] for label in (3, 7)] if classes else []
+    given = f"labels={json.dumps(labels, ensure_ascii=False)}, " if labels else ""
     yield "With r2id installed, in Python:"
     yield _block(
         "python",

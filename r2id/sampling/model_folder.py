@@ -142,6 +142,7 @@ def _config(model: _Model, done: dict[str, Any], licence: str | None) -> dict[st
         "image_size": list(codec.image),
         "channels": codec.channels,
         "classes": sampler.num_classes if sampler else 0,
+        "class_names": list(sampler.class_names) if sampler else [],
         "attributes": list(sampler.attributes) if sampler else [],
         "condition": sampler.model.config.condition if sampler else None,
         "config": about.config,

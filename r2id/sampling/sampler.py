@@ -58,6 +58,8 @@ class Sampler:
     """Names of the attributes that samples can be conditioned on, in order."""
     guide: R2ID | None = None
     """An early average of the model, which autoguidance moves away from."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, in order; none of a model that was trained before they were kept."""
 
     @classmethod
     def load(
@@ -110,6 +112,7 @@ class Sampler:
             bfloat16,
             tuple(meta.model.get("attributes", ())),
             guide,
+            tuple(meta.model.get("class_names", ())),
         )
 
     @property
@@ -145,32 +148,20 @@ class Sampler:
         size: Size,
         *,
         grid: Size | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        autoguidance: float | None = None,
-        solver: str | None = None,
-        eta: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
+        **settings: Any,
     ) -> Tensor:
         """Draw images of any size, one per condition and seed.
 
         condition: int64 [B] of classes (−1: none), float [B, A] of attributes (−1 without, 1 with,
         0 either), or [B, D] or [B, T, D] of embeddings · seeds: int64 [B] · size: (H, W) in pixels
-        · grid: (h, w) of latent cells, by default grid_for(size). Settings that are None are the
-        run's own, see SampleConfig. → float32 [B, C, H, W] in [−1, 1], on the CPU.
+        · grid: (h, w) of latent cells, by default grid_for(size) · settings: fields of
+        SamplerConfig; those that are None or left out are the run's own. → float32 [B, C, H, W] in
+        [−1, 1], on the CPU.
 
         An image has the same bits whatever else is drawn in the same call. All batches have one
         length for this, because matrix products of other lengths round differently.
         """
-        overrides: dict[str, Any] = {
-            "steps": steps,
-            "guidance": guidance,
-            "autoguidance": autoguidance,
-            "solver": solver,
-            "eta": eta,
-            "guidance_interval": guidance_interval,
-        }
-        latents = self.latents(condition, seeds, grid or self.grid_for(size), **overrides)
+        latents = self.latents(condition, seeds, grid or self.grid_for(size), **settings)
         return self.render(latents, size)
 
     @torch.no_grad()

@@ -30,9 +30,11 @@ _SAMPLES, _PIXELS = 512, 1 << 23
 class ShardFiles:
     """Writes samples into shards, each of which is complete or absent."""
 
-    def __init__(self, out: Path, facts: dict[str, Any], labels: Sequence[int]) -> None:
+    def __init__(
+        self, out: Path, facts: dict[str, Any], labels: Sequence[int], class_names: Sequence[str]
+    ) -> None:
         """``facts`` are those of sampling.json; ``labels`` are −1 for samples without a class."""
-        self.out, self.facts, self.labels = out, facts, labels
+        self.out, self.facts, self.labels, self.class_names = out, facts, labels, class_names
         self.length = shard_length(facts["size"], facts["batch"])
 
     def is_done(self, part: range) -> bool:
@@ -58,7 +60,7 @@ class ShardFiles:
             dataset="samples",
             source_digest=source,
             rejects=0,
-            class_names=[str(label) for label in range(self.facts["classes"])],
+            class_names=list(self.class_names),
             splits={_SPLIT: split},
         )
         return manifest.write(self.out).checksum

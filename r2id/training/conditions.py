@@ -19,8 +19,9 @@ from r2id.errors import InputError
 def condition_facts(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
     """Return the facts of the conditions that are needed to build and use the model.
 
-    ``classes`` is the number of classes or attributes (0: neither). ``attributes`` holds the names
-    of attributes, ``embedding`` the shape of one embedding, where these are the condition. Raises
+    ``classes`` is the number of classes or attributes (0: neither). ``class_names`` or
+    ``attributes`` holds their names, ``embedding`` the shape of one embedding, where these are the
+    condition. Raises
     InputError when the shards lack what ``r2id.condition`` asks for.
     """
     kind = config.r2id.condition
@@ -31,7 +32,9 @@ def condition_facts(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
         return {"classes": len(names), "attributes": names}
     if kind == "embedding":
         return {"classes": 0, "embedding": shape}
-    return {"classes": shards.num_classes if kind == "class" else 0}
+    if kind == "class":
+        return {"classes": shards.num_classes, "class_names": shards.class_names}
+    return {"classes": 0}
 
 
 def conditions_of(config: R2idRun, batch: Mapping[str, Tensor]) -> Tensor:

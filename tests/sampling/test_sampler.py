@@ -191,6 +191,7 @@ def test_labels():
     assert choose_labels((), 5, 3).tolist() == [0, 1, 2, 0, 1]
     assert choose_labels((2,), 2, 3).tolist() == [2, 2]
     assert choose_labels((), 2, 0).tolist() == [-1, -1]
+    assert choose_labels(("c", 0), 3, 3, ("a", "b", "c")).tolist() == [2, 0, 2]
     with pytest.raises(InputError, match=r"label 3: .*2"):
         choose_labels((3,), 1, 3)
     with pytest.raises(InputError, match=r"label 0"):

@@ -146,7 +146,8 @@ def _samples(task: R2idTask, model: R2ID, guide: R2ID | None) -> list[Row]:
     height, width = task.codec.image
     scale = enlargement((height, width))
     count = _columns((height, width), scale)
-    labels = choose_labels(config.sample.labels[:count], count, sampler.num_classes)
+    names = facts.get("class_names", ())
+    labels = choose_labels(config.sample.labels[:count], count, sampler.num_classes, names)
     sizes = ((height, width), (height * 3 // 2, width), (height * 2, width * 2))
     seeds = torch.arange(len(labels))
     return [
