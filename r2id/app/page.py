@@ -93,11 +93,10 @@ def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
     """Add the controls of what is drawn, in the order in which ``_wish`` takes their values."""
     sampler = actions.pipe.sampler
     classes, names = actions.classes, list(sampler.attributes)
-    called = sampler.class_names or [str(label) for label in range(classes)]
     first = actions.first_wish
     return [
         gr.Dropdown(
-            [("any", None), *((name, label) for label, name in enumerate(called))],
+            [("any", None), *((name, label) for label, name in enumerate(sampler.class_names))],
             value=first.label,
             label="Class",
             visible=bool(classes),

@@ -180,8 +180,7 @@ def make_request(
     wanted = resolve(sampler, labels=tuple(labels), count=count, seed=seed, **settings)
     sampler.check_guidance(wanted.guidance, wanted.autoguidance)
     count, classes = wanted.count, sampler.num_classes
-    called = sampler.class_names or [str(label) for label in range(classes)]
-    chosen = find_labels(wanted.labels, classes, called)
+    chosen = find_labels(wanted.labels, classes, sampler.class_names)
     names = set(SamplerConfig.model_fields)
     resolved = wanted.model_dump(mode="json", include=names)
     choose_labels(chosen, count, classes)  # InputError for more labels than samples
@@ -202,7 +201,9 @@ def make_request(
         "device": sampler.codec.device.type,
     }
     whole_batches = -(-count // batch) * batch  # count, rounded up
-    return Request(facts, choose_labels(chosen, whole_batches, classes), resolved, called)
+    return Request(
+        facts, choose_labels(chosen, whole_batches, classes), resolved, sampler.class_names
+    )
 
 
 class PngFiles:

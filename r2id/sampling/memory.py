@@ -46,8 +46,8 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -> None:
     """Raise InputError when drawing ``count`` samples of a size (H, W) would not fit into memory.
 
-    ``grid`` is their latent grid, by default the one for their size. Another one is raised for a
-    size without pixels.
+    ``grid`` is their latent grid, by default the one for their size. What is no size is refused,
+    too.
     """
     check_size(size)
     free, grid = free_memory(sampler.codec.device), grid or sampler.grid_for(size)
@@ -78,8 +78,8 @@ def check_edit(sampler: Sampler, size: Size, grid: Size) -> None:
 def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | None) -> None:
     """Raise InputError when decoding a grid at a size (H, W) would not fit into memory.
 
-    With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit. Another one
-    is raised for a size without pixels.
+    With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit. What
+    is no size is refused, too.
     """
     check_size(size)
     free = free_memory(codec.device)

@@ -121,7 +121,7 @@ def _use_r2id(card: Card) -> Iterable[str]:
     height, width = card.example_size
     classes = card.config["classes"]
     names = card.config["class_names"]
-    if not names or any(name.isdecimal() for name in names):  # in a shell, digits are a number
+    if any(name.isdecimal() for name in names):  # in a shell, digits are a number
         names = range(classes)
     labels = [names[label % classes] for label in (3, 7)] if classes else []
     given = f"labels={json.dumps(labels, ensure_ascii=False)}, " if labels else ""

@@ -59,7 +59,7 @@ class Sampler:
     guide: R2ID | None = None
     """An early average of the model, which autoguidance moves away from."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes, in order; none of a model that was trained before they were kept."""
+    """Names of the classes, in order: numbers, if the model was trained before names were kept."""
 
     @classmethod
     def load(
@@ -101,6 +101,7 @@ class Sampler:
         defaults = SampleConfig.model_validate(meta.config["sample"])
         if defaults.guidance and not model.conditional:  # a scale that a config has for others
             defaults = change(defaults, {"guidance": 1.0})
+        numbers = map(str, range(model.classes if model.config.condition == "class" else 0))
         return cls(
             model,
             codec,
@@ -112,7 +113,7 @@ class Sampler:
             bfloat16,
             tuple(meta.model.get("attributes", ())),
             guide,
-            tuple(meta.model.get("class_names", ())),
+            tuple(meta.model.get("class_names", numbers)),
         )
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from r2id import dist
 from r2id.checkpoints import Checkpoint
-from r2id.config import R2idRun, RiaeConfig, RiaeRun
+from r2id.config import R2idRun, RiaeConfig, RiaeRun, find_labels
 from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader, image_loader, image_sizes
 from r2id.data.shards import ShardSet
@@ -218,6 +218,8 @@ class R2idTask(Task):
             self.cache.check(config.data)
         check_depth(config, self.codec.grid_for(image))
         self.facts = self._find_facts(sizes)
+        names = self.facts.get("class_names", ())
+        find_labels(config.sample.labels, len(names), names)  # of previews
         self.shapes = len({self.codec.grid_for(size) for size in sizes})
         if newest is not None and newest.meta.model.get("codec_hash") == self.codec.identity:
             self.facts["codec"] = newest.meta.model["codec"]  # where it came from at first

@@ -12,6 +12,7 @@ from PIL import Image
 from r2id.config import R2idRun, load_config
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
+from r2id.errors import InputError
 from r2id.images import resize, tile, to_bytes
 from r2id.models.codec import Codec
 from r2id.sampling import Sampler
@@ -79,6 +80,16 @@ def r2id_config(digits: Path, riae_run: Path, latents: Path, run: Path, steps: i
     config = load_config(CONFIGS / "digits" / "r2id.toml", settings)
     assert isinstance(config, R2idRun)
     return config
+
+
+def test_previews_of_a_class_that_is_not_there_are_refused_at_once(
+    digits: Path, riae_run: Path, latents: Path, tmp_path: Path
+) -> None:
+    config = r2id_config(digits, riae_run, latents, tmp_path / "run", 20)
+    sample = config.sample.model_copy(update={"labels": (3, "cat")})
+    with pytest.raises(InputError, match="label cat: must be 0 to 9"):
+        train(config.model_copy(update={"sample": sample}))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_film_has_a_row_for_each_preview(
