@@ -32,11 +32,14 @@ _SHARD_KEY = 1 << 40  # an rng key that differs from every bucket's number
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one step (``indices``, int64 [batch]), and the size they are resized to."""
+    """The samples of one step, and the size they are resized to."""
 
     indices: np.ndarray
+    """Positions in the split, int64 [batch]."""
     height: int
     width: int
+    copies: np.ndarray | int = 0
+    """How often the step has each sample already, int64 [batch]: see ``count_copies``."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,18 @@ def rank_micro_batches(
     """Return this rank's samples of a global batch (every ``world_size``-th), in micro-batches."""
     check_batch(len(indices), world_size, micro_batch)
     return list(indices[rank::world_size].reshape(-1, micro_batch))
+
+
+def count_copies(indices: np.ndarray) -> np.ndarray:
+    """Say of each sample of a step how often it comes before: int64 [batch].
+
+    It does so where a bucket has fewer samples than a batch.
+    """
+    order = np.argsort(indices, kind="stable")
+    place, new = np.arange(len(indices)), np.diff(indices[order], prepend=-1) != 0
+    copies = np.empty_like(place)
+    copies[order] = place - np.maximum.accumulate(np.where(new, place, 0))
+    return copies
 
 
 def check_batch(batch: int, world_size: int, micro_batch: int) -> None:

@@ -25,6 +25,7 @@ from r2id.data.epoch_plan import (
     Batch,
     Buckets,
     check_batch,
+    count_copies,
     make_buckets,
     plan_epoch,
     rank_micro_batches,
@@ -62,6 +63,8 @@ def image_loader(
     * ``"attributes"``: int8 [b, A], −1 or 1, if the set has them
     * ``"embedding"``: float16 [b, D] or [b, T, D], if the set was opened with embeddings
     * ``"index"``: int64 [b], positions in the split, and ``"sample_ids"``: the samples' keys
+    * ``"draw"``: int64 [b], what random numbers are keyed by: positions, and other numbers for a
+      sample that the step has already
     * ``"epoch"`` and ``"step"``: int
 
     What a step holds depends only on the data, the seed and ``batch``, not on the number of
@@ -269,8 +272,12 @@ class RankPlan:
         # Steps of small images hold a multiple of ``batch`` samples (see Buckets.batch_sizes); the
         # number of micro-batches stays the same.
         micro_batch = self.micro_batch * (len(whole.indices) // self.batch)
-        shares = rank_micro_batches(whole.indices, self.rank, self.world_size, micro_batch)
-        return epoch, [Batch(share, whole.height, whole.width) for share in shares]
+        indices, copies = (
+            rank_micro_batches(values, self.rank, self.world_size, micro_batch)
+            for values in (whole.indices, count_copies(whole.indices))
+        )
+        size = whole.height, whole.width
+        return epoch, [Batch(i, *size, c) for i, c in zip(indices, copies, strict=True)]
 
 
 @dataclass
@@ -292,7 +299,7 @@ class StepDataset(Dataset):
         return [
             {
                 self.name: self.read(part.indices, part.height, part.width, rng_key),
-                **batch_metadata(self.samples, part.indices, epoch, step),
+                **batch_metadata(self.samples, part.indices, epoch, step, part.copies),
             }
             for part in parts
         ]
@@ -314,8 +321,10 @@ class EvalDataset(Dataset):
         }
 
 
-def batch_metadata(samples: Split, indices: np.ndarray, epoch: int, step: int) -> MicroBatch:
-    """Return a micro-batch's fields other than its pixels or latents."""
+def batch_metadata(
+    samples: Split, indices: np.ndarray, epoch: int, step: int, copies: np.ndarray | int = 0
+) -> MicroBatch:
+    """Return a micro-batch's fields other than its pixels or latents; ``copies``: see Batch."""
     optional = {
         name: torch.from_numpy(values[indices])
         for name in ("attributes", "embedding")
@@ -325,6 +334,7 @@ def batch_metadata(samples: Split, indices: np.ndarray, epoch: int, step: int) -
         "label": torch.from_numpy(samples.label[indices].astype(np.int64)),
         **optional,
         "index": torch.from_numpy(indices.astype(np.int64)),
+        "draw": torch.from_numpy(indices.astype(np.int64) + len(samples) * copies),
         "epoch": epoch,
         "step": step,
         "sample_ids": [samples.key(index) for index in indices],

@@ -30,7 +30,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from r2id import rng
 from r2id.config import DataConfig
-from r2id.data.epoch_plan import check_batch
+from r2id.data.epoch_plan import check_batch, count_copies
 from r2id.data.loader import ImageReader, MicroBatch, batch_metadata, load_items, split_buckets
 from r2id.data.manifest import MANIFEST, parse_manifest
 from r2id.data.records import Extension
@@ -137,14 +137,18 @@ class Stream(IterableDataset):
             fetched[index] = image
             waiting[size].append(index)
             if len(waiting[size]) == self.share[size]:
-                parts = np.array(waiting[size], dtype=np.int64).reshape(self.micro_batches, -1)
+                whole = np.array(waiting[size], dtype=np.int64)
+                parts, copies = (
+                    values.reshape(self.micro_batches, -1)
+                    for values in (whole, count_copies(whole))
+                )
                 rng_key = rng.fold(*self.rng_keys, epoch)
                 yield [
                     {
                         "image": read(part, *size, rng_key),
-                        **batch_metadata(self.samples, part, epoch, 0),
+                        **batch_metadata(self.samples, part, epoch, 0, before),
                     }
-                    for part in parts
+                    for part, before in zip(parts, copies, strict=True)
                 ]
                 for index in waiting[size]:
                     fetched.pop(index, None)

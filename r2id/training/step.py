@@ -105,10 +105,10 @@ def _blame(state: TrainState, micro_batches: list[Batch], step: int) -> str:
 def _forward(state: TrainState, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Move a micro-batch to the device and compute its loss and figures."""
     device = state.engine.device
-    # Samples' numbers stay on the CPU, where keys of random numbers are made of them.
+    # Numbers stay on the CPU, where keys of random numbers are made of them.
     batch = {
         key: value.to(device, non_blocking=True)
-        if isinstance(value, Tensor) and key != "index"
+        if isinstance(value, Tensor) and key not in ("index", "draw")
         else value
         for key, value in batch.items()
     }

@@ -137,7 +137,7 @@ class RiaeTask(Task):
             self.facts["perceptual_hash"] = sha256_file(network.file)
 
     def inputs(self, batch: Batch) -> Batch:
-        return {"image": to_float(batch["image"]), "index": batch["index"]}
+        return {"image": to_float(batch["image"]), "index": batch["draw"]}
 
     def build_model(self) -> RIAE:
         return RIAE(self.config.riae, self.config.data.channels)
@@ -261,7 +261,7 @@ class R2idTask(Task):
         return {
             "latent": self.codec.normalise(raw),
             "condition": conditions_of(self.config, batch),
-            "index": batch["index"],
+            "index": batch["draw"],
         }
 
     def build_model(self) -> R2ID:

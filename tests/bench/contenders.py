@@ -169,7 +169,7 @@ class R2idPixels(Contender):
         engine = LocalEngine(task.module, config.optim, config.train, torch.device("cpu"))
 
         def inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
-            return task.inputs(self.raw(batch) | {"index": torch.arange(len(batch["label"]))})
+            return task.inputs(self.raw(batch) | {"draw": torch.arange(len(batch["label"]))})
 
         end = config.optim.lr_end / config.optim.lr
         return Attempt(engine, inputs, end, config.train.batch, task)

@@ -57,6 +57,21 @@ def test_batches_hold_what_the_index_says(mixed):
                     assert torch.equal(image, pixels)
 
 
+def test_a_sample_that_a_step_has_several_times_is_drawn_anew_each_time(mixed):
+    """Where a bucket has fewer samples than a batch; the same for any number of processes."""
+    count, repeated = len(mixed.split("train")), 0
+    alone = load(mixed, total=15, batch=24, micro_batch=24)
+    ranks = [load(mixed, total=15, batch=24, micro_batch=6, rank=r, world_size=2) for r in (0, 1)]
+    for (whole,), *parts in zip(alone, *ranks, strict=True):
+        index, draw = whole["index"], whole["draw"]
+        assert len(draw.unique()) == len(draw) and torch.equal(draw % count, index)
+        assert set(index.tolist()) <= set(draw.tolist()), "the first time, it is its position"
+        repeated += int((draw >= count).sum())
+        shares = [torch.cat([part["draw"] for part in share]) for share in parts]
+        assert torch.equal(torch.stack(shares, dim=1).flatten(), draw)
+    assert repeated
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_audit_of_an_epoch_is_the_same_in_any_world(mixed, world_size, workers):

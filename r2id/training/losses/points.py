@@ -113,7 +113,7 @@ class PointLoss(nn.Module):
     def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
         """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures.
 
-        ``index`` is a sample's number in the dataset, which keys its random draws.
+        ``index`` numbers samples, to key their random draws; see image_loader's "draw".
         """
         config, size = self.config, (image.shape[2], image.shape[3])
         keys = self._keys(step, index, image.device)

@@ -41,8 +41,8 @@ class R2idLoss(nn.Module):
     ) -> tuple[Tensor, Figures]:
         """Normalised latent [B, L, h, w], condition [B, …], index [B] of samples → scalar, figures.
 
-        ``index`` is a sample's number in the dataset, which keys its random draws. On the CPU it
-        stays there, and with it all that is drawn once per sample.
+        ``index`` numbers samples, to key their random draws; see image_loader's "draw". On the CPU
+        it stays there, and with it all that is drawn once per sample.
         """
         return self.evaluate(**self.draw(latent, condition, index, step))
 
