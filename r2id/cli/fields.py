@@ -90,8 +90,8 @@ def _parameters(marker: Fields) -> Iterator[inspect.Parameter]:
 
 
 def _annotation(option: Option) -> Any:
-    """The type that typer reads: text for a structured value, which Option.read takes apart."""
-    kind = str if option.structured else option.kind
+    """The type that typer reads: text for a value that Option.read makes something else of."""
+    kind = str if option.structured or option.kind == int | str else option.kind
     if option.repeated:
         return list[kind] | None  # type: ignore[valid-type]
     return kind if option.field.is_required() else kind | None

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from r2id.config.section import Section, Size
+from r2id.config.section import Section, Size, as_label
 from r2id.errors import InputError
 
 
@@ -54,6 +54,8 @@ class Option:
         return self._read_one(value)
 
     def _read_one(self, value: Any) -> Any:
+        if value is not None and self.kind == int | str:
+            return as_label(value)
         if not self.structured:
             return value
         if self.kind == _SIZE:
@@ -130,8 +132,8 @@ def _without_none(annotation: Any) -> Any:
     if get_origin(annotation) not in (Union, types.UnionType):
         return annotation
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-    if set(kinds) == {int, str}:
-        return str  # the section makes a number of it
+    if kinds == [int, str]:  # a class, by its number or its name
+        return int | str
     if len(kinds) != 1:
         raise TypeError(f"{annotation}: no option can be made of a field of several types")
     return _without_none(_bare(kinds[0]))
