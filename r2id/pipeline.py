@@ -39,10 +39,10 @@ from r2id.dist import find_device
 from r2id.errors import InputError
 from r2id.images import read_image, to_bytes, to_float
 from r2id.models.codec import Codec
-from r2id.models.coords import Size, Window
+from r2id.models.coords import Size, Window, check_size
 from r2id.sampling import editing
 from r2id.sampling.conditions import choose_attributes, choose_embeddings
-from r2id.sampling.memory import check_edit, check_reconstruction, check_samples, check_size
+from r2id.sampling.memory import check_edit, check_reconstruction, check_samples
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 

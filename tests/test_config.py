@@ -18,6 +18,7 @@ from r2id.config import (
     to_arguments,
     to_toml,
 )
+from r2id.config.arguments import find_option
 from r2id.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
@@ -88,6 +89,10 @@ def test_mistakes_are_named_in_one_line(override, words):
 
 
 def test_classes_are_named_or_numbered():
+    option = find_option(SampleConfig, "labels")
+    assert option.read(["cat", "3"]) == ("cat", 3)
+    with pytest.raises(InputError, match="--label '': must be the name of a class"):
+        option.read([""])
     assert build(SampleConfig, {"labels": ["cat", "3", 4]}).labels == ("cat", 3, 4)
     for label in (-1, 1.5, "", True):
         with pytest.raises(InputError, match=r"labels\.1 = .*name of a class, or its number"):

@@ -55,7 +55,10 @@ class Option:
 
     def _read_one(self, value: Any) -> Any:
         if value is not None and self.kind == int | str:
-            return as_label(value)
+            try:
+                return as_label(value)
+            except ValueError as error:
+                raise InputError(f"{self.flag} {value!r}: {error}") from None
         if not self.structured:
             return value
         if self.kind == _SIZE:

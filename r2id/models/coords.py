@@ -11,7 +11,8 @@ centre; x grows to the right and y downwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,13 @@ _KEPT_CELLS = 1 << 16
 """The most cells of a grid whose coordinates are kept, a megabyte."""
 Advance = Callable[[int], object]
 """Is told numbers of pixels as they are computed, such as Progress.advance."""
+
+
+def check_size(size: Size) -> None:
+    """Raise InputError for what is no size."""
+    sides = size if isinstance(size, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in sides):
+        raise InputError(f"size {size!r}: must be (height, width) in pixels, at least 1 each")
 
 
 def scale_size(size: Size, scale: tuple[float, float]) -> Size:

@@ -10,9 +10,8 @@ Shape letters: C colours · H, W image · L latent channels · h, w latent grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from r2id.errors import InputError
 from r2id.images import tile, to_bytes
 from r2id.models.codec import Codec
-from r2id.models.coords import Size, Window
+from r2id.models.coords import Size, Window, check_size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
@@ -89,13 +88,6 @@ def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | 
         top, left, bottom, right = window
         window_size = bottom - top, right - left
         _check_pictures("window of", window_size, codec, grid, 1, free, picture=size)
-
-
-def check_size(size: Size) -> None:
-    """Raise InputError for what is no size."""
-    sides = size if isinstance(size, Sequence) else ()
-    if len(sides) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in sides):
-        raise InputError(f"size {size!r}: must be (height, width) in pixels, at least 1 each")
 
 
 def free_memory(device: torch.device) -> int:

@@ -21,8 +21,7 @@ def condition_facts(config: R2idRun, shards: ShardSet) -> dict[str, Any]:
 
     ``classes`` is the number of classes or attributes (0: neither). ``class_names`` or
     ``attributes`` holds their names, ``embedding`` the shape of one embedding, where these are the
-    condition. Raises
-    InputError when the shards lack what ``r2id.condition`` asks for.
+    condition. Raises InputError when the shards lack what ``r2id.condition`` asks for.
     """
     kind = config.r2id.condition
     names, shape = shards.manifest.attribute_names, shards.manifest.embedding_shape
