@@ -74,9 +74,9 @@ class TorchScriptExtractor:
         try:
             program = torch.jit.load(str(file), map_location=device).eval()
         except RuntimeError as error:
-            raise InputError(
-                f"--extractor {file}: not a TorchScript file: {str(error).strip().splitlines()[0]}"
-            ) from None
+            # PyTorch's first sentence says what is wrong; more of them guess why.
+            reason = str(error).strip().splitlines()[0].partition(". ")[0]
+            raise InputError(f"--extractor {file}: not a TorchScript file: {reason}") from None
         wanted = {"return_features"} & {
             argument.name for argument in program.forward.schema.arguments
         }
