@@ -76,17 +76,15 @@ class CelebaReader(FileRecords):
 
     def __init__(
         self,
-        source: Path | None,
+        source: Path,
         unpacked: Path,
         max_pixels: int,
         images: Literal["aligned", "wild"] = "aligned",
         label: str = "none",
         partial: bool = False,
     ) -> None:
-        if source is None:
-            raise InputError("source: missing: dataset 'celeba' needs the folder of its files")
         if not source.is_dir():
-            raise InputError(f"source {source}: no such folder")
+            raise InputError(f"source {source}: is no folder")
         found = first_existing(source, _FOLDERS, _IMAGES[images])
         if found is None:
             raise InputError(

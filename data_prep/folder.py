@@ -49,12 +49,8 @@ class FolderReader(FileRecords):
     """
 
     def __init__(
-        self, source: Path | None, unpacked: Path, max_pixels: int, labels: Path | None = None
+        self, source: Path, unpacked: Path, max_pixels: int, labels: Path | None = None
     ) -> None:
-        if source is None:
-            raise InputError(
-                "source: missing: dataset 'folder' needs the folder or archive of the images"
-            )
         super().__init__(open_source(source, unpacked), max_pixels)
         self.path, self.labels = source, labels
 

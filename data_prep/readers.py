@@ -40,6 +40,8 @@ class Dataset:
     have, and the ``options``."""
     about: str
     """A few words for the help of ``r2id prepare``."""
+    needs: str = ""
+    """What its source is, in a few words; empty if it can do without one."""
     options: tuple[str, ...] = ()
     """The fields of PrepareConfig that this dataset takes and not all others do."""
 
@@ -50,16 +52,24 @@ DATASETS = {
     "celeba": Dataset(
         "data_prep.celeba:CelebaReader",
         "its published or Kaggle's files",
+        "the folder of its files",
         ("images", "label", "partial"),
     ),
-    "imagenet": Dataset("data_prep.imagenet:open_imagenet", "tars, Kaggle, Parquet or folders"),
+    "imagenet": Dataset(
+        "data_prep.imagenet:open_imagenet",
+        "tars, Kaggle, Parquet or folders",
+        "the folder of its files",
+    ),
     "folder": Dataset(
         "data_prep.folder:FolderReader",
         "any folder, tar or zip of images; NAME.npy beside one is the embedding of its text",
+        "the folder or archive of the images",
         ("labels",),
     ),
     "webdataset": Dataset(
-        "data_prep.webdataset:WebdatasetReader", "existing tars, embeddings likewise"
+        "data_prep.webdataset:WebdatasetReader",
+        "existing tars, embeddings likewise",
+        "a tar or a folder of tars",
     ),
 }
 
@@ -80,9 +90,19 @@ def check_options(config: PrepareConfig) -> None:
             )
 
 
+def check_source(config: PrepareConfig) -> None:
+    """Raise InputError when the source is missing, but for a dataset that can do without one."""
+    needs = DATASETS[config.dataset].needs
+    if config.source is None and needs:
+        raise InputError(f"source: missing: dataset {config.dataset!r} needs {needs}")
+    if config.source is not None and not config.source.exists():
+        raise InputError(f"source {config.source}: no such file or folder")
+
+
 def open_reader(config: PrepareConfig) -> Reader:
     """Open a dataset; InputError when its source is missing, or it is not in DATASETS."""
     check_options(config)
+    check_source(config)
     dataset = DATASETS[config.dataset]
     module, _, name = dataset.opener.partition(":")
     return getattr(importlib.import_module(module), name)(

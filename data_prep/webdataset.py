@@ -62,13 +62,7 @@ class WebdatasetReader:
     test split. A place is JSON: [number of the tar, key, the image's member, other members, …].
     """
 
-    def __init__(self, source: Path | None, unpacked: Path, max_pixels: int) -> None:
-        if source is None:
-            raise InputError(
-                "source: missing: dataset 'webdataset' needs a tar or a folder of tars"
-            )
-        if not source.exists():
-            raise InputError(f"source {source}: no such file or folder")
+    def __init__(self, source: Path, unpacked: Path, max_pixels: int) -> None:
         found = [source] if source.is_file() else _find_tars(source)
         if not found:
             raise InputError(f"source {source}: holds no tars ({', '.join(_TARS)})")

@@ -20,11 +20,10 @@ from typing import Any
 from prefect import flow
 
 from data_prep.overview import check_split, class_names
-from data_prep.readers import check_options
 from pipelines.artifacts import show_mlflow_run, show_pipeline
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
 from pipelines.orchestration import prefect_ready
-from pipelines.preparation import check_engine, prepare_flow
+from pipelines.preparation import check_preparation, prepare_flow
 from r2id.config import (
     PipelineRun,
     R2idRun,
@@ -56,7 +55,6 @@ class Pipeline:
         self.codec = self.out / "riae-finetuned" if config.finetune else self.riae
         self.samples, self.report = self.out / "samples", self.out / "report"
         self.record_file = self.out / "pipeline.json"
-        check_options(config.prepare)
         self.executed: list[dict[str, Any]] = []
         self.headlines: list[str] = []
         self.stages: list[dict[str, str]] = []
@@ -293,7 +291,7 @@ def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
     do.
     """
     Pipeline(config, base)  # reports mistakes in the configs before anything is started
-    check_engine(config.prepare)
+    check_preparation(config.prepare)
     with exclusive(config.out), prefect_ready():
         return pipeline_flow(config, base)
 

@@ -28,6 +28,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from data_prep.overview import overview
 from data_prep.prepare import ShardPlan, exit_with_parent, prepare, write_shard, write_shards
+from data_prep.readers import check_options, check_source
 from data_prep.shard_plan import is_complete
 from pipelines.artifacts import LiveArtifact
 from pipelines.orchestration import describe_error, is_prefect_error, prefect_ready, server_answers
@@ -84,6 +85,21 @@ def prepare_on_cluster(config: PrepareConfig) -> Path:
                 raise
             say(f"prefect: {describe_error(error)}; the shards are complete")
             return config.out
+
+
+def check_preparation(config: PrepareConfig) -> None:
+    """Raise InputError when a pipeline cannot prepare its data.
+
+    Reasons are an option that the dataset does not take, a missing source, and those of
+    check_engine. A set that is finished does without its source.
+    """
+    try:
+        check_options(config)
+        if not is_complete(config.out):
+            check_source(config)
+        check_engine(config)
+    except InputError as error:
+        raise InputError(f"prepare.{error}") from None
 
 
 def check_engine(config: PrepareConfig) -> None:

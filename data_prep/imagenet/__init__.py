@@ -27,12 +27,10 @@ from data_prep.tables import first_existing
 from r2id.errors import InputError
 
 
-def open_imagenet(source: Path | None, unpacked: Path, max_pixels: int) -> Reader:
+def open_imagenet(source: Path, unpacked: Path, max_pixels: int) -> Reader:
     """Return the reader of the layout that the source has; InputError when it has none of them."""
-    if source is None:
-        raise InputError("source: missing: dataset 'imagenet' needs the folder of its files")
     if not source.is_dir():
-        raise InputError(f"source {source}: no such folder")
+        raise InputError(f"source {source}: is no folder")
     if any((source / name).is_file() for names in TARS.values() for name in names):
         return TarImagenet(source, unpacked, max_pixels)
     kaggle = first_existing(source, ("", "ILSVRC"), ("Data/CLS-LOC",))

@@ -348,3 +348,21 @@ def test_settings_that_do_not_go_with_the_stages_own_are_told_before_anything_st
             run(f"{table}.autoguidance=1.5")
         guided = run(f"{table}.autoguidance=1.5", "r2id.train.guide_after=0.5")
         assert guided[table]["autoguidance"] == 1.5
+
+
+def test_what_prepare_lacks_is_told_before_anything_starts(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, text in {"riae": RIAE, "r2id": R2ID, "pipeline": PIPELINE}.items():
+        (tmp_path / f"{name}.toml").write_text(text.format(out=out))
+    shards = f"prepare.out={tmp_path}/shards"
+    for changes, reason in {
+        ("prepare.dataset=folder",): "prepare.source: missing: dataset 'folder' needs the folder",
+        ("prepare.dataset=folder", f"prepare.source={tmp_path}/x"): "prepare.source .*/x: no such",
+        ("prepare.dataset=pictures",): "prepare.dataset 'pictures': must be one of 'digits'",
+        ("prepare.partial=true",): "prepare.partial = True: dataset 'digits' takes no such option",
+    }.items():
+        config = load_config(tmp_path / "pipeline.toml", (shards, *changes))
+        assert isinstance(config, PipelineRun)
+        with pytest.raises(InputError, match=f"^{reason}"):
+            pipeline.run_pipeline(config, tmp_path)
+    assert not out.exists() and not (tmp_path / "shards").exists()
