@@ -98,10 +98,12 @@ class Progress:
         return (self.done - self.start) / max(self.elapsed, 1e-9)
 
     def status(self) -> str:
-        """Format rate, remaining time and note."""
-        parts = [f"{self.rate * self.per_item:.4g} {self.unit}/s"]
-        if self.total and self.done < self.total and self.rate > 0:
-            parts.append(f"{duration((self.total - self.done) / self.rate)} left")
+        """Format rate and remaining time, once something is done, and the note."""
+        parts = []
+        if self.done > self.start:
+            parts.append(f"{self.rate * self.per_item:.4g} {self.unit}/s")
+            if self.total and self.done < self.total:
+                parts.append(f"{duration((self.total - self.done) / self.rate)} left")
         if self.note:
             parts.append(self.note)
         return ", ".join(parts)
@@ -119,17 +121,18 @@ class _Lines:
     def update(self) -> None:
         if time.monotonic() >= self.next:
             self.open()
-            self._print(self.progress.status())
+            self._print("")
 
     def close(self, complete: bool) -> None:
         progress = self.progress
         ending = "done" if complete else "stopped"
-        self._print(f"{ending} in {duration(progress.elapsed)}, {progress.status()}")
+        self._print(f"{ending} in {duration(progress.elapsed)}")
 
-    def _print(self, text: str) -> None:
+    def _print(self, ending: str) -> None:
         progress = self.progress
         total = f"/{progress.total}" if progress.total is not None else ""
-        say(f"{progress.title}: {progress.done}{total}, {text}")
+        parts = (f"{progress.title}: {progress.done}{total}", ending, progress.status())
+        say(", ".join(filter(None, parts)))
 
 
 class _Bar:

@@ -31,6 +31,12 @@ def test_lines_tell_count_rate_time_left_and_note(
     assert lines[-1].startswith("train riae: 15/20, done in ")
 
 
+def test_work_that_was_done_before_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("encode", 20, start=20, unit="images"):
+        pass
+    assert capsys.readouterr().err == "encode: 20/20, done in 0s\n"
+
+
 def test_lines_come_every_few_seconds_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track(range(1000), "reading")) == list(range(1000))
     assert len(capsys.readouterr().err.splitlines()) == 1
