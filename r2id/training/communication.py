@@ -28,6 +28,7 @@ _BACKWARD = 2 / 3  # of a micro-batch's time
 class Gpu:
     """What a kind of GPU, and of the computers with it, can do. Bandwidths are one way."""
 
+    name: str
     memory: float
     """GB (10⁹ bytes)."""
     tflops: float
@@ -40,11 +41,12 @@ class Gpu:
     """GB/s from a node to the next one, over all of its adapters."""
 
 
-GPUS = {
-    "a100": Gpu(80, 312, 8, 240, 160),
-    "h100": Gpu(80, 989, 8, 360, 320),
-    "rtx5080": Gpu(16, 112.6, 1, 20, 1),
-}
+_KINDS = (
+    Gpu("a100", 80, 312, 8, 240, 160),
+    Gpu("h100", 80, 989, 8, 360, 320),
+    Gpu("rtx5080", 16, 112.6, 1, 20, 1),
+)
+GPUS = {kind.name: kind for kind in _KINDS}
 """By name, with four fifths of what the links of NVIDIA's own machines are made for: NVLink of 300
 and 450 GB/s, eight InfiniBand adapters of 25 and 50 GB/s a node. An RTX 5080 has PCIe 5 through the
 main memory, and a network of 10 Gbit/s."""

@@ -39,8 +39,7 @@ def find_dimensions(
     and ``classes`` for what the shards would say. Raises InputError where a stand-in is needed and
     not given.
     """
-    prepared = (config.data.shards / MANIFEST).is_file()
-    shards = ShardSet.open(config.data.shards) if prepared else None
+    shards = ShardSet.open(config.data.shards) if _prepared(config.data) else None
     image, copies = _largest_step(config, shards)
     if isinstance(config, RiaeRun):
         return Dimensions(image, copies)
@@ -89,6 +88,15 @@ def _size_without_shards(data: DataConfig) -> Size:
     side = math.isqrt(data.max_pixels)
     height, width = data.size or data.window or (side, side)
     return (height, width) if data.size else (min(height, side), min(width, side))
+
+
+def _assumes_image(data: DataConfig) -> bool:
+    """Whether the size of the images is unknown before there are shards."""
+    return data.size is None and data.window is None and not _prepared(data)
+
+
+def _prepared(data: DataConfig) -> bool:
+    return (data.shards / MANIFEST).is_file()
 
 
 def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
@@ -209,9 +217,12 @@ def plan(
         "stage": config.stage,
         "parameters": parameters,
         "image": list(dimensions.image),
+        "shards": str(config.data.shards),
+        "image_assumed": _assumes_image(config.data),
         "grid": list(workload.grid()),
         "tokens": cost.tokens,
         "gpus": gpus,
+        "gpu": gpu.name,
         "batch": images,
         "micro_batch": micro_batch_size(config.train, gpus),
         "accumulation": accumulation(config.train, gpus),
@@ -276,12 +287,13 @@ def describe(result: dict[str, Any]) -> list[str]:
     (height, width), (rows, columns) = result["image"], result["grid"]
     memory = {name: value for name, value in result["memory"].items() if name != "total" and value}
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
+    assumed = f", assumed, as {result['shards']} has no shards yet" * result["image_assumed"]
     total, limit = (result["memory"]["total"] + result["reserved"]) / 1e9, result["limit"] / 1e9
     largest = result["largest_micro_batch"]
     return [
         f"{result['stage']}: {result['parameters'] / 1e6:.1f} M parameters; {result['tokens']} "
-        f"tokens per image ({rows}x{columns} latents of {height}x{width} pixels)",
-        f"step: {result['batch']} images on {result['gpus']} GPUs, micro-batches of "
+        f"tokens per image ({rows}x{columns} latents of {height}x{width} pixels{assumed})",
+        f"step: {result['batch']} images on {result['gpus']} × {result['gpu']}, micro-batches of "
         f"{result['micro_batch']}, {result['accumulation']} per step; "
         f"{result['flops_per_step'] / 1e12:.2f} TFLOP",
         f"memory per GPU in GB at its peak: {parts}, CUDA {result['reserved'] / 1e9:.2f}: "

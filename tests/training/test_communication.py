@@ -17,7 +17,7 @@ from tests.training import engine_ranks as job
 from tests.training.children import Ranks
 
 ACCUMULATION = job.BATCH // job.MICRO // 2
-GPU = Gpu(memory=1, tflops=1, per_node=8, intra_node=100, inter_node=50)
+GPU = Gpu(name="small", memory=1, tflops=1, per_node=8, intra_node=100, inter_node=50)
 
 
 class Sent(TorchDispatchMode):

@@ -35,7 +35,7 @@ R2ID_CASE = [
     "r2id.encoder_blocks=4",
     "r2id.decoder_blocks=2",
 ]
-SMALL = Gpu(memory=16, tflops=100, per_node=2, intra_node=20, inter_node=5)
+SMALL = Gpu(name="small", memory=16, tflops=100, per_node=2, intra_node=20, inter_node=5)
 RIAE_CASE = [str(PHOTOS / "riae-256.toml"), "riae.width=384"]
 
 
@@ -150,6 +150,15 @@ def test_a_plan_says_what_a_run_comes_to():
     assert found["images_per_second"] * found["seconds_per_step"] == pytest.approx(128)
     assert found["fits"] and found["largest_micro_batch"] == 32
     assert json.loads(json.dumps(found)) == found and len(describe(found)) == 7
+
+
+def test_a_size_that_nothing_tells_is_said_to_be_assumed(tmp_path: Path) -> None:
+    assumed = f"of 256x256 pixels, assumed, as {tmp_path} has no shards yet"
+    for changes, told in {(): True, ("data.size=[32, 32]",): False}.items():
+        shards = f"data.shards={tmp_path}"
+        found = plan(DIGITS / "riae.toml", (shards, *changes), gpus=1, gpu=SMALL, share=0.5)
+        assert (assumed in describe(found)[0]) == told
+        assert "1 × small" in describe(found)[1]
 
 
 @pytest.mark.parametrize(
