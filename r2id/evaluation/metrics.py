@@ -199,8 +199,7 @@ def nearest(points: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]
     if count > len(others):
         raise ValueError(f"{count} neighbours of {len(others)} features: there are not as many")
     found = [
-        torch.cdist(part.double(), others.double()).topk(count, largest=False)
-        for part in points.split(_ROWS // 4)
+        _distances(part, others).topk(count, largest=False) for part in points.split(_ROWS // 4)
     ]
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 

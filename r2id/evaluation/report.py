@@ -137,13 +137,15 @@ def _guidance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iter
 
 def _neighbours(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
     found = metrics["neighbours"]
+    known = found["test_images_in_training"]
+    left_out = f" {known:,} more test images are among the training images." if known else ""
     yield "<h3>Nearest training images</h3>" + figure("neighbours", pictures)
     yield (
         f'<p class="sub">Of {found["samples"]:,} samples, {share(found["near"])} are nearer to one '
         f"of {found['training_images']:,} training images than 1 % of {found['test_images']:,} "
         "test images are: 1 % is what samples that repeat nothing have, and 100 % copies. Median "
         f"distance {number(found['median_distance'])}; of test images "
-        f"{number(found['median_distance_of_test_images'])}.</p>"
+        f"{number(found['median_distance_of_test_images'])}.{left_out}</p>"
     )
 
 

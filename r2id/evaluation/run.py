@@ -156,12 +156,31 @@ def _open(
             f"{shards}: has {opened.num_classes} classes, and {trained.path} was trained with "
             f"{sampler.num_classes}"
         )
+    if sampler and sampler.num_classes:
+        _check_class_names(trained, opened)
     if extractor is None:
         if extractor_size:
             raise InputError("extractor_size: goes with an extractor, and there is none")
         return subject
     size = extractor_size or codec.image
     return replace(subject, extractor=TorchScriptExtractor.load(extractor, size, codec.device))
+
+
+def _check_class_names(trained: Trained, shards: ShardSet) -> None:
+    """Raise InputError when a class of the shards has another name than the model's.
+
+    Checkpoints of before classes were named have no names, and sets without names have numbers.
+    """
+    numbers = [str(number) for number in range(shards.num_classes)]
+    if shards.class_names == numbers:
+        return
+    pairs = zip(trained.meta.model.get("class_names", ()), shards.class_names, strict=False)
+    for number, (own, name) in enumerate(pairs):
+        if own != name:
+            raise InputError(
+                f"{shards.folder}: class {number} is {name!r}, and {trained.path} was trained with "
+                f"{own!r} as class {number}"
+            )
 
 
 def _scales(guidance: float | Sequence[float] | None, count: int) -> tuple[float, ...]:

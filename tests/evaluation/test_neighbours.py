@@ -38,7 +38,14 @@ def test_share_of_copies():
     generator = torch.Generator().manual_seed(0)
     training, tests, honest = torch.randn(3, 500, 6, generator=generator)
     samples = torch.cat([honest[:300], training[:100]])
-    assert measure_copies(samples, tests, training)["near"] == pytest.approx(0.26, abs=0.02)
+    found = measure_copies(samples, tests, training)
+    assert found["near"] == pytest.approx(0.26, abs=0.02)
+    # Test images that training has seen change nothing, not even where there are no others.
+    assert measure_copies(samples, torch.cat([tests, training[:50]]), training) == {
+        **found,
+        "test_images_in_training": 50,
+    }
+    assert measure_copies(samples, training[:50], training)["near"] == 0.25
 
 
 def test_nearest_are_in_order():

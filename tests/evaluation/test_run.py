@@ -253,3 +253,11 @@ def test_a_model_without_conditions_on_images_of_classes(
     few = write_folder(tmp_path, {"train": 40, "test": 6})  # has no classes
     with pytest.raises(InputError, match=r"has 0 classes, and .* was trained with 10"):
         evaluate(r2id_run, few, tmp_path / "other", extractor=file)
+
+
+def test_classes_of_other_names_are_refused(r2id_run, tmp_path):
+    folders = {f"train/{name}": 1 for name in ("0", "1", "2", "3", "4", "5", "6", "7", "8", "ten")}
+    shards = write_folder(tmp_path, {**folders, "test/ten": 2})
+    with pytest.raises(InputError, match=r"class 9 is 'ten', and .* with '9' as class 9") as error:
+        evaluate(r2id_run, shards, tmp_path / "report", count=2)
+    assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
