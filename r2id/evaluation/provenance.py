@@ -76,6 +76,7 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
                 "autoguidance": chosen.autoguidance,
                 "guidance_interval": list(chosen.guidance_interval),
                 "solver": chosen.solver,
+                "eta": chosen.eta,
                 "shift_exponent": sampler.diffusion.shift_exponent,
             },
         }

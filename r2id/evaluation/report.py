@@ -178,9 +178,19 @@ def _samples_table(metrics: Mapping[str, Any]) -> str:
         "real training images are what perfect samples would have. KID: kernel distance in the "
         "same features, for few images. Spectrum: mean absolute log ratio of the power at each "
         "spatial frequency to that of real images of the same size; blur and noise raise it. "
-        f"Windows: {escape(provenance['rules']['windows'])}. {sampling['steps']} steps of "
-        f"{sampling['solver']}, guidance {sampling['guidance']:g}, "
-        f"autoguidance {sampling['autoguidance']:g}.</p>"
+        f"Windows: {escape(provenance['rules']['windows'])}. "
+        f"{sampling_note(sampling)}</p>"
+    )
+
+
+def sampling_note(sampling: Mapping[str, Any]) -> str:
+    """Say how samples were drawn, in a sentence."""
+    first, last = sampling["guidance_interval"]
+    within = "" if (first, last) == (0, 1) else f" in times {first:g} to {last:g}"
+    noise = f" with eta {sampling['eta']:g}" if sampling["eta"] else ""
+    return (
+        f"{sampling['steps']} steps of {sampling['solver']}{noise}, guidance "
+        f"{sampling['guidance']:g} and autoguidance {sampling['autoguidance']:g}{within}."
     )
 
 

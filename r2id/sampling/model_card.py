@@ -233,9 +233,11 @@ def _command(card: Card, metrics: Facts) -> list[str]:
     if sizes:
         count = next(iter(sizes.values()))["samples"]
         words += ["--count", f"{count}", "--seed", f"{sampling['first_seed']}"]
-        for name in ("steps", "guidance", "autoguidance", "solver"):
-            if name in sampling:  # reports of before have no autoguidance
-                words += [f"--{name.replace('_', '-')}", f"{sampling[name]}"]
+        for name in ("steps", "guidance", "autoguidance", "guidance_interval", "solver", "eta"):
+            value = sampling.get(name)  # reports of before lack some
+            if value is not None and not (name == "eta" and value == 0):
+                text = ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
+                words += [f"--{name.replace('_', '-')}", text]
     judge = provenance.get("extractor", {})
     if judge.get("name") not in (None, "classifier", "self-supervised"):
         height, width = judge["size"]

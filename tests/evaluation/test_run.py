@@ -10,6 +10,7 @@ from PIL import Image
 from r2id.config import load_config
 from r2id.errors import InputError
 from r2id.evaluation import self_supervised
+from r2id.evaluation.report import sampling_note
 from r2id.evaluation.run import evaluate
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
@@ -37,6 +38,7 @@ def test_metrics_are_written_as_returned(evaluated, shards):
     assert metrics["classifier"]["test_accuracy"] >= 0.99
     facts = metrics["provenance"]
     assert facts["data"]["digest"] == shards.digest and facts["sampling"]["first_seed"] == 5
+    assert facts["sampling"]["eta"] == 0
     assert facts["riae"]["steps"] == 60 and facts["r2id"]["steps"] == 40
     assert facts["riae"]["trained_on_this_data"] is True
     assert metrics["headlines"][0].startswith("samples at 8x8: class accuracy 0.")
@@ -261,3 +263,12 @@ def test_classes_of_other_names_are_refused(r2id_run, tmp_path):
     with pytest.raises(InputError, match=r"class 9 is 'ten', and .* with '9' as class 9") as error:
         evaluate(r2id_run, shards, tmp_path / "report", count=2)
     assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
+
+
+def test_the_report_says_how_samples_were_drawn():
+    plain = {"steps": 9, "solver": "ddim", "guidance": 2.0, "autoguidance": 0.0, "eta": 0.0}
+    note = "9 steps of ddim, guidance 2 and autoguidance 0"
+    assert sampling_note({**plain, "guidance_interval": [0, 1]}) == f"{note}."
+    within = {**plain, "guidance_interval": [0.2, 0.8], "eta": 0.5}
+    note = note.replace("ddim", "ddim with eta 0.5")
+    assert sampling_note(within) == f"{note} in times 0.2 to 0.8."

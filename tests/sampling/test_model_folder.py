@@ -31,7 +31,8 @@ def report(digits, r2id_run, classifier_file, tmp_path_factory) -> Path:
     """A report of the small R2ID."""
     folder = tmp_path_factory.mktemp("report")
     shutil.copy(classifier_file, folder)
-    evaluate(r2id_run, digits, folder, sizes=((8, 8), (12, 8)), count=16, seed=5)
+    chosen = {"solver": "ddim", "eta": 0.5, "guidance_interval": (0.1, 0.9)}
+    evaluate(r2id_run, digits, folder, sizes=((8, 8), (12, 8)), count=16, seed=5, **chosen)
     return folder
 
 
