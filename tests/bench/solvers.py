@@ -90,12 +90,17 @@ class Bench:
             "images": shards.digest,
         }
         self.found: dict[str, Any] = {"facts": facts, "rows": {}}
-        if self.file.is_file():
-            self.found = json.loads(self.file.read_text())
-            if self.found["facts"] != facts:
-                raise InputError(
-                    f"{self.file}: of another model, size, guidance or images: give another --out"
-                )
+        if not self.file.is_file():  # now: samples are kept before there is a row
+            self.write()
+        self.found = json.loads(self.file.read_text())
+        if self.found["facts"] != facts:
+            raise InputError(
+                f"{self.file}: of another model, size, guidance or images: give another --out"
+            )
+
+    def write(self) -> None:
+        text = json.dumps(self.found, indent=1, ensure_ascii=False)
+        write_atomic(self.file, text.encode())
 
     def samples(self, solver: str, evaluations: int, count: int) -> tuple[Tensor, float]:
         def draw(rows: slice) -> Tensor:
@@ -119,8 +124,7 @@ class Bench:
         images, seconds = self.samples(solver, evaluations, self.count)
         figures = score(self.judge, images, self.labels, self.real)
         rows[key] = {**figures, **wanted, "seconds_per_image": seconds}
-        text = json.dumps(self.found, indent=1, ensure_ascii=False)
-        write_atomic(self.file, text.encode())
+        self.write()
 
     def picture(self) -> None:
         rows = [
