@@ -77,7 +77,13 @@ class Drawing(Settings, total=False):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A trained R2ID with its RIAE."""
+    """A trained R2ID with its RIAE.
+
+    Called, it draws new pictures: of several ``labels`` and ``seeds``. Methods that edit a picture
+    take one ``label`` and ``seed``, and the other keywords of Drawing: ``attributes``,
+    ``embedding`` and ``callback``. All take those of Settings: ``steps``, ``guidance``,
+    ``autoguidance``, ``guidance_interval``, ``eta`` and ``solver``.
+    """
 
     sampler: Sampler
 
@@ -145,7 +151,7 @@ class Pipeline:
                 + "; must be equally many, or one for all"
             )
         count = max(counts.values(), default=1)
-        _check_names(settings, Settings)
+        _check_names(settings, Settings, (*given, "size", "attributes", "grid", "callback"))
         condition = self.condition(labels, attributes, embeddings, count)
         check_samples(self.sampler, size, grid, count)
         chosen = _seeds(given["seeds"]).expand(count)
@@ -155,6 +161,8 @@ class Pipeline:
 
     def encode(self, *pictures: Picture) -> Tensor:
         """Encode pictures of one size → raw latents [B, L, h, w]."""
+        if not pictures:
+            raise InputError("pictures: there is none; must be at least one")
         images = [self.read(picture) for picture in pictures]
         sizes = {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1:
@@ -173,12 +181,12 @@ class Pipeline:
         ``size`` is by default where no pixel is resampled; ``native`` is that of pictures that were
         encoded, if it is no multiple of a latent cell.
         """
-        grid: Size = (latents.shape[2], latents.shape[3])
-        if latents.shape[1:2] != (self.codec.latent_channels,):
+        if latents.dim() != 4 or latents.shape[1] != self.codec.latent_channels:
             raise InputError(
                 f"latents of shape {list(latents.shape)}: must be [B, "
                 f"{self.codec.latent_channels}, h, w]"
             )
+        grid: Size = (latents.shape[2], latents.shape[3])
         if size is None:
             own = self.codec.grid_for(self.codec.image) == grid
             cell = self.codec.downsample
@@ -273,7 +281,7 @@ class Pipeline:
 
     def _arguments(self, seed: int, drawing: Drawing) -> dict[str, Any]:
         """Turn the keywords of one picture into those of r2id.sampling.editing."""
-        _check_names(drawing, Drawing)
+        _check_names(drawing, Drawing, ("seed",))
         settings: dict[str, Any] = dict(drawing)
         embedding = settings.pop("embedding", None)
         if isinstance(embedding, PathLike | str):
@@ -334,11 +342,14 @@ def _listed(name: str, values: int | str | Sequence[int | str] | None) -> list[A
         raise InputError(f"{name} {values!r}: must be whole numbers") from None
 
 
-def _check_names(settings: Mapping[str, Any], allowed: type) -> None:
-    """Raise InputError for a setting that is none of the keys of a typed dictionary."""
+def _check_names(settings: Mapping[str, Any], allowed: type, own: Sequence[str]) -> None:
+    """Raise InputError for a setting that is none of the keys of a typed dictionary.
+
+    ``own`` are a method's own keywords, which its message names too.
+    """
     known = get_type_hints(allowed)
     for name in settings.keys() - known.keys():
-        raise InputError(f"{name}: no such setting; must be one of {', '.join(known)}")
+        raise InputError(f"{name}: no such setting; must be one of {', '.join((*own, *known))}")
 
 
 def _seeds(seeds: Sequence[int]) -> Tensor:

@@ -134,9 +134,11 @@ def test_callbacks_see_each_step_and_may_end_it(pipe):
 
 
 def test_a_callback_changes_nothing(pipe):
-    plain = pipe(5, seeds=8, size=(10, 8))
-    watched = pipe(5, seeds=8, size=(10, 8), callback=lambda step: None)
-    assert np.abs(pixels(plain[0]) - pixels(watched[0])).max() <= 1
+    for solver in ("dpmpp_2m", "ddim"):
+        given = {"labels": range(10), "seeds": range(10), "size": (10, 8), "solver": solver}
+        plain, watched = pipe(**given), pipe(**given, callback=lambda step: None)
+        for one, other in zip(plain, watched, strict=True):
+            assert np.array_equal(pixels(one), pixels(other))
 
 
 def test_latents_and_windows(pipe, picture):
@@ -189,6 +191,13 @@ def test_edits(pipe, picture, tmp_path):
         (lambda pipe, picture: pipe.upscale(picture, (8, 0)), r"size \(8, 0\)"),
         (lambda pipe, picture: pipe.encode(np.zeros((8, 8))), "type ndarray"),
         (lambda pipe, picture: pipe.decode(torch.zeros(1, 9, 4, 4)), r"shape \[1, 9, 4, 4\]"),
+        (lambda pipe, picture: pipe.decode(torch.zeros(4, 4, 4)), r"shape \[4, 4, 4\]: must be"),
+        (lambda pipe, picture: pipe.encode(), "pictures: there is none"),
+        (lambda pipe, picture: pipe(1, grid=(0, 4)), r"grid \(0, 4\): .* in latent cells"),
+        (lambda pipe, picture: pipe(1, grid=4), r"grid 4: must be \(height, width\)"),
+        (lambda pipe, picture: pipe(label=1), "label: no such .* one of labels, seeds"),
+        (lambda pipe, picture: pipe(seed=1), "seed: no such setting; .* labels, seeds, size"),
+        (lambda pipe, picture: pipe.vary(picture, seeds=1), "seeds: .* must be one of seed, steps"),
         (lambda pipe, picture: pipe.vary(picture, seed=-1), "seed -1"),
         (lambda pipe, picture: pipe.vary(picture, labels=1), "labels"),
         (lambda pipe, picture: pipe(1, size=(100_000, 100_000)), "100000x100000.*memory"),

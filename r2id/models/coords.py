@@ -36,11 +36,11 @@ Advance = Callable[[int], object]
 """Is told numbers of pixels as they are computed, such as Progress.advance."""
 
 
-def check_size(size: Size) -> None:
-    """Raise InputError for what is no size."""
+def check_size(size: Size, name: str = "size", unit: str = "pixels") -> None:
+    """Raise InputError for what is no size (H, W); ``name`` and ``unit`` are for its message."""
     sides = size if isinstance(size, Sequence) else ()
     if len(sides) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in sides):
-        raise InputError(f"size {size!r}: must be (height, width) in pixels, at least 1 each")
+        raise InputError(f"{name} {size!r}: must be (height, width) in {unit}, at least 1 each")
 
 
 def scale_size(size: Size, scale: tuple[float, float]) -> Size:

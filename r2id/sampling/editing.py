@@ -27,6 +27,7 @@ from r2id.images import resize
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window, part_of, scale_size
 from r2id.models.resampling import resample
+from r2id.sampling.conditions import resolve
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 
@@ -175,9 +176,10 @@ def outpaint(
     Raises InputError when the images are not within that size, or nothing is added.
     """
     own: Size = (images.shape[2], images.shape[3])
-    if size[0] < own[0] or size[1] < own[1]:
+    if size[0] < own[0] or size[1] < own[1] or size == own:
         raise InputError(
-            f"size {size[0]}x{size[1]}: must be at least the picture's own, {own[0]}x{own[1]}"
+            f"size {size[0]}x{size[1]}: must be at least the picture's own, {own[0]}x{own[1]}, "
+            "and larger in height or width"
         )
     most = size[0] - own[0], size[1] - own[1]
     if not (0 <= at[0] <= most[0] and 0 <= at[1] <= most[1]):
@@ -245,6 +247,8 @@ def interpolate(
     """
     if count < 2:
         raise InputError(f"count {count}: must be at least 2, the two seeds' own pictures")
+    if resolve(sampler, **settings).eta:
+        raise InputError("eta: adds noise at each step, which no two seeds share; must be 0")
     grid = sampler.grid_for(size)
     first, last = sampler.noise(torch.tensor(seeds), grid).cpu()
     # Weights on a circle: the sum of independent noises keeps its variance.

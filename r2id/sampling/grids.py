@@ -49,7 +49,7 @@ def draw_grids(
     wanted = resolve(
         sampler, sizes=tuple(sizes), labels=tuple(labels), count=count, seed=seed, **settings
     )
-    sizes = wanted.sizes or (sampler.codec.image,)
+    sizes = tuple(dict.fromkeys(wanted.sizes)) or (sampler.codec.image,)
     for size in sizes:
         check_samples(sampler, size, grid, wanted.count)
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)

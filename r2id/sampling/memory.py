@@ -49,6 +49,8 @@ def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -
     too.
     """
     check_size(size)
+    if grid is not None:
+        check_size(grid, "grid", "latent cells")
     free, grid = free_memory(sampler.codec.device), grid or sampler.grid_for(size)
     # Grids that are so small that several are denoised at a time fit everywhere.
     if sampler.batch_length((1, 1), grid) == 1:

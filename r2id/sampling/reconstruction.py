@@ -42,7 +42,7 @@ def reconstruct_file(
     codec = Codec.of_any(source, device)
     image = read_image(picture, codec.channels)
     own: Size = (image.shape[1], image.shape[2])
-    sizes = tuple(sizes) or (own,)
+    sizes = tuple(dict.fromkeys(sizes)) or (own,)
     for size in sizes:
         part_of(size, window)  # before anything is computed or written
         check_reconstruction(codec, codec.grid_for(own), size, window)

@@ -207,11 +207,12 @@ class Sampler:
                 x = x + alpha * self.codec.normalise(start[rows].to(x.device))
             done = int(rows[0]) // length * settings.steps
 
-            def estimated(latents: Tensor, step: int) -> Tensor:
-                latents = latents if adjust is None else adjust(rows, latents)
+            def estimated(latents: Tensor, step: int) -> Tensor | None:
+                better = None if adjust is None else adjust(rows, latents)
                 if watch is not None:
-                    watch(Step(done + step + 1, batches * settings.steps, rows, latents))
-                return latents
+                    shown = latents if better is None else better
+                    watch(Step(done + step + 1, batches * settings.steps, rows, shown))
+                return better
 
             plain = adjust is None and watch is None
             return self._solve(
@@ -279,12 +280,12 @@ class Sampler:
         x: Tensor,
         log_snrs: Tensor,
         settings: SampleConfig,
-        estimated: Callable[[Tensor, int], Tensor] | None,
+        estimated: Callable[[Tensor, int], Tensor | None] | None,
     ) -> Tensor:
         """Draw one batch of ``latents``: solve the diffusion equation from a noised grid.
 
         x [B, L, h, w] at the first of the log_snrs [S], conditions and seeds [B] → raw latents.
-        ``estimated(raw latents, step)`` replaces each estimate, unless it is None.
+        ``estimated(raw latents, step)`` is told each estimate, and may return a better one.
         """
         grid: Size = (x.shape[2], x.shape[3])
         kind = self.diffusion.schedule
@@ -302,8 +303,10 @@ class Sampler:
             )
             if estimated is None:
                 return data, eps
-            step = levels.index(level)
-            data = self.codec.normalise(estimated(self.codec.denormalise(data), step))
+            better = estimated(self.codec.denormalise(data), levels.index(level))
+            if better is None:
+                return data, eps
+            data = self.codec.normalise(better)
             return data, (x - alpha * data) / sigma
 
         def fresh_noise(step: int) -> Tensor:

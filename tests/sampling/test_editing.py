@@ -80,11 +80,10 @@ def test_outpainting_keeps_the_picture(sampler, images):
     for size, at, message in (
         ((8, 16), (0, 9), "place 0,9: must be from 0,0 to 0,8"),
         ((6, 16), (0, 0), "size 6x16: must be at least the picture's own, 8x8"),
+        ((8, 8), (0, 0), "size 8x8: .* 8x8, and larger in height or width"),
     ):
         with pytest.raises(InputError, match=message):
             editing.outpaint(sampler, images, size, at, LABELS, SEEDS)
-    with pytest.raises(InputError, match="empty"):
-        editing.outpaint(sampler, images, (8, 8), (0, 0), LABELS, SEEDS)
 
 
 def test_variations_leave_the_picture_by_their_strength(sampler, images):
@@ -132,6 +131,8 @@ def test_interpolation_goes_from_seed_to_seed(sampler):
     assert steps.min() > 0 and steps.max() < (ends[0] - ends[1]).square().mean()
     with pytest.raises(InputError, match="count 1"):
         editing.interpolate(sampler, labels[:1], (0, 9), 1, (8, 8))
+    with pytest.raises(InputError, match="eta: adds noise"):
+        editing.interpolate(sampler, labels, (0, 9), 4, (8, 8), eta=0.5)
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,8 @@ def test_labels():
 
 
 def test_grids_are_written_once(r2id_run, tmp_path):
-    result = draw_grids(r2id_run, tmp_path / "out", [(8, 8), (12, 6)], count=20)
+    sizes = [(8, 8), (12, 6), (8, 8)]  # one of them twice
+    result = draw_grids(r2id_run, tmp_path / "out", sizes, count=20)
     assert [file.rsplit("/", 1)[1] for file in result["files"]] == ["8x8.png", "12x6.png"]
     with Image.open(result["files"][1]) as picture:
         assert picture.size == (10 * (6 + 2), 2 * (12 + 2))
@@ -214,7 +215,9 @@ def test_grids_are_written_once(r2id_run, tmp_path):
 
 def test_reconstruction_of_a_picture_file(riae_run, tmp_path):
     Image.radial_gradient("L").resize((21, 13)).save(tmp_path / "in.png")
-    result = reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "out", [(13, 21), (30, 50)])
+    sizes = [(13, 21), (30, 50), (13, 21)]
+    result = reconstruct_file(riae_run, tmp_path / "in.png", tmp_path / "out", sizes)
+    assert len(result["files"]) == 2
     assert 0 < result["psnr"] < 60
     with Image.open(tmp_path / "out" / "30x50.png") as picture:
         assert picture.size == (50, 30)
