@@ -236,25 +236,42 @@ def _cap_area(
 def _merge_rare_sizes(sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Map distinct sizes [2, K] with counts [K] to the sizes [2, K] of their buckets.
 
-    Common sizes have buckets of their own. All rare sizes start as one group. A group is split at
-    the middle of its log heights or log widths, whichever spreads wider, until its sizes are alike
-    or its parts would get too small. A bucket takes the smallest height and width in its group, so
-    that no image is enlarged.
+    Common sizes have buckets of their own. All rare sizes start as one group. A group is split by
+    height or by width, until its sizes are alike or its parts would get too small. A bucket takes
+    the smallest height and width in its group, so that no image is enlarged.
     """
     merged = sizes.copy()
     rare = counts < max(_COMMON, _COMMON_SHARE * counts.sum())
     pending = [np.flatnonzero(rare)] if rare.any() else []
     while pending:
         group = pending.pop()
-        low, high = sizes[:, group].min(1).astype(np.int64), sizes[:, group].max(1).astype(np.int64)
-        axis = int(np.argmax(high / low))
-        spread = high[axis] / low[axis]
-        # The middle of the logs is the geometric mean; squares avoid a root of integers.
-        upper = sizes[axis, group].astype(np.int64) ** 2 > low[axis] * high[axis]
-        parts = [group[~upper], group[upper]]
-        enough = min(counts[part].sum() for part in parts) >= _COMMON
-        if spread > _APART or (spread > _ALIKE and enough):
-            pending += parts
+        parts = _split_group(sizes[:, group].astype(np.int64), counts[group])
+        if parts:
+            pending += [group[part] for part in parts]
         else:
-            merged[:, group] = low[:, None]
+            merged[:, group] = sizes[:, group].min(1, keepdims=True)
     return merged
+
+
+def _split_group(sizes: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """Split sizes [2, K] with counts [K] in two → the numbers of each part's; [] to keep them.
+
+    They are split by the side that spreads wider, or else by the other one, as near to the middle
+    of its logarithms as leaves enough samples in both parts. Where neither side can be, sizes
+    further apart than _APART are split all the same.
+    """
+    spreads = sizes.max(1) / sizes.min(1)
+    for limit, fewest in ((_ALIKE, _COMMON), (_APART, 1)):
+        for axis in np.argsort(-spreads, kind="stable"):
+            if spreads[axis] <= limit:
+                continue
+            order = np.argsort(sizes[axis], kind="stable")
+            side, below = sizes[axis, order], np.cumsum(counts[order])[:-1]
+            enough = np.minimum(below, counts.sum() - below) >= fewest
+            enough &= side[:-1] < side[1:]
+            if enough.any():
+                # The middle is the geometric mean. Squares avoid a root, which may be rounded.
+                off = side[:-1] * side[1:] / (side[0] * side[-1])
+                first = 1 + int(np.argmin(np.where(enough, np.maximum(off, 1 / off), np.inf)))
+                return [order[:first], order[first:]]
+    return []

@@ -20,8 +20,9 @@ from r2id import dist
 from r2id.checkpoints import Checkpoint
 from r2id.config import R2idRun, RiaeConfig, RiaeRun, find_labels
 from r2id.data.latents import LatentCache, latent_loader
-from r2id.data.loader import eval_loader, image_loader, image_sizes
+from r2id.data.loader import eval_loader, image_loader, image_sizes, split_buckets
 from r2id.data.shards import ShardSet
+from r2id.data.stats import crop_loss
 from r2id.data.stream import stream_loader
 from r2id.dist import World
 from r2id.errors import InputError
@@ -44,6 +45,8 @@ from r2id.training.workload import Cost, Dimensions, Workload, check_depth, imag
 # Bounds of what the mean and deviation of latents are measured from.
 _STATISTICS_IMAGES, _STATISTICS_PIXELS = 2048, 1 << 24
 _SIZES = 1024  # sizes of images that are kept to estimate how many pixels a number of them has
+
+_TOLD = 0.02  # share of the images' area from which on it is said that training cuts it off
 
 Batch = dict[str, Any]
 
@@ -148,6 +151,8 @@ class RiaeTask(Task):
     def start(self) -> None:
         """Set the linear map to the PCA of training images, which rank 0 computes."""
         config, riae = self.config, self.config.riae
+        if dist.is_main():
+            self._tell_what_is_cut_off()
         if not config.starts_from_pca:
             return
         weights = None
@@ -165,6 +170,19 @@ class RiaeTask(Task):
             )
         assert isinstance(self.module.model, RIAE)
         pca.start_from_pca(self.module.model, dist.broadcast_object(weights))
+
+    def _tell_what_is_cut_off(self) -> None:
+        data = self.config.data
+        if data.size or data.window:  # chosen by the user
+            return
+        samples = self.shards.split(data.train_split)
+        buckets = split_buckets(samples, data)
+        lost = float(crop_loss(samples, buckets).mean())
+        if lost >= _TOLD:
+            say(
+                f"buckets: {len(buckets.sizes)}; {lost:.0%} of the images' area is cut off to fit "
+                f"them: see r2id data stats {data.shards}"
+            )
 
     def latent_statistics(self, model: RIAE, device: torch.device) -> dict[str, Tensor]:
         """Measure the mean and standard deviation of a model's latents, per channel.

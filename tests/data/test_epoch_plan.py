@@ -142,3 +142,15 @@ def test_a_batch_that_does_not_divide_is_refused():
         check_batch(20, 2, 8)
     with pytest.raises(InputError, match=r"such as 16$"):
         check_batch(3, 2, 8)
+
+
+def test_a_few_images_of_another_ratio_do_not_decide_the_shape_of_all():
+    """Between the middle of the ratios and 2 lie fewer images than a bucket takes."""
+    ratios = np.concatenate([np.linspace(0.95, 1.15, 100), np.linspace(1.3, 1.4, 60), [2.0] * 30])
+    sizes = [(round(100 / ratio**0.5), round(100 * ratio**0.5)) for ratio in ratios]
+    buckets = buckets_of(sizes)
+    assert len(buckets.sizes) == 2 and min(map(len, buckets.members)) >= 64
+    kept = sum(
+        high * wide * len(m) for (high, wide), m in zip(buckets.sizes, buckets.members, strict=True)
+    )
+    assert kept > 0.8 * sum(high * wide for high, wide in sizes)

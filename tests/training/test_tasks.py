@@ -1,13 +1,16 @@
 """What a run takes from its config before it trains, and what it says when it goes on."""
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from r2id import dist
 from r2id.training.losses.r2id import by_time, quarters
 from r2id.training.resume import _changes
 from r2id.training.tasks import RiaeTask, make_task
+from tests.evaluation.folders import write_folder
 from tests.training.test_loop import riae_config
 
 
@@ -18,6 +21,19 @@ def test_a_run_trains_on_the_split_that_it_names(digits: Path, tmp_path: Path) -
         assert isinstance(task, RiaeTask) and task.images == images
         (batch,) = next(task.loader(0))
         assert all(name.startswith(f"{split}-") for name in batch["sample_ids"])
+
+
+def test_a_run_says_how_much_of_the_images_its_buckets_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_folder(tmp_path, {"train": 9, "test": 1}, ((16, 8), (8, 16), (12, 12)))
+    for changes, told in (("start=random",), True), (("start=random", "data.size=[8, 8]"), False):
+        config = riae_config(shards, tmp_path / "run", *changes)
+        capsys.readouterr()
+        make_task(config, dist.init(), 8).start()
+        # An image with one side twice as long as the other loses half, a square nothing.
+        said = f"buckets: 1; 33% of the images' area is cut off to fit them: .* {shards}"
+        assert bool(re.search(said, capsys.readouterr().err)) == told
 
 
 def test_changed_settings_are_listed_but_not_new_ones() -> None:
