@@ -241,8 +241,11 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         state = "is a file" if path.exists() else "no such folder"
         raise InputError(f"{path}: {state}; must be a checkpoint or a run directory")
+    runs = sorted(run for run in path.iterdir() if list_checkpoints(run / "checkpoints"))
+    hint = f", such as {' or '.join(map(str, runs))}" if runs else ""
     raise InputError(
-        f"{path}: no checkpoint here; must be a checkpoint folder or a run directory that holds one"
+        f"{path}: no checkpoint here; must be a checkpoint folder or a run directory that holds "
+        f"one{hint}"
     )
 
 

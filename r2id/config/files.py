@@ -145,18 +145,32 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         allowed = _fields_at(schema, place[:-1])
         near = difflib.get_close_matches(place[-1], allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        meant = [f"{name}.{place[-1]}" for name in _sections_with(schema, place)] or near
+        hint = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else "."
         text = f"{name}: unknown key{hint} Allowed here: {', '.join(allowed)}"
         names = ", ".join(".".join(map(str, found["loc"])) for found in missing)
         return f"{text}; missing: {names}" if missing else text
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        return f"{'.'.join(place[:-1])}: has only {first['loc'][-1]} of the values that it takes"
     if first["type"] == "missing":
         names = ", ".join(".".join(map(str, found["loc"])) for found in missing)
         return f"{names}: missing, without a default"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "tuple_type":
+        within = isinstance(first["loc"][-1], int)  # of another list
+        example = "[[32, 32], [64, 48]] for sizes" if within else "[32, 32] for a size"
+        message = f"must be a list in brackets, such as in {example}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if isinstance(first["input"], dict):  # a section, whose message begins with its key
         return f"{name}.{message}{more}" if name else f"{message}{more}"
     return f"{name} = {first['input']!r}: {message}{more}"
+
+
+def _sections_with(schema: type[BaseModel], place: list[str]) -> list[str]:
+    """Name the sections of a file that have the field that was written without its section."""
+    if len(place) > 1:
+        return []
+    return [name for name in schema.model_fields if place[0] in _fields_at(schema, [name])]
 
 
 def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:

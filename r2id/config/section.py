@@ -22,8 +22,8 @@ def as_tuple(value: Any) -> Any:
 
 
 def as_several(value: Any) -> Any:
-    """Convert a single number to a tuple of one, and lists as as_tuple does."""
-    return (value,) if isinstance(value, int | float) else as_tuple(value)
+    """Convert a single number or text to a tuple of one, and lists as as_tuple does."""
+    return (value,) if isinstance(value, int | float | str) else as_tuple(value)
 
 
 def as_label(value: Any) -> int | str:
@@ -64,13 +64,13 @@ Guidance = Annotated[float, Field(ge=0, le=100)]
 """Scales beyond these say nothing: at 100 the condition alone decides already."""
 Label = Annotated[int | str, BeforeValidator(as_label)]
 """A class: its number, or its name."""
-Labels = Annotated[tuple[Label, ...], BeforeValidator(as_tuple)]
+# Of these, one by itself need not be in brackets.
+Labels = Annotated[tuple[Label, ...], BeforeValidator(as_several)]
 Guidances = Annotated[tuple[Guidance, ...], BeforeValidator(as_several)]
-"""A single number need not be in brackets."""
-Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(as_several)]
 # Widths σ_rel of power-function averages: their exponent, which is 0 for equal weights, would be
 # negative from 0.2887 on (Karras et al. 2024).
-Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(as_tuple)]
+Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(as_several)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Fraction0 = Annotated[float, Field(ge=0, le=1)]
 Solver = Literal["ddim", "dpmpp_2m", "euler", "heun"]

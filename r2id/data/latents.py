@@ -227,7 +227,7 @@ def read_latents(folder: Path) -> LatentManifest:
             if list(folder.glob("*/*.safetensors"))
             else ("not a latent cache (no latents.json): give a folder written by r2id encode")
         )
-        absent = "no such folder; r2id encode makes one"
+        absent = f"no such folder; r2id encode --riae … --shards … --out {folder} makes it"
         raise InputError(f"latents {folder}: {state if folder.is_dir() else absent}")
     try:
         manifest = LatentManifest.model_validate_json(path.read_bytes())

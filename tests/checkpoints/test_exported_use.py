@@ -125,6 +125,9 @@ def test_what_is_no_model_is_named(exported: Path, riae_run: Path, tmp_path: Pat
     for path, reason in ((tmp_path, "no checkpoint here"), (tmp_path / "x", "no such folder")):
         with pytest.raises(InputError, match=f"{path}: {reason}"):
             Sampler.load(path)
+    (tmp_path / "mine").symlink_to(riae_run)
+    with pytest.raises(InputError, match=f"{tmp_path}: .* holds one, such as {tmp_path}/mine$"):
+        Sampler.load(tmp_path)
     with pytest.raises(InputError, match=r"config\.toml: "):
         Sampler.load(riae_run / "config.toml")
 
