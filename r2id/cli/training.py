@@ -121,7 +121,7 @@ def _train_lines(figures: dict[str, Any]) -> list[str]:
         return [f"{done}, already finished"]
     return [
         f"{done}, loss {figures.get('loss', math.nan):.4f}, "
-        f"{figures['images_per_second']:.1f} images/s, "
+        f"{figures['images_per_second']:.1f} images/s without previews and saving, "
         f"{figures['tokens_per_second']:.0f} tokens/s, "
         f"{figures['tflops_per_process']:.3g} TFLOP/s per process "
         f"({figures['mfu']:.1%} of matrix products), data wait {figures['data_wait']:.1%}, "

@@ -209,7 +209,8 @@ class TrackingConfig(Section):
     experiment: str = "r2id"
     """Name of MLflow's experiment."""
     name: str | None = None
-    """Name of MLflow's run. Without it, the name of the run directory."""
+    """Name of MLflow's run. Without it, the run directory and the folder that it is in, such as
+    ``digits/r2id``."""
 
 
 class _StageRun(Section):

@@ -120,7 +120,8 @@ class Trouble:
         return run()
 
     def check(self, client: MlflowClient, run: Path) -> None:
-        """Warned once, trained to the end, and recorded everything."""
+        """Warned once, trained to the end, and recorded everything, under the run's name."""
+        assert client.get_run(self.run_id).info.run_name == f"{run.parent.name}/{run.name}"
         assert (
             self.said.count("tracking:")
             == self.said.count("MLflow cannot be reached, going on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from r2id import dist
@@ -10,7 +11,7 @@ from r2id.mlflow_pages import RUN_ID_FILE, read_run_ids
 from r2id.training.callbacks.base import Callback
 from r2id.training.meter import RATES
 from r2id.training.state import TrainState
-from r2id.training.tracking import NullTracker, Tracker
+from r2id.training.tracking import PARENT_VARIABLE, NullTracker, Tracker
 
 
 class Tracking(Callback):
@@ -47,10 +48,13 @@ def grouped(figures: Mapping[str, float]) -> dict[str, float]:
 def _start_tracker(state: TrainState) -> NullTracker:
     """Begin or continue the MLflow run of the run directory, which keeps its id in a file."""
     config, shards = state.config, state.task.shards
+    folder = state.folder.resolve()
+    # Within a pipeline's run the stage is enough. By itself it would be the name of every run.
+    name = folder.name if PARENT_VARIABLE in os.environ else f"{folder.parent.name}/{folder.name}"
     id_file = state.folder / RUN_ID_FILE
     return Tracker.start(
         config.tracking,
-        run_name=state.folder.name,
+        run_name=name,
         stage=config.stage,
         params=config.model_dump(mode="json"),
         run_id=read_run_ids(id_file)[0] if state.start else None,

@@ -85,7 +85,8 @@ class Tracker(NullTracker):
     ) -> NullTracker:
         """Begin a run, or continue ``run_id`` when that run still exists.
 
-        ``run_name`` is the name of the run directory, and of the run unless the config has one.
+        ``run_name`` is the name of the run unless the config has one, and that under which a
+        pipeline's run holds the figures of this one.
         ``params`` is a config as nested dictionaries, recorded as ``section.key``. ``dataset`` is
         its name, digest and location. ``parent_id`` is the run that this one is a child of, by
         default the one in R2ID_PARENT_RUN, if any. The run's id is written to ``id_file`` as soon
