@@ -49,12 +49,12 @@ Model = Annotated[
         help="R2ID: run directory, checkpoint, exported file or folder, or hub name.",
     ),
 ]
-WithCodec = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CKPT", help="R2ID or RIAE: run directory, checkpoint, exported file or folder."
-    ),
-]
+MODEL = (
+    "run directory, checkpoint, exported file or folder, or owner/name on the Hugging Face Hub "
+    "(owner/name@revision)."
+)
+"""What commands take as a trained model, in their help."""
+WithCodec = Annotated[Path, typer.Argument(metavar="CKPT", help=f"R2ID or RIAE: {MODEL}")]
 Device = Annotated[
     str, typer.Option(help="Device: cpu, cuda, or auto, which takes a GPU if there is one.")
 ]

@@ -9,6 +9,7 @@ import typer
 
 from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import (
+    MODEL,
     Device,
     Json,
     Model,
@@ -26,11 +27,6 @@ from r2id.config import EvaluateConfig, SampleConfig, SamplerConfig, build
 from r2id.config.arguments import parse_size
 from r2id.errors import InputError
 
-MODEL = (
-    "run directory, checkpoint, exported file or folder, or owner/name on the Hugging Face Hub "
-    "(owner/name@revision)."
-)
-"""What commands take as a trained model, in their help."""
 SAMPLER_FIELDS = tuple(SamplerConfig.model_fields)
 """How samples are computed: as in the run's config unless set. Help lists these options last."""
 _OF_SAMPLER = tuple(name for name in SAMPLER_FIELDS if name != "guidance")
