@@ -89,27 +89,30 @@ class Tar:
     def read(self, place: bytes, size: int, newest: int) -> bytes:
         """See Source.read. The header at the place must still have this name and length."""
         changed = modified_ns(self.path) > newest
-        if self._file is None:
-            self._file = _opened(self.path)
+        file = self._file = self._file or _opened(self.path)
         offset, _, target = place.partition(b":")[0].partition(b">")
         name = self.name(place)
-        member = self._header(int(offset))
+        member = self._header(file, int(offset))
         same = member is not None and _ends_with(name, member.name)
         if target:
-            member = self._header(int(target))
+            member = self._header(file, int(target))
             same = same and member is not None and member.isreg()
         start = int(target or offset)
-        data = os.pread(self._file.fileno(), size, start + member.offset_data) if member else b""
+        data = os.pread(file.fileno(), size, start + member.offset_data) if member else b""
         if changed or not same or member is None or not member.size == size == len(data):
             raise WorkError(f"{self.path}: changed since the preparation began ({name})")
         return data
 
-    def _header(self, start: int) -> tarfile.TarInfo | None:
+    def close(self) -> None:
+        """Close the file, which the next read opens again."""
+        self._file = None  # a read in another thread still holds it, and is the last to let go
+
+    @staticmethod
+    def _header(file: BinaryIO, start: int) -> tarfile.TarInfo | None:
         """Return the member whose first header is at an offset; None when there is none."""
-        assert self._file is not None
-        size = os.fstat(self._file.fileno()).st_size
+        size = os.fstat(file.fileno()).st_size
         try:
-            with tarfile.open(fileobj=_Part(self._file, start, size - start), mode="r:") as archive:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=_Part(file, start, size - start), mode="r:") as archive:  # type: ignore[call-overload]
                 return archive.next()
         except (tarfile.TarError, EOFError, ValueError):
             return None

@@ -38,6 +38,7 @@ from r2id.errors import InputError
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _KEPT = ("cls", "json", "txt", "npy")
+_OPEN_FILES = 256  # tars, well below the usual limit of 1024
 _SAMPLES = pa.schema(
     [
         ("tar", pa.int32()),
@@ -72,6 +73,7 @@ class WebdatasetReader:
             for path in found
         ]
         self.tars = [Tar(decompressed_tar(path, unpacked)) for path in found]
+        self._open: dict[int, None] = {}  # numbers of tars, in the order in which they were opened
 
     def listing(self) -> Listing:
         """List the samples. Class numbers are read, images and annotations are not."""
@@ -213,6 +215,12 @@ class WebdatasetReader:
 
     def _read(self, number: int, key: str, member: Member, newest: int) -> bytes:
         extension, offset, size = member
+        if number not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                first = next(iter(self._open))
+                del self._open[first]
+                self.tars[first].close()
+            self._open[number] = None
         return self.tars[number].read(
             f"{offset}:{key}.{extension}".encode(errors="surrogateescape"), size, newest
         )

@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import resource
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +238,23 @@ def test_a_shard_that_is_a_link_to_nothing(tmp_path):
     (tmp_path / "in/a-1.tar").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"a-1\.tar"):
         make("webdataset", tmp_path / "set", tmp_path / "in")
+
+
+def test_more_tars_than_files_may_be_open(tmp_path, monkeypatch):
+    """Their classes are read while they are listed, their images while shards are written."""
+    monkeypatch.setattr("data_prep.webdataset._OPEN_FILES", 5)
+    for number in range(60):
+        sample = {"__key__": f"k{number}", "png": picture(number), "cls": number % 2}
+        write_tar(tmp_path / f"in/{number}.tar", [sample])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, before[1]))
+    try:
+        shards = make("webdataset", tmp_path / "set", tmp_path / "in")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert shards.summary()["samples"] == {"test": 6, "train": 54}
+    assert verify(shards.folder) == []
 
 
 def test_other_labels_are_another_source(tmp_path):
