@@ -59,6 +59,7 @@ class LatentWriter:
         self.files = {
             name: [str(Path(entry.file).with_suffix(".safetensors")) for entry in split.shards]
             for name, split in shards.manifest.splits.items()
+            if split.samples  # all images of the others were rejected: they cannot be opened
         }
         self._shards = shards
 

@@ -178,9 +178,9 @@ class ShardSet:
         """Return a split; InputError when the set has no such split, or the split is empty."""
         entry = self.manifest.splits.get(name)
         if entry is None or not entry.samples:
-            raise InputError(
-                f"{self.folder}: no split {name!r}: it has {', '.join(self.manifest.splits)}"
-            )
+            filled = [name for name, entry in self.manifest.splits.items() if entry.samples]
+            problem = f"split {name!r} is empty" if entry else f"no split {name!r}"
+            raise InputError(f"{self.folder}: {problem}: it has {', '.join(filled)}")
         if name not in self._splits:
             self._splits[name] = self._load(name, entry)
         return self._splits[name]

@@ -87,9 +87,7 @@ def _find_missing(data_set: ShardSet, writer: LatentWriter) -> Missing:
     Every rank must call it: they share the work, because what is there is hashed.
     """
     shards = [
-        (split, number)
-        for split, entry in data_set.manifest.splits.items()
-        for number in range(len(entry.shards))
+        (split, number) for split, files in writer.files.items() for number in range(len(files))
     ]
     share = shards[dist.rank() :: dist.world_size()]
     found = dist.gather_objects([shard for shard in share if not writer.done(*shard)])

@@ -9,8 +9,12 @@ from r2id.config import DataConfig
 from r2id.data.latent_writer import LatentWriter
 from r2id.data.latents import MANIFEST, LatentCache, latent_loader, verify_latents
 from r2id.data.loader import eval_loader, image_loader
+from r2id.data.manifest import SplitEntry, shard_file
+from r2id.data.shard_writer import write_shard_files
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.images import to_float
+from r2id.training.encode import _find_missing
 from tests.data.conftest import write_set
 
 CODEC, CHANNELS = "c" * 64, 2
@@ -207,6 +211,29 @@ def test_a_stale_cache_is_refused_with_the_reason(mixed, data, tmp_path):
     for change in ({"size": (4, 4)}, {"max_pixels": 60}, {"channels": 3}):
         with pytest.raises(InputError, match=rf"\({next(iter(change))} is "):
             cache.check(data.model_copy(update=change))
+
+
+def test_a_split_whose_images_were_all_rejected(data, tmp_path):
+    shards = write_set(tmp_path / "set", {"train": [(4, 4)] * 30})
+    empty = write_shard_files(shards.folder, shard_file("val", 0), [], [])
+    val = SplitEntry(samples=0, bytes=empty.bytes, shards=[empty])
+    splits = {"val": val, **shards.manifest.splits}
+    shards.manifest.model_copy(update={"splits": splits}).write(shards.folder)
+    shards = ShardSet.open(shards.folder)
+    with pytest.raises(InputError, match=r"/set: split 'val' is empty: it has train$"):
+        shards.split("val")
+    with pytest.raises(InputError, match=r"/set: no split 'test': it has train$"):
+        shards.split("test")
+    writer = writer_of(tmp_path / "cache", shards, data)
+    missing = _find_missing(shards, writer)
+    assert {shard: len(indices) for shard, indices in missing.items()} == {
+        ("train", 0): 20,
+        ("train", 1): 10,
+    }
+    assert write_cache(tmp_path / "cache", shards, data) == 2
+    assert verify_latents(tmp_path / "cache") == []
+    cache = LatentCache.open(tmp_path / "cache", CODEC, shards.digest)
+    assert len(cache.split("train", shards.split("train").shard).start) == 30
 
 
 def test_damage_is_noticed(mixed, data, tmp_path):
