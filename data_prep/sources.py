@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from data_prep.items import TableBuilder, digest_of, iter_rows
 from r2id.data.manifest import Reject
-from r2id.errors import InputError, WorkError
+from r2id.errors import SYSTEM_FAULTS, InputError, WorkError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -177,6 +177,7 @@ class Folder:
         except FileNotFoundError:
             raise WorkError(f"{path}: gone since the preparation began") from None
         except OSError as error:
+            _raise_if_system(error, path)
             raise ValueError(f"cannot be read: {error.strerror}") from None
 
     def _walk(
@@ -263,6 +264,7 @@ class Zip:
         except MemoryError:
             raise
         except Exception as error:  # zipfile and its decompressors fail in many ways on damage
+            _raise_if_system(error, self.path)
             raise ValueError(f"cannot be read: {error}") from None
         if len(data) != size:
             raise ValueError(f"{len(data)} bytes, not the {size} that the archive states")
@@ -276,6 +278,7 @@ class Zip:
                     member.header_offset: member for member in self._archive.infolist()
                 }
         except (OSError, zipfile.BadZipFile) as error:
+            _raise_if_system(error, self.path)
             raise InputError(f"{self.path}: truncated or damaged: {error}") from None
         return self._archive
 
@@ -322,6 +325,12 @@ def unsafe_name(name: str) -> str:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         return "its name leads out of the archive"
     return ""
+
+
+def _raise_if_system(error: Exception, path: Path) -> None:
+    """Raise WorkError for a fault of the system, which is no reason to reject a file for good."""
+    if isinstance(error, OSError) and error.errno in SYSTEM_FAULTS:
+        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def modified_ns(path: Path) -> int:

@@ -1,5 +1,21 @@
 """The errors that users meet. The command line turns each into one line and an exit code."""
 
+import errno
+
+SYSTEM_FAULTS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    }
+)
+"""Numbers of errors that tell of the system, not of the file in hand; they may pass."""
+
 
 class InputError(ValueError):
     """The input or the arguments are wrong. Exit code 2.

@@ -8,7 +8,6 @@ Floating-point values have no range of their own; a TIFF may state one, others a
 
 from __future__ import annotations
 
-import errno
 import io
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
 
-from r2id.errors import WorkError
+from r2id.errors import SYSTEM_FAULTS, WorkError
 
 MOST_PIXELS = 400_000_000
 """Limit where the caller sets none; as many take 1.2 GB when decoded."""
@@ -32,7 +31,6 @@ _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _LOWEST, _HIGHEST = 258, 262, 339, 340, 341
 _SIGNED = 2  # value of the tag SampleFormat
 _WHITE_IS_ZERO = 0  # value of the tag PhotometricInterpretation
 _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")  # Pillow scales all that is deeper than 8 bits to 16
-_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PNG, _PNG_CHUNK = b"\x89PNG\r\n\x1a\n", 12  # bytes of a chunk beside its content
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ORIENTING = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.adobe.xmp\0")
@@ -62,7 +60,7 @@ def decoding() -> Iterator[None]:
     except MemoryError as error:
         raise WorkError("an image cannot be decoded: there is not enough memory") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _SYSTEM:
+        if isinstance(error, OSError) and error.errno in SYSTEM_FAULTS:
             raise WorkError(f"an image cannot be decoded: {error}") from error
         words = " ".join(str(error).split())
         raise ValueError(f"not a readable image: {type(error).__name__}: {words}") from None

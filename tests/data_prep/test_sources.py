@@ -3,15 +3,20 @@
 import io
 import json
 import os
+import resource
 import tarfile
+import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from data_prep.sources import Folder, Zip, is_image
+from data_prep.tars import open_source
 from r2id.config import PrepareConfig
 from r2id.data.verify import verify
-from r2id.errors import InputError
-from tests.data_prep.archives import rejected
+from r2id.errors import InputError, WorkError
+from tests.data_prep.archives import rejected, write_zip
 from tests.data_prep.conftest import make, prepare_as_nobody, write_images
 from tests.forked import FORKED
 
@@ -67,6 +72,37 @@ def test_folders_and_files_without_permission(tmp_path):
     (tmp_path / "in/b").chmod(0)
     assert str(tmp_path / "in/b") in run("two")
     assert not (out / "two").exists()
+
+
+@pytest.mark.parametrize("name", ["in", "in.zip"])
+def test_a_fault_of_the_system_rejects_no_image(tmp_path, name):
+    write_images(tmp_path / "in", ["1.png"])
+    image = (tmp_path / "in/1.png").read_bytes()
+    write_zip(tmp_path / "in.zip", {"1.png": image})
+    (entry,) = open_source(tmp_path / name, tmp_path).files(is_image)
+    source, newest = open_source(tmp_path / name, tmp_path), time.time_ns()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(WorkError, match=r"/in.*: cannot be read: Too many open files$"):
+            source.read(entry.place, entry.size, newest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert source.read(entry.place, entry.size, newest) == image
+
+
+def test_a_disk_that_gives_errors_rejects_no_image(tmp_path):
+    """Here it is the memory of this process, whose beginning nobody may read."""
+    (tmp_path / "1.png").symlink_to("/proc/self/mem")
+    with pytest.raises(WorkError, match=r"1\.png: cannot be read: Input/output error$"):
+        Folder(tmp_path).read(b"1.png", 0, 1 << 62)
+    write_zip(tmp_path / "x.zip", {"1.png": bytes(9), "2.png": os.urandom(100_000)})
+    source = Zip(tmp_path / "x.zip")
+    first, _ = source.files(is_image)
+    with Path("/proc/self/mem").open("rb") as memory:
+        os.dup2(memory.fileno(), source._archive.fp.fileno())
+    with pytest.raises(WorkError, match=r"x\.zip: cannot be read: Input/output error$"):
+        source.read(first.place, first.size, 1 << 62)
 
 
 def test_what_lies_beside_the_images(tmp_path, capfd):
