@@ -189,14 +189,20 @@ def show_pipeline(
             [dict(stage) for stage in stages], key="stages", description=f"The stages of {name}"
         ),
     )
-    page = [f"### {name}", "\n".join(f"* {line}" for line in lines)]
-    page += [f"{path.stem}:\n\n![{path.stem}]({data_uri(path)})" for path in pictures]
     _show(
         "page",
         lambda: create_markdown_artifact(
-            "\n\n".join(page), key="r2id", description=f"Results of {name}, and where they are"
+            _page(name, lines, pictures),
+            key="r2id",
+            description=f"Results of {name}, and where they are",
         ),
     )
+
+
+def _page(name: str, lines: Sequence[str], pictures: Sequence[Path]) -> str:
+    parts = [f"### {name}", "\n".join(f"* {line}" for line in lines)]
+    parts += [f"{path.stem}:\n\n![{path.stem}]({data_uri(path)})" for path in pictures]
+    return "\n\n".join(parts)
 
 
 def data_uri(picture: Path) -> str:

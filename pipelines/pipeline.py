@@ -54,6 +54,7 @@ class Pipeline:
         # The RIAE that latents are made with, which is the first one where there is no second.
         self.codec = self.out / "riae-finetuned" if config.finetune else self.riae
         self.samples, self.report = self.out / "samples", self.out / "report"
+        self.report_files = [self.report / "report.html", self.report / "metrics.json"]
         self.record_file = self.out / "pipeline.json"
         self.executed: list[dict[str, Any]] = []
         self.headlines: list[str] = []
@@ -175,9 +176,17 @@ class Pipeline:
         return result
 
     def once(
-        self, name: str, settings: Mapping[str, Any], artifacts: list[Path], work: Callable[[], Any]
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        folder: Path,
+        work: Callable[[], Any],
+        files: Sequence[Path] = (),
     ) -> Any:
-        """Run a stage, or return its recorded result if settings and checkpoint are the same."""
+        """Run a stage, or return its recorded result if settings and checkpoint are the same.
+
+        Then its ``files``, and those that the result names, must still be there, too.
+        """
         checkpoints = self.r2id / "checkpoints"
         latest = (
             checkpoints
@@ -189,7 +198,8 @@ class Pipeline:
             latest.read_bytes() + json.dumps(settings, sort_keys=True).encode()
         ).hexdigest()
         previous = self.record["stages"].get(name)
-        if previous and previous["key"] == key and all(path.exists() for path in artifacts):
+        made = [*map(Path, previous["result"].get("files", ())), *files] if previous else []
+        if previous and previous["key"] == key and all(path.is_file() for path in made):
             say(f"── {name}: up to date")
             outcome = _outcome(previous["result"])
             self.stages.append({"stage": name, "time": "up to date", "result": outcome})
@@ -197,12 +207,8 @@ class Pipeline:
         result = self.stage(name, work)
         self.record["stages"][name] = {"key": key, "result": result}
         self.write_record()
-        self.note(
-            name,
-            settings,
-            artifacts,
-            _read_json(self.report / "metrics.json") if name == "evaluate" else {},
-        )
+        metrics = _read_json(self.report_files[1]) if name == "evaluate" else {}
+        self.note(name, settings, [folder], metrics)
         return result
 
     def note(
@@ -333,14 +339,15 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     samples = pipeline.once(
         "sample",
         config.sample.changes(mode="json"),
-        [pipeline.samples],
+        pipeline.samples,
         lambda: sample_flow(pipeline.r2id, pipeline.samples, config.sample, environment),
     )
     evaluation = pipeline.once(
         "evaluate",
         config.evaluate.changes(mode="json"),
-        [pipeline.report],
+        pipeline.report,
         lambda: evaluate_flow(pipeline.r2id, shards, pipeline.report, config.evaluate, environment),
+        pipeline.report_files,
     )
     pipeline.headlines = list(evaluation["headlines"])
     summary = _summary(pipeline, samples)
@@ -357,8 +364,8 @@ def _summary(pipeline: Pipeline, samples: Mapping[str, Any]) -> dict[str, Any]:
         "riae": str(pipeline.codec),
         "r2id": str(pipeline.r2id),
         "pictures": [str(f) for f in samples["files"]],
-        "report": str(pipeline.report / "report.html"),
-        "metrics": str(pipeline.report / "metrics.json"),
+        "report": str(pipeline.report_files[0]),
+        "metrics": str(pipeline.report_files[1]),
         "headlines": pipeline.headlines,
         "mlflow": pipeline.how_to_open_mlflow(),
     }

@@ -27,6 +27,7 @@ STAGES = [
 def shows_artifacts(picture: Path) -> None:
     show_mlflow_run(PAGE, "bash launch/mlflow.sh")
     lines = ["samples at 8x8: class accuracy 0.9", "report: runs/digits/report/report.html"]
+    show_pipeline("digits", STAGES, lines, [picture.with_name("gone.png")])  # shows no page
     show_pipeline("digits", STAGES, lines, [picture])
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipelines.flows import train_flow
-from pipelines.pipeline import run_pipeline
+from pipelines.pipeline import Pipeline, run_pipeline
 from pipelines.preparation import prepare_flow
 from r2id.config import PipelineRun, PrepareConfig, load_config
 from r2id.errors import InputError
@@ -144,6 +144,46 @@ def test_wrong_stage_configs_are_told_before_anything_starts(
     with pytest.raises(InputError, match=message):
         run_pipeline(config, configs)
     assert not (configs / "out").exists()
+
+
+def test_files_that_are_gone_are_made_again(configs: Path) -> None:
+    """As when somebody removed the pictures, but not the folder that they were in."""
+    config = load_config(configs / "pipeline.toml", [f"out={configs}/out"])
+    assert isinstance(config, PipelineRun)
+    for run, step in {"riae": 40, "riae-finetuned": 10, "r2id": 20}.items():
+        folder = configs / "out" / run / "checkpoints"
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+        (folder / f"step-{step:08d}" / "checkpoint.json").write_text("{}")
+        (folder / "latest").write_text(f"step-{step:08d}")
+    samples, report = configs / "out/samples", configs / "out/report"
+    samples.mkdir()
+    report.mkdir()
+    picture, page, metrics = samples / "8x8.png", report / "report.html", report / "metrics.json"
+
+    def draw() -> dict[str, Any]:
+        picture.write_bytes(b"drawn")
+        return {"files": [str(picture)]}
+
+    def evaluate() -> dict[str, Any]:
+        page.write_text("measured")
+        metrics.write_text("{}")
+        return {"headlines": ["good"]}
+
+    def redone() -> list[str]:
+        pipeline = Pipeline(config, configs)
+        pipeline.once("sample", {}, samples, draw)
+        pipeline.once("evaluate", {}, report, evaluate, pipeline.report_files)
+        return [stage["stage"] for stage in pipeline.stages if stage["time"] != "up to date"]
+
+    assert redone() == ["sample", "evaluate"]
+    assert redone() == []
+    picture.unlink()
+    assert redone() == ["sample"]
+    assert picture.exists()
+    for file in (page, metrics):
+        file.unlink()
+        assert redone() == ["evaluate"]
+        assert file.exists()
 
 
 class Running:
