@@ -73,7 +73,7 @@ class FolderReader(FileRecords):
     def _from_folders(self, paired: PairedImages) -> Listing:
         """Make the listing with classes and splits from the folders' names."""
         files = paired.images
-        assigned = assign_from_folders(files, archive=not isinstance(self.source, Folder))
+        assigned = assign_from_folders(self.path, files, not isinstance(self.source, Folder))
         self._check_layout(files, assigned)
         kind = " by ".join(
             filter(
@@ -164,11 +164,12 @@ def make_listing(
     return Listing(items.table(), digest, newest, names, rejects=rejects, notes=notes)
 
 
-def assign_from_folders(files: Files, archive: bool = False) -> list[SplitAndClass]:
-    """Return the split and class of each file, from the names of its folders.
+def assign_from_folders(path: Path, files: Files, archive: bool = False) -> list[SplitAndClass]:
+    """Return the split and class of each file of the source ``path``, from its folders' names.
 
     An archive often has one folder at the top that holds everything. If that folder holds folders
-    itself, its name is ignored.
+    itself, its name is ignored. Raises InputError when some folders at the top are splits and
+    others are not.
     """
     tops, shallowest = set(), 3
     for entry in files:
@@ -181,6 +182,8 @@ def assign_from_folders(files: Files, archive: bool = False) -> list[SplitAndCla
     nested = all(
         len(parts) > start + 1 and parts[start].lower() in SPLITS for parts in map(_parts, files)
     )
+    if not nested:
+        _check_no_splits(path, files, start)
     # Many images share few pairs: one copy of each saves memory.
     shared: dict[SplitAndClass, SplitAndClass] = {}
     assigned = []
@@ -192,6 +195,24 @@ def assign_from_folders(files: Files, archive: bool = False) -> list[SplitAndCla
         )
         assigned.append(shared.setdefault(pair, pair))
     return assigned
+
+
+def _check_no_splits(path: Path, files: Files, start: int) -> None:
+    """Raise InputError when a folder at the top is a split: it would be taken for a class.
+
+    A class may be called train, too: then its images lie in its folder itself.
+    """
+    tops: dict[str, bool] = {}  # whether a folder's images lie in folders within it
+    for parts in map(_parts, files):
+        if len(parts) > start + 1:
+            tops[parts[start]] = tops.get(parts[start], False) or len(parts) > start + 2
+    split = next((top for top, deep in tops.items() if deep and top.lower() in SPLITS), None)
+    other = next((top for top in tops if top.lower() not in SPLITS), None)
+    if split is not None and other is not None:
+        raise InputError(
+            f"source {path}: folder {other!r} lies beside {split!r}, but is neither train, val "
+            "nor test: move or rename it, or name classes and splits in a table (--labels)"
+        )
 
 
 def _parts(entry: Entry) -> list[str]:

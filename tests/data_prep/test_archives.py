@@ -36,6 +36,12 @@ def test_an_archive_is_like_its_folder(tmp_path, name, write):
     assert not (tmp_path / "set/source").exists(), "also when it was only looked at again"
 
 
+def test_a_folder_beside_the_splits_of_an_archive_is_refused(tmp_path):
+    write_tar(tmp_path / "pets.tar", IMAGES | {"pets/extra/1.png": picture(1)})
+    with pytest.raises(InputError, match=r"pets\.tar: folder 'extra' lies beside 'test', but is"):
+        make("folder", tmp_path / "set", tmp_path / "pets.tar")
+
+
 def link(name, target, kind=tarfile.SYMTYPE):
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target

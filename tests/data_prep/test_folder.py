@@ -58,6 +58,7 @@ def test_splits_come_from_folders(tmp_path):
 
 def test_a_class_may_be_called_train(tmp_path):
     write_images(tmp_path / "in", ["train/1.png", "bus/1.png"])
+    write_images(tmp_path / "in", ["bus/red/2.png"])
     assert make("folder", tmp_path / "set", tmp_path / "in").class_names == ["bus", "train"]
 
 
@@ -156,6 +157,11 @@ def test_nothing_but_rejects_is_a_wrong_source(tmp_path):
         (["notes.txt"], r"/in: .*\.png"),
         (["a/1.png", "2.png"], r"'2\.png', 'a/1\.png'"),
         (["train/a/1.png", "train/2.png"], r"'train/2\.png', 'train/a/1\.png'"),
+        (
+            ["train/a/1.png", "Test/a/2.png", "extra/a/3.png"],
+            "/in: folder 'extra' lies beside 'Test', but is neither train, val nor test",
+        ),
+        (["train/a/1.png", "test/a/2.png", "extra/3.png"], "'extra' lies beside 'test'"),
     ],
 )
 def test_sources_that_make_no_dataset(tmp_path, names, words):
