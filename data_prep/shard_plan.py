@@ -87,7 +87,7 @@ def make_shard_plan(config: PrepareConfig) -> ShardPlan:
     if kept and is_complete(out) and (config.source is None or not config.source.exists()):
         return kept  # a finished set no longer needs its source
     if not kept:
-        _check_vacant(out)
+        _check_vacant(out, config.source)
     listing = open_reader(config).listing()
     say(f"{config.dataset}: {listing.describe()}")
     if kept and kept.source_digest != listing.digest:
@@ -164,8 +164,10 @@ def _check_budget(config: PrepareConfig, total: int, rejected: int, example: str
         )
 
 
-def _check_vacant(out: Path) -> None:
+def _check_vacant(out: Path, source: Path | None) -> None:
     """Raise InputError if ``out`` holds more than downloads and the rest of a killed start."""
+    if source is not None and source.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"out {out}: holds the source {source}: choose another folder")
     if out.exists() and not out.is_dir():
         raise InputError(f"out {out}: exists and is no folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []

@@ -25,6 +25,7 @@ from r2id.progress import say
 
 _BLOCK = 512  # bytes: the unit of the tar format
 _CHUNK = 1 << 20  # bytes
+_NAME = 16  # hexadecimal digits in the name of a decompressed copy
 # Limits against decompression bombs: any archive may expand to 1 GiB, larger ones to 200 times
 # their size. Archives of images shrink by compression to a half or so at most.
 _EXPANSION, _EXPANSION_FREE = 200, 1 << 30
@@ -131,7 +132,7 @@ def decompressed_tar(path: Path, unpacked: Path) -> Path:
         # Size and time are part of the name, so that a changed archive does not find an old copy.
         facts = os.fstat(file.fileno())
         identity = f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}"
-        plain = unpacked / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}.tar"
+        plain = unpacked / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:_NAME]}.tar"
         if not plain.is_file():
             say(f"{path}: decompressing")
             limit = max(_EXPANSION_FREE, _EXPANSION * facts.st_size)
@@ -145,7 +146,7 @@ def decompressed_tar(path: Path, unpacked: Path) -> Path:
 
 def remove_decompressed(unpacked: Path) -> None:
     """Remove the copies that decompressed_tar made."""
-    for plain in unpacked.glob("*.tar"):
+    for plain in unpacked.glob(f"{'[0-9a-f]' * _NAME}.tar"):
         plain.unlink()
     if unpacked.is_dir() and not any(unpacked.iterdir()):
         unpacked.rmdir()

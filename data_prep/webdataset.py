@@ -6,6 +6,7 @@ A sample's key is the name up to the first dot after the last slash; the rest is
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -64,7 +65,7 @@ class WebdatasetReader:
     """
 
     def __init__(self, source: Path, unpacked: Path, max_pixels: int) -> None:
-        found = [source] if source.is_file() else _find_tars(source)
+        found = [source] if source.is_file() else _find_tars(source, unpacked.parent)
         if not found:
             raise InputError(f"source {source}: holds no tars ({', '.join(_TARS)})")
         self.source, self.max_pixels, self.own = source, max_pixels, _own_manifest(source)
@@ -257,10 +258,15 @@ class WebdatasetReader:
         return tuple(values)
 
 
-def _find_tars(folder: Path) -> list[Path]:
-    """Return the tars in a folder and its subfolders, sorted."""
+def _find_tars(folder: Path, out: Path) -> list[Path]:
+    """Return the tars in a folder and its subfolders, sorted; ``out`` has those of the new set."""
+    own = os.path.relpath(out.resolve(), folder.resolve()) + "/"  # out may lie in the folder
     files = Folder(folder).files(
-        lambda name: name.endswith(_TARS) and not PurePosixPath(name).name.startswith(".")
+        lambda name: (
+            name.endswith(_TARS)
+            and not PurePosixPath(name).name.startswith(".")
+            and not name.startswith(own)
+        )
     )
     if files.rejects:
         raise InputError(f"{folder / files.rejects[0].source}: {files.rejects[0].reason}")

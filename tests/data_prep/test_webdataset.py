@@ -12,9 +12,14 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data_prep.prepare import write_shard
+from data_prep.readers import cached_reader
+from data_prep.shard_plan import make_shard_plan
+from data_prep.tars import remove_decompressed
+from r2id.config import PrepareConfig
 from r2id.data.verify import verify
 from r2id.errors import InputError
-from tests.data_prep.conftest import make, write_images
+from tests.data_prep.conftest import files_of, make, write_images
 from tests.data_prep.test_celeba import ATTRIBUTES, write_original
 
 
@@ -238,6 +243,29 @@ def test_a_shard_that_is_a_link_to_nothing(tmp_path):
     (tmp_path / "in/a-1.tar").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"a-1\.tar"):
         make("webdataset", tmp_path / "set", tmp_path / "in")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_a_set_inside_its_source(tmp_path, suffix):
+    """Neither its shards nor decompressed copies are taken for tars of the source."""
+    for number in range(2):
+        write_tar(tmp_path / f"in/train-{number}.{suffix}", samples_of(10 * number, 6))
+    whole = files_of(make("webdataset", tmp_path / "set", tmp_path / "in").folder)
+    out = tmp_path / "in/a/set"
+    plan = make_shard_plan(PrepareConfig(dataset="webdataset", source=tmp_path / "in", out=out))
+    cached_reader.cache_clear()  # as in a process of its own
+    write_shard(plan, 0)
+    make("webdataset", out, tmp_path / "in")
+    assert files_of(make("webdataset", out, tmp_path / "in").folder) == whole
+
+
+def test_a_source_inside_the_set_is_refused_and_kept(tmp_path):
+    write_tar(tmp_path / "set/source/train.tar", samples_of(0, 6))
+    for source in ("set", "set/source", "set/source/train.tar"):
+        with pytest.raises(InputError, match=f"/set: holds the source .*{source}: choose another"):
+            make("webdataset", tmp_path / "set", tmp_path / source)
+    remove_decompressed(tmp_path / "set/source")
+    assert (tmp_path / "set/source/train.tar").exists()
 
 
 def test_more_tars_than_files_may_be_open(tmp_path, monkeypatch):
