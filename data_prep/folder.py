@@ -156,7 +156,8 @@ def make_listing(
         raise InputError(f"class {os.fsencode(odd)!r}: the name is not UTF-8: rename the folder")
     numbers = {name: number for number, name in enumerate(names)}
     labels = [None if name is None else numbers[name] for _, name in assigned]
-    test = stratified_test(labels, TEST_SHARE)
+    divided = any(split is None for split, _ in assigned)
+    test = stratified_test(labels if divided else [], TEST_SHARE)
     items = ItemTableBuilder()
     for position, entry in enumerate(entries):
         split = assigned[position][0] or ("test" if test[position] else "train")

@@ -186,9 +186,9 @@ def stratified_test(labels: Iterable[int | None], share: float) -> np.ndarray:
     classes = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
     chosen = np.zeros(len(classes), dtype=bool)
     generator = np.random.Generator(np.random.PCG64(0))
-    names, sizes = np.unique(classes, return_counts=True)
-    for label, count in zip(names, _apportion(sizes, share), strict=True):
-        members = np.flatnonzero(classes == label)
+    _, sizes = np.unique(classes, return_counts=True)
+    groups = np.split(np.argsort(classes, kind="stable"), np.cumsum(sizes))[:-1]
+    for members, count in zip(groups, _apportion(sizes, share), strict=True):
         order = np.argsort(generator.random(len(members)), kind="stable")
         chosen[members[order[:count]]] = True
     return chosen

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,22 @@ class ShardPlan:
 
     def items(self, number: int) -> list[Item]:
         """Read the images of one shard, in order."""
-        with (self.out / _ITEMS).open("rb") as file:  # pyarrow itself takes no path but of UTF-8
-            table = pq.ParquetFile(file).read_row_group(number)
+        path = self.out / _ITEMS
+        footer = _footer(path, self.items_sha256)
+        with path.open("rb") as file:  # pyarrow itself takes no path but of UTF-8
+            table = pq.ParquetFile(file, metadata=footer).read_row_group(number)
         return [Item(**row) for row in table.to_pylist()]
 
     def check_budget(self, rejected: int, example: str) -> None:
         """Raise InputError or WorkError when too many images are rejected; see _check_budget."""
         _check_budget(self.config, sum(self.samples) + len(self.rejects), rejected, example)
+
+
+@lru_cache(maxsize=1)
+def _footer(path: Path, _sha256: str) -> pq.FileMetaData:
+    """Parse the footer of plan.parquet, once per process: it grows with the number of shards."""
+    with path.open("rb") as file:
+        return pq.read_metadata(file)
 
 
 def make_shard_plan(config: PrepareConfig) -> ShardPlan:
@@ -197,12 +207,10 @@ def _write(config: PrepareConfig, listing: Listing) -> ShardPlan:
     shards = plan_shards(
         listing.items, config.shard_mb, len(listing.attribute_names), listing.embedding_shape
     )
-    with (
-        atomic_file(config.out / _ITEMS) as file,
-        pq.ParquetWriter(file, listing.items.schema) as writer,
-    ):
+    items = listing.items.combine_chunks()  # of many chunks, each take would look through all
+    with atomic_file(config.out / _ITEMS) as file, pq.ParquetWriter(file, items.schema) as writer:
         for _, rows in shards:
-            writer.write_table(listing.items.take(rows), row_group_size=max(len(rows), 1))
+            writer.write_table(items.take(rows), row_group_size=max(len(rows), 1))
     plan = ShardPlan(
         config,
         listing.digest,

@@ -228,7 +228,7 @@ class WebdatasetReader:
 
     def _items(self, samples: pa.Table) -> pa.Table:
         labels = samples["label"].to_pylist()
-        test = stratified_test(labels, TEST_SHARE)
+        test = stratified_test(labels if None in self.splits else [], TEST_SHARE)
         items = ItemTableBuilder()
         for position, (number, label, place, size, _) in enumerate(iter_rows(samples)):
             items.add(

@@ -1,6 +1,7 @@
 """Preparing a shard set: the same bytes from any number of processes, after any kill."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from data_prep.items import ItemTableBuilder
 from data_prep.prepare import finish, make_shard_plan, pending_shards, prepare, write_shard
-from data_prep.shard_plan import plan_shards
+from data_prep.shard_plan import _footer, plan_shards
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, WorkError
 from tests.data_prep.conftest import files_of, make, write_images, write_mnist
@@ -261,6 +262,24 @@ def test_blocks_stay_together_in_an_order_of_their_own():
         for start in range(0, 1000, 10)
     )
     assert sorted(order) == list(range(1000))
+
+
+def test_the_footer_of_a_plan_is_parsed_once(tmp_path):
+    def plan_of(source):
+        write_images(source, [f"{number}.png" for number in range(60)])
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        config = PrepareConfig(dataset="folder", source=source, out=tmp_path / "set", shard_mb=0.03)
+        return make_shard_plan(config)
+
+    def places(plan):
+        return {item.place for number in range(len(plan.files)) for item in plan.items(number)}
+
+    plan, before = plan_of(tmp_path / "in"), _footer.cache_info().misses
+    assert len(plan.files) > 5
+    assert places(plan) == {b"%d.png" % number for number in range(60)}
+    assert _footer.cache_info().misses == before + 1
+    (tmp_path / "in/x.png").write_bytes((tmp_path / "in/0.png").read_bytes())
+    assert b"x.png" in places(plan_of(tmp_path / "in"))
 
 
 def test_items_kept_in_columns(monkeypatch):

@@ -1,5 +1,7 @@
 """Where a source has no splits of its own, a tenth of all is set aside for testing."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,24 @@ def test_a_tenth_of_all_and_of_each_class(sizes, tested):
     if max(sizes) > 1:
         assert (counts < sizes).all(), "a class is left without training images"
     assert np.array_equal(chosen, stratified_test(labels.tolist(), TEST_SHARE))
+
+
+def test_many_classes_are_divided_in_one_pass():
+    """Each with the draws of its own that a pass for each class gives, which takes minutes here."""
+    labels = np.random.default_rng(0).integers(0, 150_000, 200_000)
+    labels[:5] = -1
+    began = time.process_time()
+    chosen = stratified_test([None if label < 0 else label for label in labels], TEST_SHARE)
+    assert time.process_time() - began < 5
+    classes, sizes = np.unique(labels, return_counts=True)
+    generator = np.random.Generator(np.random.PCG64(0))
+    drawn = np.split(generator.random(len(labels)), np.cumsum(sizes))
+    for number, label in enumerate(classes[:300]):
+        members = np.flatnonzero(labels == label)
+        count = int(chosen[members].sum())
+        expected = members[np.argsort(drawn[number], kind="stable")[:count]]
+        assert np.array_equal(np.sort(expected), members[chosen[members]])
+    assert len(stratified_test([], TEST_SHARE)) == 0
 
 
 def test_ten_classes_of_four_images_have_a_test_split(tmp_path):
