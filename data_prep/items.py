@@ -236,5 +236,5 @@ def number_classes(names: Iterable[str]) -> list[str]:
     """Return the distinct names in order, numerically when all of them are numbers."""
     distinct = set(names)
     if all(name.removeprefix("-").isdecimal() for name in distinct):
-        return sorted(distinct, key=int)
+        return sorted(distinct, key=lambda name: (int(name), name))  # 1 and 01 are two
     return sorted(distinct)

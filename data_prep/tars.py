@@ -29,6 +29,7 @@ _NAME = 16  # hexadecimal digits in the name of a decompressed copy
 # Limits against decompression bombs: any archive may expand to 1 GiB, larger ones to 200 times
 # their size. Archives of images shrink by compression to a half or so at most.
 _EXPANSION, _EXPANSION_FREE = 200, 1 << 30
+_ZIPS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")  # first bytes, also of empty or split ones
 _DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], Any]] = {  # by an archive's first bytes
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
@@ -43,7 +44,7 @@ def open_source(path: Path, unpacked: Path) -> Source:
     if not path.is_file():
         raise InputError(f"source {path}: no such file or folder")
     with _opened(path) as file:
-        zipped = file.read(2) == b"PK"
+        zipped = file.read(4) in _ZIPS
     return Zip(path) if zipped else Tar(decompressed_tar(path, unpacked))
 
 

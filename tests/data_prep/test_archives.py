@@ -36,6 +36,15 @@ def test_an_archive_is_like_its_folder(tmp_path, name, write):
     assert not (tmp_path / "set/source").exists(), "also when it was only looked at again"
 
 
+def test_a_tar_whose_first_name_begins_like_a_zip(tmp_path):
+    with tarfile.open(tmp_path / "lots.tar", "w") as archive:
+        info = tarfile.TarInfo("PKLot/1.png")
+        info.size = len(picture(1))
+        archive.addfile(info, io.BytesIO(picture(1)))
+    assert (tmp_path / "lots.tar").read_bytes().startswith(b"PK")
+    assert len(make("folder", tmp_path / "set", tmp_path / "lots.tar").split("train")) == 1
+
+
 def test_a_folder_beside_the_splits_of_an_archive_is_refused(tmp_path):
     write_tar(tmp_path / "pets.tar", IMAGES | {"pets/extra/1.png": picture(1)})
     with pytest.raises(InputError, match=r"pets\.tar: folder 'extra' lies beside 'test', but is"):

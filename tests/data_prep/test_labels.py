@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.items import number_classes
 from r2id.errors import InputError
 from tests.data_prep.archives import rejected
 from tests.data_prep.conftest import make, write_images
@@ -44,6 +45,12 @@ def test_classes_from_a_table(tmp_path, kind, labels):
             n for n in range(20) if (tmp_path / f"in/{n}.png").read_bytes() == split.read(index)
         )
         assert shards.class_names[split.label[index]] == str(labels[number % 2])
+
+
+def test_classes_that_are_equal_as_numbers_have_one_order():
+    """A set of texts has another order in each process."""
+    names = [f"{'0' * zeros}1" for zeros in range(12)]
+    assert number_classes(["2", *names]) == [*sorted(names), "2"]
 
 
 def test_a_table_and_images_that_do_not_fit(tmp_path):
