@@ -110,7 +110,8 @@ class CelebaReader(FileRecords):
                 f"source {self.source.path}: none of its {len(files)} images is in "
                 f"{' and '.join(dict.fromkeys(str(table.path) for table in needed))}"
             )
-        absent = [name for name in (partition or labelled).rows if name not in kept]
+        found = {PurePosixPath(reject.source).name for reject in rejects} | kept.keys()
+        absent = [name for name in (partition or labelled).rows if name not in found]
         notes = [
             f"CelebA, {self.images} images in {self.source.path}, with {', '.join(sorted(tables))}",
             files.note(),

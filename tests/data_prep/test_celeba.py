@@ -16,6 +16,7 @@ from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
+from tests.data_prep.archives import rejected
 from tests.data_prep.conftest import make
 
 ATTRIBUTES = ["5_o_Clock_Shadow", "Eyeglasses", "Male", "Young"]
@@ -262,6 +263,14 @@ def test_few_missing_ones_are_rows(original, tmp_path):
     assert shards.manifest.rejects == 2 and sum(shards.summary()["samples"].values()) == 39
     table = (tmp_path / "set/rejects.csv").read_text()
     assert "000007.jpg" in table and "999999.jpg" in table and verify(shards.folder) == []
+
+
+def test_an_image_without_attributes_is_one_row(original, tmp_path):
+    edit("list_attr*", lambda t: "39" + t[2 : t.rindex("000040.jpg")])(original)
+    shards = make("celeba", tmp_path / "set", original)
+    assert shards.manifest.rejects == 1
+    ((name, reason),) = rejected(tmp_path / "set").items()
+    assert name.endswith("000040.jpg") and reason.startswith("not in list_attr_celeba.txt")
 
 
 @pytest.mark.parametrize("file", ["Anno/identity_CelebA.txt", "Img/img_align_celeba/000001.jpg"])
