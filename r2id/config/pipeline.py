@@ -8,6 +8,7 @@ from pydantic import Field, SerializationInfo, field_serializer, model_validator
 
 from r2id.config.diffusion import SampleConfig, SamplerConfig
 from r2id.config.section import (
+    MOST_PIXELS,
     Guidances,
     PathField,
     Section,
@@ -51,7 +52,7 @@ class PrepareConfig(Section):
     partial: bool = False
     """Take the part of CelebA that is there: without some images or rows of its tables, or without
     the partition. A tenth becomes the test split if there is none."""
-    max_megapixels: float = Field(default=100.0, gt=0)
+    max_megapixels: float = Field(default=100.0, gt=0, le=MOST_PIXELS / 1e6)
     """Images of more megapixels (10⁶ pixels) are rejected before they are decoded."""
     max_rejects: float = Field(default=0.01, ge=0, le=1)
     """Largest share of unusable images, which are left out; ten are always allowed. More end the

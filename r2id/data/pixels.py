@@ -17,10 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from r2id.config.section import MOST_PIXELS
 from r2id.errors import SYSTEM_FAULTS, WorkError
-
-MOST_PIXELS = 400_000_000
-"""Limit where the caller sets none; as many take 1.2 GB when decoded."""
 
 Image.MAX_IMAGE_PIXELS = None  # the limits here are checked instead of Pillow's own
 # Texts that are left (see _without_texts) may take as much as Pillow allows for all of them.

@@ -311,6 +311,12 @@ def test_the_failure_budget_is_an_option(tmp_path):
     assert make("folder", tmp_path / "set", tmp_path / "in", max_rejects=0.5).manifest.rejects == 11
 
 
+def test_no_more_pixels_are_taken_than_are_read_later(tmp_path):
+    PrepareConfig(dataset="folder", out=tmp_path, max_megapixels=400)
+    with pytest.raises(ValueError, match=r"max_megapixels\n.* less than or equal to 400"):
+        PrepareConfig(dataset="folder", out=tmp_path, max_megapixels=400.1)
+
+
 def test_images_of_too_many_pixels_are_rejected(tmp_path):
     write_images(tmp_path / "in", [f"{number}.png" for number in range(5)])
     write_images(tmp_path / "in", ["large.png"], size=(200, 200))
