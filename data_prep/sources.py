@@ -274,9 +274,13 @@ class Zip:
         try:
             if self._archive is None:
                 self._archive = zipfile.ZipFile(self.path)
-                self._members = {
-                    member.header_offset: member for member in self._archive.infolist()
-                }
+                members = self._archive.infolist()
+                # Some programs of Windows separate folders by backslashes, against the format. In
+                # an archive of another program, a name may hold a backslash of its own.
+                if not any("/" in member.filename for member in members):
+                    for member in members:
+                        member.filename = member.filename.replace("\\", "/")
+                self._members = {member.header_offset: member for member in members}
         except (OSError, zipfile.BadZipFile) as error:
             _raise_if_system(error, self.path)
             raise InputError(f"{self.path}: truncated or damaged: {error}") from None

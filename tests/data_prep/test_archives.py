@@ -36,6 +36,19 @@ def test_an_archive_is_like_its_folder(tmp_path, name, write):
     assert not (tmp_path / "set/source").exists(), "also when it was only looked at again"
 
 
+def test_a_zip_with_backslashes_is_like_one_with_slashes(tmp_path):
+    members = {name.replace("/", "\\"): data for name, data in IMAGES.items()}
+    write_zip(tmp_path / "pets.zip", {"pets\\": b"", **members})
+    shards = make("folder", tmp_path / "set", tmp_path / "pets.zip")
+    assert verify(shards.folder) == [] and shards.class_names == ["cat", "dog"]
+    assert shards.summary()["samples"] == {"test": 18, "train": 18}
+    write_zip(tmp_path / "own.zip", {"a/x\\1.png": picture(1), "a/..\\2.png": picture(2)})
+    assert make("folder", tmp_path / "own", tmp_path / "own.zip").class_names == ["a"]
+    write_zip(tmp_path / "out.zip", {"1.png": picture(1), "..\\2.png": picture(2)})
+    make("folder", tmp_path / "out", tmp_path / "out.zip")
+    assert rejected(tmp_path / "out") == {"../2.png": "its name leads out of the archive"}
+
+
 def test_a_tar_whose_first_name_begins_like_a_zip(tmp_path):
     with tarfile.open(tmp_path / "lots.tar", "w") as archive:
         info = tarfile.TarInfo("PKLot/1.png")
