@@ -89,10 +89,13 @@ def _plan_of(folder: Path, source: Path | None) -> ShardPlan:
     settings = {
         name: value for name, value in stored["settings"].items() if name != "format_version"
     }
-    where = source or (Path(stored["source"]) if stored["source"] else None)
+    before = Path(stored["source"]) if stored["source"] else None
+    where = source or before
     if where is not None and not where.exists():
         raise InputError(f"source {where}: no longer there: say with --source where it is now")
     labels = Path(stored["labels"]) if stored["labels"] else None
+    if labels and where and before and not labels.exists() and labels.is_relative_to(before):
+        labels = where / labels.relative_to(before)  # it has moved with the source
     return make_shard_plan(
         PrepareConfig(
             **settings, labels=labels, source=where, out=folder, max_rejects=stored["max_rejects"]

@@ -15,11 +15,13 @@ from r2id.errors import InputError
 def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values as text) of a CSV or Parquet file, the header first.
 
-    Every row is as long as the header. Raises InputError when the file is neither CSV nor Parquet,
-    or has a row of another length.
+    Every row is as long as the header. Raises InputError when the file is missing, is neither CSV
+    nor Parquet, or has a row of another length.
     """
     try:
         yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
         raise InputError(
             f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}"

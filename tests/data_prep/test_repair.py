@@ -194,6 +194,23 @@ def test_labels_given_by_a_relative_path(tmp_path, monkeypatch):
     assert files_of(tmp_path / "set") == whole
 
 
+def test_labels_that_have_moved_with_the_source(tmp_path):
+    write_images(tmp_path / "source", [f"{number}.png" for number in range(6)])
+    table = tmp_path / "source/tables/labels.csv"
+    table.parent.mkdir()
+    table.write_text("file,class\n" + "".join(f"{n}.png,{n % 2}\n" for n in range(6)))
+    make("folder", tmp_path / "set", tmp_path / "source", labels=table)
+    whole = files_of(tmp_path / "set")
+    (tmp_path / "source").rename(tmp_path / "moved")
+    (tmp_path / "set" / FIRST).unlink()
+    repair(tmp_path / "set", verify(tmp_path / "set"), tmp_path / "moved")
+    assert files_of(tmp_path / "set") == whole
+    (tmp_path / "moved/tables/labels.csv").unlink()
+    (tmp_path / "set" / FIRST).unlink()
+    with pytest.raises(InputError, match=r"/moved/tables/labels\.csv: no such file$"):
+        repair(tmp_path / "set", verify(tmp_path / "set"), tmp_path / "moved")
+
+
 def test_nothing_outside_the_set_is_touched(out, tmp_path):
     """Whatever an edited manifest names."""
     make("folder", tmp_path / "precious", tmp_path / "source")
