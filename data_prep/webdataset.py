@@ -288,9 +288,14 @@ def _meta(members: dict[str, bytes]) -> dict[str, Any]:
             content = json.loads(members["json"])
         except RecursionError:
             raise ValueError("its JSON is nested too deeply") from None
+        except ValueError as error:
+            raise ValueError(f"its JSON: {error}") from None
         meta |= content if isinstance(content, dict) else {"json": content}
     if "txt" in members:
-        meta["caption"] = members["txt"].decode()
+        try:
+            meta["caption"] = members["txt"].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"its text: {error}") from None
     return meta
 
 

@@ -131,15 +131,18 @@ def test_samples_that_are_none(tmp_path):
             {"__key__": "text", "jpg": b"no picture"},
             {"__key__": "json", "jpg": picture(3, "JPEG"), "json": b"{"},
             {"__key__": "deep", "jpg": picture(4, "JPEG"), "json": b"[" * 100_000},
+            {"__key__": "latin", "jpg": picture(5, "JPEG"), "txt": b"caf\xe9"},
         ],
     )
     shards = make("webdataset", tmp_path / "set", tmp_path / "in")
-    assert len(shards.split("train")) == 1 and shards.manifest.rejects == 5
+    assert len(shards.split("train")) == 1 and shards.manifest.rejects == 6
     table = (tmp_path / "set/rejects.csv").read_text()
     assert (
         "empty,a sample with no image" in table and '"a sample with 2 images (jpg, png)"' in table
     )
-    assert "text.jpg,not an image" in table and "json.jpg,Expecting property name" in table
+    assert "text.jpg,not an image" in table
+    assert "json.jpg,its JSON: Expecting property name" in table
+    assert "latin.jpg,its text: 'utf-8' codec can't decode byte 0xe9" in table
     assert "deep.jpg,its JSON is nested too deeply" in table
 
 
