@@ -6,6 +6,7 @@ so a malicious archive cannot write outside its folder.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import zipfile
@@ -192,7 +193,7 @@ class Folder:
                 children = sorted(found, key=lambda child: os.fsencode(child.name))
             for child in children:
                 name = prefix + child.name
-                if child.is_dir():
+                if _is(child.is_dir):
                     if not is_hidden(child.name):
                         self._walk(folder / child.name, f"{name}/", files, keep, seen)
                 elif keep(name):
@@ -206,7 +207,7 @@ class Folder:
 
     @staticmethod
     def _add(child: os.DirEntry[str], name: str, files: Files) -> None:
-        if child.is_file():
+        if _is(child.is_file):
             facts = child.stat()
             files.newest = max(files.newest, facts.st_mtime_ns)
             files.add(name, facts.st_size, os.fsencode(name))
@@ -320,6 +321,16 @@ class CombinedSource:
     def read(self, place: bytes, size: int, newest: int) -> bytes:
         part, _, inner = place.partition(b"/")
         return self.parts[os.fsdecode(part)].read(inner, size, newest)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Return what is_dir or is_file of a folder's child does; a link to itself is neither."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def unsafe_name(name: str) -> str:

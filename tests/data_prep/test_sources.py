@@ -110,14 +110,17 @@ def test_what_lies_beside_the_images(tmp_path, capfd):
     (tmp_path / "in/readme.txt").write_text("no image")
     (tmp_path / "in/._1.png").write_text("left by an archiver")
     (tmp_path / "in/gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in/self.png").symlink_to("self.png")
+    (tmp_path / "in/self").symlink_to("self")
     os.mkfifo(tmp_path / "in/pipe.png")
     make("folder", tmp_path / "set", tmp_path / "in")
     assert rejected(tmp_path / "set") == {
         "gone.png": "a link to nothing",
         "pipe.png": "no regular file",
+        "self.png": "a link to nothing",
     }
     said = capfd.readouterr().err
-    assert "2 other files" in said and "train 2" in said and "2 rejected" in said
+    assert "3 other files" in said and "train 2" in said and "3 rejected" in said
 
 
 def test_a_png_that_would_fill_the_memory(tmp_path):
