@@ -7,6 +7,7 @@ Images may lie flat or in one folder per class. Either layout may also lie below
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,11 +99,19 @@ class FolderReader(FileRecords):
         Images that are not in the table are rejected, and so are its rows without an image.
         """
         files, table = paired.images, _labels(labels)
-        kept, assigned, rejects = [], [], list(files.rejects)
+        kept, others, assigned, rejects = [], [], [], list(files.rejects)
         for entry in files:
             if entry.name in table:
                 kept.append(entry)
                 assigned.append(table.pop(entry.name))
+            else:
+                others.append(entry)
+        alike = {_without_details(name): name for name in table}
+        for entry in others:
+            name = alike.pop(_without_details(entry.name), None)
+            if name is not None:
+                kept.append(entry)
+                assigned.append(table.pop(name))
             else:
                 rejects.append(Reject("", entry.name, f"no label in {labels.name}"))
         if not kept:
@@ -220,6 +229,14 @@ def _parts(entry: Entry) -> list[str]:
     return [part for part in entry.name.split("/") if part not in ("", ".")]
 
 
+def _without_details(name: str) -> str:
+    """Return a path as people see it: without blanks around it, letters and accents in one.
+
+    macOS and some archives keep accents apart from their letters, tables do so rarely.
+    """
+    return os.path.normpath(unicodedata.normalize("NFC", name.strip()))
+
+
 def _is_text(name: str) -> bool:
     try:
         name.encode()
@@ -240,7 +257,7 @@ def _labels(path: Path) -> dict[str, SplitAndClass]:
     table: dict[str, SplitAndClass] = {}
     shared: dict[SplitAndClass, SplitAndClass] = {}
     for line, row in rows:
-        key = os.path.normpath(row[name].strip())
+        key = os.path.normpath(row[name])
         part = None if split is None else row[split].strip().lower()
         if part is not None and part not in SPLITS:
             raise InputError(

@@ -53,6 +53,23 @@ def test_classes_that_are_equal_as_numbers_have_one_order():
     assert number_classes(["2", *names]) == [*sorted(names), "2"]
 
 
+def test_names_that_only_look_the_same(tmp_path):
+    """Accents apart from their letters, as of macOS, and blanks; what is the same goes first."""
+    apart, composed = "e\u0301", "\u00e9"
+    classes = {f"{apart}.png": "a", f"{composed}.png": "b", f"{apart}2.png": "a", " 1.png": "b"}
+    write_images(tmp_path / "in", [*classes, "3.png"])
+    paths = {f"{apart}2.png": f" ./{composed}2.png"}
+    rows = [{"path": paths.get(name, name), "label": label} for name, label in classes.items()]
+    write_csv(tmp_path / "labels.csv", [*rows, {"path": "3.png ", "label": "b"}])
+    options = {"labels": tmp_path / "labels.csv"}
+    shards = make("folder", tmp_path / "set", tmp_path / "in", **options)
+    assert shards.manifest.rejects == 0
+    split = shards.split("train")
+    found = {split.read(index): "ab"[split.label[index]] for index in range(len(split))}
+    for name, label in {**classes, "3.png": "b"}.items():
+        assert found[(tmp_path / "in" / name).read_bytes()] == label
+
+
 def test_a_table_and_images_that_do_not_fit(tmp_path):
     write_images(tmp_path / "in", [f"{number}.png" for number in range(6)])
     good = [{"path": f"{number}.png", "class": number % 2} for number in range(6)]
