@@ -178,7 +178,7 @@ class Folder:
         except FileNotFoundError:
             raise WorkError(f"{path}: gone since the preparation began") from None
         except OSError as error:
-            _raise_if_system(error, path)
+            raise_if_system(error, path)
             raise ValueError(f"cannot be read: {error.strerror}") from None
 
     def _walk(
@@ -265,7 +265,7 @@ class Zip:
         except MemoryError:
             raise
         except Exception as error:  # zipfile and its decompressors fail in many ways on damage
-            _raise_if_system(error, self.path)
+            raise_if_system(error, self.path)
             raise ValueError(f"cannot be read: {error}") from None
         if len(data) != size:
             raise ValueError(f"{len(data)} bytes, not the {size} that the archive states")
@@ -283,7 +283,7 @@ class Zip:
                         member.filename = member.filename.replace("\\", "/")
                 self._members = {member.header_offset: member for member in members}
         except (OSError, zipfile.BadZipFile) as error:
-            _raise_if_system(error, self.path)
+            raise_if_system(error, self.path)
             raise InputError(f"{self.path}: truncated or damaged: {error}") from None
         return self._archive
 
@@ -342,7 +342,7 @@ def unsafe_name(name: str) -> str:
     return ""
 
 
-def _raise_if_system(error: Exception, path: Path) -> None:
+def raise_if_system(error: Exception, path: Path) -> None:
     """Raise WorkError for a fault of the system, which is no reason to reject a file for good."""
     if isinstance(error, OSError) and error.errno in SYSTEM_FAULTS:
         raise WorkError(f"{path}: cannot be read: {error.strerror}") from None

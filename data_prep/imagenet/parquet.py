@@ -23,7 +23,7 @@ from data_prep.items import (
     digest_of,
     number_occurring,
 )
-from data_prep.sources import modified_ns
+from data_prep.sources import modified_ns, raise_if_system
 from r2id.data.manifest import Reject
 from r2id.data.records import Record
 from r2id.errors import InputError, WorkError
@@ -92,13 +92,20 @@ class ParquetImagenet:
         """See data_prep.items.Reader. Each row group is read once, as long as its items adjoin."""
         held: tuple[int, int] | None = None
         images: list[dict[str, Any] | None] = []
+        problem = ""  # why the row group that is held cannot be read
         for item in items:
             number, group, row = map(int, item.place.split(b":"))
             path = self.files[number]
             name = f"{path.name} row group {group} row {row}"
             try:
                 if held != (number, group):
-                    images, held = self._read(path, group, item.size, newest), (number, group)
+                    held, problem = (number, group), ""
+                    try:
+                        images = self._read(path, group, item.size, newest)
+                    except InputError as error:
+                        problem = str(error)
+                if problem:
+                    raise ValueError(problem)
                 image = images[row]
                 name = (image or {}).get("path") or name
                 if not image or image.get("bytes") is None:
@@ -148,6 +155,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path.open("rb"))  # pyarrow itself takes no path but of UTF-8
     except (OSError, pa.ArrowException) as error:
+        raise_if_system(error, path)
         raise InputError(
             f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}"
         ) from None
@@ -161,6 +169,7 @@ def _read_column(file: pq.ParquetFile, path: Path, group: int, column: str) -> l
     try:
         return file.read_row_group(group, columns=[column])[column].to_pylist()
     except (OSError, pa.ArrowException) as error:
+        raise_if_system(error, path)
         raise InputError(
             f"{path}: row group {group} cannot be read: {str(error).splitlines()[0]}"
         ) from None

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import resource
 import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.imagenet.parquet import ParquetImagenet
+from data_prep.items import Item
 from data_prep.prepare import make_shard_plan, write_shard
 from r2id.config import DataConfig, PrepareConfig
 from r2id.data.verify import verify
@@ -197,9 +200,7 @@ def test_parquet_rows_without_an_image(tmp_path):
         make("imagenet", tmp_path / "other", tmp_path / "source")
 
 
-def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
-    write_parquet(tmp_path / "source")
-    path = tmp_path / "source/data/train-00001-of-00002.parquet"
+def damage_row_group(path):
     with pq.ParquetFile(path) as file:
         column = file.metadata.row_group(1).column(0)
     data, page = (
@@ -208,10 +209,47 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
     )
     data[page : page + column.total_compressed_size] = bytes(column.total_compressed_size)
     path.write_bytes(data)
+
+
+def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
+    write_parquet(tmp_path / "source")
+    damage_row_group(tmp_path / "source/data/train-00001-of-00002.parquet")
     shards = make("imagenet", tmp_path / "set", tmp_path / "source")
     table = (tmp_path / "set/rejects.csv").read_text()
     assert shards.manifest.rejects == 5
     assert table.count("train-00001-of-00002.parquet: row group 1") == 5
+
+
+def test_a_damaged_row_group_is_read_once(tmp_path):
+    write_parquet(tmp_path / "source")
+    path = tmp_path / "source/data/train-00001-of-00002.parquet"
+    damage_row_group(path)
+    reader, rejects = ParquetImagenet(path.parent, 10**6), []
+    listing, place = reader.listing(), b"%d:1:" % reader.files.index(path)
+    items = [Item(**row) for row in listing.items.to_pylist() if row["place"].startswith(place)]
+
+    def without_the_file():
+        yield items[0]
+        path.unlink()  # a second reading would fail otherwise
+        yield from items[1:]
+
+    assert not list(reader.records(without_the_file(), rejects, listing.newest, []))
+    assert len(rejects) == 5 and len({reject.reason for reject in rejects}) == 1
+
+
+def test_a_fault_of_the_system_rejects_no_row(tmp_path):
+    write_parquet(tmp_path / "source")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reader = ParquetImagenet(tmp_path / "source/data", 10**6)
+    listing, rejects = reader.listing(), []
+    items = [Item(**row) for row in listing.items.to_pylist()]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(WorkError, match=r"\.parquet: cannot be read: Too many open files$"):
+            list(reader.records(items, rejects, listing.newest, []))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not rejects
 
 
 def write_labels(folder, labels):
