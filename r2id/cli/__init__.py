@@ -9,7 +9,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 # They register their commands, in the order in which the help lists them.
 # isort: off
@@ -41,9 +41,12 @@ def main() -> None:
         finally:
             sys.stdout.flush()  # here, where an error becomes one line
     except (WorkError, OSError) as error:
-        print(f"failed: {_describe(error)}", file=sys.stderr)
-        _forget(sys.stdout)
-        sys.exit(1)
+        _fail(_describe(error))
+    except RuntimeError as error:
+        # torch raises this wherever the process happens to be.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        _fail("a loader process was killed, perhaps for lack of memory: lower data.workers")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -70,6 +73,12 @@ def _make_up_an_account() -> None:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["LOGNAME"] = name
+
+
+def _fail(reason: str) -> NoReturn:
+    print(f"failed: {reason}", file=sys.stderr)
+    _forget(sys.stdout)
+    sys.exit(1)
 
 
 def _describe(error: Exception) -> str:

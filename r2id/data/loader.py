@@ -9,9 +9,13 @@ Shape letters: b micro-batch · C colours · H, W image.
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -352,6 +356,9 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
         sampler=numbers,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_signals,
+        # A fork shares what is mapped or kept in memory. Python 3.14 would send it all to workers.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     try:
         yield from loader
@@ -360,6 +367,24 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
         raise WorkError(
             str(error).strip().splitlines()[-1].removeprefix("r2id.errors.WorkError: ")
         ) from None
+
+
+def _outlive_signals(_worker: int) -> None:
+    """Have a loader process ignore SIGTERM and SIGINT, which a whole job may be sent to stop it.
+
+    The training process still needs batches for the step that it ends, and then ends its loaders.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # other systems do not say who has sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    """End this process at a SIGTERM of its parent, which sends one to loaders that are stuck."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:

@@ -1,11 +1,15 @@
 """The loader: one order for any number of processes, resumable; sizes, windows and mirroring."""
 
+import multiprocessing
+import time
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from r2id.config import DataConfig
-from r2id.data.loader import eval_loader, image_loader, image_sizes
+from r2id.data.loader import eval_loader, image_loader, image_sizes, load_items
 from r2id.data.records import decode
 from r2id.errors import InputError, WorkError
 from r2id.images import to_float
@@ -294,3 +298,35 @@ def test_single_pixel_images(tmp_path):
     shards = write_set(tmp_path, {"train": [(1, 1)] * 5})
     steps = load(shards, batch=2, micro_batch=2, total=6)
     assert all(step[0]["image"].shape == (2, 1, 1, 1) for step in steps)
+
+
+class Stuck(Dataset):
+    """All items but the first take for ever."""
+
+    def __getitem__(self, number: int) -> int:
+        time.sleep(600 if number else 0)
+        return number
+
+
+def test_a_stuck_loader_ends_when_the_process_that_it_loads_for_says_so():
+    items = load_items(Stuck(), range(9), 1)
+    assert next(items) == 0
+    (loader,) = multiprocessing.active_children()
+    loader.terminate()
+    loader.join(10)
+    assert loader.exitcode == 0
+
+
+def test_loaders_share_memory_whatever_way_python_starts_processes():
+    """They are forked, so that nothing is sent to them: what is local could not be."""
+
+    class Local(Dataset):
+        def __getitem__(self, number: int) -> int:
+            return number
+
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert list(load_items(Local(), range(3), 1)) == [0, 1, 2]
+    finally:
+        multiprocessing.set_start_method(before, force=True)

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 
+import psutil
 import pytest
 import torch
 
@@ -246,3 +249,54 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits
     assert step >= 1 and f"step {step} of 100000" in said.read_text()
     again = train(load_config(run / "config.toml", [f"train.steps={step + 2}"]))
     assert again["step"] == step + 2
+
+
+@pytest.fixture
+def job(digits, tmp_path):
+    """A run with a loader process, in a session of its own, that has saved once."""
+    command = [
+        *(sys.executable, "-m", "r2id.cli", "train", CONFIGS / "digits" / "riae.toml"),
+        *TINY_RIAE,
+        f"run={tmp_path / 'run'}",
+        f"data.shards={digits}",
+        "data.workers=1",
+        "train.steps=100000",
+        "train.save_every=1",
+        "start=random",
+    ]
+    with (tmp_path / "said").open("w") as said:
+        process = psutil.Popen(command, stderr=said, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while Checkpoint.open_newest(tmp_path / "run") is None and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_job_leaves_it_its_loaders(number, job, tmp_path):
+    """As timeout, systemd and a terminal send them."""
+    loaders = job.children()
+    os.killpg(job.pid, number)
+    assert job.wait(60) == 75, (tmp_path / "said").read_text()
+    assert (tmp_path / "said").read_text().count("stopping at the end") == 1
+    assert len(loaders) == 1 and not psutil.wait_procs(loaders, 5)[1]
+
+
+def test_loaders_end_with_a_killed_run(job):
+    loaders = job.children()
+    job.kill()
+    assert not psutil.wait_procs(loaders, 20)[1]
+
+
+def test_a_killed_loader_is_one_line(job, tmp_path):
+    job.children()[0].kill()
+    assert job.wait(60) == 1
+    said = (tmp_path / "said").read_text()
+    assert said.splitlines()[-1].startswith("failed: a loader process was killed, perhaps for lack")
+    assert "Traceback" not in said
