@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
-run python -m r2id.cli run configs/digits/pipeline.toml "$@"
+run_last python -m r2id.cli run configs/digits/pipeline.toml "$@"

@@ -3,4 +3,4 @@
 set -euo pipefail
 [ $# -gt 0 ] || { echo "error: which CONFIG? flow.sh CONFIG" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-run python -m r2id.cli run "$@"
+run_last python -m r2id.cli run "$@"

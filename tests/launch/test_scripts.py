@@ -127,3 +127,18 @@ def test_nothing_is_installed_for_a_command_that_lacks_its_argument(
 ) -> None:
     done = bash(f"bash launch/{script}", bare, **BASE)
     assert done.returncode == 2 and not (bare / ".venv").exists()
+
+
+@pytest.mark.parametrize("command", ["flow.sh CONFIG", "demo.sh"])
+def test_a_signal_to_the_script_reaches_the_pipeline(command: str, checkout: Path) -> None:
+    """The pipeline is a program here that ends with 75 at SIGTERM, as one does that has saved."""
+    executable(
+        checkout / ".venv" / "bin" / "python",
+        "#!/bin/bash\ntrap 'exit 75' TERM\necho ready\nsleep 10 &\nwait\n",
+    )
+    with subprocess.Popen(
+        ["bash", *f"launch/{command}".split()], cwd=checkout, stdout=subprocess.PIPE
+    ) as script:
+        assert script.stdout is not None and script.stdout.readline() == b"ready\n"
+        script.terminate()
+        assert script.wait(30) == 75
