@@ -36,7 +36,7 @@ from r2id.config import (
     override,
 )
 from r2id.errors import InputError, Stopped
-from r2id.files import exclusive, write_atomic
+from r2id.files import exclusive, step_folders, step_of, write_atomic
 from r2id.mlflow_pages import how_to_open, run_page, server_command
 from r2id.progress import duration, say
 
@@ -285,8 +285,8 @@ def _outcome(result: Any) -> str:
 
 def newest_step(run: Path) -> int:
     """Return the step of a run's newest checkpoint, 0 without one."""
-    folders = (run / "checkpoints").glob("step-*/checkpoint.json")
-    return max((int(file.parent.name.removeprefix("step-")) for file in folders), default=0)
+    folders = step_folders(run / "checkpoints", "checkpoint.json")
+    return max(map(step_of, folders), default=0)
 
 
 def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -170,3 +171,20 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def step_folders(root: Path, content: str) -> list[Path]:
+    """List the folders in ``root`` that are named step-NUMBER and hold a file ``content``, by name.
+
+    Copies with other names, such as step-00000020-backup, are their owner's.
+    """
+    return sorted(
+        folder
+        for folder in root.glob("step-*")
+        if re.fullmatch("step-[0-9]+", folder.name) and (folder / content).is_file()
+    )
+
+
+def step_of(folder: Path) -> int:
+    """Return the number in the name of one of ``step_folders``."""
+    return int(folder.name.removeprefix("step-"))

@@ -14,12 +14,12 @@ from torch import Tensor
 from r2id.checkpoints.averages import Profile, reconstruction, widths
 from r2id.checkpoints.files import kind_of
 from r2id.checkpoints.pretrained import About, pack
-from r2id.checkpoints.reading import Checkpoint, list_checkpoints, step_of
+from r2id.checkpoints.reading import Checkpoint, list_checkpoints
 from r2id.checkpoints.state import MOMENTS, Tensors
 from r2id.checkpoints.trained import Trained, about, weights
 from r2id.config import TrainConfig
 from r2id.errors import InputError
-from r2id.files import write_atomic
+from r2id.files import step_of, write_atomic
 from r2id.progress import say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -24,7 +24,7 @@ from r2id.checkpoints.files import CODEC, DESCRIPTION, kind_of, read_description
 from r2id.checkpoints.pretrained import Pretrained
 from r2id.checkpoints.state import Shape, Source, Tensors
 from r2id.errors import InputError
-from r2id.files import sha256_file
+from r2id.files import sha256_file, step_folders
 
 
 class Checkpoint:
@@ -251,12 +251,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """List the checkpoint folders in a folder, the oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if (folder / DESCRIPTION).is_file())
-
-
-def step_of(folder: Path) -> int:
-    """Return the step in a checkpoint folder's name."""
-    return int(folder.name.removeprefix("step-"))
+    return step_folders(root, DESCRIPTION)
 
 
 def find_damages(path: Path) -> list[str]:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 
 from r2id import dist
 from r2id.checkpoints.files import CODEC, FileFact, Meta, write_description, write_part, write_whole
-from r2id.checkpoints.reading import Checkpoint, list_checkpoints, step_of
+from r2id.checkpoints.reading import Checkpoint, list_checkpoints
 from r2id.checkpoints.state import EngineState, Slices, Tensors, whole
 from r2id.errors import InputError, WorkError
-from r2id.files import fsync, sweep, write_atomic
+from r2id.files import fsync, step_of, sweep, write_atomic
 
 _TEMPORARY = ".tmp-"
 

@@ -17,6 +17,7 @@ from torch import nn
 from r2id.checkpoints import Checkpoint, reading, writing
 from r2id.checkpoints.files import Meta, write_description, write_part
 from r2id.errors import InputError
+from r2id.files import step_of
 from tests.training import children
 from tests.training import engine_ranks as job
 from tests.training.children import STATS, save, state
@@ -83,14 +84,26 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
 def test_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     for step in range(1, 9):
         save(tmp_path, step, keep=2, milestone_every=3)
-    assert [
-        reading.step_of(path) for path in reading.list_checkpoints(tmp_path / "checkpoints")
-    ] == [3, 6, 7, 8]
+    assert [step_of(path) for path in reading.list_checkpoints(tmp_path / "checkpoints")] == [
+        3,
+        6,
+        7,
+        8,
+    ]
     save(tmp_path, 9, keep=1)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
         "step-00000009",
     ]
+
+
+def test_a_copy_of_another_name_is_left_alone(tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoints" / "step-00000002-backup"
+    save(tmp_path, 2).rename(copy)
+    assert Checkpoint.open_newest(tmp_path) is None
+    newest = [save(tmp_path, step, keep=1, milestone_every=5) for step in (1, 3)][-1]
+    opened = Checkpoint.open_newest(tmp_path)
+    assert opened is not None and opened.path == newest and not reading.find_damages(copy)
 
 
 def test_a_step_saved_again_replaces_the_old(tmp_path: Path) -> None:

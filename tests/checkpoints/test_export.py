@@ -15,6 +15,7 @@ from r2id.checkpoints import Checkpoint, pretrained, reading
 from r2id.checkpoints.export import describe, export
 from r2id.config import R2idConfig, load_config
 from r2id.errors import InputError
+from r2id.files import step_of
 from r2id.models.codec import Codec
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
@@ -50,11 +51,12 @@ def profiles_run(digits, tmp_path_factory) -> Path:
 
 
 def test_snapshots_and_milestones_of_a_run(profiles_run: Path) -> None:
-    assert [
-        reading.step_of(path) for path in reading.list_checkpoints(profiles_run / "checkpoints")
-    ] == [48, 96]
+    assert [step_of(path) for path in reading.list_checkpoints(profiles_run / "checkpoints")] == [
+        48,
+        96,
+    ]
     snapshots = reading.list_checkpoints(profiles_run / "ema")
-    assert [reading.step_of(path) for path in snapshots] == list(range(3, STEPS + 1, 3))
+    assert [step_of(path) for path in snapshots] == list(range(3, STEPS + 1, 3))
     assert {file.name for file in snapshots[0].iterdir()} == {
         "checkpoint.json",
         "ema.safetensors",

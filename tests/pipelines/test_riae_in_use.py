@@ -70,3 +70,12 @@ def test_an_riae_that_is_gone_would_be_trained_anew(base: Path) -> None:
     assert newest_step(base / "out" / "riae") == 0
     with pytest.raises(InputError, match="at step 0, and training it on would invalidate"):
         pipeline(base)
+
+
+def test_a_copy_of_a_checkpoint_is_none(base: Path) -> None:
+    checkpoint(base / "riae", 20)
+    (base / "riae" / "checkpoints" / "step-00000020").rename(
+        base / "riae" / "checkpoints" / "step-00000020-backup"
+    )
+    checkpoint(base / "riae", 10)
+    assert newest_step(base / "riae") == 10

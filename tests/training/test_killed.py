@@ -16,6 +16,7 @@ import torch
 
 from r2id.checkpoints import Checkpoint, reading
 from r2id.config import load_config
+from r2id.files import step_of
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 from tests.training import children
@@ -68,7 +69,7 @@ def test_killed_often_the_run_ends_as_if_there_had_been_no_kill(
 
             def advanced(reached: int = reached) -> bool:
                 found = reading.list_checkpoints(run / "checkpoints")
-                return bool(found) and reading.step_of(found[-1]) > reached
+                return bool(found) and step_of(found[-1]) > reached
 
             wait_until(advanced, child)
             time.sleep(draw.uniform(0, 0.2))
@@ -85,10 +86,8 @@ def test_killed_often_the_run_ends_as_if_there_had_been_no_kill(
             for damage in reading.find_damages(snapshot)
         )
         assert (run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()).is_dir()
-        assert reading.step_of(newest) > reached, (
-            "every start goes on from where the one before it was"
-        )
-        reached = reading.step_of(newest)
+        assert step_of(newest) > reached, "every start goes on from where the one before it was"
+        reached = step_of(newest)
     assert inside >= in_a_save
     for folder, save_every in ((run, 1), (tmp_path / "whole", 100_000)):
         train(
