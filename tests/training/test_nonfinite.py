@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite, steps that never end, blocks that are prepared."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -134,6 +135,17 @@ def test_a_step_left_out_changes_nothing(digits, tmp_path, spoil):
         )
     )
     assert_same(tmp_path / "short", tmp_path / "long")
+
+
+def test_a_run_goes_on_after_a_step_left_out_as_if_never_stopped(digits, tmp_path, spoil):
+    spoil({1}, nan_loss)
+    settings = ("train.steps=8", "train.skip_nonfinite=1", "train.save_every=4", "start=random")
+    whole, parts = (riae_config(digits, tmp_path / name, *settings) for name in ("whole", "parts"))
+    train(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000008")
+    train(parts)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.fixture

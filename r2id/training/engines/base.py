@@ -97,11 +97,14 @@ class Engine(ABC):
         self.steps = step + 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Adam corrects its averages by their number of steps. Without gradients, some engines count
-        # a step and others do not, and a resumed one cannot know.
-        for number in {piece.master for piece in self._pieces(DISCRIMINATOR)}:
-            count = self.optimizer.state[self.masters[number]]["step"]
-            count.fill_(max(0, step - self.discriminator_start))
+        # Adam corrects its averages by their number of steps. Engines count steps that are skipped,
+        # or have no gradients, in different ways, and a resumed one cannot know.
+        for kind, start in (("model", 0), (DISCRIMINATOR, self.discriminator_start)):
+            numbers = {piece.master for piece in self._pieces(kind)}
+            counts = [self.optimizer.state[self.masters[number]]["step"] for number in numbers]
+            if counts:
+                torch._foreach_zero_(counts)
+                torch._foreach_add_(counts, float(max(0, step - start)))
         return self._update(step)
 
     def confirm(self) -> None:  # noqa: B027  (most engines know at once)
@@ -143,8 +146,6 @@ class Engine(ABC):
         """Load a state that has passed ``check``; each rank reads what it holds."""
         for kind, prefix, values in self._tracked():
             fill(values, self._pieces(kind), source, kind, prefix)
-        for master in self.masters:
-            self.optimizer.state[master]["step"].fill_(source.step)
         for kind in ("model", DISCRIMINATOR):
             self._set_weights(source, kind, list(self._shapes(kind)))
         self._set_buffers(source, "model")
