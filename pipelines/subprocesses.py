@@ -71,8 +71,8 @@ def run_command(
 ) -> tuple[int, str, str]:
     """Run a command, passing its stderr on as it comes.
 
-    Returns its exit code (75 when it failed after a signal was passed on to it), its stdout and the
-    end of its stderr.
+    Returns its exit code (75 when a signal was passed on to it, which is for the caller too), its
+    stdout and the end of its stderr.
     """
     with tempfile.TemporaryFile() as output, _stderr_for_child() as (reader, writer):
         # In a session of its own, a terminal's Ctrl-C reaches the child only by the handler below.
@@ -92,7 +92,7 @@ def run_command(
         watcher.kill()
         watcher.communicate()
         output.seek(0)
-        return 75 if passed_on and code else code, output.read().decode(), tail
+        return 75 if passed_on else code, output.read().decode(), tail
 
 
 def end_with_us(pid: int) -> subprocess.Popen[bytes]:

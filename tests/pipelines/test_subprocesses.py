@@ -66,6 +66,13 @@ def test_a_users_mistake_is_an_input_error_naming_the_stage(processes: int, tmp_
         run_stage(["train", str(tmp_path / "nowhere.toml")], processes=processes)
 
 
+def test_a_signal_to_a_stage_that_is_about_to_be_done_stops_what_would_come_next() -> None:
+    stage = SAVES_ON_SIGNAL.replace("sys.exit(75)", "sys.exit(0)")
+    assert stage != SAVES_ON_SIGNAL
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run_command([sys.executable, "-c", stage])[0] == 75
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_stage_which_saves(number: int) -> None:
     threading.Timer(1.0, os.kill, (os.getpid(), number)).start()

@@ -217,6 +217,11 @@ def of_stage(zero_stage: int) -> list[str]:
     return settings
 
 
+def ranks_stopped(_world: dist.World, stop: int, shards: Path, folder: Path) -> str:
+    """The signal comes to rank 1 alone."""
+    return stopped(config(shards, folder), stop, 1)
+
+
 def ranks_stopped_at(
     _world: dist.World, zero_stage: int, stops: Sequence[int], shards: Path, folder: Path
 ) -> dict[str, Any]:

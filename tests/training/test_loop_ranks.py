@@ -37,6 +37,14 @@ def test_stopped_at_random_steps_by_a_signal_to_one_rank(
         assert f"step {step} of" in said
 
 
+def test_a_signal_that_both_hear_of_at_the_last_step_stops_nothing(
+    ranks: Ranks, digits: Path, tmp_path: Path
+) -> None:
+    said = ranks(loop_ranks.ranks_stopped, STEPS - 1, digits, tmp_path)
+    assert said == ["not stopped"] * 2
+    assert (tmp_path / "samples" / f"step-{STEPS:08d}.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("stage", "how"),
     [it if it == (2, "gradient") else pytest.param(*it, marks=pytest.mark.slow) for it in SPOILS],

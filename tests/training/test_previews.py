@@ -19,6 +19,8 @@ from r2id.sampling import Sampler
 from r2id.training.loop import train
 from r2id.training.sheet import Row, save_sheet
 from tests.conftest import CONFIGS, TINY_R2ID
+from tests.training import loop_ranks
+from tests.training.loop_ranks import STEPS
 from tests.training.test_loop import riae_config
 
 SCALE = 6  # of 8x8 pixels to 48x48
@@ -144,3 +146,9 @@ def test_a_caption_is_drawn_above_its_row_and_whole(channels: int, tmp_path: Pat
     (dark,) = np.nonzero((sheet < 255).any(1))
     assert (sheet[:, -6:] == 255).all(), "no letter is cut off"
     assert len(dark) > 3 * 4
+
+
+def test_a_signal_in_the_last_step_leaves_the_last_picture(digits: Path, tmp_path: Path) -> None:
+    """The run is finished then: there is nothing to go on with, and no other moment to draw it."""
+    assert loop_ranks.stopped(loop_ranks.config(digits, tmp_path), STEPS, 0) == "not stopped"
+    assert (tmp_path / "samples" / f"step-{STEPS:08d}.png").is_file()

@@ -16,6 +16,8 @@ from r2id.training.state import TrainState
 class StopSignals(Callback):
     """Stop the run after the step in which a signal comes; a second SIGINT interrupts at once.
 
+    After a signal in its last step, the run ends as it would without one.
+
     A signal may reach one rank alone, and all must stop at the same step. In a job of several
     processes they tell each other after every step, and read it one step later, when it is there
     without waiting: they stop after the step that follows the one in which the signal comes.
@@ -32,11 +34,12 @@ class StopSignals(Callback):
 
     def post_step(self, state: TrainState) -> None:
         if dist.world_size() == 1:
-            state.stopping = self.received
-            return
-        state.stopping = self.poll.read()
-        if not (state.stopping or state.finished):
-            self.poll.start(self.received)
+            asked = self.received
+        else:
+            asked = self.poll.read()
+            if not (asked or state.finished):
+                self.poll.start(self.received)
+        state.stopping = asked and not state.finished  # a run that is finished is not gone on with
 
     def close(self, state: TrainState, error: BaseException | None) -> None:
         for number, handler in self.handlers.items():
