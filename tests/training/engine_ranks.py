@@ -261,6 +261,13 @@ def refused(world: World) -> str:
     return str(error.value)
 
 
+def refused_by_deepspeed(world: World, zero: dict[str, Any]) -> str:
+    """What is said of settings that DeepSpeed does not take."""
+    with pytest.raises(InputError) as error:
+        make("deepspeed", 1, world, **zero)
+    return str(error.value)
+
+
 def main(folder: Path) -> None:
     """Train with DeepSpeed in a process that no launcher started."""
     world = dist.init()

@@ -291,6 +291,7 @@ def test_deepspeed_config_is_computed_and_merged() -> None:
     [
         ({"gradient_clipping": 2.0}, r"engine\.deepspeed\.gradient_clipping: .*optim\.clip"),
         ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage: .*engine\.zero_stage"),
+        ({"zero_optimization": 3}, r"zero_optimization = 3: must be a table; .*engine\.zero_stage"),
     ],
 )
 def test_deepspeed_table_may_not_set_what_others_own(table: dict, named: str) -> None:

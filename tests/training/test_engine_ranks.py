@@ -98,6 +98,20 @@ def test_local_engine_refuses_many_processes(ranks: Ranks) -> None:
     assert all("one process" in said for said in ranks(job.refused))
 
 
+@pytest.mark.parametrize(
+    ("zero", "named"),
+    [
+        ({"overlap_com": True}, "engine.deepspeed: overlap_com = True: "),
+        ({"reduce_bucket_size": "x"}, "engine.deepspeed: reduce_bucket_size = 'x': "),
+    ],
+)
+def test_what_deepspeed_does_not_take_is_one_line(
+    zero: dict[str, object], named: str, ranks: Ranks
+) -> None:
+    for said in ranks(job.refused_by_deepspeed, zero):
+        assert said.startswith(named) and "\n" not in said
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_trains_as_one_local_process(stage: int, trained: Trained, local: Local) -> None:
     folder, norms = trained(stage)

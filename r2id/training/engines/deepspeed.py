@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -21,6 +22,7 @@ from r2id import dist
 from r2id.checkpoints.state import Piece, Source, Tensors, whole_layout
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
 from r2id.dist import World
+from r2id.errors import InputError
 from r2id.training.batch_split import accumulation
 from r2id.training.engines.base import (
     Engine,
@@ -59,11 +61,19 @@ class DeepSpeedEngine(Engine):
         if train.precision == "bfloat16_weights":
             exact = {name: p.detach().to("cpu", copy=True) for name, p in self.names.items()}
         elements = sum(p.numel() for p in self.names.values())
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=_Autocast(module, world.device.type, train.autocast),
-            optimizer=self.optimizer,
-            config=deepspeed_config(optim, train, engine, world.world_size, elements),
-        )
+        config = deepspeed_config(optim, train, engine, world.world_size, elements)
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=_Autocast(module, world.device.type, train.autocast),
+                optimizer=self.optimizer,
+                config=config,
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise InputError(
+                f"engine.deepspeed: {name} = {first['input']!r}: DeepSpeed says: {first['msg']}"
+            ) from None
         self.masters = self._find_masters()
         self.layout = self._find_layout()
         if exact:  # DeepSpeed has made its masters from weights that it had rounded to bfloat16

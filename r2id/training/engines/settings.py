@@ -78,11 +78,17 @@ def deepspeed_config(
 
 
 def _refuse_owned(deepspeed: dict[str, Any]) -> None:
-    """Raise InputError for the first key that another setting decides."""
+    """Raise InputError for the first key that another setting decides, or for what is no table."""
     for key, owner in _OWNERS.items():
         if key in deepspeed:
             raise InputError(f"engine.deepspeed.{key}: is computed; set it by {owner}")
-    if "stage" in deepspeed.get("zero_optimization", {}):
+    zero = deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise InputError(
+            f"engine.deepspeed.zero_optimization = {zero!r}: must be a table; the stage is "
+            "engine.zero_stage"
+        )
+    if "stage" in zero:
         raise InputError(
             "engine.deepspeed.zero_optimization.stage: is computed; set it by engine.zero_stage"
         )
