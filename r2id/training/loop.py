@@ -48,18 +48,18 @@ def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[
     recorded = newest.meta.config["train"]["precision"] if newest is not None else None
     config = resolve_precision(config, world.device, recorded)
     micro_batch = micro_batch_size(config.train, world.world_size)
-    task = make_task(config, world, micro_batch, newest)
-    if newest is None and config.init_from is None:
-        task.start()
-    kind = engine_kind(config.train, config.engine, world.world_size)
-    prepare_blocks(
-        task.module.model.blocks(),
-        config.train,
-        world.device,
-        shapes=task.shapes,
-        gathered=kind == "deepspeed" and config.engine.zero_stage == 3,
-    )
     with with_advice(config, world):
+        task = make_task(config, world, micro_batch, newest)
+        if newest is None and config.init_from is None:
+            task.start()
+        kind = engine_kind(config.train, config.engine, world.world_size)
+        prepare_blocks(
+            task.module.model.blocks(),
+            config.train,
+            world.device,
+            shapes=task.shapes,
+            gathered=kind == "deepspeed" and config.engine.zero_stage == 3,
+        )
         engine = make_engine(
             task.module, optim=config.optim, train=config.train, engine=config.engine, world=world
         )

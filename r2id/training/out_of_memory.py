@@ -18,6 +18,9 @@ from r2id.training.workload import Dimensions, Workload
 
 Run = RiaeRun | R2idRun
 
+_CPU_SAYS = "can't allocate memory"
+"""What tells a RuntimeError of torch's for memory of a CPU; a GPU's has a type of its own."""
+
 
 @contextmanager
 def with_advice(config: Run, world: World) -> Iterator[None]:
@@ -27,14 +30,14 @@ def with_advice(config: Run, world: World) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        total = memory_of(world.device)
-        try:
-            advice = advise(config, find_dimensions(config), world.world_size, total)
-        except InputError:  # shards or codec are gone by now
-            advice = "a smaller train.micro_batch needs less"
-        raise WorkError(f"out of memory, {total / 1e9:.1f} GB in all: {advice}") from None
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or _CPU_SAYS in str(error):
+            total = memory_of(world.device)
+            try:
+                advice = advise(config, find_dimensions(config), world.world_size, total)
+            except InputError:  # shards or codec are gone by now
+                advice = "a smaller train.micro_batch needs less"
+            raise WorkError(f"out of memory, {total / 1e9:.1f} GB in all: {advice}") from None
         if not (config.train.deterministic and "deterministic implementation" in str(error)):
             raise
         reason = str(error).splitlines()[0]

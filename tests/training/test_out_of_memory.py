@@ -54,6 +54,13 @@ def test_training_names_the_settings_that_fit(
     assert f"train.micro_batch=8 ({needs(config, micro_batch=8) / 1e9:.2f} GB)" in said
 
 
+def test_a_model_that_a_cpu_cannot_hold_is_one_line(digits: Path, tmp_path: Path) -> None:
+    """One of its matrices takes 576 TB, more than any process can address."""
+    config = riae_config(digits, tmp_path / "run", "riae.width=6000000", "start=random")
+    with pytest.raises(WorkError, match=r"^out of memory, \d.* GB in all: r2id plan says \d+.* GB"):
+        train(config)
+
+
 def test_several_gpus_are_offered_stages_that_shard(digits: Path, tmp_path: Path) -> None:
     config = load_config(
         CONFIGS / "digits" / "riae.toml",
