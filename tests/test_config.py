@@ -76,6 +76,8 @@ def test_stage_overrides_in_a_pipeline():
         ("optim.lr=inf", ["optim.lr = inf", "finite"]),
         ("optim.clip=nan", ["optim.clip = nan", "finite"]),
         ("train.stall_seconds=inf", ["train.stall_seconds = inf", "finite"]),
+        ("train.stall_seconds=1e10", ["train.stall_seconds = 1", "1000000000"]),
+        ("train.stall_seconds=-1", ["train.stall_seconds = -1", "0"]),
         (f"seed={2**63}", [f"seed = {2**63}", str(2**63 - 1)]),
         ("optim.lr=1e-5", ["optim.lr_end = 0.0001", "at most lr = 1e-05"]),
     ],

@@ -125,9 +125,9 @@ class TrainConfig(Section):
     skip_nonfinite: int = Field(default=0, ge=0)
     """How many steps may be skipped because their loss or gradient is not finite, counted anew when
     a run goes on; one more ends the run."""
-    stall_seconds: float | None = Field(default=1800.0, gt=0)
-    """A process that makes no step for this many seconds prints the stacks of its threads and ends.
-    None waits for ever."""
+    stall_seconds: float = Field(default=1800.0, ge=0, le=1e9)
+    """A process that makes no step for this many seconds prints the stacks of its threads and ends;
+    0 waits for ever."""
     ema: float = Field(default=0.9995, ge=0, lt=1)
     """Decay of the weights' moving average; it begins lower, as min(ema, (1 + step) / (10 +
     step))."""

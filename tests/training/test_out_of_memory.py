@@ -55,8 +55,8 @@ def test_training_names_the_settings_that_fit(
 
 
 def test_a_model_that_a_cpu_cannot_hold_is_one_line(digits: Path, tmp_path: Path) -> None:
-    """One of its matrices takes 576 TB, more than any process can address."""
-    config = riae_config(digits, tmp_path / "run", "riae.width=6000000", "start=random")
+    """One of its matrices takes 144 TB, more than any process can address."""
+    config = riae_config(digits, tmp_path / "run", "riae.width=3000000", "start=random")
     with pytest.raises(WorkError, match=r"^out of memory, \d.* GB in all: r2id plan says \d+.* GB"):
         train(config)
 

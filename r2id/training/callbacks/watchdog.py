@@ -41,6 +41,6 @@ class Watchdog(Callback):
     def _arm(self, state: TrainState) -> None:
         """Start the timer anew, though not at every short step: each start makes a thread."""
         limit, now = state.config.train.stall_seconds, time.monotonic()
-        if limit is not None and now - self.armed > min(1.0, limit / 10):
+        if limit and now - self.armed > min(1.0, limit / 10):
             faulthandler.dump_traceback_later(limit, exit=True, file=_STDERR)
             self.armed = now
