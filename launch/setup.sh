@@ -49,14 +49,15 @@ choose_processes() {
 }
 
 find_python() {
-    local candidate candidates="python3 python3.13 python3.12 python3.11"
-    for candidate in ${PYTHON:-$candidates}; do
+    local candidate candidates=(python3 python3.13 python3.12 python3.11)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    wrong "setup: no Python 3.11 or later among: ${PYTHON:-$candidates}; set PYTHON to one"
+    wrong "setup: no Python 3.11 or later among: ${candidates[*]}; set PYTHON to one"
 }
 
 has_nvidia() {

@@ -2,10 +2,15 @@
 what they would run.
 """
 
+import json
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -44,6 +49,13 @@ def test_changed_requirements_set_up_anew(checkout: Path) -> None:
     assert done.returncode == 2
     assert str(checkout / ".venv") in done.stderr
     assert "no-such-python" in done.stderr
+
+
+def test_the_interpreters_path_may_have_spaces(bare: Path) -> None:
+    python = executable(bare / "a folder" / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    done = bash("bash launch/setup.sh --dry-run", bare, PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    assert f"+ {python} -m venv" in done.stderr
 
 
 def test_a_dry_run_installs_and_runs_nothing(bare: Path) -> None:
@@ -142,3 +154,44 @@ def test_a_signal_to_the_script_reaches_the_pipeline(command: str, checkout: Pat
         assert script.stdout is not None and script.stdout.readline() == b"ready\n"
         script.terminate()
         assert script.wait(30) == 75
+
+
+class OneRun(BaseHTTPRequestHandler):
+    """What MLflow's server answers when there is one run."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        run = {"run_id": "abc", "experiment_id": "7", "status": "FINISHED"}
+        experiment = {"experiment_id": "7", "name": "r2id", "lifecycle_stage": "active"}
+        answer = {"runs": [{"info": run, "data": {}}], "experiments": [experiment]}
+        content = json.dumps({self.path.split("/")[-2]: answer[self.path.split("/")[-2]]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def mlflow_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OneRun) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_mlflows_server_is_not_started_where_one_is_running(
+    checkout: Path, mlflow_server: str
+) -> None:
+    variables = {**BASE, "PYTHONPATH": str(checkout)}
+    done = bash("bash launch/mlflow.sh", checkout, **variables, MLFLOW_TRACKING_URI=mlflow_server)
+    assert done.returncode == 0, done.stderr
+    assert f"{mlflow_server}/#/experiments/7/runs/abc/" in done.stderr.splitlines()[-1]
+    gone = bash(
+        "bash launch/mlflow.sh", checkout, **variables, MLFLOW_TRACKING_URI="http://127.0.0.1:9"
+    )
+    assert gone.returncode == 1 and gone.stderr.splitlines()[-1].startswith("MLflow: ")
