@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,13 +100,21 @@ class Engine(ABC):
             group["lr"] = lr
         # Adam corrects its averages by their number of steps. Engines count steps that are skipped,
         # or have no gradients, in different ways, and a resumed one cannot know.
+        for start, counts in self._step_counts:
+            torch._foreach_zero_(counts)
+            torch._foreach_add_(counts, float(max(0, step - start)))
+        return self._update(step)
+
+    @cached_property
+    def _step_counts(self) -> list[tuple[int, list[Tensor]]]:
+        """Adam's counts of steps, with the step in which training of their weights begins."""
+        found = []
         for kind, start in (("model", 0), (DISCRIMINATOR, self.discriminator_start)):
             numbers = {piece.master for piece in self._pieces(kind)}
             counts = [self.optimizer.state[self.masters[number]]["step"] for number in numbers]
             if counts:
-                torch._foreach_zero_(counts)
-                torch._foreach_add_(counts, float(max(0, step - start)))
-        return self._update(step)
+                found.append((start, counts))
+        return found
 
     def confirm(self) -> None:  # noqa: B027  (most engines know at once)
         """Raise NonFiniteError, once, if the last step's gradient was not finite.
