@@ -19,6 +19,7 @@ from r2id.sampling import Sampler
 from r2id.training.loop import train
 from r2id.training.sheet import Row, save_sheet
 from tests.conftest import CONFIGS, TINY_R2ID
+from tests.evaluation.folders import write_folder
 from tests.training import loop_ranks
 from tests.training.loop_ranks import STEPS
 from tests.training.test_loop import riae_config
@@ -66,6 +67,15 @@ def test_reconstructions_are_under_their_originals_at_three_sizes(
     # At half size both may look the same: then each is found at both places.
     tops = [min(found[row]) if row % 2 == 0 else max(found[row]) for row in range(6)]
     assert tops == sorted(set(tops))
+
+
+def test_without_a_test_image_they_show_training_images(tmp_path: Path) -> None:
+    (tmp_path / "source" / "test").mkdir(parents=True)
+    (tmp_path / "source" / "test" / "broken.png").write_bytes(b"no image")
+    shards = write_folder(tmp_path, {"train": 20})
+    assert ShardSet.open(shards).manifest.splits["test"].samples == 0
+    train(riae_config(shards, tmp_path / "run", "train.steps=2", "train.preview_every=2"))
+    assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
 
 
 def r2id_config(digits: Path, riae_run: Path, latents: Path, run: Path, steps: int) -> R2idRun:

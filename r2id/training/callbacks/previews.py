@@ -95,7 +95,8 @@ def _reconstructions(task: RiaeTask, model: RIAE) -> list[Row]:
     """Draw images and their reconstructions at native, half and double size, two rows for each."""
     data, device = task.config.data, next(model.parameters()).device
     # A small folder of images may have no test split. The pictures then show training images.
-    split = data.test_split if data.test_split in task.shards.manifest.splits else data.train_split
+    tests = task.shards.manifest.splits.get(data.test_split)
+    split = data.test_split if tests and tests.samples else data.train_split
     batches = eval_loader(task.shards, data, split=split, batch=_IMAGES, limit=_IMAGES)
     images = next(iter(batches))["image"]
     native = (images.shape[2], images.shape[3])
