@@ -181,7 +181,7 @@ class RiaeTask(Task):
         if lost >= _TOLD:
             say(
                 f"buckets: {len(buckets.sizes)}; {lost:.0%} of the images' area is cut off to fit "
-                f"them: see r2id data stats {data.shards}"
+                f"them: r2id data stats {data.shards} --max-pixels {data.max_pixels} shows them"
             )
 
     def latent_statistics(self, model: RIAE, device: torch.device) -> dict[str, Tensor]:
