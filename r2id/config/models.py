@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from r2id.config.section import IntPair, Scales, Section, Size, as_several, as_tuple
+from r2id.config.section import IntPair, Scales, Section, Size, as_tuple
 
 
 def lattice_grid(size: Size, cell: int) -> Size:
@@ -209,7 +209,7 @@ class R2idConfig(Section):
     decoder_blocks: int = Field(default=8, ge=1)
     """Blocks of self-attention and cross-attention to the condition, run once per condition."""
     attention: Annotated[
-        tuple[AttentionKind, ...], BeforeValidator(as_several), Field(min_length=1)
+        tuple[AttentionKind, ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("full",)
     """Kind of self-attention of the blocks, encoder blocks first; several kinds take turns."""
     cloud_tokens: int = Field(default=256, ge=1)

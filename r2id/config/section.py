@@ -7,9 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-MOST_PIXELS = 400_000_000
-"""Of any image that is decoded; as many take 1.2 GB."""
-
 
 def as_path(value: Any) -> Any:
     """Convert a string of a TOML file to a path; strict validation refuses strings."""
@@ -25,8 +22,8 @@ def as_tuple(value: Any) -> Any:
 
 
 def as_several(value: Any) -> Any:
-    """Convert a single number or text to a tuple of one, and lists as as_tuple does."""
-    return (value,) if isinstance(value, int | float | str) else as_tuple(value)
+    """Convert a single number to a tuple of one, and lists as as_tuple does."""
+    return (value,) if isinstance(value, int | float) else as_tuple(value)
 
 
 def as_label(value: Any) -> int | str:
@@ -67,13 +64,13 @@ Guidance = Annotated[float, Field(ge=0, le=100)]
 """Scales beyond these say nothing: at 100 the condition alone decides already."""
 Label = Annotated[int | str, BeforeValidator(as_label)]
 """A class: its number, or its name."""
-# Of these, one by itself need not be in brackets.
-Labels = Annotated[tuple[Label, ...], BeforeValidator(as_several)]
+Labels = Annotated[tuple[Label, ...], BeforeValidator(as_tuple)]
 Guidances = Annotated[tuple[Guidance, ...], BeforeValidator(as_several)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(as_several)]
+"""A single number need not be in brackets."""
+Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 # Widths σ_rel of power-function averages: their exponent, which is 0 for equal weights, would be
 # negative from 0.2887 on (Karras et al. 2024).
-Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(as_several)]
+Widths = Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], BeforeValidator(as_tuple)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Fraction0 = Annotated[float, Field(ge=0, le=1)]
 Solver = Literal["ddim", "dpmpp_2m", "euler", "heun"]

@@ -9,13 +9,10 @@ Shape letters: b micro-batch · C colours · H, W image.
 from __future__ import annotations
 
 import math
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -34,6 +31,7 @@ from r2id.data.epoch_plan import (
     plan_epoch,
     rank_micro_batches,
 )
+from r2id.data.loader_signals import outlive_signals, signals_held
 from r2id.data.records import View, decode_view
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import WorkError
@@ -356,35 +354,19 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
         sampler=numbers,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=outlive_signals,
         # A fork shares what is mapped or kept in memory. Python 3.14 would send it all to workers.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     try:
-        yield from loader
+        with signals_held():
+            items = iter(loader)  # starts the processes
+        yield from items
     except WorkError as error:
         # torch puts a worker's whole traceback into the message; its last line is the original.
         raise WorkError(
             str(error).strip().splitlines()[-1].removeprefix("r2id.errors.WorkError: ")
         ) from None
-
-
-def _outlive_signals(_worker: int) -> None:
-    """Have a loader process ignore SIGTERM and SIGINT, which a whole job may be sent to stop it.
-
-    The training process still needs batches for the step that it ends, and then ends its loaders.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # other systems do not say who has sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_when_parent_says, daemon=True).start()
-
-
-def _end_when_parent_says() -> None:
-    """End this process at a SIGTERM of its parent, which sends one to loaders that are stuck."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:

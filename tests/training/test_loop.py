@@ -251,9 +251,18 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits
     assert again["step"] == step + 2
 
 
-@pytest.fixture
-def job(digits, tmp_path):
-    """A run with a loader process, in a session of its own, that has saved once."""
+def trains(folder):
+    """Whether a run has saved, or said how far it is, which it does after five seconds."""
+    saved = Checkpoint.open_newest(folder / "run") is not None
+    return saved or "train riae: " in (folder / "said").read_text()
+
+
+@pytest.fixture(params=["train.save_every=1"])
+def job(request, digits, tmp_path):
+    """A run with a loader process, in a session of its own, that trains.
+
+    Each time that it saves, it starts one more to measure latents.
+    """
     command = [
         *(sys.executable, "-m", "r2id.cli", "train", CONFIGS / "digits" / "riae.toml"),
         *TINY_RIAE,
@@ -261,14 +270,14 @@ def job(digits, tmp_path):
         f"data.shards={digits}",
         "data.workers=1",
         "train.steps=100000",
-        "train.save_every=1",
+        request.param,
         "start=random",
     ]
     with (tmp_path / "said").open("w") as said:
         process = psutil.Popen(command, stderr=said, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
-        while Checkpoint.open_newest(tmp_path / "run") is None and time.monotonic() < deadline:
+        while not trains(tmp_path) and time.monotonic() < deadline:
             assert process.poll() is None, (tmp_path / "said").read_text()
             time.sleep(0.05)
         yield process
@@ -294,6 +303,7 @@ def test_loaders_end_with_a_killed_run(job):
     assert not psutil.wait_procs(loaders, 20)[1]
 
 
+@pytest.mark.parametrize("job", ["train.save_every=1000000"], indirect=True)
 def test_a_killed_loader_is_one_line(job, tmp_path):
     job.children()[0].kill()
     assert job.wait(60) == 1

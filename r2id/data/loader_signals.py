@@ -1,0 +1,46 @@
+"""What signals do to loader processes: nothing, unless the training process sends them.
+
+A whole job may be sent SIGTERM or SIGINT to stop it, by a terminal, timeout or systemd. The
+training process still needs batches for the step that it ends, and then ends its loaders.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+_STOPPING = {signal.SIGTERM, signal.SIGINT}
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold SIGTERM and SIGINT back while loader processes are started in this block.
+
+    They are born with them held back, too, so that none acts on one before outlive_signals.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outlive_signals(_worker: int) -> None:
+    """Have a loader process ignore SIGINT, and SIGTERM unless its parent sends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_when_parent_says, daemon=True).start()
+    else:  # others do not say who has sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _end_when_parent_says() -> None:
+    """End this process at a SIGTERM of its parent, which sends one to loaders that are stuck."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
