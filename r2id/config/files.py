@@ -157,13 +157,19 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"{names}: missing, without a default"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "tuple_type":
-        within = isinstance(first["loc"][-1], int)  # of another list
-        example = "[[32, 32], [64, 48]] for sizes" if within else "[32, 32] for a size"
-        message = f"must be a list in brackets, such as in {example}"
+        message = f"must be a list in brackets, such as {_example(first['input'], first['loc'])}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if isinstance(first["input"], dict):  # a section, whose message begins with its key
         return f"{name}.{message}{more}" if name else f"{message}{more}"
     return f"{name} = {first['input']!r}: {message}{more}"
+
+
+def _example(value: Any, place: tuple[int | str, ...]) -> str:
+    """Show how a list is written that was meant by one value, or by a size like 32x48."""
+    if isinstance(place[-1], int):  # within another list
+        return "[[32, 32], [64, 48]] for sizes"
+    named = isinstance(value, str) and not value[:1].isdecimal()
+    return _value([value]) if named else "[32, 32] for a size"
 
 
 def _sections_with(schema: type[BaseModel], place: list[str]) -> list[str]:

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+MOST_PIXELS = 400_000_000
+"""Of any image that is decoded; as many take 1.2 GB."""
+
 
 def as_path(value: Any) -> Any:
     """Convert a string of a TOML file to a path; strict validation refuses strings."""
