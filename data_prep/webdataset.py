@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -75,6 +76,7 @@ class WebdatasetReader:
         ]
         self.tars = [Tar(decompressed_tar(path, unpacked)) for path in found]
         self._open: dict[int, None] = {}  # numbers of tars, in the order in which they were opened
+        self._opening = Lock()  # a Dask worker reads in several threads
 
     def listing(self) -> Listing:
         """List the samples. Class numbers are read, images and annotations are not."""
@@ -216,8 +218,8 @@ class WebdatasetReader:
 
     def _read(self, number: int, key: str, member: Member, newest: int) -> bytes:
         extension, offset, size = member
-        if number not in self._open:
-            if len(self._open) >= _OPEN_FILES:
+        with self._opening:
+            if number not in self._open and len(self._open) >= _OPEN_FILES:
                 first = next(iter(self._open))
                 del self._open[first]
                 self.tars[first].close()
