@@ -294,7 +294,7 @@ def test_a_signal_to_the_whole_job_leaves_it_its_loaders(number, job, tmp_path):
     os.killpg(job.pid, number)
     assert job.wait(60) == 75, (tmp_path / "said").read_text()
     assert (tmp_path / "said").read_text().count("stopping at the end") == 1
-    assert len(loaders) == 1 and not psutil.wait_procs(loaders, 5)[1]
+    assert loaders and not psutil.wait_procs(loaders, 5)[1]  # two, if it was saving
 
 
 def test_loaders_end_with_a_killed_run(job):
