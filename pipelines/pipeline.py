@@ -54,7 +54,7 @@ class Pipeline:
         # The RIAE that latents are made with, which is the first one where there is no second.
         self.codec = self.out / "riae-finetuned" if config.finetune else self.riae
         self.samples, self.report = self.out / "samples", self.out / "report"
-        self.report_files = [self.report / "report.html", self.report / "metrics.json"]
+        self.page, self.metrics = self.report / "report.html", self.report / "metrics.json"
         self.record_file = self.out / "pipeline.json"
         self.executed: list[dict[str, Any]] = []
         self.headlines: list[str] = []
@@ -207,7 +207,7 @@ class Pipeline:
         result = self.stage(name, work)
         self.record["stages"][name] = {"key": key, "result": result}
         self.write_record()
-        metrics = _read_json(self.report_files[1]) if name == "evaluate" else {}
+        metrics = _read_json(self.metrics) if name == "evaluate" else {}
         self.note(name, settings, [folder], metrics)
         return result
 
@@ -347,7 +347,7 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
         config.evaluate.changes(mode="json"),
         pipeline.report,
         lambda: evaluate_flow(pipeline.r2id, shards, pipeline.report, config.evaluate, environment),
-        pipeline.report_files,
+        (pipeline.page, pipeline.metrics),
     )
     pipeline.headlines = list(evaluation["headlines"])
     summary = _summary(pipeline, samples)
@@ -364,8 +364,8 @@ def _summary(pipeline: Pipeline, samples: Mapping[str, Any]) -> dict[str, Any]:
         "riae": str(pipeline.codec),
         "r2id": str(pipeline.r2id),
         "pictures": [str(f) for f in samples["files"]],
-        "report": str(pipeline.report_files[0]),
-        "metrics": str(pipeline.report_files[1]),
+        "report": str(pipeline.page),
+        "metrics": str(pipeline.metrics),
         "headlines": pipeline.headlines,
         "mlflow": pipeline.how_to_open_mlflow(),
     }

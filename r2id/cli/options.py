@@ -42,18 +42,12 @@ SizeList = Annotated[
         "--size", metavar="HxW", help="Height x width of the picture in pixels. May be repeated."
     ),
 ]
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="CKPT",
-        help="R2ID: run directory, checkpoint, exported file or folder, or hub name.",
-    ),
-]
 MODEL = (
     "run directory, checkpoint, exported file or folder, or owner/name on the Hugging Face Hub "
     "(owner/name@revision)."
 )
 """What commands take as a trained model, in their help."""
+Model = Annotated[str, typer.Argument(metavar="CKPT", help=f"R2ID: {MODEL}")]
 WithCodec = Annotated[Path, typer.Argument(metavar="CKPT", help=f"R2ID or RIAE: {MODEL}")]
 Device = Annotated[
     str, typer.Option(help="Device: cpu, cuda, or auto, which takes a GPU if there is one.")

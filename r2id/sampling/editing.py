@@ -176,7 +176,7 @@ def outpaint(
     Raises InputError when the images are not within that size, or nothing is added.
     """
     own: Size = (images.shape[2], images.shape[3])
-    if size[0] < own[0] or size[1] < own[1] or size == own:
+    if size[0] < own[0] or size[1] < own[1] or tuple(size) == own:
         raise InputError(
             f"size {size[0]}x{size[1]}: must be at least the picture's own, {own[0]}x{own[1]}, "
             "and larger in height or width"
