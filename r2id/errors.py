@@ -16,6 +16,8 @@ SYSTEM_FAULTS = frozenset(
 )
 """Numbers of errors that tell of the system, not of the file in hand; they may pass."""
 
+LOADER_KILLED = "a loader process was killed, perhaps for lack of memory: lower data.workers"
+
 
 class InputError(ValueError):
     """The input or the arguments are wrong. Exit code 2.

@@ -17,7 +17,8 @@ from r2id.cli import data, training, use, edit, checkpoints  # noqa: F401
 
 # isort: on
 from r2id.cli.options import app
-from r2id.errors import InputError, Stopped, WorkError
+from r2id.data.loader_signals import tells_of_killed_loader
+from r2id.errors import LOADER_KILLED, InputError, Stopped, WorkError
 from r2id.host_memory import keep_freed_memory
 from r2id.openmp import wait_considerately
 from r2id.progress import say
@@ -43,10 +44,10 @@ def main() -> None:
     except (WorkError, OSError) as error:
         _fail(_describe(error))
     except RuntimeError as error:
-        # torch raises this wherever the process happens to be.
-        if not str(error).startswith("DataLoader worker (pid"):
+        # torch raises this wherever the process happens to be, outside the loader too.
+        if not tells_of_killed_loader(error):
             raise
-        _fail("a loader process was killed, perhaps for lack of memory: lower data.workers")
+        _fail(LOADER_KILLED)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -31,10 +31,10 @@ from r2id.data.epoch_plan import (
     plan_epoch,
     rank_micro_batches,
 )
-from r2id.data.loader_signals import outlive_signals, signals_held
+from r2id.data.loader_signals import outlive_signals, signals_held, tells_of_killed_loader
 from r2id.data.records import View, decode_view
 from r2id.data.shards import ShardSet, Split
-from r2id.errors import WorkError
+from r2id.errors import LOADER_KILLED, WorkError
 from r2id.images import to_float
 
 _KEPT_BYTES = 256 << 20  # a split whose decoded pixels take less is kept in memory, decoded
@@ -367,6 +367,10 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
         raise WorkError(
             str(error).strip().splitlines()[-1].removeprefix("r2id.errors.WorkError: ")
         ) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if tells_of_killed_loader(error):
+            raise WorkError(LOADER_KILLED) from None
+        raise
 
 
 def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:

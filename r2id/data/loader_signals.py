@@ -39,6 +39,14 @@ def outlive_signals(_worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
+def tells_of_killed_loader(error: Exception) -> bool:
+    """Return whether an error, raised by torch's DataLoader, says that a loader process is gone."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    # The connection that its tensors were to come over; "Caught" is put before a dataset's own.
+    return isinstance(error, ConnectionError | EOFError) and not str(error).startswith("Caught ")
+
+
 def _end_when_parent_says() -> None:
     """End this process at a SIGTERM of its parent, which sends one to loaders that are stuck."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

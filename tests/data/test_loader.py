@@ -1,6 +1,7 @@
 """The loader: one order for any number of processes, resumable; sizes, windows and mirroring."""
 
 import multiprocessing
+import signal
 import time
 
 import numpy as np
@@ -315,6 +316,40 @@ def test_a_stuck_loader_ends_when_the_process_that_it_loads_for_says_so():
     loader.terminate()
     loader.join(10)
     assert loader.exitcode == 0
+
+
+class Tensors(Dataset):
+    """A tensor for each number, which a loader process keeps until it is fetched."""
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.full((4,), number)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_loader_that_is_gone_before_its_tensors_are_fetched_was_killed(ended, monkeypatch):
+    """torch raises an error of its own if the system has ended that process by then."""
+    items = load_items(Tensors(), range(1000), 1)
+    next(items)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch may hear of it even before
+    (loader,) = multiprocessing.active_children()
+    loader.kill()
+    loader.join(10)
+    if not ended:
+        monkeypatch.setattr(type(loader), "is_alive", lambda _: True)
+    with pytest.raises(WorkError, match="a loader process was killed"):
+        list(items)
+
+
+class Refused(Dataset):
+    """Its store refuses every item."""
+
+    def __getitem__(self, number: int) -> int:
+        raise ConnectionRefusedError(f"item {number}")
+
+
+def test_a_store_that_refuses_is_no_killed_loader():
+    with pytest.raises(ConnectionRefusedError, match="item 0"):
+        next(load_items(Refused(), range(3), 1))
 
 
 def test_loaders_share_memory_whatever_way_python_starts_processes():

@@ -172,7 +172,7 @@ def test_files_that_are_gone_are_made_again(configs: Path) -> None:
     def redone() -> list[str]:
         pipeline = Pipeline(config, configs)
         pipeline.once("sample", {}, samples, draw)
-        pipeline.once("evaluate", {}, report, evaluate, pipeline.report_files)
+        pipeline.once("evaluate", {}, report, evaluate, (page, metrics))
         return [stage["stage"] for stage in pipeline.stages if stage["time"] != "up to date"]
 
     assert redone() == ["sample", "evaluate"]
