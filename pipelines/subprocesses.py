@@ -6,6 +6,7 @@ into errors.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 from r2id.errors import InputError, Stopped, WorkError
 
-_TAIL = 4096  # bytes of a stage's stderr that are kept to say why it failed
+_TAIL = 4096  # characters of a stage's stderr that are kept to say why it failed
 
 
 class StageCrashed(WorkError):
@@ -155,17 +156,19 @@ def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
 def _relay(reader: int) -> str:
     """Copy the child's stderr to this process's, and return its end."""
-    tail = b""
+    tail = ""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a chunk may end in a sign
     while True:
         try:
             chunk = os.read(reader, 65536)
         except OSError:  # how a terminal reports that its other end is closed
             chunk = b""
-        if not chunk:
-            return tail.decode(errors="replace")
-        sys.stderr.write(chunk.decode(errors="replace"))
+        text = decode(chunk, final=not chunk)
+        sys.stderr.write(text)
         sys.stderr.flush()
-        tail = (tail + chunk)[-_TAIL:]
+        tail = (tail + text)[-_TAIL:]
+        if not chunk:
+            return tail
 
 
 def _last_line(tail: str) -> str:

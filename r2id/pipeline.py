@@ -152,7 +152,7 @@ class Pipeline:
             )
         count = max(counts.values(), default=1)
         _check_names(settings, Settings, (*given, "size", "attributes", "grid", "callback"))
-        condition = self.condition(labels, attributes, embeddings, count)
+        condition = self.condition(given["labels"] or None, attributes, embeddings, count)
         check_samples(self.sampler, size, grid, count)
         chosen = _seeds(given["seeds"]).expand(count)
         grid = grid or self.sampler.grid_for(size)

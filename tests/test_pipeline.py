@@ -133,6 +133,21 @@ def test_callbacks_see_each_step_and_may_end_it(pipe):
         pipe(1, steps=3, callback=stop)
 
 
+def test_steps_that_begin_at_the_same_noise_are_counted_one_by_one(pipe):
+    """Schedules that are shifted far reach the largest noise level in several steps."""
+    diffusion = change(pipe.sampler.diffusion, {"shift_exponent": 1.0})
+    shifted = replace(pipe, sampler=replace(pipe.sampler, diffusion=diffusion, base_side=1e-2))
+    for solver in ("dpmpp_2m", "ddim", "euler"):
+        steps = []
+        shifted(1, steps=8, solver=solver, callback=steps.append)
+        assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_labels_may_come_one_by_one(pipe):
+    for one, other in zip(pipe(iter([3, 4]), steps=1), pipe([3, 4], steps=1), strict=True):
+        assert np.array_equal(pixels(one), pixels(other))
+
+
 def test_a_callback_changes_nothing(pipe):
     for solver in ("dpmpp_2m", "ddim"):
         given = {"labels": range(10), "seeds": range(10), "size": (10, 8), "solver": solver}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import r2id
-from r2id.checkpoints.pretrained import FORMAT, FORMAT_VERSION, WITH_CODEC
+from r2id.checkpoints.pretrained import FORMAT, VERSIONS
 from r2id.errors import InputError
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -151,10 +151,10 @@ def _check(repository: str, file: Path) -> None:
             f"{repository}: holds no r2id model: its {_CONFIG} has no format {FORMAT!r}"
         )
     version = config.get("format_version")
-    if version not in (FORMAT_VERSION, WITH_CODEC):
+    if version not in VERSIONS:
         raise InputError(
-            f"{repository}: format_version {version}; this version of r2id reads {FORMAT_VERSION} "
-            f"and {WITH_CODEC}"
+            f"{repository}: format_version {version}; this version of r2id reads "
+            f"{', '.join(VERSIONS)}"
         )
 
 

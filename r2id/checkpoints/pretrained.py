@@ -36,7 +36,9 @@ from r2id.config import Section
 from r2id.config.renamed import renew_config
 from r2id.errors import InputError
 
-FORMAT, FORMAT_VERSION, WITH_CODEC, WITH_GUIDE = "r2id-model", "1", "2", "3"
+FORMAT = "r2id-model"
+VERSIONS = ("1", "2", "3")
+"""Format versions of files: of one model, of an R2ID with its RIAE, and with a guide."""
 _CODEC, _GUIDE = "codec.", "guide."
 
 S = TypeVar("S", bound=Section)
@@ -67,6 +69,8 @@ class Pretrained:
     """The content of a file."""
 
     path: Path
+    version: str
+    """Format version of the file."""
     about: About
     weights: dict[str, Tensor]
     identity: str
@@ -153,12 +157,12 @@ def pack(
     ``codec`` is the RIAE of an R2ID, and ``guide`` the weights of its guide.
     """
     metadata = {name: json.dumps(value) for name, value in asdict(about).items()}
-    version = FORMAT_VERSION
+    version = VERSIONS[0]
     if codec is not None:
-        metadata["codec"], version = json.dumps(asdict(codec[0])), WITH_CODEC
+        metadata["codec"], version = json.dumps(asdict(codec[0])), VERSIONS[1]
         weights = weights | {_CODEC + name: value for name, value in codec[1].items()}
     if guide is not None:
-        version = WITH_GUIDE
+        version = VERSIONS[2]
         weights = weights | {_GUIDE + name: value for name, value in guide.items()}
     metadata |= {"format": FORMAT, "format_version": version}
     return save(weights, metadata | {"sha256": _digest(metadata, weights)})
@@ -188,16 +192,16 @@ def read(path: Path, stage: str | None = None) -> Pretrained:
             f"{path}: not a file that r2id checkpoint export wrote: its metadata has no format "
             f"{FORMAT!r}"
         )
-    if metadata.get("format_version") not in (FORMAT_VERSION, WITH_CODEC, WITH_GUIDE):
+    version = metadata.get("format_version")
+    if version not in VERSIONS:
         raise InputError(
-            f"{path}: format_version {metadata.get('format_version')}; this version of r2id reads "
-            f"{FORMAT_VERSION} to {WITH_GUIDE}"
+            f"{path}: format_version {version}; this version of r2id reads {', '.join(VERSIONS)}"
         )
     stored = metadata.pop("sha256", None)
     if stored != _digest(metadata, weights):
         raise InputError(f"{path}: damaged: its content is not what was exported")
     content = {name: json.loads(text) for name, text in metadata.items() if name != "format"}
-    found = _unpack(path, content, weights, stored)
+    found = _unpack(path, version, content, weights, stored)
     if stage not in (None, found.about.stage):
         raise InputError(f"{path}: a model of stage {found.about.stage!r}, not {stage!r}")
     return found
@@ -214,17 +218,17 @@ def stage_of(path: Path) -> str | None:
 
 
 def _unpack(
-    path: Path, content: Mapping[str, Any], weights: dict[str, Tensor], digest: str
+    path: Path, version: str, content: Mapping[str, Any], weights: dict[str, Tensor], digest: str
 ) -> Pretrained:
     """Make the model of a file's metadata and weights, with the RIAE among them if there is one."""
     known = {name: content[name] for name in About.__dataclass_fields__ if name in content}
     about = About(**known | {"config": renew_config(known["config"])})
     inner = None
     if content.get("codec"):
-        inner = _unpack(path, content["codec"], _taken(weights, _CODEC), digest)
+        inner = _unpack(path, version, content["codec"], _taken(weights, _CODEC), digest)
         inner = replace(inner, identity=about.facts["codec_hash"])
     guide = _taken(weights, _GUIDE) or None
-    return Pretrained(path, about, weights, about.identity or digest, inner, guide)
+    return Pretrained(path, version, about, weights, about.identity or digest, inner, guide)
 
 
 def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

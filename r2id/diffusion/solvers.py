@@ -1,10 +1,10 @@
 """Solvers: functions of (denoise, x, log_snrs, kind) that turn noise into samples.
 
-``denoise(x, log_snr) → (x₀, ε)`` estimates data and noise of a noised grid; ``log_snrs`` [S] rise
-from noise to data; ``x`` is the noised grid at the first of them; ``kind`` is the schedule's, which
-amplitudes depend on. A solver steps from each of them to the next, and from the last one to the
-data by returning the network's x₀ itself, so that no step ends where the noise's amplitude
-vanishes.
+``log_snrs`` [S] rise from noise to data; ``denoise(x, step) → (x₀, ε)`` estimates data and noise of
+a grid that is noised to ``log_snrs[step]``; ``x`` is the noised grid at the first of them; ``kind``
+is the schedule's, which amplitudes depend on. A solver steps from each of them to the next, and
+from the last one to the data by returning the network's x₀ itself, so that no step ends where the
+noise's amplitude vanishes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from r2id.diffusion.schedule import Kind, alpha_sigma, log_snr
 
-Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x, log_snr) → (x₀, ε)."""
+Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(x, number of the step) → (x₀, ε)."""
 Fresh = Callable[[int], Tensor]
 """Number of a step → new standard normal noise, in the shape of x."""
 
@@ -45,14 +45,14 @@ def ddim(
     SNR/SNR'), which is eq. 16 for any schedule. Without ``fresh``, η has no effect.
     """
     for step, (here, there) in enumerate(pairwise(log_snrs)):
-        data, eps = denoise(x, here)
+        data, eps = denoise(x, step)
         alpha, sigma = alpha_sigma(there, kind)
         if eta and fresh is not None:
             # Share of fresh noise in the variance of ε; the estimate makes up the rest.
             share = eta**2 * -torch.expm1(here - there)
             eps = (1 - share).clamp(min=0).sqrt() * eps + share.sqrt() * fresh(step)
         x = alpha * data + sigma * eps
-    return denoise(x, log_snrs[-1])[0]
+    return denoise(x, len(log_snrs) - 1)[0]
 
 
 def euler(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
@@ -82,34 +82,34 @@ def _along_the_path(
         alpha, sigma = alpha_sigma(log_snr, kind)
         return sigma if kind == "flow" else torch.atan2(sigma, alpha)
 
-    def slope(x: Tensor, log_snr: Tensor) -> Tensor:
+    def slope(x: Tensor, step: int) -> Tensor:
         """The derivative of x by that variable."""
-        data, eps = denoise(x, log_snr)
-        alpha, sigma = alpha_sigma(log_snr, kind)
+        data, eps = denoise(x, step)
+        alpha, sigma = alpha_sigma(log_snrs[step], kind)
         return eps - data if kind == "flow" else alpha * eps - sigma * data
 
-    for here, there in pairwise(log_snrs):
-        step, first = place(there) - place(here), slope(x, here)
-        ahead = x + step * first  # Euler's step; Heun's takes the mean of the slopes at both ends
-        x = x + step * 0.5 * (first + slope(ahead, there)) if correct else ahead
-    return denoise(x, log_snrs[-1])[0]
+    for step, (here, there) in enumerate(pairwise(log_snrs)):
+        length, first = place(there) - place(here), slope(x, step)
+        ahead = x + length * first  # Euler's step; Heun's takes the mean of the slopes at both ends
+        x = x + length * 0.5 * (first + slope(ahead, step + 1)) if correct else ahead
+    return denoise(x, len(log_snrs) - 1)[0]
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation per step."""
-    previous: tuple[Tensor, Tensor] | None = None  # the last x₀ and the step λ that followed it
-    for here, there in pairwise(log_snrs):
-        data, _ = denoise(x, here)
-        step = 0.5 * (there - here)  # in the paper's λ = log(α/σ), half of logSNR
+    previous: tuple[Tensor, Tensor] | None = None  # the last x₀ and the length of its step
+    for step, (here, there) in enumerate(pairwise(log_snrs)):
+        data, _ = denoise(x, step)
+        length = 0.5 * (there - here)  # in the paper's λ = log(α/σ), half of logSNR
         # x₀ extrapolated to the middle of the step. Where logSNR was clamped, steps have length 0,
         # from which nothing can be extrapolated.
         best = data
         if previous is not None and previous[1] > 0:
-            best = data + 0.5 * step / previous[1] * (data - previous[0])
-        previous = (data, step)
+            best = data + 0.5 * length / previous[1] * (data - previous[0])
+        previous = (data, length)
         (_, sigma), (alpha_next, sigma_next) = alpha_sigma(here, kind), alpha_sigma(there, kind)
-        x = sigma_next / sigma * x - alpha_next * torch.expm1(-step) * best
-    return denoise(x, log_snrs[-1])[0]
+        x = sigma_next / sigma * x - alpha_next * torch.expm1(-length) * best
+    return denoise(x, len(log_snrs) - 1)[0]
 
 
 SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor, Kind], Tensor]] = {

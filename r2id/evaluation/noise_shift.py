@@ -34,6 +34,7 @@ from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.evaluation import figures
+from r2id.evaluation.errors_by_noise import data_error
 from r2id.evaluation.r2id import Latents, encode_resized
 from r2id.files import write_atomic, write_json
 from r2id.models.coords import Size, scale_size
@@ -158,7 +159,7 @@ def measure_curve(
         total = 0.0
         for number, (latent, label) in enumerate(latents):
             condition = label if sampler.num_classes > 1 else torch.full_like(label, -1)
-            total += float(sampler.data_error(latent, condition, log_snr, seed + number).sum())
+            total += float(data_error(sampler, latent, condition, log_snr, seed + number).sum())
         errors.append(total / power)
         if progress:
             progress.advance()

@@ -19,6 +19,7 @@ from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.diffusion import schedule
 from r2id.evaluation.classifier import Classifier
+from r2id.evaluation.errors_by_noise import loss_at
 from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import class_accuracy
@@ -102,7 +103,7 @@ def measure_loss_by_time(
             losses[name] = []
             for time in times:
                 total = sum(
-                    float(sampler.loss_at(latent, change(label), time, seed + number).sum())
+                    float(loss_at(sampler, latent, change(label), time, seed + number).sum())
                     for number, (latent, label) in enumerate(latents)
                 )
                 losses[name].append(total / images)
@@ -136,15 +137,12 @@ def measure_loss_by_grid(
             seed,
             conditions=("its class" if sampler.num_classes > 1 else "no class",),
         )
-        shift = schedule.size_shift(
-            (grid[0] * grid[1]) ** 0.5, sampler.base_side, sampler.diffusion.shift_exponent
-        )
         curves[name] = {
             "images": measured["images"],
             "size": list(size),
             "loss": next(iter(measured["loss"].values())),
             "log_snr": schedule.log_snr(
-                torch.tensor(times), sampler.diffusion.schedule, shift
+                torch.tensor(times), sampler.diffusion.schedule, sampler.shift(grid)
             ).tolist(),
         }
     return {"time": list(times), "condition": next(iter(measured["loss"])), "grids": curves}

@@ -25,7 +25,7 @@ import torch
 import r2id
 from r2id.checkpoints import Checkpoint
 from r2id.checkpoints.export import export
-from r2id.checkpoints.pretrained import FORMAT, FORMAT_VERSION, WITH_CODEC, Pretrained, read
+from r2id.checkpoints.pretrained import FORMAT, Pretrained, read
 from r2id.errors import InputError
 from r2id.files import atomic_folder, write_json
 from r2id.models.codec import Codec
@@ -128,7 +128,7 @@ def _config(model: _Model, done: dict[str, Any], licence: str | None) -> dict[st
     }
     return {
         "format": FORMAT,
-        "format_version": WITH_CODEC if model.file.inner else FORMAT_VERSION,
+        "format_version": model.file.version,
         "library_name": "r2id",
         "r2id_version": r2id.__version__,
         "license": licence or "other",

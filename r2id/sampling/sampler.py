@@ -5,7 +5,7 @@ Shape letters: B samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,6 @@ from r2id import rng
 from r2id.checkpoints.trained import Trained, open_trained
 from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, change
 from r2id.diffusion import objective, schedule, solvers
-from r2id.diffusion.denoising import denoising_loss, noise_levels
 from r2id.diffusion.noise import noise_field
 from r2id.errors import InputError, WorkError
 from r2id.models.codec import Codec
@@ -99,21 +98,38 @@ class Sampler:
         if exponent is not None:
             diffusion = change(diffusion, {"shift_exponent": exponent})
         defaults = SampleConfig.model_validate(meta.config["sample"])
-        if defaults.guidance and not model.conditional:  # a scale that a config has for others
+        return cls.of(model, codec, meta.model, diffusion, defaults, bfloat16, guide)
+
+    @classmethod
+    def of(
+        cls,
+        model: R2ID,
+        codec: Codec,
+        facts: Mapping[str, Any],
+        diffusion: DiffusionConfig,
+        defaults: SampleConfig,
+        bfloat16: bool,
+        guide: R2ID | None = None,
+    ) -> Sampler:
+        """Make a sampler of models that are built already; ``facts`` are those of the R2ID's run.
+
+        A default guidance counts as 1 if the model has no conditions.
+        """
+        if defaults.guidance and not model.conditional:
             defaults = change(defaults, {"guidance": 1.0})
         numbers = map(str, range(model.classes if model.config.condition == "class" else 0))
         return cls(
-            model,
-            codec,
-            diffusion,
-            defaults,
-            meta.model["base_side"],
-            tuple(meta.model["areas"]),
-            tuple(meta.model["ratios"]),
-            bfloat16,
-            tuple(meta.model.get("attributes", ())),
-            guide,
-            tuple(meta.model.get("class_names", numbers)),
+            model=model,
+            codec=codec,
+            diffusion=diffusion,
+            defaults=defaults,
+            base_side=facts["base_side"],
+            areas=tuple(facts["areas"]),
+            ratios=tuple(facts["ratios"]),
+            bfloat16=bfloat16,
+            attributes=tuple(facts.get("attributes", ())),
+            guide=guide,
+            class_names=tuple(facts.get("class_names", numbers)),
         )
 
     @property
@@ -193,8 +209,8 @@ class Sampler:
             self.defaults, {name: value for name, value in overrides.items() if value is not None}
         )
         self.check_guidance(overrides.get("guidance"), settings.autoguidance)
-        condition, length = self._adapt(condition), self._at_once(grid)
-        batches, kind, shift = -(-len(seeds) // length), self.diffusion.schedule, self._shift(grid)
+        condition, length = self.adapt(condition), self._at_once(grid)
+        batches, kind, shift = -(-len(seeds) // length), self.diffusion.schedule, self.shift(grid)
         # On the CPU, since the GPU takes a number along with a kernel.
         log_snrs = solvers.time_steps(settings.steps, kind, shift, strength)
 
@@ -273,6 +289,22 @@ class Sampler:
             return self.codec.image
         return None
 
+    def adapt(self, condition: Tensor) -> Tensor:
+        """Replace classes by empty conditions for a model of attributes or embeddings."""
+        if condition.dim() == 1 and self.model.condition_shape:
+            return torch.zeros(len(condition), *self.model.condition_shape, device=condition.device)
+        return condition
+
+    def shift(self, grid: Size) -> float:
+        """Return the shift of the noise schedule on a grid (h, w)."""
+        return schedule.size_shift(
+            (grid[0] * grid[1]) ** 0.5, self.base_side, self.diffusion.shift_exponent
+        )
+
+    def autocast(self) -> torch.autocast:
+        """Make the context in which the model computes."""
+        return torch.autocast(self.codec.device.type, torch.bfloat16, enabled=self.bfloat16)
+
     def _solve(
         self,
         condition: Tensor,
@@ -290,20 +322,20 @@ class Sampler:
         grid: Size = (x.shape[2], x.shape[3])
         kind = self.diffusion.schedule
         condition = condition.to(x.device, non_blocking=True)
-        guidance = Guidance(self.model, self.guide, settings, condition, kind, self._shift(grid))
-        levels = log_snrs.tolist()
+        guidance = Guidance(self.model, self.guide, settings, condition, kind, self.shift(grid))
 
-        def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        def denoise(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            log_snr = log_snrs[step]
             level, alpha_bar = float(log_snr), float(schedule.alpha_bar(log_snr))
             alpha, sigma = schedule.alpha_sigma(log_snr, kind)
-            with self._autocast():
+            with self.autocast():
                 predicted = guidance.predict(x, level, alpha_bar)
             data, eps = objective.to_data_and_noise(
                 self.diffusion.objective, x, predicted, alpha, sigma
             )
             if estimated is None:
                 return data, eps
-            better = estimated(self.codec.denormalise(data), levels.index(level))
+            better = estimated(self.codec.denormalise(data), step)
             if better is None:
                 return data, eps
             data = self.codec.normalise(better)
@@ -318,44 +350,6 @@ class Sampler:
             solve = partial(solvers.ddim, eta=settings.eta, fresh=fresh_noise)
         return self.codec.denormalise(solve(denoise, x, log_snrs, kind))
 
-    @torch.no_grad()
-    def loss_at(self, latents: Tensor, condition: Tensor, time: float, seed: int = 0) -> Tensor:
-        """Compute the unweighted squared error of the prediction at one time in (0, 1), per sample.
-
-        Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
-        """
-        keys = rng.fold(seed, torch.arange(len(latents)))
-        noise = rng.normal(keys, *latents.shape[1:], device=latents.device)
-        side = (latents.shape[2] * latents.shape[3]) ** 0.5
-        times = torch.full((len(latents),), time)
-        levels = noise_levels(self.diffusion, self.base_side, side, times)
-        levels = levels.to(latents.device, non_blocking=True)
-        with self._autocast():
-            data, condition = self.codec.normalise(latents), self._adapt(condition)
-            return denoising_loss(self.model, self.diffusion, levels, data, condition, noise)[1]
-
-    @torch.no_grad()
-    def data_error(
-        self, latents: Tensor, condition: Tensor, log_snr: float, seed: int = 0
-    ) -> Tensor:
-        """Compute the squared error of the x₀ that the model predicts at a logSNR, per sample.
-
-        Unlike in training and sampling, the noise level is not shifted with the grid's size.
-        Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
-        """
-        data, level = self.codec.normalise(latents), torch.tensor(log_snr)
-        alpha, sigma = schedule.alpha_sigma(level, self.diffusion.schedule)
-        keys = rng.fold(seed, torch.arange(len(latents)))
-        noise = rng.normal(keys, *latents.shape[1:], device=latents.device)
-        x = alpha * data + sigma * noise
-        with self._autocast():
-            times = torch.full((1,), float(schedule.alpha_bar(level)), device=x.device)
-            predicted = self.model(x, times, self._adapt(condition))
-        predicted_data, _ = objective.to_data_and_noise(
-            self.diffusion.objective, x, predicted.float(), alpha, sigma
-        )
-        return (predicted_data - data).square().flatten(1).mean(1)
-
     def _at_once(self, size: Size, most: int | None = None) -> int:
         """Return how many grids or images of a size have at most ``most`` cells or pixels together.
 
@@ -364,21 +358,6 @@ class Sampler:
         images, cells = _BATCH.get(self.codec.device.type, _BATCH["cuda"])
         fits = (most or cells) // (size[0] * size[1])
         return 1 << max(1, min(images, fits)).bit_length() - 1
-
-    def _adapt(self, condition: Tensor) -> Tensor:
-        """Replace classes by empty conditions for a model of attributes or embeddings."""
-        if condition.dim() == 1 and self.model.condition_shape:
-            return torch.zeros(len(condition), *self.model.condition_shape, device=condition.device)
-        return condition
-
-    def _shift(self, grid: Size) -> float:
-        """Return the shift of the noise schedule on a grid (h, w)."""
-        return schedule.size_shift(
-            (grid[0] * grid[1]) ** 0.5, self.base_side, self.diffusion.shift_exponent
-        )
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.codec.device.type, torch.bfloat16, enabled=self.bfloat16)
 
 
 def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) -> Tensor:

@@ -136,9 +136,8 @@ def reference_sampler(world, options):
     mean, std = torch.zeros(channels, device=device), torch.ones(channels, device=device)
     codec = Codec(codec, mean, std, True, None, None, (32, 32), config.data)
     cells = math.prod(work.grid())
-    return Sampler(
-        model, codec, config.diffusion, config.sample, cells**0.5, (cells, cells), (1, 1), True
-    )
+    facts = {"base_side": cells**0.5, "areas": (cells, cells), "ratios": (1.0, 1.0)}
+    return Sampler.of(model, codec, facts, config.diffusion, config.sample, True)
 
 
 def draw(sampler, count, size, steps=None):

@@ -151,9 +151,8 @@ def make_sampler(config: R2idRun, grid: tuple[int, int], device: torch.device) -
         config.data,
     )
     area = grid[0] * grid[1]
-    return Sampler(
-        model, codec, config.diffusion, config.sample, area**0.5, (area, area), (1.0, 1.0), True
-    )
+    facts = {"base_side": area**0.5, "areas": (area, area), "ratios": (1.0, 1.0)}
+    return Sampler.of(model, codec, facts, config.diffusion, config.sample, True)
 
 
 def count_sampling(counts: Counts, case: Case) -> dict[str, Figures]:

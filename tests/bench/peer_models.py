@@ -181,12 +181,13 @@ class DiTPeer(Peer):
         return self.model(x, time, condition)
 
     def solve(self, noise: Tensor, condition: Tensor, guidance: float) -> Tensor:
-        def denoise(x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-            alpha, sigma = schedule.alpha_sigma(log_snr, "flow")
+        log_snrs = solvers.time_steps(DIT["steps"], "flow", shift=0.0)
+
+        def denoise(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            alpha, sigma = schedule.alpha_sigma(log_snrs[step], "flow")
             velocity = self.guided(x, sigma, condition, guidance)
             return x - sigma * velocity, x + alpha * velocity
 
-        log_snrs = solvers.time_steps(DIT["steps"], "flow", shift=0.0)
         return solvers.dpmpp_2m(denoise, noise, log_snrs, "flow")
 
 

@@ -92,11 +92,11 @@ def test_weights_of_the_error_of_the_data_are_alike_under_every_objective(
     assert_close(weighted, of_data(log_snr.exp()) * data_error**2, atol=1e-5, rtol=1e-4)
 
 
-def gaussian_denoiser(mean: float, std: float, kind: str):
+def gaussian_denoiser(mean: float, std: float, kind: str, log_snrs):
     """The exact posterior mean of x₀ ~ N(mean, std²) given x = α·x₀ + σ·ε."""
 
-    def denoise(x, log_snr):
-        alpha, sigma = schedule.alpha_sigma(log_snr, kind)
+    def denoise(x, step):
+        alpha, sigma = schedule.alpha_sigma(log_snrs[step], kind)
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         data = mean + gain * (x - alpha * mean)
         return data, (x - alpha * data) / sigma
@@ -110,28 +110,18 @@ def test_solvers_sample_a_gaussian(solver, kind):
     torch.manual_seed(0)
     noise = torch.randn(20000)
     log_snrs = solvers.time_steps(200, kind, 0.0)
-    samples = solvers.SOLVERS[solver](gaussian_denoiser(1.5, 0.5, kind), noise, log_snrs, kind)
+    denoise = gaussian_denoiser(1.5, 0.5, kind, log_snrs)
+    samples = solvers.SOLVERS[solver](denoise, noise, log_snrs, kind)
     assert float(samples.mean()) == pytest.approx(1.5, abs=0.03)
     assert float(samples.std()) == pytest.approx(0.5, rel=0.05)
 
 
 def test_second_order_needs_fewer_steps():
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    exact = 1.5 + 0.5 * noise
+    exact, log_snrs = 1.5 + 0.5 * noise, solvers.time_steps(15, "cosine", 0.0)
+    denoise = gaussian_denoiser(1.5, 0.5, "cosine", log_snrs)
     errors = {
-        name: float(
-            (
-                solve(
-                    gaussian_denoiser(1.5, 0.5, "cosine"),
-                    noise,
-                    solvers.time_steps(15, "cosine", 0.0),
-                    "cosine",
-                )
-                - exact
-            )
-            .square()
-            .mean()
-        )
+        name: float((solve(denoise, noise, log_snrs, "cosine") - exact).square().mean())
         for name, solve in solvers.SOLVERS.items()
     }
     assert errors["dpmpp_2m"] < 0.5 * errors["ddim"]
@@ -144,24 +134,22 @@ def test_heun_s_error_falls_with_the_square_of_the_steps(kind):
 
     Both end with one denoising, whose error does not fall: it is left out.
     """
-    noise, denoise = torch.randn(1000, dtype=torch.float64), gaussian_denoiser(1.5, 0.5, kind)
+    noise = torch.randn(1000, dtype=torch.float64)
+
+    def solved(solve, steps):
+        log_snrs = torch.linspace(-6, 4, steps + 1, dtype=torch.float64)
+        return solve(gaussian_denoiser(1.5, 0.5, kind, log_snrs), noise, log_snrs, kind)
 
     def error(solve, steps):
-        log_snrs = torch.linspace(-6, 4, steps + 1, dtype=torch.float64)
-        fine = torch.linspace(-6, 4, 3001, dtype=torch.float64)
-        return float(
-            (solve(denoise, noise, log_snrs, kind) - solvers.heun(denoise, noise, fine, kind))
-            .abs()
-            .max()
-        )
+        return float((solved(solve, steps) - solved(solvers.heun, 3000)).abs().max())
 
     assert error(solvers.euler, 80) == pytest.approx(error(solvers.euler, 160) * 2, rel=0.15)
     assert error(solvers.heun, 80) == pytest.approx(error(solvers.heun, 160) * 4, rel=0.25)
 
 
 def test_euler_of_the_flow_is_ddim():
-    noise, denoise = torch.randn(100), gaussian_denoiser(1.5, 0.5, "flow")
-    log_snrs = solvers.time_steps(7, "flow", 0.0)
+    noise, log_snrs = torch.randn(100), solvers.time_steps(7, "flow", 0.0)
+    denoise = gaussian_denoiser(1.5, 0.5, "flow", log_snrs)
     assert_close(
         solvers.euler(denoise, noise, log_snrs, "flow"),
         solvers.ddim(denoise, noise, log_snrs, "flow"),
@@ -175,22 +163,16 @@ def test_fresh_noise_keeps_the_marginals(kind, eta):
     from."""
     torch.manual_seed(0)
     noise, mean, std = torch.randn(40000), 1.5, 0.5
-    denoise, seen = gaussian_denoiser(mean, std, kind), []
+    log_snrs, seen = solvers.time_steps(100, kind, 0.0), []
+    denoise = gaussian_denoiser(mean, std, kind, log_snrs)
 
-    def watched(x, log_snr):
-        seen.append((x, log_snr))
-        return denoise(x, log_snr)
+    def watched(x, step):
+        seen.append((x, step))
+        return denoise(x, step)
 
-    out = solvers.ddim(
-        watched,
-        noise,
-        solvers.time_steps(100, kind, 0.0),
-        kind,
-        eta,
-        lambda step: torch.randn(40000),
-    )
-    for x, log_snr in seen[20::20]:
-        alpha, sigma = schedule.alpha_sigma(log_snr, kind)
+    out = solvers.ddim(watched, noise, log_snrs, kind, eta, lambda step: torch.randn(40000))
+    for x, step in seen[20::20]:
+        alpha, sigma = schedule.alpha_sigma(log_snrs[step], kind)
         assert float(x.mean()) == pytest.approx(float(alpha) * mean, abs=0.03)
         assert float(x.std()) == pytest.approx(
             float((alpha**2 * std**2 + sigma**2).sqrt()), rel=0.05
@@ -201,15 +183,15 @@ def test_fresh_noise_keeps_the_marginals(kind, eta):
 def test_one_step_is_one_denoising():
     calls = []
 
-    def denoise(x, log_snr):
-        calls.append(float(log_snr))
+    def denoise(x, step):
+        calls.append(step)
         return x * 0 + 7.0, x
 
     for solve in solvers.SOLVERS.values():
         assert (
             solve(denoise, torch.randn(3), solvers.time_steps(1, "cosine", 0.0), "cosine") == 7
         ).all()
-    assert calls == [schedule.LOG_SNR_MIN] * len(solvers.SOLVERS)
+    assert calls == [0] * len(solvers.SOLVERS)
 
 
 def errors(multiscale, wrong, weighting="uniform"):

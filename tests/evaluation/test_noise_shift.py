@@ -15,6 +15,7 @@ from torch import nn
 from r2id.checkpoints import Checkpoint
 from r2id.config import R2idConfig
 from r2id.errors import InputError, WorkError
+from r2id.evaluation.errors_by_noise import data_error
 from r2id.evaluation.noise_shift import (
     LOG_SNRS,
     choose_sizes,
@@ -100,9 +101,8 @@ def test_the_error_is_that_of_x0_under_every_objective(sampler, kind, wanted):
     known, data = exact(sampler, False)
     diffusion = sampler.diffusion.model_copy(update={"objective": kind, "schedule": "cosine"})
     ((latents, labels),) = data[8, 8]
-    found = replace(known, model=Silent(False), diffusion=diffusion).data_error(
-        torch.zeros_like(latents), labels, 1.0
-    )
+    silent = replace(known, model=Silent(False), diffusion=diffusion)
+    found = data_error(silent, torch.zeros_like(latents), labels, 1.0)
     assert found.shape == (200,) and float(found.mean()) == pytest.approx(wanted, rel=0.03)
 
 

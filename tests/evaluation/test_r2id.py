@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from r2id.evaluation.backbone import Backbone
+from r2id.evaluation.errors_by_noise import loss_at
 from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import frechet_distance
 from r2id.evaluation.r2id import (
@@ -32,7 +33,7 @@ def test_loss_against_time(sampler, shards, data):
     assert measured["images"] == 256 and measured["time"] == [0.25, 0.75]
     assert set(measured["loss"]) == {"its class", "no class", "another class"}
     latent, label = latents[0]
-    expected = sampler.loss_at(latent, label, 0.75, 0)
+    expected = loss_at(sampler, latent, label, 0.75, 0)
     alone = measure_loss_by_time(sampler, latents[:1], (0.75,))
     assert alone["loss"]["its class"] == [pytest.approx(float(expected.mean()), rel=1e-3)]
     assert measured == measure_loss_by_time(sampler, latents, (0.25, 0.75))

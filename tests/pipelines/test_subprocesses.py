@@ -60,6 +60,13 @@ def test_much_output_on_both_streams_blocks_nothing() -> None:
     assert (returned, len(output), len(tail)) == (0, 500_001, 4096)
 
 
+def test_letters_of_several_bytes_are_passed_on_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """Chunks of a stream end anywhere."""
+    code = "import sys; sys.stderr.write('x' + '━' * 100_000)"
+    tail = run_command([sys.executable, "-c", code])[2]
+    assert (tail, capsys.readouterr().err) == ("━" * 4096, "x" + "━" * 100_000)
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_users_mistake_is_an_input_error_naming_the_stage(processes: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^train: .*nowhere\.toml"):

@@ -77,7 +77,8 @@ def test_the_folder_stands_for_both_models(published, r2id_run, riae_run, tmp_pa
 def test_config_json(published, r2id_run):
     config = json.loads((published / "config.json").read_text())
     sampler = Sampler.load(r2id_run)
-    assert (config["format"], config["format_version"]) == ("r2id-model", pretrained.WITH_CODEC)
+    file = pretrained.read(published / "model.safetensors")
+    assert (config["format"], config["format_version"], file.version) == ("r2id-model", "3", "3")
     assert config["license"] == "mit"
     assert config["parameters"] == {
         "r2id": sum(p.numel() for p in sampler.model.parameters()),

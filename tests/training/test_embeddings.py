@@ -17,6 +17,7 @@ from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
+from r2id.evaluation.errors_by_noise import loss_at
 from r2id.images import save_png, tile
 from r2id.models.conditioning import drop, empty
 from r2id.models.r2id import R2ID
@@ -111,7 +112,7 @@ def test_the_loss_is_lower_told_the_right_embedding(run, told):
         latents, right = sampler.codec.encode(batch["image"]), batch["embedding"]
         for number, condition in enumerate((right, right.roll(1, 0), empty(right))):
             losses[number] += sum(
-                sampler.loss_at(latents, condition, time, 7).sum() for time in (0.5, 0.7, 0.9)
+                loss_at(sampler, latents, condition, time, 7).sum() for time in (0.5, 0.7, 0.9)
             )
     assert losses[0] < 0.93 * losses[1] and losses[0] < 0.97 * losses[2], losses
 

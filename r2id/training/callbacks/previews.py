@@ -131,29 +131,21 @@ def _quality(originals: Tensor, decoded: Tensor, name: str) -> str:
 
 def _samples(task: R2idTask, model: R2ID, guide: R2ID | None) -> list[Row]:
     """Draw the same samples at the codec's image size, at 1.5 times its height, and at twice it."""
-    config, facts = task.config, task.facts
-    sampler = Sampler(
-        model,
-        task.codec,
-        config.diffusion,
-        config.sample,
-        facts["base_side"],
-        tuple(facts["areas"]),
-        tuple(facts["ratios"]),
-        config.train.autocast,
-        tuple(facts.get("attributes", ())),
-        guide,
+    config = task.config
+    sampler = Sampler.of(
+        model, task.codec, task.facts, config.diffusion, config.sample, config.train.autocast, guide
     )
     height, width = task.codec.image
     scale = enlargement((height, width))
     count = _columns((height, width), scale)
-    names = facts.get("class_names", ())
-    labels = choose_labels(config.sample.labels[:count], count, sampler.num_classes, names)
+    labels = choose_labels(
+        config.sample.labels[:count], count, sampler.num_classes, sampler.class_names
+    )
     sizes = ((height, width), (height * 3 // 2, width), (height * 2, width * 2))
     seeds = torch.arange(len(labels))
     return [
         Row(
-            f"samples, {size[0]}x{size[1]}, guidance {config.sample.guidance:g}, "
+            f"samples, {size[0]}x{size[1]}, guidance {sampler.defaults.guidance:g}, "
             f"autoguidance {config.sample.autoguidance:g}",
             tile(sampler.sample(labels, seeds, size), len(labels)),
             scale,
