@@ -25,14 +25,10 @@ Profile = tuple[float, float]
 def exponent_of(sigma: float) -> float:
     """Return the exponent γ of a width σ_rel in (0, 1/√12).
 
-    It is the positive root of γ³ + 7γ² + (16 − σ⁻²)γ + 12 − σ⁻².
+    It is the positive root of γ³ + 7γ² + (16 − σ⁻²)γ + 12 − σ⁻², where
+    σ² = (γ + 1) / ((γ + 2)²·(γ + 3)).
     """
     return float(np.roots([1, 7, 16 - sigma**-2, 12 - sigma**-2]).real.max())
-
-
-def width_of(exponent: float) -> float:
-    """Return the width σ_rel = √((γ + 1) / ((γ + 2)²·(γ + 3))), the inverse of exponent_of."""
-    return ((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))) ** 0.5
 
 
 def product(one: Profile, other: Profile) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -263,31 +263,23 @@ def find_damages(path: Path) -> list[str]:
         return [str(error)]
 
 
-class Resumable(Protocol):
-    """Something that resumes from a checkpoint, such as a training engine."""
+def resume(
+    source: Checkpoint | Path, check: Callable[[Source], None], load: Callable[[Source], None]
+) -> None:
+    """Resume from a checkpoint: ``load`` it, if its content passes ``check`` and is intact.
 
-    def check(self, source: Source) -> None:
-        """Raise InputError when a state belongs to another model or has other averages."""
-
-    def load(self, source: Source) -> None:
-        """Load a state that has passed ``check``; each rank reads what it holds."""
-
-
-def resume(engine: Resumable, source: Checkpoint | Path) -> None:
-    """Resume an engine from a checkpoint. Every rank calls it, and hashes its share of the files.
-
-    Raises InputError on all ranks when the checkpoint is damaged or belongs to another model; see
-    Checkpoint.open.
+    Every rank calls it, and hashes its share of the files. Raises the InputErrors of ``check`` on
+    all ranks, and InputError when the checkpoint is damaged; see Checkpoint.open.
     """
     checkpoint = Checkpoint.open(source)
-    with _suggesting_an_older_one(checkpoint.path, engine.check):
+    with _suggesting_an_older_one(checkpoint.path, check):
         try:
-            engine.check(checkpoint)
+            check(checkpoint)
         except InputError as error:
             raise InputError(f"{checkpoint.path}: {error}") from None
         mine = checkpoint.damages(rank=dist.rank(), ranks=dist.world_size())
         _raise_first(sorted(damage for damages in dist.gather_objects(mine) for damage in damages))
-        engine.load(checkpoint)
+        load(checkpoint)
 
 
 @contextmanager

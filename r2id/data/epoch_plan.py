@@ -198,8 +198,8 @@ def check_batch(batch: int, world_size: int, micro_batch: int) -> None:
         below, above = batch // unit * unit, (batch // unit + 1) * unit
         advice = f"{below} or {above}" if below else f"{above}"
         raise InputError(
-            f"train.batch = {batch}: must be a multiple of {world_size} processes × {micro_batch} "
-            f"samples each (train.micro_batch), such as {advice}"
+            f"train.batch = {batch}: must be a multiple of {unit}, {world_size} processes times "
+            f"micro-batches of {micro_batch}; the nearest: {advice}"
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from r2id.data.pixels import decoding, flatten, load_upright, open_header, orientation_of
 
@@ -91,7 +91,6 @@ class View:
     """Factor for both sides; None is the smallest with which the image still covers the crop."""
     position: tuple[float, float] = (0.5, 0.5)
     """Vertical and horizontal position of the crop: 0 at the top or left edge, 1 at the other."""
-    mirrored: bool = False
 
 
 def decode_view(data: bytes, channels: int, view: View) -> np.ndarray:
@@ -115,7 +114,7 @@ def decode_view(data: bytes, channels: int, view: View) -> np.ndarray:
         scale = view.scale or max(view.height / height, view.width / width)
         extent = extent or upright.size
         shown = _cut(upright, extent, view, extent[0] / width / scale)
-        return to_array(ImageOps.mirror(shown) if view.mirrored else shown)
+        return to_array(shown)
 
 
 def _cut(image: Image.Image, extent: tuple[float, float], view: View, shrink: float) -> Image.Image:

@@ -14,6 +14,8 @@ from torch import Tensor
 Objective = Literal["epsilon", "x0", "v", "flow"]
 Weighting = Literal["uniform", "min_snr", "soft_min_snr"]
 
+_GAMMA = 5.0
+
 
 def target(
     objective: Objective, data: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
@@ -46,20 +48,18 @@ def to_data_and_noise(
     return x - sigma * prediction, x + alpha * prediction
 
 
-def weight(
-    objective: Objective, weighting: Weighting, log_snr: Tensor, sigma: Tensor, gamma: float = 5.0
-) -> Tensor:
+def weight(objective: Objective, weighting: Weighting, log_snr: Tensor, sigma: Tensor) -> Tensor:
     """Return the factor of a prediction's squared error, in the shape of log_snr.
 
-    uniform: 1. min_snr: min(SNR, γ) on the squared error of x₀ (Hang et al. 2023). soft_min_snr:
-    SNR·γ/(SNR + γ) instead (Crowson et al. 2024), which is smooth where that has a corner. The last
-    two are converted from the error of x₀ to that of the objective. An error e of the prediction is
-    an error of x₀ of e for x0, e/√SNR for epsilon, and σ·e for v and flow.
+    uniform: 1. min_snr: min(SNR, γ) on the squared error of x₀, γ = 5 (Hang et al. 2023).
+    soft_min_snr: SNR·γ/(SNR + γ) instead (Crowson et al. 2024), which is smooth where that has a
+    corner. The last two are converted from the error of x₀ to that of the objective. An error e of
+    the prediction is an error of x₀ of e for x0, e/√SNR for epsilon, and σ·e for v and flow.
     """
     if weighting == "uniform":
         return torch.ones_like(log_snr)
     snr = torch.exp(log_snr)
-    x0_weight = snr.clamp(max=gamma) if weighting == "min_snr" else snr * gamma / (snr + gamma)
+    x0_weight = snr.clamp(max=_GAMMA) if weighting == "min_snr" else snr * _GAMMA / (snr + _GAMMA)
     if objective == "x0":
         return x0_weight
     return x0_weight * (torch.exp(-log_snr) if objective == "epsilon" else sigma.square())

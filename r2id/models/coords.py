@@ -120,6 +120,11 @@ def displace(coordinates: Tensor, noise: Tensor, grid: Size, shape: Size | None 
     )
 
 
+def frequencies(powers: Size, device: torch.device) -> Tensor:
+    """π·2^p, p from powers[0] to powers[1]: float32 [number of p]."""
+    return constant(tuple(math.pi * 2.0**p for p in range(powers[0], powers[1] + 1)), device)
+
+
 def fourier_dim(powers: Size) -> int:
     """Length of fourier_features: sin and cos of four coordinates at each power."""
     return 8 * (powers[1] - powers[0] + 1)
@@ -133,10 +138,7 @@ def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
     scale. Always float32: bfloat16 has 8 significant bits and cannot tell 1,024 positions apart.
     """
     with torch.autocast(coordinates.device.type, enabled=False):
-        exponents = torch.arange(
-            powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device
-        )
-        angles = coordinates.float().unsqueeze(-1) * (math.pi * torch.exp2(exponents))
+        angles = coordinates.float().unsqueeze(-1) * frequencies(powers, coordinates.device)
         absolute, relative = (
             F.layer_norm(
                 torch.cat([part.sin(), part.cos()], dim=-1).flatten(-2), (fourier_dim(powers) // 2,)
@@ -162,12 +164,8 @@ def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
     """
     height, width = grid
     extent = constant((width, height), coordinates.device)
-    exponents = torch.arange(
-        powers[0], powers[1] + 1, dtype=torch.float32, device=coordinates.device
-    )
-    angles = ((coordinates[..., :2] + 0.5) * extent).unsqueeze(-1) * (
-        math.pi * torch.exp2(exponents)
-    )
+    cells = (coordinates[..., :2] + 0.5) * extent
+    angles = cells.unsqueeze(-1) * frequencies(powers, coordinates.device)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 

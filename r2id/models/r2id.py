@@ -6,7 +6,6 @@ Shape letters: B batch · L channels of the diffused grid · h, w its size · N 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from r2id.config import R2idConfig
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
 from r2id.models.conditioning import AttributeCondition, ClassCondition, EmbeddingCondition
-from r2id.models.coords import Size
+from r2id.models.coords import Size, frequencies
 from r2id.models.layers import DiffusionBlock, modulate, zero_linear
 from r2id.models.levels import Levels
 from r2id.models.mixing import mixes
@@ -167,6 +166,5 @@ class R2ID(nn.Module):
 
 def _time_features(alpha_bar: Tensor, powers: Size) -> Tensor:
     """sin and cos of π·2^p·ᾱ, p from powers[0] to powers[1]: [B] → float32 [B, 2·number of p]."""
-    exponents = torch.arange(powers[0], powers[1] + 1, dtype=torch.float32, device=alpha_bar.device)
-    angles = alpha_bar.float().unsqueeze(-1) * (math.pi * torch.exp2(exponents))
+    angles = alpha_bar.float().unsqueeze(-1) * frequencies(powers, alpha_bar.device)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

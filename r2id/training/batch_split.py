@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from r2id.config import TrainConfig
-from r2id.errors import InputError
+from r2id.data.epoch_plan import check_batch
 
 
 def micro_batch_size(train: TrainConfig, world_size: int) -> int:
@@ -13,14 +13,7 @@ def micro_batch_size(train: TrainConfig, world_size: int) -> int:
     """
     share = max(1, train.batch // world_size)
     micro = min(train.micro_batch or share, share)
-    unit = micro * world_size
-    if train.batch % unit:
-        below, above = train.batch // unit * unit, (train.batch // unit + 1) * unit
-        near = f"{below} or {above}" if below else f"{above}"
-        raise InputError(
-            f"train.batch = {train.batch}: must be a multiple of {unit}, {world_size} processes "
-            f"times micro-batches of {micro}; the nearest: {near}"
-        )
+    check_batch(train.batch, world_size, micro)
     return micro
 
 

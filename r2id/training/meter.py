@@ -57,8 +57,8 @@ class Meter:
         over those images alone.
         """
         for key, value in figures.items():
-            before = self._sums.get(key, torch.zeros((), device=self.device))
-            self._sums[key] = before + value.float()
+            before, value = self._sums.get(key), value.float()
+            self._sums[key] = value if before is None else before + value
             self._counts[key] += 1
         self._last.images[size] += images
 

@@ -12,7 +12,6 @@ from typing import Any
 from r2id import dist
 from r2id.checkpoints import Checkpoint, writing
 from r2id.checkpoints.reading import resume
-from r2id.checkpoints.state import Source
 from r2id.config import R2idRun, RiaeRun, to_toml
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
@@ -61,7 +60,7 @@ def restore(state: TrainState, newest: Checkpoint | None) -> None:
     """
     if newest is not None:
         _check_same_run(state.task, newest)
-        resume(state.engine, newest)
+        resume(newest, state.engine.check, state.engine.load)
         state.start, state.step, state.samples = newest.step, newest.step, newest.meta.samples
     elif state.config.init_from is not None:
         _load_initial_weights(state.engine, state.config, state.config.init_from)
@@ -72,19 +71,6 @@ def start_folder(state: TrainState) -> None:
     if dist.is_main():
         write_atomic(state.folder / "config.toml", to_toml(state.config).encode())
         writing.tidy(state.folder, state.start)
-
-
-class _InitialWeights:
-    """Loads into an engine nothing but the averaged weights of another run's checkpoint."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def check(self, source: Source) -> None:
-        self.engine.check_weights(source, "ema")
-
-    def load(self, source: Source) -> None:
-        self.engine.load_weights(source, "ema")
 
 
 def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path) -> None:
@@ -100,7 +86,7 @@ def _load_initial_weights(engine: Engine, config: RiaeRun | R2idRun, path: Path)
         )
     here, there = config.model_dump(mode="json")[config.stage], meta.config[meta.stage]
     try:
-        resume(_InitialWeights(engine), checkpoint)
+        resume(checkpoint, engine.check_averages, engine.load_averages)
     except InputError as error:
         differing = [
             f"{config.stage}.{name} = {there[name]!r} there and {value!r} here"

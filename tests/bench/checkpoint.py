@@ -74,7 +74,7 @@ def main():
     folder = dist.broadcast_object(folder)
     for _ in range(3):
         measure("save", lambda: writing.save(folder, engine.state(), meta, keep=1))
-    measure("load", lambda: reading.resume(engine, folder))
+    measure("load", lambda: reading.resume(folder, engine.check, engine.load))
     dist.shutdown()
 
 

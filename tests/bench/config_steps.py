@@ -131,7 +131,7 @@ def same_bits(work, world):
         meta = Meta(stage="riae", step=2, samples=2, seed=0, config={}, model={})
         writing.save(Path(folder), whole.state(), meta, keep=1)
         steps(whole, inputs, 2, 4)
-        reading.resume(again, Path(folder))
+        reading.resume(Path(folder), again.check, again.load)
         steps(again, inputs, 2, 4)
     pairs = zip(whole.masters, again.masters, strict=True)
     return all(torch.equal(one, other) for one, other in pairs)

@@ -344,10 +344,10 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
 def test_state_of_another_model(tmp_path: Path) -> None:
     engine = job.make("local", 0, job.ALONE)
     with pytest.raises(InputError, match=r"step-00000001: has no .*another model"):
-        reading.resume(engine, save(tmp_path, 1))
+        reading.resume(save(tmp_path, 1), engine.check, engine.load)
     job.save(tmp_path, engine.state())  # step 0, before the other one
     with pytest.raises(InputError, match=r"step-00000001: has no .*step-00000000"):
-        reading.resume(engine, tmp_path)
+        reading.resume(tmp_path, engine.check, engine.load)
 
 
 def test_tensors_that_do_not_fit_the_config(tmp_path: Path) -> None:

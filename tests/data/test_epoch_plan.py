@@ -140,7 +140,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     check_batch(24, 2, 4)
     with pytest.raises(InputError, match=r"train\.batch = 20: .* 16 or 32"):
         check_batch(20, 2, 8)
-    with pytest.raises(InputError, match=r"such as 16$"):
+    with pytest.raises(InputError, match=r"nearest: 16$"):
         check_batch(3, 2, 8)
 
 

@@ -77,7 +77,7 @@ def train(world: World, zero_stage: int | None, folder: Path) -> dict[int, list[
     found = {0: norms}
     for first in (START - 1, START + 1):
         again = make(world, zero_stage)
-        reading.resume(again, folder / "checkpoints" / f"step-{first:08d}")
+        reading.resume(folder / "checkpoints" / f"step-{first:08d}", again.check, again.load)
         found[first] = run(again, first, STEPS, world)
         save(folder / f"from-{first}", again)
     return found

@@ -160,7 +160,7 @@ def train_stage(world: World, zero_stage: int, folder: Path) -> dict[str, list[f
     resumed = {}
     for other in (zero_stage, (zero_stage + 1) % 4):
         again = make("deepspeed", other, world)
-        reading.resume(again, folder / "checkpoints" / f"step-{HALF:08d}")
+        reading.resume(folder / "checkpoints" / f"step-{HALF:08d}", again.check, again.load)
         resumed[other] = run(again, HALF, STEPS, world)
         save(folder / f"resumed-at-{other}", again.state())
     return {"norms": norms, "same": resumed[zero_stage], "other": resumed[(zero_stage + 1) % 4]}
@@ -180,7 +180,7 @@ def train_rounded(world: World, zero_stage: int, folder: Path) -> dict[str, Any]
     )
     norms += run(engine, HALF, STEPS, world)
     again = make("deepspeed", zero_stage, world, precision="bfloat16_weights")
-    reading.resume(again, folder)
+    reading.resume(folder, again.check, again.load)
     return {"norms": norms, "resumed": run(again, HALF, STEPS, world), "kinds": kinds}
 
 
@@ -193,7 +193,7 @@ def train_through(
 def go_on(world: World, zero_stage: int, zero: dict[str, Any], folder: Path) -> list[float]:
     """Train from the half-way checkpoint of one process without DeepSpeed."""
     engine = make("deepspeed", zero_stage, world, **zero)
-    reading.resume(engine, folder)
+    reading.resume(folder, engine.check, engine.load)
     return run(engine, HALF, STEPS, world)
 
 
@@ -202,7 +202,7 @@ def step_once(world: World, zero_stage: int | None, folder: Path) -> float:
     kind = "local" if zero_stage is None else "deepspeed"
     engine, losses = make(kind, zero_stage or 0, world), []
     if Checkpoint.open_newest(folder):
-        reading.resume(engine, folder)
+        reading.resume(folder, engine.check, engine.load)
     run(engine, engine.steps, engine.steps + 1, world, losses=losses)
     save(folder, engine.state())
     return losses[0]

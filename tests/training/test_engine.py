@@ -183,7 +183,7 @@ def test_several_averages_are_tracked_and_go_on(tmp_path: Path) -> None:
         if step == 3:
             job.save(tmp_path, trained.state())
             trained = made()
-            reading.resume(trained, tmp_path)
+            reading.resume(tmp_path, trained.check, trained.load)
         trained.backward(trained.forward({"x": X})[0], 1)
         trained.step(0.1, step)
         trained.ema.update(step)
@@ -210,7 +210,7 @@ def test_a_checkpoint_of_other_averages_is_refused(tmp_path: Path) -> None:
         train=TrainConfig(steps=9, batch=4, precision="float32", ema_profiles=(0.05, 0.1)),
     )
     with pytest.raises(InputError, match=r"step-00000000: holds no ema-0\.1\.safetensors"):
-        reading.resume(other, tmp_path)
+        reading.resume(tmp_path, other.check, other.load)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     job.save(tmp_path, first.state())
     norms = job.run(first, job.HALF, job.STEPS, job.ALONE)
     again = job.make("local", 0, job.ALONE)
-    reading.resume(again, tmp_path)
+    reading.resume(tmp_path, again.check, again.load)
     assert job.run(again, job.HALF, job.STEPS, job.ALONE) == norms
     torch.testing.assert_close(values(again), values(first), rtol=0, atol=0)
 

@@ -180,7 +180,8 @@ def test_each_rank_writes_its_own_half(stage: int, trained: Trained) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_process_without_deepspeed_goes_on(stage: int, trained: Trained, local: Local) -> None:
     engine = job.make("local", 0, job.ALONE)
-    reading.resume(engine, trained(stage)[0] / "checkpoints" / f"step-{job.HALF:08d}")
+    newest = trained(stage)[0] / "checkpoints" / f"step-{job.HALF:08d}"
+    reading.resume(newest, engine.check, engine.load)
     assert job.run(engine, job.HALF, job.STEPS, job.ALONE) == pytest.approx(
         local[1][job.HALF :], rel=1e-4
     )

@@ -160,21 +160,21 @@ class Engine(ABC):
         self._set_buffers(source, "model")
         self.steps = source.step
 
-    def check_weights(self, source: Source, kind: str) -> None:
-        """Raise InputError when one kind of weights belongs to another model."""
-        self._check_model(source, {kind: ("",)})
+    def check_averages(self, source: Source) -> None:
+        """Raise InputError when averaged weights belong to another model."""
+        self._check_model(source, {"ema": ("",)})
 
     @torch.no_grad()
-    def load_weights(self, source: Source, kind: str) -> None:
-        """Load one kind of weights (``model`` or ``ema``) of another run, which must fit.
+    def load_averages(self, source: Source) -> None:
+        """Load the averaged weights of another run, which must fit, as the model's.
 
-        The averages begin with the same weights. Moments and steps stay as they are at step 0, and
-        a discriminator stays new.
+        Its own averages begin with the same weights. Moments and steps stay as they are at step 0,
+        and a discriminator stays new.
         """
         for values in (self.masters, *self.ema.averages.values()):
-            fill(values, self._pieces("model"), source, kind)
-        self._set_weights(source, kind, list(self._shapes("model")))
-        self._set_buffers(source, kind)
+            fill(values, self._pieces("model"), source, "ema")
+        self._set_weights(source, "ema", list(self._shapes("model")))
+        self._set_buffers(source, "ema")
 
     @torch.no_grad()
     def ema_state(self, kind: str = "ema") -> Tensors | None:

@@ -32,12 +32,10 @@ def store_uri() -> str:
 def connect() -> MlflowClient:
     """Make a client of the store.
 
-    Unless environment variables say otherwise, it sends no telemetry, and gives up on a dead server
-    within seconds rather than minutes.
+    Unless environment variables say otherwise, it gives up on a dead server within seconds rather
+    than minutes.
     """
     for name, value in {
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }.items():

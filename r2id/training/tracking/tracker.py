@@ -52,9 +52,6 @@ class NullTracker:
         shown among the charts of the run.
         """
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Record a file, or a folder with all its files."""
-
     def tag(self, name: str, value: str) -> None:
         """Record a fact that may change during the run, such as where the last checkpoint is."""
 
@@ -80,7 +77,6 @@ class Tracker(NullTracker):
         tags: Mapping[str, str] | None = None,
         dataset: tuple[str, str, str] | None = None,
         run_id: str | None = None,
-        parent_id: str | None = None,
         id_file: Path | None = None,
     ) -> NullTracker:
         """Begin a run, or continue ``run_id`` when that run still exists.
@@ -88,15 +84,14 @@ class Tracker(NullTracker):
         ``run_name`` is the name of the run unless the config has one, and that under which a
         pipeline's run holds the figures of this one.
         ``params`` is a config as nested dictionaries, recorded as ``section.key``. ``dataset`` is
-        its name, digest and location. ``parent_id`` is the run that this one is a child of, by
-        default the one in R2ID_PARENT_RUN, if any. The run's id is written to ``id_file`` as soon
-        as it is known, however late the store is reached.
+        its name, digest and location. The run in R2ID_PARENT_RUN, if any, becomes its
+        parent. The run's id is written to ``id_file`` as soon as it is known, however late the
+        store is reached.
         """
         if not config.enabled:
             return NullTracker()
         tags = {"stage": stage, **git_tags(), **(tags or {})}
-        parent_id = parent_id or os.environ.get(PARENT_VARIABLE)
-        if parent_id:
+        if parent_id := os.environ.get(PARENT_VARIABLE):
             tags["mlflow.parentRunId"] = parent_id
         name, params = config.name or run_name, flatten(params or {})
         opening = RunOpening(config.experiment, name, params, tags, dataset, run_id)
@@ -135,13 +130,6 @@ class Tracker(NullTracker):
         image = _as_image(picture)
         file = f"{name}.png" if step is None else f"{name}/{step:08d}.png"
         self._put_everywhere(lambda run, prefix: self._log_image(run, prefix, image, name, file))
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        def log(run: Opened, prefix: str) -> None:
-            record = self._store().log_artifacts if path.is_dir() else self._store().log_artifact
-            record(run.run_id, str(path), f"{prefix}{folder or ''}".rstrip("/") or None)
-
-        self._put_everywhere(log)
 
     def tag(self, name: str, value: str) -> None:
         self._put(lambda: self._store().set_tag(self._run().run_id, name, value))
