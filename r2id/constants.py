@@ -21,8 +21,8 @@ _collecting: list[list[Any]] = []
 
 
 @contextmanager
-def collected() -> Iterator[list[Any]]:
-    """Collect what functions of ``kept`` return within the block.
+def hold_cached() -> Iterator[list[Any]]:
+    """Collect what functions of ``cached_tensors`` return within the block.
 
     A CUDA graph reads tensors where they were when it was recorded, so it must hold them.
     """
@@ -34,7 +34,7 @@ def collected() -> Iterator[list[Any]]:
         _collecting.remove(found)
 
 
-def kept(most: int = 64) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
+def cached_tensors(most: int = 64) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
     """Keep the last ``most`` results of a function that makes tensors of hashable arguments.
 
     Its tensors are shared: nothing may write to them. Nothing is kept, or taken of what is, while a
@@ -60,7 +60,7 @@ def kept(most: int = 64) -> Callable[[Callable[_Given, _Made]], Callable[_Given,
     return decorate
 
 
-@kept(256)
+@cached_tensors(256)
 def constant(values: tuple[float, ...], device: torch.device | None = None) -> Tensor:
     """Return numbers as a tensor: float32 [n]."""
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)

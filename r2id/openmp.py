@@ -17,7 +17,7 @@ _SPINS = "1000"
 an idle machine, and too short to hold up others on a busy one."""
 
 
-def wait_considerately() -> None:
+def limit_spinning() -> None:
     """Have the threads of this process, and of those that it starts, spin briefly and then sleep.
 
     It must be called before torch is loaded, whose OpenMP reads the environment then. What the user

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2id.constants import kept
+from r2id.constants import cached_tensors
 
 # SplitMix64's constants, as signed integers, since torch has no arithmetic of uint64. Its int64
 # wraps around, so that products and sums have the same bits.
@@ -108,7 +108,7 @@ def _new_counter(count: int, device: torch.device) -> Tensor:
     return torch.arange(1, count + 1, dtype=torch.int64, device=device).mul_(_GAMMA)
 
 
-_kept_counter = kept()(_new_counter)
+_kept_counter = cached_tensors()(_new_counter)
 
 
 def _uniform_of(states: Tensor) -> Tensor:

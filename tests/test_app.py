@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from r2id.app.actions import MOST_PIXELS, Actions, Wish, mask_of
+from r2id.app.actions import MOST_PIXELS, Actions, DrawRequest, mask_of
 from r2id.app.page import build
 from r2id.config import change
 from r2id.errors import InputError
 from r2id.pipeline import Pipeline
 
-WISH = Wish(seed=3, guidance=1.5, steps=3, autoguidance=0.5, label=4)
+WISH = DrawRequest(seed=3, guidance=1.5, steps=3, autoguidance=0.5, label=4)
 
 
 def pixels(picture):
@@ -277,7 +277,7 @@ def test_ten_clients_at_once_are_served(address, actions):
     with ThreadPoolExecutor(10) as clients:
         drawn = list(clients.map(draw, range(10)))
     for seed, picture in enumerate(drawn):
-        wish = Wish(seed=seed, guidance=1.5, autoguidance=0.5, steps=3, label=4)
+        wish = DrawRequest(seed=seed, guidance=1.5, autoguidance=0.5, steps=3, label=4)
         assert np.array_equal(picture, pixels(actions.draw(wish, (8, 12)))), "each its own"
 
 

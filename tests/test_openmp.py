@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from r2id.openmp import VARIABLES, wait_considerately, waiting
+from r2id.openmp import VARIABLES, limit_spinning, waiting
 from tests.conftest import CONFIGS
 
 CHILDREN = """
@@ -69,7 +69,7 @@ def test_each_way_to_choose_counts(name: str, monkeypatch: pytest.MonkeyPatch) -
     for other in VARIABLES:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "1")
-    wait_considerately()
+    limit_spinning()
     assert [other for other in VARIABLES if other in os.environ] == [name]
     assert waiting() == f"{name}=1"
 

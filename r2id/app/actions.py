@@ -40,7 +40,7 @@ _GALLERY = ((1, 1), (2, 2), (4, 4), (3, 2), (2, 3), (2, 1), (1, 2))
 
 
 @dataclass(frozen=True)
-class Wish:
+class DrawRequest:
     """A picture to draw."""
 
     seed: int
@@ -68,7 +68,7 @@ class Actions:
     """Serves one model. One request at a time computes."""
 
     pipe: Pipeline
-    _latents: OrderedDict[tuple[Wish, Size], Tensor] = field(default_factory=OrderedDict)
+    _latents: OrderedDict[tuple[DrawRequest, Size], Tensor] = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
     @property
@@ -95,21 +95,21 @@ class Actions:
         return self.pipe.sampler.guide is not None
 
     @property
-    def first_wish(self) -> Wish:
+    def first_wish(self) -> DrawRequest:
         """The picture that the page begins with."""
         defaults = self.pipe.sampler.defaults
         guidance = defaults.guidance if self.conditional else 1.0
         label = 0 if self.classes else None
-        return Wish(0, guidance, defaults.steps, defaults.autoguidance, label)
+        return DrawRequest(0, guidance, defaults.steps, defaults.autoguidance, label)
 
-    def draw(self, wish: Wish, size: Size) -> Image.Image:
+    def draw(self, wish: DrawRequest, size: Size) -> Image.Image:
         """Draw a picture of a size (height, width)."""
         with self._lock:
             check_samples(self.pipe.sampler, size, None, 1)
             return to_picture(self.pipe.sampler.render(self._of(wish, size), size)[0])
 
     def zoom(
-        self, wish: Wish, size: Size, factor: float, centre: tuple[float, float]
+        self, wish: DrawRequest, size: Size, factor: float, centre: tuple[float, float]
     ) -> Image.Image:
         """Draw a window of a picture, ``factor`` times as large as the whole would fill the view.
 
@@ -127,7 +127,7 @@ class Actions:
             native = self.pipe.sampler.native_size(latents, size)
             return self.pipe.decode(latents, whole, window, native)[0]
 
-    def gallery(self, wish: Wish) -> list[tuple[Image.Image, str]]:
+    def gallery(self, wish: DrawRequest) -> list[tuple[Image.Image, str]]:
         """Draw one picture at many sizes → pictures with their sizes as captions."""
         height, width = self.first_size
         sizes = [
@@ -136,17 +136,17 @@ class Actions:
         ]
         return [(self.draw(wish, size), f"{size[0]} × {size[1]}") for size in sizes]
 
-    def inpaint(self, picture: Image.Image, mask: Image.Image, wish: Wish) -> Image.Image:
+    def inpaint(self, picture: Image.Image, mask: Image.Image, wish: DrawRequest) -> Image.Image:
         """Draw the white parts of a mask anew."""
         with self._lock:
             return self.pipe.inpaint(picture, mask, **wish.settings())
 
-    def outpaint(self, picture: Image.Image, size: Size, wish: Wish) -> Image.Image:
+    def outpaint(self, picture: Image.Image, size: Size, wish: DrawRequest) -> Image.Image:
         """Continue a picture to a larger size, around its middle."""
         with self._lock:
             return self.pipe.outpaint(picture, size, **wish.settings())
 
-    def vary(self, picture: Image.Image, strength: float, wish: Wish) -> Image.Image:
+    def vary(self, picture: Image.Image, strength: float, wish: DrawRequest) -> Image.Image:
         """Draw a picture like another one."""
         with self._lock:
             return self.pipe.vary(picture, strength, **wish.settings())
@@ -188,7 +188,7 @@ class Actions:
         )
         return _latents_picture(codec.normalise(latents)[0].cpu()), drawn, shown, words
 
-    def _of(self, wish: Wish, size: Size) -> Tensor:
+    def _of(self, wish: DrawRequest, size: Size) -> Tensor:
         """Return the latents of a picture for a size, drawn now or kept."""
         sampler = self.pipe.sampler
         grid = sampler.grid_for(size)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from r2id.app.actions import LARGEST, Actions, Wish, mask_of
+from r2id.app.actions import LARGEST, Actions, DrawRequest, mask_of
 from r2id.errors import InputError, WorkError
 from r2id.models.coords import Size
 
@@ -245,10 +245,10 @@ def _wish(
     guidance: float,
     autoguidance: float,
     steps: float,
-) -> Wish:
+) -> DrawRequest:
     if seed is None or seed < 0:
         raise InputError(f"seed {seed}: must be a whole number from 0")
-    return Wish(
+    return DrawRequest(
         int(seed), float(guidance), int(steps), float(autoguidance), label, tuple(attributes or ())
     )
 

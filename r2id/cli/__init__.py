@@ -20,7 +20,7 @@ from r2id.cli.options import app
 from r2id.data.loader_signals import tells_of_killed_loader
 from r2id.errors import LOADER_KILLED, InputError, Stopped, WorkError
 from r2id.host_memory import keep_freed_memory
-from r2id.openmp import wait_considerately
+from r2id.openmp import limit_spinning
 from r2id.progress import say
 
 
@@ -30,8 +30,8 @@ def main() -> None:
     Exit codes: 0 done, 1 the work failed, 2 the input or arguments are wrong, 75 stopped by a
     signal with everything saved.
     """
-    wait_considerately()  # first, because a command may load torch
-    _make_up_an_account()
+    limit_spinning()  # first, because a command may load torch
+    _ensure_account()
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: names of files, and signs that the terminal's encoding lacks, are escaped.
@@ -56,7 +56,7 @@ def main() -> None:
         sys.exit(75)
 
 
-def _make_up_an_account() -> None:
+def _ensure_account() -> None:
     """Set a home folder and a user's name where there are none, as for a container's bare user id.
 
     MLflow and Prefect ask for both, and could not even be imported.
@@ -78,7 +78,7 @@ def _make_up_an_account() -> None:
 
 def _fail(reason: str) -> NoReturn:
     print(f"failed: {reason}", file=sys.stderr)
-    _forget(sys.stdout)
+    _discard_unwritten(sys.stdout)
     sys.exit(1)
 
 
@@ -90,7 +90,7 @@ def _describe(error: Exception) -> str:
     return ": ".join([*files, error.strerror or str(error) or type(error).__name__])
 
 
-def _forget(stream: TextIO) -> None:
+def _discard_unwritten(stream: TextIO) -> None:
     """Drop what could not be written: Python would try again at its end, and print a traceback."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

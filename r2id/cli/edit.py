@@ -21,7 +21,7 @@ from r2id.cli.options import (
     parse_window,
     report,
 )
-from r2id.config import SamplerConfig, SubjectConfig
+from r2id.config import PictureConfig, SamplerConfig
 from r2id.config.arguments import parse_size
 from r2id.errors import InputError
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # the commands' help needs neither torch nor Pillow
 
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture of any size.")]
 Out = Annotated[Path, typer.Option(help="PNG file to write, or folder for it; must not exist.")]
-Subject = Annotated[Given, Fields(SubjectConfig)]
+Subject = Annotated[Given, Fields(PictureConfig)]
 Settings = Annotated[Given, Fields(SamplerConfig, unset="the run's own")]
 
 
@@ -167,7 +167,7 @@ def interpolate(
     seed: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="Seed of the first picture.")],
     other: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="Seed of the last picture.")],
     out: Out,
-    subject: Annotated[Given, Fields(SubjectConfig, without=("seed",))],
+    subject: Annotated[Given, Fields(PictureConfig, without=("seed",))],
     settings: Settings,
     count: Annotated[int, typer.Option(min=2, help="Number of pictures, in one row.")] = 8,
     size: Annotated[

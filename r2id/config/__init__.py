@@ -8,9 +8,9 @@ its stages, are generated from the fields (see r2id.config.arguments).
 from r2id.config.arguments import to_arguments
 from r2id.config.diffusion import (
     DiffusionConfig,
+    PictureConfig,
     SampleConfig,
     SamplerConfig,
-    SubjectConfig,
     find_labels,
 )
 from r2id.config.files import Run, build, change, load_config, override, parse_config, to_toml
@@ -43,6 +43,7 @@ __all__ = [
     "LevelConfig",
     "LossConfig",
     "OptimConfig",
+    "PictureConfig",
     "PipelineRun",
     "PrepareConfig",
     "R2idConfig",
@@ -55,7 +56,6 @@ __all__ = [
     "Section",
     "Size",
     "StageConfig",
-    "SubjectConfig",
     "TrackingConfig",
     "TrainConfig",
     "build",

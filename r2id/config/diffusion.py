@@ -99,7 +99,7 @@ class SamplerConfig(Section):
         return self
 
 
-class SubjectConfig(Section):
+class PictureConfig(Section):
     """What one picture shows."""
 
     seed: Seed = 0

@@ -31,7 +31,7 @@ from r2id.data.epoch_plan import (
     plan_epoch,
     rank_micro_batches,
 )
-from r2id.data.loader_signals import outlive_signals, signals_held, tells_of_killed_loader
+from r2id.data.loader_signals import ignore_stop_signals, signals_held, tells_of_killed_loader
 from r2id.data.records import View, decode_view
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import LOADER_KILLED, WorkError
@@ -354,7 +354,7 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
         sampler=numbers,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=outlive_signals,
+        worker_init_fn=ignore_stop_signals,
         # A fork shares what is mapped or kept in memory. Python 3.14 would send it all to workers.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )

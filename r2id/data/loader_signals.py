@@ -20,7 +20,7 @@ _STOPPING = {signal.SIGTERM, signal.SIGINT}
 def signals_held() -> Iterator[None]:
     """Hold SIGTERM and SIGINT back while loader processes are started in this block.
 
-    They are born with them held back, too, so that none acts on one before outlive_signals.
+    They are born with them held back, too, so that none acts on one before ignore_stop_signals.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
@@ -29,7 +29,7 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outlive_signals(_worker: int) -> None:
+def ignore_stop_signals(_worker: int) -> None:
     """Have a loader process ignore SIGINT, and SIGTERM unless its parent sends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r2id import rng
-from r2id.constants import kept
+from r2id.constants import cached_tensors
 
 # Positions along an axis, at least. Grids of up to 64 cells share one field this way.
 _POSITIONS = 256
@@ -44,7 +44,7 @@ def noise_field(
     return down.expand(*batch, -1, -1) @ coefficients @ across.T.expand(*batch, -1, -1)
 
 
-@kept(16)
+@cached_tensors(16)
 def _haar_matrices(
     grid: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,12 +19,12 @@ from r2id.config import RiaeConfig
 from r2id.models import coords
 from r2id.models.attention import Context, RMSNorm
 from r2id.models.cells import to_points
-from r2id.models.coords import Advance, Part, Size, Window
+from r2id.models.coords import OnProgress, Part, Size, Window
 from r2id.models.latent_blocks import LatentBlocks
 from r2id.models.layers import CrossBlock, ExactLinear, zero_linear
 from r2id.models.resampling import resample
 from r2id.models.tiles import Tiles
-from r2id.models.visibility import Draw, Visibility
+from r2id.models.visibility import DecodeFn, Visibility
 
 _BAND = 1 << 18
 """Where a pixel is the mean of several points: how many points are held at once, at least those of
@@ -126,7 +126,7 @@ class AttentionDecoder(nn.Module):
         size: Size,
         window: Window | None = None,
         native: Size | None = None,
-        advance: Advance | None = None,
+        advance: OnProgress | None = None,
     ) -> Tensor:
         """Decode raw latents [B, L, h, w] at any size, or a window of it; see RIAE.decode.
 
@@ -163,7 +163,7 @@ class AttentionDecoder(nn.Module):
         return contexts
 
     def _render(
-        self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
+        self, draw: DecodeFn, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
     ) -> Tensor:
         """Render a part of an image, in bands of rows where pixels are means of points."""
         down, across = points = self.points_per_pixel(grid, size)

@@ -18,7 +18,7 @@ from r2id.images import resize
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
 from r2id.models.cells import to_cells
-from r2id.models.coords import Advance, Size
+from r2id.models.coords import OnProgress, Size
 from r2id.models.latent_blocks import LatentBlocks
 from r2id.models.layers import CrossBlock, ExactLinear, zero_linear
 from r2id.models.tiles import Tiles
@@ -55,7 +55,7 @@ class AttentionEncoder(nn.Module):
         """The modules whose activations may be recomputed."""
         return [*self.cross_blocks, *self.latent_blocks]
 
-    def encode(self, images: Tensor, native: Size, advance: Advance | None = None) -> Tensor:
+    def encode(self, images: Tensor, native: Size, advance: OnProgress | None = None) -> Tensor:
         """Encode images [B, C, H, W], a few at a time, on the grid of an image of ``native`` size.
 
         Returns raw latents [B, L, h, w].

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r2id.constants import kept
+from r2id.constants import cached_tensors
 from r2id.models.coords import Part, Size
 from r2id.models.resampling import axis_matrix
 
@@ -116,7 +116,7 @@ class _Means(NamedTuple):
     """Number of the first point of Q."""
 
 
-@kept(32)
+@cached_tensors(32)
 def _means(
     points: int, pixels: int, part: tuple[int, int], first: int, known: int, device: torch.device
 ) -> _Means:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from r2id.config.models import lattice_grid
-from r2id.constants import kept
+from r2id.constants import cached_tensors
 from r2id.models.coords import WHOLE, Part, Size
 from r2id.models.resampling import resample
 
@@ -69,7 +69,7 @@ def _mirror(place: int, length: int) -> int:
     return min(place, 2 * (length - 1) - place)
 
 
-@kept()
+@cached_tensors()
 def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places).to(device, non_blocking=True)
 

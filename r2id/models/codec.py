@@ -15,7 +15,7 @@ from torch import Tensor
 from r2id.checkpoints.pretrained import About, pack
 from r2id.checkpoints.trained import Trained, about, open_trained
 from r2id.config import DataConfig, RiaeConfig
-from r2id.models.coords import Advance, Size, Window
+from r2id.models.coords import OnProgress, Size, Window
 from r2id.models.pixels import DOWNSAMPLE, STD, Pixels
 from r2id.models.riae import RIAE
 
@@ -142,7 +142,7 @@ class Codec:
         return self.model.grid_for(image)
 
     def encode(
-        self, images: Tensor, native: Size | None = None, advance: Advance | None = None
+        self, images: Tensor, native: Size | None = None, advance: OnProgress | None = None
     ) -> Tensor:
         """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w]; see RIAE.encode."""
         with self._autocast():
@@ -154,7 +154,7 @@ class Codec:
         size: Size,
         window: Window | None = None,
         native: Size | None = None,
-        advance: Advance | None = None,
+        advance: OnProgress | None = None,
     ) -> Tensor:
         """Decode raw latents [B, L, h, w] → images [B, C, H, W], clipped to [−1, 1].
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2id.constants import constant, kept
+from r2id.constants import cached_tensors, constant
 from r2id.errors import InputError
 
 Size = tuple[int, int]
@@ -32,7 +32,7 @@ Window = tuple[int, int, int, int]
 """A rectangle of a picture, (y0, x0, y1, x1): its pixels of y0 ≤ row < y1 and x0 ≤ column < x1."""
 _KEPT_CELLS = 1 << 16
 """The most cells of a grid whose coordinates are kept, a megabyte."""
-Advance = Callable[[int], object]
+OnProgress = Callable[[int], object]
 """Is told numbers of pixels as they are computed, such as Progress.advance."""
 
 
@@ -85,7 +85,7 @@ def grid_coordinates(
     return _grid_coordinates(grid, shape or grid, device, part)
 
 
-@kept()
+@cached_tensors()
 def _whole_grid(grid: Size, shape: Size, device: torch.device | None) -> Tensor:
     return _grid_coordinates(grid, shape, device, WHOLE)
 
@@ -99,7 +99,7 @@ def _grid_coordinates(grid: Size, shape: Size, device: torch.device | None, part
     return torch.cat([absolute, absolute * relative_scale(shape, device)], dim=-1)
 
 
-@kept()
+@cached_tensors()
 def relative_scale(shape: Size, device: torch.device | None = None) -> Tensor:
     """(W/m, H/m) with m = max(H, W): absolute coordinates times this are relative ones."""
     height, width = shape

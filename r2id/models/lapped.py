@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from r2id.constants import kept
+from r2id.constants import cached_tensors
 
 _ENLARGED = 1.5
 """How much the smoothest difference across a border is enlarged. 1 makes the mixing orthogonal."""
@@ -59,7 +59,7 @@ def _across_borders(points: Tensor, cell: int, inverse: bool) -> Tensor:
     return points
 
 
-@kept()
+@cached_tensors()
 def _mixing(cell: int, inverse: bool, device: torch.device) -> Tensor:
     """Make the matrix [s, s] that mixes the points from the middle of a cell to the next one's."""
     side = cell // 2

@@ -36,7 +36,7 @@ from r2id.errors import InputError
 from r2id.models.attention import RMSNorm
 from r2id.models.back_projection import back_project, find_residuals, sampled_size, surroundings
 from r2id.models.cells import native_size, on_lattice, pieces, to_cells, to_points
-from r2id.models.coords import WHOLE, Advance, Part, Size, Window, part_of
+from r2id.models.coords import WHOLE, OnProgress, Part, Size, Window, part_of
 from r2id.models.lapped import lap, unlap
 from r2id.models.layers import ExactLinear, zero_linear
 from r2id.models.resampling import resample_seen, taps
@@ -102,7 +102,7 @@ class LatticeEncoder(nn.Module):
             latents = latents + self.to_code(x)
         return rearrange(latents, "b h w l -> b l h w")
 
-    def encode(self, images: Tensor, native: Size, advance: Advance | None = None) -> Tensor:
+    def encode(self, images: Tensor, native: Size, advance: OnProgress | None = None) -> Tensor:
         """Encode images [B, C, H, W], piece by piece, as pictures of a native size.
 
         Returns latents [B, L, h, w].
@@ -207,7 +207,7 @@ class LatticeDecoder(nn.Module):
         size: Size,
         window: Window | None = None,
         native: Size | None = None,
-        advance: Advance | None = None,
+        advance: OnProgress | None = None,
     ) -> Tensor:
         """Decode pictures of any size, or a window of them, piece by piece; see RIAE.decode."""
         grid: Size = (latents.shape[2], latents.shape[3])

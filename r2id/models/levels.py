@@ -29,7 +29,7 @@ from r2id.models.layers import DiffusionBlock
 from r2id.models.mixing import Mix, local
 
 
-class Passed(NamedTuple):
+class Skip(NamedTuple):
     """What the way up needs of the way down at a level."""
 
     tokens: Tensor
@@ -149,9 +149,7 @@ class Levels(nn.ModuleList):
         """The blocks of the way up, in order."""
         return [block for level in reversed(self._ordered()) for block in level.up]
 
-    def descend(
-        self, tokens: Tensor, time: Tensor, grid: Size
-    ) -> tuple[Tensor, Size, list[Passed]]:
+    def descend(self, tokens: Tensor, time: Tensor, grid: Size) -> tuple[Tensor, Size, list[Skip]]:
         """Bring tokens [B, N, D] of a grid to the coarsest one, under time embeddings [B, C].
 
         Returns the coarsest grid's tokens [B, M, C], its size, and what ``ascend`` needs.
@@ -161,11 +159,11 @@ class Levels(nn.ModuleList):
             mix, level_time = local(self.config, grid, tokens.device), level.time_in(time)
             for block in level.down:
                 tokens = block(tokens, level_time, mix=mix)
-            passed.append(Passed(tokens, grid, mix))
+            passed.append(Skip(tokens, grid, mix))
             tokens, grid = level.merge(tokens, grid), coarse(grid)
         return tokens, grid, passed
 
-    def ascend(self, tokens: Tensor, time: Tensor, passed: list[Passed]) -> Tensor:
+    def ascend(self, tokens: Tensor, time: Tensor, passed: list[Skip]) -> Tensor:
         """Bring tokens [K·B, M, C] back to the grid that ``descend`` began with → [K·B, N, D].
 
         They are all samples under each of K conditions, and so are the time embeddings [K·B, C].

@@ -27,7 +27,7 @@ from r2id.config import R2idConfig
 from r2id.config.models import AttentionKind
 from r2id.models.attention import attend
 from r2id.models.coords import Size
-from r2id.models.rows import reordered
+from r2id.models.rows import permute_rows
 from r2id.models.tiles import Tiles
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -132,12 +132,12 @@ def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor
     inverse, spare = torch.argsort(order), groups * size - tokens
 
     def apart(part: Tensor) -> Tensor:
-        part = reordered(part, order, inverse, 2)
+        part = permute_rows(part, order, inverse, 2)
         filled = torch.cat([part, part[:, :, :spare]], dim=2) if spare else part
         return rearrange(filled, "b n (g s) d -> (b g) n s d", g=groups)
 
     mixed = rearrange(attend(*map(apart, (q, k, v))), "(b g) n s d -> b n (g s) d", g=groups)
-    return reordered(mixed[:, :, :tokens], inverse, order, 2)
+    return permute_rows(mixed[:, :, :tokens], inverse, order, 2)
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from r2id.images import resize
-from r2id.models.coords import Advance, Size, Window, part_of
+from r2id.models.coords import OnProgress, Size, Window, part_of
 
 DOWNSAMPLE = 1.0
 """Side of a cell in pixels."""
@@ -28,7 +28,7 @@ class Pixels(nn.Module):
         return image
 
     def encode(
-        self, images: Tensor, native: Size | None = None, advance: Advance | None = None
+        self, images: Tensor, native: Size | None = None, advance: OnProgress | None = None
     ) -> Tensor:
         """Resize images [B, C, H, W] to a size, by default their own → [B, C, h, w]."""
         return resize(images, native or (images.shape[2], images.shape[3]))
@@ -39,7 +39,7 @@ class Pixels(nn.Module):
         size: Size,
         window: Window | None = None,
         native: Size | None = None,
-        advance: Advance | None = None,
+        advance: OnProgress | None = None,
     ) -> Tensor:
         """Resize [B, C, h, w] to ``size`` → [B, C, H, W], or cut a window of that out of it."""
         rows, columns = part_of(size, window)

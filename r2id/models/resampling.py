@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r2id.constants import kept
+from r2id.constants import cached_tensors
 from r2id.images import resize
 from r2id.models.coords import WHOLE, Part, Size
 
@@ -49,7 +49,7 @@ def resample_seen(seen: Tensor, whole: Size, size: Size, part: Part, first: Size
     return rows @ seen.float() @ columns.T
 
 
-@kept(32)
+@cached_tensors(32)
 def axis_matrix(
     count: int, out: int, part: tuple[int, int, int], start: int, known: int, device: torch.device
 ) -> Tensor:

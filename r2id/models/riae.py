@@ -22,7 +22,7 @@ from r2id.checkpoints import pretrained
 from r2id.config import RiaeConfig
 from r2id.models.attention_decoder import AttentionDecoder
 from r2id.models.attention_encoder import AttentionEncoder
-from r2id.models.coords import Advance, Size, Window
+from r2id.models.coords import OnProgress, Size, Window
 from r2id.models.lattice import LatticeDecoder, LatticeEncoder
 from r2id.models.visibility import VISIBILITIES
 
@@ -88,7 +88,7 @@ class RIAE(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, image: Tensor, native: Size | None = None, advance: Advance | None = None
+        self, image: Tensor, native: Size | None = None, advance: OnProgress | None = None
     ) -> Tensor:
         """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w].
 
@@ -105,7 +105,7 @@ class RIAE(nn.Module):
         size: Size,
         window: Window | None = None,
         native: Size | None = None,
-        advance: Advance | None = None,
+        advance: OnProgress | None = None,
     ) -> Tensor:
         """Decode raw latents [B, L, h, w] → images [B, C, H, W] of any size.
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from r2id.constants import kept
+from r2id.constants import cached_tensors
 
 
-def reordered(
+def permute_rows(
     x: Tensor, order: Tensor, inverse: Tensor, dim: int, padding: Tensor | None = None
 ) -> Tensor:
     """Take the rows ``order`` int64 [N] of dimension ``dim`` of x, each of M rows at most once.
@@ -29,10 +29,10 @@ def reordered(
     ``inverse`` int64 [M] says which of the N each row became. It holds where ``padding`` bool [M]
     is False; the other rows were not taken, or into padding, from where no gradient comes.
     """
-    return _Reordered.apply(x, order, inverse, dim, padding)
+    return _PermuteRows.apply(x, order, inverse, dim, padding)
 
 
-class _Reordered(torch.autograd.Function):
+class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, dim: int, padding: Tensor | None
@@ -53,7 +53,7 @@ class _Reordered(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Takers:
+class InverseIndex:
     """Who takes each row of a tensor."""
 
     index: Tensor
@@ -62,24 +62,24 @@ class Takers:
     """False where a row has fewer takers than R: bool [B or 1, M, R]."""
 
 
-def inverted(index: Tensor, rows: int) -> Takers:
+def inverted(index: Tensor, rows: int) -> InverseIndex:
     """Find the takers where no row is taken twice: index int64 [B, N] into M rows → R = 1."""
     batch, count = index.shape
     takers = torch.full((batch, rows), -1, dtype=torch.int64, device=index.device)
     number = torch.arange(count, device=index.device).expand(batch, -1)
     takers = takers.scatter_(1, index, number).unsqueeze(-1)
-    return Takers(takers.clamp(min=0), takers >= 0)
+    return InverseIndex(takers.clamp(min=0), takers >= 0)
 
 
-def taken(x: Tensor, index: Tensor, takers: Takers) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor, takers: InverseIndex) -> Tensor:
     """Take rows of each sample: x [B, M, D], index int64 [B or 1, N] → [B, N, D].
 
     The gradient of a row is the sum of those of its ``takers``.
     """
-    return _Taken.apply(x, index, takers.index, takers.real)
+    return _GatherRows.apply(x, index, takers.index, takers.real)
 
 
-class _Taken(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, takers: Tensor, real: Tensor) -> Tensor:
         ctx.save_for_backward(takers, real)
@@ -108,7 +108,7 @@ def _of_all_samples(index: Tensor, x: Tensor) -> Tensor:
     return index + _starts(len(x), x.shape[1], x.device).view(-1, *[1] * (index.dim() - 1))
 
 
-@kept()
+@cached_tensors()
 def _starts(count: int, step: int, device: torch.device) -> Tensor:
     """Return 0, step, …: int64 [count]."""
     return (step * torch.arange(count)).to(device, non_blocking=True)

@@ -27,9 +27,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from r2id.constants import kept
+from r2id.constants import cached_tensors
 from r2id.models.coords import WHOLE, Part, Size
-from r2id.models.rows import Takers, reordered, taken
+from r2id.models.rows import InverseIndex, gather_rows, permute_rows
 
 
 def positions(count: int, cells: int, part: slice = slice(None)) -> np.ndarray:
@@ -130,7 +130,7 @@ class Tiles:
     """Index of each tile's keys among the M of ``part``, row by row: int64 [B or 1, T, K]."""
     key_mask: Tensor
     """False for padding: bool [B or 1, T, K]."""
-    takers: Takers
+    takers: InverseIndex
     """Which of the T·K keys of all tiles, padding left out, each of the M keys is."""
     padded: bool
     """Whether any tile has padding among its keys."""
@@ -177,7 +177,7 @@ class Tiles:
             centre=centre,
         )
 
-    def _takers_among(self, index: Tensor) -> Takers:
+    def _takers_among(self, index: Tensor) -> InverseIndex:
         """Find the takers of each key among some tiles, int64 [B, S]: [B, M, R]."""
         batch, count = index.shape
         tiles, keys = self.keys.shape[1:]
@@ -186,7 +186,7 @@ class Tiles:
             1, index, torch.arange(count, device=index.device).expand(batch, -1)
         )[:, self.takers.index[0] // keys]
         chosen = self.takers.real & (number >= 0)
-        return Takers((number * keys + self.takers.index % keys).where(chosen, 0), chosen)
+        return InverseIndex((number * keys + self.takers.index % keys).where(chosen, 0), chosen)
 
     def to_tile_order(self, x: Tensor, dim: int = 1) -> Tensor:
         """Bring queries of all samples alike into tile order: N in dimension ``dim`` → T·Q.
@@ -194,12 +194,12 @@ class Tiles:
         Holds for all tiles, as ``from_tile_order``, in which padding is dropped. So its gradient is
         0, and that of the queries is that of their slots.
         """
-        return reordered(x, self.queries.flatten(), self.slots, dim)
+        return permute_rows(x, self.queries.flatten(), self.slots, dim)
 
     def from_tile_order(self, x: Tensor, dim: int = 1) -> Tensor:
         """Bring queries of all tiles back into the grid's order: T·Q in dimension ``dim`` → N."""
         padding = None if self.queries.numel() == len(self.slots) else ~self.query_mask.flatten()
-        return reordered(x, self.slots, self.queries.flatten(), dim, padding)
+        return permute_rows(x, self.slots, self.queries.flatten(), dim, padding)
 
     def split_queries(self, x: Tensor) -> Tensor:
         """Separate queries in tile order by tile: [B, H, T·Q, d] → [B·T, H, Q, d]."""
@@ -208,7 +208,7 @@ class Tiles:
     def gather_keys(self, x: Tensor) -> Tensor:
         """Collect each tile's keys (or values): [B, H, M, d] → [B·T, H, K, d]."""
         heads = x.shape[1]
-        rows = taken(x.transpose(1, 2).flatten(2), self.keys.flatten(1), self.takers)
+        rows = gather_rows(x.transpose(1, 2).flatten(2), self.keys.flatten(1), self.takers)
         return rearrange(rows, "b (t k) (h d) -> (b t) h k d", t=self.keys.shape[1], h=heads)
 
     def split_places(
@@ -242,7 +242,7 @@ class Tiles:
         return rearrange(x, "(b t) h q d -> b h (t q) d", t=self.queries.shape[1])
 
 
-@kept(32)
+@cached_tensors(32)
 def _tiles_between(
     queries: Size,
     keys: Size,
@@ -291,7 +291,7 @@ def _tiles_between(
         tensor(query_mask[None], torch.bool),
         tensor(keys_of_tiles[None], torch.int64),
         tensor(key_mask[None], torch.bool),
-        Takers(tensor(takers[None], torch.int64), tensor(real[None], torch.bool)),
+        InverseIndex(tensor(takers[None], torch.int64), tensor(real[None], torch.bool)),
         bool((~key_mask).any()),
         tensor(centre[None], torch.float32),
         tensor(slots, torch.int64),
@@ -300,7 +300,7 @@ def _tiles_between(
 
 
 def _takers(keys: np.ndarray, places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """List at which places each of ``count`` keys is: keys and places int64 [E] → Takers [M, R]."""
+    """List at which places each of ``count`` keys is: keys, places int64 [E] → [M, R]."""
     order = np.argsort(keys, kind="stable")
     keys, places = keys[order], places[order]
     of_each = np.bincount(keys, minlength=count)

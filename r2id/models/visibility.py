@@ -49,10 +49,10 @@ def _at_once(chunk: int, device: torch.device) -> int:
     return _GPU_FACTOR * chunk if as_on_gpu(device) else chunk
 
 
-Look = Callable[[Tensor, Tensor, Size, Tensor, Size, Tiles | None], Tensor]
+EncodeFn = Callable[[Tensor, Tensor, Size, Tensor, Size, Tiles | None], Tensor]
 """(colours [B, N, C], points [1, N, 4], image size, cells [1, M, 4], grid, tiles) → [B, M, D]: how
 cells gather colours, as AttentionEncoder does."""
-Draw = Callable[[Tensor, Tensor, Tensor, Size, Size, Tiles | None], Tensor]
+DecodeFn = Callable[[Tensor, Tensor, Tensor, Size, Size, Tiles | None], Tensor]
 """(kv [B, M, D], cells [1, M, 4], points [1, P, 4], image size, grid, tiles) → colours [B, P, C]:
 how points are rendered, as in AttentionDecoder.decode_points."""
 
@@ -134,12 +134,12 @@ class Visibility(ABC):
         """Build tiles in which the cells of a latent grid attend to each other, or None for all."""
 
     @abstractmethod
-    def encode(self, look: Look, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
+    def encode(self, look: EncodeFn, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
         """Gather images [B, C, H, W] in all cells [1, M, 4] by calls of ``look``: [B, M, D]."""
 
     @abstractmethod
     def decode(
-        self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
+        self, draw: DecodeFn, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
     ) -> Tensor:
         """Render a part of an image (H, W) from kv [B, M, D] by calls of ``draw``: [B, C, h', w'].
 
@@ -201,13 +201,13 @@ class Cloud(Visibility):
     def latent_tiles(self, grid: Size, device: torch.device) -> Tiles | None:
         return None
 
-    def encode(self, look: Look, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
+    def encode(self, look: EncodeFn, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
         size: Size = (images.shape[2], images.shape[3])
         points = coords.grid_coordinates(size, grid, images.device).unsqueeze(0)
         return look(rearrange(images, "b c h w -> b (h w) c"), points, size, cells, grid, None)
 
     def decode(
-        self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
+        self, draw: DecodeFn, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
     ) -> Tensor:
         points = coords.grid_coordinates(size, grid, kv.device, part).unsqueeze(0)
         most = _at_once(_DECODE_CHUNK, kv.device)
@@ -255,7 +255,7 @@ class Tiled(Visibility):
             return None
         return self.tiles(grid, grid, grid, device=device)
 
-    def encode(self, look: Look, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
+    def encode(self, look: EncodeFn, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
         size: Size = (images.shape[2], images.shape[3])
         # As many cells as lie over _TILES_CHUNK pixels, or those of a GPU, of all images together.
         most = max(
@@ -276,7 +276,7 @@ class Tiled(Visibility):
         return rearrange(values, "b h w d -> b (h w) d")
 
     def decode(
-        self, draw: Draw, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
+        self, draw: DecodeFn, kv: Tensor, cells: Tensor, grid: Size, size: Size, part: Part
     ) -> Tensor:
         by_cell = [rearrange(x, "b (h w) d -> b h w d", h=grid[0]) for x in (kv, cells)]
         top, left = (side.start for side in part)

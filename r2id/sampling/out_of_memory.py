@@ -11,7 +11,7 @@ from r2id.errors import WorkError
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def explain_out_of_memory(what: str) -> Iterator[None]:
     """Within this block, raise WorkError that says ``what`` it was when memory runs out."""
     try:
         yield

@@ -27,7 +27,7 @@ from r2id.models.layers import store_in_bfloat16
 from r2id.models.r2id import R2ID
 from r2id.sampling.guidance import Guidance
 from r2id.sampling.noise_shift import applied_exponent
-from r2id.sampling.out_of_memory import naming
+from r2id.sampling.out_of_memory import explain_out_of_memory
 from r2id.sampling.steps import Adjust, Step, Watch
 
 # Upper limits of a batch: its images and their latent cells by device, and its pixels. A single
@@ -235,7 +235,7 @@ class Sampler:
                 condition[rows], seeds[rows], x, log_snrs, settings, None if plain else estimated
             )
 
-        with naming(f"denoising {length} grids of {grid[0]}x{grid[1]} at once"):
+        with explain_out_of_memory(f"denoising {length} grids of {grid[0]}x{grid[1]} at once"):
             latents = _in_batches(draw, len(seeds), length)
         if not torch.isfinite(latents).all():  # would be drawn black
             raise WorkError(
@@ -268,7 +268,7 @@ class Sampler:
         """
         length = self._at_once(size, _BATCH_PIXELS)
         native = native or self.native_size(latents, size)
-        with naming(f"decoding {length} pictures of {size[0]}x{size[1]} at once"):
+        with explain_out_of_memory(f"decoding {length} pictures of {size[0]}x{size[1]} at once"):
             return _in_batches(
                 lambda rows: self.codec.decode(latents[rows], size, native=native).cpu(),
                 len(latents),

@@ -14,7 +14,7 @@ from r2id.training.callbacks import Callbacks, make_callbacks
 from r2id.training.determinism import deterministic
 from r2id.training.engines import make_engine
 from r2id.training.engines.settings import engine_kind
-from r2id.training.out_of_memory import with_advice
+from r2id.training.out_of_memory import advise_on_out_of_memory
 from r2id.training.precision import resolve_precision
 from r2id.training.resume import is_finished, restore, start_folder
 from r2id.training.state import TrainState
@@ -48,7 +48,7 @@ def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[
     recorded = newest.meta.config["train"]["precision"] if newest is not None else None
     config = resolve_precision(config, world.device, recorded)
     micro_batch = micro_batch_size(config.train, world.world_size)
-    with with_advice(config, world):
+    with advise_on_out_of_memory(config, world):
         task = make_task(config, world, micro_batch, newest)
         if newest is None and config.init_from is None:
             task.start()

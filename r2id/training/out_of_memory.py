@@ -23,7 +23,7 @@ _CPU_SAYS = "can't allocate memory"
 
 
 @contextmanager
-def with_advice(config: Run, world: World) -> Iterator[None]:
+def advise_on_out_of_memory(config: Run, world: World) -> Iterator[None]:
     """Within this block, have torch's errors that a setting can mend name that setting.
 
     Raises WorkError for memory that runs out, and for what ``train.deterministic`` does not allow.

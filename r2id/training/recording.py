@@ -126,7 +126,7 @@ class RecordedLoss:
             gradients = torch.autograd.grad(loss, self.parameters)
             return loss.detach(), figures, gradients
 
-        with constants.collected() as kept:
+        with constants.hold_cached() as kept:
             (loss, figures, gradients), replay, self._pool = record(run, self._pool)
         return _Recording(
             replay, inputs, loss, list(figures), list(figures.values()), gradients, kept

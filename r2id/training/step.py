@@ -65,7 +65,7 @@ def step_or_skip(state: TrainState, previous: list[Batch]) -> None:
         state.updated = late
 
 
-def settle(state: TrainState) -> None:
+def confirm_last_step(state: TrainState) -> None:
     """Make sure that the last step's gradient was finite, or skip that step.
 
     Call it after a step, before the engine's state is read: see ``step_or_skip`` for what it raises

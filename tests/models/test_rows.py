@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from r2id.models.mixing import cloud, tiled
-from r2id.models.rows import inverted, reordered, taken
+from r2id.models.rows import gather_rows, inverted, permute_rows
 from r2id.models.tiles import Tiles
 from tests.stand_in import stand_in_gpu
 
@@ -28,18 +28,22 @@ def same(function, plain, *given):
 def test_reordered_rows(dim):
     x, order = torch.randn(7, 7, 7), torch.randperm(7)
     same(
-        lambda x: reordered(x, order, order.argsort(), dim), lambda x: x.index_select(dim, order), x
+        lambda x: permute_rows(x, order, order.argsort(), dim),
+        lambda x: x.index_select(dim, order),
+        x,
     )
     some, inverse, padding = order[:4], order.argsort().clamp(max=3), order.argsort() > 3
     same(
-        lambda x: reordered(x, some, inverse, dim, padding), lambda x: x.index_select(dim, some), x
+        lambda x: permute_rows(x, some, inverse, dim, padding),
+        lambda x: x.index_select(dim, some),
+        x,
     )
 
 
 def test_rows_that_are_taken_once():
     chosen = torch.stack([torch.randperm(9)[:5] for _ in range(3)])
     same(
-        lambda x: taken(x, chosen, inverted(chosen, 9)),
+        lambda x: gather_rows(x, chosen, inverted(chosen, 9)),
         lambda x: x[torch.arange(3).unsqueeze(1), chosen],
         torch.randn(3, 9, 4),
     )

@@ -114,13 +114,13 @@ def test_too_many_shapes_are_computed_one_kernel_at_a_time(
 def test_constants_of_a_recording_are_held() -> None:
     made = []
 
-    @constants.kept(1)
+    @constants.cached_tensors(1)
     def numbers(count: int) -> Tensor:
         made.append(count)
         return torch.arange(count)
 
     first = numbers(3)
-    with constants.collected() as found:
+    with constants.hold_cached() as found:
         assert numbers(3) is first and len(found) == 1 and found[0] is first
     numbers(4)
     assert numbers(3) is not first and made == [3, 4, 3] and len(found) == 1

@@ -9,7 +9,7 @@ from r2id.checkpoints import writing
 from r2id.models.riae import RIAE
 from r2id.training.callbacks.base import Callback
 from r2id.training.state import TrainState
-from r2id.training.step import settle
+from r2id.training.step import confirm_last_step
 from r2id.training.tasks import R2idTask, RiaeTask
 
 
@@ -21,7 +21,7 @@ class Checkpoints(Callback):
         milestone = train.milestone_every and state.step % train.milestone_every == 0
         if not (state.due(train.save_every) or milestone or state.stopping):
             return
-        settle(state)
+        confirm_last_step(state)
         state.checkpoint = writing.save(
             state.folder,
             state.engine.state(),

@@ -7,7 +7,7 @@ import math
 from r2id.checkpoints import writing
 from r2id.training.callbacks.base import Callback
 from r2id.training.state import TrainState
-from r2id.training.step import settle
+from r2id.training.step import confirm_last_step
 
 _SNAPSHOTS_PER_RUN = 32
 
@@ -21,5 +21,5 @@ class Snapshots(Callback):
             return
         every = train.ema_snapshot_every or math.ceil(train.steps / _SNAPSHOTS_PER_RUN)
         if state.step % every == 0:
-            settle(state)
+            confirm_last_step(state)
             writing.save_snapshot(state.folder, state.engine.state(), state.meta())

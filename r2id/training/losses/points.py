@@ -26,7 +26,7 @@ from r2id.config import LossConfig
 from r2id.models import coords
 from r2id.models.coords import Size
 from r2id.models.riae import RIAE
-from r2id.models.rows import inverted, taken
+from r2id.models.rows import gather_rows, inverted
 from r2id.models.tiles import Tiles
 from r2id.models.visibility import DecoderPixels, Subsets
 from r2id.training.losses.pixel import reconstruction_loss
@@ -215,7 +215,7 @@ class PointLoss(nn.Module):
         asked = chosen.decoder
         coordinates, truth = self._points(image, grid, asked.pixels, chosen.decoder_jitter)
         if chosen.latents is not None:
-            kv = taken(kv, chosen.latents, inverted(chosen.latents, kv.shape[1]))
+            kv = gather_rows(kv, chosen.latents, inverted(chosen.latents, kv.shape[1]))
             cells = cells[0][chosen.latents]
         return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight, linear)
 
