@@ -37,8 +37,8 @@ def hold_cached() -> Iterator[list[Any]]:
 def cached_tensors(most: int = 64) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
     """Keep the last ``most`` results of a function that makes tensors of hashable arguments.
 
-    Its tensors are shared: nothing may write to them. Nothing is kept, or taken of what is, while a
-    mode such as FakeTensorMode looks on, whose tensors have no contents, nor while torch compiles.
+    Its tensors are shared: nothing may write to them. Nothing is cached under FakeTensorMode, whose
+    tensors have no contents, and other dispatch modes, nor while torch.compile traces.
     """
 
     def decorate(make: Callable[_Given, _Made]) -> Callable[_Given, _Made]:

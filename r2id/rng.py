@@ -94,7 +94,7 @@ def bits(keys: Tensor, count: int) -> Tensor:
 
 
 def _states(keys: Tensor, count: int) -> Tensor:
-    """What the finalizer makes values of: keys [B] → int64 [B, count]."""
+    """Return states of the counter, which _mix turns into values: keys [B] → int64 [B, count]."""
     return keys.unsqueeze(-1) + _counter(count, keys.device)
 
 

@@ -1,4 +1,4 @@
-"""What the page asks of a model: pictures, windows of them, edits and reconstructions.
+"""What the web page does with a model: pictures, windows of them, edits and reconstructions.
 
 Latents of what was drawn last are kept, so that the same picture at another size, or a window of
 it, only needs the decoder.

@@ -125,7 +125,7 @@ def _refusal(repository: str, revision: str | None, error: Exception) -> InputEr
 
     hub = constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
-        reason = f"{hub} gives it to those only whom its owner lets in, after hf auth login"
+        reason = f"is gated on {hub}: ask its owner for access, then run hf auth login"
     elif isinstance(error, errors.RepositoryNotFoundError):
         reason = (
             f"no such file or folder here, and no such model on {hub} (or a private one, which "
@@ -136,7 +136,7 @@ def _refusal(repository: str, revision: str | None, error: Exception) -> InputEr
     elif isinstance(error, errors.HFValidationError):
         reason = f"no such file or folder here, and no name of the hub: {_first_line(error)}"
     else:
-        reason = f"cannot be had from {hub}: {_first_line(error)}"
+        reason = f"cannot be downloaded from {hub}: {_first_line(error)}"
     return InputError(f"{repository}: {reason}")
 
 

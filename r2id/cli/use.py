@@ -65,8 +65,8 @@ def sample(
         Path | None,
         typer.Option(
             metavar="FILE.npy",
-            help="Embedding of a text, in the shape that the model was trained on, or several of "
-            "them, which take turns.",
+            help="Embedding of a text, in the shape that the model was trained on, or several, "
+            "which images take in turn.",
         ),
     ] = None,
     grid: Annotated[

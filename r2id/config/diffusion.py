@@ -105,7 +105,7 @@ class PictureConfig(Section):
     seed: Seed = 0
     """Seed of the noise."""
     label: Label | None = None
-    """Class of the picture, by its name or number; without one, any."""
+    """Class of the picture, by its name or number; by default none, so that it may be of any."""
     attributes: Strings = ()
     """Attribute that the picture has, NAME, or lacks, -NAME, if the model was trained on
     attributes."""
@@ -138,8 +138,8 @@ class SampleConfig(SamplerConfig):
     count: int = Field(default=40, ge=1)
     """Number of images per size."""
     labels: Labels = ()
-    """Class of the images, by its name or number. Several take turns until there are ``count``
-    images; without any, all classes do."""
+    """Class of the images, by its name or number. With several, images take them in turn; by
+    default all classes."""
     seed: Seed = 0
     """Seed of the first image of each size; image i has this seed + i."""
 

@@ -49,8 +49,8 @@ class LossConfig(Section):
     4×4 and 8×8."""
     discriminator_penalty: float = Field(default=0.1, gt=0)
     """Strength γ of the penalties R1 and R2, which count γ/2 times the squared gradient of the
-    discriminator at real and at decoded pictures. A discriminator that never leaves 0.69 = ln 2,
-    which is guessing, wants a smaller one; one that falls far below, a larger one."""
+    discriminator at real and at decoded pictures. Lower it if the loss of the discriminator stays
+    at 0.69 = ln 2, which is chance; raise it if that falls far below."""
     freeze_encoder: bool = False
     """Train the decoder alone, so that images keep the latents of the run in ``init_from``
     (``lattice``)."""

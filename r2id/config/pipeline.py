@@ -96,7 +96,7 @@ class EvaluateConfig(SamplerConfig):
     seed: Seed = 0
     """Seed of the first sample of each size."""
     invariance: bool = False
-    """Measure fourteen more sizes and aspect ratios, against real images stretched to them."""
+    """Also evaluate at fourteen other sizes and ratios, beside real images resized to them."""
     invariance_count: int = Field(default=500, ge=1)
     """Number of samples per size of ``invariance``."""
     guidance: Guidances = ()  # type: ignore[assignment]

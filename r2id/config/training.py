@@ -116,12 +116,11 @@ class TrainConfig(Section):
     """Blocks whose activations are not kept but computed again in the backward pass, which saves
     memory: none, all, or every n-th."""
     compile: Literal["auto", "cuda_graphs"] | bool = "auto"
-    """How to keep a GPU from waiting for its host. auto compiles each block with torch.compile and,
-    of R2ID in one process, records each step as one CUDA graph, unless activations are
-    checkpointed. cuda_graphs records without compiling, which takes a second instead of half a
-    minute; true compiles without recording, false does neither. auto does nothing on a CPU, where
-    compiling takes long, gains nothing and needs a C++ compiler; nor does it compile with
-    zero_stage 3."""
+    """true: compile each block with torch.compile, which takes half a minute. cuda_graphs: record
+    each step of R2ID as one CUDA graph, so that the GPU does not wait for its host, in one process
+    and without activation checkpointing. auto: both on a GPU, where possible (zero_stage 3 is not
+    compiled); nothing on a CPU, where compiling takes long, gains nothing and needs a C++ compiler.
+    false: neither."""
     skip_nonfinite: int = Field(default=0, ge=0)
     """How many steps may be skipped because their loss or gradient is not finite, counted anew when
     a run goes on; one more ends the run."""

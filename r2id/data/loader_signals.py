@@ -20,7 +20,7 @@ _STOPPING = {signal.SIGTERM, signal.SIGINT}
 def signals_held() -> Iterator[None]:
     """Hold SIGTERM and SIGINT back while loader processes are started in this block.
 
-    They are born with them held back, too, so that none acts on one before ignore_stop_signals.
+    They inherit that, so that none acts on a signal before ignore_stop_signals runs.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:

@@ -62,7 +62,7 @@ def _haar_matrices(
 def _haar_sums(cells: int, levels: int) -> tuple[Tensor, Tensor]:
     """Sum each Haar function over each cell of an axis, rescaled so that sums have variance 1.
 
-    Returns the numbers of the functions that sum to something in some cell, int64 [I], and the
+    Returns the indices of the functions whose sum is not 0 in at least one cell, int64 [I], and the
     sums, float32 [cells, I]. Most functions lie within one cell, where they sum to 0.
 
     Function 0 is constant; function 2^l + k is positive on the first half of the k-th of 2^l equal

@@ -219,7 +219,7 @@ def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str
 def _invariance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
     found, rules = metrics["invariance"], metrics["provenance"]["rules"]
     yield (
-        "<h2>Whether the resolution matters</h2>"
+        "<h2>Resolution invariance</h2>"
         f'<p class="sub">Sizes: {escape(rules["invariance_sizes"])}.</p>'
     )
     if "r2id" in found:

@@ -29,7 +29,7 @@ corrections of these, so that a piece of a picture needs few pixels around it.""
 
 
 class Residuals(NamedTuple):
-    """What means of pixels lack in each round, by points."""
+    """For each round, the points' colours minus the means of the rendered pixels there."""
 
     rounds: list[Tensor]
     """[B, C, Q, Q'] each. An axis that has no smaller pixels than points has pixels here."""

@@ -33,7 +33,7 @@ Window = tuple[int, int, int, int]
 _KEPT_CELLS = 1 << 16
 """The most cells of a grid whose coordinates are kept, a megabyte."""
 OnProgress = Callable[[int], object]
-"""Is told numbers of pixels as they are computed, such as Progress.advance."""
+"""Is called with the number of pixels computed since its last call, such as Progress.advance."""
 
 
 def check_size(size: Size, name: str = "size", unit: str = "pixels") -> None:

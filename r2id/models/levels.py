@@ -80,9 +80,9 @@ class Merge(nn.Module):
 
 
 class Split(nn.Module):
-    """Makes four tokens of a coarse one, and interpolates between them and those of before.
+    """Splits each coarse token into four, and interpolates between them and the skip tokens.
 
-    The share of the new ones is learned; it begins at one half.
+    The share of the new tokens is learned; it begins at one half.
     """
 
     def __init__(self, width: int, coarse_width: int) -> None:

@@ -92,9 +92,8 @@ class RIAE(nn.Module):
     ) -> Tensor:
         """Encode images [B, C, H, W] in [−1, 1] → raw latents [B, L, h, w].
 
-        On the grid of their own size, or on that of an image of ``native`` size, in whose place
-        they are then: the same picture in more or fewer pixels. ``advance`` is told how many of the
-        native pixels have been encoded, whenever there are some more.
+        The latent grid is that of the images' size; or of ``native``, if the images are pictures of
+        that size that were resized. ``advance`` is called with numbers of encoded native pixels.
         """
         return self.parts.encoder.encode(image, native or (image.shape[2], image.shape[3]), advance)
 
@@ -112,9 +111,9 @@ class RIAE(nn.Module):
         They are nominally in [−1, 1], but not clipped. Where they are larger than ``native``, the
         means of their pixels are the colours of the picture at its native size, clipped. With a
         window (y0, x0, y1, x1), only its pixels are rendered: [B, C, y1 − y0, x1 − x0]. ``native``
-        is the size of the images that were encoded, which cells at the border may exceed by a part;
+        is the size of the images that were encoded, beyond which cells at the border may extend;
         see r2id.models.cells.native_size for what it is by default. Raises InputError when the
-        window is not within the image, or native is no size of this grid. ``advance`` is told how
-        many pixels have been rendered, whenever there are some more.
+        window is not within the image, or native is no size of this grid. ``advance`` is called
+        with numbers of rendered pixels.
         """
         return self.parts.decoder.decode(latents, size, window, native, advance)

@@ -45,8 +45,8 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -> None:
     """Raise InputError when drawing ``count`` samples of a size (H, W) would not fit into memory.
 
-    ``grid`` is their latent grid, by default the one for their size. What is no size is refused,
-    too.
+    ``grid`` is their latent grid, by default the one for their size. Also raised for an invalid
+    size.
     """
     check_size(size)
     if grid is not None:
@@ -79,8 +79,8 @@ def check_edit(sampler: Sampler, size: Size, grid: Size) -> None:
 def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | None) -> None:
     """Raise InputError when decoding a grid at a size (H, W) would not fit into memory.
 
-    With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit. What
-    is no size is refused, too.
+    With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit. Also raised
+    for an invalid size.
     """
     check_size(size)
     free = free_memory(codec.device)

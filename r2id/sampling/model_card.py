@@ -282,8 +282,8 @@ def _training(card: Card) -> Iterable[str]:
 def _licence(config: Facts) -> str:
     if config["license_name"]:
         return (
-            "Unspecified: whoever published this model has chosen none, so that it may not be used "
-            "further without their leave."
+            "Unspecified: whoever published this model has chosen none. Ask for permission before "
+            "using it."
         )
     return f"`{config['license']}`"
 

@@ -244,7 +244,7 @@ def test_what_cannot_be_had_is_one_line(server, tmp_path):
         ("me/other",): "holds no r2id model: its config.json has no format 'r2id-model'",
         ("me/half",): "holds no r2id model: there is no model.safetensors",
         ("me/newer",): "format_version 9; this version of r2id reads 1, 2, 3",
-        ("me/gated",): "gives it to those only whom its owner lets in",
+        ("me/gated",): ": ask its owner for access, then run hf auth login",
         ("me/a--b",): "no name of the hub",
         ("nothing",): "must be a path, or a model of the hub as owner/name",
     }

@@ -119,7 +119,7 @@ def test_invariance_is_measured_and_shown(measured):
     assert {f"invariance_{name}" for name in ("accuracy", "frechet", "patch_frechet")} <= set(
         re.findall(r'<figure id="([^"]+)"', html)
     )
-    assert "37×37" in html and "Whether the resolution matters" in html
+    assert "37×37" in html and "Resolution invariance" in html
     assert sum("consistency" in line or "stretched" in line for line in metrics["headlines"]) == 3
     assert any("times the native squared error" in line for line in metrics["headlines"])
 

@@ -12,7 +12,7 @@ trained by the same optimizer, in groups of its own, and saved as another kind o
 that loads a model meets it, and a run with other weights to begin with (``init_from``) begins with
 a new one.
 
-A loss may leave parts of the model as they are: it lists their parameters in ``module.frozen`` and
+A loss may freeze parts of the model: it lists their parameters in ``module.frozen`` and
 gives them gradients of 0. They stay in the optimizer, so that checkpoints of all runs look alike.
 """
 
