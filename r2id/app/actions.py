@@ -86,8 +86,7 @@ class Actions:
     @property
     def conditional(self) -> bool:
         """Whether the model was trained with conditions, without which guidance does nothing."""
-        model = self.pipe.sampler.model
-        return bool(model.classes or model.condition_shape)
+        return self.pipe.sampler.model.conditional
 
     @property
     def has_guide(self) -> bool:

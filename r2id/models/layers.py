@@ -194,20 +194,14 @@ class DiffusionBlock(nn.Module):
         super().__init__()
         self.conditional = conditional
         self.modulation = Modulation(width, branches=3 if conditional else 2)
-        self.norm, self.attention = (
-            RMSNorm(width, elementwise_affine=False),
-            Attention(width, width, heads),
-        )
+        self.norm = RMSNorm(width, elementwise_affine=False)
+        self.attention = Attention(width, width, heads)
         if conditional:
-            self.cross_norm, self.context_norm = (
-                RMSNorm(width, elementwise_affine=False),
-                RMSNorm(width),
-            )
+            self.cross_norm = RMSNorm(width, elementwise_affine=False)
+            self.context_norm = RMSNorm(width)
             self.cross = Attention(width, width, heads)
-        self.ffn_norm, self.ffn = (
-            RMSNorm(width, elementwise_affine=False),
-            FeedForward(width, ffn_ratio),
-        )
+        self.ffn_norm = RMSNorm(width, elementwise_affine=False)
+        self.ffn = FeedForward(width, ffn_ratio)
         self.dropout = Dropout(dropout)
 
     def forward(

@@ -57,7 +57,7 @@ def check_halvings(setting: str, count: int, grid: Size) -> None:
         )
 
 
-def quarters(tokens: Tensor, grid: Size) -> Tensor:
+def group_2x2(tokens: Tensor, grid: Size) -> Tensor:
     """Collect the four tokens of each coarse cell, row by row: [B, N, D] → [B, M, 4, D]."""
     cells = rearrange(tokens, "b (h w) d -> b h w d", h=grid[0])
     if grid[0] % 2:
@@ -76,7 +76,7 @@ class Merge(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Size) -> Tensor:
         """tokens [B, N, D] of a grid → [B, M, C]."""
-        return self.linear(quarters(tokens, grid).flatten(2))
+        return self.linear(group_2x2(tokens, grid).flatten(2))
 
 
 class Split(nn.Module):

@@ -6,8 +6,7 @@ Shape letters: B batch · L channels of the diffused grid · h, w its size · N 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +51,17 @@ class R2ID(nn.Module):
         self.time_in = nn.Sequential(
             nn.Linear(2 * times, width), nn.SiLU(), nn.Linear(width, width)
         )
-        kinds: dict[str, Callable[[int, int], nn.Module]] = {
-            "attributes": partial(AttributeCondition, classes),
-            "embedding": partial(EmbeddingCondition, embedding),
-        }
-        self.condition = kinds.get(config.condition, partial(ClassCondition, classes))(
-            config.condition_tokens, width
-        )
-        self.condition_shape = {"attributes": (classes,), "embedding": tuple(embedding)}.get(
-            config.condition, ()
-        )
+        self.condition: nn.Module
+        self.condition_shape: tuple[int, ...] = ()
         """Shape of one sample's condition; empty for a class."""
+        if config.condition == "attributes":
+            self.condition = AttributeCondition(classes, config.condition_tokens, width)
+            self.condition_shape = (classes,)
+        elif config.condition == "embedding":
+            self.condition = EmbeddingCondition(embedding, config.condition_tokens, width)
+            self.condition_shape = tuple(embedding)
+        else:
+            self.condition = ClassCondition(classes, config.condition_tokens, width)
 
         def stack(count: int, conditional: bool) -> nn.ModuleList:
             return nn.ModuleList(

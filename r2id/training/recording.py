@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from r2id import constants
 from r2id.config import TrainConfig
 from r2id.errors import InputError
-from r2id.training.losses.r2id import Figures, R2idLoss
+from r2id.training.losses.r2id import R2idLoss
 
 _MOST = 4
 """Number of shapes that are recorded. Their graphs share the memory of activations, since one runs
@@ -79,7 +79,7 @@ class RecordedLoss:
         self._last: _Recording | None = None
         self._pool: Any = None
 
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Figures]:
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and the figures of a micro-batch, as the module's ``forward`` does."""
         drawn = self.module.draw(**batch)
         key = tuple((name, value.shape, value.dtype) for name, value in drawn.items())
@@ -110,7 +110,7 @@ class RecordedLoss:
         for parameter, gradient in zip(self.parameters, found, strict=True):
             parameter.grad = gradient
 
-    def _evaluate(self, drawn: dict[str, Tensor]) -> tuple[Tensor, Figures]:
+    def _evaluate(self, drawn: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.parameters[0].device
         # Weights are cast in each pass: a recording must not read what another pass has cast.
         with torch.autocast(
@@ -121,7 +121,7 @@ class RecordedLoss:
     def _record(self, drawn: dict[str, Tensor]) -> _Recording:
         inputs = {name: value.clone() for name, value in drawn.items()}
 
-        def run() -> tuple[Tensor, Figures, Tensors]:
+        def run() -> tuple[Tensor, dict[str, Tensor], Tensors]:
             loss, figures = self._evaluate(inputs)
             gradients = torch.autograd.grad(loss, self.parameters)
             return loss.detach(), figures, gradients

@@ -109,7 +109,7 @@ def test_odd_grids_merge_as_if_their_last_tokens_were_there_twice(grid):
 def test_a_token_belongs_to_the_cell_that_holds_its_centre(grid):
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     places = torch.stack([rows, columns], -1).view(1, -1, 2).float() + 0.5
-    cells = levels.quarters(places, grid)
+    cells = levels.group_2x2(places, grid)
     height, width = levels.coarse(grid)
     corner = 2.0 * torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(1, -1, 1, 2)
     inside = ((cells >= corner) & (cells < corner + 2)).all(-1)

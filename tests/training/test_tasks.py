@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from r2id import dist
-from r2id.training.losses.r2id import by_time, quarters
+from r2id.training.losses.r2id import by_time, time_quarters
 from r2id.training.resume import _changes
 from r2id.training.tasks import RiaeTask, make_task
 from tests.evaluation.folders import write_folder
@@ -45,7 +45,7 @@ def test_changed_settings_are_listed_but_not_new_ones() -> None:
 
 def test_errors_are_summed_within_quarters_of_the_times() -> None:
     times = torch.tensor([0.0, 0.1, 0.25, 0.6, 0.99, 1.0])
-    found = by_time(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), quarters(times))
+    found = by_time(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), time_quarters(times))
     assert {name: tensor.tolist() for name, tensor in found.items()} == {
         "loss_by_time/0.00-0.25": [3.0, 2.0],
         "loss_by_time/0.25-0.50": [4.0, 1.0],

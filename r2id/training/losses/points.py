@@ -13,7 +13,7 @@ that the encoder sees · M = h·w latents · P points that the decoder renders �
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,24 +31,19 @@ from r2id.models.tiles import Tiles
 from r2id.models.visibility import DecoderPixels, Subsets
 from r2id.training.losses.pixel import reconstruction_loss
 from r2id.training.losses.rescaling import rescaled
+from r2id.training.losses.streams import Stream
 
-# One stream of random numbers for each purpose.
-_ENCODER_PIXELS, _ENCODER_JITTER, _DECODER_PIXELS, _DECODER_JITTER, _LATENT_NOISE, _LATENT_CLOUD = (
-    range(6)
-)
-_DECODE_SCALE, _ENCODE_SCALE, _DIRECTION = 10, 12, 13  # the numbers between are R2ID's
-_STREAMS = (*range(6), _DIRECTION)
+_STREAMS = (*map(Stream, range(6)), Stream.DIRECTION)
 """Those that have a key for each sample; the others are drawn once per step."""
 
-Figures = dict[str, Tensor]
 Asked = TypeVar("Asked")
 
 
 def _drawn(
     draw: Callable[[Tensor, Sequence[Asked]], list[Tensor]],
-    keys: dict[int, Tensor],
-    asked: dict[int, Asked | None],
-) -> dict[int, Tensor]:
+    keys: Mapping[Stream, Tensor],
+    asked: Mapping[Stream, Asked | None],
+) -> dict[Stream, Tensor]:
     """Draw for several streams at once what is asked of each, but for those of which it is None."""
     some = {stream: wanted for stream, wanted in asked.items() if wanted is not None}
     if not some:
@@ -110,7 +105,7 @@ class PointLoss(nn.Module):
         super().__init__()
         self.model, self.config, self.seed = model, config, seed
 
-    def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
+    def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures.
 
         ``index`` numbers samples, to key their random draws; see image_loader's "draw".
@@ -119,8 +114,10 @@ class PointLoss(nn.Module):
         keys = self._keys(step, index, image.device)
         grid = self.model.grid_for(size)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
-        seen = rescaled(image, config.encode_scales, self.seed, step, _ENCODE_SCALE)
-        asked = rescaled(image, self.model.config.decode_scales, self.seed, step, _DECODE_SCALE)
+        seen = rescaled(image, config.encode_scales, self.seed, step, Stream.ENCODE_SCALE)
+        asked = rescaled(
+            image, self.model.config.decode_scales, self.seed, step, Stream.DECODE_SCALE
+        )
         shown = max(1, round(config.encode_cloud * size[0] * size[1]))
         chosen = self._choose(seen, asked, grid, shown, keys)
         latents = self._encode(seen, cells, grid, chosen)
@@ -140,14 +137,14 @@ class PointLoss(nn.Module):
             "latent_rms": latents.detach().square().mean().sqrt(),
         }
 
-    def _keys(self, step: int, index: Tensor, device: torch.device) -> dict[int, Tensor]:
+    def _keys(self, step: int, index: Tensor, device: torch.device) -> dict[Stream, Tensor]:
         """Make the keys of all streams on the CPU, and send them at once: int64 [B] each."""
         keys = rng.fold(self.seed, step, index)
         folded = torch.stack([rng.fold(keys, stream) for stream in _STREAMS])
         return dict(zip(_STREAMS, folded.to(device, non_blocking=True).unbind(), strict=True))
 
     def _choose(
-        self, seen: Tensor, asked: Tensor, grid: Size, shown: int, keys: dict[int, Tensor]
+        self, seen: Tensor, asked: Tensor, grid: Size, shown: int, keys: Mapping[Stream, Tensor]
     ) -> _Chosen:
         """Draw all subsets and all noise; the encoder is shown ``shown`` pixels, or all."""
         config, visibility = self.config, self.model.parts.encoder.visibility
@@ -166,22 +163,22 @@ class PointLoss(nn.Module):
             rng.subsets,
             keys,
             {
-                _ENCODER_PIXELS: drawn.encoder,
-                _DECODER_PIXELS: drawn.decoder,
-                _LATENT_CLOUD: drawn.latents,
+                Stream.ENCODER_PIXELS: drawn.encoder,
+                Stream.DECODER_PIXELS: drawn.decoder,
+                Stream.LATENT_CLOUD: drawn.latents,
             },
         )
-        of_encoder = subsets.get(_ENCODER_PIXELS)
-        of_decoder = visibility.decoder_pixels(subsets[_DECODER_PIXELS], size, grid)
+        of_encoder = subsets.get(Stream.ENCODER_PIXELS)
+        of_decoder = visibility.decoder_pixels(subsets[Stream.DECODER_PIXELS], size, grid)
         noise = _drawn(
             rng.normals,
             keys,
             {
-                _ENCODER_JITTER: (pixels if of_encoder is None else of_encoder.shape[1], 2)
+                Stream.ENCODER_JITTER: (pixels if of_encoder is None else of_encoder.shape[1], 2)
                 if config.jitter
                 else None,
-                _DECODER_JITTER: (of_decoder.pixels.shape[1], 2) if config.jitter else None,
-                _LATENT_NOISE: (cells, self.model.config.latent_channels)
+                Stream.DECODER_JITTER: (of_decoder.pixels.shape[1], 2) if config.jitter else None,
+                Stream.LATENT_NOISE: (cells, self.model.config.latent_channels)
                 if config.latent_noise
                 else None,
             },
@@ -189,8 +186,8 @@ class PointLoss(nn.Module):
         return _Chosen(
             of_encoder,
             of_decoder,
-            subsets.get(_LATENT_CLOUD),
-            *map(noise.get, (_ENCODER_JITTER, _DECODER_JITTER, _LATENT_NOISE)),
+            subsets.get(Stream.LATENT_CLOUD),
+            *map(noise.get, (Stream.ENCODER_JITTER, Stream.DECODER_JITTER, Stream.LATENT_NOISE)),
         )
 
     def _encode(self, image: Tensor, cells: Tensor, grid: Size, chosen: _Chosen) -> Tensor:
@@ -228,10 +225,15 @@ class PointLoss(nn.Module):
         return decoded + coords.sample_image(points.linear, coordinates)
 
     def _texture_loss(
-        self, points: _Points, decoded: Tensor, grid: Size, image: Tensor, keys: dict[int, Tensor]
+        self,
+        points: _Points,
+        decoded: Tensor,
+        grid: Size,
+        image: Tensor,
+        keys: Mapping[Stream, Tensor],
     ) -> Tensor:
         """Loss of the differences between each point and another one, one pixel away from it."""
-        angle = (2 * math.pi) * rng.uniform(keys[_DIRECTION], points.coordinates.shape[1])
+        angle = (2 * math.pi) * rng.uniform(keys[Stream.DIRECTION], points.coordinates.shape[1])
         # displace counts in halves of a pixel, so 2 is a whole one.
         beside = coords.displace(
             points.coordinates,

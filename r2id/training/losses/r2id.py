@@ -18,13 +18,9 @@ from r2id.models import coords
 from r2id.models.conditioning import drop
 from r2id.models.coords import Size
 from r2id.models.r2id import R2ID
+from r2id.training.losses.streams import Stream
 
-# One stream of random numbers for each purpose. Their numbers are those of no stream of RIAE's
-# loss, and must stay: with others, a resumed run would not equal an uninterrupted one.
-_TIME, _NOISE, _DROP, _JITTER, _CLOUDS = 6, 7, 8, 9, 11
 _QUARTERS = 4
-
-Figures = dict[str, Tensor]
 
 
 class R2idLoss(nn.Module):
@@ -38,7 +34,7 @@ class R2idLoss(nn.Module):
 
     def forward(
         self, latent: Tensor, condition: Tensor, index: Tensor, step: int
-    ) -> tuple[Tensor, Figures]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Normalised latent [B, L, h, w], condition [B, …], index [B] of samples → scalar, figures.
 
         ``index`` numbers samples, to key their random draws; see image_loader's "draw". On the CPU
@@ -52,15 +48,14 @@ class R2idLoss(nn.Module):
         """Draw all random numbers of ``forward`` → arguments of ``evaluate``."""
         rng_keys = rng.fold(self.seed, step, index)
         grid: Size = (latent.shape[2], latent.shape[3])
-        dropped = (
-            rng.uniform(rng.fold(rng_keys, _DROP), 1).squeeze(-1) < self.diffusion.condition_dropout
-        )
-        times = draw_times(rng.fold(rng_keys, _TIME), self.diffusion.time_sampling)
+        chance = rng.uniform(rng.fold(rng_keys, Stream.DROP), 1).squeeze(-1)
+        dropped = chance < self.diffusion.condition_dropout
+        times = draw_times(rng.fold(rng_keys, Stream.TIME), self.diffusion.time_sampling)
         side = (grid[0] * grid[1]) ** 0.5
         levels = noise_levels(self.diffusion, self.base_side, side, times)
         noise, coordinates = self._draw(rng_keys, latent, grid)
         # All numbers per sample go to the device in one copy.
-        per_sample = torch.cat([levels, quarters(times)]).to(latent.device, non_blocking=True)
+        per_sample = torch.cat([levels, time_quarters(times)]).to(latent.device, non_blocking=True)
         drawn = {
             "latent": latent,
             "condition": drop(condition, dropped.to(condition.device, non_blocking=True)),
@@ -70,10 +65,12 @@ class R2idLoss(nn.Module):
             "within": per_sample[len(levels) :],
         }
         if "cloud" in self.model.config.attention:
-            drawn["cloud_key"] = rng.fold(self.seed, step, _CLOUDS)
+            drawn["cloud_key"] = rng.fold(self.seed, step, Stream.CLOUDS)
         return drawn
 
-    def evaluate(self, within: Tensor, levels: Tensor, **drawn: Tensor) -> tuple[Tensor, Figures]:
+    def evaluate(
+        self, within: Tensor, levels: Tensor, **drawn: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of what was drawn → scalar, figures.
 
         It depends on nothing but its arguments, the weights and torch's generator (dropout).
@@ -86,9 +83,9 @@ class R2idLoss(nn.Module):
         """Draw noise in the shape of the latent, and the places of its cells [B or 1, N, 4]."""
         shape, jitter = tuple(latent.shape[1:]), self.model.config.jitter
         coordinates = coords.grid_coordinates(grid, device=latent.device)
-        streams = {_NOISE: shape, _JITTER: (len(coordinates), 2)}
+        streams = {Stream.NOISE: shape, Stream.JITTER: (len(coordinates), 2)}
         if not jitter:
-            del streams[_JITTER]
+            del streams[Stream.JITTER]
         keys = torch.stack([rng.fold(rng_keys, stream) for stream in streams], dim=-1)
         noise, *moves = rng.normals(keys, list(streams.values()), latent.device)
         if moves:
@@ -96,7 +93,7 @@ class R2idLoss(nn.Module):
         return noise, coordinates
 
 
-def quarters(times: Tensor) -> Tensor:
+def time_quarters(times: Tensor) -> Tensor:
     """Tell which quarter of (0, 1) each of the times [B] is in: 0 or 1, float32 [4, B].
 
     Time 0 is an image, time 1 is noise.
@@ -105,8 +102,8 @@ def quarters(times: Tensor) -> Tensor:
     return (number == torch.arange(_QUARTERS, device=times.device).unsqueeze(1)).float()
 
 
-def by_time(errors: Tensor, within: Tensor) -> Figures:
-    """Sum errors [B] within each of the ``quarters`` [4, B] → figures [2]: sum, number."""
+def by_time(errors: Tensor, within: Tensor) -> dict[str, Tensor]:
+    """Sum errors [B] within each of the ``time_quarters`` [4, B] → figures [2]: sum, number."""
     sums = torch.stack([(errors * within).sum(1), within.sum(1)], dim=1)
     return {
         f"loss_by_time/{quarter / _QUARTERS:.2f}-{(quarter + 1) / _QUARTERS:.2f}": both

@@ -37,11 +37,7 @@ from r2id.training.losses.perceptual import load_perceptual
 from r2id.training.losses.pixel import reconstruction_loss
 from r2id.training.losses.rescaling import random_size
 from r2id.training.losses.ssim import ssim_loss
-
-# One stream of random numbers for each purpose; those of other losses have the numbers up to 13.
-_KIND, _SMALLER, _LATENT_SCALE, _NOISE, _MASK, _WINDOW = range(20, 26)
-
-Figures = dict[str, Tensor]
+from r2id.training.losses.streams import Stream
 
 
 class WindowLoss(nn.Module):
@@ -58,18 +54,18 @@ class WindowLoss(nn.Module):
         )
         self.frozen = [*model.parts.encoder.parameters()] if config.freeze_encoder else []
 
-    def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, Figures]:
+    def forward(self, image: Tensor, index: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """image [B, C, H, W] in [−1, 1], index [B] of the samples → scalar loss, figures.
 
         ``index`` numbers samples, to key their random draws; see image_loader's "draw".
         """
         config, size = self.config, (image.shape[2], image.shape[3])
-        kind = rng.number(self.seed, step, _KIND)
+        kind = rng.number(self.seed, step, Stream.STEP_KIND)
         resized = kind < config.equivariance
         smaller = not resized and kind < config.equivariance + config.magnify
-        native = (
-            random_size(size, config.magnify_scales, self.seed, step, _SMALLER) if smaller else size
-        )
+        native = size
+        if smaller:
+            native = random_size(size, config.magnify_scales, self.seed, step, Stream.SMALLER)
         grid, cell = self.model.grid_for(native), self.model.config.cell
         lattice = on_lattice(image, native, cell)
         latents = self.model.parts.encoder(lattice)
@@ -79,7 +75,9 @@ class WindowLoss(nn.Module):
         given = self._disturbed(latents, rng.fold(self.seed, step, index))
         truth = image
         if resized:
-            other = random_size(grid, config.equivariance_scales, self.seed, step, _LATENT_SCALE)
+            other = random_size(
+                grid, config.equivariance_scales, self.seed, step, Stream.LATENT_SCALE
+            )
             given = resize(given, other)
             size = native = other[0] * cell, other[1] * cell
             truth = resize(lattice, size)
@@ -98,11 +96,12 @@ class WindowLoss(nn.Module):
         """Add noise to latents [B, L, h, w], and set those of some cells to 0."""
         config, shape = self.config, latents.shape[1:]
         if config.latent_noise:
-            noise = rng.normal(rng.fold(rng_keys, _NOISE), *shape, device=latents.device)
+            keys = rng.fold(rng_keys, Stream.WINDOW_NOISE)
+            noise = rng.normal(keys, *shape, device=latents.device)
             latents = latents + config.latent_noise * noise
         if config.latent_mask:
             # Of each image another share of the cells, up to latent_mask.
-            keys = rng.fold(rng_keys, _MASK).to(latents.device, non_blocking=True)
+            keys = rng.fold(rng_keys, Stream.MASK).to(latents.device, non_blocking=True)
             draws = rng.uniform(keys, 1 + shape[1] * shape[2])
             share = config.latent_mask * draws[:, :1]
             hidden = (draws[:, 1:] < share).view(-1, 1, shape[1], shape[2])
@@ -115,7 +114,7 @@ class WindowLoss(nn.Module):
         if window is None:
             return WHOLE
         starts = (
-            int(rng.number(self.seed, step, _WINDOW, axis) * (max(0, side - most) + 1))
+            int(rng.number(self.seed, step, Stream.WINDOW, axis) * (max(0, side - most) + 1))
             for axis, (side, most) in enumerate(zip(size, window, strict=True))
         )
         rows, columns = (
@@ -126,7 +125,7 @@ class WindowLoss(nn.Module):
 
     def _picture_loss(
         self, decoded: Tensor, truth: Tensor, pixel: tuple[float, float], step: int
-    ) -> tuple[Tensor, Figures]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compare pictures → the weighted sum of all terms, and each term by name.
 
         ``pixel``: height and width of a pixel, in pixels of the image that was encoded.
