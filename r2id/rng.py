@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2id.constants import cached_tensors
+from r2id.constants import cached_tensors, constant
 
 # SplitMix64's constants, as signed integers, since torch has no arithmetic of uint64. Its int64
 # wraps around, so that products and sums have the same bits.
@@ -115,7 +115,7 @@ def _uniform_of(states: Tensor) -> Tensor:
     """Make numbers in (0, 1) of states, in their shape."""
     # (n + ½)/2²³ of 23 random bits n: float32 holds every value exactly, the largest is 1 − 2⁻²⁴.
     numbers = _shift_right(_mix_high(states), 41)
-    return torch.add(numbers, 0.5).to(torch.float32).mul_(2.0**-23)
+    return (numbers + constant((0.5,), states.device)).mul_(2.0**-23)
 
 
 def uniform(keys: Tensor, *shape: int) -> Tensor:

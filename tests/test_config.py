@@ -101,6 +101,11 @@ def test_classes_are_named_or_numbered():
             build(SampleConfig, {"labels": [0, label]})
 
 
+def test_a_mistake_is_one_where_another_default_depends_on_it():
+    with pytest.raises(InputError, match=r"steps = 0: .* equal to 1$"):
+        build(SampleConfig, {"steps": 0})
+
+
 def test_heads_that_do_not_divide_the_width_are_named():
     with pytest.raises(InputError, match=r"width = 200: must be a multiple of its 3 heads"):
         build(R2idConfig, {"width": 200, "heads": 3})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from r2id.constants import constant, kept
+from r2id.constants import cached_tensors, constant
 from r2id.models import coords
 from r2id.models.resampling import resample
 from r2id.models.tiles import Tiles
@@ -14,7 +14,7 @@ from r2id.models.tiles import Tiles
 def test_results_are_made_once_and_a_number_of_them_is_kept() -> None:
     calls = []
 
-    @kept(2)
+    @cached_tensors(2)
     def make(size: int) -> torch.Tensor:
         calls.append(size)
         return torch.zeros(size)

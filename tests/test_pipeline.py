@@ -156,6 +156,25 @@ def test_a_callback_changes_nothing(pipe):
             assert np.array_equal(pixels(one), pixels(other))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype, pipe, r2id_run):
+    """Neither while it holds nor afterwards: what is cached then is float32 too."""
+    given = {"labels": 3, "size": (11, 7), "grid": (3, 5), "eta": 0.5}
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = Pipeline.from_pretrained(r2id_run, device="cpu")
+        found = loaded(**given)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    code = (
+        "import r2id; "
+        f"print(r2id.Pipeline.from_pretrained({str(r2id_run)!r})(**{given})[0].tobytes())"
+    )
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert str(found.tobytes()) == fresh.stdout.strip()
+    assert str(pipe(**given)[0].tobytes()) == fresh.stdout.strip()
+
+
 def test_latents_and_windows(pipe, picture):
     latents = pipe.encode(picture, picture)
     assert latents.shape[0] == 2 and latents.shape[2:] == (4, 4)

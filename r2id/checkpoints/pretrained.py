@@ -98,7 +98,7 @@ class Pretrained:
         known = self.about.statistics
         if known is None:
             return None
-        return {name: torch.tensor(values) for name, values in known.items()}
+        return {name: torch.tensor(values, dtype=torch.float32) for name, values in known.items()}
 
     def guide(self) -> Tensors | None:
         """Return the weights of an R2ID's guide; None when it has none."""
@@ -139,7 +139,7 @@ class Pretrained:
     def load_ema(self, model: nn.Module) -> None:
         """Load the weights into a model. Raises InputError when they belong to another model."""
         try:
-            model.load_state_dict(self.weights)
+            model.float().load_state_dict(self.weights)
         except RuntimeError as error:
             raise InputError(
                 f"{self.path}: its weights do not fit the model: {' '.join(str(error).split())}"

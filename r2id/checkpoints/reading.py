@@ -133,7 +133,7 @@ class Checkpoint:
 
         with _suggesting_an_older_one(self.path, check):
             try:
-                model.load_state_dict(self._verified("ema"))
+                model.float().load_state_dict(self._verified("ema"))
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise InputError(

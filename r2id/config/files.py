@@ -138,7 +138,9 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
     be one that is misspelt; then both are named.
     """
     order = {"extra_forbidden": 0, "missing": 2}
-    errors = sorted(error.errors(), key=lambda found: order.get(found["type"], 1))
+    # A default that another setting decides is an error, too, where that other one is wrong.
+    own = [one for one in error.errors() if one["type"] != "default_factory_not_called"]
+    errors = sorted(own, key=lambda found: order.get(found["type"], 1))
     first, missing = errors[0], [found for found in errors if found["type"] == "missing"]
     place = [str(part) for part in first["loc"]]
     name = ".".join(place)

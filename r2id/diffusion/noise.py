@@ -82,8 +82,9 @@ def _haar_sums(cells: int, levels: int) -> tuple[Tensor, Tensor]:
 
     signed = overlap(begin) - overlap(begin + half)
     used = (signed != 0).any(0)
-    constant = (last - first) / side**0.5
-    sums = torch.cat([constant, signed[:, used] / (2 * half[used]).sqrt()], dim=1)
+    lengths = (last - first).float()
+    scales = (2 * half[used]).float().sqrt()
+    sums = torch.cat([lengths / side**0.5, signed[:, used] / scales], dim=1)
     numbers = torch.cat([torch.zeros(1, dtype=torch.int64), number[used]])
     # A sum of n independent standard normals has variance n.
-    return numbers, (sums / (last - first).sqrt()).float()
+    return numbers, sums / lengths.sqrt()

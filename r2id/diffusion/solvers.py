@@ -28,7 +28,8 @@ def time_steps(steps: int, kind: Kind, shift: float, start: float = 1.0) -> Tens
 
     Time 1 is pure noise, and time 0 the data.
     """
-    return log_snr(start * torch.arange(steps, 0, -1) / steps, kind, shift)
+    times = start * torch.arange(steps, 0, -1, dtype=torch.float32) / steps
+    return log_snr(times, kind, shift)
 
 
 def ddim(

@@ -45,7 +45,7 @@ def data_error(
     data, level = sampler.codec.normalise(latents), torch.tensor(log_snr)
     alpha, sigma = schedule.alpha_sigma(level, sampler.diffusion.schedule)
     x = alpha * data + sigma * _noise(latents, seed)
-    times = torch.full((1,), float(schedule.alpha_bar(level)), device=x.device)
+    times = torch.full((1,), float(schedule.alpha_bar(level)), dtype=torch.float32, device=x.device)
     with sampler.autocast():
         predicted = sampler.model(x, times, sampler.adapt(condition))
     predicted_data, _ = objective.to_data_and_noise(

@@ -315,7 +315,9 @@ class BetweenPoints(nn.Module):
     ) -> Tensor:
         """Features [B, F, …] of points from number ``first`` on → [B, C, rows, columns]."""
         at = [
-            (torch.arange(*side.indices(out), device=features.device) + 0.5) * (own / out) - 0.5
+            (torch.arange(*side.indices(out), dtype=torch.float32, device=features.device) + 0.5)
+            * (own / out)
+            - 0.5
             for side, out, own in zip(part, size, native, strict=True)
         ]
         y, x = (places - start for places, start in zip(at, first, strict=True))

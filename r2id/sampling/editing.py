@@ -252,7 +252,7 @@ def interpolate(
     grid = sampler.grid_for(size)
     first, last = sampler.noise(torch.tensor(seeds), grid).cpu()
     # Weights on a circle: the sum of independent noises keeps its variance.
-    angles = torch.linspace(0, math.pi / 2, count)[:, None, None, None]
+    angles = torch.linspace(0, math.pi / 2, count, dtype=torch.float32)[:, None, None, None]
     noise = first * angles.cos() + last * angles.sin()
     noise[0], noise[-1] = first, last
     latents = sampler.latents(

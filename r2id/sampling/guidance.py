@@ -50,7 +50,7 @@ class Guidance:
         """
         inside = self._earliest <= log_snr <= self._latest
         guidance, autoguidance = self._inside if inside else self._outside
-        times = torch.full((1,), alpha_bar, device=x.device)
+        times = torch.full((1,), alpha_bar, dtype=torch.float32, device=x.device)
         conditions = self._conditions[guidance]
         predictions = self._model.predict(x, times, conditions)
         guided = combine(predictions, guidance)
