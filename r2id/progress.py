@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from r2id.errors import WorkError
 from r2id.files import write_atomic
@@ -30,6 +30,15 @@ _SECONDS_BETWEEN_WRITES = 1.0
 def say(message: str) -> None:
     """Print a line on stderr, above the bar if one is shown."""
     print(message, file=sys.stderr, flush=True)
+
+
+def discard_unwritten(stream: TextIO) -> None:
+    """Drop what could not be written to a stream, and all that will be.
+
+    Python would try again at its end, and print a traceback.
+    """
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def duration(seconds: float) -> str:

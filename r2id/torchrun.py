@@ -25,6 +25,8 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from r2id.data.loader_signals import stop_signals
+
 _DONE, _FAILED, _WRONG_INPUT, _SAVED = 0, 1, 2, 75
 _STATED = (_DONE, _FAILED, _WRONG_INPUT, _SAVED)
 
@@ -48,7 +50,7 @@ def launch(arguments: Sequence[str]) -> int:
                 rank.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
         received.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in stop_signals():
         signal.signal(number, pass_on)
     # In the main thread, torchrun would install its own signal handlers and kill the ranks.
     agent = threading.Thread(target=lambda: codes.append(_run(arguments, received)), daemon=True)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 # They register their commands, in the order in which the help lists them.
 # isort: off
@@ -21,7 +21,7 @@ from r2id.data.loader_signals import tells_of_killed_loader
 from r2id.errors import LOADER_KILLED, InputError, Stopped, WorkError
 from r2id.host_memory import keep_freed_memory
 from r2id.openmp import limit_spinning
-from r2id.progress import say
+from r2id.progress import discard_unwritten, say
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def _ensure_account() -> None:
 
 def _fail(reason: str) -> NoReturn:
     print(f"failed: {reason}", file=sys.stderr)
-    _discard_unwritten(sys.stdout)
+    discard_unwritten(sys.stdout)
     sys.exit(1)
 
 
@@ -88,9 +88,3 @@ def _describe(error: Exception) -> str:
         return str(error)
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return ": ".join([*files, error.strerror or str(error) or type(error).__name__])
-
-
-def _discard_unwritten(stream: TextIO) -> None:
-    """Drop what could not be written: Python would try again at its end, and print a traceback."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

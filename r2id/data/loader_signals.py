@@ -1,7 +1,7 @@
-"""What signals do to loader processes: nothing, unless the training process sends them.
+"""The signals that stop a job, and what they do to loader processes: nothing of themselves.
 
-A whole job may be sent SIGTERM or SIGINT to stop it, by a terminal, timeout or systemd. The
-training process still needs batches for the step that it ends, and then ends its loaders.
+A whole job may be sent one, by a terminal, timeout or systemd. The training process still needs
+batches for the step that it ends, and then ends its loaders.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 
-_STOPPING = {signal.SIGTERM, signal.SIGINT}
+_STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+def stop_signals() -> set[signal.Signals]:
+    """Return the signals that ask this process to save and stop; not SIGHUP under nohup."""
+    hang_up_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return _STOPPING - ({signal.SIGHUP} if hang_up_ignored else set())
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold SIGTERM and SIGINT back while loader processes are started in this block.
+    """Hold these signals back while loader processes are started in this block.
 
     They inherit that, so that none acts on a signal before ignore_stop_signals runs.
     """
@@ -30,8 +36,9 @@ def signals_held() -> Iterator[None]:
 
 
 def ignore_stop_signals(_worker: int) -> None:
-    """Have a loader process ignore SIGINT, and SIGTERM unless its parent sends it."""
+    """Have a loader process ignore them, except a SIGTERM that its parent sends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_end_when_parent_says, daemon=True).start()

@@ -18,6 +18,10 @@ import os, signal, sys, time
 from pathlib import Path
 folder, kind, code = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rank = int(os.environ["RANK"])
+if kind == "hung up":
+    os.kill(os.getppid(), signal.SIGHUP)
+    time.sleep(0.5)
+    sys.exit(code)
 if kind == "asked":  # ends a while after SIGTERM, as a rank that saves
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
@@ -34,12 +38,12 @@ time.sleep(60 if code else 0)
 """
 
 
-def start(folder: Path, kind: str, code: int) -> Any:
+def start(folder: Path, kind: str, code: int, launch: Any = children.torchrun) -> Any:
     """Start two such ranks; what the job says goes to FOLDER/said."""
     (folder / "rank.py").write_text(RANK)
     options = ("--standalone", "--nproc-per-node", "2")
     program = (folder / "rank.py", folder, kind, code)
-    return children.start(children.torchrun, folder / "said", *options, *program)
+    return children.start(launch, folder / "said", *options, *program)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,17 @@ def test_a_signal_lets_every_rank_finish_saving(tmp_path: Path) -> None:
         job.join(60)
     assert job.exitcode == 75, (tmp_path / "said").read_text()
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def torchrun_under_nohup(*arguments: Any) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    children.torchrun(*arguments)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path: Path) -> None:
+    with children.ended(start(tmp_path, "hung up", 0, torchrun_under_nohup)) as job:
+        job.join(60)
+    assert job.exitcode == 0, (tmp_path / "said").read_text()
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import psutil
@@ -224,9 +224,9 @@ def test_a_codec_of_the_wrong_stage_is_refused(digits, r2id_run, tmp_path):
         train(without_cache(r2id_config(digits, r2id_run, tmp_path / "run")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits, tmp_path):
-    run = tmp_path / "run"
+@contextmanager
+def started(said, digits, run):
+    """A run in a process of its own that has saved; what it says goes to the file ``said``."""
     command = [
         "train",
         CONFIGS / "digits" / "riae.toml",
@@ -236,12 +236,18 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits
         "train.steps=100000",
         "train.save_every=1",
     ]
-    said = tmp_path / "said"
     with children.ended(children.start(children.command_apart, said, *command)) as process:
         deadline = time.monotonic() + 90
         while Checkpoint.open_newest(run) is None and time.monotonic() < deadline:
-            assert process.is_alive(), said.read_text()
+            assert process.is_alive(), said.is_file() and said.read_text()
             time.sleep(0.05)
+        yield process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits, tmp_path):
+    run, said = tmp_path / "run", tmp_path / "said"
+    with started(said, digits, run) as process:
         os.kill(process.pid, number)
         process.join(60)
     assert process.exitcode == 75, said.read_text()
@@ -249,6 +255,18 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(number, digits
     assert step >= 1 and f"step {step} of 100000" in said.read_text()
     again = train(load_config(run / "config.toml", [f"train.steps={step + 2}"]))
     assert again["step"] == step + 2
+
+
+def test_a_terminal_that_is_closed_saves(digits, tmp_path):
+    """It sends SIGHUP, and whatever is then written to it fails, as to a pipe without a reader."""
+    said = tmp_path / "said"
+    os.mkfifo(said)
+    terminal = os.open(said, os.O_RDONLY | os.O_NONBLOCK)
+    with started(said, digits, tmp_path / "run") as process:
+        os.close(terminal)
+        os.kill(process.pid, signal.SIGHUP)
+        process.join(60)
+    assert process.exitcode == 75
 
 
 def trains(folder):
@@ -287,7 +305,7 @@ def job(request, digits, tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_job_leaves_it_its_loaders(number, job, tmp_path):
     """As timeout, systemd and a terminal send them."""
     loaders = job.children()

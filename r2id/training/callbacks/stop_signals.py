@@ -1,13 +1,15 @@
-"""Stopping at the end of a step, with everything saved, after SIGTERM or SIGINT."""
+"""Stopping at the end of a step, with everything saved, after SIGTERM, SIGINT or SIGHUP."""
 
 from __future__ import annotations
 
 import signal
+import sys
 
 import torch
 
 from r2id import dist
-from r2id.progress import say
+from r2id.data.loader_signals import stop_signals
+from r2id.progress import discard_unwritten, say
 from r2id.training.callbacks.base import Callback
 from r2id.training.host_copy import HostCopy
 from r2id.training.state import TrainState
@@ -29,7 +31,7 @@ class StopSignals(Callback):
     def pre_train(self, state: TrainState) -> None:
         self.poll = Poll(state.engine.device)
         self.handlers = {  # those from before, to be put back at the end
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, self._note) for number in stop_signals()
         }
 
     def post_step(self, state: TrainState) -> None:
@@ -50,7 +52,10 @@ class StopSignals(Callback):
             raise KeyboardInterrupt
         self.received = True
         which = "this step" if dist.world_size() == 1 else "the next step"
-        say(f"stopping at the end of {which}; everything will be saved")
+        try:
+            say(f"stopping at the end of {which}; everything will be saved")
+        except OSError:  # as after SIGHUP from a terminal that was closed
+            discard_unwritten(sys.stderr)
 
 
 class Poll:
