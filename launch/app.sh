@@ -3,7 +3,6 @@
 set -euo pipefail
 [ $# -gt 0 ] || { echo "error: which RUN? app.sh RUN" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-cd "$root"
 if ! "$python" -c "import gradio" 2>/dev/null; then
     run "$python" -m pip install -qq --editable "${root}[app]"
 fi

@@ -10,5 +10,5 @@ run python -m r2id.training.tracking.newest "$@"
 case "${MLFLOW_TRACKING_URI:-}" in
     http://* | https://*) exit 0 ;;
 esac
-run_last mlflow server --backend-store-uri "${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" \
+run_last python -m mlflow server --backend-store-uri "${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" \
     --workers 1 --uvicorn-opts "--log-level warning" "$@"

@@ -8,9 +8,10 @@
 #
 # With DeepSpeed's launcher, start this on one host; it reaches the others over ssh with pdsh:
 #   multinode.sh [--dry-run] --hostfile FILE train CONFIG [key=value …]
-# FILE has one line per host: "HOST slots=NUMBER_OF_GPUS".
+# FILE has one line per host: "HOST slots=NUMBER_OF_GPUS". Optional: MASTER_PORT (29500).
 #
-# Exit codes are those of the command. Under Slurm, use slurm.sh.
+# With torchrun, exit codes are those of the command, and SIGTERM saves. With DeepSpeed's launcher
+# both are DeepSpeed's: launch/README.md says how they differ. Under Slurm, use slurm.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -24,7 +25,8 @@ fi
 choose_processes
 if [ -n "$hostfile" ]; then
     [ -r "$hostfile" ] || wrong "--hostfile $hostfile: no such file"
-    run_last deepspeed --hostfile "$hostfile" --no_local_rank --module r2id.cli "$@"
+    run_last python -m deepspeed.launcher.runner --hostfile "$hostfile" \
+        --master_port "${MASTER_PORT:-29500}" --no_local_rank --module r2id.cli "$@"
 fi
 for name in NNODES NODE_RANK MASTER_ADDR; do
     [ -n "${!name:-}" ] ||

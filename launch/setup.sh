@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Install the project and its dependencies into .venv, if that is not done yet: setup.sh [--dry-run]
+# A .venv that is there is used, and what it has and fits stays.
 # The other scripts source this one. PYTHON names the interpreter (3.11 or later) to start from.
 # With --dry-run as its first argument, a script prints what it would run and runs nothing.
 set -euo pipefail
@@ -43,7 +44,7 @@ choose_processes() {
     processes="${NPROC:-$((gpus > 1 ? gpus : 1))}"
     [ "$gpus" -gt 0 ] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     if [ "$processes" -gt 1 ]; then
-        cores="$(nproc)"
+        cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
     fi
 }
@@ -66,8 +67,12 @@ has_nvidia() {
 
 install_project() {
     local interpreter
-    interpreter="$(find_python)"
-    run "$interpreter" -m venv --clear "$root/.venv"
+    if ! "$python" -c "" 2>/dev/null; then
+        interpreter="$(find_python)"
+        run "$interpreter" -m venv --clear "$root/.venv"
+    elif ! "$python" -m pip --version >/dev/null 2>&1; then  # as in one that uv has made
+        run "$python" -m ensurepip
+    fi
     # Without a GPU, prefer a torch that the machine offers through pip's find-links (usually a CPU
     # build) to the much larger one of the package index. Its dependencies come with the project's.
     if ! has_nvidia &&
@@ -78,17 +83,18 @@ install_project() {
 }
 
 # The stamp tells whether the installation is complete and up to date. It depends on the folder's
-# path too, because an editable install that was moved would still import from its old place.
+# path too, because an editable install that was moved would still import from its old place. The
+# scripts start every program by python -m: those in a moved .venv/bin start the interpreter there.
 wanted="$(cat "$root/pyproject.toml" <(echo "$root") | cksum)"
 stamp="$root/.venv/complete"
 if [ ! -x "$python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     [ -n "$dry_run" ] ||
         echo "setup: installing into $root/.venv; this takes some minutes, once" >&2
     install_project
-    if [ -n "$dry_run" ]; then
-        python="$(find_python)"
-    else
+    if [ -z "$dry_run" ]; then
         echo "$wanted" > "$stamp"
+    elif [ ! -x "$python" ]; then
+        python="$(find_python)"
     fi
 fi
 export PATH="$root/.venv/bin:$PATH"

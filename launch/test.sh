@@ -12,7 +12,7 @@ if [ "${1:-}" = --all ]; then
     tests=(-m "")
     shift
 fi
-run ruff check .
-run ruff format --check --quiet .
-run mypy
-run pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"
+run python -m ruff check .
+run python -m ruff format --check --quiet .
+run python -m mypy
+run python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"

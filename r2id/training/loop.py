@@ -30,7 +30,7 @@ def train(config: RiaeRun | R2idRun, *, profile: bool = False) -> dict[str, Any]
     checkpoint and step when the run was finished before.
 
     Raises InputError when config, data and run directory do not fit together, NonFiniteError when a
-    gradient is not finite, before it reaches the weights, and Stopped after SIGTERM or SIGINT, with
+    gradient is not finite, before it reaches the weights, and Stopped after a signal, with
     everything saved; and WorkError when another process trains in the run directory, and when
     memory runs out, with the settings that need less.
     """

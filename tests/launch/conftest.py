@@ -54,10 +54,6 @@ def checkout(bare: Path) -> Path:
     """A checkout whose .venv starts this interpreter, stamped as set-up stamps it."""
     binaries = bare / ".venv" / "bin"
     executable(binaries / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    executable(
-        binaries / "deepspeed",
-        f'#!/bin/sh\nexec "{sys.executable}" -m deepspeed.launcher.runner "$@"\n',
-    )
     stamp = bash("cat pyproject.toml <(pwd -P) | cksum", bare).stdout.strip()
     (bare / ".venv" / "complete").write_text(stamp + "\n")
     return bare

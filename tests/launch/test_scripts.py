@@ -42,13 +42,25 @@ def test_a_second_set_up_does_nothing(checkout: Path) -> None:
     assert done.stdout.strip() == str(checkout / ".venv" / "bin" / "python")
 
 
-def test_changed_requirements_set_up_anew(checkout: Path) -> None:
+def test_changed_requirements_are_installed_into_the_venv_that_is_there(checkout: Path) -> None:
+    """Here its interpreter is a program that notes what it is asked to run."""
+    executable(
+        checkout / ".venv" / "bin" / "python", '#!/bin/sh\necho "$*" >> "$(dirname "$0")/called"\n'
+    )
     with (checkout / "pyproject.toml").open("a") as file:
         file.write("\n# changed\n")
     done = bash("bash launch/setup.sh", checkout, PYTHON="no-such-python")
-    assert done.returncode == 2
-    assert str(checkout / ".venv") in done.stderr
-    assert "no-such-python" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert str(checkout / ".venv") in done.stderr and "-m venv" not in done.stderr
+    called = (checkout / ".venv" / "bin" / "called").read_text()
+    assert called.endswith(f"-m pip install -qq --editable {checkout}[dev]\n")
+    again = bash("bash launch/setup.sh", checkout)
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_no_interpreter_to_start_from(bare: Path) -> None:
+    done = bash("bash launch/setup.sh", bare, PYTHON="no-such-python")
+    assert done.returncode == 2 and "no-such-python" in done.stderr
 
 
 def test_the_interpreters_path_may_have_spaces(bare: Path) -> None:
@@ -90,6 +102,15 @@ def test_many_processes_share_the_cores(checkout: Path) -> None:
         OMP_NUM_THREADS="",
     )
     assert told.stdout.split() == ["3", "cpu", "4"]
+    executable(checkout / ".venv" / "bin" / "nproc", "#!/bin/sh\nexit 127\n")  # as on macOS
+    executable(checkout / ".venv" / "bin" / "getconf", "#!/bin/sh\necho 6\n")
+    told = bash(
+        "source launch/setup.sh; choose_processes; echo $OMP_NUM_THREADS",
+        checkout,
+        NPROC="3",
+        OMP_NUM_THREADS="",
+    )
+    assert told.stdout.split() == ["2"], told.stderr
     gpus = bash(
         "source launch/setup.sh; choose_processes; echo $processes",
         checkout,
@@ -117,11 +138,14 @@ def test_one_of_many_hosts(checkout: Path) -> None:
 def test_deepspeeds_launcher_with_a_hostfile(checkout: Path) -> None:
     (checkout / "hosts").write_text("first slots=8\nsecond slots=8\n")
     done = bash(
-        "bash launch/multinode.sh --dry-run --hostfile hosts train a.toml", checkout, **BASE
+        "bash launch/multinode.sh --dry-run --hostfile hosts train a.toml",
+        checkout,
+        **BASE,
+        MASTER_PORT="1234",
     )
-    assert (
-        done.stderr
-        == "+ deepspeed --hostfile hosts --no_local_rank --module r2id.cli train a.toml\n"
+    assert done.stderr == (
+        "+ python -m deepspeed.launcher.runner --hostfile hosts --master_port 1234 "
+        "--no_local_rank --module r2id.cli train a.toml\n"
     )
     done = bash("bash launch/multinode.sh --dry-run --hostfile none train a.toml", checkout, **BASE)
     assert done.returncode == 2 and "none" in done.stderr
@@ -139,6 +163,19 @@ def test_nothing_is_installed_for_a_command_that_lacks_its_argument(
 ) -> None:
     done = bash(f"bash launch/{script}", bare, **BASE)
     assert done.returncode == 2 and not (bare / ".venv").exists()
+
+
+@pytest.mark.parametrize("script", ["app.sh", "train.sh", "flow.sh"])
+def test_paths_are_those_of_the_folder_that_a_script_is_started_in(
+    script: str, checkout: Path, tmp_path: Path
+) -> None:
+    executable(
+        checkout / ".venv" / "bin" / "python", "#!/bin/sh\ncase $* in *r2id.cli*) pwd -P ;; esac\n"
+    )
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    done = bash(f"bash {checkout}/launch/{script} RUN", folder, **BASE, NPROC="1")
+    assert done.stdout.strip() == str(folder.resolve()), done.stderr
 
 
 @pytest.mark.parametrize("command", ["flow.sh CONFIG", "demo.sh"])
