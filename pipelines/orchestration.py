@@ -21,6 +21,7 @@ from r2id.progress import say
 _RESTARTS = 5  # of a server that died
 # A start takes seconds, on an overloaded machine minutes. A server that dies is noticed at once.
 _START_SECONDS = 600.0
+_SILENT_SECONDS = 10.0  # after which it is said what is waited for
 
 
 @contextlib.contextmanager
@@ -37,6 +38,7 @@ def prefect_ready() -> Iterator[None]:
         if PREFECT_API_URL.value():
             yield
             return
+        _keep_from_proxies()
         # The address goes into the environment for all threads and child processes: one that did
         # not know it would start a server of its own, which nobody ends.
         server = _Server()
@@ -74,6 +76,18 @@ def describe_error(error: BaseException) -> str:
     return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
+def _keep_from_proxies() -> None:
+    """Have this process and its children reach this machine directly, also under http_proxy.
+
+    A proxy's 127.0.0.1 is another machine. Programs read one of the two names, some the first that
+    is set.
+    """
+    excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if excepted != "*":
+        excepted = ",".join(filter(None, [excepted, "127.0.0.1"]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
+
+
 @contextlib.contextmanager
 def _client_errors() -> Iterator[None]:
     try:
@@ -91,12 +105,14 @@ def _messages_end() -> Iterator[None]:
     """Drop undelivered messages of Prefect's client at the end of the block, if its server is gone.
 
     Otherwise the client would try ten times to deliver each one, a second apart, before the process
-    can end, and there are some for every task.
+    can end, and there are some for every task. If none has ever started, there are none.
     """
+    from prefect.settings import PREFECT_API_URL
+
     try:
         yield
     finally:
-        if not server_answers():
+        if PREFECT_API_URL.value() and not server_answers():
             from prefect._internal.concurrency.services import (
                 _active_services,  # there is no public way
             )
@@ -116,18 +132,25 @@ class _Server:
     """
 
     def __init__(self) -> None:
+        from prefect.settings import PREFECT_HOME
+
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = str(probe.getsockname()[1])
         self.address = f"http://127.0.0.1:{self.port}/api"
         self.closing = False
         self.process = self._start()
-        deadline = time.monotonic() + _START_SECONDS
+        began, told = time.monotonic(), False
         while not _answers(f"{self.address}/health"):
-            if self.process.poll() is not None or time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if self.process.poll() is not None or waited > _START_SECONDS:
                 raise WorkError(
-                    f"Prefect's server does not start (exit code {self.process.poll()})"
+                    f"Prefect's server does not start (exit code {self.process.poll()}): is its "
+                    f"folder writable, with room? PREFECT_HOME = {PREFECT_HOME.value()}"
                 )
+            if waited > _SILENT_SECONDS and not told:
+                say("starting Prefect's server")
+                told = True
             time.sleep(0.1)
         threading.Thread(target=self._keep, daemon=True, name="prefect-server").start()
 

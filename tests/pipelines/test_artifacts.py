@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from prefect import flow
 from prefect.client.orchestration import get_client
 
 from pipelines.artifacts import show_mlflow_run, show_pipeline
+from pipelines.orchestration import server_answers
 from r2id.images import save_png
 from r2id.mlflow_pages import run_page
 from tests.pipelines.test_flows import apart
@@ -56,3 +58,13 @@ def test_a_pipeline_shows_where_mlflow_is_its_stages_and_its_results(
     (image,) = [line for line in page.splitlines() if line.startswith("![8x8]")]
     data = image.partition("base64,")[2].rstrip(")")
     assert base64.b64decode(data) == picture.read_bytes()
+
+
+def test_no_proxy_is_asked_for_the_own_server(
+    server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody is
+    assert server_answers()
+    with get_client(sync_client=True) as client:
+        assert client.hello().status_code == 200
