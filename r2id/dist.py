@@ -23,6 +23,7 @@ from torch import Tensor
 
 from r2id import files
 from r2id.errors import InputError, WorkError
+from r2id.progress import say
 
 Wait = Callable[[], Any]
 
@@ -46,13 +47,19 @@ class World:
 def init() -> World:
     """Join the job that the environment describes; a process alone is rank 0 of 1.
 
-    Uses NCCL on CUDA and gloo on a CPU. May be called again. Raises InputError when a host has more
-    processes than GPUs.
+    Uses NCCL on CUDA and gloo on a CPU. May be called again. Raises InputError when the environment
+    describes no job, and when a host has more processes than GPUs.
     """
     number, size, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        _described("RANK", 0),
+        _described("WORLD_SIZE", 1),
+        _described("LOCAL_RANK", 0),
     )
+    if number >= size:
+        raise InputError(f"RANK = {number}: must be below WORLD_SIZE = {size}; {_ALONE}")
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ()
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise InputError(f"WORLD_SIZE = {size}, but no {', '.join(missing)} set; {_ALONE}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -64,8 +71,21 @@ def init() -> World:
         torch.cuda.set_device(device)
         allow_tf32(device)
     if size > 1:
+        if number == 0 and not group.is_initialized():
+            say(f"waiting for {size} processes")
         _join(device)
     return World(number, size, local, device)
+
+
+_ALONE = "start several processes by torchrun, and one without RANK and WORLD_SIZE"
+
+
+def _described(name: str, alone: int) -> int:
+    """Read a launcher's variable; ``alone`` is what holds for a process that has none."""
+    value = os.environ.get(name) or str(alone)
+    if not value.isdecimal():
+        raise InputError(f"{name} = {value!r}: must be a number; {_ALONE}")
+    return int(value)
 
 
 def find_device(name: torch.device | str) -> torch.device:

@@ -92,6 +92,7 @@ def test_two_processes_stop_at_a_signal_and_go_on(
     assert job.end(signal.SIGTERM) == 75, job.log.read_text()[-4000:]
     saved = Checkpoint.open(tmp_path / "run").step
     assert f"step {saved} of 100000 saved" in job.log.read_text()
+    assert job.log.read_text().count("waiting for 2 processes") == 1
     job = Job(["bash", "launch/train.sh", *arguments], checkout, NPROC="2")
     job.wait_for(tmp_path / "run" / "checkpoints" / f"step-{(saved // 5 + 2) * 5:08d}")
     rank_of(job, 1).send_signal(signal.SIGTERM)

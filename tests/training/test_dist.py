@@ -29,6 +29,26 @@ def test_init_alone_joins_nothing() -> None:
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ("WORLD_SIZE=4", "WORLD_SIZE = 4, but no RANK, MASTER_ADDR, MASTER_PORT set"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT=1", "no MASTER_ADDR set"),
+        ("WORLD_SIZE=abc", "WORLD_SIZE = 'abc': must be a number"),
+        ("LOCAL_RANK=-1", "LOCAL_RANK = '-1': must be a number"),
+        ("RANK=1", "RANK = 1: must be below WORLD_SIZE = 1"),
+    ],
+)
+def test_variables_that_describe_no_job(
+    variables: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    with pytest.raises(InputError, match=message):
+        dist.init()
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
