@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from r2id import rng
 from r2id.errors import InputError
 from r2id.models.cells import on_lattice, to_cells
 from r2id.models.coords import Size
@@ -60,20 +61,25 @@ def fit_pca(
 ) -> dict[str, Tensor]:
     """Fit the PCA of cells of cell×cell pixels, in batches of images [B, C, H, W].
 
-    ``cells`` is about how many there are; of more than _CELLS, evenly spaced ones are used. With
-    ``lapped``, colours are mixed across the borders of cells before. Returns
-    the weights and biases of the linear layers ``to_code`` and ``from_code``, by name. Components
-    have variance 1, and their largest element is positive. With more components than values, they
-    are spread evenly over the components (a tight frame), which averages noise on them. Raises
-    InputError when there are too few cells, or when all are the same.
+    ``cells`` is about how many there are; of more than _CELLS, random ones are used, the same
+    whenever it is called. With ``lapped``, colours are mixed across the borders of cells before.
+    Returns the weights and biases of the linear layers ``to_code`` and ``from_code``, by name.
+    Components have variance 1, and their largest element is positive. With more components than
+    values, they are spread evenly over the components (a tight frame), which averages noise on
+    them. Raises InputError when there are too few cells, or when all are the same.
     """
     every = max(1, round(cells / _CELLS))
     count, mean, square = 0, torch.zeros(()), torch.zeros(())
-    for batch in images:
+    for number, batch in enumerate(images):
         size: Size = (batch.shape[2], batch.shape[3])
         lattice = on_lattice(batch.float().cpu(), size, cell)
         values = to_cells(lap(lattice, cell) if lapped else lattice, cell).flatten(0, 2)
-        values = values[::every]
+        if every > 1:
+            # One of each run of cells, at a random place in it: at the same place in all of them,
+            # only some columns of the grid would be used.
+            starts = torch.arange(0, len(values), every)
+            places = starts + rng.bits(rng.fold(number), len(starts)) % every
+            values = values[places.clamp(max=len(values) - 1)]
         count += len(values)
         mean = mean + values.double().sum(0)
         square = square + (values.T @ values).double()

@@ -146,7 +146,7 @@ def test_it_reads_a_bounded_number_of_images() -> None:
     assert pca.image_limit([(4000, 3000)] * 100) == 16
 
 
-def test_of_many_cells_it_takes_some_that_are_evenly_spaced(
+def test_of_many_cells_it_takes_some_at_random(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = pictures(64, 1, 24, 24)
@@ -155,9 +155,20 @@ def test_of_many_cells_it_takes_some_that_are_evenly_spaced(
     some = fit(images, 4, 3)
     ratio = model_error(some, images) / model_error(every, images)
     assert 1 <= ratio < 1.02, "another sample of the same pictures"
-    # Of 2,304 cells every fifth of each batch: nine times 51, and 8.
+    for name, value in fit(images, 4, 3).items():
+        assert torch.equal(some[name], value), "the same ones again"
+    # Of 2,304 cells one in five of each batch: nine times 51, and 8.
     with pytest.raises(InputError, match="the training images have 467;"):
         fit(images, 4, 600)
+
+
+def test_the_cells_that_it_takes_are_of_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the number of cells is a multiple of the columns, every eighth of them black."""
+    images = pictures(16, 1, 16, 16)
+    images[..., ::8] = -1
+    monkeypatch.setattr(pca, "_CELLS", images.numel() // 8)
+    ((found,),) = fit(images, 1, 1)["from_code.weight"].square()
+    assert float(found) == pytest.approx(float(images.var()), rel=0.15)
 
 
 def model_error(weights: dict[str, Tensor], images: Tensor) -> float:
