@@ -50,6 +50,10 @@ class Trace:
     forward: int
     """How many of the moments belong to the forward pass."""
 
+    def most(self) -> int:
+        """Return the most bytes that are held at once."""
+        return int((self.activations + self.casts + self.gradients).max())
+
 
 def trace_step(case: Case, bfloat16: bool, as_on_gpu: bool = True) -> Trace:
     """Trace what a micro-batch's forward and backward pass keeps, moment by moment.

@@ -73,20 +73,22 @@ class Workload:
         return self.dimensions.image if codec is None else codec.grid_for(self.dimensions.image)
 
     def module(
-        self, fullest: bool = True, compiled_for: torch.device | None = None
+        self, fullest: bool = True, compiled_for: torch.device | None = None, kind: int = 0
     ) -> RiaeLoss | R2idLoss:
         """Build the loss module.
 
         ``fullest``: with the config's activation checkpointing, and such that each step takes as
-        much memory as any does; else for counting the operations of a plain step.
-        ``compiled_for`` a device: with blocks compiled as the config says, which then cannot be
-        traced.
+        much memory as any of its ``kind`` does (see fullest_steps); else for counting the
+        operations of a plain step, in which nothing is resized. ``compiled_for`` a device: with
+        blocks compiled as the config says, which then cannot be traced.
         """
         config = self.config
         module: RiaeLoss | R2idLoss
         if isinstance(config, RiaeRun):
-            loss = _loss_of_one_kind_of_step(config.loss, fullest)
-            module = riae_loss(RIAE(config.riae, config.data.channels), loss, config.seed)
+            loss = fullest_steps(config.loss)[kind] if fullest else plain_steps(config.loss)
+            scales = _largest(config.riae.decode_scales) if fullest else None
+            riae = config.riae.model_copy(update={"decode_scales": scales})
+            module = riae_loss(RIAE(riae, config.data.channels), loss, config.seed)
         else:
             classes, embedding = self.dimensions.classes, self.dimensions.embedding
             model = R2ID(config.r2id, self.channels(), classes, embedding)
@@ -138,17 +140,26 @@ class Workload:
         return RIAE(self.dimensions.riae, self.config.data.channels)
 
     def trace(self, samples: int, as_on_gpu: bool) -> Trace:
-        """Trace one micro-batch with this number of samples; see trace_step. Traces are kept."""
-        bfloat16 = self.config.train.precision == "bfloat16_weights"
+        """Trace one micro-batch with this number of samples, of the kind that takes most memory.
 
-        def case() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        See trace_step. Traces are kept.
+        """
+        config = self.config
+        bfloat16 = config.train.precision == "bfloat16_weights"
+
+        def case(kind: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             with _default_dtype(torch.bfloat16 if bfloat16 else torch.float32):
-                module = self.module()
+                module = self.module(kind=kind)
             return module, self.inputs(samples)
 
         key = samples, as_on_gpu
         if key not in self._traces:
-            self._traces[key] = trace_step(case, self.config.train.autocast, as_on_gpu)
+            kinds = len(fullest_steps(config.loss)) if isinstance(config, RiaeRun) else 1
+            traces = [
+                trace_step(partial(case, kind), config.train.autocast, as_on_gpu)
+                for kind in range(kinds)
+            ]
+            self._traces[key] = max(traces, key=Trace.most)
         return self._traces[key]
 
     def encodes(self) -> bool:
@@ -171,19 +182,38 @@ class Workload:
         return partial(self.module(fullest=False), **self.inputs(1), step=0)
 
 
-def _loss_of_one_kind_of_step(loss: LossConfig, fullest: bool) -> LossConfig:
-    """Change a loss so that all steps are of one kind: the one that needs most memory, or plain.
+def plain_steps(loss: LossConfig) -> LossConfig:
+    """Change a loss so that no step resizes anything.
 
     With a discriminator as when it learns. A perceptual network is counted by itself, because a
     program in a file cannot be run without contents.
     """
-    changes: dict[str, Any] = {"discriminator_start": 0, "perceptual": 0.0, "equivariance": 0.0}
-    if not (fullest and loss.magnify):
-        return loss.model_copy(update=changes | {"magnify": 0.0})
-    # The largest copies, but smaller than the images: all that lies between points is drawn too.
-    largest = loss.magnify_scales[1]
-    scale = largest if largest > 1 else 0.9 * largest
-    return loss.model_copy(update=changes | {"magnify": 1.0, "magnify_scales": (scale, scale)})
+    changes: dict[str, Any] = {"discriminator_start": 0, "perceptual": 0.0, "encode_scales": None}
+    return loss.model_copy(update=changes | {"magnify": 0.0, "equivariance": 0.0})
+
+
+def fullest_steps(loss: LossConfig) -> list[LossConfig]:
+    """Change a loss so that all steps are of one kind and as large as any of it.
+
+    Returns one for each kind that may need the most memory.
+    """
+    plain = plain_steps(loss).model_copy(update={"encode_scales": _largest(loss.encode_scales)})
+    kinds: list[dict[str, Any]] = [{}]
+    if loss.magnify:
+        # The largest copies, but smaller than the images: all that lies between points is drawn
+        # too, so that such a step needs more than a plain one.
+        largest = loss.magnify_scales[1]
+        scale = largest if largest > 1 else 0.9 * largest
+        kinds = [{"magnify": 1.0, "magnify_scales": (scale, scale)}]
+    if loss.equivariance:
+        scales = _largest(loss.equivariance_scales)
+        kinds.append({"equivariance": 1.0, "equivariance_scales": scales})
+    return [plain.model_copy(update=changes) for changes in kinds]
+
+
+def _largest(scales: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return scales of which only the largest is left."""
+    return scales and (scales[1], scales[1])
 
 
 def check_depth(config: R2idRun, grid: Size) -> None:

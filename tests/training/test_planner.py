@@ -19,8 +19,8 @@ from r2id.training.communication import GPUS, Gpu
 from r2id.training.losses.riae import riae_loss
 from r2id.training.planner import RUNTIME, describe, largest_micro_batch, memory, plan
 from r2id.training.reading_rate import reading_rate
-from r2id.training.workload import Dimensions, Workload
-from tests.conftest import CONFIGS
+from r2id.training.workload import Dimensions, Workload, image_cost
+from tests.conftest import ATTENTION_CONFIG, CONFIGS
 
 PHOTOS = CONFIGS / "imagenet"
 DIGITS = CONFIGS / "digits"
@@ -35,6 +35,7 @@ R2ID_CASE = [
     "r2id.encoder_blocks=4",
     "r2id.decoder_blocks=2",
 ]
+SMALL_PHOTOS = CONFIGS / "photos" / "small-riae.toml"
 SMALL = Gpu(name="small", memory=16, tflops=100, per_node=2, intra_node=20, inter_node=5)
 RIAE_CASE = [str(PHOTOS / "riae-256.toml"), "riae.width=384"]
 
@@ -87,32 +88,41 @@ def test_memory_is_within_15_percent_of_what_real_steps_take(case, zero, process
         assert part["ratio"] == pytest.approx(1, abs=0.15), part
 
 
-def test_no_kind_of_step_takes_more_memory_than_planned():
-    """Of an autoencoder's steps some enlarge, some resize latents, most do neither."""
-    config = load_config(
-        CONFIGS / "photos" / "small-riae.toml", ["loss.magnify=0.5", "loss.equivariance=0.25"]
-    )
+RESIZED = ["riae.attention=tiled", "loss.encode_scales=[0.5, 2]", "riae.decode_scales=[0.5, 2]"]
+FEW_BLOCKS = ["riae.encoder_blocks=1", "riae.decoder_blocks=1"]
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        (SMALL_PHOTOS, ["loss.magnify=0.5", "loss.equivariance=0.25"]),
+        (SMALL_PHOTOS, ["loss.equivariance=0.5", "loss.equivariance_scales=[0.5, 2]"]),
+        (ATTENTION_CONFIG, [*RESIZED, *FEW_BLOCKS, "seed=1"]),
+    ],
+)
+def test_no_kind_of_step_takes_more_memory_than_planned(path, more):
+    """Of an autoencoder's steps some enlarge, some resize latents or images, others neither."""
+    config = load_config(path, [*more, "train.precision=bfloat16"])
     assert isinstance(config, RiaeRun)
     work = Workload(config, Dimensions((64, 64), 1))
 
     def needed(step):
         def case():
             torch.manual_seed(0)
-            module = riae_loss(RIAE(config.riae, 3), config.loss, 0)
+            module = riae_loss(RIAE(config.riae, config.data.channels), config.loss, config.seed)
             forward = module.forward
             module.forward = lambda image, index, step: forward(image, index, number)
             return module, work.inputs(4)
 
         number = step
-        return fullest(trace_step(case, config.train.autocast))
+        return trace_step(case, config.train.autocast).most()
 
-    planned = fullest(work.trace(4, as_on_gpu=True))
-    found = [needed(step) for step in range(24)]
-    assert min(found) < 0.8 * planned and 0.8 * planned < max(found) < 1.1 * planned
-
-
-def fullest(trace):
-    return int((trace.activations + trace.casts + trace.gradients).max())
+    planned = work.trace(4, as_on_gpu=True).most()
+    found = [needed(step) for step in range(8)]
+    # Few of eight steps draw scales near the largest along both axes.
+    assert min(found) < 0.8 * planned and 0.5 * planned < max(found) < 1.1 * planned
+    cost = image_cost(work)
+    assert cost == image_cost(Workload(config.model_copy(update={"seed": 5}), work.dimensions))
 
 
 def test_a_plan_says_what_a_run_comes_to():
