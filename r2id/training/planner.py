@@ -10,7 +10,7 @@ import torch
 
 from r2id.checkpoints.trained import open_trained
 from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun, load_config
-from r2id.data.loader import image_sizes
+from r2id.data.loader import split_buckets
 from r2id.data.manifest import MANIFEST
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
@@ -68,19 +68,17 @@ def _expected_conditions(
 def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[Size, int]:
     """Find the image size whose steps have the most pixels → (size, batches in such a step).
 
-    With ``data.batch_pixels`` a step of small images has several times ``train.batch`` images.
+    With ``data.batch_pixels`` a step of small images has several times ``train.batch`` images, if
+    there are as many of their size.
     """
     data, batch = config.data, config.train.batch
     if shards is None:
-        sizes = {_size_without_shards(data)}
-    else:
-        sizes = set(image_sizes(shards, data, data.train_split))
-
-    def copies(size: Size) -> int:
-        return max(1, (data.batch_pixels or 0) // (batch * size[0] * size[1]))
-
-    largest = max(sizes, key=lambda size: (copies(size) * size[0] * size[1], size))
-    return largest, copies(largest)
+        size = _size_without_shards(data)
+        return size, max(1, (data.batch_pixels or 0) // (batch * math.prod(size)))
+    buckets = split_buckets(shards.split(data.train_split), data)
+    steps = zip(buckets.batch_sizes(batch, data.batch_pixels), buckets.sizes, strict=True)
+    images, size = max(steps, key=lambda step: (step[0] * math.prod(step[1]), step[1]))
+    return size, images // batch
 
 
 def _size_without_shards(data: DataConfig) -> Size:
@@ -224,7 +222,7 @@ def plan(
         "gpus": gpus,
         "gpu": gpu.name,
         "batch": images,
-        "micro_batch": micro_batch_size(config.train, gpus),
+        "micro_batch": micro_batch_size(config.train, gpus) * dimensions.copies,
         "accumulation": accumulation(config.train, gpus),
         "flops_per_step": cost.flops * images,
         "memory": needed,
@@ -298,7 +296,7 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"{result['flops_per_step'] / 1e12:.2f} TFLOP",
         f"memory per GPU in GB at its peak: {parts}, CUDA {result['reserved'] / 1e9:.2f}: "
         f"{total:.2f} of {limit:g}, {'fits' if result['fits'] else 'does not fit'}",
-        "largest micro-batch that fits: "
+        "largest train.micro_batch that fits: "
         + (f"{largest}" if largest else "none, not even one image"),
         *_describe_times(result),
     ]

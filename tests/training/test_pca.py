@@ -146,9 +146,7 @@ def test_it_reads_a_bounded_number_of_images() -> None:
     assert pca.image_limit([(4000, 3000)] * 100) == 16
 
 
-def test_of_many_cells_it_takes_some_at_random(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_many_cells_it_takes_some_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(64, 1, 24, 24)
     every = fit(images, 4, 3)
     monkeypatch.setattr(pca, "_CELLS", 500)

@@ -21,6 +21,7 @@ from r2id.training.planner import RUNTIME, describe, largest_micro_batch, memory
 from r2id.training.reading_rate import reading_rate
 from r2id.training.workload import Dimensions, Workload, image_cost
 from tests.conftest import ATTENTION_CONFIG, CONFIGS
+from tests.data.conftest import write_set
 
 PHOTOS = CONFIGS / "imagenet"
 DIGITS = CONFIGS / "digits"
@@ -160,6 +161,15 @@ def test_a_plan_says_what_a_run_comes_to():
     assert found["images_per_second"] * found["seconds_per_step"] == pytest.approx(128)
     assert found["fits"] and found["largest_micro_batch"] == 32
     assert json.loads(json.dumps(found)) == found and len(describe(found)) == 7
+
+
+def test_the_step_with_most_pixels_has_no_more_images_than_there_are(tmp_path: Path) -> None:
+    """With data.batch_pixels: of 8x8 pixels, 704 images would fit into a step."""
+    write_set(tmp_path, {"train": [(8, 8)] * 64 + [(24, 24)] * 80})
+    changes = f"data.shards={tmp_path}", "train.batch=8", f"data.batch_pixels={79 * 24 * 24}"
+    found = plan(DIGITS / "riae.toml", changes, gpus=1, gpu=SMALL, share=0.5)
+    assert (found["image"], found["batch"]) == ([24, 24], 72)
+    assert "step: 72 images on 1 × small, micro-batches of 72, 1 per step" in describe(found)[1]
 
 
 def test_a_size_that_nothing_tells_is_said_to_be_assumed(tmp_path: Path) -> None:
