@@ -8,7 +8,8 @@ the samples. Streaming guarantees less than the indexed loader (r2id.data.loader
   shards are shuffled in every epoch, samples within a buffer of some hundred.
 * Each process streams its own share of the shards at its own pace. Within an epoch of the whole job
   a sample may occur twice or not at all; over several epochs none is left out.
-* Processes draw sizes independently, so one step may have different sizes on different ranks.
+* Processes draw sizes independently, so one step may have different sizes on different ranks, and
+  with ``data.batch_pixels`` different numbers of images. Each image of a step counts alike.
 * A resumed run begins a fresh pass over the shards.
 
 It still guarantees that every process makes the same number of steps, with the same number of

@@ -41,6 +41,7 @@ class Meter:
         self._cost, self._costs = cost, dict[Size, Cost]()
         self._sums: dict[str, Tensor] = {}
         self._counts = Counter[str]()
+        self._images = Counter[Size]()
         self._last, self._run = _Tally(), _Tally()
         self._mark = time.perf_counter()
 
@@ -60,7 +61,7 @@ class Meter:
             before, value = self._sums.get(key), value.float()
             self._sums[key] = value if before is None else before + value
             self._counts[key] += 1
-        self._last.images[size] += images
+        self._images[size] += images
 
     def read(self) -> Figures:
         """Return the means over micro-batches and ranks, and the rates, since the last reading.
@@ -78,13 +79,23 @@ class Meter:
         means |= {key: total / count for key, (total, count) in parts.items() if count}
         # Only now, because reading the sums has made the host wait until the GPU's work is done.
         self.lap("step")
-        for size in self._last.images.keys() - self._costs.keys():
-            self._costs[size] = self._cost(size)
+        self._count_work()
         self.lap("pause")  # the time of counting operations is not training time
         figures = {**means, **self._rates(self._last)}
         self._run.add(self._last)
-        self._last, self._sums, self._counts = _Tally(), {}, Counter()
+        self._last, self._sums, self._counts, self._images = _Tally(), {}, Counter(), Counter()
         return figures
+
+    def _count_work(self) -> None:
+        """Count what was done since the last reading."""
+        for size in self._images.keys() - self._costs.keys():
+            self._costs[size] = self._cost(size)
+        done = [(count, self._costs[size]) for size, count in self._images.items()]
+        self._last.flops = sum(cost.flops * count for count, cost in done)
+        own = sum(count for count, _ in done), sum(cost.tokens * count for count, cost in done)
+        # Ranks that stream have different numbers of images, and of other sizes.
+        everywhere = dist.all_reduce_sum(torch.tensor(own, device=self.device))
+        self._last.images, self._last.tokens = everywhere.tolist()
 
     def summary(self) -> Figures:
         """Return the rates from the start of the run to the last reading."""
@@ -99,14 +110,11 @@ class Meter:
         spent waiting for data, ``memory_gib`` the peak memory of this process.
         """
         busy = tally.seconds["data"] + tally.seconds["step"]
-        images, counts = sum(tally.images.values()), tally.images.items()
-        tokens = sum(self._costs[size].tokens * count for size, count in counts)
-        flops = sum(self._costs[size].flops * count for size, count in counts)
         rates = (
-            images * dist.world_size() / busy,
-            tokens * dist.world_size() / busy,
-            flops / busy / 1e12,
-            flops / busy / self.peak,
+            tally.images / busy,
+            tally.tokens / busy,
+            tally.flops / busy / 1e12,
+            tally.flops / busy / self.peak,
             tally.seconds["data"] / busy,
             peak_memory(self.device) / 2**30,
         )
@@ -114,14 +122,16 @@ class Meter:
 
 
 class _Tally:
-    """The number of images by their size, and the seconds spent by what they were spent on."""
+    """Images and tokens of the whole job, FLOPs of this process, and seconds by their use."""
 
     def __init__(self) -> None:
-        self.images: Counter[Size] = Counter()
+        self.images = self.tokens = self.flops = 0
         self.seconds: dict[str, float] = {"data": 0.0, "step": 0.0, "pause": 0.0}
 
     def add(self, other: _Tally) -> None:
         self.images += other.images
+        self.tokens += other.tokens
+        self.flops += other.flops
         for kind, seconds in other.seconds.items():
             self.seconds[kind] += seconds
 

@@ -21,17 +21,30 @@ def step(state: TrainState) -> None:
     # Random draws are keyed by sample, except those of torch's own generator (dropout). These are
     # keyed by step and rank, so that a resumed run draws the same as an uninterrupted one.
     torch.manual_seed(int(rng.fold(state.config.seed, state.step, dist.rank())))
+    own, images = _count_images(state)
+    # Engines take the mean over ranks; each image of a step is to count as much as any other.
+    weight = own * dist.world_size() / images
     results = []
     for batch in state.micro_batches:
         loss, figures = _forward(state, batch, state.step)
-        state.engine.backward(loss, len(state.micro_batches))
+        state.engine.backward(loss if weight == 1 else weight * loss, len(state.micro_batches))
         figures = {"loss": loss.detach(), **figures}
         results.append(MicroBatchResult(figures, len(batch["index"]), state.task.image_size(batch)))
     state.lr = learning_rate(state.step, state.config.optim, state.config.train.steps)
     state.grad_norm = state.engine.step(state.lr, state.step)
     state.updated = True
     state.results = results
-    state.samples += sum(result.images for result in results) * dist.world_size()
+    state.samples += images
+
+
+def _count_images(state: TrainState) -> tuple[int, int]:
+    """Return the number of images of a step on this rank, and on all of them."""
+    own = sum(len(batch["index"]) for batch in state.micro_batches)
+    ranks, data = dist.world_size(), state.config.data
+    if ranks > 1 and data.stream and data.batch_pixels:
+        # Each rank has images of another size, and so another number of them.
+        return own, int(dist.all_reduce_sum(torch.tensor(own, device=state.engine.device)))
+    return own, own * ranks
 
 
 def learning_rate(step: int, optim: OptimConfig, total: int) -> float:

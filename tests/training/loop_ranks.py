@@ -16,13 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from r2id import dist
 from r2id.checkpoints import Checkpoint, reading
 from r2id.config import RiaeRun, load_config
 from r2id.errors import NonFiniteError, Stopped
+from r2id.training import callbacks
+from r2id.training.callbacks import Callback
 from r2id.training.loop import train
 from r2id.training.losses.windows import WindowLoss
+from r2id.training.state import TrainState
+from r2id.training.tasks import make_task
 from tests.conftest import CONFIGS, TINY_RIAE
 
 STEPS = 30
@@ -215,6 +220,59 @@ def of_stage(zero_stage: int) -> list[str]:
             "engine.deepspeed={zero_optimization={stage3_param_persistence_threshold=0}}"
         )
     return settings
+
+
+class Watcher(Callback):
+    """Notes the number of images of each step, and the first step's batches and gradient."""
+
+    def __init__(self) -> None:
+        self.images, self.tokens, self.found = 0, 0, dict[str, Any]()
+        WATCHERS.append(self)
+
+    def post_step(self, state: TrainState) -> None:
+        for result in state.results:
+            self.images += result.images
+            self.tokens += result.images * math.prod(result.size) // 4  # cells of 2x2 pixels
+        if state.step == 1:
+            self.found |= {"norm": float(state.grad_norm), "batches": state.micro_batches}
+        self.found["samples"] = state.samples
+
+
+WATCHERS: list[Watcher] = []
+
+
+def ranks_streamed(world: dist.World, shards: Path, folder: Path) -> dict[str, Any]:
+    """Train a few steps on a stream of two sizes, of which one has four times as many images."""
+    run = config(
+        shards,
+        folder,
+        *("seed=3", "train.steps=3", "train.batch=8", "train.micro_batch=2", "start=random"),
+        *(f"data.stream={shards}", f"data.batch_pixels={32 * 8 * 8}"),
+        *("engine.zero_stage=0", "loss.magnify=0", "loss.latent_noise=0"),
+    )
+    callbacks.REGISTRY += (Watcher,)
+    try:
+        figures = train(run)
+    finally:
+        callbacks.REGISTRY = callbacks.REGISTRY[:-1]
+    watcher = WATCHERS.pop()
+    batches = [part for parts in dist.gather_objects(watcher.found["batches"]) for part in parts]
+    # The gradient of the mean error of all images of the first step.
+    task = make_task(run, world, 2)
+    images = [len(batch["index"]) for batch in batches]
+    for batch, count in zip(batches, images, strict=True):
+        loss, _ = task.module(**task.inputs(batch), step=0)
+        (loss * count / sum(images)).backward()
+    gradients = [p.grad for p in task.module.parameters() if p.grad is not None]
+    return {
+        "first": images,
+        "norm": watcher.found["norm"],
+        "expected": float(get_total_norm(gradients)),
+        "images": watcher.images,
+        "tokens": watcher.tokens,
+        "samples": watcher.found["samples"],
+        "tokens_per_image": figures["tokens_per_second"] / figures["images_per_second"],
+    }
 
 
 def ranks_stopped(_world: dist.World, stop: int, shards: Path, folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.conftest import write_set
 from tests.training import loop_ranks
 from tests.training.children import Ranks
 from tests.training.loop_ranks import STEPS, STOPS
@@ -58,6 +59,19 @@ def test_what_is_not_finite_on_one_rank_leaves_a_clean_checkpoint(
     named = {"loss": "the loss", "gradient": "backward", "parameter": "decoder_blocks.0"}[how]
     assert named in result["said"][1]
     assert (result["step"], result["damages"], result["finite"]) == (loop_ranks.SAVED, [], True)
+
+
+def test_images_of_a_stream_count_alike_where_ranks_have_different_numbers_of_them(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    write_set(tmp_path / "shards", {"train": [(8, 8)] * 80 + [(8, 24)] * 80})
+    found = ranks(loop_ranks.ranks_streamed, tmp_path / "shards", tmp_path / "run")
+    images, tokens = (sum(rank[name] for rank in found) for name in ("images", "tokens"))
+    assert len(set(found[0]["first"])) == 2, "the first step has both sizes"
+    for rank in found:
+        assert rank["norm"] == pytest.approx(rank["expected"], rel=1e-4)
+        assert rank["samples"] == images
+        assert rank["tokens_per_image"] == pytest.approx(tokens / images)
 
 
 @pytest.mark.slow
