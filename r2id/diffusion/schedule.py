@@ -45,7 +45,7 @@ def size_shift(side: float, base_side: float, exponent: float) -> float:
     """Return how much to lower a grid's logSNR: 2·k·log(n/n_base), with its side n = √(h·w).
 
     Averaging s×s cells divides the noise's variance by s², so on a larger grid the same noise hides
-    less of the picture (Hoogeboom et al. 2023, eq. 6). The exponent k = 1 makes up for that.
+    less of the picture (Hoogeboom et al. 2023). The exponent k = 1 makes up for that.
     """
     return 2.0 * exponent * math.log(side / base_side)
 

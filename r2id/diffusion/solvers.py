@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from r2id.diffusion.schedule import Kind, alpha_sigma, log_snr
+from r2id.diffusion.schedule import Kind, alpha_sigma
 
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(x, number of the step) → (x₀, ε)."""
@@ -23,13 +23,12 @@ Fresh = Callable[[int], Tensor]
 """Number of a step → new standard normal noise, in the shape of x."""
 
 
-def time_steps(steps: int, kind: Kind, shift: float, start: float = 1.0) -> Tensor:
-    """Return logSNR at S evenly spaced times from t = start down to t = start/S: float32 [S].
+def time_steps(steps: int, start: float = 1.0) -> Tensor:
+    """Return S evenly spaced times from t = start down to t = start/S: float32 [S].
 
     Time 1 is pure noise, and time 0 the data.
     """
-    times = start * torch.arange(steps, 0, -1, dtype=torch.float32) / steps
-    return log_snr(times, kind, shift)
+    return start * torch.arange(steps, 0, -1, dtype=torch.float32) / steps
 
 
 def ddim(

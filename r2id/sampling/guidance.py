@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from r2id.config import SampleConfig
-from r2id.diffusion import schedule
 from r2id.models.conditioning import empty
 from r2id.models.r2id import R2ID
 
@@ -18,18 +17,11 @@ class Guidance:
     """Guided predictions under the conditions of one batch [B, …], by a run's settings.
 
     Outside the guidance interval predictions are not guided: they are conditional, or unconditional
-    when the scale is 0. ``guide`` is an early average of the model, which autoguidance needs;
-    ``kind`` and ``shift`` are those of the noise schedule on the batch's grid.
+    when the scale is 0. ``guide`` is an early average of the model, which autoguidance needs.
     """
 
     def __init__(
-        self,
-        model: R2ID,
-        guide: R2ID | None,
-        settings: SampleConfig,
-        condition: Tensor,
-        kind: schedule.Kind,
-        shift: float,
+        self, model: R2ID, guide: R2ID | None, settings: SampleConfig, condition: Tensor
     ) -> None:
         self._model, self._guide = model, guide
         self._inside = settings.guidance, settings.autoguidance
@@ -37,18 +29,20 @@ class Guidance:
         self._conditions = {
             scale: conditions_for(condition, scale) for scale, _ in (self._inside, self._outside)
         }
-        # The logSNR falls with time.
-        interval = schedule.log_snr(torch.tensor(settings.guidance_interval), kind, shift)
-        self._latest, self._earliest = interval.tolist()
+        # Not as levels of noise: schedules that are shifted have one level at several times. In
+        # float32, as times are.
+        self._first, self._last = torch.tensor(
+            settings.guidance_interval, dtype=torch.float32
+        ).tolist()
 
-    def predict(self, x: Tensor, log_snr: float, alpha_bar: float) -> Tensor:
-        """Predict a grid [B, L, h, w] noised to a level → float32 [B, L, h, w].
+    def predict(self, x: Tensor, time: float, alpha_bar: float) -> Tensor:
+        """Predict a grid [B, L, h, w] noised to the level of a time → float32 [B, L, h, w].
 
         Guidance without a classifier (Ho & Salimans 2022) and autoguidance (Karras et al. 2024b,
         arXiv 2406.02507): empty + guidance·(conditional − empty) + autoguidance·(conditional −
         early), where early is what the guide predicts under the same condition.
         """
-        inside = self._earliest <= log_snr <= self._latest
+        inside = self._first <= time <= self._last
         guidance, autoguidance = self._inside if inside else self._outside
         times = torch.full((1,), alpha_bar, dtype=torch.float32, device=x.device)
         conditions = self._conditions[guidance]

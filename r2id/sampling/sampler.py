@@ -210,9 +210,10 @@ class Sampler:
         )
         self.check_guidance(overrides.get("guidance"), settings.autoguidance)
         condition, length = self.adapt(condition), self._at_once(grid)
-        batches, kind, shift = -(-len(seeds) // length), self.diffusion.schedule, self.shift(grid)
+        batches, kind = -(-len(seeds) // length), self.diffusion.schedule
         # On the CPU, since the GPU takes a number along with a kernel.
-        log_snrs = solvers.time_steps(settings.steps, kind, shift, strength)
+        times = solvers.time_steps(settings.steps, strength)
+        log_snrs = schedule.log_snr(times, kind, self.shift(grid))
 
         def draw(rows: Tensor) -> Tensor:
             x = self.noise(seeds[rows], grid) if noise is None else noise[rows]
@@ -232,7 +233,13 @@ class Sampler:
 
             plain = adjust is None and watch is None
             return self._solve(
-                condition[rows], seeds[rows], x, log_snrs, settings, None if plain else estimated
+                condition[rows],
+                seeds[rows],
+                x,
+                times,
+                log_snrs,
+                settings,
+                None if plain else estimated,
             )
 
         with explain_out_of_memory(f"denoising {length} grids of {grid[0]}x{grid[1]} at once"):
@@ -310,26 +317,27 @@ class Sampler:
         condition: Tensor,
         seeds: Tensor,
         x: Tensor,
+        times: Tensor,
         log_snrs: Tensor,
         settings: SampleConfig,
         estimated: Callable[[Tensor, int], Tensor | None] | None,
     ) -> Tensor:
         """Draw one batch of ``latents``: solve the diffusion equation from a noised grid.
 
-        x [B, L, h, w] at the first of the log_snrs [S], conditions and seeds [B] → raw latents.
+        x [B, L, h, w] at the first of the times [S], conditions and seeds [B] → raw latents.
         ``estimated(raw latents, step)`` is told each estimate, and may return a better one.
         """
         grid: Size = (x.shape[2], x.shape[3])
         kind = self.diffusion.schedule
         condition = condition.to(x.device, non_blocking=True)
-        guidance = Guidance(self.model, self.guide, settings, condition, kind, self.shift(grid))
+        guidance = Guidance(self.model, self.guide, settings, condition)
 
         def denoise(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
             log_snr = log_snrs[step]
-            level, alpha_bar = float(log_snr), float(schedule.alpha_bar(log_snr))
+            alpha_bar = float(schedule.alpha_bar(log_snr))
             alpha, sigma = schedule.alpha_sigma(log_snr, kind)
             with self.autocast():
-                predicted = guidance.predict(x, level, alpha_bar)
+                predicted = guidance.predict(x, float(times[step]), alpha_bar)
             data, eps = objective.to_data_and_noise(
                 self.diffusion.objective, x, predicted, alpha, sigma
             )

@@ -181,7 +181,7 @@ class DiTPeer(Peer):
         return self.model(x, time, condition)
 
     def solve(self, noise: Tensor, condition: Tensor, guidance: float) -> Tensor:
-        log_snrs = solvers.time_steps(DIT["steps"], "flow", shift=0.0)
+        log_snrs = schedule.log_snr(solvers.time_steps(DIT["steps"]), "flow")
 
         def denoise(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
             alpha, sigma = schedule.alpha_sigma(log_snrs[step], "flow")

@@ -109,7 +109,7 @@ def gaussian_denoiser(mean: float, std: float, kind: str, log_snrs):
 def test_solvers_sample_a_gaussian(solver, kind):
     torch.manual_seed(0)
     noise = torch.randn(20000)
-    log_snrs = solvers.time_steps(200, kind, 0.0)
+    log_snrs = schedule.log_snr(solvers.time_steps(200), kind)
     denoise = gaussian_denoiser(1.5, 0.5, kind, log_snrs)
     samples = solvers.SOLVERS[solver](denoise, noise, log_snrs, kind)
     assert float(samples.mean()) == pytest.approx(1.5, abs=0.03)
@@ -118,7 +118,7 @@ def test_solvers_sample_a_gaussian(solver, kind):
 
 def test_second_order_needs_fewer_steps():
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    exact, log_snrs = 1.5 + 0.5 * noise, solvers.time_steps(15, "cosine", 0.0)
+    exact, log_snrs = 1.5 + 0.5 * noise, schedule.log_snr(solvers.time_steps(15), "cosine")
     denoise = gaussian_denoiser(1.5, 0.5, "cosine", log_snrs)
     errors = {
         name: float((solve(denoise, noise, log_snrs, "cosine") - exact).square().mean())
@@ -148,7 +148,7 @@ def test_heun_s_error_falls_with_the_square_of_the_steps(kind):
 
 
 def test_euler_of_the_flow_is_ddim():
-    noise, log_snrs = torch.randn(100), solvers.time_steps(7, "flow", 0.0)
+    noise, log_snrs = torch.randn(100), schedule.log_snr(solvers.time_steps(7), "flow")
     denoise = gaussian_denoiser(1.5, 0.5, "flow", log_snrs)
     assert_close(
         solvers.euler(denoise, noise, log_snrs, "flow"),
@@ -163,7 +163,7 @@ def test_fresh_noise_keeps_the_marginals(kind, eta):
     from."""
     torch.manual_seed(0)
     noise, mean, std = torch.randn(40000), 1.5, 0.5
-    log_snrs, seen = solvers.time_steps(100, kind, 0.0), []
+    log_snrs, seen = schedule.log_snr(solvers.time_steps(100), kind), []
     denoise = gaussian_denoiser(mean, std, kind, log_snrs)
 
     def watched(x, step):
@@ -187,10 +187,9 @@ def test_one_step_is_one_denoising():
         calls.append(step)
         return x * 0 + 7.0, x
 
+    log_snrs = schedule.log_snr(solvers.time_steps(1), "cosine")
     for solve in solvers.SOLVERS.values():
-        assert (
-            solve(denoise, torch.randn(3), solvers.time_steps(1, "cosine", 0.0), "cosine") == 7
-        ).all()
+        assert (solve(denoise, torch.randn(3), log_snrs, "cosine") == 7).all()
     assert calls == [0] * len(solvers.SOLVERS)
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from r2id.config import change
-from r2id.diffusion import schedule, solvers
+from r2id.diffusion import solvers
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.sampling.conditions import choose_labels
@@ -75,8 +75,8 @@ def test_autoguidance_moves_away_from_what_the_guide_predicts(sampler):
         early = guide(x, times, labels)
         for scale in (1.0, 3.0):
             settings = change(sampler.defaults, {"guidance": scale, "autoguidance": 2.0})
-            predict = Guidance(model, guide, settings, labels, "flow", 1.0).predict
-            found = predict(x, float(schedule.log_snr(torch.tensor(0.5), "flow")), 0.4)
+            predict = Guidance(model, guide, settings, labels).predict
+            found = predict(x, 0.5, 0.4)
             wanted = unconditional + scale * (conditional - unconditional)
             torch.testing.assert_close(found, wanted + 2.0 * (conditional - early))
     assert not torch.equal(conditional, early)
@@ -132,6 +132,10 @@ def test_guidance_within_an_interval_alone(sampler):
         torch.equal(one, other) for one, other in [found[:2], found[1:], (found[0], draw(1.0))]
     )
     assert torch.equal(draw(3.0, (0.4, 0.9)), draw(3.0, (0.45, 0.8))), "both hold the times ½ and ¾"
+    # Shifted so far that all these times have the largest noise.
+    diffusion = change(exact.diffusion, {"shift_exponent": 1.0})
+    exact = replace(exact, diffusion=diffusion, base_side=1e-2)
+    assert torch.equal(draw(3.0, (0.3, 0.4)), draw(1.0)), "none of the steps is at those times"
 
 
 def test_solvers_and_grids_by_name(sampler):
