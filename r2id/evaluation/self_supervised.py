@@ -154,10 +154,10 @@ def view(images: Tensor, generator: torch.Generator, mirrored: bool) -> Tensor:
 
 
 def vicreg_loss(one: Tensor, other: Tensor) -> Tensor:
-    """Return the loss of two views' vectors [N, D], up to a factor as equation 6 of the paper.
+    """Return the loss of two views' vectors [N, D]: that of the authors' code, divided by 25.
 
-    The squared difference of the views, what the standard deviation of a dimension lacks of 1, and
-    the squared covariances between dimensions.
+    It adds up the squared difference of the views, what the standard deviation of a dimension lacks
+    of 1, and the squared covariances between dimensions.
     """
     loss = F.mse_loss(one, other)
     for vectors in (one, other):
