@@ -164,10 +164,11 @@ class DeepSpeedEngine(Engine):
     def _clip(self, step: int) -> Tensor:
         """Clip the gradients at stage 0, where every rank has them whole and averaged by now."""
         norm = get_total_norm([p.grad for p in self.masters if p.grad is not None], foreach=True)
-        if not math.isfinite(float(norm)):
+        found = float(norm)  # waits for the device
+        if not math.isfinite(found):
             self.optimizer.zero_grad(set_to_none=True)
             self.deepspeed.micro_steps += 1  # its own step, which is not called now, would count
-        raise_unless_finite(float(norm), step)
+        raise_unless_finite(found, step)
         clip_grads_with_norm_(self.masters, self.clip, norm, foreach=True)
         return norm
 
