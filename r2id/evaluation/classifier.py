@@ -112,10 +112,11 @@ class Classifier:
         """Extract features, of images as in ``classify``: [N, C, H, W] → float32 [N, D] on CPU."""
         device = self.model.head.weight.device
         inputs = resize(to_float(images) if images.dtype == torch.uint8 else images, self.size)
+        inputs = inputs.to(device)
         with autocast(device):
-            features = self.model.features(inputs.to(device))
+            features = self.model.features(inputs)
             if self.mirrored:
-                features = (features + self.model.features(inputs.to(device).flip(3))) / 2
+                features = (features + self.model.features(inputs.flip(3))) / 2
             return features.cpu()
 
     @torch.no_grad()
