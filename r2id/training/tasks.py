@@ -126,7 +126,7 @@ class RiaeTask(Task):
         self.images = len(whole_sizes)
         loss, scales = config.loss, config.riae.decode_scales
         resized = loss.magnify or loss.equivariance or loss.encode_scales or scales
-        self.shapes = None if resized else len({config.riae.grid_for(size) for size in sizes})
+        self.shapes = None if resized else len(set(map(config.riae.grid_for, set(sizes))))
         self.sizes = whole_sizes[:: math.ceil(len(whole_sizes) / _SIZES)]
         """Sizes of some whole training images, evenly spaced by area."""
         self.facts = {
@@ -238,7 +238,7 @@ class R2idTask(Task):
         self.facts = self._find_facts(sizes)
         names = self.facts.get("class_names", ())
         find_labels(config.sample.labels, len(names), names)  # of previews
-        self.shapes = len({self.codec.grid_for(size) for size in sizes})
+        self.shapes = len(set(map(self.codec.grid_for, set(sizes))))
         if newest is not None and newest.meta.model.get("codec_hash") == self.codec.identity:
             self.facts["codec"] = newest.meta.model["codec"]  # where it came from at first
         model = R2ID.of(config.r2id, self.facts)
@@ -251,8 +251,10 @@ class R2idTask(Task):
         ``ratios`` are the least and the greatest area and height / width of latent grids.
         """
         config, codec = self.config, self.codec
-        grids = [codec.grid_for(size) for size in sizes]
-        areas, ratios = sorted(h * w for h, w in grids), sorted(h / w for h, w in grids)
+        # Once per size: a loop over millions of images would take seconds.
+        grids = {size: codec.grid_for(size) for size in set(sizes)}
+        area = {size: math.prod(grid) for size, grid in grids.items()}
+        areas, ratios = sorted(map(area.__getitem__, sizes)), [h / w for h, w in grids.values()]
         return {
             "latent_channels": codec.latent_channels,
             **condition_facts(config, self.shards),
@@ -263,7 +265,7 @@ class R2idTask(Task):
             # Noise schedules are shifted relative to a grid of this side.
             "base_side": areas[len(areas) // 2] ** 0.5,
             "areas": [areas[0], areas[-1]],
-            "ratios": [ratios[0], ratios[-1]],
+            "ratios": [min(ratios), max(ratios)],
             "image": list(codec.image),
         }
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from r2id import dist
 from r2id.checkpoints import Checkpoint
 from r2id.checkpoints.export import export
 from r2id.config import R2idRun, load_config
@@ -20,7 +21,9 @@ from r2id.training.communication import GPUS
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import plan
+from r2id.training.tasks import make_task
 from tests.conftest import CONFIGS, TINY_R2ID
+from tests.data.conftest import write_set
 
 CONFIG = CONFIGS / "mnist" / "pixel-r2id.toml"
 
@@ -63,6 +66,19 @@ def test_samples_of_other_sizes(run):
     torch.testing.assert_close(large, resize(own, (16, 16)).clamp(-1, 1))
     true = sampler.sample(labels, seeds, (16, 16), grid=(16, 16))
     assert true.shape == (3, 1, 16, 16) and not torch.allclose(true, large, atol=0.05)
+
+
+def test_a_run_counts_the_grids_of_its_images(tmp_path):
+    """The noise schedule belongs to the median area of all images, not of all sizes."""
+    counts = {(8, 8): 70, (8, 12): 300, (10, 20): 65, (16, 16): 80}
+    sizes = [size for size, count in counts.items() for _ in range(count)]
+    write_set(tmp_path, {"train": sizes, "test": sizes[:1]})
+    config = config_of(tmp_path / "run", tmp_path, "r2id.condition=none")
+    data = config.data.model_copy(update={"size": None})
+    task = make_task(config.model_copy(update={"data": data}), dist.init(), 8)
+    assert task.shapes == 4 and task.facts["image"] == [8, 12]
+    assert task.facts["base_side"] == 96**0.5 and task.facts["areas"] == [64, 256]
+    assert task.facts["ratios"] == [0.5, 1.0]
 
 
 def test_the_codec_is_the_image_itself(run):
