@@ -108,15 +108,16 @@ def save_png(image: Tensor, path: Path) -> Path:
     return path
 
 
-def read_image(path: Path, channels: int) -> Tensor:
+def read_image(path: Path, channels: int, background: int = 255) -> Tensor:
     """Read one picture file, upright, as float32 [C, H, W] in [−1, 1].
 
-    Raises InputError when there is no such file, or when it cannot be read as an image.
+    Transparent pixels are blended with a grey, from 0 (black) to 255 (white). Raises InputError
+    when there is no such file, or when it cannot be read as an image.
     """
     from r2id.data.records import decode
 
     try:
-        array = decode(path.read_bytes(), channels)
+        array = decode(path.read_bytes(), channels, background)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:

@@ -28,28 +28,24 @@ from typing import Any, TypedDict, Unpack, get_type_hints
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 from torch import Tensor
 
 from r2id.checkpoints.hub import fetch, is_hub_name
 from r2id.config import find_labels
-from r2id.data.pixels import decoding, flatten, load_upright
-from r2id.data.records import to_array
 from r2id.dist import find_device
 from r2id.errors import InputError
-from r2id.images import read_image, to_bytes, to_float
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window, check_size
 from r2id.sampling import editing
 from r2id.sampling.conditions import choose_attributes, choose_embeddings
 from r2id.sampling.memory import check_edit, check_reconstruction, check_samples
+from r2id.sampling.pictures import Picture, read_mask, read_picture, to_picture
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 
 Embedding = Tensor | np.ndarray | PathLike[str] | str
 """An embedding in the shape that the model was trained on, or the path of a ``.npy`` file of it."""
-Picture = Image.Image | PathLike[str] | str
-"""A picture of Pillow, or the path of an image file."""
 
 
 class Settings(TypedDict, total=False):
@@ -223,9 +219,10 @@ class Pipeline:
     ) -> Image.Image:
         """Draw a part of a picture anew, to fit the rest, which stays as it is.
 
-        The mask has the picture's size, and is white where pixels are drawn.
+        The mask has the picture's size, and is white where pixels are drawn. What is transparent
+        counts as black.
         """
-        image, masked = self.read(picture), _read(mask, 1) >= 0
+        image, masked = self.read(picture), read_mask(mask)
         self._check_edit(_size(image))
         given = self._arguments(seed, drawing)
         return to_picture(editing.inpaint(self.sampler, image[None], masked[None], **given)[0])
@@ -271,7 +268,7 @@ class Pipeline:
 
     def read(self, picture: Picture) -> Tensor:
         """Read a picture, upright, as float32 [C, H, W] in [−1, 1] with the model's channels."""
-        return _read(picture, self.codec.channels)
+        return read_picture(picture, self.codec.channels)
 
     def _check_edit(self, own: Size, size: Size | None = None, within: Size | None = None) -> None:
         """Raise InputError when editing a picture, and drawing it at a size, would not fit."""
@@ -364,31 +361,7 @@ def _size(image: Tensor) -> Size:
     return image.shape[1], image.shape[2]
 
 
-def _read(picture: Picture, channels: int) -> Tensor:
-    """Read a picture, upright, as float32 [C, H, W] in [−1, 1]."""
-    if isinstance(picture, str | PathLike):
-        return read_image(Path(picture), channels)
-    if not isinstance(picture, Image.Image):
-        raise InputError(
-            f"picture of type {type(picture).__name__}: must be one of Pillow, or a file's path"
-        )
-    try:
-        with decoding():
-            # A file that Pillow has opened is read as one that is named.
-            if isinstance(picture, ImageFile.ImageFile):
-                picture = load_upright(picture)
-            array = to_array(flatten(picture, channels))
-    except ValueError as error:
-        raise InputError(f"picture: {error}") from None
-    return to_float(torch.from_numpy(array).movedim(-1, 0))
-
-
 def upscaled(codec: Codec, image: Tensor, size: Size, window: Window | None = None) -> Tensor:
     """Upscale one image [C, H, W] in [−1, 1], if that fits into memory; see editing.upscale."""
     check_reconstruction(codec, codec.grid_for(_size(image)), size, window)
     return editing.upscale(codec, image[None], size, window)[0]
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """Convert an image [C, H, W] in [−1, 1] to Pillow's, of mode L or RGB."""
-    return Image.fromarray(to_bytes(image).squeeze(-1).cpu().numpy())

@@ -22,8 +22,9 @@ from r2id.data.pixels import decoding, open_header
 from r2id.errors import InputError
 from r2id.images import psnr, read_image
 from r2id.models.coords import Size, Window
-from r2id.pipeline import Pipeline, to_picture
+from r2id.pipeline import Pipeline
 from r2id.sampling.memory import check_reconstruction, check_samples
+from r2id.sampling.pictures import to_picture
 
 LARGEST = 2048
 """Largest height and width that the page offers, in pixels."""

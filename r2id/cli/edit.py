@@ -57,7 +57,8 @@ def upscale(
     """Resize a picture, and add the detail that the autoencoder knows of larger ones."""
     from r2id.images import read_image
     from r2id.models.codec import Codec
-    from r2id.pipeline import to_picture, upscaled
+    from r2id.pipeline import upscaled
+    from r2id.sampling.pictures import to_picture
 
     codec = Codec.of_any(checkpoint, find_device(device))
 
@@ -187,7 +188,7 @@ def interpolate(
         import torch
 
         from r2id.images import tile
-        from r2id.pipeline import to_picture
+        from r2id.sampling.pictures import to_picture
 
         pipe = _load(checkpoint, device)
         pictures = pipe.interpolate(

@@ -86,35 +86,37 @@ def orientation_of(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def load_upright(image: ImageFile.ImageFile) -> Image.Image:
-    """Decode an opened image, with 8 bits per value, and turn it upright.
+def load_upright(image: Image.Image) -> Image.Image:
+    """Decode an opened image, or take one in memory, with 8 bits per value, and turn it upright.
 
-    Use within ``decoding``. Raises ValueError for values whose range the file does not tell.
+    Use within ``decoding``. Raises ValueError for values whose range is not known.
     """
-    image.tile = [_unswapped(tile) for tile in image.tile]
-    depth = _png_depth(image)
-    image.load()
-    _scale_transparent_value(image, depth)
+    if isinstance(image, ImageFile.ImageFile):
+        image.tile = [_unswapped(tile) for tile in image.tile]
+        depth = _png_depth(image)
+        image.load()
+        _scale_transparent_value(image, depth)
     shallow = _eight_bits(image)
     return ImageOps.exif_transpose(shallow) if orientation_of(shallow) != 1 else shallow
 
 
-def flatten(image: Image.Image, channels: int | None) -> Image.Image:
+def flatten(image: Image.Image, channels: int | None, background: int = 255) -> Image.Image:
     """Convert an image that ``load_upright`` returned to mode L (1 channel) or RGB (3).
 
-    None takes L for grey images. Transparent pixels are blended with white.
+    None takes L for grey images. Transparent pixels are blended with a grey, from 0 (black) to 255
+    (white).
     """
     gray = image.mode in ("1", "L", "LA", "La")
     if image.mode == "LAB":  # Pillow converts it to RGB alone
         image = image.convert("RGB")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        behind = Image.new("RGBA", image.size, (background, background, background, 255))
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
     mode = "L" if (gray if channels is None else channels == 1) else "RGB"
     return image if image.mode == mode else image.convert(mode)
 
 
-def _eight_bits(image: ImageFile.ImageFile) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale an image to 8 bits per value, if it has more of them or signed ones."""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
@@ -122,9 +124,14 @@ def _eight_bits(image: ImageFile.ImageFile) -> Image.Image:
     if not deep and not signed:
         return image
     values = np.asarray(image)
+    # One in memory may be all that is left of a file: nothing tells the range of wider values.
+    if image.format is None and not image.mode.startswith("I;16"):
+        raise _Refused(
+            f"an image of mode {image.mode}, whose range is not known; must have 8 or 16 bits"
+        )
     if image.mode == "F":
         scaled = _scale_floats(values, tags)
-    elif tags or image.format in _SIXTEEN_BITS:
+    elif tags or image.format in (None, *_SIXTEEN_BITS):
         bits = tags.get(_BITS, (1,))[0] if tags else 16
         scaled = _upper_bits(values, bits, signed)
     else:

@@ -70,15 +70,15 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageFacts:
         return _open(data, max_pixels)[1]
 
 
-def decode(data: bytes, channels: int | None = None) -> np.ndarray:
+def decode(data: bytes, channels: int | None = None, background: int = 255) -> np.ndarray:
     """Decode image bytes to uint8 [H, W, C], upright.
 
     C is ``channels`` (1 or 3); None takes 1 for greyscale images and 3 for others. Transparent
-    pixels are blended with white; values of more bits keep the upper eight (see r2id.data.pixels).
-    Raises ValueError with the reason when the bytes are no readable image.
+    pixels are blended with a grey, by default white; values of more bits keep the upper eight (see
+    r2id.data.pixels). Raises ValueError with the reason when the bytes are no readable image.
     """
     with decoding():
-        return to_array(flatten(_open(data)[0], channels))
+        return to_array(flatten(_open(data)[0], channels, background))
 
 
 @dataclass(frozen=True)
