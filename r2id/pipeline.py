@@ -19,9 +19,8 @@ Errors are InputError when what is asked for cannot be done, with one line that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_type_hints
@@ -38,6 +37,7 @@ from r2id.errors import InputError
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, Window, check_size
 from r2id.sampling import editing
+from r2id.sampling.arguments import as_latents, as_list, as_seeds, as_whole
 from r2id.sampling.conditions import choose_attributes, choose_embeddings
 from r2id.sampling.memory import check_edit, check_reconstruction, check_samples
 from r2id.sampling.pictures import Picture, read_mask, read_picture, to_picture
@@ -71,7 +71,7 @@ class Drawing(Settings, total=False):
     """Is told each step."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pipeline:
     """A trained R2ID with its RIAE.
 
@@ -135,8 +135,9 @@ class Pipeline:
         for each picture · grid: (h, w) of latent cells, by default what suits the size. Where
         several are given for each picture, they are equally many.
         """
-        size = size or self.codec.image
-        given = {"labels": _listed("labels", labels), "seeds": _listed("seeds", seeds)}
+        size = self.codec.image if size is None else size
+        chosen_labels = [] if labels is None else as_list("labels", labels)
+        given = {"labels": chosen_labels, "seeds": as_list("seeds", seeds)}
         if embeddings is not None:
             given["embeddings"] = list(embeddings)
         counts = {name: len(values) for name, values in given.items() if len(values) > 1}
@@ -148,9 +149,9 @@ class Pipeline:
             )
         count = max(counts.values(), default=1)
         _check_names(settings, Settings, (*given, "size", "attributes", "grid", "callback"))
-        condition = self.condition(given["labels"] or None, attributes, embeddings, count)
+        condition = self.condition(chosen_labels or None, attributes, embeddings, count)
         check_samples(self.sampler, size, grid, count)
-        chosen = _seeds(given["seeds"]).expand(count)
+        chosen = as_seeds(given["seeds"]).expand(count)
         grid = grid or self.sampler.grid_for(size)
         latents = self.sampler.latents(condition, chosen, grid, watch=callback, **settings)
         return [to_picture(image) for image in self.sampler.render(latents, size)]
@@ -167,7 +168,7 @@ class Pipeline:
 
     def decode(
         self,
-        latents: Tensor,
+        latents: Tensor | np.ndarray,
         size: Size | None = None,
         window: Window | None = None,
         native: Size | None = None,
@@ -177,19 +178,19 @@ class Pipeline:
         ``size`` is by default where no pixel is resampled; ``native`` is that of pictures that were
         encoded, if it is no multiple of a latent cell.
         """
-        if latents.dim() != 4 or latents.shape[1] != self.codec.latent_channels:
-            raise InputError(
-                f"latents of shape {list(latents.shape)}: must be [B, "
-                f"{self.codec.latent_channels}, h, w]"
-            )
+        latents = as_latents(latents, self.codec.latent_channels)
         grid: Size = (latents.shape[2], latents.shape[3])
         if size is None:
             own = self.codec.grid_for(self.codec.image) == grid
             cell = self.codec.downsample
             size = self.codec.image if own else (round(grid[0] * cell), round(grid[1] * cell))
-        check_reconstruction(self.codec, grid, size, window)
-        images = self.codec.decode(latents, size, window, native).cpu()
-        return [to_picture(image) for image in images]
+        if native is not None:
+            check_size(native, "native size")
+        check_reconstruction(self.codec, grid, size, window, len(latents))
+        # One at a time takes little memory, and gives each the same bits in any batch.
+        return [
+            to_picture(self.codec.decode(one, size, window, native)[0]) for one in latents.split(1)
+        ]
 
     def upscale(self, picture: Picture, size: Size, window: Window | None = None) -> Image.Image:
         """Resize a picture, with the detail that the autoencoder adds to larger ones.
@@ -240,10 +241,11 @@ class Pipeline:
 
         It stays as it is, with its top left corner ``at`` (y, x), by default in the middle.
         """
+        check_size(size)
         image = self.read(picture)
         own = _size(image)
         self._check_edit(own, within=size)
-        at = at or ((size[0] - own[0]) // 2, (size[1] - own[1]) // 2)
+        at = ((size[0] - own[0]) // 2, (size[1] - own[1]) // 2) if at is None else at
         given = self._arguments(seed, drawing)
         return to_picture(editing.outpaint(self.sampler, image[None], size, at, **given)[0])
 
@@ -257,12 +259,12 @@ class Pipeline:
         **drawing: Unpack[Drawing],
     ) -> list[Image.Image]:
         """Draw pictures that go from one seed's to another's, both included."""
-        size = size or self.codec.image
+        size, count = self.codec.image if size is None else size, as_whole("count", count)
         check_samples(self.sampler, size, None, count)
         given = self._arguments(seed, drawing)
         condition = given.pop("condition")
         given["condition"] = condition.expand(count, *condition.shape[1:])
-        given["seeds"] = tuple(_seeds([seed, other]).tolist())
+        given["seeds"] = tuple(as_seeds([seed, other]).tolist())
         images = editing.interpolate(self.sampler, count=count, size=size, **given)
         return [to_picture(image) for image in images]
 
@@ -272,9 +274,10 @@ class Pipeline:
 
     def _check_edit(self, own: Size, size: Size | None = None, within: Size | None = None) -> None:
         """Raise InputError when editing a picture, and drawing it at a size, would not fit."""
-        check_size(size or within or own)
+        size = (within or own) if size is None else size
+        check_size(size)
         native = editing.edited_size(self.sampler, own, within)
-        check_edit(self.sampler, size or within or own, self.codec.grid_for(native))
+        check_edit(self.sampler, size, self.codec.grid_for(native))
 
     def _arguments(self, seed: int, drawing: Drawing) -> dict[str, Any]:
         """Turn the keywords of one picture into those of r2id.sampling.editing."""
@@ -289,7 +292,7 @@ class Pipeline:
             settings.pop("label", None), settings.pop("attributes", ()), embedding, 1
         )
         watch = settings.pop("callback", None)
-        return {"condition": condition, "seeds": _seeds([seed]), "watch": watch, **settings}
+        return {"condition": condition, "seeds": as_seeds([seed]), "watch": watch, **settings}
 
     def condition(
         self,
@@ -319,24 +322,13 @@ class Pipeline:
                     f"{', '.join(map(str, model.condition_shape))}]"
                 )
             return given.expand(count, *given.shape[1:])
-        chosen = _listed("labels", labels) or [-1]
+        chosen = [-1] if labels is None else as_list("labels", labels)
+        if len(chosen) not in (1, count):
+            allowed = "one" if count == 1 else f"one, or {count}"
+            raise InputError(f"labels {chosen}: must be {allowed}")
         classes, names = self.sampler.num_classes, self.sampler.class_names
         numbers = [find_labels([one], classes, names)[0] if one != -1 else -1 for one in chosen]
         return torch.tensor(numbers).expand(count)
-
-
-def _listed(name: str, values: int | str | Sequence[int | str] | None) -> list[Any]:
-    """Return whole numbers or names, one, several or none, as a list; InputError for others."""
-    if values is None:
-        return []
-    several = isinstance(values, Iterable) and not isinstance(values, str)
-    listed: list[Any] = [*values] if several else [values]  # type: ignore[misc]
-    if not listed:
-        raise InputError(f"{name} []: must be one or more, or left out")
-    try:
-        return [value if isinstance(value, str) else index(value) for value in listed]
-    except TypeError:
-        raise InputError(f"{name} {values!r}: must be whole numbers") from None
 
 
 def _check_names(settings: Mapping[str, Any], allowed: type, own: Sequence[str]) -> None:
@@ -347,14 +339,6 @@ def _check_names(settings: Mapping[str, Any], allowed: type, own: Sequence[str])
     known = get_type_hints(allowed)
     for name in settings.keys() - known.keys():
         raise InputError(f"{name}: no such setting; must be one of {', '.join((*own, *known))}")
-
-
-def _seeds(seeds: Sequence[int]) -> Tensor:
-    """Return seeds as int64 [B]; InputError for one that is out of range."""
-    for seed in seeds:
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise InputError(f"seed {seed}: must be a whole number from 0 to {2**63 - 1}")
-    return torch.tensor(seeds, dtype=torch.int64)
 
 
 def _size(image: Tensor) -> Size:

@@ -266,8 +266,8 @@ MISTAKES = {
     ),
     "window of three": (WINDOW + " --window 0,0,4", ["'0,0,4'", "y0,x0,y1,x1"]),
     "window of words": (WINDOW + " --window top,0,4,4", ["'top,0,4,4'", "y0,x0,y1,x1"]),
-    "empty window": (WINDOW + " --window 4,0,4,4", ["window 4,0,4,4", "y0 < y1 ≤ 30"]),
-    "window outside": (WINDOW + " --window 0,0,30,51", ["window 0,0,30,51", "x1 ≤ 50", "30x50"]),
+    "empty window": (WINDOW + " --window 4,0,4,4", ["window (4, 0, 4, 4)", "y0 < y1 ≤ 30"]),
+    "window outside": (WINDOW + " --window 0,0,30,51", ["(0, 0, 30, 51)", "x1 ≤ 50", "30x50"]),
     "output exists": (
         "sample {r2id} --size 8x8 --out {tmp}/there.png",
         ["there.png", "exists already"],

@@ -14,7 +14,9 @@ from r2id import Pipeline
 from r2id.config import change
 from r2id.errors import InputError
 from r2id.images import to_bytes
+from r2id.models.codec import Codec
 from r2id.models.r2id import R2ID
+from r2id.sampling import memory
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,22 @@ def test_one_for_all_or_one_for_each(pipe):
     assert len(pipe([0, 1, 2])) == 3 and pipe()[0].size == (8, 8)
     assert np.array_equal(pixels(pipe(np.int64(3))[0]), pixels(pipe([3])[0]))
     assert np.array_equal(pixels(pipe(-1)[0]), pixels(pipe()[0])), "no class"
+    assert np.array_equal(pixels(pipe(torch.tensor(3))[0]), pixels(pipe([3])[0]))
     with pytest.raises(InputError, match="2 labels, 3 seeds"):
         pipe([0, 1], seeds=[0, 1, 2])
+
+
+def test_numbers_may_be_those_of_numpy(pipe, picture):
+    for seed in (np.int64(3), torch.tensor(3)):
+        drawn = pipe.vary(picture, np.float32(0.5), label=seed, seed=seed, steps=np.int64(2))
+        assert np.array_equal(pixels(drawn), pixels(pipe.vary(picture, label=3, seed=3, steps=2)))
+    several = pipe.interpolate(np.int64(1), torch.tensor(2), np.int8(3), steps=1)
+    for one, other in zip(several, pipe.interpolate(1, 2, 3, steps=1), strict=True):
+        assert np.array_equal(pixels(one), pixels(other))
+
+
+def test_pipelines_are_keys(pipe):
+    assert {pipe: 1, replace(pipe): 2}[pipe] == 1
 
 
 def with_condition(pipe, condition, *, attributes=(), shape=()):
@@ -182,8 +198,25 @@ def test_latents_and_windows(pipe, picture):
     part = pipe.decode(latents, (40, 24), window=(10, 3, 31, 20))[0]
     assert np.abs(pixels(whole)[10:31, 3:20] - pixels(part)).max() <= 1
     assert pipe.decode(latents)[0].size == (8, 8)
+    for same in (latents.numpy(), latents.double(), latents[1:]):
+        assert np.array_equal(pixels(pipe.decode(same, (40, 24))[-1]), pixels(whole))
     with pytest.raises(InputError, match="one size"):
         pipe.encode(picture, picture.resize((9, 9)))
+
+
+def test_decoding_takes_the_memory_of_all_pictures_but_one_at_a_time(pipe, picture, monkeypatch):
+    latents, decode, batches = pipe.encode(picture).expand(300, -1, -1, -1), Codec.decode, []
+
+    def count(codec, latents, *rest):
+        batches.append(len(latents))
+        return decode(codec, latents, *rest)
+
+    monkeypatch.setattr(Codec, "decode", count)
+    pipe.decode(latents[:3])
+    assert batches == [1, 1, 1]
+    monkeypatch.setattr(memory, "free_memory", lambda device: 300_000_000)
+    with pytest.raises(InputError, match=r"size 1000x1000: takes .* memory"):
+        pipe.decode(latents, (1000, 1000))
 
 
 def test_edits(pipe, picture, tmp_path):
@@ -208,24 +241,47 @@ def test_edits(pipe, picture, tmp_path):
     ("call", "message"),
     [
         (lambda pipe, picture: pipe(10), "label 10"),
-        (lambda pipe, picture: pipe(attributes=["Smiling"]), "Smiling"),
+        (lambda pipe, picture: pipe(attributes=["Smiling"]), "'Smiling': the model was not"),
         (lambda pipe, picture: pipe(embeddings=torch.zeros(1, 4)), "without|not trained with"),
         (lambda pipe, picture: pipe(1, attributes=["Smiling"]), "exclude"),
         (lambda pipe, picture: pipe(1, guidance=-1), "guidance"),
         (lambda pipe, picture: pipe([]), r"labels \[\]"),
         (lambda pipe, picture: pipe(1, seeds=2**63), str(2**63)),
         (lambda pipe, picture: pipe(["cat"]), "label cat: must be 0 to 9"),
-        (lambda pipe, picture: pipe([0.5]), r"labels \[0\.5\]: must be whole numbers"),
-        (lambda pipe, picture: pipe(1, seeds=["2"]), "seed 2: must be a whole number"),
-        (lambda pipe, picture: pipe(1, seeds=1.5), r"seeds 1\.5: must be whole numbers"),
+        (lambda pipe, picture: pipe([0.5]), r"labels 0\.5: must be a whole number"),
+        (lambda pipe, picture: pipe(1, seeds=["2"]), "seed '2': must be a whole number"),
+        (lambda pipe, picture: pipe(1, seeds=1.5), r"seeds 1\.5: must be a whole number"),
+        (lambda pipe, picture: pipe(1, seeds=None), "seeds None: must be a whole number"),
+        (lambda pipe, picture: pipe(b"3"), "labels b'3': must be a whole number"),
+        (lambda pipe, picture: pipe({3: 0.5}), r"labels \{3: 0\.5\}: must be a whole number"),
+        (lambda pipe, picture: pipe.vary(picture, label=[3, 4]), r"labels \[3, 4\]: must be one"),
         (lambda pipe, picture: pipe(1, count=3), "count: no such setting; .*steps, guidance"),
         (lambda pipe, picture: pipe(1, size=(0, 8)), r"size \(0, 8\): .*at least 1"),
         (lambda pipe, picture: pipe(1, size=32), r"size 32: must be \(height, width\)"),
+        (lambda pipe, picture: pipe(1, size=()), r"size \(\): must be \(height, width\)"),
+        (lambda pipe, picture: pipe(1, size=np.array([8, 8])), r"size array\(\[8, 8\]\): must be"),
+        (lambda pipe, picture: pipe.vary(picture, size=()), r"size \(\): must be"),
+        (lambda pipe, picture: pipe.vary(picture, "a"), "strength 'a': must be above 0"),
+        (lambda pipe, picture: pipe.vary(picture, None), "strength None: must be above 0"),
+        (lambda pipe, picture: pipe.interpolate(0, 1, 2.5), r"count 2\.5: must be a whole number"),
+        (lambda pipe, picture: pipe.interpolate(0, 1, "3"), "count '3': must be a whole number"),
+        (lambda pipe, picture: pipe.interpolate(0, 1, 1), "count 1: must be at least 2"),
+        (lambda pipe, picture: pipe.outpaint(picture, None), "size None: must be"),
+        (lambda pipe, picture: pipe.outpaint(picture, (8, 12), 3), r"place 3: must be \(y, x\)"),
+        (lambda pipe, picture: pipe.outpaint(picture, (8, 12), (0, 1.5)), r"place \(0, 1\.5\)"),
         (lambda pipe, picture: pipe.outpaint(picture, "9x9"), "size '9x9': must be"),
         (lambda pipe, picture: pipe.upscale(picture, (8, 0)), r"size \(8, 0\)"),
+        (lambda pipe, picture: pipe.upscale(picture, (9, 9), (0, 0, 5)), r"window \(0, 0, 5\)"),
+        (lambda pipe, picture: pipe.upscale(picture, (9, 9), (0, 0, 5, 5.0)), "in whole pixels"),
+        (lambda pipe, picture: pipe.encode(Image.new("L", (0, 5))), r"picture of size \(5, 0\)"),
         (lambda pipe, picture: pipe.encode(np.zeros((8, 8))), "type ndarray"),
         (lambda pipe, picture: pipe.decode(torch.zeros(1, 9, 4, 4)), r"shape \[1, 9, 4, 4\]"),
         (lambda pipe, picture: pipe.decode(torch.zeros(4, 4, 4)), r"shape \[4, 4, 4\]: must be"),
+        (lambda pipe, picture: pipe.decode(pipe.encode(picture)[:0]), r"shape \[0, .*at least 1"),
+        (lambda pipe, picture: pipe.decode(pipe.encode(picture) / 0), "NaN or infinite"),
+        (lambda pipe, picture: pipe.decode([1]), "latents of type list"),
+        (lambda pipe, picture: pipe.decode(pipe.encode(picture), native=8), "native size 8: must"),
+        (lambda pipe, picture: Pipeline.from_pretrained(None), "model None: must be a path"),
         (lambda pipe, picture: pipe.encode(), "pictures: there is none"),
         (lambda pipe, picture: pipe(1, grid=(0, 4)), r"grid \(0, 4\): .* in latent cells"),
         (lambda pipe, picture: pipe(1, grid=4), r"grid 4: must be \(height, width\)"),

@@ -26,7 +26,12 @@ def open_trained(source: Trained | Path | str, stage: str | None = None) -> Trai
     models: as one of stage "riae" it is its RIAE. Raises InputError when there is no such model,
     when it is damaged, and when it is of another stage.
     """
-    opened = _open(Path(source), stage) if isinstance(source, Path | str) else source
+    if isinstance(source, Path | str):
+        opened = _open(Path(source), stage)
+    elif isinstance(source, Checkpoint | Pretrained):
+        opened = source
+    else:
+        raise InputError(f"model {source!r}: must be a path, or a name of the hub")
     if stage == "riae" and isinstance(opened, Pretrained) and opened.inner:
         return opened.inner
     if stage not in (None, opened.meta.stage):

@@ -18,6 +18,7 @@ from r2id.config.section import (
     Sizes,
     Solver,
     Strings,
+    as_int,
     as_tuple,
     check_seeds,
 )
@@ -66,7 +67,7 @@ class DiffusionConfig(Section):
 class SamplerConfig(Section):
     """How one sample is computed."""
 
-    steps: int = Field(default=20, ge=1)
+    steps: Annotated[int, BeforeValidator(as_int)] = Field(default=20, ge=1)
     """Steps of the solver."""
     guidance: Guidance = 2.0
     """Classifier-free guidance scale: 1 is none, 0 ignores the condition."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,11 @@ def as_label(value: Any) -> int | str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError("must be the name of a class, or its number from 0 on")
+
+
+def as_int(value: Any) -> Any:
+    """Convert a whole number of another type, such as NumPy's; strict validation refuses them."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def check_scales(scales: tuple[float, float]) -> tuple[float, float]:

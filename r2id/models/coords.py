@@ -38,9 +38,17 @@ OnProgress = Callable[[int], object]
 
 def check_size(size: Size, name: str = "size", unit: str = "pixels") -> None:
     """Raise InputError for what is no size (H, W); ``name`` and ``unit`` are for its message."""
-    sides = size if isinstance(size, Sequence) else ()
-    if len(sides) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in sides):
+    if not are_whole(size, 2) or min(size) < 1:
         raise InputError(f"{name} {size!r}: must be (height, width) in {unit}, at least 1 each")
+
+
+def are_whole(values: object, count: int) -> bool:
+    """Tell whether a value is a sequence of ``count`` whole numbers."""
+    return (
+        isinstance(values, Sequence)
+        and len(values) == count
+        and all(isinstance(value, Integral) for value in values)
+    )
 
 
 def scale_size(size: Size, scale: tuple[float, float]) -> Size:
@@ -51,17 +59,18 @@ def scale_size(size: Size, scale: tuple[float, float]) -> Size:
 def part_of(size: Size, window: Window | None) -> Part:
     """Return the rows and columns of a window, or all of those of a picture (H, W).
 
-    Raises InputError when the window is empty or does not lie within the picture.
+    Raises InputError for what is no window, or is empty or not within the picture.
     """
     if window is None:
         return slice(0, size[0]), slice(0, size[1])
-    y0, x0, y1, x1 = window
-    if not (0 <= y0 < y1 <= size[0] and 0 <= x0 < x1 <= size[1]):
-        raise InputError(
-            f"window {y0},{x0},{y1},{x1}: must be y0,x0,y1,x1 with 0 ≤ y0 < y1 ≤ {size[0]} and "
-            f"0 ≤ x0 < x1 ≤ {size[1]}, in pixels of a picture of {size[0]}x{size[1]}"
-        )
-    return slice(y0, y1), slice(x0, x1)
+    if are_whole(window, 4):
+        y0, x0, y1, x1 = window
+        if 0 <= y0 < y1 <= size[0] and 0 <= x0 < x1 <= size[1]:
+            return slice(y0, y1), slice(x0, x1)
+    raise InputError(
+        f"window {window!r}: must be (y0, x0, y1, x1) with 0 ≤ y0 < y1 ≤ {size[0]} and "
+        f"0 ≤ x0 < x1 ≤ {size[1]}, in whole pixels of a picture of {size[0]}x{size[1]}"
+    )
 
 
 def centres(count: int, device: torch.device | None = None, part: slice = slice(None)) -> Tensor:

@@ -52,9 +52,10 @@ def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
     chosen = torch.zeros(len(names))
     for word in wanted:
         name = word.removeprefix("-")
+        if not names:
+            raise InputError(f"attribute {name!r}: the model was not trained with attributes")
         if name not in names:
-            allowed = ", ".join(names) or "none: the model was not trained with attributes"
-            raise InputError(f"attribute {name!r}: must be one of {allowed}")
+            raise InputError(f"attribute {name!r}: must be one of {', '.join(names)}")
         chosen[list(names).index(name)] = -1.0 if word.startswith("-") else 1.0
     return chosen
 

@@ -16,6 +16,7 @@ Shape letters: B batch · C colours · H, W picture · L latent channels · h, w
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from r2id.errors import InputError
 from r2id.images import resize
 from r2id.models.codec import Codec
-from r2id.models.coords import Size, Window, part_of, scale_size
+from r2id.models.coords import Size, Window, are_whole, part_of, scale_size
 from r2id.models.resampling import resample
 from r2id.sampling.conditions import resolve
 from r2id.sampling.sampler import Sampler
@@ -182,10 +183,10 @@ def outpaint(
             "and larger in height or width"
         )
     most = size[0] - own[0], size[1] - own[1]
-    if not (0 <= at[0] <= most[0] and 0 <= at[1] <= most[1]):
+    if not are_whole(at, 2) or not (0 <= at[0] <= most[0] and 0 <= at[1] <= most[1]):
         raise InputError(
-            f"place {at[0]},{at[1]}: must be from 0,0 to {most[0]},{most[1]}, so that the picture "
-            f"of {own[0]}x{own[1]} is within {size[0]}x{size[1]}"
+            f"place {at!r}: must be (y, x) in whole pixels, from (0, 0) to {most}, so that the "
+            f"picture of {own[0]}x{own[1]} is within {size[0]}x{size[1]}"
         )
     canvas = torch.zeros(len(images), images.shape[1], *size)
     masks = torch.ones(len(images), 1, *size, dtype=torch.bool)
@@ -298,8 +299,8 @@ def extend(values: Tensor, known: Tensor) -> Tensor:
 
 
 def _check_strength(strength: float) -> None:
-    if not 0 < strength <= 1:
-        raise InputError(f"strength {strength}: must be above 0 and at most 1")
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise InputError(f"strength {strength!r}: must be above 0 and at most 1")
 
 
 def _check_masks(images: Tensor, masks: Tensor) -> None:
@@ -311,6 +312,8 @@ def _check_masks(images: Tensor, masks: Tensor) -> None:
         )
     drawn = masks.flatten(1)
     if not drawn.any(1).all():
-        raise InputError("mask: is empty; pixels that are to be drawn must be white")
+        raise InputError(
+            "mask: is empty; pixels that are to be drawn must be white, 128 or more of 255"
+        )
     if drawn.all(1).any():
         raise InputError("mask: is full; pixels that are to stay must be black")

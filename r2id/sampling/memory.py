@@ -21,7 +21,7 @@ import torch
 from r2id.errors import InputError
 from r2id.images import tile, to_bytes
 from r2id.models.codec import Codec
-from r2id.models.coords import Size, Window, check_size
+from r2id.models.coords import Size, Window, check_size, part_of
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_peak
@@ -76,20 +76,22 @@ def check_edit(sampler: Sampler, size: Size, grid: Size) -> None:
         raise _too_large("size", size, int(per_pixel * pixels), free, fits)
 
 
-def check_reconstruction(codec: Codec, grid: Size, size: Size, window: Window | None) -> None:
-    """Raise InputError when decoding a grid at a size (H, W) would not fit into memory.
+def check_reconstruction(
+    codec: Codec, grid: Size, size: Size, window: Window | None, count: int = 1
+) -> None:
+    """Raise InputError when decoding ``count`` grids at a size (H, W) would not fit into memory.
 
     With ``window`` (y0, x0, y1, x1) only that part is decoded, and only that must fit. Also raised
-    for an invalid size.
+    for an invalid size or window.
     """
     check_size(size)
     free = free_memory(codec.device)
     if window is None:
-        _check_pictures("size", size, codec, grid, 1, free, "; --window decodes a part")
+        _check_pictures("size", size, codec, grid, count, free, "; --window decodes a part")
     else:
-        top, left, bottom, right = window
-        window_size = bottom - top, right - left
-        _check_pictures("window of", window_size, codec, grid, 1, free, picture=size)
+        rows, columns = part_of(size, window)
+        window_size = rows.stop - rows.start, columns.stop - columns.start
+        _check_pictures("window of", window_size, codec, grid, count, free, picture=size)
 
 
 def free_memory(device: torch.device) -> int:

@@ -44,7 +44,7 @@ def reconstruct_file(
     own: Size = (image.shape[1], image.shape[2])
     sizes = tuple(dict.fromkeys(sizes)) or (own,)
     for size in sizes:
-        part_of(size, window)  # before anything is computed or written
+        # Before anything is computed or written.
         check_reconstruction(codec, codec.grid_for(own), size, window)
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
     # Whole pictures at the picture's own size serve for the PSNR too.
