@@ -12,9 +12,14 @@ from r2id.checkpoints.trained import Trained
 from r2id.errors import InputError
 from r2id.images import save_png, tile
 from r2id.models.coords import Size
+from r2id.progress import Progress
 from r2id.sampling.conditions import choose_attributes, choose_embeddings, choose_labels, resolve
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
+from r2id.sampling.steps import Watch
+
+_OTHER_PICTURES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+"""Endings of picture files that are not written."""
 
 
 def draw_grids(
@@ -65,21 +70,33 @@ def draw_grids(
     seeds = wanted.seed + torch.arange(wanted.count)
     # One column per class (ten without classes), so that each row shows every class once.
     columns = min(len(chosen_labels), classes or 10)
-    for file, size in zip(files, sizes, strict=True):
-        images = sampler.sample(condition, seeds, size, grid=grid, **settings)
-        save_png(tile(images, columns), file)
+    grids = [grid or sampler.grid_for(size) for size in sizes]
+    steps = wanted.steps * sum(sampler.batches(wanted.count, latents) for latents in grids)
+    with Progress("sample", steps) as progress:
+        for file, size, latents in zip(files, sizes, grids, strict=True):
+            images = sampler.sample(
+                condition, seeds, size, grid=latents, watch=_counting(progress), **settings
+            )
+            save_png(tile(images, columns), file)
     return {
         "files": [str(file) for file in files],
         "labels": chosen_labels.tolist(),
         "seeds": seeds.tolist(),
-        "grids": [list(grid or sampler.grid_for(size)) for size in sizes],
+        "grids": [list(latents) for latents in grids],
     }
+
+
+def _counting(progress: Progress) -> Watch:
+    """Return a watch of one size that advances the progress of all sizes."""
+    before = progress.done
+    return lambda step: progress.advance(before + step.number - progress.done)
 
 
 def output_files(out: Path, names: Sequence[str], overwrite: bool) -> list[Path]:
     """Choose a file for each name: ``out`` if it ends in .png, or else NAME.png in that folder.
 
-    Raises InputError when a file exists already, or when several pictures would go into one file.
+    Raises InputError when a file exists already, when several pictures would go into one file, and
+    for the name of a picture file that is no PNG, unless it is an existing folder's.
     """
     if out.suffix.lower() == ".png":
         if len(names) > 1:
@@ -87,13 +104,13 @@ def output_files(out: Path, names: Sequence[str], overwrite: bool) -> list[Path]
                 f"--out {out}: is one file, and there are {len(names)} sizes; name a folder"
             )
         files = [out]
-    elif out.suffix:
+    elif out.is_file() or (out.suffix.lower() in _OTHER_PICTURES and not out.is_dir()):
         raise InputError(f"--out {out}: must be a .png file or a folder")
     else:
         files = [out / f"{name}.png" for name in dict.fromkeys(names)]
     for file in files:
+        if file.is_dir():
+            raise InputError(f"{file}: is a folder; choose another --out")
         if file.exists() and not overwrite:
             raise InputError(f"{file}: exists already; choose another --out or add --overwrite")
-    if out.is_file() and not out.suffix:
-        raise InputError(f"--out {out}: is a file; must be a .png file or a folder")
     return files

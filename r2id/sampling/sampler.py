@@ -157,6 +157,10 @@ class Sampler:
         """
         return min(self._at_once(grid or self.grid_for(size)), self._at_once(size, _BATCH_PIXELS))
 
+    def batches(self, count: int, grid: Size) -> int:
+        """Return in how many batches the latents of ``count`` images are drawn on a grid (h, w)."""
+        return -(-count // self._at_once(grid))
+
     @torch.no_grad()
     def sample(
         self,
@@ -210,7 +214,7 @@ class Sampler:
         )
         self.check_guidance(overrides.get("guidance"), settings.autoguidance)
         condition, length = self.adapt(condition), self._at_once(grid)
-        batches, kind = -(-len(seeds) // length), self.diffusion.schedule
+        batches, kind = self.batches(len(seeds), grid), self.diffusion.schedule
         # On the CPU, since the GPU takes a number along with a kernel.
         times = solvers.time_steps(settings.steps, strength)
         log_snrs = schedule.log_snr(times, kind, self.shift(grid))

@@ -1,6 +1,7 @@
 """Sampling: sizes, seeds, guidance, and files."""
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from r2id.config import change
 from r2id.diffusion import solvers
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
+from r2id.progress import FILE_VARIABLE
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.grids import draw_grids, output_files
 from r2id.sampling.guidance import Guidance, conditions_for
@@ -197,9 +199,12 @@ def test_labels():
         choose_labels((0, 1, 2), 2, 3)
 
 
-def test_grids_are_written_once(r2id_run, tmp_path):
+def test_grids_are_written_once(r2id_run, tmp_path, monkeypatch):
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "progress.json"))
     sizes = [(8, 8), (12, 6), (8, 8)]  # one of them twice
     result = draw_grids(r2id_run, tmp_path / "out", sizes, count=20)
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    assert progress["done"] == progress["total"] == 2 * 2 * 4, "batches, sizes and steps"
     assert [file.rsplit("/", 1)[1] for file in result["files"]] == ["8x8.png", "12x6.png"]
     with Image.open(result["files"][1]) as picture:
         assert picture.size == (10 * (6 + 2), 2 * (12 + 2))
@@ -236,6 +241,8 @@ def test_a_window_of_a_reconstruction_is_cut_from_the_whole(riae_run, tmp_path):
 
 def test_where_output_may_go(tmp_path):
     (tmp_path / "file").write_text("")
+    for folder in ("folder.png", "exists.d/1x1.png", "exists.gif"):
+        (tmp_path / folder).mkdir(parents=True)
     assert output_files(tmp_path / "new", ["8x8", "8x8", "9x9"], False) == [
         tmp_path / "new/8x8.png",
         tmp_path / "new/9x9.png",
@@ -244,9 +251,13 @@ def test_where_output_may_go(tmp_path):
         (tmp_path / "a.png", ["1x1", "2x2"], r"a\.png: .*2"),
         (tmp_path / "a.jpg", ["1x1"], r"a\.jpg: .*\.png"),
         (tmp_path / "file", ["1x1"], "file"),
+        (tmp_path / "folder.png", ["1x1"], r"folder\.png: is a folder"),
+        (tmp_path / "exists.d", ["1x1"], r"1x1\.png: is a folder"),
     ]:
         with pytest.raises(InputError, match=message):
-            output_files(out, names, False)
+            output_files(out, names, True)
+    for out in ("runs/g1.5", "exists.d", "exists.gif"):
+        assert output_files(tmp_path / out, ["8x8"], False) == [tmp_path / out / "8x8.png"]
 
 
 def test_samples_are_latents_rendered(sampler):
