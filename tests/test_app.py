@@ -184,12 +184,11 @@ class Browser:
         self.wait(selector, lambda: self.find(selector).is_displayed())
         self.find(selector).click()
 
-    def type(self, name: str, value: object) -> None:
+    def type(self, name: str, value: object, leave: bool = True) -> None:
         from selenium.webdriver.common.keys import Keys
 
-        self.find(f"#{name} input[type=number]").send_keys(
-            Keys.CONTROL, "a", Keys.NULL, str(value), Keys.TAB
-        )
+        field = self.find(f"#{name} input[type=number]")
+        field.send_keys(Keys.CONTROL, "a", Keys.NULL, str(value), Keys.TAB if leave else "")
 
     def any_picture(self, name: str) -> np.ndarray:
         """Wait for the picture of an element, and return its pixels, in grey."""
@@ -262,6 +261,30 @@ def test_the_page(browser, tmp_path):
     assert "this file cannot be used: not an image" in said
     browser.driver.refresh()
     browser.picture("picture", (128, 128))
+
+
+@pytest.mark.slow
+def test_a_number_counts_when_it_is_typed(browser, actions):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.driver.refresh()
+    browser.picture("picture", (128, 128))
+    for name, number in (("steps", 2), ("seed", 7)):
+        browser.type(name, Keys.BACKSPACE, leave=False)
+        time.sleep(1)
+        browser.type(name, number)
+        time.sleep(1)
+        assert not browser.driver.find_elements("css selector", ".toast-body"), name
+    wish = replace(actions.first_wish, steps=2)
+    seventh, eighth = (
+        pixels(actions.draw(replace(wish, seed=seed), (128, 128))) for seed in (7, 8)
+    )
+    browser.wait("seed 7", lambda: np.array_equal(browser.any_picture("picture"), seventh))
+    browser.click("#next-seed")
+    browser.wait("seed 8", lambda: np.array_equal(browser.any_picture("picture"), eighth))
+    browser.type("width", Keys.BACKSPACE)
+    browser.picture("picture", (128, 1))
+    assert not browser.driver.find_elements("css selector", ".toast-body")
 
 
 @pytest.mark.slow

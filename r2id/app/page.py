@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,15 @@ def build(actions: Actions, title: str) -> Any:
             edit_tab(gr, actions, wish, messages, (height, width))
         with gr.Tab("Autoencoder"):
             autoencoder_tab(gr, actions, messages)
+    sliders: list[Any] = [block for block in page.blocks.values() if isinstance(block, gr.Slider)]
+    for slider in sliders:
+        slider.preprocess = partial(_slider_value, slider.preprocess, slider.minimum)
     return page
+
+
+def _slider_value(preprocess: Callable[[float], float], least: float, given: float | None) -> float:
+    """Take a slider whose number was left empty for its least, which the page shows then."""
+    return preprocess(least if given is None else given)
 
 
 def _wish_controls(gr: Any, actions: Actions) -> list[Any]:

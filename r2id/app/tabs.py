@@ -13,6 +13,8 @@ from r2id.app.actions import LARGEST, Actions, DrawRequest, mask_of
 from r2id.errors import InputError, WorkError
 from r2id.models.coords import Size
 
+_SEED = 2
+"""Place of the seed among the controls of what is drawn."""
 Messages = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Decorates what is done on the page; see messages_of."""
 
@@ -62,6 +64,8 @@ def draw_tab(
 
     @messages
     def draw(high: float, wide: float, *values: Any) -> Any:
+        if values[_SEED] is None:  # the field is empty until a number is typed
+            return gr.skip()
         return actions.draw(_wish(*values), (int(high), int(wide)))
 
     @messages
@@ -83,12 +87,17 @@ def draw_tab(
         return gr.update(value=actions.gallery(_wish(*values)), visible=True)
 
     drawn = {"fn": draw, "inputs": [height, width, *wish], "outputs": picture, **model}
-    page.load(**drawn)
-    for control in (height, width):
-        control.release(**drawn, trigger_mode="always_last")
-    for control in wish:
-        control.change(**drawn, trigger_mode="always_last")
-    again.click(lambda seed: int(seed or 0) + 1, wish[2], wish[2], show_progress="hidden")
+    # Numbers count when they are complete, not at each change: half of one may be none.
+    events = {gr.Dropdown: ("change",), gr.Number: ("submit", "blur"), gr.Slider: ("release",)}
+    chosen = [
+        getattr(control, event)
+        for control in (height, width, *wish)
+        for event in events[type(control)]
+    ]
+    gr.on([page.load, *chosen], **drawn, trigger_mode="always_last")
+    seed = wish[_SEED]
+    following = again.click(lambda number: int(number or 0) + 1, seed, seed, show_progress="hidden")
+    following.then(**drawn)
     seen = {"fn": look, "inputs": [zoom, centre, height, width, *wish], "outputs": window, **model}
     zoom.release(**seen, trigger_mode="always_last")
     picture.select(aim, [height, width, zoom], [centre, zoom], show_progress="hidden").then(**seen)
