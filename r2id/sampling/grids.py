@@ -99,7 +99,7 @@ def output_files(out: Path, names: Sequence[str], overwrite: bool) -> list[Path]
     for the name of a picture file that is no PNG, unless it is an existing folder's.
     """
     if out.suffix.lower() == ".png":
-        if len(names) > 1:
+        if len(names) > 1 and not out.is_dir():
             raise InputError(
                 f"--out {out}: is one file, and there are {len(names)} sizes; name a folder"
             )

@@ -251,7 +251,7 @@ def test_where_output_may_go(tmp_path):
         (tmp_path / "a.png", ["1x1", "2x2"], r"a\.png: .*2"),
         (tmp_path / "a.jpg", ["1x1"], r"a\.jpg: .*\.png"),
         (tmp_path / "file", ["1x1"], "file"),
-        (tmp_path / "folder.png", ["1x1"], r"folder\.png: is a folder"),
+        (tmp_path / "folder.png", ["1x1", "2x2"], r"folder\.png: is a folder"),
         (tmp_path / "exists.d", ["1x1"], r"1x1\.png: is a folder"),
     ]:
         with pytest.raises(InputError, match=message):
