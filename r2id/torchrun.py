@@ -25,7 +25,7 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from r2id.data.loader_signals import stop_signals
+from r2id.stop_signals import stop_signals
 
 _DONE, _FAILED, _WRONG_INPUT, _SAVED = 0, 1, 2, 75
 _STATED = (_DONE, _FAILED, _WRONG_INPUT, _SAVED)

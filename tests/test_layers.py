@@ -25,6 +25,7 @@ LAYER = {
     "r2id.host_memory": 0,
     "r2id.mlflow_pages": 0,
     "r2id.openmp": 0,
+    "r2id.stop_signals": 0,
     "r2id.torchrun": 0,
     "r2id.images": 1,
     "r2id.data": 1,

@@ -1,4 +1,4 @@
-"""The signals that stop a job, and what they do to loader processes: nothing of themselves.
+"""What the signals that stop a job do to loader processes: nothing of themselves.
 
 A whole job may be sent one, by a terminal, timeout or systemd. The training process still needs
 batches for the step that it ends, and then ends its loaders.
@@ -13,13 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 
-_STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-
-
-def stop_signals() -> set[signal.Signals]:
-    """Return the signals that ask this process to save and stop; not SIGHUP under nohup."""
-    hang_up_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return _STOPPING - ({signal.SIGHUP} if hang_up_ignored else set())
+from r2id.stop_signals import STOP_SIGNALS
 
 
 @contextmanager
@@ -28,7 +22,7 @@ def signals_held() -> Iterator[None]:
 
     They inherit that, so that none acts on a signal before ignore_stop_signals runs.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -8,8 +8,8 @@ import sys
 import torch
 
 from r2id import dist
-from r2id.data.loader_signals import stop_signals
 from r2id.progress import discard_unwritten, say
+from r2id.stop_signals import stop_signals
 from r2id.training.callbacks.base import Callback
 from r2id.training.host_copy import HostCopy
 from r2id.training.state import TrainState
