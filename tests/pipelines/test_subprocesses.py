@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import subprocesses
 from pipelines.gpu_count import gpu_count
 from pipelines.subprocesses import run_command, run_stage
-from r2id.errors import InputError
+from r2id.errors import InputError, Stopped
 
 SAVES_ON_SIGNAL = """
 import signal, sys, time
@@ -71,6 +72,16 @@ def test_letters_of_several_bytes_are_passed_on_whole(capsys: pytest.CaptureFixt
 def test_a_users_mistake_is_an_input_error_naming_the_stage(processes: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^train: .*nowhere\.toml"):
         run_stage(["train", str(tmp_path / "nowhere.toml")], processes=processes)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("stopped: saved at step 7", "saved at step 7"), ("400/400", "train")]
+)
+def test_a_stage_that_was_stopped_says_why_or_is_named(line: str, message: str) -> None:
+    code = f"import sys; print({line!r}, file=sys.stderr); sys.exit(75)"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match=f"^{message}$"):
+        patch.setattr(subprocesses, "stage_command", lambda *_: [sys.executable, "-c", code])
+        run_stage(["train"])
 
 
 def test_a_signal_to_a_stage_that_is_about_to_be_done_stops_what_would_come_next() -> None:
