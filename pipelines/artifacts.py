@@ -201,13 +201,15 @@ def show_pipeline(
 
 def _page(name: str, lines: Sequence[str], pictures: Sequence[Path]) -> str:
     parts = [f"### {name}", "\n".join(f"* {line}" for line in lines)]
-    parts += [f"{path.stem}:\n\n![{path.stem}]({data_uri(path)})" for path in pictures]
+    parts += [
+        f"{path.stem}:\n\n![{path.stem}]({data_uri(path.read_bytes(), 'png')})" for path in pictures
+    ]
     return "\n\n".join(parts)
 
 
-def data_uri(picture: Path) -> str:
-    """Return the content of a PNG file as an address, which a page can show by itself."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+def data_uri(picture: bytes, form: str) -> str:
+    """Return a picture in a file format as an address, which a page can show by itself."""
+    return f"data:image/{form};base64,{base64.b64encode(picture).decode()}"
 
 
 def _show(what: str, create: Callable[[], object]) -> None:

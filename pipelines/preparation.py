@@ -6,7 +6,6 @@ written without it, and a second start continues where the first one stopped.
 
 from __future__ import annotations
 
-import base64
 import importlib
 import io
 import socket
@@ -30,7 +29,7 @@ from data_prep.overview import overview
 from data_prep.prepare import ShardPlan, exit_with_parent, prepare, write_shard, write_shards
 from data_prep.readers import check_options, check_source
 from data_prep.shard_plan import is_complete
-from pipelines.artifacts import LiveArtifact
+from pipelines.artifacts import LiveArtifact, data_uri
 from pipelines.orchestration import describe_error, is_prefect_error, prefect_ready, server_answers
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, Stopped, WorkError
@@ -199,13 +198,15 @@ def _show(config: PrepareConfig, results: Sequence[dict[str, Any]]) -> None:
         create_table_artifact(shown.table, key="prepare-shards", description=shown.summary)
         for name, picture in (("samples", shown.samples), ("sizes", shown.sizes)):
             create_markdown_artifact(
-                f"![{name}]({_data_uri(picture)})", key=f"prepare-{name}", description=shown.summary
+                f"![{name}]({data_uri(_jpeg(picture), 'jpeg')})",
+                key=f"prepare-{name}",
+                description=shown.summary,
             )
     except Exception as error:
         say(f"prefect: no artifacts: {describe_error(error)}")
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return buffer.getvalue()
