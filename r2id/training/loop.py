@@ -16,7 +16,7 @@ from r2id.training.engines import make_engine
 from r2id.training.engines.settings import engine_kind
 from r2id.training.out_of_memory import advise_on_out_of_memory
 from r2id.training.precision import resolve_precision
-from r2id.training.resume import is_finished, restore, start_folder
+from r2id.training.resume import is_finished, restore, say_finished, start_folder
 from r2id.training.state import TrainState
 from r2id.training.step import step_or_skip
 from r2id.training.tasks import make_task
@@ -44,6 +44,8 @@ def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[
     """See ``train``, which no other process does meanwhile."""
     newest = Checkpoint.open_newest(config.run)
     if newest is not None and is_finished(config, newest):
+        if dist.is_main():
+            say_finished(config, newest)
         return {"checkpoint": newest.path, "step": newest.step}
     recorded = newest.meta.config["train"]["precision"] if newest is not None else None
     config = resolve_precision(config, world.device, recorded)

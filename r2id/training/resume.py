@@ -119,9 +119,22 @@ def _check_same_run(task: Task, newest: Checkpoint) -> None:
                 f"{folder}: holds a run with {name} = {_shown(recorded[name])}, not "
                 f"{_shown(value)}: choose another run directory, or remove this one to start over"
             )
-    changed = _changes(meta.config, task.config.model_dump(mode="json"))
-    more = f", with other settings than before: {', '.join(changed)}" if changed else ""
-    say(f"{newest.path}: going on from step {meta.step}{more}")
+    other = _other_settings(task.config.model_dump(mode="json"), newest)
+    say(f"{newest.path}: going on from step {meta.step}{other}")
+
+
+def say_finished(config: RiaeRun | R2idRun, newest: Checkpoint) -> None:
+    """Say that a run is finished if it would have gone on with other settings than before."""
+    settings = config.model_dump(mode="json")
+    if config.train.precision == "auto":  # the run decided it when it began
+        settings["train"]["precision"] = newest.meta.config["train"]["precision"]
+    if other := _other_settings(settings, newest):
+        say(f"{newest.path}: finished at step {newest.step}{other}")
+
+
+def _other_settings(settings: Mapping[str, Any], newest: Checkpoint) -> str:
+    changed = _changes(newest.meta.config, settings)
+    return f", with other settings than before: {', '.join(changed)}" if changed else ""
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

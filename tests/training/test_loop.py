@@ -186,11 +186,17 @@ def test_cache_and_on_the_fly_train_alike(digits, riae_run, latents, tmp_path):
         )
 
 
-def test_a_finished_run_is_left_alone(r2id_run):
+def test_a_finished_run_is_left_alone(r2id_run, capsys):
+    """And says which settings have changed since."""
     before = Checkpoint.open(r2id_run).identity
     meta = Checkpoint.open(r2id_run).meta
-    result = train(load_config(r2id_run / "config.toml"))
-    assert result["step"] == meta.step and Checkpoint.open(r2id_run).identity == before
+    for overrides in ((), ("sample.steps=7", "train.precision=auto")):
+        assert "finished" not in capsys.readouterr().err
+        result = train(load_config(r2id_run / "config.toml", overrides))
+        assert result["step"] == meta.step and Checkpoint.open(r2id_run).identity == before
+    steps = meta.config["sample"]["steps"]
+    changed = f"with other settings than before: sample.steps = {steps} → 7\n"
+    assert capsys.readouterr().err.endswith(f"finished at step {meta.step}, {changed}")
 
 
 def test_losses_fall_and_pictures_are_drawn(digits, tmp_path):
