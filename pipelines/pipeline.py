@@ -1,16 +1,13 @@
 """The whole pipeline as a Prefect flow: images → shards → RIAE → latents → R2ID → samples → report.
 
 The pipeline's ``out`` folder holds riae/ and r2id/ (run directories), riae-finetuned/ where the
-pipeline has that stage, latents/, samples/, report/ and pipeline.json, which records the MLflow run
-and what the samples and report were made from.
+pipeline has that stage, latents/, samples/, report/ and pipeline.json (see pipelines/record.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,24 +17,28 @@ from typing import Any
 from prefect import flow
 
 from data_prep.overview import check_split, class_names
-from pipelines.artifacts import show_mlflow_run, show_pipeline
+from pipelines.artifacts import show_pipeline
 from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
+from pipelines.mlflow_run import MlflowRun
 from pipelines.orchestration import prefect_ready
 from pipelines.preparation import check_preparation, prepare_flow
+from pipelines.record import Record
 from r2id.config import (
+    EvaluateConfig,
     PipelineRun,
     R2idRun,
     RiaeRun,
     SampleConfig,
+    SamplerConfig,
     StageConfig,
+    build,
     change,
     find_labels,
     load_config,
     override,
 )
 from r2id.errors import InputError, Stopped
-from r2id.files import exclusive, step_folders, step_of, write_atomic
-from r2id.mlflow_pages import how_to_open, run_page, server_command
+from r2id.files import NOISE_SHIFT_FILE, exclusive, step_folders, step_of
 from r2id.progress import duration, say
 
 
@@ -55,11 +56,9 @@ class Pipeline:
         self.codec = self.out / "riae-finetuned" if config.finetune else self.riae
         self.samples, self.report = self.out / "samples", self.out / "report"
         self.page, self.metrics = self.report / "report.html", self.report / "metrics.json"
-        self.record_file = self.out / "pipeline.json"
-        self.executed: list[dict[str, Any]] = []
         self.headlines: list[str] = []
+        self.pictures: list[Path] = []
         self.stages: list[dict[str, str]] = []
-        self.environment: dict[str, str] = {}
         # All are read now, so that a misspelt option is reported before hours of work, not after.
         self.riae_stages = {"riae": self._stage("riae", "riae", config.riae, {"run": self.riae})}
         if config.finetune:
@@ -72,8 +71,11 @@ class Pipeline:
             config.r2id,
             {"run": self.r2id, "codec": self.codec, "data.latents": self.latents},
         )
+        self.sampling = build(SampleConfig, self._drawing("sample"))
+        self.evaluation = build(EvaluateConfig, self._drawing("evaluate"))
         self._check_riae_in_use()
-        self.record = self._read_record()
+        self.record = Record(self.out)
+        self.mlflow = MlflowRun(config, self.record)
 
     def _check_riae_in_use(self) -> None:
         """Raise InputError when an RIAE would be trained under latents and an R2ID that use it."""
@@ -109,21 +111,28 @@ class Pipeline:
         run = load_config(file, overrides)
         if run.stage != kind:
             raise InputError(f"{name}.config: {file} is of stage {run.stage!r}, must be {kind!r}")
-        if isinstance(run, R2idRun):
-            self._check_sampling(run)
         return file, overrides
 
-    def _check_sampling(self, run: R2idRun) -> None:
-        """Raise InputError when the pipeline's settings do not fit the R2ID run's own settings."""
-        for name in ("sample", "evaluate"):
-            changes = getattr(self.config, name).changes()
-            if name == "evaluate":  # it may be several scales, each checked by the section itself
-                changes.pop("guidance", None)
-            known = {k: v for k, v in changes.items() if k in SampleConfig.model_fields}
-            try:
-                change(run, {"sample": run.sample.model_dump() | known})
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
+    def _drawing(self, stage: str) -> dict[str, Any]:
+        """Return the settings of "sample" or "evaluate": the R2ID config's [sample] and its own.
+
+        Its own win. Raises InputError when they do not go together.
+        """
+        run = load_config(*self.r2id_stage)
+        assert isinstance(run, R2idRun), "_stage has checked it"
+        own = getattr(self.config, stage).changes()
+        known = {name: value for name, value in own.items() if name in SampleConfig.model_fields}
+        if stage == "evaluate":  # it may be several scales, each checked by the section itself
+            known.pop("guidance", None)
+        try:
+            sample = change(run.sample, known).model_dump()
+            change(run, {"sample": sample})
+        except InputError as error:
+            raise InputError(f"{stage}: {error}") from None
+        if run.r2id.condition == "none":  # then a model has no guidance, whatever its config says
+            del sample["guidance"]
+        shared = SampleConfig if stage == "sample" else SamplerConfig
+        return {name: sample[name] for name in shared.model_fields if name in sample} | own
 
     def check_data(self) -> None:
         """Raise InputError when the shards lack what a later stage reads: splits, or classes.
@@ -145,25 +154,12 @@ class Pipeline:
 
     def _check_labels(self, run: R2idRun) -> None:
         """Raise InputError when samples are asked of a class that there is not."""
-        labels = self.config.sample.labels or run.sample.labels
+        labels = self.sampling.labels
         names = class_names(self.config.prepare.out) if run.r2id.condition == "class" else []
         try:
             find_labels(labels, len(names), names)
         except InputError as error:
             raise InputError(f"sample.labels: {error}") from None
-
-    def _read_record(self) -> dict[str, Any]:
-        if not self.record_file.exists():
-            return {"mlflow_run": None, "stages": {}}
-        try:
-            return json.loads(self.record_file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{self.record_file}: damaged ({error}); remove it to begin a new record"
-            ) from None
-
-    def write_record(self) -> None:
-        write_atomic(self.record_file, json.dumps(self.record, indent=2).encode())
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
         """Run a stage and print how long it took."""
@@ -183,9 +179,10 @@ class Pipeline:
         work: Callable[[], Any],
         files: Sequence[Path] = (),
     ) -> Any:
-        """Run a stage, or return its recorded result if settings and checkpoint are the same.
+        """Run a stage, or return its recorded result if what decides it is the same.
 
-        Then its ``files``, and those that the result names, must still be there, too.
+        That is its settings, the checkpoint and the noise shift applied to it. And its ``files``,
+        and those that the result names, must still be there.
         """
         checkpoints = self.r2id / "checkpoints"
         latest = (
@@ -193,78 +190,22 @@ class Pipeline:
             / (checkpoints / "latest").read_text(encoding="utf-8").strip()
             / "checkpoint.json"
         )
+        shift = self.r2id / NOISE_SHIFT_FILE
         # checkpoint.json holds the hashes of the checkpoint's files, so it identifies the weights.
         key = hashlib.sha256(
-            latest.read_bytes() + json.dumps(settings, sort_keys=True).encode()
+            latest.read_bytes()
+            + (shift.read_bytes() if shift.exists() else b"")
+            + json.dumps(settings, sort_keys=True).encode()
         ).hexdigest()
-        previous = self.record["stages"].get(name)
-        made = [*map(Path, previous["result"].get("files", ())), *files] if previous else []
-        if previous and previous["key"] == key and all(path.is_file() for path in made):
+        previous = self.record.find(name, key)
+        if previous is not None:
             say(f"── {name}: up to date")
-            outcome = _outcome(previous["result"])
+            outcome = _outcome(previous)
             self.stages.append({"stage": name, "time": "up to date", "result": outcome})
-            return previous["result"]
+            return previous
         result = self.stage(name, work)
-        self.record["stages"][name] = {"key": key, "result": result}
-        self.write_record()
-        metrics = _read_json(self.metrics) if name == "evaluate" else {}
-        self.note(name, settings, [folder], metrics)
+        self.record.keep(name, key, result, files, {"params": settings, "folder": folder})
         return result
-
-    def note(
-        self,
-        name: str,
-        params: Mapping[str, Any],
-        artifacts: Sequence[Path] = (),
-        metrics: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Remember a stage that does not log to MLflow itself; end_tracking writes a run for it."""
-        self.executed.append(
-            {
-                "name": name,
-                "params": params,
-                "artifacts": [str(path) for path in artifacts],
-                "metrics": metrics or {},
-            }
-        )
-
-    def begin_tracking(self) -> None:
-        """Open the MLflow run that becomes the parent of the stages' runs, if tracking is on."""
-        tracking = self.config.tracking
-        if tracking.enabled:
-            begun = _tracking(
-                "begin",
-                {
-                    "experiment": tracking.experiment,
-                    "name": tracking.name or self.config.name,
-                    "run": self.record["mlflow_run"],
-                    "params": self.config.model_dump(mode="json"),
-                },
-            )
-            if begun:
-                self.environment["R2ID_PARENT_RUN"] = self.record["mlflow_run"] = begun["run"]
-                self.record["mlflow_experiment"] = begun["experiment"]
-                self.write_record()
-                say(f"MLflow: {self.how_to_open_mlflow()}")
-                show_mlflow_run(run_page(begun["experiment"], begun["run"]), server_command())
-
-    def how_to_open_mlflow(self) -> str | None:
-        """Return one line that leads to the pipeline's MLflow run; None when it has none."""
-        run = self.record["mlflow_run"]
-        if not self.config.tracking.enabled or not run:
-            return None
-        return how_to_open(self.record.get("mlflow_experiment"), run)
-
-    def end_tracking(self, status: str) -> None:
-        """Close the MLflow run with a status, and add the noted stages as its children."""
-        if self.environment:
-            request = {
-                "run": self.record["mlflow_run"],
-                "status": status,
-                "stages": self.executed,
-                "headlines": self.headlines,
-            }
-            _tracking("end", request)
 
 
 def _outcome(result: Any) -> str:
@@ -306,7 +247,7 @@ def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
 def pipeline_flow(config: PipelineRun, base: Path) -> dict[str, Any]:
     """Run all stages in turn, each as a flow of its own, in one MLflow run; see run_pipeline."""
     pipeline = Pipeline(config, base)
-    pipeline.begin_tracking()
+    pipeline.mlflow.begin()
     status = "FAILED"
     try:
         result = _run_stages(pipeline)
@@ -316,13 +257,15 @@ def pipeline_flow(config: PipelineRun, base: Path) -> dict[str, Any]:
         status = "KILLED"
         raise
     finally:
-        pipeline.end_tracking(status)
+        names = [picture.name for picture in pipeline.pictures]
+        pipeline.mlflow.end(status, pipeline.headlines, names)
 
 
 def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
-    config, shards, environment = pipeline.config, pipeline.config.prepare.out, pipeline.environment
+    config, shards = pipeline.config, pipeline.config.prepare.out
+    environment = pipeline.mlflow.environment
     if not (shards / "manifest.json").exists():
-        pipeline.note("prepare", config.prepare.model_dump(mode="json"))
+        pipeline.record.note("prepare", config.prepare.model_dump(mode="json"))
     pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
     pipeline.check_data()
     for name, stage in pipeline.riae_stages.items():
@@ -334,40 +277,42 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
         lambda: encode_flow(pipeline.codec, shards, pipeline.latents, config.encode, environment),
     )
     if encoded["reused"] < encoded["images"]:
-        pipeline.note("encode", encoded)
+        pipeline.record.note("encode", encoded)
     pipeline.stage("train r2id", lambda: train_flow(*pipeline.r2id_stage, environment))
     samples = pipeline.once(
         "sample",
-        config.sample.changes(mode="json"),
+        pipeline.sampling.changes(mode="json"),
         pipeline.samples,
-        lambda: sample_flow(pipeline.r2id, pipeline.samples, config.sample, environment),
+        lambda: sample_flow(pipeline.r2id, pipeline.samples, pipeline.sampling, environment),
     )
     evaluation = pipeline.once(
         "evaluate",
-        config.evaluate.changes(mode="json"),
+        pipeline.evaluation.changes(mode="json"),
         pipeline.report,
-        lambda: evaluate_flow(pipeline.r2id, shards, pipeline.report, config.evaluate, environment),
+        lambda: evaluate_flow(
+            pipeline.r2id, shards, pipeline.report, pipeline.evaluation, environment
+        ),
         (pipeline.page, pipeline.metrics),
     )
     pipeline.headlines = list(evaluation["headlines"])
-    summary = _summary(pipeline, samples)
-    pictures = [Path(file) for file in summary["pictures"]]
-    show_pipeline(config.name, pipeline.stages, summary["lines"], pictures)
+    pipeline.pictures = [Path(file) for file in samples["files"]]
+    summary = _summary(pipeline)
+    show_pipeline(config.name, pipeline.stages, summary["lines"], pipeline.pictures)
     return summary
 
 
-def _summary(pipeline: Pipeline, samples: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(pipeline: Pipeline) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "name": pipeline.config.name,
         "out": str(pipeline.out),
         "shards": str(pipeline.config.prepare.out),
         "riae": str(pipeline.codec),
         "r2id": str(pipeline.r2id),
-        "pictures": [str(f) for f in samples["files"]],
+        "pictures": [str(picture) for picture in pipeline.pictures],
         "report": str(pipeline.page),
         "metrics": str(pipeline.metrics),
         "headlines": pipeline.headlines,
-        "mlflow": pipeline.how_to_open_mlflow(),
+        "mlflow": pipeline.mlflow.how_to_open(),
     }
     lines = [
         *summary["headlines"],
@@ -377,23 +322,3 @@ def _summary(pipeline: Pipeline, samples: Mapping[str, Any]) -> dict[str, Any]:
     if summary["mlflow"]:
         lines.append(f"MLflow: {summary['mlflow']}")
     return {**summary, "lines": lines}
-
-
-def _tracking(verb: str, request: Mapping[str, Any]) -> dict[str, str] | None:
-    """Begin or end the pipeline's MLflow run, and return the ids of the run and its experiment.
-
-    It is a process of its own, because importing mlflow takes seconds. Returns None when MLflow
-    cannot be reached: the work goes on without it.
-    """
-    process = subprocess.run(
-        [sys.executable, "-m", "r2id.training.tracking.pipeline", verb],
-        input=json.dumps(request),
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        check=False,
-    )
-    return json.loads(process.stdout) if process.returncode == 0 else None
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -18,6 +18,8 @@ from r2id.errors import InputError, WorkError
 
 TEMPORARY = ".tmp"
 """Ending of the names of files that are not complete yet."""
+NOISE_SHIFT_FILE = "noise-shift.json"
+"""File of a run directory: the noise shift that was applied to its checkpoint."""
 _CHUNK = 1 << 20
 
 

@@ -36,7 +36,7 @@ from r2id.errors import InputError, WorkError
 from r2id.evaluation import figures
 from r2id.evaluation.errors_by_noise import data_error
 from r2id.evaluation.r2id import Latents, encode_resized
-from r2id.files import write_atomic, write_json
+from r2id.files import NOISE_SHIFT_FILE, write_atomic, write_json
 from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress
 from r2id.sampling import noise_shift
@@ -117,7 +117,7 @@ def measure_noise_shift(
         "data": opened.digest,
         "checkpoint": checkpoint.identity,
     }
-    write_json(out / noise_shift.NAME, result)
+    write_json(out / NOISE_SHIFT_FILE, result)
     write_atomic(out / "noise-shift.png", figures.noise_shift(result))
     if apply:
         noise_shift.apply(checkpoint, result)

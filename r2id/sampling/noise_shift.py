@@ -15,15 +15,13 @@ from typing import Any
 from r2id.checkpoints import Checkpoint
 from r2id.checkpoints.trained import Trained
 from r2id.errors import InputError, WorkError
-from r2id.files import write_json
+from r2id.files import NOISE_SHIFT_FILE, write_json
 from r2id.progress import say
-
-NAME = "noise-shift.json"
 
 
 def applied_file(checkpoint: Checkpoint) -> Path:
     """Return the path of the file that holds the noise shift applied to a checkpoint."""
-    return checkpoint.run / NAME
+    return checkpoint.run / NOISE_SHIFT_FILE
 
 
 def apply(checkpoint: Checkpoint, measured: Mapping[str, Any]) -> Path:

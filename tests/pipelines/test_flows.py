@@ -19,6 +19,7 @@ from pipelines.pipeline import Pipeline, run_pipeline
 from pipelines.preparation import prepare_flow
 from r2id.config import PipelineRun, PrepareConfig, load_config
 from r2id.errors import InputError
+from r2id.files import NOISE_SHIFT_FILE
 
 RIAE = """
 stage = "riae"
@@ -180,6 +181,8 @@ def test_files_that_are_gone_are_made_again(configs: Path) -> None:
     picture.unlink()
     assert redone() == ["sample"]
     assert picture.exists()
+    (configs / "out/r2id" / NOISE_SHIFT_FILE).write_text("applied")
+    assert redone() == ["sample", "evaluate"]
     for file in (page, metrics):
         file.unlink()
         assert redone() == ["evaluate"]
@@ -286,7 +289,9 @@ def check_tracked(folder: Path) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    parent = json.loads((folder / "runs/tiny/pipeline.json").read_text())["mlflow_run"]
+    record = json.loads((folder / "runs/tiny/pipeline.json").read_text())
+    parent = record["mlflow_run"]
+    assert [note["recorded_in"] for note in record["notes"].values()] == [parent] * 4
     runs = client.search_runs([client.get_experiment_by_name("r2id").experiment_id])
     children = {
         run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent

@@ -17,7 +17,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipelines import flows, pipeline, preparation, subprocesses
+from pipelines import flows, mlflow_run, pipeline, preparation, subprocesses
 from r2id.cli.options import app
 from r2id.config import (
     EncodeConfig,
@@ -204,7 +204,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     shown = SimpleNamespace(environment={}, result={})
     monkeypatch.setattr(flows, "TrainingArtifacts", lambda *_: contextlib.nullcontext(shown))
     monkeypatch.setattr(pipeline, "show_pipeline", lambda *_: None)
-    monkeypatch.setattr(pipeline, "_tracking", lambda verb, order: arrived.update({verb: order}))
+    monkeypatch.setattr(mlflow_run, "_ask", lambda verb, order: arrived.update({verb: order}))
 
     def prepare(config: PrepareConfig, _write_all: object) -> None:
         arrived["prepare"] = config
@@ -322,19 +322,34 @@ def test_a_finetuned_riae_takes_the_place_of_the_first(run: Run, tmp_path: Path)
 
 
 def test_what_a_pipeline_does_not_set_is_the_stages_own(run: Run) -> None:
-    arrived = run()
-    assert set(arrived["sample"]) & set(SampleConfig.model_fields) == {"sizes"}
-    assert arrived["sample"]["sizes"] == ()
-    assert not set(arrived["evaluate"]) & {
-        "steps",
-        "guidance",
-        "guidance_interval",
-        "solver",
-        "eta",
-    }
+    """As its config says now: what it said when R2ID was trained is in the checkpoint."""
+    arrived = run("r2id.sample.count=7")
+    own = arrived["r2id"].sample.model_dump()
+    assert (own["solver"], own["guidance"], own["count"]) == ("heun", 1.5, 7)
+    empty = {"sizes": (), "labels": ()}
+    given = {name: value for name, value in arrived["sample"].items() if name in own}
+    assert empty | given == own
+    assert arrived["evaluate"]["guidance"] == (1.5,) and arrived["evaluate"]["count"] == 1000
+    for name in ("steps", "autoguidance", "guidance_interval", "eta", "solver"):
+        assert arrived["evaluate"][name] == own[name]
     assert arrived["riae"].tracking.experiment == "the stage's own"
-    assert arrived["r2id"].sample.guidance == 1.5
     assert arrived["riae"].data.shards == arrived["r2id"].data.shards == Path("data/digits")
+
+
+def test_the_default_guidance_is_not_asked_of_a_model_without_conditions(run: Run) -> None:
+    arrived = run("r2id.r2id.condition=none")
+    assert "guidance" not in arrived["sample"] and arrived["evaluate"].get("guidance") is None
+
+
+def test_pictures_are_drawn_anew_when_the_stages_own_settings_change(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    for changes, said in (((), "up to date"), (("r2id.sample.steps=7",), "done")):
+        config = load_config(tmp_path / "pipeline.toml", changes)
+        assert isinstance(config, PipelineRun)
+        pipeline.pipeline_flow.fn(config, tmp_path)
+        assert f"── sample: {said}" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_go_with_the_stages_own_are_told_before_anything_starts(
