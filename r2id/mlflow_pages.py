@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 RUN_ID_FILE = "mlflow-run-id"
 """File of a run directory: the id of the run in MLflow, and on a second line its experiment's."""
@@ -41,10 +41,15 @@ def read_run_ids(file: Path) -> tuple[str | None, str | None]:
 
 def server_address() -> str | None:
     """Return the address in MLFLOW_TRACKING_URI, without any password; None for another store."""
-    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    if parts.scheme not in ("http", "https"):
+    address = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not address.startswith(("http://", "https://")):
         return None
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+    return without_password(address).rstrip("/")
+
+
+def without_password(text: str) -> str:
+    """Leave users and passwords out of the addresses in a text."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def server_command() -> str | None:

@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from r2id.mlflow_pages import without_password
 from r2id.training.tracking.store import store_uri
 
 _SECONDS = 3.0
@@ -25,7 +26,7 @@ def find_store() -> tuple[str, str | None]:
     """Look at MLflow's store → (where it is, what is wrong with it or None)."""
     uri = store_uri()
     scheme = uri.partition(":")[0].partition("+")[0] if "://" in uri else "file"
-    shown = _without_password(uri)
+    shown = without_password(uri)
     if scheme in ("http", "https"):
         return shown, _ask(f"{shown.rstrip('/')}/health")
     if scheme == "sqlite":
@@ -42,7 +43,7 @@ def find_server() -> tuple[str | None, str | None]:
     address = os.environ.get("PREFECT_API_URL") or _of_profile()
     if not address:
         return None, None
-    shown = _without_password(address)
+    shown = without_password(address)
     return shown, _ask(f"{shown.rstrip('/')}/health")
 
 
@@ -104,10 +105,3 @@ def _knock(uri: str, port: int) -> str | None:
             return None
     except (OSError, ValueError) as error:
         return f"does not answer: {error}"
-
-
-def _without_password(address: str) -> str:
-    before, at, host = address.rpartition("@")
-    if not at or "://" not in before:
-        return address
-    return f"{before.partition('://')[0]}://{host}"

@@ -1,9 +1,12 @@
 """What a training and a pipeline record in MLflow, against a real SQLite store."""
 
+import errno
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +14,13 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from r2id.config import TrackingConfig
-from r2id.mlflow_pages import RUN_ID_FILE, read_run_ids, run_page
+from r2id.mlflow_pages import RUN_ID_FILE, read_run_ids, run_page, server_address
+from r2id.training.reachable import find_store
 from r2id.training.tracking import PARENT_VARIABLE, Tracker
 from r2id.training.tracking.facts import flatten, git_tags
 from r2id.training.tracking.newest import newest_page
 from r2id.training.tracking.pipeline import begin_pipeline, end_pipeline
+from r2id.training.tracking.store import cannot_write_files, first_line
 from tests.training.conftest import start, steps_of
 
 
@@ -188,8 +193,9 @@ def test_a_pipeline_has_one_run_with_all_to_see_and_children(
         },
         "artifacts": [str(report)],
     }
-    end = {"run": parent, "stages": [stage], "headlines": ["samples at 8x8: class accuracy 0.5"]}
-    end_pipeline({**end, "status": "FAILED"})
+    headlines = ["samples at 8x8: class accuracy 0.5"]
+    end = {"run": parent, "stages": [stage], "headlines": headlines, "pictures": ["9x9.png"]}
+    end_pipeline({**end, "status": "FAILED", "pictures": ["8x8.png"]})
     assert begin_pipeline({**begin, "run": parent}) == begun
     end_pipeline({**end, "status": "FINISHED"})
 
@@ -221,6 +227,124 @@ def test_a_pipeline_has_one_run_with_all_to_see_and_children(
     page = f"#/experiments/{begun['experiment']}/runs/{parent}/artifacts/report/report.html"
     assert "class accuracy 0.5" in note and f"[Report]({page}" in note
     assert "artifacts/riae/reconstructions?" in note and "film" not in note
+    assert "path=samples/9x9.png" in note and "8x8.png" not in note
+
+
+def test_a_stage_that_is_trained_anew_is_in_the_pipelines_run_from_its_first_step(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after its folder was removed; the run of the first training is gone on with no more."""
+    begin = {"experiment": "r2id", "name": "digits", "params": {}, "run": None}
+    parent = begin_pipeline(begin)["run"]
+    monkeypatch.setenv(PARENT_VARIABLE, parent)
+
+    def train(steps: range, run_id: str | None = None) -> str | None:
+        tracker = start(run_id=run_id)
+        for step in steps:
+            tracker.metrics({"loss/loss": 1.0}, step)
+        tracker.finish()
+        return tracker.run_id
+
+    train(range(1, 6))
+    again = train(range(1, 3))
+    assert train(range(2, 4), again) == again
+    points = client.get_metric_history(parent, "riae/loss/loss")
+    points.sort(key=lambda point: point.timestamp)
+    assert [point.step for point in points] == [1, 2, 3, 4, 5, 1, 2, 3]
+
+
+def test_a_stage_is_in_the_experiment_of_its_pipeline(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where MLflow shows it, even if the setting was changed meanwhile."""
+    begun = begin_pipeline({"experiment": "first", "name": "digits", "params": {}, "run": None})
+    monkeypatch.setenv(PARENT_VARIABLE, begun["run"])
+    child = Tracker.start(TrackingConfig(experiment="second"), run_name="riae", stage="riae")
+    child.finish()
+    assert child.run_id is not None
+    assert client.get_run(child.run_id).info.experiment_id == begun["experiment"]
+
+
+def test_files_that_cannot_be_written_hold_nothing_up(
+    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a project that has moved: MLflow keeps the old place of an experiment's files."""
+    (tmp_path / "file").write_text("not a folder")
+    client.create_experiment("moved", artifact_location=f"{tmp_path}/file/artifacts")
+    tracker = Tracker.start(TrackingConfig(experiment="moved"), run_name="riae", stage="riae")
+    tracker.image(np.zeros((4, 6, 3), np.uint8), "samples", 1)
+    tracker.metrics({"loss": 1.0}, 1)
+    tracker.finish()
+    assert tracker.run_id is not None
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert steps_of(client, tracker.run_id, "loss") == [1]
+    begun = begin_pipeline({"experiment": "moved", "name": "digits", "params": {}, "run": None})
+    report = tmp_path / "report.html"
+    report.write_text("x")
+    stage = {"name": "evaluate", "params": {}, "metrics": {"a": 1}, "artifacts": [str(report)]}
+    end = {"stages": [stage], "headlines": ["good"], "pictures": [], "status": "FINISHED"}
+    end_pipeline({**end, "run": begun["run"]})
+    assert client.get_run(begun["run"]).info.status == "FINISHED"
+    said = capsys.readouterr().err
+    assert "an entry is left out" in said and "files of evaluate are left out" in said
+
+
+def test_a_file_system_that_is_read_only_is_not_waited_for() -> None:
+    assert cannot_write_files(OSError(errno.EROFS, "Read-only file system"))
+    assert cannot_write_files(PermissionError(errno.EACCES, "Permission denied"))
+    assert not cannot_write_files(ConnectionRefusedError())
+
+
+def test_no_password_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = Exception("API request to http://alice:s3c@ret@127.0.0.1:9/api@2 failed\nmore")
+    assert first_line(error) == "API request to http://127.0.0.1:9/api@2 failed"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://alice:s3cret@tracking/mlflow/")
+    assert server_address() == "https://tracking/mlflow"
+    assert find_store()[0] == "https://tracking/mlflow/"
+
+
+def test_a_pipeline_asks_again_for_a_store_that_is_away_for_a_moment(
+    client: MlflowClient, store_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    place.touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+
+    def come_back(_: float) -> None:
+        place.unlink()
+        place.symlink_to(store_file.parent)
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=come_back)
+    monkeypatch.setattr("r2id.training.tracking.pipeline.time", clock)
+    begun = begin_pipeline({"experiment": "r2id", "name": "away", "params": {}, "run": None})
+    assert client.get_run(begun["run"]).info.run_name == "away"
+
+
+@pytest.mark.slow
+def test_two_pipelines_may_begin_a_new_store_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    order = {"experiment": "r2id", "name": "digits", "params": {}, "run": None}
+    command = [sys.executable, "-m", "r2id.training.tracking.pipeline", "begin"]
+    both = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:  # both begin to read before either gets its order
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(order))
+        process.stdin.close()
+        process.stdin = None
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in both]
+    assert [(said, code) for _, said, code in ended] == [("", 0)] * 2
+    assert len({json.loads(printed)["run"] for printed, _, _ in ended}) == 2
 
 
 def test_a_parent_that_is_no_pipeline_stays_as_it_is(

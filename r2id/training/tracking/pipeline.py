@@ -13,20 +13,29 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from r2id.mlflow_pages import run_page
 from r2id.progress import say
 from r2id.training.tracking.facts import flatten, git_tags
-from r2id.training.tracking.store import RunOpening, connect, first_line
+from r2id.training.tracking.store import (
+    RunOpening,
+    cannot_write_files,
+    connect,
+    first_line,
+    refuses,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 _MAX_METRICS_PER_BATCH = 1000  # limit of MLflow's own stores
+# How long a store that is busy is asked again; after SIGTERM, a scheduler does not wait for long.
+_SECONDS, _SECONDS_WHEN_KILLED = 15.0, 4.0
+_Made = TypeVar("_Made")
 # Pages of a pipeline's run, and the parts of their addresses.
 _PAGES = {
     "Report": "artifacts/report/report.html",
@@ -53,17 +62,35 @@ def begin_pipeline(request: Mapping[str, Any]) -> dict[str, str]:
         tags,
         run_id=request["run"],
     )
-    opened = opening.open(connect())
+    opened = _persist(lambda: opening.open(connect()), _SECONDS)
     return {"run": opened.run_id, "experiment": opened.experiment_id}
 
 
 def end_pipeline(request: Mapping[str, Any]) -> dict[str, str]:
     """End the run of a pipeline, and record the stages that do not record themselves.
 
-    ``request`` has run, status, stages and headlines (lines of text). Each stage has name, params,
-    metrics and artifacts (paths), and becomes a child run. The pipeline's own run gets its files
-    too, its main results, and a description with the headlines.
+    ``request`` has run, status, stages, headlines (lines of text) and pictures (names of files in
+    samples/). Each stage has name, params, metrics and artifacts (paths), and becomes a child run.
+    The pipeline's own run gets its files too, its main results, and a description with headlines
+    and pictures.
     """
+    seconds = _SECONDS_WHEN_KILLED if request["status"] == "KILLED" else _SECONDS
+    return _persist(lambda: _end(request), seconds)
+
+
+def _persist(act: Callable[[], _Made], seconds: float) -> _Made:
+    """Return what ``act`` returns, trying again for some seconds while the store is busy."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return act()
+        except Exception as error:
+            if refuses(error) or time.monotonic() > end:
+                raise
+            time.sleep(1.0)
+
+
+def _end(request: Mapping[str, Any]) -> dict[str, str]:
     client = connect()
     parent = client.get_run(request["run"])
     for stage in request["stages"]:
@@ -71,12 +98,17 @@ def end_pipeline(request: Mapping[str, Any]) -> dict[str, str]:
         numbers = _numbers(stage["metrics"])
         _log_numbers(client, child, {name.replace(".", "/"): n for name, n in numbers.items()})
         _log_numbers(client, parent.info.run_id, _main_results(numbers))
-        for path in map(Path, stage["artifacts"]):
-            _log_files(client, child, path, "")
-            _log_files(client, parent.info.run_id, path, path.name)
+        try:
+            for path in map(Path, stage["artifacts"]):
+                _log_files(client, child, path, "")
+                _log_files(client, parent.info.run_id, path, path.name)
+        except OSError as error:
+            if not cannot_write_files(error):
+                raise
+            say(f"tracking: files of {stage['name']} are left out: {first_line(error)}")
         client.set_terminated(child)
     if request["stages"] and request["headlines"]:
-        note = _description(client, parent, request["headlines"])
+        note = _description(client, parent, request["headlines"], request["pictures"])
         client.set_tag(parent.info.run_id, "mlflow.note.content", note)
     client.set_terminated(parent.info.run_id, request["status"])
     return {"run": parent.info.run_id, "experiment": parent.info.experiment_id}
@@ -138,7 +170,9 @@ def _log_files(client: MlflowClient, run_id: str, path: Path, folder: str) -> No
             client.log_artifact(run_id, str(file), None if place == "." else place)
 
 
-def _description(client: MlflowClient, parent: Run, headlines: Sequence[str]) -> str:
+def _description(
+    client: MlflowClient, parent: Run, headlines: Sequence[str], pictures: Sequence[str]
+) -> str:
     """Write what the page of a pipeline's run says first, as Markdown.
 
     Links come first, because MLflow folds all but the first lines away.
@@ -154,13 +188,12 @@ def _description(client: MlflowClient, parent: Run, headlines: Sequence[str]) ->
         for name, tab in _PAGES.items()
         if tab.removeprefix("artifacts/") in {*recorded, "model-metrics"}
     ]
-    pictures = [
-        f"{Path(file.path).stem}:\n\n![{file.path}](get-artifact?path={file.path}&run_uuid={run})"
-        for file in client.list_artifacts(run, "samples")
-        if file.path.endswith(".png")
+    shown = [
+        f"{Path(name).stem}:\n\n![{name}](get-artifact?path=samples/{name}&run_uuid={run})"
+        for name in pictures
     ]
     lines = "\n".join(f"* {line}" for line in headlines)
-    return "\n\n".join([" · ".join(links), lines, *pictures])
+    return "\n\n".join([" · ".join(links), lines, *shown])
 
 
 def main() -> int:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from r2id.mlflow_pages import without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,7 +54,21 @@ def connect() -> MlflowClient:
 
     for name in ("alembic", "mlflow"):  # they log pages of migrations at the first start
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=store_uri())
+    uri = store_uri()
+    with _one_at_a_time(uri):
+        return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Wait until no other process is here with this store: two cannot both make it in SQLite."""
+    if not uri.startswith("sqlite"):
+        yield
+        return
+    place = hashlib.sha256(f"{os.getuid()} {Path.cwd()} {uri}".encode()).hexdigest()
+    with (Path(tempfile.gettempdir()) / f"r2id-store-{place[:16]}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class StoreRefusal(Exception):
@@ -118,9 +140,15 @@ class RunOpening:
         return self.run_id if run.info.lifecycle_stage == "active" else None
 
     def _create(self, client: MlflowClient) -> str:
-        """Create a run, and its experiment if need be; return the run's id."""
+        """Create a run, and its experiment if need be; return the run's id.
+
+        It is created in its parent's experiment if it has one: MLflow shows it only there.
+        """
         from mlflow.exceptions import MlflowException
 
+        if parent := self.tags.get("mlflow.parentRunId"):
+            experiment_id = client.get_run(parent).info.experiment_id
+            return client.create_run(experiment_id, run_name=self.name).info.run_id
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
             try:
@@ -190,5 +218,23 @@ def _log_dataset(client: MlflowClient, run: Run, name: str, digest: str, locatio
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type when the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """Return the first line of an error's message, or its type when the message is empty.
+
+    Addresses in it, such as that of the store, lose their passwords.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return without_password(line)[:300]
+
+
+def refuses(error: Exception) -> bool:
+    """Tell whether the store has answered, and will never take what it was asked to."""
+    return isinstance(error, StoreRefusal) or getattr(error, "error_code", None) in (
+        "INVALID_PARAMETER_VALUE",
+        "RESOURCE_DOES_NOT_EXIST",
+    )
+
+
+def cannot_write_files(error: Exception) -> bool:
+    """Tell whether the store's folder of files cannot be written, as after a project has moved."""
+    wrong = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+    return isinstance(error, wrong) or getattr(error, "errno", None) == errno.EROFS

@@ -20,7 +20,14 @@ from r2id.files import write_atomic
 from r2id.mlflow_pages import how_to_open
 from r2id.progress import say
 from r2id.training.tracking.facts import flatten, git_tags
-from r2id.training.tracking.store import Opened, RunOpening, StoreRefusal, connect, first_line
+from r2id.training.tracking.store import (
+    Opened,
+    RunOpening,
+    cannot_write_files,
+    connect,
+    first_line,
+    refuses,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,10 +207,15 @@ class Tracker(NullTracker):
     ) -> None:
         from mlflow.entities import Metric
 
+        def last_step(key: str) -> int:
+            # Later steps in the pipeline's run are those of a training that was removed since.
+            own = self._run().last_step.get(key, -1)
+            return min(own, run.last_step.get(f"{prefix}{key}", -1))
+
         fresh = [
             Metric(f"{prefix}{key}", value, now, step)
             for key, value in values.items()
-            if step > run.last_step.get(f"{prefix}{key}", -1)
+            if step > last_step(key)
         ]
         if fresh:
             self._store().log_batch(run.run_id, metrics=fresh)
@@ -235,7 +247,7 @@ class Tracker(NullTracker):
                 job()
                 return True
             except Exception as error:  # whatever goes wrong in tracking, training goes on
-                if _refuses(error):  # to open or to end the run
+                if refuses(error):  # to open or to end the run
                     self._refused = True
                     say(f"tracking: the run is not recorded: {first_line(error)}")
                     return False
@@ -269,13 +281,5 @@ def _as_image(picture: Path | Image | np.ndarray) -> Image:
 
 def _hopeless(error: Exception) -> bool:
     """Tell whether trying again is of no use, because the entry is wrong and not the store."""
-    wrong = (FileNotFoundError, IsADirectoryError, TypeError, ValueError)
-    return _refuses(error) or isinstance(error, wrong)
-
-
-def _refuses(error: Exception) -> bool:
-    """Tell whether the store has answered, and will never take what it was asked to."""
-    return isinstance(error, StoreRefusal) or getattr(error, "error_code", None) in (
-        "INVALID_PARAMETER_VALUE",
-        "RESOURCE_DOES_NOT_EXIST",
-    )
+    wrong = (IsADirectoryError, TypeError, ValueError)
+    return refuses(error) or cannot_write_files(error) or isinstance(error, wrong)
