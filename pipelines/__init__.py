@@ -1,8 +1,8 @@
 """Prefect flows: one for each stage and one for all. Stages are processes and exchange files.
 
 Start at pipeline.py (run_pipeline); flows.py has the stages, subprocesses.py their processes,
-preparation.py the sharding of datasets, record.py what a pipeline remembers, mlflow_run.py its run in
-MLflow, artifacts.py what Prefect shows and orchestration.py its server.
+preparation.py the sharding of datasets, record.py what a pipeline remembers, mlflow_run.py its run
+in MLflow, artifacts.py what Prefect shows and orchestration.py its server.
 """
 
 import os as _os
