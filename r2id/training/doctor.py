@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from r2id.config import PipelineRun, R2idRun, RiaeRun, load_config
+from r2id.config import PipelineRun, R2idRun, RiaeRun, Run, load_config, override
+from r2id.errors import InputError
 from r2id.openmp import waiting
-from r2id.training.reachable import find_server, find_store
+from r2id.training.reachable import existing_part, find_server, find_store
 
 State = Literal["ok", "note", "broken"]
 _SHOWN = ("r2id", "torch", "deepspeed", "webdataset", "mlflow", "prefect")
@@ -45,14 +46,20 @@ def examine(config: Path | None = None, overrides: Sequence[str] = ()) -> dict[s
     With the config of a stage or a pipeline, what is looked for is what that will use. Raises
     InputError when it cannot be read.
     """
-    stages = _stages(config, overrides) if config else {}
+    loaded = load_config(config, overrides) if config else None
+    stages = _stages(loaded, config.parent) if loaded and config else {}
     checks = [_python(), _packages()]
     torch = _import_torch()
     if isinstance(torch, Check):
         checks.append(torch)
     else:
         checks += [*_devices(torch), _precision(torch, stages), _threads(torch), _memory()]
-    checks += [_disk(), _store(stages), _server(), _compiler(stages, _has_gpu(torch))]
+    checks += [
+        *_disks(_folders(loaded)),
+        _store(stages),
+        _server(),
+        _compiler(stages, _has_gpu(torch)),
+    ]
     return {
         "ready": all(check.state != "broken" for check in checks),
         "checks": [asdict(check) for check in checks],
@@ -73,17 +80,30 @@ def describe(found: Mapping[str, Any]) -> list[str]:
 Stages = Mapping[str, RiaeRun | R2idRun]
 
 
-def _stages(config: Path, overrides: Sequence[str]) -> dict[str, RiaeRun | R2idRun]:
-    """Load the stages that a config trains."""
-    loaded = load_config(config, overrides)
+def _stages(loaded: Run, base: Path) -> dict[str, RiaeRun | R2idRun]:
+    """Return the stages that a config trains, as it does; the files that it names are in base."""
     if not isinstance(loaded, PipelineRun):
         return {loaded.stage: loaded}
     stages: dict[str, RiaeRun | R2idRun] = {}
+    changes = loaded.tracking.changes().items()
+    tracking = [override(f"tracking.{key}", value) for key, value in changes if key != "name"]
     for name, stage in loaded.training_stages().items():
-        inner = load_config(config.parent / stage.config, stage.set)
-        assert not isinstance(inner, PipelineRun)
+        file, kind = base / stage.config, "r2id" if name == "r2id" else "riae"
+        inner = load_config(file, [*stage.set, *tracking])
+        if isinstance(inner, PipelineRun) or inner.stage != kind:
+            raise InputError(f"{name}.config: {file} is of stage {inner.stage!r}, must be {kind!r}")
         stages[name] = inner
     return stages
+
+
+def _folders(loaded: Run | None) -> list[Path]:
+    """Return the folders that a run writes to; without a config, runs go to the working folder."""
+    if loaded is None:
+        return [Path()]
+    if not isinstance(loaded, PipelineRun):
+        return [loaded.run]
+    shards = loaded.prepare.out
+    return [loaded.out] if (shards / "manifest.json").exists() else [shards, loaded.out]
 
 
 def _python() -> Check:
@@ -256,18 +276,22 @@ def _memory() -> Check:
     return Check("memory", "note", found, advice, facts)
 
 
-def _disk() -> Check:
-    """Find the free space of the working folder, where runs go by default."""
-    here = Path.cwd()
-    usage = shutil.disk_usage(here)
-    facts = {"folder": str(here), "free": usage.free, "total": usage.total}
-    found = f"{usage.free / _GB:.1f} of {usage.total / _GB:.1f} GB free in {here}"
-    if not os.access(here, os.W_OK):
-        return Check("disk", "broken", f"{here} cannot be written", "go to another folder", facts)
-    advice = "checkpoints hold four times the weights, and train.keep of them are kept"
-    if usage.free < _NO_DISK:
-        return Check("disk", "broken", found, f"make room: {advice}", facts)
-    return Check("disk", "note" if usage.free < _LITTLE_DISK else "ok", found, "", facts)
+def _disks(folders: Iterable[Path]) -> Iterable[Check]:
+    """Find the free space of every disk that is written to."""
+    existing = [existing_part(folder) for folder in folders]
+    alike = {(part.stat().st_dev, os.access(part, os.W_OK)): part for part in existing}
+    for (_, writable), folder in alike.items():
+        usage = shutil.disk_usage(folder)
+        facts = {"folder": str(folder), "free": usage.free, "total": usage.total}
+        found = f"{usage.free / _GB:.1f} of {usage.total / _GB:.1f} GB free in {folder}"
+        advice = "checkpoints hold four times the weights, and train.keep of them are kept"
+        if not writable:
+            found, advice = f"{folder} cannot be written", "choose another folder"
+            yield Check("disk", "broken", found, advice, facts)
+        elif usage.free < _NO_DISK:
+            yield Check("disk", "broken", found, f"make room: {advice}", facts)
+        else:
+            yield Check("disk", "note" if usage.free < _LITTLE_DISK else "ok", found, "", facts)
 
 
 def _store(stages: Stages) -> Check:
@@ -292,8 +316,8 @@ def _server() -> Check:
     if wrong is None:
         return Check("prefect", "ok", where, facts=facts)
     advice = (
-        "r2id run cannot start: start that server, or unset PREFECT_API_URL, in the environment or "
-        "by prefect config unset"
+        "r2id run cannot start: start that server, or unset PREFECT_API_URL, in the environment, "
+        "prefect.toml or by prefect config unset"
     )
     return Check("prefect", "broken", f"{where} {wrong}", advice, facts)
 

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from r2id.mlflow_pages import without_password
@@ -40,22 +41,33 @@ def find_store() -> tuple[str, str | None]:
 
 def find_server() -> tuple[str | None, str | None]:
     """Ask Prefect's server → (its address or None for one of its own, what is wrong or None)."""
-    address = os.environ.get("PREFECT_API_URL") or _of_profile()
+    address = os.environ.get("PREFECT_API_URL") or _of_files()
     if not address:
         return None, None
     shown = without_password(address)
     return shown, _ask(f"{shown.rstrip('/')}/health")
 
 
-def _of_profile() -> str | None:
-    """Read the address that Prefect's active profile names."""
+def _of_files() -> str | None:
+    """Read the address that this folder's settings of Prefect name, or else its active profile."""
     home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
-    file = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
+    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
+    active = os.environ.get("PREFECT_PROFILE") or _read(profiles, "active")
+    return (
+        _read(Path("prefect.toml"), "api", "url")
+        or _read(Path("pyproject.toml"), "tool", "prefect", "api", "url")
+        or _read(profiles, "profiles", active, "PREFECT_API_URL")
+    )
+
+
+def _read(file: Path, *keys: str | None) -> str | None:
+    """Read a value from a TOML file; None if there is none."""
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-        active = os.environ.get("PREFECT_PROFILE") or content["active"]
-        return str(content["profiles"][active]["PREFECT_API_URL"])
-    except (OSError, ValueError, KeyError, TypeError):  # there is none
+        value: Any = tomllib.loads(file.read_text(encoding="utf-8"))
+        for key in keys:
+            value = value[key]
+        return str(value)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -88,8 +100,14 @@ def _look_into(file: Path) -> str | None:
     return None
 
 
+def existing_part(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists, in which it would be made."""
+    whole = folder.absolute()
+    return next(path for path in (whole, *whole.parents) if path.exists())
+
+
 def _try_to_write(folder: Path) -> str | None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = existing_part(folder)
     if existing.is_dir() and os.access(existing, os.W_OK):
         return None
     return f"{existing} cannot be written"

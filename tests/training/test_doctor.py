@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from r2id import dist
-from r2id.training.doctor import _runs_on, _unsupported
+from r2id.errors import InputError
+from r2id.training.doctor import _runs_on, _unsupported, examine
 from r2id.training.precision import bfloat16_is_fast
 from r2id.training.reachable import find_server, find_store
 from tests.conftest import CONFIGS
@@ -143,6 +144,60 @@ def test_what_a_config_needs(tmp_path: Path) -> None:
         assert code == 1 and checks["compiler"]["state"] == "broken"
 
 
+PIPELINE = """
+stage = "pipeline"
+name = "small"
+out = "runs"
+[prepare]
+dataset = "digits"
+out = "data"
+[riae]
+config = "{configs}/riae.toml"
+[r2id]
+config = "{configs}/r2id.toml"
+"""
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    config = tmp_path / "pipeline.toml"
+    config.write_text(PIPELINE.format(configs=CONFIGS / "digits"))
+    return config
+
+
+def test_a_pipeline_is_looked_at_as_it_runs(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pipeline.parent)
+    checks = {
+        check["name"]: check for check in examine(pipeline, ["tracking.enabled=false"])["checks"]
+    }
+    assert checks["mlflow"]["found"].startswith("not used")
+    with pytest.raises(InputError, match=r"riae\.config: .* of stage 'pipeline', must be 'riae'"):
+        examine(pipeline, [f"riae.config={pipeline}"])
+
+
+def test_disks_are_those_that_a_run_writes_to(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = pipeline.parent, Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == here.stat().st_dev:
+        pytest.skip("needs two disks")
+    monkeypatch.chdir(here)
+
+    def disks(config: Path, *overrides: str) -> list[str]:
+        checks = examine(config, overrides)["checks"]
+        return [check["facts"]["folder"] for check in checks if check["name"] == "disk"]
+
+    riae = CONFIGS / "digits" / "riae.toml"
+    assert disks(riae) == disks(pipeline) == [str(here)]
+    assert disks(riae, "run=/dev/shm/none/run") == [str(other)]
+    assert disks(pipeline, "prepare.out=/dev/shm/none") == [str(other), str(here)]
+    assert disks(pipeline, "out=/dev/shm/none") == [str(here), str(other)]
+    found = examine(riae, ["run=/proc/none/run"])["checks"]  # where nobody can make a file
+    assert [check["state"] for check in found if check["name"] == "disk"] == ["broken"]
+
+
 def test_a_store_that_answers(answers, monkeypatch: pytest.MonkeyPatch) -> None:
     address, statuses = answers
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}/")
@@ -153,7 +208,7 @@ def test_a_store_that_answers(answers, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_prefect_that_answers(answers, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its address is in the environment or in the active profile."""
+    """Its address is in the environment, in this folder's settings or in the active profile."""
     address, statuses = answers
     statuses["/api/health"] = 200
     monkeypatch.setenv("PREFECT_API_URL", f"http://{address}/api")
@@ -161,6 +216,7 @@ def test_a_prefect_that_answers(answers, tmp_path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PREFECT_API_URL", f"http://{address}/other")
     assert "answers 404" in str(find_server()[1])
     monkeypatch.delenv("PREFECT_API_URL")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     assert find_server() == (None, None)
     (tmp_path / "profiles.toml").write_text(
@@ -170,6 +226,9 @@ def test_a_prefect_that_answers(answers, tmp_path, monkeypatch: pytest.MonkeyPat
     assert find_server() == (f"http://{address}/api", None)
     monkeypatch.setenv("PREFECT_PROFILE", "none")
     assert find_server() == (None, None)
+    for file, table in {"pyproject.toml": "tool.prefect.api", "prefect.toml": "api"}.items():
+        (tmp_path / file).write_text(f'[{table}]\nurl = "http://{address}/{file}"\n')
+        assert find_server()[0] == f"http://{address}/{file}"
 
 
 def test_servers_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
