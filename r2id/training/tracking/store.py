@@ -66,7 +66,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
         yield
         return
     place = hashlib.sha256(f"{os.getuid()} {Path.cwd()} {uri}".encode()).hexdigest()
-    with (Path(tempfile.gettempdir()) / f"r2id-store-{place[:16]}.lock").open("w") as file:
+    with (Path(tempfile.gettempdir()) / f"r2id-store-{place[:16]}.lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
