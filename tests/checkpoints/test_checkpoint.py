@@ -362,8 +362,9 @@ def test_tensors_that_do_not_fit_the_config(tmp_path: Path) -> None:
     parts[name] = type(parts[name])(torch.zeros(3, 5), (3, 5))
     write_description(newest, opened.meta, opened.files | write_part(newest, "model", parts, 0, 1))
     assert not reading.find_damages(newest)
+    other = job.make("local", 0, job.ALONE)
     with pytest.raises(InputError, match=rf"{name} has shape \(3, 5\), .*step-00000000"):
-        reading.resume(job.make("local", 0, job.ALONE), tmp_path)
+        reading.resume(tmp_path, other.check, other.load)
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
