@@ -129,7 +129,7 @@ def number(*parts: int) -> float:
     For numbers that shapes depend on, such as an image's size. Reading one from a tensor on a GPU
     would wait for all work before it.
     """
-    return random.Random(repr(parts)).random()
+    return random.Random(repr(tuple(map(int, parts)))).random()
 
 
 def normal(keys: Tensor, *shape: int, device: torch.device | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from r2id import rng
+from r2id.training.losses.streams import Stream
 
 KEYS = rng.fold(7, torch.arange(20000))
 
@@ -104,3 +105,8 @@ def test_subsets_drawn_at_once_are_those_drawn_alone():
 def test_long_and_short_draws_begin_alike():
     long = rng.bits(KEYS[:2], (1 << 16) + 3)
     assert torch.equal(long[:, :1000], rng.bits(KEYS[:2], 1000))
+
+
+def test_a_stream_counts_as_its_number():
+    assert rng.number(3, Stream.WINDOW, 1) == rng.number(3, 25, 1)
+    assert rng.fold(3, Stream.WINDOW) == rng.fold(3, 25)
