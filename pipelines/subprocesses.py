@@ -48,7 +48,8 @@ def run_stage(
     if code == 2:
         raise InputError(f"{arguments[0]}: {line.removeprefix('error: ')}")
     if code == 75:
-        raise Stopped(line[9:] if line.startswith("stopped: ") else arguments[0])
+        said = line.removeprefix("stopped: ")
+        raise Stopped(said if said != line else arguments[0])
     raise StageCrashed(
         f"{arguments[0]} ended with exit code {code}: {line.removeprefix('failed: ')}"
     )

@@ -129,6 +129,7 @@ def number(*parts: int) -> float:
     For numbers that shapes depend on, such as an image's size. Reading one from a tensor on a GPU
     would wait for all work before it.
     """
+    # As plain ints: the text of an IntEnum is another one.
     return random.Random(repr(tuple(map(int, parts)))).random()
 
 

@@ -275,9 +275,9 @@ def test_a_number_counts_when_it_is_typed(browser, actions):
         browser.type(name, number)
         time.sleep(1)
         assert not browser.driver.find_elements("css selector", ".toast-body"), name
-    wish = replace(actions.first_wish, steps=2)
+    request = replace(actions.first_request, steps=2)
     seventh, eighth = (
-        pixels(actions.draw(replace(wish, seed=seed), (128, 128))) for seed in (7, 8)
+        pixels(actions.draw(replace(request, seed=seed), (128, 128))) for seed in (7, 8)
     )
     browser.wait("seed 7", lambda: np.array_equal(browser.any_picture("picture"), seventh))
     browser.click("#next-seed")
@@ -300,8 +300,8 @@ def test_ten_clients_at_once_are_served(address, actions):
     with ThreadPoolExecutor(10) as clients:
         drawn = list(clients.map(draw, range(10)))
     for seed, picture in enumerate(drawn):
-        wish = DrawRequest(seed=seed, guidance=1.5, autoguidance=0.5, steps=3, label=4)
-        assert np.array_equal(picture, pixels(actions.draw(wish, (8, 12)))), "each its own"
+        request = DrawRequest(seed=seed, guidance=1.5, autoguidance=0.5, steps=3, label=4)
+        assert np.array_equal(picture, pixels(actions.draw(request, (8, 12)))), "each its own"
 
 
 def test_it_listens_on_this_machine_alone(address):

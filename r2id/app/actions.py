@@ -95,21 +95,21 @@ class Actions:
         return self.pipe.sampler.guide is not None
 
     @property
-    def first_wish(self) -> DrawRequest:
+    def first_request(self) -> DrawRequest:
         """The picture that the page begins with."""
         defaults = self.pipe.sampler.defaults
         guidance = defaults.guidance if self.conditional else 1.0
         label = 0 if self.classes else None
         return DrawRequest(0, guidance, defaults.steps, defaults.autoguidance, label)
 
-    def draw(self, wish: DrawRequest, size: Size) -> Image.Image:
+    def draw(self, request: DrawRequest, size: Size) -> Image.Image:
         """Draw a picture of a size (height, width)."""
         with self._lock:
             check_samples(self.pipe.sampler, size, None, 1)
-            return to_picture(self.pipe.sampler.render(self._of(wish, size), size)[0])
+            return to_picture(self.pipe.sampler.render(self._of(request, size), size)[0])
 
     def zoom(
-        self, wish: DrawRequest, size: Size, factor: float, centre: tuple[float, float]
+        self, request: DrawRequest, size: Size, factor: float, centre: tuple[float, float]
     ) -> Image.Image:
         """Draw a window of a picture, ``factor`` times as large as the whole would fill the view.
 
@@ -122,34 +122,34 @@ class Actions:
         whole: Size = (round(view[0] * factor), round(view[1] * factor))
         window = _window(whole, (view[0], view[1]), centre)
         with self._lock:
-            latents = self._of(wish, size)
+            latents = self._of(request, size)
             check_reconstruction(self.pipe.codec, _grid(latents), whole, window)
             native = self.pipe.sampler.native_size(latents, size)
             return self.pipe.decode(latents, whole, window, native)[0]
 
-    def gallery(self, wish: DrawRequest) -> list[tuple[Image.Image, str]]:
+    def gallery(self, request: DrawRequest) -> list[tuple[Image.Image, str]]:
         """Draw one picture at many sizes → pictures with their sizes as captions."""
         height, width = self.first_size
         sizes = [
             (min(LARGEST, height * down // 2), min(LARGEST, width * across // 2))
             for down, across in _GALLERY
         ]
-        return [(self.draw(wish, size), f"{size[0]} × {size[1]}") for size in sizes]
+        return [(self.draw(request, size), f"{size[0]} × {size[1]}") for size in sizes]
 
-    def inpaint(self, picture: Image.Image, mask: Image.Image, wish: DrawRequest) -> Image.Image:
+    def inpaint(self, picture: Image.Image, mask: Image.Image, request: DrawRequest) -> Image.Image:
         """Draw the white parts of a mask anew."""
         with self._lock:
-            return self.pipe.inpaint(picture, mask, **wish.settings())
+            return self.pipe.inpaint(picture, mask, **request.settings())
 
-    def outpaint(self, picture: Image.Image, size: Size, wish: DrawRequest) -> Image.Image:
+    def outpaint(self, picture: Image.Image, size: Size, request: DrawRequest) -> Image.Image:
         """Continue a picture to a larger size, around its middle."""
         with self._lock:
-            return self.pipe.outpaint(picture, size, **wish.settings())
+            return self.pipe.outpaint(picture, size, **request.settings())
 
-    def vary(self, picture: Image.Image, strength: float, wish: DrawRequest) -> Image.Image:
+    def vary(self, picture: Image.Image, strength: float, request: DrawRequest) -> Image.Image:
         """Draw a picture like another one."""
         with self._lock:
-            return self.pipe.vary(picture, strength, **wish.settings())
+            return self.pipe.vary(picture, strength, **request.settings())
 
     def upload(self, path: str) -> Image.Image:
         """Read an uploaded picture. Raises InputError for what is none, or too large."""
@@ -188,20 +188,20 @@ class Actions:
         )
         return _latents_picture(codec.normalise(latents)[0].cpu()), drawn, shown, words
 
-    def _of(self, wish: DrawRequest, size: Size) -> Tensor:
+    def _of(self, request: DrawRequest, size: Size) -> Tensor:
         """Return the latents of a picture for a size, drawn now or kept."""
         sampler = self.pipe.sampler
         grid = sampler.grid_for(size)
-        key = wish, grid
+        key = request, grid
         if key not in self._latents:
-            condition = self.pipe.condition(wish.label, wish.attributes, None, 1)
+            condition = self.pipe.condition(request.label, request.attributes, None, 1)
             self._latents[key] = sampler.latents(
                 condition,
-                torch.tensor([wish.seed]),
+                torch.tensor([request.seed]),
                 grid,
-                guidance=wish.guidance,
-                autoguidance=wish.autoguidance,
-                steps=wish.steps,
+                guidance=request.guidance,
+                autoguidance=request.autoguidance,
+                steps=request.steps,
             )
             while len(self._latents) > _KEPT:
                 self._latents.popitem(last=False)

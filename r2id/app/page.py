@@ -47,7 +47,9 @@ def serve(actions: Actions, title: str, host: str, port: int, ready: Callable[[s
         font = ["system-ui", "sans-serif"]
         theme = gradio.themes.Default(font=font, font_mono=["monospace"])
         page = build(actions, title)
-        actions.draw(actions.first_wish, actions.first_size)  # so that the first visit waits less
+        actions.draw(
+            actions.first_request, actions.first_size
+        )  # so that the first visit waits less
         page.queue(default_concurrency_limit=1, max_size=_QUEUE, api_open=False)
         _, address, _ = page.launch(
             server_name=host,
@@ -80,11 +82,11 @@ def build(actions: Actions, title: str) -> Any:
     with gr.Blocks(title=f"r2id · {title}", delete_cache=(600, 600)) as page:
         gr.Markdown(f"## r2id · {title}")
         with gr.Row():
-            wish = _wish_controls(gr, actions)
+            request = _wish_controls(gr, actions)
         with gr.Tab("Draw"):
-            draw_tab(gr, page, actions, wish, messages, (height, width))
+            draw_tab(gr, page, actions, request, messages, (height, width))
         with gr.Tab("Edit"):
-            edit_tab(gr, actions, wish, messages, (height, width))
+            edit_tab(gr, actions, request, messages, (height, width))
         with gr.Tab("Autoencoder"):
             autoencoder_tab(gr, actions, messages)
     sliders: list[Any] = [block for block in page.blocks.values() if isinstance(block, gr.Slider)]
@@ -99,10 +101,10 @@ def _slider_value(preprocess: Callable[[float], float], least: float, given: flo
 
 
 def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
-    """Add the controls of what is drawn, in the order in which ``_wish`` takes their values."""
+    """Add the controls of what is drawn, in the order in which ``_request`` takes their values."""
     sampler = actions.pipe.sampler
     classes, names = actions.classes, list(sampler.attributes)
-    first = actions.first_wish
+    first = actions.first_request
     return [
         gr.Dropdown(
             [("any", None), *((name, label) for label, name in enumerate(sampler.class_names))],

@@ -1,6 +1,6 @@
 """The tabs of the page: draw, edit, autoencoder. Each lays out its controls and says what they do.
 
-``gr`` is Gradio; ``wish`` are the controls of what is drawn, in the order of ``_wish``.
+``gr`` is Gradio; ``controls`` are the controls of what is drawn, in the order of ``_request``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Messages = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def draw_tab(
-    gr: Any, page: Any, actions: Actions, wish: list[Any], messages: Messages, first: Size
+    gr: Any, page: Any, actions: Actions, controls: list[Any], messages: Messages, first: Size
 ) -> None:
     with gr.Row():
         with gr.Column(scale=1):
@@ -66,13 +66,13 @@ def draw_tab(
     def draw(high: float, wide: float, *values: Any) -> Any:
         if values[_SEED] is None:  # the field is empty until a number is typed
             return gr.skip()
-        return actions.draw(_wish(*values), (int(high), int(wide)))
+        return actions.draw(_request(*values), (int(high), int(wide)))
 
     @messages
     def look(factor: float, middle: Any, high: float, wide: float, *values: Any) -> Any:
         if factor <= 1:
             return gr.update(visible=False)
-        seen = actions.zoom(_wish(*values), (int(high), int(wide)), factor, middle)
+        seen = actions.zoom(_request(*values), (int(high), int(wide)), factor, middle)
         return gr.update(value=seen, visible=True)
 
     def aim(high: float, wide: float, factor: float, event: Any) -> Any:
@@ -84,27 +84,34 @@ def draw_tab(
 
     @messages
     def show_many(*values: Any) -> Any:
-        return gr.update(value=actions.gallery(_wish(*values)), visible=True)
+        return gr.update(value=actions.gallery(_request(*values)), visible=True)
 
-    drawn = {"fn": draw, "inputs": [height, width, *wish], "outputs": picture, **model}
+    drawn = {"fn": draw, "inputs": [height, width, *controls], "outputs": picture, **model}
     # Numbers count when they are complete, not at each change: half of one may be none.
     events = {gr.Dropdown: ("change",), gr.Number: ("submit", "blur"), gr.Slider: ("release",)}
     chosen = [
         getattr(control, event)
-        for control in (height, width, *wish)
+        for control in (height, width, *controls)
         for event in events[type(control)]
     ]
     gr.on([page.load, *chosen], **drawn, trigger_mode="always_last")
-    seed = wish[_SEED]
+    seed = controls[_SEED]
     following = again.click(lambda number: int(number or 0) + 1, seed, seed, show_progress="hidden")
     following.then(**drawn)
-    seen = {"fn": look, "inputs": [zoom, centre, height, width, *wish], "outputs": window, **model}
+    seen = {
+        "fn": look,
+        "inputs": [zoom, centre, height, width, *controls],
+        "outputs": window,
+        **model,
+    }
     zoom.release(**seen, trigger_mode="always_last")
     picture.select(aim, [height, width, zoom], [centre, zoom], show_progress="hidden").then(**seen)
-    many.click(show_many, wish, gallery, **model)
+    many.click(show_many, controls, gallery, **model)
 
 
-def edit_tab(gr: Any, actions: Actions, wish: list[Any], messages: Messages, first: Size) -> None:
+def edit_tab(
+    gr: Any, actions: Actions, controls: list[Any], messages: Messages, first: Size
+) -> None:
     with gr.Row():
         with gr.Column():
             upload = gr.File(
@@ -165,7 +172,7 @@ def edit_tab(gr: Any, actions: Actions, wish: list[Any], messages: Messages, fir
 
     @messages
     def take_drawn(*values: Any) -> Any:
-        return taken(actions.draw(_wish(*values), first))
+        return taken(actions.draw(_request(*values), first))
 
     @messages
     def take_result(picture: Any) -> Any:
@@ -185,22 +192,24 @@ def edit_tab(gr: Any, actions: Actions, wish: list[Any], messages: Messages, fir
         mask = mask_of(layers)
         if mask.size != picture.size:
             mask = mask.resize(picture.size)
-        return actions.inpaint(picture, mask, _wish(*values))
+        return actions.inpaint(picture, mask, _request(*values))
 
     @messages
     def outpaint(picture: Any, height: float, width: float, *values: Any) -> Any:
-        return actions.outpaint(held_or_refused(picture), (int(height), int(width)), _wish(*values))
+        return actions.outpaint(
+            held_or_refused(picture), (int(height), int(width)), _request(*values)
+        )
 
     @messages
     def vary(picture: Any, amount: float, *values: Any) -> Any:
-        return actions.vary(held_or_refused(picture), amount, _wish(*values))
+        return actions.vary(held_or_refused(picture), amount, _request(*values))
 
     begun = [held, canvas, high, wide]
     upload.change(take_file, upload, begun, **model)
-    start.click(take_drawn, wish, begun, **model)
-    fill.click(inpaint, [held, canvas, *wish], result, **model)
-    grow.click(outpaint, [held, high, wide, *wish], result, **model)
-    change.click(vary, [held, strength, *wish], result, **model)
+    start.click(take_drawn, controls, begun, **model)
+    fill.click(inpaint, [held, canvas, *controls], result, **model)
+    grow.click(outpaint, [held, high, wide, *controls], result, **model)
+    change.click(vary, [held, strength, *controls], result, **model)
     keep.click(take_result, result, begun, show_progress="hidden")
 
 
@@ -247,7 +256,7 @@ def autoencoder_tab(gr: Any, actions: Actions, messages: Messages) -> None:
         )
 
 
-def _wish(
+def _request(
     label: int | None,
     attributes: list[str] | None,
     seed: float,

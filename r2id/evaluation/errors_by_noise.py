@@ -23,7 +23,7 @@ def loss_at(
     Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
     """
     side = (latents.shape[2] * latents.shape[3]) ** 0.5
-    times = torch.full((len(latents),), time)
+    times = torch.full((len(latents),), time, dtype=torch.float32)
     levels = noise_levels(sampler.diffusion, sampler.base_side, side, times)
     levels = levels.to(latents.device, non_blocking=True)
     data, condition = sampler.codec.normalise(latents), sampler.adapt(condition)
@@ -42,7 +42,7 @@ def data_error(
     Unlike in training and sampling, the noise level is not shifted with the grid's size.
     Raw latents [B, L, h, w] and conditions [B, …] → float32 [B].
     """
-    data, level = sampler.codec.normalise(latents), torch.tensor(log_snr)
+    data, level = sampler.codec.normalise(latents), torch.tensor(log_snr, dtype=torch.float32)
     alpha, sigma = schedule.alpha_sigma(level, sampler.diffusion.schedule)
     x = alpha * data + sigma * _noise(latents, seed)
     times = torch.full((1,), float(schedule.alpha_bar(level)), dtype=torch.float32, device=x.device)

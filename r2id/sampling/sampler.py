@@ -303,7 +303,8 @@ class Sampler:
     def adapt(self, condition: Tensor) -> Tensor:
         """Replace classes by empty conditions for a model of attributes or embeddings."""
         if condition.dim() == 1 and self.model.condition_shape:
-            return torch.zeros(len(condition), *self.model.condition_shape, device=condition.device)
+            shape = len(condition), *self.model.condition_shape
+            return torch.zeros(shape, dtype=torch.float32, device=condition.device)
         return condition
 
     def shift(self, grid: Size) -> float:
