@@ -47,9 +47,8 @@ def serve(actions: Actions, title: str, host: str, port: int, ready: Callable[[s
         font = ["system-ui", "sans-serif"]
         theme = gradio.themes.Default(font=font, font_mono=["monospace"])
         page = build(actions, title)
-        actions.draw(
-            actions.first_request, actions.first_size
-        )  # so that the first visit waits less
+        # So that the first visit waits less.
+        actions.draw(actions.first_request, actions.first_size)
         page.queue(default_concurrency_limit=1, max_size=_QUEUE, api_open=False)
         _, address, _ = page.launch(
             server_name=host,
@@ -82,11 +81,11 @@ def build(actions: Actions, title: str) -> Any:
     with gr.Blocks(title=f"r2id · {title}", delete_cache=(600, 600)) as page:
         gr.Markdown(f"## r2id · {title}")
         with gr.Row():
-            request = _wish_controls(gr, actions)
+            controls = _drawing_controls(gr, actions)
         with gr.Tab("Draw"):
-            draw_tab(gr, page, actions, request, messages, (height, width))
+            draw_tab(gr, page, actions, controls, messages, (height, width))
         with gr.Tab("Edit"):
-            edit_tab(gr, actions, request, messages, (height, width))
+            edit_tab(gr, actions, controls, messages, (height, width))
         with gr.Tab("Autoencoder"):
             autoencoder_tab(gr, actions, messages)
     sliders: list[Any] = [block for block in page.blocks.values() if isinstance(block, gr.Slider)]
@@ -100,7 +99,7 @@ def _slider_value(preprocess: Callable[[float], float], least: float, given: flo
     return preprocess(least if given is None else given)
 
 
-def _wish_controls(gr: Any, actions: Actions) -> list[Any]:
+def _drawing_controls(gr: Any, actions: Actions) -> list[Any]:
     """Add the controls of what is drawn, in the order in which ``_request`` takes their values."""
     sampler = actions.pipe.sampler
     classes, names = actions.classes, list(sampler.attributes)
