@@ -53,7 +53,7 @@ def test_a_picture_is_drawn_once_and_shown_at_any_size(actions, monkeypatch):
             actions.draw(replace(WISH, seed=4), (8, 8))
 
 
-def test_all_settings_of_a_wish_reach_the_picture(actions):
+def test_all_settings_of_a_request_reach_the_picture(actions):
     drawn = pixels(actions.draw(WISH, (8, 8)))
     changes = {"seed": 4, "guidance": 3.0, "steps": 2, "autoguidance": 2.0, "label": 7}
     for name, value in changes.items():
