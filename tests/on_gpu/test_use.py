@@ -109,6 +109,6 @@ def test_the_pipeline_draws_and_edits(r2id_run: Path, counts: Counts) -> None:
 
 def test_the_page_draws_and_zooms(r2id_run: Path, counts: Counts) -> None:
     page = Actions(Pipeline.from_pretrained(r2id_run))
-    wish = replace(page.first_wish, steps=2)
-    assert page.draw(wish, (8, 8)).size == (8, 8)
-    assert max(page.zoom(wish, (8, 8), 2.0, (0.5, 0.5)).size) == 512
+    request = replace(page.first_request, steps=2)
+    assert page.draw(request, (8, 8)).size == (8, 8)
+    assert max(page.zoom(request, (8, 8), 2.0, (0.5, 0.5)).size) == 512
