@@ -39,6 +39,12 @@ def test_loss_against_time(sampler, shards, data):
     assert measured == measure_loss_by_time(sampler, latents, (0.25, 0.75))
 
 
+def test_the_loss_is_one_of_each_sample(sampler):
+    latents = sampler.codec.encode(torch.zeros(5, 1, 8, 8))
+    losses = loss_at(sampler, latents, torch.zeros(5, dtype=torch.int64), 0.5)
+    assert losses.shape == (5,) and (losses > 0).all()
+
+
 def test_loss_against_noise_of_three_grids(sampler, shards, data):
     measured = measure_loss_by_grid(sampler, shards, data, (0.25, 0.75))
     assert list(measured["grids"]) == ["2x2", "4x4", "8x8"] and measured["condition"] == "its class"
