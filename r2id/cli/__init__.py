@@ -37,6 +37,15 @@ def main() -> None:
         # As stderr does: names of files, and signs that the terminal's encoding lacks, are escaped.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _run_command()
+    except BaseException as error:
+        _leave_job(error)
+        raise
+
+
+def _run_command() -> None:
+    """Run the command; an error that is the user's to know becomes a line and SystemExit."""
+    try:
         try:
             app()
         finally:
@@ -54,6 +63,29 @@ def main() -> None:
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(75)
+
+
+def _leave_job(error: BaseException) -> None:
+    """End this process at once with the error, if it is in a process group with others.
+
+    NCCL's group is left together: to leave it would be to wait for the other processes, and they
+    may wait in a collective for this one. Their launcher sees that it has ended, and ends them.
+    """
+    dist = sys.modules.get("r2id.dist")  # which not every command has loaded
+    if dist is None:
+        return
+    if dist.world_size() == 1:
+        dist.shutdown()
+        return
+    code: object = 1
+    if isinstance(error, SystemExit):
+        code = error.code or 0
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def _ensure_account() -> None:

@@ -12,7 +12,7 @@ import typer
 
 from r2id import __version__
 from r2id.config.arguments import parse_size
-from r2id.errors import InputError
+from r2id.errors import InputError, Stopped
 
 if TYPE_CHECKING:  # commands that need no torch start without it
     import torch
@@ -100,13 +100,18 @@ def find_device(name: str) -> torch.device:
 def report_job(
     work: Callable[[], dict[str, Any]], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]
 ) -> None:
-    """Do this process's part of a job, and print the result in the job's first process."""
+    """Do this process's part of a job, and print the result in the job's first process.
+
+    After an error the process stays in its group, which the others may not leave: see cli.main.
+    """
     from r2id import dist
 
     try:
         result, main_process = work(), dist.is_main()
-    finally:
-        dist.shutdown()
+    except Stopped:
+        dist.shutdown()  # as the others do, because they stop together
+        raise
+    dist.shutdown()
     if main_process:
         report(result, as_json, lines)
 

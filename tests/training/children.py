@@ -29,7 +29,10 @@ from r2id.checkpoints.files import Meta
 from r2id.checkpoints.state import EngineState, Slice, whole
 from r2id.config import load_config
 from r2id.errors import WorkError
+from r2id.training import loop
 from r2id.training.loop import train
+from r2id.training.state import TrainState
+from r2id.training.tasks import Batch
 from tests.forked import FORKED
 
 
@@ -240,6 +243,39 @@ def command_apart(said: Path, *arguments: Any) -> None:
     torch.set_num_threads(1)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     sys.exit(command(None, *arguments))
+
+
+def train_as_rank(
+    rank: int, ranks: int, port: int, folder: Path, ending: str, *arguments: Any
+) -> None:
+    """Train by the command as one of many ranks, whose group is left together, as NCCL's is.
+
+    In the second step the last rank raises an error (``ending`` "failed"), or the first one gets a
+    signal ("stopped"). A rank's words go to FOLDER/said-RANK; FOLDER/left-RANK is there from when
+    it begins to leave the group.
+    """
+    os.dup2(os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    _join_job(rank, ranks, port)
+    destroy, make_step = torch.distributed.destroy_process_group, loop.step_or_skip
+
+    def destroy_together() -> None:
+        (folder / f"left-{rank}").touch()
+        while len(list(folder.glob("left-*"))) < ranks:
+            time.sleep(0.01)
+        destroy()
+
+    def step_or_end(state: TrainState, previous: list[Batch]) -> None:
+        if state.step == 1 and ending == "failed":
+            if rank == ranks - 1:
+                raise WorkError("this rank has no disk any more")
+            dist.barrier()  # to which that rank never comes
+        if state.step == 1 and ending == "stopped" and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        make_step(state, previous)
+
+    torch.distributed.destroy_process_group = destroy_together  # type: ignore[assignment]
+    loop.step_or_skip = step_or_end
+    sys.exit(command(None, "train", *arguments))
 
 
 def torchrun(said: Path, *arguments: Any) -> None:
