@@ -16,6 +16,7 @@ from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import RUNTIME, memory
+from r2id.training.recording import MOST
 from r2id.training.workload import Dimensions, Workload, parameter_count
 from tests.conftest import CONFIGS
 
@@ -84,9 +85,9 @@ def riae_of(path: Path) -> Path:
 def work_of(path: Path) -> Workload:
     config, riae = load_config(path), load_config(riae_of(path))
     assert isinstance(config, RiaeRun | R2idRun) and isinstance(riae, RiaeRun)
-    return Workload(
-        config, Dimensions(LARGEST[name_of(riae_of(path))], 1, CLASSES[path.parent.name], riae.riae)
-    )
+    largest, classes = LARGEST[name_of(riae_of(path))], CLASSES[path.parent.name]
+    shapes = 1 if len(SIZES[path.parent.name]) == 1 else MOST + 1
+    return Workload(config, Dimensions(largest, 1, classes, riae.riae, shapes=shapes))
 
 
 @pytest.mark.parametrize("path", STAGES, ids=name_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -13,7 +14,13 @@ from r2id.config import R2idRun, RiaeRun
 from r2id.dist import World
 from r2id.errors import InputError, WorkError
 from r2id.training.batch_split import micro_batch_size
-from r2id.training.planner import RUNTIME, find_dimensions, largest_micro_batch, memory
+from r2id.training.planner import (
+    RUNTIME,
+    find_dimensions,
+    largest_micro_batch,
+    memory,
+    records_several,
+)
 from r2id.training.workload import Dimensions, Workload
 
 Run = RiaeRun | R2idRun
@@ -34,7 +41,10 @@ def advise_on_out_of_memory(config: Run, world: World) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or _CPU_SAYS in str(error):
             total = memory_of(world.device)
             try:
-                advice = advise(config, find_dimensions(config), world.world_size, total)
+                dimensions = find_dimensions(config)
+                if world.device.type != "cuda":
+                    dimensions = replace(dimensions, shapes=1)  # no steps are recorded
+                advice = advise(config, dimensions, world.world_size, total)
             except InputError:  # shards or codec are gone by now
                 advice = "a smaller train.micro_batch needs less"
             raise WorkError(f"out of memory, {total / 1e9:.1f} GB in all: {advice}") from None
@@ -82,6 +92,8 @@ def _thriftier(
     size = min(smaller, largest_micro_batch(config, dimensions, gpus, limit) or 0)
     if size:
         yield f"train.micro_batch={size}", _with(config, "train", micro_batch=size)
+    if records_several(Workload(config, dimensions), gpus):
+        yield "train.compile=true", _with(config, "train", compile=True)
     if train.activation_checkpointing != "all":
         yield (
             'train.activation_checkpointing="all"',

@@ -16,7 +16,7 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.models.coords import Size
 from r2id.models.tracing import trace_peak
-from r2id.training import pca
+from r2id.training import pca, recording
 from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.communication import Gpu, seconds, step_time, traffic
 from r2id.training.conditions import condition_facts
@@ -40,12 +40,18 @@ def find_dimensions(
     not given.
     """
     shards = ShardSet.open(config.data.shards) if _prepared(config.data) else None
-    image, copies = _largest_step(config, shards)
+    steps = _find_steps(config, shards)
+    images, image = max(steps, key=lambda step: (step[0] * math.prod(step[1]), step[1]))
+    copies = images // config.train.batch
     if isinstance(config, RiaeRun):
         return Dimensions(image, copies)
     facts = _expected_conditions(config, shards, classes)
     codec = _codec_config(config, riae)
-    return Dimensions(image, copies, facts["classes"], codec, tuple(facts.get("embedding", ())))
+    shapes = len({(count, codec.grid_for(size) if codec else size) for count, size in steps})
+    if shards is None and config.data.size is None:
+        shapes = recording.MOST + 1  # images may have any sizes
+    embedding = tuple(facts.get("embedding", ()))
+    return Dimensions(image, copies, facts["classes"], codec, embedding, shapes)
 
 
 def _expected_conditions(
@@ -65,8 +71,8 @@ def _expected_conditions(
     return {"classes": 0}
 
 
-def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[Size, int]:
-    """Find the image size whose steps have the most pixels → (size, batches in such a step).
+def _find_steps(config: RiaeRun | R2idRun, shards: ShardSet | None) -> list[tuple[int, Size]]:
+    """List the kinds of steps: their numbers of images, and the images' sizes.
 
     With ``data.batch_pixels`` a step of small images has several times ``train.batch`` images, if
     there are as many of their size.
@@ -74,11 +80,10 @@ def _largest_step(config: RiaeRun | R2idRun, shards: ShardSet | None) -> tuple[S
     data, batch = config.data, config.train.batch
     if shards is None:
         size = _size_without_shards(data)
-        return size, max(1, (data.batch_pixels or 0) // (batch * math.prod(size)))
+        copies = max(1, (data.batch_pixels or 0) // (batch * math.prod(size)))
+        return [(copies * batch, size)]
     buckets = split_buckets(shards.split(data.train_split), data)
-    steps = zip(buckets.batch_sizes(batch, data.batch_pixels), buckets.sizes, strict=True)
-    images, size = max(steps, key=lambda step: (step[0] * math.prod(step[1]), step[1]))
-    return size, images // batch
+    return list(zip(buckets.batch_sizes(batch, data.batch_pixels), buckets.sizes, strict=True))
 
 
 def _size_without_shards(data: DataConfig) -> Size:
@@ -123,12 +128,30 @@ def memory(workload: Workload, gpus: int, as_on_gpu: bool = True) -> dict[str, i
     sharding = _sharding(config, gpus, _tensors(workload))
     samples = micro_batch_size(config.train, gpus) * workload.dimensions.copies
     encode = trace_peak(lambda: workload.encode(samples), as_on_gpu) if workload.encodes() else 0
-    needed = peak(sharding, workload.trace(samples, as_on_gpu), codec, encode)
+    trace = workload.trace(samples, as_on_gpu)
+    needed = peak(sharding, trace, codec, encode)
+    if as_on_gpu and records_several(workload, gpus):
+        # As if all shapes were as large as the largest: while one runs that is not recorded, those
+        # that are keep the memory of a pass, and of each one's gradients.
+        others = min(workload.dimensions.shapes - 2, recording.MOST - 1)
+        needed["recordings"] = trace.most() + others * sharding.whole
+        needed["total"] += needed["recordings"]
     weights, kept, _ = workload.perceptual()
     if weights:  # it is there when the fullest instant of the others comes: the loss
         needed["perceptual"] = weights + kept * samples
         needed["total"] += needed["perceptual"]
     return needed
+
+
+def records_several(workload: Workload, gpus: int) -> bool:
+    """Tell whether training records steps and has several shapes of them; see recording.MOST."""
+    config = workload.config
+    return (
+        isinstance(config, R2idRun)
+        and workload.dimensions.shapes > 1
+        and engine_kind(config.train, config.engine, gpus) == "local"
+        and recording.records(config.train, config.r2id)
+    )
 
 
 def _tensors(workload: Workload) -> list[int]:
@@ -219,6 +242,7 @@ def plan(
         "image_assumed": _assumes_image(config.data),
         "grid": list(workload.grid()),
         "tokens": cost.tokens,
+        "shapes": dimensions.shapes,
         "gpus": gpus,
         "gpu": gpu.name,
         "batch": images,
@@ -298,7 +322,18 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"{total:.2f} of {limit:g}, {'fits' if result['fits'] else 'does not fit'}",
         "largest train.micro_batch that fits: "
         + (f"{largest}" if largest else "none, not even one image"),
+        *_describe_recordings(result),
         *_describe_times(result),
+    ]
+
+
+def _describe_recordings(result: dict[str, Any]) -> list[str]:
+    if "recordings" not in result["memory"]:
+        return []
+    assumed = ", assumed, " * result["image_assumed"] or " "
+    return [
+        f"recordings: steps of {result['shapes']} shapes{assumed}which share memory in part, each "
+        "counted as the largest; train.compile=true records none"
     ]
 
 

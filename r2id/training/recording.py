@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from r2id import constants
-from r2id.config import TrainConfig
+from r2id.config import R2idConfig, TrainConfig
 from r2id.errors import InputError
 from r2id.training.losses.r2id import R2idLoss
 
-_MOST = 4
+MOST = 4
 """Number of shapes that are recorded. Their graphs share the memory of activations, since one runs
-at a time, but each keeps gradients of its own."""
+at a time, but each keeps gradients of its own. What is not recorded cannot use that memory: other
+shapes, and the passes before a recording."""
 _WARM_UP = 3  # passes before a recording, in which compilers and libraries choose their kernels
 
 Tensors = tuple[Tensor, ...]
@@ -39,13 +40,10 @@ def recorded_loss(
     computed again (which reads the generator's state on the host) or attention draws groups at
     random. Raises InputError where cuda_graphs was asked for and cannot be.
     """
-    if train.compile not in ("auto", "cuda_graphs"):
-        return None
     if (
         device.type == "cuda"
-        and train.activation_checkpointing == "none"
         and isinstance(module, R2idLoss)
-        and "cloud" not in module.model.config.attention
+        and records(train, module.model.config)
     ):
         return RecordedLoss(module, parameters, train.autocast)
     if train.compile == "cuda_graphs":
@@ -54,6 +52,15 @@ def recorded_loss(
             "activation_checkpointing and attention 'cloud'; use 'auto'"
         )
     return None
+
+
+def records(train: TrainConfig, r2id: R2idConfig) -> bool:
+    """Tell whether one process on a GPU records the steps of an R2ID."""
+    return (
+        train.compile in ("auto", "cuda_graphs")
+        and train.activation_checkpointing == "none"
+        and "cloud" not in r2id.attention
+    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class RecordedLoss:
         """Return the loss and the figures of a micro-batch, as the module's ``forward`` does."""
         drawn = self.module.draw(**batch)
         key = tuple((name, value.shape, value.dtype) for name, value in drawn.items())
-        if key not in self._recordings and len(self._recordings) < _MOST:
+        if key not in self._recordings and len(self._recordings) < MOST:
             self._recordings[key] = self._record(drawn)
         self._last = self._recordings.get(key)
         if self._last is None:
@@ -101,12 +108,12 @@ class RecordedLoss:
             (loss / accumulation).backward()
             return
         found = self._last.gradients
-        if accumulation > 1:
-            found = torch._foreach_mul(found, 1 / accumulation)
         before = [p.grad for p in self.parameters if p.grad is not None]
         if before:
-            torch._foreach_add_(before, list(found))
+            torch._foreach_add_(before, list(found), alpha=1 / accumulation)
             return
+        if accumulation > 1:  # else the next micro-batch would overwrite them
+            found = torch._foreach_mul(found, 1 / accumulation)
         for parameter, gradient in zip(self.parameters, found, strict=True):
             parameter.grad = gradient
 

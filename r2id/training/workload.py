@@ -42,6 +42,8 @@ class Dimensions:
     """Architecture of the codec of an R2ID run; None when pixels are diffused."""
     embedding: tuple[int, ...] = ()
     """Shape of one embedding where embeddings are the condition."""
+    shapes: int = 1
+    """How many shapes an R2ID's steps have: latent grids, with their numbers of images."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 
 On GPUs the measure is the most that CUDA's allocator handed out, on CPUs the most that the process
 had in memory, each beyond what it had before the engine was made. Inputs are zeros of the config's
-batch at its largest size; an R2ID run's codec is left out on both sides. For ImageNet's R2ID-B on
-eight GPUs of a machine, say:
+batch at its largest size; an R2ID run's codec, and what recordings of several sizes add, are left
+out on both sides. For ImageNet's R2ID-B on eight GPUs of a machine, say:
 
     python tests/bench/plan_memory.py configs/imagenet/r2id-b-256.toml --processes 8
         --riae configs/imagenet/riae-256.toml --classes 1000 train.batch=256 train.micro_batch=32
@@ -110,7 +110,7 @@ def rank(options):
                 warm = True
             measured = measure(work, world)
             if dist.is_main():
-                total = planned["total"] - planned.get("codec", 0)
+                total = planned["total"] - planned.get("codec", 0) - planned.get("recordings", 0)
                 print(
                     json.dumps(
                         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from r2id.training.losses.windows import WindowLoss
 from r2id.training.planner import RUNTIME, find_dimensions, memory
 from r2id.training.workload import Workload
 from tests.conftest import TINY_RIAE
-from tests.training.test_loop import CONFIGS, riae_config
+from tests.training.test_loop import CONFIGS, r2id_config, riae_config, without_cache
 
 TORCH_SAYS = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 16 GiB"
 
@@ -74,6 +75,18 @@ def test_several_gpus_are_offered_stages_that_shard(digits: Path, tmp_path: Path
     alone = out_of_memory.advise(config, dimensions, 1, 80 * 10**9)
     assert "zero_stage" not in alone
     assert "it takes more GPUs" in out_of_memory.advise(config, dimensions, 1, 10**6)
+
+
+def test_recordings_of_several_grids_are_offered_to_be_left_out(
+    digits: Path, riae_run: Path, tmp_path: Path
+) -> None:
+    config = without_cache(r2id_config(digits, riae_run, tmp_path / "run"))
+    dimensions = find_dimensions(config)
+    several = replace(dimensions, shapes=3)
+    limit = 80 * 10**9
+    assert dimensions.shapes == 1
+    assert "train.compile" not in out_of_memory.advise(config, dimensions, 1, limit)
+    assert "train.compile=true (" in out_of_memory.advise(config, several, 1, limit)
 
 
 def test_what_has_no_deterministic_way_is_said_with_the_setting(

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,16 @@ from r2id.models.riae import RIAE
 from r2id.models.tracing import trace_step
 from r2id.training.communication import GPUS, Gpu
 from r2id.training.losses.riae import riae_loss
-from r2id.training.planner import RUNTIME, describe, largest_micro_batch, memory, plan
+from r2id.training.planner import (
+    RUNTIME,
+    describe,
+    find_dimensions,
+    largest_micro_batch,
+    memory,
+    plan,
+)
 from r2id.training.reading_rate import reading_rate
+from r2id.training.recording import MOST
 from r2id.training.workload import Dimensions, Workload, image_cost
 from tests.conftest import ATTENTION_CONFIG, CONFIGS
 from tests.data.conftest import write_set
@@ -169,6 +178,54 @@ def test_the_step_with_most_pixels_has_no_more_images_than_there_are(tmp_path: P
     found = plan(DIGITS / "riae.toml", changes, gpus=1, gpu=SMALL, share=0.5)
     assert (found["image"], found["batch"]) == ([24, 24], 72)
     assert "step: 72 images on 1 × small, micro-batches of 72, 1 per step" in describe(found)[1]
+
+
+def test_recordings_of_several_grids_are_counted(tmp_path: Path) -> None:
+    """One more pass, and the gradients of each grid that is recorded, but one."""
+    sizes = [(32, 32), (32, 16), (16, 32)]
+    write_set(tmp_path, {"train": [size for size in sizes for _ in range(64)]})
+    given = f"data.shards={tmp_path}", "train.batch=2", "data.max_pixels=1024"
+    riae = DIGITS / "riae.toml"
+
+    def needed(shapes: int, *changes: str, gpus: int = 1) -> dict[str, int]:
+        config = load_config(DIGITS / "r2id.toml", [*given, *changes])
+        assert isinstance(config, R2idRun)
+        dimensions = find_dimensions(config, riae)
+        assert dimensions.shapes == 3
+        return memory(Workload(config, replace(dimensions, shapes=shapes)), gpus)
+
+    found = {shapes: needed(shapes) for shapes in (1, 2, 4, 5, 9)}
+    extra = {shapes: one.pop("recordings", 0) for shapes, one in found.items()}
+    again = found[1]["activations"] + found[1]["gradients"]
+    assert extra[1] == 0 and 0.8 * again < extra[2] <= 1.1 * again
+    gradients = found[1]["weights"]
+    for shapes, sets in {2: 0, 4: 2, 5: 3, 9: 3}.items():
+        assert extra[shapes] == extra[2] + sets * gradients
+        assert found[shapes] == found[1] | {"total": found[1]["total"] + extra[shapes]}
+    for one in (
+        needed(3, gpus=2),
+        needed(3, "train.compile=true"),
+        needed(3, "train.activation_checkpointing=all"),
+    ):
+        assert "recordings" not in one
+    said = describe(plan(DIGITS / "r2id.toml", given, gpus=1, gpu=SMALL, share=0.5, riae=riae))
+    assert "recordings 0." in said[2] and "steps of 3 shapes which share memory" in said[4]
+
+
+def test_images_that_are_not_there_may_have_any_sizes(tmp_path: Path) -> None:
+    missing = f"data.shards={tmp_path}", "train.batch=1", "data.max_pixels=256"
+    for changes, shapes in {(): MOST + 1, ("data.size=[16, 16]",): 1}.items():
+        found = plan(
+            DIGITS / "r2id.toml",
+            (*missing, *changes),
+            gpus=1,
+            gpu=SMALL,
+            share=0.5,
+            riae=DIGITS / "riae.toml",
+            classes=10,
+        )
+        assert found["shapes"] == shapes
+        assert any("shapes, assumed, which" in line for line in describe(found)) == (shapes > 1)
 
 
 def test_a_size_that_nothing_tells_is_said_to_be_assumed(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_recorded_step_is_one_that_is_not(recorded: list[None], settings: dict
 def test_too_many_shapes_are_computed_one_kernel_at_a_time(
     recorded: list[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recording, "_MOST", 2)
+    monkeypatch.setattr(recording, "MOST", 2)
     loss = build()
     replayed = RecordedLoss(loss, list(loss.parameters()), autocast=False)
     for height in (3, 4, 5, 3, 5):
