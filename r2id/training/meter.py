@@ -40,7 +40,7 @@ class Meter:
         self.device, self.peak = device, peak
         self._cost, self._costs = cost, dict[Size, Cost]()
         self._sums: dict[str, Tensor] = {}
-        self._counts = Counter[str]()
+        self._counts: dict[str, Tensor | int] = {}
         self._images = Counter[Size]()
         self._last, self._run = _Tally(), _Tally()
         self._mark = time.perf_counter()
@@ -51,27 +51,32 @@ class Meter:
         self._last.seconds[kind] += now - self._mark
         self._mark = now
 
-    def add(self, figures: dict[str, Tensor], images: int, size: Size) -> None:
+    def add(
+        self, figures: dict[str, Tensor], images: int, size: Size, kept: Tensor | None = None
+    ) -> None:
         """Add a micro-batch of this process: its figures, and its images, which have one size.
 
         A figure is a scalar, or [2]: a sum over some of the images and their number, for the mean
-        over those images alone.
+        over those images alone. ``kept``, a boolean on the device, tells whether the figures count.
         """
         for key, value in figures.items():
-            before, value = self._sums.get(key), value.float()
+            value = value.float() if kept is None else torch.where(kept, value.float(), 0.0)
+            before = self._sums.get(key)
             self._sums[key] = value if before is None else before + value
-            self._counts[key] += 1
+            self._counts[key] = self._counts.get(key, 0) + (1 if kept is None else kept)
         self._images[size] += images
 
     def read(self) -> Figures:
         """Return the means over micro-batches and ranks, and the rates, since the last reading.
 
-        The mean of a figure is over the micro-batches that had it: a loss may begin midway. Every
-        rank must call it, because sums are reduced over all of them.
+        The mean of a figure is over the micro-batches that had it: a loss may begin midway. It is
+        left out where none of them counts. Every rank must call it, because sums are reduced over
+        all of them.
         """
         totals = {
             key: dist.all_reduce_sum(total / self._counts[key]) / dist.world_size()
             for key, total in self._sums.items()
+            if self._counts[key]
         }
         # The mean over no image is not a number, and is left out.
         parts = {key: total.tolist() for key, total in totals.items() if total.ndim}
@@ -83,7 +88,7 @@ class Meter:
         self.lap("pause")  # the time of counting operations is not training time
         figures = {**means, **self._rates(self._last)}
         self._run.add(self._last)
-        self._last, self._sums, self._counts, self._images = _Tally(), {}, Counter(), Counter()
+        self._last, self._sums, self._counts, self._images = _Tally(), {}, {}, Counter()
         return figures
 
     def _count_work(self) -> None:

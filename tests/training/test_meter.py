@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,16 @@ def test_rates_follow_from_what_was_done(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = meter.summary()
     assert (whole["images_per_second"], whole["data_wait"]) == pytest.approx((12 / 8, 3 / 8))
     assert asked == [(2, 3), (1, 1)] or asked == [(1, 1), (2, 3)], "each size is counted once"
+
+
+def test_figures_that_do_not_count_are_left_out_of_the_means() -> None:
+    meter = Meter(torch.device("cpu"), lambda _: Cost(1, 1), peak=1.0)
+    bad, figures = torch.tensor(math.nan), {"loss": torch.tensor(2.0), "part": torch.ones(2)}
+    meter.add(figures, 1, (1, 1), torch.tensor(True))
+    meter.add({"loss": bad, "part": bad.expand(2), "new": bad}, 1, (1, 1), torch.tensor(False))
+    meter.add({**figures, "loss": torch.tensor(4.0)}, 1, (1, 1), torch.tensor(True))
+    found = meter.read()
+    assert (found["loss"], found["part"]) == (3.0, 1.0) and "new" not in found
 
 
 def test_training_reports_its_rates(digits, riae_run, latents, tmp_path: Path) -> None:

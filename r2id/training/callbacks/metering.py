@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from r2id.training.callbacks.base import Callback
 from r2id.training.meter import Meter, matmul_peak
@@ -24,8 +25,12 @@ class Metering(Callback):
         self.meter.lap("data")
 
     def post_step(self, state: TrainState) -> None:
+        kept = None
+        if state.config.train.skip_nonfinite and isinstance(state.grad_norm, Tensor):
+            # Whether this step is to be skipped may be known to the device alone.
+            kept = torch.isfinite(state.grad_norm)
         for result in state.results:
-            self.meter.add(*result)
+            self.meter.add(*result, kept)
         self.meter.lap("step")
         if state.log_due:
             state.figures = self.meter.read()
