@@ -86,13 +86,14 @@ def eval_loader(
     batch: int,
     limit: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
+    as_float: bool = True,
 ) -> Iterator[MicroBatch]:
     """Yield every image of a split once, in batches as image_loader's, but float32 in [−1, 1].
 
     Images are grouped by size, and ordered as in the index within a size, whose last batch may be
     smaller. They have the sizes that they have in training, but are never mirrored or cut to a
     window. ``indices`` selects samples; ``limit`` is the largest number of them, evenly spaced.
-    Epoch and step are 0.
+    Epoch and step are 0. Without ``as_float`` images are uint8.
     """
     samples = shards.split(split)
     data = data.model_copy(update={"window": None, "flip": False})
@@ -104,6 +105,8 @@ def eval_loader(
         _by_size(chosen, buckets, batch), samples, ImageReader(samples, buckets, data)
     )
     loaded = load_items(batches, range(len(batches.batches)), data.workers)
+    if not as_float:
+        return loaded
     return ({**part, "image": to_float(part["image"])} for part in loaded)
 
 

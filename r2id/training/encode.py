@@ -15,6 +15,7 @@ from r2id.data.latent_writer import LatentWriter
 from r2id.data.latents import Dtype
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
+from r2id.images import to_float
 from r2id.models.codec import Codec
 from r2id.progress import Progress
 
@@ -115,11 +116,12 @@ def _encode_shards(
         for (split, number), indices in shards.items():
             # Batches are grouped by image size, but the cache keeps the order of the shard's index.
             latents: dict[int, Tensor] = {}
-            for images in eval_loader(data_set, data, split, batch, indices=indices):
-                encoded = codec.encode(images["image"]).cpu()
+            for part in eval_loader(data_set, data, split, batch, indices=indices, as_float=False):
+                # Bytes are a quarter of what floats are to copy, and pinned for it.
+                images = to_float(part["image"].to(codec.device, non_blocking=True))
+                encoded = codec.encode(images)
                 if data.flip:
-                    other = codec.encode(images["image"].flip(-1)).cpu()
-                    encoded = torch.stack([encoded, other], dim=1)
-                latents.update(zip(images["index"].tolist(), encoded, strict=True))
-                progress.advance(len(images["index"]))
+                    encoded = torch.stack([encoded, codec.encode(images.flip(-1))], dim=1)
+                latents.update(zip(part["index"].tolist(), encoded.cpu(), strict=True))
+                progress.advance(len(part["index"]))
             writer.write(split, number, [latents[int(index)] for index in indices])

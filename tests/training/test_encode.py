@@ -1,17 +1,22 @@
 """A latent cache written by several processes is the one written by one; which runs it is for."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
+import torch
 
 from data_prep.prepare import prepare
 from r2id.config import PrepareConfig, load_config
 from r2id.data.latent_writer import LatentWriter
 from r2id.data.loader import eval_loader
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError
+from r2id.models.codec import Codec
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from tests.conftest import CONFIGS
+from tests.data.conftest import write_set
 from tests.training import children
 from tests.training.children import Ranks
 from tests.training.test_loop import riae_config
@@ -61,6 +66,46 @@ def _encoded_by_each(_world, riae, shards, out):
     finally:
         LatentWriter.write = write
     return len(written)
+
+
+def test_images_go_to_the_device_as_bytes_and_have_the_latents_of_their_floats(
+    riae_run, tmp_path, monkeypatch
+):
+    """Images of several aspect ratios, and mirrored ones."""
+    sizes = [(8, 8), (8, 12), (12, 8), (16, 8)]
+    write_set(tmp_path / "shards", {"train": [size for size in sizes for _ in range(5)]})
+    codec = Codec.load(riae_run)
+    codec = replace(codec, data=codec.data.model_copy(update={"flip": True}))
+    monkeypatch.setattr("r2id.training.encode.Codec.load", lambda *_: codec)
+    found, kinds = {}, set()
+
+    def note(_writer, split, number, latents):
+        found[split, number] = latents
+
+    def noted(*arguments, **options):
+        for part in eval_loader(*arguments, **options):
+            kinds.add(part["image"].dtype)
+            yield part
+
+    monkeypatch.setattr(LatentWriter, "write", note)
+    monkeypatch.setattr(LatentWriter, "finish", lambda _: None)
+    monkeypatch.setattr("r2id.training.encode.eval_loader", noted)
+    encode(riae_run, tmp_path / "shards", tmp_path / "latents", batch=3)
+    assert kinds == {torch.uint8}
+    shards = ShardSet.open(tmp_path / "shards")
+    data, seen = codec.data.model_copy(update={"shards": tmp_path / "shards"}), 0
+    for (split, number), latents in found.items():
+        indices = shards.split(split).indices_in_shard(number)
+        places = {int(index): place for place, index in enumerate(indices)}
+        for part in eval_loader(shards, data, split, 3, indices=indices):
+            plain, other = (
+                codec.encode(images) for images in (part["image"], part["image"].flip(-1))
+            )
+            for row, index in enumerate(part["index"].tolist()):
+                wanted = torch.stack([plain[row], other[row]])
+                assert torch.equal(latents[places[index]], wanted)
+                seen += 1
+    assert seen == 20
 
 
 def test_what_is_missing_is_shared_out_evenly(ranks, riae_run, tmp_path):
