@@ -119,8 +119,8 @@ class TrainConfig(Section):
     """true: compile each block with torch.compile, which takes half a minute. cuda_graphs: record
     each step of R2ID as one CUDA graph, so that the GPU does not wait for its host, in one process
     and without activation checkpointing. auto: both on a GPU, where possible (zero_stage 3 is not
-    compiled); nothing on a CPU, where compiling takes long, gains nothing and needs a C++ compiler.
-    false: neither."""
+    compiled, and compiling needs a C compiler and Python's headers); nothing on a CPU, where
+    compiling takes long, gains nothing and needs a C++ compiler. false: neither."""
     skip_nonfinite: int = Field(default=0, ge=0)
     """How many steps may be skipped because their loss or gradient is not finite, counted anew when
     a run goes on; one more ends the run."""

@@ -11,9 +11,11 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils.checkpoint import checkpoint as recompute
 
+from r2id import dist
 from r2id.config import TrainConfig
 from r2id.errors import InputError
 from r2id.progress import say
+from r2id.training.compilers import INSTALL, missing
 
 _STATIC_SHAPES = 8
 """Up to this number of shapes, each has compiled code of its own; more share code for all."""
@@ -51,7 +53,7 @@ def prepare_blocks(
 
 
 def _compiles(train: TrainConfig, device: torch.device, gathered: bool) -> bool:
-    """Tell whether blocks are compiled: as asked, or with ``auto`` on a GPU.
+    """Tell whether blocks are compiled: as asked, or with ``auto`` on a GPU where that can be done.
 
     On a CPU compiling takes over a minute, and a step no less time than before: most of it is
     matrix products.
@@ -64,7 +66,16 @@ def _compiles(train: TrainConfig, device: torch.device, gathered: bool) -> bool:
             f"train.compile = {asked!r}: does not go with engine.zero_stage 3, which gathers the "
             "weights of each layer in turn; use 'auto', or a stage of 0 to 2"
         )
-    return (gpu and not gathered) if asked == "auto" else bool(asked)
+    if not asked or (asked == "auto" and (gathered or not gpu)):
+        return False
+    lacking = missing(gpu)
+    if lacking is None:
+        return True
+    if asked is True:
+        raise InputError(f"train.compile = {asked!r}: {lacking}; {INSTALL}, or use 'auto'")
+    if dist.is_main():
+        say(f"blocks are not compiled, which is slower: {lacking}; {INSTALL}")
+    return False
 
 
 class _Compiled:

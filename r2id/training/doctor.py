@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from r2id.config import PipelineRun, R2idRun, RiaeRun, Run, load_config, override
 from r2id.errors import InputError
 from r2id.openmp import waiting
+from r2id.training import compilers
 from r2id.training.reachable import existing_part, find_server, find_store
 
 State = Literal["ok", "note", "broken"]
@@ -323,16 +324,20 @@ def _server() -> Check:
 
 
 def _compiler(stages: Stages, gpu: bool) -> Check:
-    """Find a C++ compiler, which few runs need."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        version = _run(name, "--version")
-        if version:
-            return Check("compiler", "ok", f"{name}: {version[0]}", facts={"name": name})
-    needed = not gpu and any(stage.train.compile is True for stage in stages.values())
-    found = f"no C++ compiler ({', '.join(names)})"
-    use = "train.compile on a CPU and packages without a wheel need one"
-    return Check("compiler", "broken" if needed else "note", found, f"{use}: install g++")
+    """Find what train.compile needs, which few runs on a CPU do."""
+    lacking = compilers.missing(gpu)
+    if lacking is None:
+        name = next(name for name in compilers.candidates(gpu) if shutil.which(name))
+        version = _run(name, "--version") or ["?"]
+        return Check("compiler", "ok", f"{name}: {version[0]}", facts={"name": name})
+    asked = any(stage.train.compile is True for stage in stages.values())
+    use = (
+        "train.compile needs it on a GPU, where steps are slower without"
+        if gpu
+        else ("train.compile on a CPU and packages without a wheel need it")
+    )
+    advice = f"{use}: {compilers.INSTALL}"
+    return Check("compiler", "broken" if asked else "note", lacking, advice)
 
 
 def _cores() -> float:

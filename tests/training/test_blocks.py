@@ -163,7 +163,8 @@ def test_too_many_versions_are_said_and_do_not_end_a_run(
     assert capsys.readouterr().err.count("more than 2 combinations of shapes") == 1
 
 
-def test_auto_is_for_gpus() -> None:
+def test_auto_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "missing", lambda gpu: None)
     for device, gathered, compiled in ((CPU, False, False), (GPU, False, True), (GPU, True, False)):
         layer = nn.Linear(2, 2)
         prepare_blocks([layer], TrainConfig(steps=1), device, gathered=gathered)
@@ -173,3 +174,18 @@ def test_auto_is_for_gpus() -> None:
 def test_what_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(InputError, match=r"train.compile = True: .*engine.zero_stage 3"):
         prepare_blocks([nn.Linear(2, 2)], TrainConfig(steps=1, compile=True), GPU, gathered=True)
+
+
+def test_without_a_compiler_auto_compiles_nothing_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    layer = nn.Linear(2, 2)
+    prepare_blocks([layer], TrainConfig(steps=1), GPU)
+    assert not isinstance(layer.forward, blocks._Compiled)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not compiled" in line and "no C compiler (no-such-compiler)" in line
+    for device, kind in ((GPU, "C"), (CPU, r"C\+\+")):
+        with pytest.raises(InputError, match=rf"train.compile = True: no {kind} compiler"):
+            prepare_blocks([layer], TrainConfig(steps=1, compile=True), device)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,13 +18,20 @@ import pytest
 
 from r2id import dist
 from r2id.errors import InputError
-from r2id.training.doctor import _runs_on, _unsupported, examine
+from r2id.training.doctor import _compiler, _runs_on, _unsupported, examine
 from r2id.training.precision import bfloat16_is_fast
 from r2id.training.reachable import find_server, find_store
 from tests.conftest import CONFIGS
 
 ROOT = CONFIGS.parent
-VARIABLES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_PROFILE", "CXX", "MKL_NUM_THREADS")
+VARIABLES = (
+    "MLFLOW_TRACKING_URI",
+    "PREFECT_API_URL",
+    "PREFECT_PROFILE",
+    "CC",
+    "CXX",
+    "MKL_NUM_THREADS",
+)
 
 
 def doctor(
@@ -132,6 +140,7 @@ def test_what_a_config_needs(tmp_path: Path) -> None:
         config,
         "tracking.enabled=false",
         cores=1,
+        CC="no-such-compiler",
         CXX="no-such-compiler",
         OMP_NUM_THREADS="2",
     )
@@ -139,9 +148,31 @@ def test_what_a_config_needs(tmp_path: Path) -> None:
     assert checks["threads"]["facts"]["cores"] == 1
     assert "export OMP_NUM_THREADS=1" in checks["threads"]["advice"]
     assert checks["mlflow"]["found"].startswith("not used")
-    if checks.get("device"):  # without a GPU
-        code, checks, _ = doctor(tmp_path, config, "train.compile=true", CXX="no-such-compiler")
-        assert code == 1 and checks["compiler"]["state"] == "broken"
+    none = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    code, checks, _ = doctor(tmp_path, config, "train.compile=true", **none)
+    assert code == 1 and checks["compiler"]["state"] == "broken"
+    assert "build-essential python3-dev" in checks["compiler"]["advice"]
+
+
+def test_a_gpu_needs_a_c_compiler_and_pythons_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "gcc"
+    program.write_text("#!/bin/sh\necho small 1.0\n")
+    program.chmod(0o755)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    found = _compiler({}, gpu=True)
+    assert (found.state, found.found) == ("ok", "gcc: small 1.0")
+    (tmp_path / "Python.h").unlink()
+    found = _compiler({}, gpu=True)
+    assert (found.state, found.found) == ("note", f"no Python.h in {tmp_path}")
+    program.unlink()
+    assert _compiler({}, gpu=True).found == "no C compiler (gcc, clang)"
+    assert _compiler({}, gpu=False).found.startswith("no C++ compiler (")
 
 
 PIPELINE = """
