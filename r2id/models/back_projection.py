@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r2id.constants import cached_tensors
 from r2id.models.coords import Part, Size
-from r2id.models.resampling import axis_matrix
+from r2id.models.resampling import along_axes, axis_matrix
 
 _ROUNDS = 3
 _REACH = 3
@@ -78,13 +78,13 @@ def find_residuals(
         )
     )
     begin = rows.first, columns.first
-    wanted = (rows.wanted @ seen @ columns.wanted.T).clamp(-1, 1)
+    wanted = along_axes(rows.wanted, seen, columns.wanted).clamp(-1, 1)
     rounds: list[Tensor] = []
     for _ in range(_ROUNDS):
         if rounds:
             drawn = back_project(drawn, Residuals(rounds[-1:], begin), native, size, part)
         drawn = drawn.clamp(-1, 1)
-        rounds.append(wanted - rows.mean @ drawn @ columns.mean.T)
+        rounds.append(wanted - along_axes(rows.mean, drawn, columns.mean))
     return Residuals(rounds, begin)
 
 
@@ -101,7 +101,7 @@ def back_project(
                 native, size, part, residuals.first, residual.shape[2:], strict=True
             )
         )
-        drawn = drawn.clamp(-1, 1) + rows @ residual @ columns.T
+        drawn = drawn.clamp(-1, 1) + along_axes(rows, residual, columns)
     return drawn
 
 

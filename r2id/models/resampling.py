@@ -46,7 +46,16 @@ def resample_seen(seen: Tensor, whole: Size, size: Size, part: Part, first: Size
         )
     )
     # Matrix products over the few pixels that a piece sees: fast on every device.
-    return rows @ seen.float() @ columns.T
+    return along_axes(rows, seen, columns)
+
+
+def along_axes(rows: Tensor, images: Tensor, columns: Tensor) -> Tensor:
+    """Multiply the axes of images [B, C, H, W] by [H', H] and [W', W], in float32.
+
+    Under autocast too, whose bfloat16 would show in pictures.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        return rows @ images.float() @ columns.T
 
 
 @cached_tensors(32)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from r2id.config import RiaeConfig
 from r2id.images import resize
-from r2id.models.back_projection import sampled_size
+from r2id.models.back_projection import back_project, find_residuals, sampled_size
 from r2id.models.riae import RIAE
 
 
@@ -70,3 +70,17 @@ def test_colours_that_cannot_be_shown_count_as_those_that_can():
 def test_means_are_taken_of_few_pixels_however_large_a_picture_is():
     assert sampled_size((12, 10), (24, 20)) == (24, 20)
     assert sampled_size((12, 10), (4096, 5)) == (48, 5)
+
+
+def test_autocast_changes_nothing():
+    colours = torch.rand(1, 1, 6, 5) * 2 - 1
+    native, size, whole = (6, 5), (24, 15), (slice(None), slice(None))
+
+    def corrected():
+        larger = resize(colours, size)
+        residuals = find_residuals(larger, colours, native, size, whole, (0, 0))
+        return back_project(larger, residuals, native, size, whole)
+
+    plain = corrected()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(corrected(), plain)

@@ -80,3 +80,10 @@ def test_gradients_are_those_of_resizing():
         (enlarge(image, (5, 13)) * toward).sum().backward()
         gradients.append(image.grad)
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=0)
+
+
+def test_autocast_changes_nothing():
+    images, part = torch.rand(2, 3, 13, 17) * 2 - 1, (slice(2, 7), slice(-3, None))
+    plain = resample(images, (29, 40), part)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resample(images, (29, 40), part), plain)
