@@ -339,7 +339,9 @@ def stand_in_gpu() -> Iterator[Counts]:
         "get_device_name": lambda *_: "stand-in",
         "is_bf16_supported": lambda *_, **__: True,
         "mem_get_info": lambda *_: memory,
-        "max_memory_allocated": lambda *_: 0,
+        **dict.fromkeys(
+            ("memory_reserved", "memory_allocated", "max_memory_allocated"), lambda *_: 0
+        ),
         "Event": _Event,
         **dict.fromkeys(
             ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"), _nothing

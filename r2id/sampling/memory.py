@@ -2,7 +2,8 @@
 
 Peaks are predicted by running the models on tensors without data (r2id.models.tracing). The
 decoder's peak is linear in the number of pixels, because it decodes a limited number of points at a
-time. So it is traced for two small pictures and extrapolated.
+time. So it is traced for two small pictures and extrapolated. Models compute on their device;
+finished pictures are held, edited and saved in the CPU's memory.
 
 Shape letters: C colours · H, W image · L latent channels · h, w latent grid.
 """
@@ -38,6 +39,7 @@ _TRACED: dict[str, tuple[Size, Size]] = {
 once."""
 _SMALL = 256, 256
 """The size of a picture of which a file is made to see what that takes."""
+_CPU = torch.device("cpu")
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux tells the memory limit of a container."""
 
@@ -51,17 +53,17 @@ def check_samples(sampler: Sampler, size: Size, grid: Size | None, count: int) -
     check_size(size)
     if grid is not None:
         check_size(grid, "grid", "latent cells")
-    free, grid = free_memory(sampler.codec.device), grid or sampler.grid_for(size)
+    grid = grid or sampler.grid_for(size)
     # Grids that are so small that several are denoised at a time fit everywhere.
     if sampler.batch_length((1, 1), grid) == 1:
-        _check_grid(sampler, grid, free)
-    _check_pictures("size", size, sampler.codec, grid, count, free)
+        _check_grid(sampler, grid)
+    _check_pictures("size", size, sampler.codec, grid, count)
 
 
 def check_edit(sampler: Sampler, size: Size, grid: Size) -> None:
     """Raise InputError when editing a picture of a size (H, W) on a grid would not fit."""
     check_samples(sampler, size, grid, 1)
-    channels, free = sampler.codec.channels, free_memory(sampler.codec.device)
+    channels = sampler.codec.channels
 
     def work() -> Callable[[], Any]:
         image, known = torch.zeros(1, channels, *_SMALL), torch.ones(1, 1, *_SMALL).bool()
@@ -71,9 +73,7 @@ def check_edit(sampler: Sampler, size: Size, grid: Size) -> None:
     if 4 * channels * pixels <= _ALWAYS_FITS // 16:
         return
     per_pixel = _held(channels) + trace_peak(work) / (_SMALL[0] * _SMALL[1])
-    if per_pixel * pixels > free:
-        fits = _shrunk(size, (free / (per_pixel * pixels)) ** 0.5)
-        raise _too_large("size", size, int(per_pixel * pixels), free, fits)
+    _check("size", size, _CPU, 0.0, per_pixel)
 
 
 def check_reconstruction(
@@ -85,19 +85,20 @@ def check_reconstruction(
     for an invalid size or window.
     """
     check_size(size)
-    free = free_memory(codec.device)
     if window is None:
-        _check_pictures("size", size, codec, grid, count, free, "; --window decodes a part")
+        _check_pictures("size", size, codec, grid, count, "; --window decodes a part")
     else:
         rows, columns = part_of(size, window)
         window_size = rows.stop - rows.start, columns.stop - columns.start
-        _check_pictures("window of", window_size, codec, grid, count, free, picture=size)
+        _check_pictures("window of", window_size, codec, grid, count, picture=size)
 
 
 def free_memory(device: torch.device) -> int:
     """Return the free bytes of a device; for a CPU, at most what the process's container allows."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch holds and does not use is free for its next tensors.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     free = int(psutil.virtual_memory().available)
     try:
         allowed, used, parts = (
@@ -112,9 +113,10 @@ def free_memory(device: torch.device) -> int:
     return max(0, min(free, left))
 
 
-def _check_grid(sampler: Sampler, grid: Size, free: int) -> None:
+def _check_grid(sampler: Sampler, grid: Size) -> None:
     """Raise InputError when denoising a grid would not fit."""
-    need = _denoising(sampler, grid)
+    device = sampler.codec.device
+    need, free = _denoising(sampler, grid), free_memory(device)
     if need <= free:
         return
     # The peak is no simple function of the grid, so bisect for the largest that fits.
@@ -123,7 +125,7 @@ def _check_grid(sampler: Sampler, grid: Size, free: int) -> None:
         middle = (low + high) / 2
         fits = _denoising(sampler, _shrunk(grid, middle)) <= free
         low, high = (middle, high) if fits else (low, middle)
-    raise _too_large("grid", grid, need, free, _shrunk(grid, low))
+    raise _too_large("grid", grid, device, need, free, _shrunk(grid, low))
 
 
 def _check_pictures(
@@ -132,7 +134,6 @@ def _check_pictures(
     codec: Codec,
     grid: Size,
     count: int,
-    free: int,
     way_out: str = "",
     picture: Size | None = None,
 ) -> None:
@@ -146,18 +147,30 @@ def _check_pictures(
         return
     fixed, per_pixel = _decoding(codec, grid, picture or size)
     # Pictures are decoded one at a time, and all are held.
-    per_pixel += count * _held(codec.channels)
-    need = int(fixed + per_pixel * pixels)
+    held = count * _held(codec.channels)
+    if codec.device.type == "cpu":
+        _check(name, size, _CPU, fixed, per_pixel + held, way_out)
+        return
+    _check(name, size, codec.device, fixed, per_pixel, way_out)
+    _check(name, size, _CPU, 0.0, held, way_out)
+
+
+def _check(
+    name: str, size: Size, device: torch.device, fixed: float, per_pixel: float, way_out: str = ""
+) -> None:
+    """Raise InputError when so many bytes, and so many per pixel of a size, are not free there."""
+    need, free = int(fixed + per_pixel * size[0] * size[1]), free_memory(device)
     if need > free:
-        fits = _shrunk(size, (max(0.0, free - fixed) / (per_pixel * pixels)) ** 0.5)
-        raise _too_large(name, size, need, free, fits, way_out)
+        factor = max(0.0, free - fixed) / (need - fixed or 1.0)
+        raise _too_large(name, size, device, need, free, _shrunk(size, factor**0.5), way_out)
 
 
 def _too_large(
-    name: str, size: Size, need: int, free: int, fits: Size, way_out: str = ""
+    name: str, size: Size, device: torch.device, need: int, free: int, fits: Size, way_out: str = ""
 ) -> InputError:
+    where = "memory" if device.type == "cpu" else "the GPU's memory"
     return InputError(
-        f"{name} {size[0]}x{size[1]}: takes about {need / 1e9:.3g} GB of memory, and "
+        f"{name} {size[0]}x{size[1]}: takes about {need / 1e9:.3g} GB of {where}, and "
         f"{free / 1e9:.3g} GB are free; the largest of this shape that fits is "
         f"{fits[0]}x{fits[1]}{way_out}"
     )

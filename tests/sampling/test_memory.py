@@ -104,6 +104,36 @@ def test_free_memory_is_of_the_machine(tmp_path, monkeypatch):
     assert memory.free_memory(torch.device("cpu")) == pytest.approx(available, abs=0.2 * total)
 
 
+def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):
+    for name, number in {
+        "mem_get_info": (7, 100),
+        "memory_reserved": 50,
+        "memory_allocated": 20,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, number=number: number)
+    assert memory.free_memory(torch.device("cuda", 0)) == 37
+
+
+def test_pictures_are_held_in_the_cpus_memory(r2id_run, monkeypatch):
+    """1000 pictures of 1000×1000 take more than 12 GB there; a GPU decodes one at a time."""
+    monkeypatch.setattr(Codec, "device", torch.device("cuda"))
+    sampler, size = Sampler.load(r2id_run), (1000, 1000)
+
+    def free(gpu: float, cpu: float) -> None:
+        there = {"cuda": int(gpu), "cpu": int(cpu)}
+        monkeypatch.setattr(memory, "free_memory", lambda device: there[device.type])
+
+    free(gpu=1e9, cpu=1e11)
+    memory.check_samples(sampler, size, None, 1000)
+    memory.check_edit(sampler, size, (4, 4))
+    free(gpu=1e11, cpu=2e9)
+    with pytest.raises(InputError, match=r"GB of memory, and 2 GB are free"):
+        memory.check_samples(sampler, size, None, 1000)
+    free(gpu=1e6, cpu=1e11)
+    with pytest.raises(InputError, match=r"GB of the GPU's memory, and 0.001 GB are free"):
+        memory.check_samples(sampler, size, None, 1000)
+
+
 _MEASURE = """
 import re, sys, torch
 from pathlib import Path
