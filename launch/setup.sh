@@ -87,14 +87,37 @@ install_project() {
 # scripts start every program by python -m: those in a moved .venv/bin start the interpreter there.
 wanted="$(cat "$root/pyproject.toml" <(echo "$root") | cksum)"
 stamp="$root/.venv/complete"
-if [ ! -x "$python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    [ -n "$dry_run" ] ||
-        echo "setup: installing into $root/.venv; this takes some minutes, once" >&2
+is_installed() {
+    [ -x "$python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]
+}
+
+# Scripts that start at once, on one host or on several that share the folder, install in turn: the
+# first does it, and the others find it done. Making a folder is atomic on shared file systems too.
+lock="$root/.venv.lock"
+lock_installation() {
+    local waited=0
+    until mkdir "$lock" 2>/dev/null; do
+        [ -w "$root" ] || wrong "setup: $root cannot be written"
+        if [ $((waited++ % 60)) -eq 0 ]; then
+            echo "setup: waiting for $(cat "$lock/owner" 2>/dev/null || echo another), which installs" \
+                "into $root/.venv; if it does not run any more: rm -r $lock" >&2
+        fi
+        sleep 1
+    done
+    trap 'rm -rf "$lock"' EXIT
+    echo "process $$ on $(uname -n)" > "$lock/owner"
+}
+
+if ! is_installed && [ -n "$dry_run" ]; then
     install_project
-    if [ -z "$dry_run" ]; then
+    [ -x "$python" ] || python="$(find_python)"
+elif ! is_installed; then
+    (
+        lock_installation  # until this subshell ends
+        is_installed && exit
+        echo "setup: installing into $root/.venv; this takes some minutes, once" >&2
+        install_project
         echo "$wanted" > "$stamp"
-    elif [ ! -x "$python" ]; then
-        python="$(find_python)"
-    fi
+    )
 fi
 export PATH="$root/.venv/bin:$PATH"

@@ -5,8 +5,10 @@ what they would run.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,6 +58,81 @@ def test_changed_requirements_are_installed_into_the_venv_that_is_there(checkout
     assert called.endswith(f"-m pip install -qq --editable {checkout}[dev]\n")
     again = bash("bash launch/setup.sh", checkout)
     assert (again.returncode, again.stderr) == (0, "")
+
+
+NOTES = """#!/bin/sh
+# Makes a .venv whose interpreter does nothing, and notes when it begins and ends.
+[ "$1" != -c ] || exit 0
+echo begins >> "{notes}"
+sleep 1
+mkdir -p "$4/bin"
+cp "{idle}" "$4/bin/python"
+echo ends >> "{notes}"
+"""
+
+
+@pytest.fixture
+def noting(bare: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """An interpreter that takes a second to make a .venv, and the file of its notes."""
+    notes, idle = tmp_path / "notes", executable(tmp_path / "idle", "#!/bin/sh\nexit 0\n")
+    return executable(tmp_path / "noting", NOTES.format(notes=notes, idle=idle)), notes
+
+
+def test_scripts_that_start_at_once_install_once(bare: Path, noting: tuple[Path, Path]) -> None:
+    python, notes = noting
+    environment = {**os.environ, "PYTHON": str(python)}
+    scripts = [
+        subprocess.Popen(
+            ["bash", "launch/setup.sh"],
+            cwd=bare,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    said = [script.communicate(timeout=60)[1] for script in scripts]
+    assert [script.returncode for script in scripts] == [0, 0, 0], said
+    assert notes.read_text().split() == ["begins", "ends"]
+    assert sum("-m venv --clear" in one for one in said) == 1, said
+    assert not (bare / ".venv.lock").exists()
+    assert bash("bash launch/setup.sh", bare).stderr == ""
+
+
+def test_an_installation_that_was_cut_off_is_named(bare: Path, noting: tuple[Path, Path]) -> None:
+    python, notes = noting
+    lock = bare / ".venv.lock"
+    lock.mkdir()
+    (lock / "owner").write_text("process 12 on host7\n")
+    script = subprocess.Popen(
+        ["bash", "launch/setup.sh"],
+        cwd=bare,
+        env={**os.environ, "PYTHON": str(python)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert script.stderr is not None
+    line = script.stderr.readline()
+    assert "waiting for process 12 on host7" in line and line.endswith(f"rm -r {lock}\n")
+    assert not notes.exists()
+    shutil.rmtree(lock)
+    assert script.wait(60) == 0 and notes.exists()
+
+
+def test_an_installation_that_is_interrupted_leaves_no_lock(
+    bare: Path, noting: tuple[Path, Path]
+) -> None:
+    python, notes = noting
+    script = subprocess.Popen(
+        ["bash", "launch/setup.sh"],
+        cwd=bare,
+        env={**os.environ, "PYTHON": str(python)},
+        start_new_session=True,
+    )
+    while not notes.exists():
+        time.sleep(0.05)
+    os.killpg(script.pid, signal.SIGINT)  # as Ctrl-C does
+    assert script.wait(60) != 0 and not (bare / ".venv.lock").exists()
 
 
 def test_no_interpreter_to_start_from(bare: Path) -> None:
