@@ -36,12 +36,16 @@ wrong() {
     exit 2
 }
 
-# Set `processes`: NPROC, else one per GPU, else one. Several processes divide the cores among them:
+# Set `processes`: NPROC, else one per GPU, else one. With the arguments of a training only as many as
+# share its batch evenly. Several processes divide the cores among them:
 # by default, PyTorch would start a thread per core in each.
 choose_processes() {
     local gpus cores
     gpus="$("$python" "$root/pipelines/gpu_count.py")"
     processes="${NPROC:-$((gpus > 1 ? gpus : 1))}"
+    if [ $# -gt 0 ] && [ "$processes" -gt 1 ] && [ -z "${NPROC:-}" ] && is_installed; then
+        processes="$("$python" -m pipelines.processes "$@")"
+    fi
     [ "$gpus" -gt 0 ] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     if [ "$processes" -gt 1 ]; then
         cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from pipelines.artifacts import TrainingArtifacts
-from pipelines.gpu_count import gpu_count
+from pipelines.processes import stage_processes, training_processes
 from pipelines.subprocesses import StageCrashed, run_stage, stage_command
 from r2id.config import EncodeConfig, EvaluateConfig, SampleConfig, load_config, to_arguments
 from r2id.errors import InputError
@@ -51,7 +51,7 @@ def _got_further(_task: object, _run: TaskRun, state: State[Any]) -> bool:
 def train_task(
     config: Path, overrides: Sequence[str], environment: dict[str, str]
 ) -> dict[str, Any]:
-    """Train one stage with one process per GPU, and show its artifacts."""
+    """Train one stage, and show its artifacts; pipelines.processes says in how many processes."""
     run = load_config(config, overrides)
     if run.stage == "pipeline":
         raise InputError(
@@ -59,7 +59,8 @@ def train_task(
         )
     pointer = run.run / "checkpoints" / "latest"
     before = pointer.read_text(encoding="utf-8") if pointer.exists() else None
-    arguments, processes = ["train", str(config), *overrides], max(gpu_count(), 1)
+    arguments = ["train", str(config), *overrides]
+    processes = training_processes(run.train, tell=True)
     try:
         with TrainingArtifacts(run, stage_command(arguments, processes), environment) as shown:
             shown.result = run_stage(arguments, processes=processes, environment=shown.environment)
@@ -91,7 +92,7 @@ def encode_flow(
     """Encode a whole dataset into latents, on all GPUs of this machine."""
     paths = ["--riae", str(riae), "--shards", str(shards), "--out", str(out)]
     arguments = ["encode", *paths, *to_arguments(config)]
-    return run_stage_task(arguments, environment or {}, max(gpu_count(), 1))
+    return run_stage_task(arguments, environment or {}, stage_processes())
 
 
 @flow(name="sample", flow_run_name="sample {checkpoint}", validate_parameters=False)

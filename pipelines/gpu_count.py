@@ -1,4 +1,4 @@
-"""Count the GPUs that this process may use: each gets one training process."""
+"""Count the GPUs that this process may use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def gpu_count() -> int:
     listed = subprocess.run(
         ["nvidia-smi", "--list-gpus"], capture_output=True, encoding="utf-8", check=False
     )
-    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    # Below a GPU, indented, are the instances that it is divided into; one process uses one.
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return len(gpus) if listed.returncode == 0 else 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pipelines.flows import encode_flow, evaluate_flow, sample_flow, train_flow
 from pipelines.mlflow_run import MlflowRun
 from pipelines.orchestration import prefect_ready
 from pipelines.preparation import check_preparation, prepare_flow
+from pipelines.processes import training_processes
 from pipelines.record import Record
 from r2id.config import (
     EvaluateConfig,
@@ -109,8 +110,12 @@ class Pipeline:
         }
         overrides = (*stage.set, *(override(key, value) for key, value in values.items()))
         run = load_config(file, overrides)
-        if run.stage != kind:
+        if isinstance(run, PipelineRun) or run.stage != kind:
             raise InputError(f"{name}.config: {file} is of stage {run.stage!r}, must be {kind!r}")
+        try:
+            training_processes(run.train)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
         return file, overrides
 
     def _drawing(self, stage: str) -> dict[str, Any]:

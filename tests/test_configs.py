@@ -12,7 +12,7 @@ from data_prep.prepare import prepare
 from pipelines.pipeline import Pipeline
 from r2id.checkpoints import Checkpoint
 from r2id.config import PipelineRun, PrepareConfig, R2idRun, RiaeRun, load_config
-from r2id.training.batch_split import accumulation, micro_batch_size
+from r2id.config.batch_split import accumulation, micro_batch_size
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import RUNTIME, memory

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from r2id import rng
-from r2id.errors import InputError
+from r2id.config.batch_split import check_batch
 
 _COMMON, _COMMON_SHARE = 64, 0.01
 """A size with at least this many samples, and this share of all, has a bucket of its own. Rarer
@@ -189,18 +189,6 @@ def count_copies(indices: np.ndarray) -> np.ndarray:
     copies = np.empty_like(place)
     copies[order] = place - np.maximum.accumulate(np.where(new, place, 0))
     return copies
-
-
-def check_batch(batch: int, world_size: int, micro_batch: int) -> None:
-    """Raise InputError unless processes × micro-batch divide the batch."""
-    unit = world_size * micro_batch
-    if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        advice = f"{below} or {above}" if below else f"{above}"
-        raise InputError(
-            f"train.batch = {batch}: must be a multiple of {unit}, {world_size} processes times "
-            f"micro-batches of {micro_batch}; the nearest: {advice}"
-        )
 
 
 def _permutation(count: int, *rng_keys: int) -> np.ndarray:

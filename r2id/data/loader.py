@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from r2id import rng
 from r2id.config import DataConfig
+from r2id.config.batch_split import check_batch
 from r2id.data.epoch_plan import (
     Batch,
     Buckets,
-    check_batch,
     count_copies,
     make_buckets,
     plan_epoch,

@@ -31,7 +31,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from r2id import rng
 from r2id.config import DataConfig
-from r2id.data.epoch_plan import check_batch, count_copies
+from r2id.config.batch_split import check_batch
+from r2id.data.epoch_plan import count_copies
 from r2id.data.loader import ImageReader, MicroBatch, batch_metadata, load_items, split_buckets
 from r2id.data.manifest import MANIFEST, parse_manifest
 from r2id.data.records import Extension

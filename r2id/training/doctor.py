@@ -16,6 +16,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from r2id.config import PipelineRun, R2idRun, RiaeRun, Run, load_config, override
+from r2id.config.batch_split import most_processes
 from r2id.errors import InputError
 from r2id.openmp import waiting
 from r2id.training import compilers
@@ -54,7 +55,7 @@ def examine(config: Path | None = None, overrides: Sequence[str] = ()) -> dict[s
     if isinstance(torch, Check):
         checks.append(torch)
     else:
-        checks += [*_devices(torch), _precision(torch, stages), _threads(torch), _memory()]
+        checks += [*_devices(torch), _precision(torch, stages), _threads(torch, stages), _memory()]
     checks += [
         *_disks(_folders(loaded)),
         _store(stages),
@@ -242,11 +243,13 @@ def _precision(torch: Any, stages: Stages) -> Check:
     return Check("precision", "note" if slow else "ok", found, advice, facts)
 
 
-def _threads(torch: Any) -> Check:
+def _threads(torch: Any, stages: Stages) -> Check:
     """Say how many threads each process computes with, beside the cores that it may use."""
     threads, cores, given = torch.get_num_threads(), _cores(), os.environ.get("OMP_NUM_THREADS")
     why = f"OMP_NUM_THREADS={given}" if given else "one per core; OMP_NUM_THREADS changes it"
-    processes = max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
+    gpus = max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
+    # The most that one of the stages has.
+    processes = max((_processes(stage, gpus) for stage in stages.values()), default=gpus)
     found = (
         f"{threads} in each process: {why}; {cores:g} cores, {processes} process"
         f"{'es' if processes > 1 else ''} by launch/train.sh; {waiting()}"
@@ -257,6 +260,13 @@ def _threads(torch: Any) -> Check:
         return Check("threads", "ok", found, facts=facts)
     advice = f"threads wait for each other: export OMP_NUM_THREADS={max(1, int(cores))}"
     return Check("threads", "note", found, advice, facts)
+
+
+def _processes(stage: RiaeRun | R2idRun, gpus: int) -> int:
+    try:
+        return most_processes(stage.train, gpus)
+    except InputError:  # its batch is wrong for any number, which training says
+        return gpus
 
 
 def _memory() -> Check:

@@ -7,8 +7,8 @@ from typing import Any
 from r2id import dist
 from r2id.checkpoints import Checkpoint
 from r2id.config import R2idRun, RiaeRun
+from r2id.config.batch_split import micro_batch_size
 from r2id.errors import Stopped
-from r2id.training.batch_split import micro_batch_size
 from r2id.training.blocks import prepare_blocks
 from r2id.training.callbacks import Callbacks, make_callbacks
 from r2id.training.determinism import deterministic

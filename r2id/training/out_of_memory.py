@@ -11,9 +11,9 @@ import psutil
 import torch
 
 from r2id.config import R2idRun, RiaeRun
+from r2id.config.batch_split import micro_batch_size
 from r2id.dist import World
 from r2id.errors import InputError, WorkError
-from r2id.training.batch_split import micro_batch_size
 from r2id.training.planner import (
     RUNTIME,
     find_dimensions,

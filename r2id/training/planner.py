@@ -10,6 +10,7 @@ import torch
 
 from r2id.checkpoints.trained import open_trained
 from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun, load_config
+from r2id.config.batch_split import accumulation, micro_batch_size
 from r2id.data.loader import split_buckets
 from r2id.data.manifest import MANIFEST
 from r2id.data.shards import ShardSet
@@ -17,7 +18,6 @@ from r2id.errors import InputError
 from r2id.models.coords import Size
 from r2id.models.tracing import trace_peak
 from r2id.training import pca, recording
-from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.communication import Gpu, seconds, step_time, traffic
 from r2id.training.conditions import condition_facts
 from r2id.training.ema import decays

@@ -25,7 +25,7 @@ from measure import reset_peak, resident
 
 from r2id import dist
 from r2id.config import load_config
-from r2id.training.batch_split import accumulation, micro_batch_size
+from r2id.config.batch_split import accumulation, micro_batch_size
 from r2id.training.engines import make_engine
 from r2id.training.planner import find_dimensions, memory
 from r2id.training.workload import Workload

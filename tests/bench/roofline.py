@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from r2id.config import load_config
+from r2id.config.batch_split import accumulation, micro_batch_size
 from r2id.models import tracing
-from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.ema import decays
 from r2id.training.workload import Dimensions, Workload, image_cost, parameter_count
 

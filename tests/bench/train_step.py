@@ -25,12 +25,12 @@ from measure import baseline, rate, resident
 from r2id import dist, rng
 from r2id.cli.options import parse_size
 from r2id.config import RiaeRun, load_config
+from r2id.config.batch_split import accumulation, micro_batch_size
 from r2id.diffusion.denoising import denoising_loss, draw_times, noise_levels
 from r2id.models import coords
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.models.tracing import count_flops
-from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.engines import make_engine
 from r2id.training.losses.r2id import R2idLoss
 from r2id.training.losses.riae import riae_loss

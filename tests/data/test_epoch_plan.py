@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r2id.data.epoch_plan import check_batch, make_buckets, plan_epoch, rank_micro_batches
+from r2id.config.batch_split import check_batch
+from r2id.data.epoch_plan import make_buckets, plan_epoch, rank_micro_batches
 from r2id.errors import InputError
 
 DIGEST = "0123456789abcdef" * 4

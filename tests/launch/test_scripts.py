@@ -194,6 +194,14 @@ def test_many_processes_share_the_cores(checkout: Path) -> None:
         CUDA_VISIBLE_DEVICES="0,1,2,5",
     )
     assert gpus.stdout.split() == ["4"]
+    shared = bash(
+        f"bash launch/train.sh --dry-run {ROOT}/configs/mnist/reference-r2id.toml --profile",
+        checkout,
+        PYTHONPATH=str(ROOT),
+        CUDA_VISIBLE_DEVICES="0,1,2,3",
+    )
+    assert "train.batch = 25 cannot be shared evenly by 4 GPUs: training on 1" in shared.stderr
+    assert "+ python -m r2id.cli train" in shared.stderr
 
 
 def test_one_of_many_hosts(checkout: Path) -> None:

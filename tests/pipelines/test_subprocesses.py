@@ -119,3 +119,22 @@ def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> Non
     for visible, count in {"": 0, "-1": 0, "0": 1, "0,3": 2}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpu_count() == count
+
+
+LISTED = """\
+GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-a)
+  MIG 3g.40gb     Device  0: (UUID: MIG-b)
+  MIG 3g.40gb     Device  1: (UUID: MIG-c)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-d)
+"""
+
+
+def test_the_instances_of_a_gpu_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{LISTED}END\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_count() == 2

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from r2id.checkpoints import reading
 from r2id.checkpoints.averages import exponent_of
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
+from r2id.config.batch_split import accumulation, micro_batch_size
 from r2id.dist import World
 from r2id.errors import InputError, NonFiniteError
-from r2id.training.batch_split import accumulation, micro_batch_size
 from r2id.training.engines import Engine, LocalEngine, make_engine
 from r2id.training.engines.base import make_optimizer
 from r2id.training.engines.settings import deepspeed_config

@@ -10,9 +10,9 @@ import torch
 from r2id import dist
 from r2id.checkpoints import Checkpoint
 from r2id.config import RiaeRun
+from r2id.config.batch_split import micro_batch_size
 from r2id.errors import InputError
 from r2id.models.codec import Codec
-from r2id.training.batch_split import micro_batch_size
 from r2id.training.engines import make_engine
 from r2id.training.loop import train
 from r2id.training.resume import restore

@@ -16,12 +16,12 @@ from torch import Tensor
 from r2id import dist
 from r2id.checkpoints import Checkpoint
 from r2id.config import RiaeConfig, RiaeRun
+from r2id.config.batch_split import micro_batch_size
 from r2id.data.stream import fetch_index
 from r2id.errors import InputError
 from r2id.models.codec import Codec
 from r2id.models.riae import RIAE
 from r2id.training import pca
-from r2id.training.batch_split import micro_batch_size
 from r2id.training.loop import train
 from r2id.training.tasks import RiaeTask, make_task
 from tests.training.children import Ranks

@@ -21,9 +21,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from r2id import dist
 from r2id.checkpoints.state import Piece, Source, Tensors, whole_layout
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
+from r2id.config.batch_split import accumulation
 from r2id.dist import World
 from r2id.errors import InputError
-from r2id.training.batch_split import accumulation
 from r2id.training.engines.base import (
     Engine,
     make_optimizer,

@@ -6,8 +6,8 @@ import math
 from typing import Any, Literal
 
 from r2id.config import EngineConfig, OptimConfig, TrainConfig
+from r2id.config.batch_split import accumulation, micro_batch_size
 from r2id.errors import InputError
-from r2id.training.batch_split import accumulation, micro_batch_size
 
 _OWNERS = {
     "train_batch_size": "train.batch",
