@@ -30,8 +30,9 @@ def noise_field(
 ) -> Tensor:
     """Standard normal noise of a grid: rng_keys int64 [B], one per sample → float32 [B, L, h, w].
 
-    A sample's noise depends on its key alone, not on the batch or the number of devices. Grids of
-    other sizes see the same field. It is computed on ``device``, by default that of the keys.
+    A sample's noise depends on its key alone, not on the batch or the number of devices, and is the
+    same on a GPU and a CPU within float32's rounding. Grids of other sizes see the same field. It
+    is computed on ``device``, by default that of the keys.
     """
     device = device or rng_keys.device
     rows, down, columns, across = _haar_matrices(grid, device)
@@ -41,7 +42,10 @@ def noise_field(
     coefficients = rng.normal(keys, channels).permute(0, 3, 1, 2)
     # As matrices of one sample and channel each, whose products round alike in any batch.
     batch = coefficients.shape[:2]
-    return down.expand(*batch, -1, -1) @ coefficients @ across.T.expand(*batch, -1, -1)
+    noise = (
+        down.expand(*batch, -1, -1) @ coefficients.to(down.dtype) @ across.T.expand(*batch, -1, -1)
+    )
+    return noise.float()
 
 
 @cached_tensors(16)
@@ -50,12 +54,17 @@ def _haar_matrices(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return numbers and sums of the Haar functions down, then across: [I], [h, I], [J], [w, J].
 
-    All are on the device but the first, which is on the CPU.
+    All are on the device but the first, which is on the CPU. The sums are float32, but on a GPU
+    float64: its products of float32 are those of TF32 where dist.allow_tf32 has been called, which
+    would make another noise of a seed.
     """
     positions = max(_POSITIONS, _POSITIONS_PER_CELL * max(grid))
     levels = (positions - 1).bit_length()  # R = 2^levels, the next power of 2
     (rows, down), (columns, across) = (_haar_sums(count, levels) for count in grid)
-    down, columns, across = (part.to(device, non_blocking=True) for part in (down, columns, across))
+    columns = columns.to(device, non_blocking=True)
+    if device.type == "cuda":
+        down, across = down.double(), across.double()
+    down, across = (sums.to(device, non_blocking=True) for sums in (down, across))
     return rows, down, columns, across
 
 

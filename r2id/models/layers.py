@@ -135,7 +135,10 @@ def zero_linear(width: int, out: int) -> nn.Linear:
 
 
 class ExactLinear(nn.Linear):
-    """A linear layer that computes in float32, under autocast and with bfloat16 weights too."""
+    """A linear layer of float32, under autocast and with bfloat16 weights too.
+
+    On a GPU products of float32 are those of TF32; see dist.allow_tf32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] → float32 [..., M]."""

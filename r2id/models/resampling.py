@@ -52,7 +52,8 @@ def resample_seen(seen: Tensor, whole: Size, size: Size, part: Part, first: Size
 def along_axes(rows: Tensor, images: Tensor, columns: Tensor) -> Tensor:
     """Multiply the axes of images [B, C, H, W] by [H', H] and [W', W], in float32.
 
-    Under autocast too, whose bfloat16 would show in pictures.
+    Under autocast too, whose bfloat16 would show in pictures. (A GPU may multiply in TF32; see
+    dist.allow_tf32.)
     """
     with torch.autocast(images.device.type, enabled=False):
         return rows @ images.float() @ columns.T

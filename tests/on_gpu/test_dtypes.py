@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from r2id import dist
 from r2id.config import R2idConfig, RiaeConfig
+from r2id.diffusion.noise import noise_field
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from tests.stand_in import stand_in_gpu
@@ -76,3 +80,27 @@ def test_modules_return_what_they_return_on_a_cpu(
         on_gpu = dtypes(make(), "cuda", use)
     # Points are decoded in other numbers at once on other devices.
     assert set(on_gpu) == set(on_cpu) and any("bfloat16" in line for line in on_cpu)
+
+
+def test_a_seeds_noise_is_a_cpus_where_float32_is_multiplied_in_tf32() -> None:
+    keys, expected = torch.arange(3), noise_field(torch.arange(3), 2, (5, 12))
+    multiplied: list[torch.dtype] = []
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function.__name__ in ("matmul", "__matmul__"):
+                multiplied.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    with stand_in_gpu():
+        try:
+            dist.allow_tf32(torch.device("cuda", 0))
+            with Noting():
+                found = noise_field(keys, 2, (5, 12), torch.device("cuda", 0))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        assert multiplied == [torch.float64] * 2 and found.dtype == torch.float32
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=0)
