@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,9 +16,11 @@ import pytest
 from pipelines.flows import train_flow
 from pipelines.pipeline import Pipeline, run_pipeline
 from pipelines.preparation import prepare_flow
+from r2id.checkpoints import Checkpoint
 from r2id.config import PipelineRun, PrepareConfig, load_config
 from r2id.errors import InputError
 from r2id.files import NOISE_SHIFT_FILE
+from tests.waiting import wait_until
 
 RIAE = """
 stage = "riae"
@@ -209,9 +210,7 @@ class Running:
         )
 
     def wait_for(self, path: str) -> None:
-        while not (self.folder / path).exists():
-            assert self.process.poll() is None, self.said()
-            time.sleep(0.05)
+        wait_until((self.folder / path).exists, 300, alive=self.process, said=self.said)
 
     def said(self) -> str:
         self.log.seek(self.began)
@@ -237,13 +236,6 @@ class Running:
         return self.process.returncode, output
 
 
-def assert_gone(processes: list[int], within: float) -> None:
-    end = time.monotonic() + within
-    while left := [pid for pid in processes if command_of(pid)]:
-        assert time.monotonic() < end, [command_of(pid) for pid in left]
-        time.sleep(0.1)
-
-
 def command_of(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -260,7 +252,11 @@ def test_the_pipeline_survives_what_happens_to_it(tmp_path: Path, configs: Path)
     first.process.send_signal(signal.SIGTERM)
     code, _ = first.finish()
     assert code == 75, first.said()
-    assert_gone(started, within=60.0)
+    riae = Checkpoint.open(tmp_path / "runs/tiny/riae")
+    assert f"step {riae.step} of 40 saved" in first.said() and riae.step < 40
+    wait_until(
+        lambda: not any(map(command_of, started)), said=lambda: list(map(command_of, started))
+    )
 
     second = Running(tmp_path, configs)
     second.wait_for("runs/tiny/r2id/checkpoints/latest")

@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,9 @@ from pipelines import subprocesses
 from pipelines.gpu_count import gpu_count
 from pipelines.subprocesses import run_command, run_stage
 from r2id.errors import InputError, Stopped
+from tests.forked import FORKED
+from tests.training import children
+from tests.waiting import wait_until
 
 SAVES_ON_SIGNAL = """
 import signal, sys, time
@@ -32,13 +34,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_output_and_messages_are_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,19 +79,41 @@ def test_a_stage_that_was_stopped_says_why_or_is_named(line: str, message: str) 
         run_stage(["train"])
 
 
-def test_a_signal_to_a_stage_that_is_about_to_be_done_stops_what_would_come_next() -> None:
+def run_and_tell(stage: str, number: int, said: Path, answers: Connection) -> None:
+    """Run a stage, whose stderr goes on to the file ``said``, and send its exit code and its tail.
+
+    And whether the handler of the signal ``number`` is afterwards the one of before.
+    """
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    before = signal.getsignal(number)
+    code, _, tail = run_command([sys.executable, "-c", stage])
+    answers.send((code, tail, signal.getsignal(number) == before))
+
+
+def signalled(stage: str, number: int, folder: Path) -> tuple[int, str, bool]:
+    """What run_and_tell sends from a process that gets a signal once its stage is ready for it."""
+    said, (ours, theirs) = folder / "said", FORKED.Pipe()
+    with children.ended(children.start(run_and_tell, stage, number, said, theirs)) as process:
+        wait_until(lambda: said.exists() and "ready" in said.read_text(), alive=process)
+        os.kill(process.pid, number)
+        process.join(60)
+    assert process.exitcode == 0, said.read_text()
+    return ours.recv()
+
+
+def test_a_signal_to_a_stage_that_is_about_to_be_done_stops_what_would_come_next(
+    tmp_path: Path,
+) -> None:
     stage = SAVES_ON_SIGNAL.replace("sys.exit(75)", "sys.exit(0)")
     assert stage != SAVES_ON_SIGNAL
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    assert run_command([sys.executable, "-c", stage])[0] == 75
+    code, tail, _ = signalled(stage, signal.SIGTERM, tmp_path)
+    assert code == 75 and "stopped: saved at step 7" in tail
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_stage_which_saves(number: int) -> None:
-    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
-    before = signal.getsignal(number)
-    assert run_command([sys.executable, "-c", SAVES_ON_SIGNAL])[0] == 75
-    assert signal.getsignal(number) == before
+def test_a_signal_reaches_the_stage_which_saves(number: int, tmp_path: Path) -> None:
+    code, tail, restored = signalled(SAVES_ON_SIGNAL, number, tmp_path)
+    assert code == 75 and "stopped: saved at step 7" in tail and restored
 
 
 def test_a_stage_ends_when_its_pipeline_is_killed(tmp_path: Path) -> None:
@@ -107,12 +124,12 @@ def test_a_stage_ends_when_its_pipeline_is_killed(tmp_path: Path) -> None:
         f"run_command([sys.executable, '-c', {stage!r}])"
     )
     pipeline = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(lambda: note.exists() and note.read_text())
+    wait_until(lambda: note.exists() and note.read_text(), alive=pipeline)
     pid = int(note.read_text())
     assert alive(pid)
     pipeline.kill()
     pipeline.wait()
-    wait_for(lambda: not alive(pid))
+    wait_until(lambda: not alive(pid))
 
 
 def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
