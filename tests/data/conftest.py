@@ -1,6 +1,7 @@
 """Small shard sets of random images, of one size or of many."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from r2id.data.manifest import FORMAT_VERSION, Manifest, SplitEntry, shard_file
 from r2id.data.records import Record
 from r2id.data.shard_writer import write_shard_files
 from r2id.data.shards import ShardSet
+from r2id.data.verify import verify
 
 
 def make_image(number, height, width, mode="L", ext="png"):
@@ -62,7 +64,19 @@ def write_set(folder, splits, per_shard=20, classes=3):
 MIXED = [(8, 8)] * 70 + [(8, 12)] * 65 + [(30, 20), (1, 1), (9, 40)]
 
 
+@pytest.fixture(scope="session")
+def mixed(build_once):
+    """138 images of five sizes for training and 11 for testing, which no test may change."""
+
+    def build(folder):
+        write_set(folder / "set", {"train": MIXED, "test": [(8, 8)] * 7 + [(8, 20)] * 4})
+
+    folder = build_once("mixed", build) / "set"
+    yield ShardSet.open(folder)
+    assert not verify(folder), "a test has changed what the others read"
+
+
 @pytest.fixture
-def mixed(tmp_path):
-    """138 images of five sizes for training and 11 for testing."""
-    return write_set(tmp_path / "mixed", {"train": MIXED, "test": [(8, 8)] * 7 + [(8, 20)] * 4})
+def own_mixed(mixed, tmp_path):
+    """A copy of that set, for a test that damages it."""
+    return ShardSet.open(shutil.copytree(mixed.folder, tmp_path / "mixed"))

@@ -148,12 +148,12 @@ def test_bad_requests_are_refused_at_once(mixed):
         eval_loader(mixed, config(mixed), "val", 4)
 
 
-def test_a_damaged_image_names_its_sample(mixed):
-    with mixed.split("test").files[0].open("r+b") as file:
-        file.seek(int(mixed.split("test").offset[2]))
+def test_a_damaged_image_names_its_sample(own_mixed):
+    with own_mixed.split("test").files[0].open("r+b") as file:
+        file.seek(int(own_mixed.split("test").offset[2]))
         file.write(b"0000000")
     with pytest.raises(WorkError, match=r"shard-000000\.tar: .*image-0002"):
-        list(eval_loader(mixed, config(mixed), "test", 4))
+        list(eval_loader(own_mixed, config(own_mixed), "test", 4))
 
 
 def test_evaluation_takes_each_image_once_in_order(mixed):

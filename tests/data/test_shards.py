@@ -155,11 +155,11 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize(("breakage", "words"), BREAKAGES.values(), ids=BREAKAGES.keys())
-def test_what_is_no_intact_set_is_refused_in_one_line(mixed, breakage, words):
-    breakage(mixed.folder)
+def test_what_is_no_intact_set_is_refused_in_one_line(own_mixed, breakage, words):
+    breakage(own_mixed.folder)
     with pytest.raises(InputError, match=words) as caught:
-        ShardSet.open(mixed.folder)
-    assert str(mixed.folder) in str(caught.value) and "\n" not in str(caught.value)
+        ShardSet.open(own_mixed.folder)
+    assert str(own_mixed.folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_missing_or_a_split_that_is(mixed, tmp_path):
@@ -169,8 +169,8 @@ def test_a_folder_that_is_missing_or_a_split_that_is(mixed, tmp_path):
         mixed.split("val")
 
 
-def test_a_shard_that_shrinks_or_goes_while_it_is_read(mixed):
-    split = mixed.split("train")
+def test_a_shard_that_shrinks_or_goes_while_it_is_read(own_mixed):
+    split = own_mixed.split("train")
     with split.files[0].open("r+b") as file:
         file.truncate(100)
     with pytest.raises(WorkError, match="image-0000"):

@@ -4,6 +4,7 @@ import functools
 import http.server
 import shutil
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -23,16 +24,23 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def served(mixed):
-    """The address of the mixed set on a server of this machine, which knows no ranges."""
+@contextmanager
+def server_of(folder):
+    """The address of a folder on a server of this machine, which knows no ranges."""
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=mixed.folder)
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def served(mixed):
+    """The address of the mixed set on such a server."""
+    with server_of(mixed.folder) as address:
+        yield address
 
 
 @pytest.fixture(params=["folder", "http"])
@@ -127,15 +135,15 @@ def test_epochs_and_resumed_runs_have_orders_of_their_own(mixed, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_is_not_what_the_index_says(mixed, tmp_path, workers):
-    remote = fetch_index(str(mixed.folder), tmp_path / "index")
-    shard = mixed.split("train").files[2]
+def test_a_shard_that_is_not_what_the_index_says(own_mixed, tmp_path, workers):
+    remote = fetch_index(str(own_mixed.folder), tmp_path / "index")
+    shard = own_mixed.split("train").files[2]
     whole = shard.read_bytes()
     cut = 512 * (whole[: len(whole) // 2].rfind(b"image-", 0) // 512)  # at the border of a member
     for content, words in (
         (whole[:cut], "cut short"),
         (whole[: cut + 100], "cannot be read|cut short"),
-        (mixed.split("train").files[3].read_bytes(), "other samples than its index says"),
+        (own_mixed.split("train").files[3].read_bytes(), "other samples than its index says"),
         (None, "no such file"),
     ):
         shard.unlink(missing_ok=True)
@@ -146,7 +154,7 @@ def test_a_shard_that_is_not_what_the_index_says(mixed, tmp_path, workers):
         assert "\n" not in str(caught.value)
 
 
-def test_addresses_without_a_set(served, mixed, tmp_path):
+def test_addresses_without_a_set(served, own_mixed, tmp_path):
     with pytest.raises(WorkError, match=r"nowhere/manifest\.json"):
         fetch_index(f"{served}/nowhere", tmp_path / "index")
     with pytest.raises(WorkError, match=r"127\.0\.0\.1:9"):
@@ -155,9 +163,12 @@ def test_addresses_without_a_set(served, mixed, tmp_path):
     fetch_index(str(other.folder), tmp_path / "index")
     with pytest.raises(InputError, match="index"):
         fetch_index(served, tmp_path / "index")
-    (mixed.folder / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match=r"manifest\.json: .*None"):
-        fetch_index(served, tmp_path / "new")
+    (own_mixed.folder / "manifest.json").write_text("{}")
+    with (
+        server_of(own_mixed.folder) as address,
+        pytest.raises(InputError, match=r"manifest\.json: .*None"),
+    ):
+        fetch_index(address, tmp_path / "new")
 
 
 def test_training_from_a_stream(digits, tmp_path):

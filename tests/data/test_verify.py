@@ -28,67 +28,67 @@ def reseal(folder, change):
     change(manifest).write(folder)
 
 
-def place_of(mixed, index):
+def place_of(shards, index):
     """Of a sample's image in its tar."""
-    return int(mixed.split("train").offset[index])
+    return int(shards.split("train").offset[index])
 
 
 def test_an_intact_set_has_no_damage(mixed):
     assert verify(mixed.folder) == []
 
 
-def test_a_flipped_bit_in_an_image_names_the_sample(mixed):
-    flip(mixed.folder / SHARD, place_of(mixed, 25) + 60)
-    damages = verify(mixed.folder)
+def test_a_flipped_bit_in_an_image_names_the_sample(own_mixed):
+    flip(own_mixed.folder / SHARD, place_of(own_mixed, 25) + 60)
+    damages = verify(own_mixed.folder)
     assert {damage.file for damage in damages} == {SHARD}
     assert [damage.key for damage in damages] == [None, "image-0025"]
     assert "sample image-0025: its image has changed" in str(damages[1])
 
 
-def test_a_flipped_bit_in_a_header(mixed):
-    flip(mixed.folder / SHARD, place_of(mixed, 25) - 500)
-    assert [str(damage) for damage in verify(mixed.folder)] == [
+def test_a_flipped_bit_in_a_header(own_mixed):
+    flip(own_mixed.folder / SHARD, place_of(own_mixed, 25) - 500)
+    assert [str(damage) for damage in verify(own_mixed.folder)] == [
         f"{SHARD}: changed: its hash is not the manifest's"
     ]
 
 
 @pytest.mark.parametrize("between", [True, False])
-def test_truncation(mixed, between):
-    with (mixed.folder / SHARD).open("r+b") as file:
-        file.truncate(place_of(mixed, 38) - 512 if between else place_of(mixed, 38) + 10)
-    damages = verify(mixed.folder)
+def test_truncation(own_mixed, between):
+    with (own_mixed.folder / SHARD).open("r+b") as file:
+        file.truncate(place_of(own_mixed, 38) - 512 if between else place_of(own_mixed, 38) + 10)
+    damages = verify(own_mixed.folder)
     assert "bytes instead of" in damages[0].what
     assert [damage.key for damage in damages[1:]] == ["image-0038", "image-0039"]
 
 
-def test_missing_and_extra_files(mixed):
-    (mixed.folder / SHARD).rename(mixed.folder / "train/shard-000099.tar")
-    (mixed.folder / "test/shard-000000.parquet").unlink()
-    assert {(damage.file, damage.what) for damage in verify(mixed.folder)} == {
+def test_missing_and_extra_files(own_mixed):
+    (own_mixed.folder / SHARD).rename(own_mixed.folder / "train/shard-000099.tar")
+    (own_mixed.folder / "test/shard-000000.parquet").unlink()
+    assert {(damage.file, damage.what) for damage in verify(own_mixed.folder)} == {
         (SHARD, "missing"),
         ("train/shard-000099.tar", "not in the manifest"),
         ("test/shard-000000.parquet", "missing"),
     }
 
 
-def test_a_changed_index(mixed):
-    path = mixed.folder / "train/shard-000001.parquet"
+def test_a_changed_index(own_mixed):
+    path = own_mixed.folder / "train/shard-000001.parquet"
     table = pq.read_table(path)
     pq.write_table(table.set_column(3, "height", table["width"]), path)
-    assert [damage.file for damage in verify(mixed.folder)] == ["train/shard-000001.parquet"]
+    assert [damage.file for damage in verify(own_mixed.folder)] == ["train/shard-000001.parquet"]
     path.write_bytes(b"PAR1")
-    assert "unreadable" in verify(mixed.folder)[0].what
+    assert "unreadable" in verify(own_mixed.folder)[0].what
 
 
-def test_an_edited_manifest(mixed):
-    text = json.loads((mixed.folder / MANIFEST).read_text())
-    (mixed.folder / MANIFEST).write_text(json.dumps({**text, "dataset": "other"}))
-    assert [damage.file for damage in verify(mixed.folder)] == [MANIFEST]
-    (mixed.folder / MANIFEST).write_text("{")
-    assert [damage.file for damage in verify(mixed.folder)] == [MANIFEST]
+def test_an_edited_manifest(own_mixed):
+    text = json.loads((own_mixed.folder / MANIFEST).read_text())
+    (own_mixed.folder / MANIFEST).write_text(json.dumps({**text, "dataset": "other"}))
+    assert [damage.file for damage in verify(own_mixed.folder)] == [MANIFEST]
+    (own_mixed.folder / MANIFEST).write_text("{")
+    assert [damage.file for damage in verify(own_mixed.folder)] == [MANIFEST]
 
 
-def test_a_manifest_that_was_edited_and_sealed_again(mixed):
+def test_a_manifest_that_was_edited_and_sealed_again(own_mixed):
     def one_sample_less(manifest):
         split = manifest.splits["train"]
         shards = [split.shards[0].model_copy(update={"samples": 19}), *split.shards[1:]]
@@ -103,13 +103,13 @@ def test_a_manifest_that_was_edited_and_sealed_again(mixed):
             }
         )
 
-    reseal(mixed.folder, one_sample_less)
-    assert [damage.file for damage in verify(mixed.folder)] == [MANIFEST]
+    reseal(own_mixed.folder, one_sample_less)
+    assert [damage.file for damage in verify(own_mixed.folder)] == [MANIFEST]
 
 
-def test_a_key_in_two_shards(mixed):
-    write_shard_files(mixed.folder, SHARD, make_records([(8, 8)] * 20), [])
-    entry, _ = read_commit(mixed.folder, SHARD)
+def test_a_key_in_two_shards(own_mixed):
+    write_shard_files(own_mixed.folder, SHARD, make_records([(8, 8)] * 20), [])
+    entry, _ = read_commit(own_mixed.folder, SHARD)
 
     def put(manifest):
         split = manifest.splits["train"]
@@ -123,8 +123,8 @@ def test_a_key_in_two_shards(mixed):
             }
         )
 
-    reseal(mixed.folder, put)
-    damages = verify(mixed.folder)
+    reseal(own_mixed.folder, put)
+    damages = verify(own_mixed.folder)
     assert len(damages) == 20 and damages[0].key == "image-0000" and "twice" in damages[0].what
 
 
