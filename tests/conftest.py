@@ -1,10 +1,13 @@
 """Small real data and models that many tests share, built once for all test processes."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # The models are so small that more threads would only wait for each other; set before torch reads
 # it, and for the processes that tests start.
@@ -17,6 +20,9 @@ from filelock import FileLock
 
 from r2id import cli
 from r2id.config import load_config
+
+if TYPE_CHECKING:
+    from r2id.sampling.sampler import Sampler
 
 torch.set_num_threads(1)
 
@@ -99,16 +105,21 @@ def digits(build_once) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier_file(digits, build_once) -> Path:
-    """A classifier of the digits, as an evaluation leaves it in its folder."""
+    """A classifier of the digits, as an evaluation leaves it in its folder.
+
+    It has seen a quarter of the images that it would see there, since all that use it wait for it.
+    """
     from r2id.config import DataConfig
     from r2id.data.shards import ShardSet
-    from r2id.evaluation.classifier import load_or_train_classifier
+    from r2id.evaluation import classifier
 
     def build(folder: Path) -> None:
         file = folder / "classifier.safetensors"
-        load_or_train_classifier(
-            ShardSet.open(digits), DataConfig(shards=digits), file, torch.device("cpu")
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classifier, "MOST_IMAGES", classifier.FEWEST_IMAGES // 4)
+            classifier.load_or_train_classifier(
+                ShardSet.open(digits), DataConfig(shards=digits), file, torch.device("cpu")
+            )
 
     return build_once("classifier", build) / "classifier.safetensors"
 
@@ -152,6 +163,14 @@ def r2id_run(digits, riae_run, latents, build_once) -> Path:
         train(load_config(CONFIGS / "digits" / "r2id.toml", overrides))
 
     return build_once("r2id", build) / "run"
+
+
+@pytest.fixture(scope="session")
+def sampler(r2id_run: Path) -> Sampler:
+    """The sampler of that R2ID."""
+    from r2id.sampling.sampler import Sampler
+
+    return Sampler.load(r2id_run)
 
 
 @pytest.fixture

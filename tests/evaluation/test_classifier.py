@@ -20,7 +20,9 @@ from r2id.images import to_float
 from tests.evaluation.folders import write_folder
 
 
-def test_accuracy_on_held_out_digits(classifier):
+def test_accuracy_on_held_out_digits(shards, data, tmp_path):
+    file = tmp_path / "classifier.safetensors"
+    classifier = load_or_train_classifier(shards, data, file, torch.device("cpu"))
     assert classifier.size == (8, 8)
     assert classifier.test_accuracy >= 0.99
     assert (classifier.train_images, classifier.test_images) == (1438, 359)

@@ -20,12 +20,6 @@ from r2id.evaluation.metrics import mse, ssim
 from r2id.evaluation.r2id import Samples
 from r2id.evaluation.reference import extract_features, real_batches
 from r2id.images import psnr, to_float
-from r2id.sampling.sampler import Sampler
-
-
-@pytest.fixture(scope="module")
-def sampler(r2id_run):
-    return Sampler.load(r2id_run)
 
 
 def test_sizes_are_the_stated_ones_and_the_same_shares_of_others():

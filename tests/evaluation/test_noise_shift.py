@@ -51,11 +51,6 @@ class Exact(nn.Module):
         return F.interpolate(data, size=(side, side)) if self.repeated else data
 
 
-@pytest.fixture(scope="module")
-def sampler(r2id_run):
-    return Sampler.load(r2id_run)
-
-
 def exact(sampler, repeated):
     """The sampler of an exact denoiser on data of a known shift, and that data on three grids."""
     torch.manual_seed(0)

@@ -21,11 +21,6 @@ from r2id.evaluation.r2id import (
 from r2id.sampling.sampler import Sampler
 
 
-@pytest.fixture(scope="module")
-def sampler(r2id_run):
-    return Sampler.load(r2id_run)
-
-
 def test_loss_against_time(sampler, shards, data):
     latents = encode_test_images(sampler, shards, data)
     assert sum(len(label) for _, label in latents) == 256

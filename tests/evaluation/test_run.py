@@ -31,11 +31,11 @@ def evaluated(r2id_run, digits, classifier, classifier_file, tmp_path_factory):
     return out, evaluate(r2id_run, digits, out, sizes=((8, 8), (12, 8), (8, 8)), count=40, seed=5)
 
 
-def test_metrics_are_written_as_returned(evaluated, shards):
+def test_metrics_are_written_as_returned(evaluated, shards, classifier):
     out, metrics = evaluated
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert list(metrics["r2id"]["sizes"]) == ["8x8", "12x8"]
-    assert metrics["classifier"]["test_accuracy"] >= 0.99
+    assert metrics["classifier"]["test_accuracy"] == classifier.test_accuracy > 0.9
     facts = metrics["provenance"]
     assert facts["data"]["digest"] == shards.digest and facts["sampling"]["first_seed"] == 5
     assert facts["sampling"]["eta"] == 0
