@@ -1,13 +1,13 @@
 """The page: what it asks of a model, and the page itself in a real browser."""
 
 import base64
+import contextlib
 import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,12 +24,18 @@ from r2id.app.page import build
 from r2id.config import change
 from r2id.errors import InputError
 from r2id.pipeline import Pipeline
+from tests.waiting import free_port, wait_until
 
 WISH = DrawRequest(seed=3, guidance=1.5, steps=3, autoguidance=0.5, label=4)
 
 
 def pixels(picture):
     return np.asarray(picture).astype(int)
+
+
+def grey(content: bytes) -> np.ndarray:
+    """The pixels of a picture's file, in grey."""
+    return pixels(Image.open(io.BytesIO(content)).convert("L"))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +131,7 @@ def test_paint_is_what_is_not_transparent():
 @pytest.fixture(scope="module")
 def address(r2id_run, tmp_path_factory) -> Iterator[str]:
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'r2id[app]'")
-    command = [sys.executable, "-m", "r2id.cli", "app", str(r2id_run), "--port", "7869"]
+    command = [sys.executable, "-m", "r2id.cli", "app", str(r2id_run), "--port", str(free_port())]
     folder = tmp_path_factory.mktemp("page")
     with subprocess.Popen(
         [*command, "--device", "cpu"],
@@ -170,15 +176,13 @@ class Browser:
 
     def wait(self, what: str, found: Callable[[], Any]) -> Any:
         """Wait until something is there, and return it."""
-        end = time.monotonic() + 180
-        while time.monotonic() < end:
-            try:
-                if result := found():
-                    return result
-            except Exception:  # not on the page yet, or replaced while it was looked at
-                pass
-            time.sleep(0.1)
-        raise AssertionError(f"not on the page: {what}")
+
+        def looked_at() -> Any:
+            # Not on the page yet, or replaced while it was looked at.
+            with contextlib.suppress(Exception):
+                return found()
+
+        return wait_until(looked_at, 180, said=lambda: f"not on the page: {what}", every=0.1)
 
     def click(self, selector: str) -> None:
         self.wait(selector, lambda: self.find(selector).is_displayed())
@@ -201,8 +205,19 @@ class Browser:
             "return canvas.toDataURL('image/png')"
         )
         address = self.wait(name, lambda: self.driver.execute_script(script, f"#{name} img"))
-        content = base64.b64decode(address.partition(",")[2])
-        return np.asarray(Image.open(io.BytesIO(content)).convert("L")).astype(int)
+        return grey(base64.b64decode(address.partition(",")[2]))
+
+    def wait_for_stillness(self, canvas: Any) -> None:
+        """Wait until a canvas has its picture."""
+        seen = None
+
+        def is_still() -> bool:
+            nonlocal seen
+            before, seen = seen, grey(canvas.screenshot_as_png)
+            same = before is not None and np.array_equal(before, seen)
+            return same and len(np.unique(seen)) > 16  # without a picture it has few colours
+
+        self.wait("the canvas's picture", is_still)
 
     def picture(self, name: str, size: tuple[int, int]) -> np.ndarray:
         """Wait for the picture of an element to have a height and width."""
@@ -241,7 +256,7 @@ def test_the_page(browser, tmp_path):
     browser.driver.find_elements("css selector", "button[role=tab]")[1].click()
     browser.click("#begin")
     canvas = browser.wait("the canvas", lambda: browser.find("#canvas canvas"))
-    time.sleep(2)  # until it has its picture
+    browser.wait_for_stillness(canvas)
     stroke = ActionChains(browser.driver).move_to_element_with_offset(canvas, -30, -10)
     stroke.click_and_hold().move_by_offset(60, 20).move_by_offset(-50, 5).release().perform()
     browser.click("#inpaint")
@@ -269,19 +284,19 @@ def test_a_number_counts_when_it_is_typed(browser, actions):
 
     browser.driver.refresh()
     browser.picture("picture", (128, 128))
+    request = replace(actions.first_request, steps=2)
+
+    def wait_for_picture(**change: int) -> None:
+        wanted = pixels(actions.draw(replace(request, **change), (128, 128)))
+        browser.wait(f"{change}", lambda: np.array_equal(browser.any_picture("picture"), wanted))
+
     for name, number in (("steps", 2), ("seed", 7)):
         browser.type(name, Keys.BACKSPACE, leave=False)
-        time.sleep(1)
         browser.type(name, number)
-        time.sleep(1)
+        wait_for_picture(**{name: number})  # a request for half of the number would come before
         assert not browser.driver.find_elements("css selector", ".toast-body"), name
-    request = replace(actions.first_request, steps=2)
-    seventh, eighth = (
-        pixels(actions.draw(replace(request, seed=seed), (128, 128))) for seed in (7, 8)
-    )
-    browser.wait("seed 7", lambda: np.array_equal(browser.any_picture("picture"), seventh))
     browser.click("#next-seed")
-    browser.wait("seed 8", lambda: np.array_equal(browser.any_picture("picture"), eighth))
+    wait_for_picture(seed=8)
     browser.type("width", Keys.BACKSPACE)
     browser.picture("picture", (128, 1))
     assert not browser.driver.find_elements("css selector", ".toast-body")
@@ -316,8 +331,9 @@ def test_it_listens_on_this_machine_alone(address):
 
 
 def test_a_port_in_use_is_named(address, r2id_run, r2id):
-    code, _, errors = r2id("app", r2id_run, "--port", "7869")
-    assert code == 2 and "--port 7869" in errors and "in use" in errors
+    port = address.rstrip("/").rpartition(":")[2]
+    code, _, errors = r2id("app", r2id_run, "--port", port)
+    assert code == 2 and f"--port {port}" in errors and "in use" in errors
 
 
 def test_the_page_needs_a_model(r2id, tmp_path):

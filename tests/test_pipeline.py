@@ -172,23 +172,31 @@ def test_a_callback_changes_nothing(pipe):
             assert np.array_equal(pixels(one), pixels(other))
 
 
+DRAWN = {"labels": 3, "size": (11, 7), "grid": (3, 5), "eta": 0.5}
+
+
+@pytest.fixture(scope="module")
+def fresh(r2id_run):
+    """Pixels that a process of its own draws."""
+    code = (
+        "import r2id; "
+        f"print(r2id.Pipeline.from_pretrained({str(r2id_run)!r})(**{DRAWN})[0].tobytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_another_default_dtype_changes_nothing(dtype, pipe, r2id_run):
+def test_another_default_dtype_changes_nothing(dtype, pipe, r2id_run, fresh):
     """Neither while it holds nor afterwards: what is cached then is float32 too."""
-    given = {"labels": 3, "size": (11, 7), "grid": (3, 5), "eta": 0.5}
     torch.set_default_dtype(dtype)
     try:
         loaded = Pipeline.from_pretrained(r2id_run, device="cpu")
-        found = loaded(**given)[0]
+        found = loaded(**DRAWN)[0]
     finally:
         torch.set_default_dtype(torch.float32)
-    code = (
-        "import r2id; "
-        f"print(r2id.Pipeline.from_pretrained({str(r2id_run)!r})(**{given})[0].tobytes())"
-    )
-    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert str(found.tobytes()) == fresh.stdout.strip()
-    assert str(pipe(**given)[0].tobytes()) == fresh.stdout.strip()
+    assert str(found.tobytes()) == fresh
+    assert str(pipe(**DRAWN)[0].tobytes()) == fresh
 
 
 def test_latents_and_windows(pipe, picture):
