@@ -16,6 +16,7 @@ from r2id.errors import InputError, WorkError
 from r2id.files import TEMPORARY, atomic_file, exclusive, sweep, write_atomic, write_json
 from r2id.images import encode_png, psnr, read_image, resize, save_png, to_float, to_uint8
 from tests.forked import FORKED
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -120,8 +121,7 @@ def test_a_folder_has_one_process_at_work(tmp_path: Path, with_child: bool) -> N
     folder, ready = tmp_path / "new" / "folder", tmp_path / "ready"
     first = FORKED.Process(target=work_in, args=(folder, ready, with_child))
     first.start()
-    while not (ready.exists() and ready.read_text()):
-        time.sleep(0.01)
+    wait_until(lambda: ready.exists() and ready.read_text(), alive=first)
     with pytest.raises(WorkError, match=f"{folder}: another process"), exclusive(folder):
         pass
     first.kill()

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from r2id.files import step_of
 from tests.training import children
 from tests.training import engine_ranks as job
 from tests.training.children import STATS, save, state
+from tests.waiting import free_port
 
 KINDS = ("model", "ema", "optimizer", "stats")
 
@@ -160,9 +160,7 @@ def ranks_save(
     run: Path, step: int, full: int | None = None, dying: int | None = None
 ) -> list[str]:
     """What two ranks say of a save; nothing when one dies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     run.mkdir(exist_ok=True)
     with (
         children.ended(

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from r2id.config import PrepareConfig
 from r2id.errors import InputError, WorkError
 from tests.data_prep.conftest import files_of, make, write_images, write_mnist
 from tests.forked import FORKED
+from tests.waiting import wait_until
 
 SMALL = {"shard_mb": 0.1}
 
@@ -148,8 +148,7 @@ def test_killed_while_several_processes_write(source, tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while process.poll() is None and len(list(out.rglob("*.tar"))) < 2:
-        time.sleep(0.001)
+    wait_until(lambda: len(list(out.rglob("*.tar"))) >= 2, alive=process, every=0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     make("mnist", out, source, workers=5, **SMALL)

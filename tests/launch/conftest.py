@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CONFIGS, TINY_RIAE
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -87,14 +87,9 @@ class Job:
                 env={**os.environ, "PYTHONPATH": str(checkout), **BASE, **environment},
             )
 
-    def wait_for(self, path: Path, seconds: float = 120) -> None:
+    def wait_for(self, path: Path) -> None:
         """Until a file is there. Fails with what the job said when it ends before."""
-        end = time.monotonic() + seconds
-        while not path.exists():
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()[
-                -4000:
-            ]
-            time.sleep(0.1)
+        wait_until(path.exists, alive=self.process, said=lambda: self.log.read_text()[-4000:])
 
     def end(self, number: signal.Signals | None = None, seconds: float = 120) -> int:
         """Send a signal, if any, and wait; the exit code."""

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from r2id.checkpoints import Checkpoint, reading
 from tests.launch.conftest import BASE, Job, bash, executable, training
 from tests.training import children
+from tests.waiting import wait_until
 
 RANK = """
 import os, signal, sys, time
@@ -59,9 +59,11 @@ def test_the_exit_code_is_the_first_failed_ranks(code: int, meant: int, tmp_path
 
 def test_a_signal_lets_every_rank_finish_saving(tmp_path: Path) -> None:
     with children.ended(start(tmp_path, "asked", 75)) as job:
-        while len(list(tmp_path.glob("ready-*"))) < 2:
-            assert job.is_alive(), (tmp_path / "said").read_text()
-            time.sleep(0.05)
+        wait_until(
+            lambda: len(list(tmp_path.glob("ready-*"))) == 2,
+            alive=job,
+            said=(tmp_path / "said").read_text,
+        )
         os.kill(job.pid, signal.SIGTERM)
         job.join(60)
     assert job.exitcode == 75, (tmp_path / "said").read_text()
@@ -96,7 +98,7 @@ def test_two_processes_stop_at_a_signal_and_go_on(
     job = Job(["bash", "launch/train.sh", *arguments], checkout, NPROC="2")
     job.wait_for(tmp_path / "run" / "checkpoints" / f"step-{(saved // 5 + 2) * 5:08d}")
     rank_of(job, 1).send_signal(signal.SIGTERM)
-    assert job.end(seconds=30) == 75, job.log.read_text()[-4000:]
+    assert job.end() == 75, job.log.read_text()[-4000:]
     again = Checkpoint.open(tmp_path / "run").step
     assert again > saved and not reading.find_damages(tmp_path / "run")
     said = job.log.read_text()

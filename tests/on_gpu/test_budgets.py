@@ -18,7 +18,7 @@ from r2id.training import loop
 from r2id.training.step import step_or_skip
 from tests.bench import kernels
 from tests.stand_in import REAL, Counts
-from tests.training.test_loop import attention_config, r2id_config, riae_config
+from tests.training.configs import attention_config, r2id_config, riae_config
 
 pytestmark = pytest.mark.skipif(REAL, reason="a real GPU is not counted")
 RANDOM = 40

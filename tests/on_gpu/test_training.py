@@ -13,7 +13,7 @@ from r2id.errors import NonFiniteError
 from r2id.training.loop import train
 from r2id.training.losses.windows import WindowLoss
 from tests.stand_in import REAL, Counts, stand_in_gpu
-from tests.training.test_loop import attention_config, r2id_config, riae_config
+from tests.training.configs import attention_config, r2id_config, riae_config
 
 SHORT = ("train.steps=2", "train.batch=8", "train.log_every=1", "data.train_split=test")
 LATTICE = {

@@ -20,7 +20,7 @@ from r2id.sampling.reconstruction import reconstruct_file
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from tests.stand_in import Counts, stand_in_gpu
-from tests.training.test_loop import assert_same, r2id_config, riae_config
+from tests.training.configs import assert_same, r2id_config, riae_config
 
 SHORT = ("train.batch=8", "train.log_every=1", "train.precision=bfloat16", "data.train_split=test")
 SAME_BITS = ("train.steps=2", "train.save_every=1", "train.deterministic=true")

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pipelines.preparation import prepare_on_cluster
 from r2id.config import PrepareConfig
 from r2id.errors import InputError
 from tests.data_prep.conftest import files_of, write_mnist
+from tests.waiting import free_port, wait_until
 
 SMALL = {"shard_mb": 0.1}
 
@@ -35,19 +35,19 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return files_of(out)
 
 
-def free_port() -> int:
+def answers(port: int) -> bool:
+    """Whether somebody listens at a port of this machine."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
 def dask() -> Iterator[str]:
     """A scheduler and two worker processes."""
-    address = f"127.0.0.1:{free_port()}"
-    host, port = address.split(":")
+    port = free_port()
+    address = f"127.0.0.1:{port}"
     commands = [
-        ["dask_scheduler", "--host", host, "--port", port, "--no-dashboard"],
+        ["dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"],
         *([["dask_worker", f"tcp://{address}", "--nthreads", "1", "--no-dashboard"]] * 2),
     ]
     processes = [
@@ -58,10 +58,7 @@ def dask() -> Iterator[str]:
         )
         for name, *options in commands
     ]
-    end = time.monotonic() + 60
-    while socket.socket().connect_ex((host, int(port))):
-        assert time.monotonic() < end, "the scheduler does not start"
-        time.sleep(0.1)
+    wait_until(lambda: answers(port), alive=processes[0])
     yield f"tcp://{address}"
     for process in processes[::-1]:
         process.terminate()
@@ -213,10 +210,11 @@ class Running:
         self.out = out
 
     def wait_for(self, shards: int) -> None:
-        end = time.monotonic() + 120
-        while len(list(self.out.rglob("*.parquet"))) < shards + 1:  # and the plan's
-            assert self.process.poll() is None and time.monotonic() < end, "no shards"
-            time.sleep(0.01)
+        wait_until(
+            lambda: len(list(self.out.rglob("*.parquet"))) >= shards + 1,  # and the plan's
+            alive=self.process,
+            every=0.01,
+        )
 
     def finish(self) -> tuple[int, str]:
         _, errors = self.process.communicate(timeout=240)
@@ -308,18 +306,12 @@ def test_a_server_of_others_goes_away(source: Path, tiny: dict[str, bytes], tmp_
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    end = time.monotonic() + 120
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert time.monotonic() < end, "the server does not start"
-        time.sleep(0.1)
+    wait_until(lambda: answers(port), alive=server)
     running = Running(tmp_path, source, tmp_path / "set", server=f"http://127.0.0.1:{port}/api")
     running.wait_for(3)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
-    end = time.monotonic() + 120
-    while not (tmp_path / "set/manifest.json").exists():
-        assert time.monotonic() < end, "the work does not go on"
-        time.sleep(0.1)
+    wait_until((tmp_path / "set/manifest.json").exists, alive=running.process)
     assert files_of(tmp_path / "set") == tiny
     os.killpg(
         running.process.pid, signal.SIGKILL

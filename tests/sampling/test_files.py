@@ -1,7 +1,6 @@
 """Sample files: the same bytes whoever draws them, when, and however many; killed and resumed."""
 
 import json
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID
 from tests.training import children
 from tests.training.children import Ranks
+from tests.waiting import wait_until
 
 COUNT, SIZE = 150, (9, 7)
 """Three batches, the last of which is not whole."""
@@ -124,9 +124,7 @@ def test_killed_and_gone_on_with(r2id_run, tmp_path, kind):
         return len([*out.glob("images/*.png"), *out.glob("samples/*.parquet")])
 
     with children.ended(children.start(draw, r2id_run, out, kind, count)) as child:
-        deadline = time.monotonic() + 60
-        while written() < enough and time.monotonic() < deadline and child.is_alive():
-            time.sleep(0.001)
+        wait_until(lambda: written() >= enough, alive=child, every=0.001)
         child.kill()
         child.join()
     assert written() >= enough and not (out / RESULT).exists()

@@ -11,7 +11,6 @@ import os
 import resource
 import runpy
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -34,6 +33,7 @@ from r2id.training.loop import train
 from r2id.training.state import TrainState
 from r2id.training.tasks import Batch
 from tests.forked import FORKED
+from tests.waiting import free_port
 
 
 def start(work: Callable[..., None], *arguments: Any) -> Any:
@@ -51,13 +51,6 @@ def ended(process: Any) -> Iterator[Any]:
     finally:
         process.kill()
         process.join()
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _join_job(rank: int, ranks: int, port: int) -> dist.World:

@@ -13,7 +13,7 @@ from r2id.training.callbacks import Callback, Callbacks
 from r2id.training.loop import train
 from r2id.training.state import TrainState
 from r2id.training.tasks import Batch
-from tests.training.test_loop import riae_config
+from tests.training.configs import riae_config
 
 
 class Recorder(Callback):

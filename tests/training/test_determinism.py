@@ -17,7 +17,7 @@ from r2id.models.lattice import _between
 from r2id.training.determinism import deterministic
 from r2id.training.loop import train
 from r2id.training.losses.windows import WindowLoss
-from tests.training.test_loop import r2id_config, riae_config, without_cache
+from tests.training.configs import r2id_config, riae_config, without_cache
 
 
 def settings() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tests.conftest import CONFIGS
 from tests.data.conftest import write_set
 from tests.training import children
 from tests.training.children import Ranks
-from tests.training.test_loop import riae_config
+from tests.training.configs import riae_config
 
 
 def test_two_processes_write_the_same_cache(riae_run, tmp_path):

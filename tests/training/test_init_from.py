@@ -18,7 +18,7 @@ from r2id.training.loop import train
 from r2id.training.resume import restore
 from r2id.training.state import TrainState
 from r2id.training.tasks import make_task
-from tests.training.test_loop import riae_config
+from tests.training.configs import riae_config
 
 
 def start(config: RiaeRun) -> TrainState:

@@ -20,19 +20,11 @@ from r2id.files import step_of
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 from tests.training import children
+from tests.waiting import wait_until
 
 
 def inside_a_save(run: Path) -> bool:
     return any((run / "checkpoints").glob(".tmp-*"))
-
-
-def wait_until(condition, process) -> None:
-    deadline = time.monotonic() + 60
-    while (
-        not (met := condition()) and time.monotonic() < deadline and process.is_alive()
-    ):  # asked once: a save is brief
-        time.sleep(0.0005)
-    assert met and process.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -71,10 +63,10 @@ def test_killed_often_the_run_ends_as_if_there_had_been_no_kill(
                 found = reading.list_checkpoints(run / "checkpoints")
                 return bool(found) and step_of(found[-1]) > reached
 
-            wait_until(advanced, child)
+            wait_until(advanced, alive=child)
             time.sleep(draw.uniform(0, 0.2))
             if number % 2:
-                wait_until(lambda: inside_a_save(run), child)
+                wait_until(lambda: inside_a_save(run), alive=child, every=0.0005)
                 time.sleep(draw.uniform(0, 0.01))
             child.kill()
             child.join()

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -19,47 +18,16 @@ from r2id.models import lattice
 from r2id.models.layers import FeedForward
 from r2id.training.loop import train
 from r2id.training.step import learning_rate
-from tests.conftest import ATTENTION_CONFIG, CONFIGS, TINY_ATTENTION, TINY_R2ID, TINY_RIAE
+from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training import children, loop_ranks
-
-
-def riae_config(digits, run, *more):
-    return load_config(
-        CONFIGS / "digits" / "riae.toml",
-        [*TINY_RIAE, "train.precision=float32", f"run={run}", f"data.shards={digits}", *more],
-    )
-
-
-def attention_config(digits, run, *more):
-    """As riae_config, for an RIAE by attention."""
-    return load_config(
-        ATTENTION_CONFIG,
-        [*TINY_ATTENTION, "train.precision=float32", f"run={run}", f"data.shards={digits}", *more],
-    )
-
-
-def r2id_config(digits, codec, run, *more):
-    return load_config(
-        CONFIGS / "digits" / "r2id.toml",
-        [
-            *TINY_R2ID,
-            "train.precision=float32",
-            f"run={run}",
-            f"data.shards={digits}",
-            f"codec={codec}",
-            *more,
-        ],
-    )
-
-
-def weights(run):
-    return {kind: Checkpoint.open(run).tensors(kind) for kind in ("model", "ema", "optimizer")}
-
-
-def assert_same(one, other):
-    for kind, tensors in weights(one).items():
-        for name, tensor in weights(other)[kind].items():
-            assert torch.equal(tensor, tensors[name]), f"{kind} {name}"
+from tests.training.configs import (
+    assert_same,
+    attention_config,
+    r2id_config,
+    riae_config,
+    without_cache,
+)
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -78,10 +46,6 @@ def computed_blocks(monkeypatch):
     for part in (FeedForward, lattice.Block):
         monkeypatch.setattr(part, "forward", counted(part.forward))
     return calls
-
-
-def without_cache(config):
-    return config.model_copy(update={"data": config.data.model_copy(update={"latents": None})})
 
 
 def test_the_averages_follow_the_weights_at_every_step(digits, tmp_path):
@@ -243,10 +207,11 @@ def started(said, digits, run):
         "train.save_every=1",
     ]
     with children.ended(children.start(children.command_apart, said, *command)) as process:
-        deadline = time.monotonic() + 90
-        while Checkpoint.open_newest(run) is None and time.monotonic() < deadline:
-            assert process.is_alive(), said.is_file() and said.read_text()
-            time.sleep(0.05)
+        wait_until(
+            lambda: Checkpoint.open_newest(run) is not None,
+            alive=process,
+            said=lambda: said.is_file() and said.read_text(),
+        )
         yield process
 
 
@@ -300,10 +265,7 @@ def job(request, digits, tmp_path):
     with (tmp_path / "said").open("w") as said:
         process = psutil.Popen(command, stderr=said, start_new_session=True)
     try:
-        deadline = time.monotonic() + 90
-        while not trains(tmp_path) and time.monotonic() < deadline:
-            assert process.poll() is None, (tmp_path / "said").read_text()
-            time.sleep(0.05)
+        wait_until(lambda: trains(tmp_path), alive=process, said=(tmp_path / "said").read_text)
         yield process
     finally:
         with suppress(ProcessLookupError):

@@ -14,7 +14,7 @@ from r2id.checkpoints import Checkpoint
 from r2id.config import PrepareConfig, load_config, to_toml
 from r2id.training.loop import train
 from r2id.training.losses.r2id import R2idLoss
-from tests.training.test_loop import assert_same, r2id_config, without_cache
+from tests.training.configs import assert_same, r2id_config, without_cache
 
 STEPS, SAVED = 12, 2
 

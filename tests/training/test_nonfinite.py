@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +14,12 @@ import torch
 from r2id.checkpoints import Checkpoint, reading
 from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
-from r2id.training.callbacks.watchdog import Watchdog
+from r2id.training.callbacks import watchdog
 from r2id.training.engines import LocalEngine
 from r2id.training.loop import train
 from r2id.training.losses.windows import WindowLoss
 from tests.conftest import CONFIGS, TINY_RIAE
-from tests.training.test_loop import assert_same, riae_config
+from tests.training.configs import assert_same, riae_config
 
 
 @pytest.fixture
@@ -258,18 +257,33 @@ def test_a_rank_that_sleeps_ends_the_job_with_its_stack(digits, tmp_path):
     assert Checkpoint.open(newest).step == 2 and not reading.find_damages(newest)
 
 
-def test_the_watchdog_leaves_those_alone_that_move(capfd):
+def test_the_watchdog_leaves_those_alone_that_move(monkeypatch):
+    """Its timer never runs out while there are steps, and is stopped at the end."""
+    now, ends = 0.0, None
+
+    def start_timer(seconds, exit, file):
+        nonlocal ends
+        assert exit
+        ends = now + seconds
+
+    def stop_timer():
+        nonlocal ends
+        ends = None
+
+    timer = {"dump_traceback_later": start_timer, "cancel_dump_traceback_later": stop_timer}
+    monkeypatch.setattr(watchdog, "faulthandler", SimpleNamespace(**timer))
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now))
     for limit in (0.5, 0):
         train = TrainConfig(steps=1, stall_seconds=limit)
         state = SimpleNamespace(config=SimpleNamespace(train=train))
-        watchdog = Watchdog()
-        watchdog.pre_train(state)
-        for _ in range(8):
-            time.sleep(0.2)
-            watchdog.post_step(state)
-        watchdog.close(state, None)
-        time.sleep(0.6)  # long enough for a timer that was left running
-    assert "Timeout" not in capfd.readouterr().err
+        callback = watchdog.Watchdog()
+        callback.pre_train(state)
+        for length in (0.001, 0.04, 0.2, 0.44, 0.04, 0.44, 0.2):
+            now += length
+            assert ends is None if limit == 0 else now < ends
+            callback.post_step(state)
+        callback.close(state, None)
+        assert ends is None
 
 
 def test_activation_checkpointing_of_every_block_is_called_all(digits, tmp_path):

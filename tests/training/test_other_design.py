@@ -19,7 +19,7 @@ from r2id.models.riae import RIAE
 from r2id.sampling.sampler import Sampler
 from r2id.training.encode import encode
 from r2id.training.loop import train
-from tests.training.test_loop import attention_config, r2id_config, riae_config
+from tests.training.configs import attention_config, r2id_config, riae_config
 
 NEW = {
     "riae": ("kind", "linear", "lapped", "features"),

@@ -19,8 +19,8 @@ from r2id.training.loop import train
 from r2id.training.losses.windows import WindowLoss
 from r2id.training.planner import RUNTIME, find_dimensions, memory
 from r2id.training.workload import Workload
-from tests.conftest import TINY_RIAE
-from tests.training.test_loop import CONFIGS, r2id_config, riae_config, without_cache
+from tests.conftest import CONFIGS, TINY_RIAE
+from tests.training.configs import r2id_config, riae_config, without_cache
 
 TORCH_SAYS = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 16 GiB"
 

@@ -25,7 +25,7 @@ from r2id.training import pca
 from r2id.training.loop import train
 from r2id.training.tasks import RiaeTask, make_task
 from tests.training.children import Ranks
-from tests.training.test_loop import attention_config, riae_config
+from tests.training.configs import attention_config, riae_config
 
 
 def pictures(count: int, *shape: int) -> Tensor:

@@ -21,8 +21,8 @@ from r2id.training.sheet import Row, save_sheet
 from tests.conftest import CONFIGS, TINY_R2ID
 from tests.evaluation.folders import write_folder
 from tests.training import loop_ranks
+from tests.training.configs import riae_config
 from tests.training.loop_ranks import STEPS
-from tests.training.test_loop import riae_config
 
 SCALE = 6  # of 8x8 pixels to 48x48
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from mlflow import MlflowClient
 
 from r2id.config import TrackingConfig
 from r2id.training.tracking import PARENT_VARIABLE, Tracker
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def test_an_experiment_that_was_deleted_holds_nothing_up(
     config = TrackingConfig(experiment="doomed")
     tracker = Tracker.start(config, run_name="riae", stage="riae")
     tracker.metrics({"loss": 1.0}, 1)
-    while tracker.run_id is None or not client.get_metric_history(tracker.run_id, "loss"):
-        time.sleep(0.05)
+    wait_until(lambda: tracker.run_id and client.get_metric_history(tracker.run_id, "loss"))
     client.delete_experiment(client.get_experiment_by_name("doomed").experiment_id)
-    began = time.monotonic()
     for step in range(2, 100):
         tracker.metrics({"loss": 1.0}, step)
     tracker.finish()
-    assert [line for line in told() if "left out" in line][1:] == []
+    lines = told()
+    assert len([line for line in lines if "left out" in line]) <= 1
+    assert not any("trying again" in line for line in lines)
     for _ in range(2):
         refused = Tracker.start(config, run_name="r2id", stage="r2id")
         refused.metrics({"loss": 1.0}, 1)
@@ -48,4 +48,3 @@ def test_an_experiment_that_was_deleted_holds_nothing_up(
         assert refused.run_id is None
         (line,) = told()
         assert "'doomed' has been deleted" in line and "tracking.experiment" in line
-    assert time.monotonic() - began < 10.0

@@ -11,7 +11,7 @@ from r2id.training.losses.r2id import by_time, time_quarters
 from r2id.training.resume import _changes
 from r2id.training.tasks import RiaeTask, make_task
 from tests.evaluation.folders import write_folder
-from tests.training.test_loop import riae_config
+from tests.training.configs import riae_config
 
 
 def test_a_run_trains_on_the_split_that_it_names(digits: Path, tmp_path: Path) -> None:

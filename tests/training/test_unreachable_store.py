@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.conftest import start, steps_of
 from tests.training.loop_ranks import at_step
+from tests.waiting import free_port, wait_until
 
 
 def test_an_unreachable_store_delays_nothing_and_warns_once(
@@ -109,10 +109,12 @@ class Trouble:
 
     def wait(self, _module: object, run: Callable[[], Any]) -> Any:
         """Until the tracker has noticed; the training would be over before."""
-        end = time.monotonic() + 60
-        while "cannot be reached" not in self.said and time.monotonic() < end:
-            time.sleep(0.1)
+
+        def noticed() -> bool:
             self.listen()
+            return "cannot be reached" in self.said
+
+        wait_until(noticed)
         return run()
 
     def find(self, _module: object, run: Callable[[], Any]) -> Any:
@@ -155,9 +157,7 @@ class Server:
     """MLflow's server on a port of its own."""
 
     def __init__(self, store_file: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = str(probe.getsockname()[1])
+        self.port = str(free_port())
         self.address, self.store_file = f"http://127.0.0.1:{self.port}", store_file
         self.start()
 
@@ -179,12 +179,7 @@ class Server:
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        end = time.monotonic() + 120
-        while not self.answers():
-            assert self.process.poll() is None and time.monotonic() < end, (
-                "MLflow's server does not start"
-            )
-            time.sleep(0.1)
+        wait_until(self.answers, alive=self.process, said=lambda: "MLflow's server does not start")
 
     def answers(self) -> bool:
         try:
