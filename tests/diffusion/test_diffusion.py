@@ -165,17 +165,22 @@ def test_euler_of_the_flow_is_ddim():
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_fresh_noise_keeps_the_marginals(kind, eta):
     """After every step x is distributed as α·x₀ + σ·ε is, and with η = 1 forgets the noise it came
-    from."""
+    from. Each step but the last has fresh noise of its own."""
     torch.manual_seed(0)
     noise, mean, std = torch.randn(40000), 1.5, 0.5
-    log_snrs, seen = schedule.log_snr(solvers.time_steps(100), kind), []
+    log_snrs, seen, fresh_steps = schedule.log_snr(solvers.time_steps(100), kind), [], []
     denoise = gaussian_denoiser(mean, std, kind, log_snrs)
 
     def watched(x, step):
         seen.append((x, step))
         return denoise(x, step)
 
-    out = solvers.ddim(watched, noise, log_snrs, kind, eta, lambda step: torch.randn(40000))
+    def fresh(step):
+        fresh_steps.append(step)
+        return torch.randn(40000)
+
+    out = solvers.ddim(watched, noise, log_snrs, kind, eta, fresh)
+    assert fresh_steps == list(range(99))
     for x, step in seen[20::20]:
         alpha, sigma = schedule.alpha_sigma(log_snrs[step], kind)
         assert float(x.mean()) == pytest.approx(float(alpha) * mean, abs=0.03)

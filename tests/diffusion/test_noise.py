@@ -41,7 +41,13 @@ def test_a_sample_s_noise_is_its_own():
 def test_resolution_of_the_field_changes_nothing_coarse():
     """A grid fine enough to need a finer field still averages to the small grid's noise."""
     keys = torch.arange(4)
-    fine = (
-        noise_field(keys, 1, (64, 64)).unflatten(2, (8, 8)).unflatten(4, (8, 8)).sum(dim=(3, 5)) / 8
-    )
-    torch.testing.assert_close(fine, noise_field(keys, 1, (8, 8)), atol=1e-4, rtol=1e-4)
+    fine = noise_field(keys, 1, (128, 128)).unflatten(2, (8, 16)).unflatten(4, (8, 16))
+    coarse = fine.sum(dim=(3, 5)) / 16
+    torch.testing.assert_close(coarse, noise_field(keys, 1, (8, 8)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [(128, 128), (2, 300), (300, 2)])
+def test_standard_on_grids_that_need_a_finer_field(grid):
+    """Which the longer side decides: no cell is left without positions."""
+    noise = noise_field(torch.arange(8), 1, grid)
+    assert noise.isfinite().all() and float(noise.std()) == pytest.approx(1, abs=0.05)

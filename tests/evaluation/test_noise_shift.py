@@ -144,12 +144,11 @@ def test_what_is_applied_is_used_until_it_is_removed(run, digits, capsys):
     assert Sampler.load(run).diffusion.shift_exponent == trained, (
         "a measurement alone changes nothing"
     )
-    file = noise_shift.apply(Checkpoint.open(run), {**found, "k": 0.375})
-    capsys.readouterr()
-    sampler = Sampler.load(run)
-    assert sampler.diffusion.shift_exponent == 0.375
-    told = capsys.readouterr().err
-    assert str(file) in told and "0.375" in told
+    for exponent in (0.0, 0.375):
+        file = noise_shift.apply(Checkpoint.open(run), {**found, "k": exponent})
+        capsys.readouterr()
+        assert Sampler.load(run).diffusion.shift_exponent == exponent != trained
+        assert f"{file}: noise shift exponent {exponent:.3f}" in capsys.readouterr().err
     noise_shift.apply(Checkpoint.open(run), {**found, "k": 0.375, "checkpoint": "0" * 64})
     assert Sampler.load(run).diffusion.shift_exponent == trained
     assert str(file) in capsys.readouterr().err

@@ -55,6 +55,21 @@ def test_what_is_drawn_depends_on_what_is_known(sampler, images, size):
     assert (around - drawn)[masks].abs().mean() > 0.1
 
 
+@pytest.mark.parametrize("size", [(11, 7), (29, 31)])
+def test_a_resized_pixel_that_a_hidden_one_is_part_of_is_not_known(
+    sampler, images, size, monkeypatch
+):
+    kept, plain = [], editing.put_in
+    monkeypatch.setattr(editing, "put_in", lambda *given: kept.append(given[1]) or plain(*given))
+    images = resize(images, size).clamp(-1, 1)
+    masks = masks_of(images, slice(size[0] // 4, size[0] // 2), slice(size[1] // 3, size[1]))
+    editing.inpaint(sampler, images, masks, LABELS, SEEDS, steps=1)
+    known = kept[0][:3]
+    share = resize(masks.float(), tuple(known.shape[2:])).abs()
+    assert known.any() and share[known].max() < 0.01
+    assert not known.all() and share[~known].min() > 0
+
+
 def test_a_harmonic_function_continues_values():
     ramp = torch.linspace(-1, 1, 33).expand(1, 1, 33, 33).clone()
     known = torch.ones_like(ramp, dtype=torch.bool)
@@ -121,6 +136,20 @@ def test_upscaled_pictures_are_no_worse_than_resized_ones(sampler, digits):
     torch.testing.assert_close(window, whole[:, :, 3:21, 5:20], atol=1e-5, rtol=0)
     smaller = editing.upscale(codec, images, (5, 8))
     torch.testing.assert_close(smaller, resize(images, (5, 8)).clamp(-1, 1))
+
+
+def test_noise_between_two_seeds_keeps_its_variance(sampler, monkeypatch):
+    given, plain = [], Sampler.latents
+    monkeypatch.setattr(
+        Sampler,
+        "latents",
+        lambda self, *where, noise, **how: (
+            given.append(noise) or plain(self, *where, noise=noise, **how)
+        ),
+    )
+    editing.interpolate(sampler, torch.tensor([3, 3, 3]), (0, 9), 3, (8, 8), steps=1)
+    first, middle, last = given[0]
+    torch.testing.assert_close(middle, (first + last) / 2**0.5)
 
 
 def test_interpolation_goes_from_seed_to_seed(sampler):

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from r2id.checkpoints import Checkpoint
 from r2id.config import change
-from r2id.diffusion import solvers
+from r2id.diffusion import schedule, solvers
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.progress import FILE_VARIABLE
+from r2id.sampling import sampler as sampler_module
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.grids import draw_grids, output_files
 from r2id.sampling.guidance import Guidance, conditions_for
@@ -134,26 +136,100 @@ def test_guidance_within_an_interval_alone(sampler):
         torch.equal(one, other) for one, other in [found[:2], found[1:], (found[0], draw(1.0))]
     )
     assert torch.equal(draw(3.0, (0.4, 0.9)), draw(3.0, (0.45, 0.8))), "both hold the times ½ and ¾"
+    assert torch.equal(draw(3.0, (0.4, 0.9)), draw(3.0, (0.5, 0.75))), "and so do their ends"
     # Shifted so far that all these times have the largest noise.
     diffusion = change(exact.diffusion, {"shift_exponent": 1.0})
     exact = replace(exact, diffusion=diffusion, base_side=1e-2)
     assert torch.equal(draw(3.0, (0.3, 0.4)), draw(1.0)), "none of the steps is at those times"
 
 
-def test_solvers_and_grids_by_name(sampler):
+def test_solvers_and_grids_by_name(sampler, monkeypatch):
     def draw(**settings):
         return sampler.sample(torch.tensor([1]), torch.tensor([0]), (8, 8), grid=(3, 6), **settings)
 
+    used, names = [], list(solvers.SOLVERS)
+    for name, solve in list(solvers.SOLVERS.items()):
+
+        def noted(*given, name=name, solve=solve):
+            used.append(name)
+            return solve(*given)
+
+        monkeypatch.setitem(solvers.SOLVERS, name, noted)
     images = [
         draw(solver="ddim"),
         draw(solver="ddim", eta=1.0),
-        *(draw(solver=name) for name in solvers.SOLVERS),
+        *(draw(solver=name) for name in names),
     ]
+    assert used == ["ddim", *names], "with eta, ddim is called by itself"
     assert all(image.isfinite().all() for image in images)
     assert torch.equal(images[1], draw(eta=1.0)), "eta alone is of ddim"
     assert torch.equal(images[1], draw(solver="ddim", eta=1.0)) and not torch.equal(
         images[0], images[1]
     )
+
+
+def test_each_step_of_ancestral_sampling_has_noise_of_its_own(sampler, monkeypatch):
+    """Neither another step's nor that which sampling begins with."""
+    keys, plain = [], sampler_module.noise_field
+    monkeypatch.setattr(
+        sampler_module,
+        "noise_field",
+        lambda rng_keys, *given: keys.append(rng_keys[:2]) or plain(rng_keys, *given),
+    )
+    sampler.latents(torch.tensor([1, 1]), torch.tensor([0, 5]), (4, 4), steps=5, eta=1.0)
+    assert len(keys) == 5 and torch.cat(keys).unique().numel() == 2 * 5
+
+
+def test_an_adjusted_estimate_moves_the_noise_with_it(sampler, monkeypatch):
+    """x = α·x₀ + σ·ε stays as it is: another x₀ makes another ε."""
+    monkeypatch.setitem(solvers.SOLVERS, "ddim", lambda denoise, x, *_: denoise(x, 0)[1])
+    codec, kind = sampler.codec, sampler.diffusion.schedule
+    noise, start, better = torch.randn(3, 2, codec.latent_channels, 4, 4)
+    found = sampler.latents(
+        torch.tensor([1, 2]),
+        torch.arange(2),
+        (4, 4),
+        noise=noise,
+        start=start,
+        strength=0.5,
+        adjust=lambda rows, _: better[rows],
+        steps=1,
+        solver="ddim",
+    )
+    log_snr = schedule.log_snr(torch.tensor(0.5), kind, sampler.shift((4, 4)))
+    alpha, sigma = schedule.alpha_sigma(log_snr, kind)
+    moved = alpha / sigma * (codec.normalise(start) - codec.normalise(better))
+    torch.testing.assert_close(codec.normalise(found), noise + moved, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("bfloat16_weights", torch.bfloat16),
+    ],
+)
+def test_samples_are_computed_in_the_format_of_training(r2id_run, precision, dtype):
+    checkpoint = Checkpoint.open(r2id_run)
+    checkpoint.meta.config["train"]["precision"] = precision
+    sampler = Sampler.load(checkpoint)
+    assert sampler.bfloat16 == (dtype == torch.bfloat16)
+    for network in (sampler.model, sampler.guide):
+        assert dtype in {parameter.dtype for parameter in network.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "native"),
+    [
+        ((6, 4), (12, 8), (12, 8)),  # the codec's grid of that size
+        ((4, 4), (64, 40), (8, 8)),  # that of the training images
+        ((3, 6), (8, 8), None),  # neither
+    ],
+)
+def test_the_native_size_of_samples(sampler, grid, size, native):
+    latents = torch.zeros(1, sampler.codec.latent_channels, *grid)
+    assert sampler.codec.image == (8, 8) and sampler.native_size(latents, size) == native
 
 
 @pytest.mark.parametrize(
