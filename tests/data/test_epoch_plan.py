@@ -10,7 +10,7 @@ from r2id.data.epoch_plan import make_buckets, plan_epoch, rank_micro_batches
 from r2id.errors import InputError
 
 DIGEST = "0123456789abcdef" * 4
-sides = st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=150)
+sides = st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=60)
 
 
 def buckets_of(sizes, size=None, max_pixels=65536):
@@ -18,28 +18,36 @@ def buckets_of(sizes, size=None, max_pixels=65536):
     return make_buckets(heights, widths, size, max_pixels)
 
 
-def plan(buckets, epoch=0, seed=0, batch=8, digest=DIGEST):
-    return plan_epoch(buckets, digest=digest, seed=seed, epoch=epoch, batch=batch)
-
-
-@settings(max_examples=150, deadline=None)
-@given(sides, st.integers(1, 40), st.integers(0, 3))
-def test_every_sample_in_every_epoch_and_all_batches_full(sizes, batch, epoch):
-    buckets = buckets_of(sizes)
-    batches = plan(buckets, epoch, batch=batch)
-    drawn = np.concatenate([part.indices for part in batches])
-    assert len(batches) == buckets.batches(batch) and all(
-        len(part.indices) == batch for part in batches
+def plan(buckets, epoch=0, seed=0, batch=8, digest=DIGEST, batch_pixels=None):
+    return plan_epoch(
+        buckets, digest=digest, seed=seed, epoch=epoch, batch=batch, batch_pixels=batch_pixels
     )
+
+
+@settings(max_examples=50, deadline=None)
+@given(sides, st.integers(1, 40), st.integers(0, 3), st.none() | st.integers(1, 1 << 20))
+def test_every_sample_in_every_epoch_and_all_batches_full(sizes, batch, epoch, batch_pixels):
+    buckets = buckets_of(sizes)
+    batches = plan(buckets, epoch, batch=batch, batch_pixels=batch_pixels)
+    drawn = np.concatenate([part.indices for part in batches])
+    assert len(batches) == buckets.batches(batch, batch_pixels)
     assert set(drawn.tolist()) == set(range(len(sizes)))
-    assert len(drawn) - len(sizes) == buckets.repeats(batch)
+    assert len(drawn) - len(sizes) == buckets.repeats(batch, batch_pixels)
+    images = dict(zip(buckets.sizes, map(len, buckets.members), strict=True))
     for part in batches:
+        count, size = len(part.indices), (part.height, part.width)
+
+        def fits(count, size=size):
+            return count * size[0] * size[1] <= (batch_pixels or 0) and count <= images[size]
+
+        # The largest multiple that fits, but at least a batch.
+        assert count % batch == 0 and (count == batch or fits(count)) and not fits(count + batch)
         assert set(buckets.height[part.indices]) == {part.height} and set(
             buckets.width[part.indices]
         ) == {part.width}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(sides, st.integers(1, 70000))
 def test_nothing_is_enlarged_and_the_area_is_capped(sizes, max_pixels):
     buckets = buckets_of(sizes, max_pixels=max_pixels)
@@ -49,7 +57,7 @@ def test_nothing_is_enlarged_and_the_area_is_capped(sizes, max_pixels):
     assert (buckets.height.astype(int) * buckets.width <= max_pixels).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(sides)
 def test_joining_a_bucket_costs_at_most_half_of_a_side(sizes):
     buckets = buckets_of(sizes, max_pixels=600 * 600)
@@ -95,6 +103,12 @@ def test_order_depends_on_epoch_seed_and_data_alone():
     assert all([part.indices.tolist() for part in other] != base for other in others)
 
 
+def test_sizes_come_in_another_order_in_each_epoch():
+    buckets = buckets_of([(8, 8)] * 80 + [(8, 12)] * 80)
+    first, second = ([part.width for part in plan(buckets, epoch)] for epoch in (0, 1))
+    assert len(first) == 20 and sorted(first) == sorted(second) and first != second
+
+
 def test_order_is_random():
     """A sample's place is uniform over epochs: mean 49.5, deviation of the mean 28.9/√400 = 1.4."""
     buckets = buckets_of([(8, 8)] * 100)
@@ -114,6 +128,17 @@ def test_common_sizes_stay_and_rare_ones_join_similar_ones():
     buckets = buckets_of([(32, 32)] * 200 + [(32, 33)] * 200 + rare + [(300, 10)])
     assert buckets.sizes == [(32, 32), (32, 33), (100, 80), (300, 10)]
     assert [len(members) for members in buckets.members] == [200, 200, 40, 1]
+
+
+def test_a_size_of_one_in_twenty_is_common():
+    buckets = buckets_of([(32, 32)] * 1895 + [(32, 33)] * 100 + [(31, 34)] * 5)
+    assert buckets.sizes == [(31, 34), (32, 32), (32, 33)]
+
+
+def test_few_images_are_parted_in_the_middle_of_their_logarithms():
+    """√(10·80) = 28; then 10 and 20 stay together, and 39 and 80 are too far apart."""
+    buckets = buckets_of([(height, 100) for height in (10, 20, 39, 80)])
+    assert buckets.sizes == [(10, 100), (39, 100), (80, 100)]
 
 
 def test_the_shape_is_kept_when_the_area_is_capped():

@@ -10,6 +10,7 @@ from r2id.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     mse,
+    nearest,
     precision_and_recall,
     radial_spectrum,
     spectral_distance,
@@ -158,6 +159,14 @@ def test_the_third_neighbour_is_the_ball():
         precision_and_recall(real[:3], real)
 
 
+def test_duplicates_far_from_the_origin_are_at_distance_0():
+    """So they lie within their own balls, whose radius is 0."""
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double() + 1e6
+    four = x.repeat(4, 1)
+    assert (nearest(x, four, 4)[0] == 0).all()
+    assert precision_and_recall(x, four)[0] == 1.0
+
+
 def test_kernel_distance_by_hand():
     one, other = torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     # Of different ones within each set: (2/2 + 1)³ = 8 and (0 + 1)³ = 1. Between the sets, x·y is
@@ -186,7 +195,19 @@ def test_spectrum_of_a_wave_and_of_noise():
     power = radial_spectrum(noise)
     assert power[1:].std() < 0.05 * power.mean()  # white, whatever the aspect ratio
     torch.testing.assert_close(radial_spectrum(3 * noise + 0.5), 9 * power)
-    assert len(radial_spectrum(torch.zeros(2, 1, 2, 9))) == 0
+    # Two rings in each octave below half a cycle per pixel, rounded: log₂(10/2)·2 = 4.6.
+    assert [len(radial_spectrum(noise[..., :side, :side])) for side in (2, 3, 10, 12)] == [
+        *(0, 1),
+        *(5, 5),
+    ]
+
+
+def test_spectrum_of_3x3_pixels_by_hand():
+    """One ring holds every frequency but 0."""
+    image, window = np.random.default_rng(0).normal(size=(3, 3)), np.hanning(5)[1:-1]
+    power = np.abs(np.fft.fft2((image - image.mean()) * np.outer(window, window))) ** 2
+    found = radial_spectrum(torch.from_numpy(image)[None, None])
+    assert found.tolist() == pytest.approx([(power.sum() - power[0, 0]) / 8])
 
 
 def test_spectral_distance_says_blur():

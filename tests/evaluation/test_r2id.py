@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from r2id.evaluation import r2id as r2id_module
 from r2id.evaluation.backbone import Backbone
 from r2id.evaluation.errors_by_noise import loss_at
 from r2id.evaluation.images import load_images
@@ -32,6 +33,21 @@ def test_loss_against_time(sampler, shards, data):
     alone = measure_loss_by_time(sampler, latents[:1], (0.75,))
     assert alone["loss"]["its class"] == [pytest.approx(float(expected.mean()), rel=1e-3)]
     assert measured == measure_loss_by_time(sampler, latents, (0.25, 0.75))
+
+
+def test_the_classes_that_the_loss_is_measured_with(sampler, monkeypatch):
+    given, labels = [], torch.arange(10)
+    monkeypatch.setattr(
+        r2id_module,
+        "loss_at",
+        lambda sampler, latent, condition, *where: given.append(condition) or torch.zeros(10),
+    )
+    latents = torch.zeros(10, sampler.codec.latent_channels, 4, 4)
+    measured = measure_loss_by_time(sampler, [(latents, labels)], (0.5,))
+    own, none, another = given
+    assert list(measured["loss"]) == ["its class", "no class", "another class"]
+    assert torch.equal(own, labels) and (none == -1).all()
+    assert (another != labels).all() and set(another.tolist()) == set(range(10))
 
 
 def test_the_loss_is_one_of_each_sample(sampler):

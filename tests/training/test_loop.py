@@ -72,6 +72,7 @@ def test_learning_rate_warms_up_and_ends_where_it_should(digits, tmp_path):
     rates = [learning_rate(step, optim, 20) for step in range(20)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0]) and rates[4] == 1.0
     assert rates[-1] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[9] == pytest.approx(0.1 + 0.9 * 0.75), "a third of the way: (1 + cos 60°) / 2"
 
 
 @pytest.mark.parametrize("stage", ["riae", "attention", "r2id"])
