@@ -2,16 +2,18 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from r2id import dist
+from r2id.errors import InputError
 from r2id.training.losses.r2id import by_time, time_quarters
-from r2id.training.resume import _changes
+from r2id.training.resume import _changes, restore
 from r2id.training.tasks import RiaeTask, make_task
 from tests.evaluation.folders import write_folder
-from tests.training.configs import riae_config
+from tests.training.configs import r2id_config, riae_config, without_cache
 
 
 def test_a_run_trains_on_the_split_that_it_names(digits: Path, tmp_path: Path) -> None:
@@ -34,6 +36,106 @@ def test_a_run_says_how_much_of_the_images_its_buckets_cut_off(
         # An image with one side twice as long as the other loses half, a square nothing.
         said = f"buckets: 1; 33% of the images' area is cut off to fit them: .* {shards} "
         assert bool(re.search(said, capsys.readouterr().err)) == told
+
+
+def test_repeated_samples_of_a_step_have_draws_of_their_own(riae_run: Path, tmp_path: Path) -> None:
+    shards, more = write_folder(tmp_path, {"train": 3, "test": 1}), ("train.batch=8",)
+    for config in (
+        riae_config(shards, tmp_path / "riae", *more),
+        without_cache(r2id_config(shards, riae_run, tmp_path / "r2id", *more)),
+    ):
+        task = make_task(config, dist.init(), 8)
+        (batch,) = next(task.loader(0))
+        assert batch["index"].unique().tolist() == [0, 1, 2]
+        assert task.inputs(batch)["index"].unique().numel() == 8
+
+
+def go_on(before, after, old_facts=None, facts=None):
+    """Go on with a run of one config under another one; neither is trained."""
+    meta = SimpleNamespace(
+        stage=before.stage,
+        step=5,
+        samples=40,
+        config=before.model_dump(mode="json"),
+        model=old_facts or {},
+    )
+    state = SimpleNamespace(
+        task=SimpleNamespace(config=after, facts=facts or {}),
+        engine=SimpleNamespace(check=None, load=None),
+    )
+    restore(state, SimpleNamespace(path="step-00000005", step=5, meta=meta))
+    return state
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        *(
+            ("riae", f"{name}={value}")
+            for name, value in {
+                "seed": 7,
+                "data.train_split": "other",
+                "data.size": "[4, 6]",
+                "data.max_pixels": 99,
+                "data.window": "[4, 6]",
+                "data.flip": "true",
+                "data.batch_pixels": 4096,
+                "data.shuffle": "shards",
+                "train.batch": 8,
+                "train.ema_profiles": "[0.05, 0.1]",
+                "riae.width": 16,
+                "loss.pixel": "l1",
+                "loss.latent_noise": 0.5,
+                "loss.magnify": 0.125,
+            }.items()
+        ),
+        *(
+            ("r2id", f"{name}={value}")
+            for name, value in {
+                "data.flip": "true",
+                "train.guide_after": 0.75,
+                "r2id.width": 16,
+                "diffusion.time_sampling": "uniform",
+                "diffusion.condition_dropout": 0.25,
+                "diffusion.shift_exponent": 0.5,
+            }.items()
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_another(
+    stage: str, change: str, digits: Path, riae_run: Path, tmp_path: Path
+) -> None:
+    def config(*more):
+        if stage == "riae":
+            return riae_config(digits, tmp_path, *more)
+        return r2id_config(digits, riae_run, tmp_path, *more)
+
+    name = change.split("=")[0]
+    with pytest.raises(InputError, match=f"{tmp_path}: holds a run with {name} = .*, not .*: "):
+        go_on(config(), config(change))
+
+
+def test_a_run_does_not_go_on_with_other_data(digits: Path, tmp_path: Path) -> None:
+    config = riae_config(digits, tmp_path)
+    said = "data.shards of digest = aaaaaaaaaaaa, not bbbbbbbbbbbb: choose another run directory"
+    with pytest.raises(InputError, match=said):
+        go_on(config, config, {"digest": "a" * 64}, {"digest": "b" * 64})
+
+
+def test_a_run_goes_on_with_other_settings(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("r2id.training.resume.resume", lambda *_: None)
+    more = {"data.workers": 2, "train.steps": 90, "loss.perceptual_file": "elsewhere.pt"}
+    after = riae_config(digits, tmp_path, *(f"{name}={value}" for name, value in more.items()))
+    state = go_on(riae_config(digits, tmp_path), after)
+    assert (state.start, state.step, state.samples) == (5, 5, 40)
+    said = capsys.readouterr().err
+    assert "going on from step 5, with other settings than before: " in said
+    assert all(f"{name} = " in said for name in more)
 
 
 def test_changed_settings_are_listed_but_not_new_ones() -> None:
