@@ -22,11 +22,14 @@ from data_prep.items import (
     stratified_test,
 )
 from data_prep.paired_embeddings import PairedImages, is_image_or_embedding, pair_embeddings
-from data_prep.sources import IMAGE_SUFFIXES, Entry, Files, Folder
+from data_prep.sources import IMAGE_SUFFIXES, Entry, Files, Folder, is_hidden
 from data_prep.tables import column_of, read_rows
 from data_prep.tars import open_source
 from r2id.data.manifest import Reject
 from r2id.errors import InputError
+from r2id.progress import say
+
+_NAMED = 5  # folders without images that are named
 
 SPLITS = {
     "train": "train",
@@ -63,8 +66,10 @@ class FolderReader(FileRecords):
         )
         files = paired.images
         if not files:
+            note = f"; {files.note()}" if files.skipped else ""
             raise InputError(
                 f"source {self.path}: holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})"
+                f"{note}"
             )
         listing = (
             self._from_table(paired, self.labels) if self.labels else self._from_folders(paired)
@@ -74,8 +79,11 @@ class FolderReader(FileRecords):
     def _from_folders(self, paired: PairedImages) -> Listing:
         """Make the listing with classes and splits from the folders' names."""
         files = paired.images
-        assigned = assign_from_folders(self.path, files, not isinstance(self.source, Folder))
+        start, nested = find_splits(self.path, files, not isinstance(self.source, Folder))
+        assigned = assign_from_folders(files, start, nested)
         self._check_layout(files, assigned)
+        if any(label is not None for _, label in assigned):
+            self._warn_of_empty_classes(files, start + nested + 1)
         kind = " by ".join(
             filter(
                 None,
@@ -133,6 +141,20 @@ class FolderReader(FileRecords):
             [f"{self.source.kind} of images with the classes of {labels.name}", files.note()],
         )
 
+    def _warn_of_empty_classes(self, files: Files, depth: int) -> None:
+        """Name the folders that would be classes, ``depth`` folders deep, if they had images."""
+        found = {tuple(_parts(entry.name)[:depth]) for entry in files}
+        others = {tuple(_parts(name)[:depth]) for name in files.other_folders}
+        empty = sorted(
+            name
+            for name in ("/".join(parts) for parts in others - found if len(parts) == depth)
+            if not is_hidden(name)
+        )
+        if empty:
+            named = ", ".join(map(repr, empty[:_NAMED]))
+            more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+            say(f"source {self.path}: no image of a known suffix in {named}{more}")
+
     def _check_layout(self, entries: Iterable[Entry], assigned: Sequence[SplitAndClass]) -> None:
         """Raise InputError when only some images of a split are in class folders."""
         first: dict[str | None, tuple[str, bool]] = {}
@@ -174,30 +196,13 @@ def make_listing(
     return Listing(items.table(), digest, newest, names, rejects=rejects, notes=notes)
 
 
-def assign_from_folders(path: Path, files: Files, archive: bool = False) -> list[SplitAndClass]:
-    """Return the split and class of each file of the source ``path``, from its folders' names.
-
-    An archive often has one folder at the top that holds everything. If that folder holds folders
-    itself, its name is ignored. Raises InputError when some folders at the top are splits and
-    others are not.
-    """
-    tops, shallowest = set(), 3
-    for entry in files:
-        parts = _parts(entry)
-        tops.add(parts[0])
-        shallowest = min(shallowest, len(parts))
-    start = int(
-        archive and len(tops) == 1 and shallowest > 2 and next(iter(tops)).lower() not in SPLITS
-    )
-    nested = all(
-        len(parts) > start + 1 and parts[start].lower() in SPLITS for parts in map(_parts, files)
-    )
-    if not nested:
-        _check_no_splits(path, files, start)
+def assign_from_folders(files: Files, start: int, nested: bool) -> list[SplitAndClass]:
+    """Return the split and class of each file, from its folders' names; see ``find_splits``."""
     # Many images share few pairs: one copy of each saves memory.
     shared: dict[SplitAndClass, SplitAndClass] = {}
     assigned = []
-    for parts in map(_parts, files):
+    for entry in files:
+        parts = _parts(entry.name)
         inner = parts[start + nested :]
         pair = (
             SPLITS[parts[start].lower()] if nested else None,
@@ -207,13 +212,37 @@ def assign_from_folders(path: Path, files: Files, archive: bool = False) -> list
     return assigned
 
 
+def find_splits(path: Path, files: Files, archive: bool) -> tuple[int, bool]:
+    """Return how many folders at the top to ignore, and whether the next ones are the splits.
+
+    An archive often has one folder at the top that holds everything. If that folder holds folders
+    itself, its name is ignored. Raises InputError when some folders at the top are splits and
+    others are not.
+    """
+    tops, shallowest = set(), 3
+    for entry in files:
+        parts = _parts(entry.name)
+        tops.add(parts[0])
+        shallowest = min(shallowest, len(parts))
+    start = int(
+        archive and len(tops) == 1 and shallowest > 2 and next(iter(tops)).lower() not in SPLITS
+    )
+    nested = all(
+        len(parts) > start + 1 and parts[start].lower() in SPLITS
+        for parts in (_parts(entry.name) for entry in files)
+    )
+    if not nested:
+        _check_no_splits(path, files, start)
+    return start, nested
+
+
 def _check_no_splits(path: Path, files: Files, start: int) -> None:
     """Raise InputError when a folder at the top is a split: it would be taken for a class.
 
     A class may be called train, too: then its images lie in its folder itself.
     """
     tops: dict[str, bool] = {}  # whether a folder's images lie in folders within it
-    for parts in map(_parts, files):
+    for parts in (_parts(entry.name) for entry in files):
         if len(parts) > start + 1:
             tops[parts[start]] = tops.get(parts[start], False) or len(parts) > start + 2
     split = next((top for top, deep in tops.items() if deep and top.lower() in SPLITS), None)
@@ -225,8 +254,8 @@ def _check_no_splits(path: Path, files: Files, start: int) -> None:
         )
 
 
-def _parts(entry: Entry) -> list[str]:
-    return [part for part in entry.name.split("/") if part not in ("", ".")]
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in ("", ".")]
 
 
 def _without_details(name: str) -> str:

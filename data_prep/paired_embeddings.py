@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -56,7 +57,8 @@ def pair_embeddings(path: Path, found: Files, read: Read) -> PairedImages:
     images.rejects = found.rejects
     # For each image, the row of its embedding, or null.
     where = pc.index_in(_stems(images), value_set=_stems(embeddings))
-    images.skipped = found.skipped + len(embeddings) - len(where.drop_null().unique())
+    alone = len(embeddings) - len(where.drop_null().unique())
+    images.skipped = found.skipped + Counter({".npy": alone})
     if where.null_count == len(images):
         return PairedImages(images, images.digest, [])
     without = images.table.filter(where.is_null())["name"].to_pylist()

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,12 +19,28 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import features
 
 from data_prep.items import TableBuilder, digest_of, iter_rows
 from r2id.data.manifest import Reject
 from r2id.errors import SYSTEM_FAULTS, InputError, WorkError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
+_OTHERS = (".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+_OPTIONAL = {"avif": (".avif",), "jpg_2000": (".jp2", ".j2k", ".jpx")}
+"""Suffixes of formats that not every Pillow decodes, by what it calls the format."""
+IMAGE_SUFFIXES = {
+    *_JPEG,
+    *_OTHERS,
+    *(
+        suffix
+        for name, suffixes in _OPTIONAL.items()
+        # An older Pillow does not know the name, and would warn of it.
+        if name in {**features.modules, **features.codecs} and features.check(name)
+        for suffix in suffixes
+    ),
+}
+_NAMED = 5  # kinds of files that were left out, of which a note gives the numbers
 
 _LEFT_OUT = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}
 """Folders in which systems keep previews, deleted files and the like."""
@@ -52,8 +69,10 @@ class Files:
     def __init__(self, newest: int = 0) -> None:
         self.newest = newest
         """Latest modification time in the source, in nanoseconds."""
-        self.skipped = 0
-        """Number of files that were left out because of their names."""
+        self.skipped: Counter[str] = Counter()
+        """Number of files that were left out because of their names, by suffix."""
+        self.other_folders: set[str] = set()
+        """Folders that hold such files, or nothing."""
         self.rejects: list[Reject] = []
         self._found = TableBuilder(_SCHEMA)
         self.table = _SCHEMA.empty_table()
@@ -70,6 +89,12 @@ class Files:
     def add(self, name: str, size: int, place: bytes) -> None:
         """Add a file. Entries are visible only after ``sort``."""
         self._found.append(os.fsencode(name), size, place)
+
+    def skip(self, name: str) -> None:
+        """Count a file that is left out."""
+        suffix = PurePosixPath(name).suffix.lower()
+        self.skipped["hidden" if is_hidden(name) else suffix or "without a suffix"] += 1
+        self.other_folders.add(name.rpartition("/")[0])
 
     def sort(self) -> None:
         """Sort the entries of a part once all are added; repeated names become rejects."""
@@ -92,6 +117,7 @@ class Files:
     def part(self, keep: Keep) -> Files:
         """Return the entries with names to keep, as Files of their own."""
         part = Files(self.newest)
+        part.skipped, part.other_folders = self.skipped, self.other_folders
         part.table = self.table.filter(pa.array([keep(entry.name) for entry in self], pa.bool_()))
         return part
 
@@ -101,8 +127,8 @@ class Files:
         return digest_of((os.fsencode(entry.name), entry.size) for entry in self)
 
     def note(self) -> str:
-        """Return a note on how many files were left out; empty if none were."""
-        return f"{self.skipped} other files left out" if self.skipped else ""
+        """Return a note on which files were left out; empty if none were."""
+        return describe_skipped(self.skipped)
 
 
 class Source(Protocol):
@@ -126,6 +152,15 @@ class Source(Protocol):
         Raises ValueError when they cannot be read, WorkError when they have changed since then.
         """
         ...
+
+
+def describe_skipped(skipped: Counter[str]) -> str:
+    """Say how many files were left out, by suffix; empty if none were."""
+    kinds = [f"{count} {suffix}" for suffix, count in skipped.most_common(_NAMED)]
+    others = sum(count for _, count in skipped.most_common()[_NAMED:])
+    if others:
+        kinds.append(f"{others} others")
+    return f"left out: {' and '.join(kinds)}" if kinds else ""
 
 
 def is_image(name: str) -> bool:
@@ -191,6 +226,8 @@ class Folder:
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as found:
                 children = sorted(found, key=lambda child: os.fsencode(child.name))
+            if not children:
+                files.other_folders.add(prefix.removesuffix("/"))
             for child in children:
                 name = prefix + child.name
                 if _is(child.is_dir):
@@ -199,7 +236,7 @@ class Folder:
                 elif keep(name):
                     self._add(child, name, files)
                 else:
-                    files.skipped += 1
+                    files.skip(name)
         except OSError as error:
             raise InputError(
                 f"{error.filename or folder}: cannot be listed: {error.strerror}"
@@ -234,7 +271,7 @@ class Zip:
             if member.is_dir():
                 continue
             if not keep(name):
-                files.skipped += 1
+                files.skip(name)
                 continue
             link = stat.S_IFMT(member.external_attr >> 16) == stat.S_IFLNK
             reason = unsafe_name(name) or (

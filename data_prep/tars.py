@@ -68,7 +68,7 @@ class Tar:
         with _opened(self.path) as file:
             for member, offset, name in _members(file, self.path, self.nested):
                 if not keep(name):
-                    files.skipped += 1
+                    files.skip(name)
                 elif member.islnk() and not unsafe_name(name):
                     links[offset] = name
                 elif reason := _unsafe(member, name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -32,7 +33,14 @@ from data_prep.items import (
     stratified_test,
 )
 from data_prep.paired_embeddings import NO_EMBEDDING, common_shape
-from data_prep.sources import IMAGE_SUFFIXES, Entry, Folder, is_hidden, modified_ns
+from data_prep.sources import (
+    IMAGE_SUFFIXES,
+    Entry,
+    Folder,
+    describe_skipped,
+    is_hidden,
+    modified_ns,
+)
 from data_prep.tars import Tar, decompressed_tar
 from r2id.data.manifest import MANIFEST, PLAN, Manifest, Reject, read_manifest
 from r2id.data.records import Record
@@ -83,7 +91,7 @@ class WebdatasetReader:
         samples, rejects, digests = TableBuilder(_SAMPLES), list[Reject](), list[str]()
         newest = max(modified_ns(tar.path) for tar in self.tars)
         extensions: set[str] = set()
-        skipped = 0
+        skipped = Counter[str]()
         for number, tar in enumerate(self.tars):
             files = tar.files(_is_member)
             digests.append(files.digest)
@@ -117,7 +125,7 @@ class WebdatasetReader:
         attributes = self.own.attribute_names if self.own else []
         found = [
             f"a webdataset of {len(self.tars)} tars with {', '.join(sorted(extensions))}",
-            f"{skipped} other files left out" if skipped else "",
+            describe_skipped(skipped),
             note,
         ]
         return Listing(self._items(table), digest, newest, names, attributes, rejects, found, shape)

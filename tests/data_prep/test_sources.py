@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from data_prep.sources import Folder, Zip, is_image
 from data_prep.tars import open_source
 from r2id.config import PrepareConfig
 from r2id.data.verify import verify
 from r2id.errors import InputError, WorkError
-from tests.data_prep.archives import rejected, write_zip
+from tests.data_prep.archives import rejected, write_tar, write_zip
 from tests.data_prep.conftest import make, prepare_as_nobody, write_images
 from tests.forked import FORKED
 
@@ -120,7 +120,41 @@ def test_what_lies_beside_the_images(tmp_path, capfd):
         "self.png": "a link to nothing",
     }
     said = capfd.readouterr().err
-    assert "3 other files" in said and "train 2" in said and "3 rejected" in said
+    assert "left out: 1 hidden and 1 .txt and 1 without a suffix, " in said
+    assert "train 2" in said and "3 rejected" in said
+
+
+@pytest.mark.parametrize("name", ["in", "in.zip", "in.tar"])
+def test_classes_whose_images_have_unknown_suffixes(tmp_path, capfd, name):
+    write_images(tmp_path / "in", [f"a/{number}.png" for number in range(3)])
+    content = {f"top/{path}": (tmp_path / "in" / path).read_bytes() for path in ("a/0.png",)}
+    for other in ("b/1.HEIC", "b/2.heic", "a/notes.txt", "readme.txt", ".git/x"):
+        (tmp_path / "in" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / other).write_text("other")
+        content |= {f"top/{other}": b"other"}
+    (tmp_path / "in/c").mkdir()
+    write_zip(tmp_path / "in.zip", content)
+    write_tar(tmp_path / "in.tar", content)
+    shards = make("folder", tmp_path / "set", tmp_path / name)
+    said = capfd.readouterr().err
+    assert shards.class_names == ["a"]
+    assert "left out: " in said and "2 .heic" in said and "2 .txt" in said
+    empty = "'b', 'c'" if name == "in" else "'top/b'"
+    assert f"{name}: no image of a known suffix in {empty}\n" in said
+
+
+def test_all_suffixes_of_formats_that_are_read(tmp_path):
+    kinds = {"jfif": "JPEG", "jpe": "JPEG", "pbm": "PPM"}
+    kinds |= {"avif": "AVIF"} if features.check("avif") else {}
+    kinds |= {"jp2": "JPEG2000"} if features.check("jpg_2000") else {}
+    for number, (suffix, kind) in enumerate(kinds.items()):
+        (tmp_path / f"in/{suffix}").mkdir(parents=True)
+        for image in range(2):
+            mode, size = "1" if suffix == "pbm" else "RGB", (20 + number, 20 + image)
+            Image.new(mode, size).save(tmp_path / f"in/{suffix}/{image}.{suffix}", kind)
+    shards = make("folder", tmp_path / "set", tmp_path / "in")
+    assert shards.class_names == sorted(kinds) and shards.manifest.rejects == 0
+    assert verify(shards.folder) == []
 
 
 def test_a_png_that_would_fill_the_memory(tmp_path):
