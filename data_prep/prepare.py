@@ -12,7 +12,6 @@ import csv
 import hashlib
 import io
 import multiprocessing
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +30,11 @@ from r2id.data.records import Record
 from r2id.data.shard_writer import write_shard_files
 from r2id.errors import WorkError
 from r2id.files import exclusive, write_atomic
+from r2id.parent_process import exit_with_parent
 from r2id.progress import Progress, say
 
 __all__ = [
     "ShardPlan",
-    "exit_with_parent",
     "finish",
     "make_shard_plan",
     "pending_shards",
@@ -170,22 +169,6 @@ def write_shards(plan: ShardPlan, numbers: Sequence[int]) -> Iterator[dict[str, 
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def exit_with_parent() -> None:
-    """Make this worker process exit as soon as its parent ends, even by SIGKILL.
-
-    Call this when the worker starts. Without it, the worker would wait for work for ever, because
-    the other workers hold its pipe open.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 def _prefetch(records: Iterator[Record]) -> Iterator[Record]:

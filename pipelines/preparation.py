@@ -26,13 +26,14 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from data_prep.overview import overview
-from data_prep.prepare import ShardPlan, exit_with_parent, prepare, write_shard, write_shards
+from data_prep.prepare import ShardPlan, prepare, write_shard, write_shards
 from data_prep.readers import check_options, check_source
 from data_prep.shard_plan import is_complete
 from pipelines.artifacts import LiveArtifact, data_uri
 from pipelines.orchestration import describe_error, is_prefect_error, prefect_ready, server_answers
 from r2id.config import PrepareConfig
 from r2id.errors import InputError, Stopped, WorkError
+from r2id.parent_process import exit_with_parent
 from r2id.progress import say
 
 _SECONDS_TO_ANSWER = 10.0  # for a cluster

@@ -25,6 +25,7 @@ LAYER = {
     "r2id.host_memory": 0,
     "r2id.mlflow_pages": 0,
     "r2id.openmp": 0,
+    "r2id.parent_process": 0,
     "r2id.stop_signals": 0,
     "r2id.torchrun": 0,
     "r2id.images": 1,
@@ -59,6 +60,7 @@ ALLOWED = {
         "r2id.config",
         "r2id.errors",
         "r2id.files",
+        "r2id.parent_process",
         "r2id.progress",
     ),
     "pipelines": (
@@ -68,6 +70,7 @@ ALLOWED = {
         "r2id.errors",
         "r2id.files",
         "r2id.mlflow_pages",
+        "r2id.parent_process",
         "r2id.progress",
     ),
 }

@@ -36,6 +36,7 @@ from r2id.data.records import View, decode_view
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import LOADER_KILLED, WorkError
 from r2id.images import to_float
+from r2id.parent_process import exit_with_parent
 
 _KEPT_BYTES = 256 << 20  # a split whose decoded pixels take less is kept in memory, decoded
 _MIRRORED = 0.5  # share of the images that data.flip mirrors
@@ -357,7 +358,7 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
         sampler=numbers,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=_begin_worker,
         # A fork shares what is mapped or kept in memory. Python 3.14 would send it all to workers.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
@@ -374,6 +375,11 @@ def load_items(dataset: Dataset, numbers: range | None, workers: int) -> Iterato
         if tells_of_killed_loader(error):
             raise WorkError(LOADER_KILLED) from None
         raise
+
+
+def _begin_worker(_number: int) -> None:
+    ignore_stop_signals()
+    exit_with_parent()  # torch's own watch is blind while an item is loaded
 
 
 def _by_size(chosen: np.ndarray, buckets: Buckets, batch: int) -> list[Batch]:

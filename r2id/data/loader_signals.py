@@ -29,7 +29,7 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_stop_signals(_worker: int) -> None:
+def ignore_stop_signals() -> None:
     """Have a loader process ignore them, except a SIGTERM that its parent sends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -13,8 +13,9 @@ the samples. Streaming guarantees less than the indexed loader (r2id.data.loader
 * A resumed run begins a fresh pass over the shards.
 
 It still guarantees that every process makes the same number of steps, with the same number of
-micro-batches, so that no rank waits for ever. A shard that is cut short, which webdataset itself
-would take for a smaller one, or that differs from its index is an error.
+micro-batches, so that no rank waits for ever. A shard whose connection breaks is opened again, and
+read on from the sample after the last. A shard that is cut short, which webdataset itself would
+take for a smaller one, or that differs from its index is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from r2id.data.epoch_plan import count_copies
 from r2id.data.loader import ImageReader, MicroBatch, batch_metadata, load_items, split_buckets
 from r2id.data.manifest import MANIFEST, parse_manifest
 from r2id.data.records import Extension
-from r2id.data.remote import open_stream, read_file
+from r2id.data.remote import Attempts, open_stream, read_file
 from r2id.data.shards import ShardSet, Split
 from r2id.errors import InputError, WorkError
 from r2id.files import atomic_file, sha256_file, write_atomic
@@ -44,6 +45,7 @@ from r2id.progress import track
 
 _BUFFER = 500  # samples to shuffle, not decoded yet
 _IMAGES = get_args(Extension)
+_OTHERS = "holds other samples than its index says"
 
 
 def stream_loader(
@@ -177,34 +179,36 @@ class Stream(IterableDataset):
 
     def _read(self, numbers: list[int]) -> Iterator[tuple[int, bytes]]:
         """Yield (index, image bytes) of every sample of these shards, in the order of the tars."""
-        address = self.samples.address
+        address = str(self.samples.address)
         for number in numbers:
             file, members = self.samples.entries[number].file, self.samples.indices_in_shard(number)
-            count = 0  # samples read from this shard
-            try:
-                with open_stream(str(address), file) as stream:
-                    for sample in group_by_keys(
-                        tar_file_expander([{"url": file, "stream": stream}])
-                    ):
-                        if count == len(members) or sample["__key__"] != self.samples.key(
-                            members[count]
-                        ):
-                            raise WorkError(
-                                f"{address}/{file}: holds other samples than its index says"
-                            )
-                        image = next((sample[ext] for ext in _IMAGES if ext in sample), None)
-                        if image is None:
-                            break  # the tar ends inside a sample
-                        yield int(members[count]), image
-                        count += 1
-            except WorkError:
-                raise
-            except Exception as error:  # tarfile, webdataset and every store raise their own
-                raise WorkError(
-                    f"{address}/{file}: cannot be read: {' '.join(str(error).split())}"
-                ) from error
-            if count != len(members):
-                raise WorkError(f"{address}/{file}: cut short: {count} of {len(members)} samples")
+            attempts = Attempts(address, file)
+            count = 0  # samples read from this shard, in all attempts
+            while count < len(members):
+                before = count
+                try:
+                    for place, (key, image) in enumerate(_samples_of(address, file)):
+                        if place == len(members) or key != self.samples.key(members[place]):
+                            raise WorkError(f"{attempts.where}: {_OTHERS}")
+                        if place == count:
+                            yield int(members[count]), image
+                            count += 1
+                    if count < len(members):
+                        raise EOFError(f"cut short: {count} of {len(members)} samples")
+                except WorkError:
+                    raise
+                except Exception as error:  # tarfile, webdataset and every store raise their own
+                    attempts.failed(error, further=count > before)
+
+
+def _samples_of(address: str, file: str) -> Iterator[tuple[str, bytes]]:
+    """Yield (key, image bytes) of a shard's samples, up to one without its image."""
+    with open_stream(address, file) as stream:
+        for sample in group_by_keys(tar_file_expander([{"url": file, "stream": stream}])):
+            image = next((sample[ext] for ext in _IMAGES if ext in sample), None)
+            if image is None:
+                return  # the tar ends inside a sample
+            yield sample["__key__"], image
 
 
 def _with_steps(steps: Iterator[list[MicroBatch]], numbers: range) -> Iterator[list[MicroBatch]]:

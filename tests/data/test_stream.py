@@ -2,14 +2,19 @@
 
 import functools
 import http.server
+import itertools
+import os
 import shutil
+import signal
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from r2id.config import DataConfig, load_config
+from r2id.data import remote
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.data.stream import fetch_index, stream_loader
@@ -17,6 +22,7 @@ from r2id.errors import InputError, WorkError
 from r2id.images import to_float
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.data.conftest import MIXED, write_set
+from tests.forked import FORKED
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -24,23 +30,72 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """Serves tars badly: two of five requests fail, break off, or are never answered."""
+
+    folder, fault, ranges = Path(), "", False
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        content = (self.folder / self.path[1:]).read_bytes()
+        if self.path.endswith(".tar") and self.server.turns() in (1, 2):
+            self.server.faults.release()
+            if self.fault == "silent":
+                self.server.answers.wait()
+                return
+            if self.fault == "busy":
+                self.send_error(503)
+                return
+            content, whole = content[: len(content) // 2], len(content)
+        else:
+            whole = len(content)
+        if self.ranges and "Range" in self.headers:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            content = content[first : last + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{whole}")
+            whole = min(whole, last + 1) - first
+        else:
+            self.send_response(200)
+        if self.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(whole))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
 @contextmanager
-def server_of(folder):
-    """The address of a folder on a server of this machine, which knows no ranges."""
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
-    )
+def serving(handler):
+    """A server of this machine; yields it and its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    turns = itertools.count()
+    server.turns, server.faults = lambda: next(turns) % 5, threading.Semaphore(0)
+    server.answers = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    try:
+        yield server, f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.answers.set()
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
 def served(mixed):
-    """The address of the mixed set on such a server."""
-    with server_of(mixed.folder) as address:
+    """The address of the mixed set on a server of this machine, which knows no ranges."""
+    with serving(functools.partial(Quiet, directory=mixed.folder)) as (_, address):
         yield address
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(remote, "_WAITS", (0,) * 6)
 
 
 @pytest.fixture(params=["folder", "http"])
@@ -67,14 +122,14 @@ def stream(shards, start=0, total=20, rank=0, world_size=1, batch=12, micro_batc
 
 
 def test_streamed_samples_are_those_of_the_index(address, mixed, tmp_path):
-    remote = fetch_index(address, tmp_path / "index")
+    index = fetch_index(address, tmp_path / "index")
     assert not list((tmp_path / "index").rglob("*.tar"))
     local = {
         int(index): image
         for batch in eval_loader(mixed, DataConfig(shards=mixed.folder), "train", 50)
         for index, image in zip(batch["index"], batch["image"], strict=True)
     }
-    steps = stream(remote, total=40)
+    steps = stream(index, total=40)
     assert [part["step"] for step in steps for part in step] == [
         step for step in range(40) for _ in range(4)
     ]
@@ -93,16 +148,16 @@ def test_streamed_samples_are_those_of_the_index(address, mixed, tmp_path):
 
 
 def test_single_reads_work_at_an_address_too(address, mixed, tmp_path):
-    remote = fetch_index(address, tmp_path / "index").split("train")
-    assert [remote.read(i) for i in (0, 77, 137)] == [
+    index = fetch_index(address, tmp_path / "index").split("train")
+    assert [index.read(i) for i in (0, 77, 137)] == [
         mixed.split("train").read(i) for i in (0, 77, 137)
     ]
 
 
 def test_ranks_and_workers_share_the_shards_and_make_equal_steps(mixed, tmp_path):
-    remote = fetch_index(str(mixed.folder), tmp_path / "index")
+    index = fetch_index(str(mixed.folder), tmp_path / "index")
     ranks = [
-        stream(remote, total=8, rank=rank, world_size=2, workers=workers)
+        stream(index, total=8, rank=rank, world_size=2, workers=workers)
         for rank, workers in ((0, 0), (1, 0), (0, 2))
     ]
     assert [len(steps) for steps in ranks] == [8, 8, 8]
@@ -113,30 +168,30 @@ def test_ranks_and_workers_share_the_shards_and_make_equal_steps(mixed, tmp_path
     ]
     assert not first[0] & first[1]
     with pytest.raises(InputError, match=r"data\.stream: .* 7 .* 8 "):
-        stream(remote, world_size=4, micro_batch=3, workers=2)
+        stream(index, world_size=4, micro_batch=3, workers=2)
 
 
 def test_epochs_and_resumed_runs_have_orders_of_their_own(mixed, tmp_path):
-    remote = fetch_index(str(mixed.folder), tmp_path / "index")
+    index = fetch_index(str(mixed.folder), tmp_path / "index")
     keys = [
         [
             key
-            for step in stream(remote, start, start + 6)
+            for step in stream(index, start, start + 6)
             for part in step
             for key in part["sample_ids"]
         ]
         for start in (0, 6)
     ]
     assert keys[0] == [
-        key for step in stream(remote, 0, 6) for part in step for key in part["sample_ids"]
+        key for step in stream(index, 0, 6) for part in step for key in part["sample_ids"]
     ]
     assert keys[0] != keys[1]
-    assert [step[0]["step"] for step in stream(remote, 6, 9)] == [6, 7, 8]
+    assert [step[0]["step"] for step in stream(index, 6, 9)] == [6, 7, 8]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_is_not_what_the_index_says(own_mixed, tmp_path, workers):
-    remote = fetch_index(str(own_mixed.folder), tmp_path / "index")
+    index = fetch_index(str(own_mixed.folder), tmp_path / "index")
     shard = own_mixed.split("train").files[2]
     whole = shard.read_bytes()
     cut = 512 * (whole[: len(whole) // 2].rfind(b"image-", 0) // 512)  # at the border of a member
@@ -150,8 +205,66 @@ def test_a_shard_that_is_not_what_the_index_says(own_mixed, tmp_path, workers):
         if content is not None:
             shard.write_bytes(content)
         with pytest.raises(WorkError, match=rf"shard-000002\.tar: .*({words})") as caught:
-            stream(remote, total=20, workers=workers)
+            stream(index, total=20, workers=workers)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+@pytest.mark.parametrize("fault", ["busy", "cut"])
+def test_a_faulty_server_changes_nothing(mixed, tmp_path, capfd, fault, ranges):
+    """Every sample comes once, in the order of a server without faults."""
+    handler = type("Handler", (Faulty,), {"folder": mixed.folder, "fault": fault, "ranges": ranges})
+    expected = stream(fetch_index(str(mixed.folder), tmp_path / "here"), total=30)
+    with serving(handler) as (server, address):
+        index = fetch_index(address, tmp_path / "index")
+        found = stream(index, total=30, workers=1)
+        assert server.faults.acquire(blocking=False)
+        single = [index.split("train").read(number) for number in range(6)]
+    assert ": trying again in 0 s" in capfd.readouterr().err
+    for step, other in zip(found, expected, strict=True):
+        for part, same in zip(step, other, strict=True):
+            assert part["sample_ids"] == same["sample_ids"]
+            assert torch.equal(part["image"], same["image"])
+    assert single == [mixed.split("train").read(number) for number in range(6)]
+
+
+def test_a_server_that_is_silent_is_asked_again(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_SILENCE", 0.2)
+    handler = type("Handler", (Faulty,), {"folder": mixed.folder, "fault": "silent"})
+    with serving(handler) as (_, address):
+        index = fetch_index(address, tmp_path / "index").split("train")
+        assert [index.read(n) for n in range(4)] == [mixed.split("train").read(n) for n in range(4)]
+
+
+def test_a_server_that_stays_busy_or_refuses(mixed, tmp_path, capfd):
+    handler = type("Handler", (Faulty,), {"folder": mixed.folder, "fault": "busy"})
+    with serving(handler) as (server, address):
+        index = fetch_index(address, tmp_path / "index")
+        server.turns = lambda: 1
+        for read in (lambda: stream(index), lambda: index.split("train").read(0)):
+            with pytest.raises(WorkError, match=r"shard-00000\d\.tar: cannot be read: .*503"):
+                read()
+            assert capfd.readouterr().err.count("trying again") == 6
+
+
+def read_for_ever(index, _kept):
+    stream(index, workers=1)
+
+
+def test_loader_processes_end_with_their_parent(mixed, tmp_path):
+    """A loader that waits for a server holds its end of a pipe for as long as it lives."""
+    handler = type("Handler", (Faulty,), {"folder": mixed.folder, "fault": "silent"})
+    with serving(handler) as (server, address):
+        index = fetch_index(address, tmp_path / "index")
+        server.turns = lambda: 1
+        ended, kept = FORKED.Pipe(duplex=False)
+        process = FORKED.Process(target=read_for_ever, args=(index, kept))
+        process.start()
+        kept.close()
+        assert server.faults.acquire(timeout=60)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert ended.poll(60)
 
 
 def test_addresses_without_a_set(served, own_mixed, tmp_path):
@@ -165,7 +278,7 @@ def test_addresses_without_a_set(served, own_mixed, tmp_path):
         fetch_index(served, tmp_path / "index")
     (own_mixed.folder / "manifest.json").write_text("{}")
     with (
-        server_of(own_mixed.folder) as address,
+        serving(functools.partial(Quiet, directory=own_mixed.folder)) as (_, address),
         pytest.raises(InputError, match=r"manifest\.json: .*None"),
     ):
         fetch_index(address, tmp_path / "new")
