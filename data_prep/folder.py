@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,26 +108,19 @@ class FolderReader(FileRecords):
         Images that are not in the table are rejected, and so are its rows without an image.
         """
         files, table = paired.images, _labels(labels)
-        kept, others, assigned, rejects = [], [], [], list(files.rejects)
+        found = _match([entry.name for entry in files], table, self.path.resolve().name)
+        if not found:
+            raise InputError(
+                f"labels {labels}: names none of the {len(files)} images of {self.path}: it has "
+                f"{next(iter(table), 'no rows')!r}, the images {next(iter(files)).name!r}"
+            )
+        kept, assigned, rejects = [], [], list(files.rejects)
         for entry in files:
-            if entry.name in table:
+            if entry.name in found:
                 kept.append(entry)
-                assigned.append(table.pop(entry.name))
-            else:
-                others.append(entry)
-        alike = {_without_details(name): name for name in table}
-        for entry in others:
-            name = alike.pop(_without_details(entry.name), None)
-            if name is not None:
-                kept.append(entry)
-                assigned.append(table.pop(name))
+                assigned.append(table.pop(found[entry.name]))
             else:
                 rejects.append(Reject("", entry.name, f"no label in {labels.name}"))
-        if not kept:
-            raise InputError(
-                f"labels {labels}: names none of the {len(files)} images of {self.path}: paths "
-                f"must be relative to it, like {next(iter(files)).name!r}"
-            )
         rejects += [
             Reject(split or "", name, f"in {labels.name}, but there is no such image")
             for name, (split, _) in table.items()
@@ -258,6 +252,42 @@ def _parts(name: str) -> list[str]:
     return [part for part in name.split("/") if part not in ("", ".")]
 
 
+def _match(images: Iterable[str], rows: Iterable[str], folder: str) -> dict[str, str]:
+    """Find the row of each image in a table; return the rows' paths by the images'.
+
+    The same path goes first. Tables may also differ in details, leave the suffix out, or begin with
+    the name of the source's folder, where only one row and one image are left that fit so.
+    """
+    found = {name: name for name in set(images).intersection(rows)}
+
+    def without_folder(row: str) -> str:
+        return _without_details(row).removeprefix(f"{_without_details(folder)}/")
+
+    def without_suffix(image: str) -> str:
+        return _without_details(image.rpartition(".")[0])
+
+    for of_row, of_image in (
+        (_without_details, _without_details),
+        (without_folder, _without_details),
+        (_without_details, without_suffix),
+        (without_folder, without_suffix),
+    ):
+        taken = set(found.values())
+        by_form = _unique(of_row, [row for row in rows if row not in taken])
+        images = [image for image in images if image not in found]
+        for form, image in _unique(of_image, images).items():
+            if form in by_form:
+                found[image] = by_form[form]
+    return found
+
+
+def _unique(form: Callable[[str], str], names: Iterable[str]) -> dict[str, str]:
+    """Return the names by their forms, without forms that several names have."""
+    pairs = [(form(name), name) for name in names]
+    counts = Counter(key for key, _ in pairs)
+    return {key: name for key, name in pairs if counts[key] == 1}
+
+
 def _without_details(name: str) -> str:
     """Return a path as people see it: without blanks around it, letters and accents in one.
 
@@ -279,7 +309,7 @@ def _labels(path: Path) -> dict[str, SplitAndClass]:
     rows = read_rows(path)
     _, header = next(rows)
     name = column_of(header, ("path", "file", "filename", "file_name", "image", "image_id"), path)
-    label = column_of(header, ("label", "class", "target"), path)
+    label = column_of(header, ("label", "class", "target", "category"), path)
     split = next(
         (number for number, column in enumerate(header) if column.strip().lower() == "split"), None
     )

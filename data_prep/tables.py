@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from r2id.errors import InputError
 def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values as text) of a CSV or Parquet file, the header first.
 
+    A CSV file whose first line has no comma may be separated by semicolons or tabs.
     Every row is as long as the header. Raises InputError when the file is missing, is neither CSV
     nor Parquet, or has a row of another length.
     """
@@ -30,7 +32,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
+        # Excel separates by semicolons where numbers have decimal commas.
+        first = file.readline()
+        delimiter = next((sign for sign in ",;\t" if sign in first), ",")
+        reader = csv.reader(itertools.chain([first], file), delimiter=delimiter, strict=True)
         header = next(reader, [])
         yield 1, header
         for row in filter(None, reader):

@@ -70,6 +70,35 @@ def test_names_that_only_look_the_same(tmp_path):
         assert found[(tmp_path / "in" / name).read_bytes()] == label
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("form", ["{folder}/{name}.png", "{name}", "./{folder}/{name}", " {name}"])
+def test_tables_as_others_write_them(tmp_path, separator, form):
+    """With the folder's name, without suffixes, of other separators, with a column "category"."""
+    names = [f"a.{number}" for number in range(6)]
+    write_images(tmp_path / "in", [f"{name}.png" for name in names])
+    lines = [("Image", "Category")] + [
+        (form.format(folder="in", name=name), "ant, bee"[number % 2 :: 5])
+        for number, name in enumerate(names)
+    ]
+    table = tmp_path / "labels.csv"
+    table.write_text("".join(f'{path}{separator}"{label}"\n' for path, label in lines))
+    shards = make("folder", tmp_path / "set", tmp_path / "in", labels=table)
+    assert shards.manifest.rejects == 0 and shards.class_names == ["ab", "ne"]
+    split = shards.split("train")
+    images = [(tmp_path / f"in/{name}.png").read_bytes() for name in names]
+    for index in range(len(split)):
+        assert split.label[index] == images.index(split.read(index)) % 2
+
+
+def test_rows_that_fit_several_images(tmp_path):
+    write_images(tmp_path / "in", ["1.png", "1.bmp", "2.png", "2.bmp", "3.png"])
+    rows = [("1", "a"), ("2.bmp", "b"), ("2", "c"), ("3", "d"), ("in/3", "e"), ("in/4", "e")]
+    write_csv(tmp_path / "labels.csv", [{"path": path, "label": label} for path, label in rows])
+    shards = make("folder", tmp_path / "set", tmp_path / "in", labels=tmp_path / "labels.csv")
+    assert set(rejected(tmp_path / "set")) == {"1.png", "1.bmp", "1", "in/3", "in/4"}
+    assert len(shards.split("train")) == 3
+
+
 def test_a_table_and_images_that_do_not_fit(tmp_path):
     write_images(tmp_path / "in", [f"{number}.png" for number in range(6)])
     good = [{"path": f"{number}.png", "class": number % 2} for number in range(6)]
@@ -84,7 +113,7 @@ def test_a_table_and_images_that_do_not_fit(tmp_path):
     for rows, words in (
         ([*good, good[2]], r"line 8: .*2\.png"),
         ([*good, {"path": "6.png", "class": ""}], r"line 8: .*6\.png"),
-        ([{"path": "in/1.png", "class": 1}], r"labels\.csv"),
+        ([{"path": "img/1.png", "class": 1}], r"labels\.csv: .* 'img/1\.png', .* '0\.png'"),
         ([{"path": "1.png", "kind": 1}], "'label'"),
         ([{"x": "1.png", "class": 1}], "'path'"),
     ):
