@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from webdataset.tariterators import base_plus_ext
 
+from data_prep.class_members import ClassMembers
 from data_prep.file_records import check_length, embedding_of, image_record
 from data_prep.folder import SPLITS
 from data_prep.items import (
@@ -67,10 +68,11 @@ Member = tuple[str, str, int]
 class WebdatasetReader:
     """Reads a tar, or a folder of tars.
 
-    Classes come from ``.cls`` members (whole numbers), captions from ``.txt``, text embeddings from
-    ``.npy`` and other annotations from ``.json``. Splits are subfolders called train, val or test,
-    or words in the tars' names (``imagenet-train-000.tar``). Without either, a tenth becomes the
-    test split. A place is JSON: [number of the tar, key, the image's member, other members, …].
+    Classes come from ``.cls`` members (whole numbers, or names), captions from ``.txt``, text
+    embeddings from ``.npy`` and other annotations from ``.json``. Splits are subfolders called
+    train, val or test, or words in the tars' names (``imagenet-train-000.tar``). Without either, a
+    tenth becomes the test split. A place is JSON: [number of the tar, key, the image's member,
+    other members, …].
     """
 
     def __init__(self, source: Path, unpacked: Path, max_pixels: int) -> None:
@@ -89,6 +91,7 @@ class WebdatasetReader:
     def listing(self) -> Listing:
         """List the samples. Class numbers are read, images and annotations are not."""
         samples, rejects, digests = TableBuilder(_SAMPLES), list[Reject](), list[str]()
+        classes = ClassMembers()
         newest = max(modified_ns(tar.path) for tar in self.tars)
         extensions: set[str] = set()
         skipped = Counter[str]()
@@ -101,7 +104,7 @@ class WebdatasetReader:
                 for reject in files.rejects
             ]
             for key, members in _group(files):
-                reason = self._add(samples, number, key, members, newest)
+                reason = self._add(samples, classes, number, key, members, newest)
                 if reason:
                     rejects.append(Reject(self.splits[number] or "", key, reason))
                 else:
@@ -109,16 +112,17 @@ class WebdatasetReader:
         if not len(samples):
             why = f": {rejects[0].source}: {rejects[0].reason}" if rejects else ""
             raise InputError(f"source {self.source}: its tars hold no usable samples{why}")
-        table = samples.table()
+        table, class_names = classes.in_order(samples.table())
         self._check_labels(table)
         digest = digest_of(
             [
                 *((digest.encode(), 0) for digest in digests),
                 (repr(table["label"].to_pylist()).encode(), 0),
+                *((name.encode(), 0) for name in class_names),
             ]
         )
         table, shape = self._with_embeddings(table, rejects, newest)
-        names = self.own.class_names if self.own else []
+        names = self.own.class_names if self.own else class_names
         note = ""
         if len(names) <= (pc.max(table["label"]).as_py() or 0):
             table, names, note = number_occurring(table)
@@ -166,7 +170,13 @@ class WebdatasetReader:
                 rejects.append(Reject(item.split, name, str(error)))
 
     def _add(
-        self, samples: TableBuilder, number: int, key: str, members: dict[str, Member], newest: int
+        self,
+        samples: TableBuilder,
+        classes: ClassMembers,
+        number: int,
+        key: str,
+        members: dict[str, Member],
+        newest: int,
     ) -> str:
         """Add a sample and return "", or return why it cannot be used."""
         images = [extension for extension in members if extension not in _KEPT]
@@ -181,12 +191,7 @@ class WebdatasetReader:
         label = None
         if "cls" in members:
             content = self._read(number, key, members["cls"], newest)
-            if not re.fullmatch(rb"\s*\d{1,9}\s*", content):
-                raise InputError(
-                    f"{self.tars[number].path}: {key}.cls: {content[:20]!r}: must be a class "
-                    "number, 0 or more"
-                )
-            label = int(content)
+            label = classes.number(content, f"{self.tars[number].path}: {key}.cls")
         image, others = (
             members[(plain or images)[0]],
             [members[kind] for kind in ("json", "txt") if kind in members],

@@ -170,6 +170,42 @@ def test_a_class_number_that_is_none_is_refused(tmp_path, number):
         make("webdataset", tmp_path / "set", tmp_path / "x.tar")
 
 
+def test_classes_that_are_names(tmp_path):
+    names = ["dog", "Katze", "n01440764", "été"]
+    source = [{"__key__": f"k{n}", "png": picture(n), "cls": names[n % 4]} for n in range(40)]
+    source[0]["cls"] = " dog\n"
+    raw = [{**sample, "cls": sample["cls"].encode()} for sample in source]
+    write_tar(tmp_path / "train/x.tar", raw[:24])
+    write_tar(tmp_path / "test/x.tar", raw[24:])
+    shards = make("webdataset", tmp_path / "set", tmp_path, max_rejects=0)
+    assert shards.class_names == sorted(names)
+    found = read(shards)
+    for number in range(40):
+        split, label, _ = found[picture(number)]
+        assert split == ("train" if number < 24 else "test")
+        assert shards.class_names[int(label)] == names[number % 4]
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ([b"dog", b"3"], r"k1\.cls: b'3', but .*k0\.cls: b'dog': .* all numbers or all names"),
+        ([b"3", b"dog"], r"k1\.cls: b'dog', but .*k0\.cls: b'3': .* all numbers or all names"),
+        *(
+            ([content], r"k0\.cls: .*: must be a class number, 0 or more, or a name")
+            for content in (b"-1", b"0.5", b"", b"\xff\xfe", b"a" * 257, b"a\nb")
+        ),
+    ],
+)
+def test_classes_that_are_none_or_mixed(tmp_path, classes, words):
+    write_tar(
+        tmp_path / "x.tar",
+        [{"__key__": f"k{n}", "png": picture(n), "cls": cls} for n, cls in enumerate(classes)],
+    )
+    with pytest.raises(InputError, match=words):
+        make("webdataset", tmp_path / "set", tmp_path / "x.tar")
+
+
 def test_classes_with_gaps_are_numbered_as_they_occur(tmp_path, capfd):
     samples = [
         {**sample, "cls": (3, 7, 99_999)[n % 3]} for n, sample in enumerate(samples_of(0, 9))
@@ -310,8 +346,8 @@ def test_what_is_no_webdataset(tmp_path):
     write_tar(tmp_path / "in/a.tar", [{"__key__": "a", "txt": "b"}])
     with pytest.raises(InputError, match=re.escape(str(tmp_path / "in"))):
         make("webdataset", tmp_path / "set", tmp_path / "in")
-    write_tar(tmp_path / "in/a.tar", [{"__key__": "a", "png": picture(1), "cls": b"cat"}])
-    with pytest.raises(InputError, match=r"a\.cls: b'cat'"):
+    write_tar(tmp_path / "in/a.tar", [{"__key__": "a", "png": picture(1), "cls": b"-1"}])
+    with pytest.raises(InputError, match=r"a\.cls: b'-1'"):
         make("webdataset", tmp_path / "set", tmp_path / "in")
     with tarfile.open(tmp_path / "in/a.tar") as archive:
         offset = archive.getmembers()[1].offset
