@@ -49,6 +49,14 @@ class Dataset:
 DATASETS = {
     "digits": Dataset("data_prep.digits:open_digits", "shipped, 8x8"),
     "mnist": Dataset("data_prep.mnist:open_mnist", "IDX files"),
+    "cifar10": Dataset(
+        "data_prep.cifar:open_cifar10",
+        "pickles or binary files",
+        "the folder or archive of its files",
+    ),
+    "cifar100": Dataset(
+        "data_prep.cifar:open_cifar100", "likewise", "the folder or archive of its files"
+    ),
     "celeba": Dataset(
         "data_prep.celeba:CelebaReader",
         "its published or Kaggle's files",
