@@ -12,6 +12,8 @@ from r2id.data.epoch_plan import Buckets
 from r2id.data.loader import split_buckets
 from r2id.data.shards import ShardSet, Split
 
+_NAMED = 8  # rare sizes that are named
+
 
 def split_stats(shards: ShardSet, data: DataConfig, name: str, batch: int) -> dict[str, Any]:
     """Return statistics of one split for these data settings.
@@ -68,7 +70,11 @@ def _classes(samples: Split, names: Sequence[str]) -> dict[str, Any]:
 def _buckets(
     buckets: Buckets, lost: np.ndarray, batch: int, batch_pixels: int | None
 ) -> list[dict[str, Any]]:
-    """Return one row per bucket, from the most frequent size to the rarest."""
+    """Return one row per bucket, from the most frequent size to the rarest.
+
+    "repeats" counts the images that an epoch shows again to fill the last step, "times" says how
+    often it shows one of them at most.
+    """
     sizes = buckets.batch_sizes(batch, batch_pixels)
     rows = [
         {
@@ -78,6 +84,7 @@ def _buckets(
             "lost": float(lost[members].mean()),
             "batch": size,
             "repeats": -len(members) % size,
+            "times": -(-(len(members) + -len(members) % size) // len(members)),
         }
         for (height, width), members, size in zip(
             buckets.sizes, buckets.members, sizes, strict=True
@@ -104,23 +111,37 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
             f"  classes {classes['count']}, of {_words(classes['samples'], '.0f')} images{words}, "
             f"{classes['unlabelled']} images without"
         )
+    most_times = max(row["times"] for row in buckets)
+    again = f", one up to {most_times} times" if most_times > 2 else ""
     lines.append(
         f"  epoch   {stats['steps']} steps in {len(buckets)} buckets, {stats['repeats']} images "
-        f"twice to fill the last steps; {stats['lost']:.1%} of the area cut off"
+        f"again to fill the last steps{again}; {stats['lost']:.1%} of the area cut off"
     )
+    small = [row for row in buckets if 2 * row["samples"] < row["batch"]]
+    if small:
+        named = ", ".join(
+            f"{_size(row)} ({row['samples']} image{'s' * (row['samples'] > 1)} up to "
+            f"{row['times']} times)"
+            for row in small[:_NAMED]
+        )
+        more = f" and {len(small) - _NAMED} more" if len(small) > _NAMED else ""
+        lines.append(f"  rare    less than half a step: {named}{more}")
     lines.append(
-        f"    {'bucket':>11} {'images':>9} {'share':>7} {'cut off':>8} {'batch':>6} {'twice':>6}"
+        f"    {'bucket':>11} {'images':>9} {'share':>7} {'cut off':>8} {'batch':>6} {'again':>6}"
     )
     for row in buckets[:most]:
-        size = f"{row['height']}x{row['width']}"
         lines.append(
-            f"    {size:>11} {row['samples']:>9} {row['samples'] / stats['samples']:>7.1%} "
+            f"    {_size(row):>11} {row['samples']:>9} {row['samples'] / stats['samples']:>7.1%} "
             f"{row['lost']:>8.1%} {row['batch']:>6} {row['repeats']:>6}"
         )
     if len(buckets) > most:
         rest = sum(row["samples"] for row in buckets[most:])
         lines.append(f"    {len(buckets) - most} more buckets with {rest} images")
     return lines
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['height']}x{row['width']}"
 
 
 def _words(spread: dict[str, float], form: str) -> str:

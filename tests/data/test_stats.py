@@ -5,7 +5,7 @@ import pytest
 
 from r2id.config import DataConfig
 from r2id.data.loader import split_buckets
-from r2id.data.stats import crop_loss, split_stats
+from r2id.data.stats import crop_loss, describe_stats, split_stats
 from tests.data.conftest import write_set
 
 
@@ -30,6 +30,26 @@ def test_figures_of_a_split(mixed):
     assert stats["steps"] == 6 + 6 + 3 and stats["repeats"] == 15 * 12 - 138
     assert sum(row["repeats"] for row in stats["buckets"]) == stats["repeats"]
     assert stats["lost"] == 0
+
+
+def test_sizes_that_are_rare(tmp_path):
+    """A whole step may be copies of one picture: that is said, and of which size."""
+    shards = write_set(tmp_path, {"train": [(8, 8)] * 70 + [(1, 1), (30, 1)] + [(30, 30)] * 3})
+    stats = split_stats(shards, DataConfig(shards=tmp_path), "train", batch=8)
+    rows = {(row["height"], row["width"]): row for row in stats["buckets"]}
+    assert [rows[size]["times"] for size in ((8, 8), (1, 1), (30, 1), (30, 30))] == [2, 8, 8, 3]
+    told = "\n".join(describe_stats("train", stats))
+    assert (
+        "12 steps in 4 buckets, 21 images again to fill the last steps, one up to 8 times" in told
+    )
+    assert (
+        "less than half a step: 30x30 (3 images up to 3 times), 1x1 (1 image up to 8 times), "
+        "30x1 (1 image up to 8 times)\n"
+    ) in told
+    few = split_stats(shards, DataConfig(shards=tmp_path), "train", batch=1)
+    told = "\n".join(describe_stats("train", few))
+    assert "75 steps in 4 buckets, 0 images again to fill the last steps; " in told
+    assert "less than half" not in told
 
 
 def test_what_a_shape_cuts_off(tmp_path):
