@@ -144,9 +144,13 @@ class LatentWriter:
 
     def _entry(self, split: str, number: int, rehash: bool) -> LatentFile | None:
         """Return a file's commit marker if the file fits it, else None."""
-        path = self.folder / self.files[split][number]
+        file = self.files[split][number]
+        samples = self._shards.manifest.splits[split].shards[number].samples
+        path = self.folder / file
         entry = _read_marker(path.with_suffix(".json"))
-        if entry is None or entry.identity != self.identity or not path.is_file():
+        if entry is None or not path.is_file():
+            return None
+        if (entry.identity, entry.file, entry.samples) != (self.identity, file, samples):
             return None
         if path.stat().st_size != entry.bytes or (rehash and sha256_file(path) != entry.sha256):
             return None

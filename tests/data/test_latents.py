@@ -262,6 +262,17 @@ def test_damage_is_noticed(mixed, data, tmp_path):
         LatentCache.open(tmp_path / "cache", CODEC, mixed.digest)
 
 
+@pytest.mark.parametrize("change", [('"samples": 20', '"samples": 21'), ("-000001.s", "-000009.s")])
+def test_a_damaged_marker_does_not_reach_the_manifest(mixed, data, tmp_path, change):
+    write_cache(tmp_path / "cache", mixed, data)
+    marker = tmp_path / "cache/train/shard-000001.json"
+    content = marker.read_text()
+    marker.write_text(content.replace(*change))
+    assert marker.read_text() != content
+    assert write_cache(tmp_path / "cache", mixed, data) == 1
+    assert marker.read_text() == content and verify_latents(tmp_path / "cache") == []
+
+
 def test_folders_that_are_something_else(mixed, data, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         LatentCache.open(tmp_path / "nowhere", CODEC, mixed.digest)
