@@ -248,11 +248,11 @@ def test_a_server_that_stays_busy_or_refuses(mixed, tmp_path, capfd):
 
 
 def read_for_ever(index, _kept):
-    stream(index, workers=1)
+    stream(index, workers=2)
 
 
 def test_loader_processes_end_with_their_parent(mixed, tmp_path):
-    """A loader that waits for a server holds its end of a pipe for as long as it lives."""
+    """Loaders that wait for a server hold an end of a pipe for as long as they live."""
     handler = type("Handler", (Faulty,), {"folder": mixed.folder, "fault": "silent"})
     with serving(handler) as (server, address):
         index = fetch_index(address, tmp_path / "index")
@@ -261,7 +261,7 @@ def test_loader_processes_end_with_their_parent(mixed, tmp_path):
         process = FORKED.Process(target=read_for_ever, args=(index, kept))
         process.start()
         kept.close()
-        assert server.faults.acquire(timeout=60)
+        assert server.faults.acquire(timeout=60) and server.faults.acquire(timeout=60)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert ended.poll(60)
