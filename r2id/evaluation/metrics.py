@@ -5,6 +5,8 @@ Shape letters: N images · C colours · H, W image · D features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ _SSIM_PIXELS = 1 << 16  # compared at once: in float64, what fits into a cache i
 _NEIGHBOUR = 3  # k of Kynkäänniemi et al. 2019
 _RINGS_PER_OCTAVE = 2  # of the radial spectrum
 _LEAST_POWER = 1e-12  # of a ring, so that a set of flat images has a finite distance
-_ROWS = 1000  # features at once: their distances to all others are held in memory
+_ROWS = 1000  # features at once whose kernels with all others are held in memory
+_POINTS = 250  # the same for their distances, of which there are several kinds
+_CANDIDATES = 16  # more neighbours than are wanted whose distances are computed exactly
 
 
 def mse(images: Tensor, truth: Tensor) -> Tensor:
@@ -78,7 +82,8 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     metric = FrechetInceptionDistance(_Identity(one.shape[1]))
     metric.update(one.double().cpu(), real=True)
     metric.update(other.double().cpu(), real=False)
-    return max(0.0, float(metric.compute()))  # rounding may leave it slightly negative
+    distance = float(metric.compute())
+    return 0.0 if distance < 0 else distance  # rounding may leave it slightly negative; NaN stays
 
 
 class _Identity(nn.Module):
@@ -172,23 +177,14 @@ def precision_and_recall(samples: Tensor, real: Tensor) -> tuple[float, float]:
 def _covered(points: Tensor, centres: Tensor) -> float:
     """Return the share of points within the manifold of the centres."""
     # k + 1, because each centre's nearest neighbour is the centre itself at distance 0.
-    radii = torch.cat(
-        [
-            _distances(part, centres).kthvalue(_NEIGHBOUR + 1, dim=1).values
-            for part in centres.split(_ROWS)
-        ]
-    )
-    return float(
-        torch.cat([(_distances(part, centres) <= radii).any(1) for part in points.split(_ROWS)])
-        .double()
-        .mean()
-    )
-
-
-def _distances(one: Tensor, other: Tensor) -> Tensor:
-    # The faster way, by a matrix product, loses precision by cancellation: a feature would not be
-    # at distance 0 from itself, and duplicates would fall outside their own balls.
-    return torch.cdist(one.double(), other.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    radii = nearest(centres, centres, _NEIGHBOUR + 1)[0][:, -1]
+    covered = []
+    for part, low, high in _bounds(points, centres):
+        inside = (high < radii.square()).any(1)
+        unclear = ~inside & (low <= radii.square()).any(1)
+        inside[unclear] = (_distances(part[unclear], centres) <= radii).any(1)
+        covered.append(inside)
+    return float(torch.cat(covered).double().mean())
 
 
 def nearest(points: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -198,10 +194,47 @@ def nearest(points: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]
     """
     if count > len(others):
         raise ValueError(f"{count} neighbours of {len(others)} features: there are not as many")
-    found = [
-        _distances(part, others).topk(count, largest=False) for part in points.split(_ROWS // 4)
-    ]
-    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+    distances, indices = [], []
+    for part, low, high in _bounds(points, others):
+        # At least ``count`` are within the count-th upper bound, so none above it is chosen.
+        possible = (low <= high.kthvalue(count, dim=1, keepdim=True).values).sum(1)
+        few = possible <= count + _CANDIDATES
+        candidates = low.topk(int(possible.clamp(max=count + _CANDIDATES).max()), largest=False)
+        exact = _distances(part[:, None], others[candidates.indices])[:, 0]
+        found, place = exact.topk(count, largest=False)
+        index = candidates.indices.gather(1, place)
+        found[~few], index[~few] = _distances(part[~few], others).topk(count, largest=False)
+        distances.append(found)
+        indices.append(index)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def _distances(one: Tensor, other: Tensor) -> Tensor:
+    # By differences: a matrix product loses precision by cancellation, so that a feature would not
+    # be at distance 0 from itself, and duplicates would fall outside their own balls.
+    return torch.cdist(one.double(), other.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _bounds(points: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (some of the points, lower and upper bounds of their squared distances to others).
+
+    A matrix product is many times as fast as differences are. Its rounding errors are bounded by
+    those of sums of D products (Higham 2002, section 3.1), so that few distances have to be
+    computed from differences to give what all of them would. Features are centred because errors
+    grow with their squares.
+    """
+    others = others.double()
+    centre = others.mean(0)
+    centred = others - centre
+    squares = centred.square().sum(1)
+    # 2·D·ε would do for the sums themselves; the rest is for centring, sums of three and roots.
+    relative = 8 * (others.shape[1] + 8) * torch.finfo(torch.float64).eps
+    for part in points.double().split(_POINTS):
+        x = part - centre
+        sizes = x.square().sum(1, keepdim=True) + squares
+        product = torch.addmm(sizes, x, centred.T, alpha=-2)
+        error = sizes.mul_(relative)
+        yield part, product - error, product + error
 
 
 def class_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> list[float | None]:

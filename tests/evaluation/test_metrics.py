@@ -167,6 +167,58 @@ def test_duplicates_far_from_the_origin_are_at_distance_0():
     assert precision_and_recall(x, four)[0] == 1.0
 
 
+def slow_precision_and_recall(samples: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
+    """With every distance computed from differences."""
+
+    def covered(points: torch.Tensor, centres: torch.Tensor) -> float:
+        radii = slow_distances(centres, centres).kthvalue(4, dim=1).values
+        return float((slow_distances(points, centres) <= radii).any(1).double().mean())
+
+    return covered(samples, real), covered(real, samples)
+
+
+def slow_distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.cdist(one.double(), other.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def feature_sets() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Two sets each that are hard to compare: with duplicates, ties, offsets, strays."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 600, 20, generator=generator)
+    lattice = torch.randint(0, 3, (2, 600, 4), generator=generator).float()
+    twins, copies = one.clone(), torch.cat([one[:300], other[:300]])
+    twins[100:200] = twins[:100]
+    stray = one.clone()
+    stray[7] *= 1e9
+    return {
+        "plain": (one, other),
+        "copies": (copies, one),
+        "copies far from 0": (copies + 1e6, one + 1e6),
+        "twins in float64 far from 0": (twins.double() + 1e6, one.double() + 1e6),
+        "ties": (lattice[0], lattice[1]),
+        "ties far from 0": (lattice[0] + 1e6, lattice[1] + 1e6),
+        "all alike": (one[:1].expand(300, -1), one[:1].expand(300, -1)),
+        "one stray": (stray, other),
+    }
+
+
+@pytest.mark.parametrize("name", feature_sets())
+def test_precision_recall_and_neighbours_are_those_of_exact_distances(name):
+    one, other = feature_sets()[name]
+    assert precision_and_recall(one, other) == slow_precision_and_recall(one, other)
+    distances, indices = nearest(one, other, 3)
+    every = slow_distances(one, other)
+    assert distances.equal(every.topk(3, largest=False).values)
+    assert every.gather(1, indices).equal(distances)
+    assert all(len(set(row)) == 3 for row in indices.tolist())
+
+
+def test_distances_of_what_is_no_number_are_none():
+    x = torch.randn(50, 3)
+    x[7, 1] = float("nan")
+    assert np.isnan(frechet_distance(x, torch.randn(60, 3)))
+
+
 def test_kernel_distance_by_hand():
     one, other = torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     # Of different ones within each set: (2/2 + 1)³ = 8 and (0 + 1)³ = 1. Between the sets, x·y is
