@@ -140,7 +140,7 @@ class SampleConfig(SamplerConfig):
     """Number of images per size."""
     labels: Labels = ()
     """Class of the images, by its name or number. With several, images take them in turn; by
-    default all classes."""
+    default all classes, from the first on."""
     seed: Seed = 0
     """Seed of the first image of each size; image i has this seed + i."""
 

@@ -95,10 +95,13 @@ def measure_samples(
 
     Both are compared with one half of the test split (every other image); the stretched images come
     from the other half. At the native size, their scores therefore compare two halves of the real
-    data, which is the best that samples can reach.
+    data, which is the best that samples can reach. Both are as many, because distances grow where
+    images are fewer: if that half has fewer images than there are samples, the first samples are
+    scored.
     """
     native = samples.sampler.codec.image
     indices = np.arange(len(shards.split(data.test_split)))
+    samples = samples.with_count(min(len(samples), max(1, len(indices[1::2]))))
 
     def read(half: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
         return real_batches(shards, data, data.test_split, native, limit, indices[half::2])
@@ -108,8 +111,10 @@ def measure_samples(
     rows: dict[str, Row] = {}
     pairs = samples.first(min(len(samples), _PAIRED))
     for size in invariance_sizes(native):
+        scores = score_samples(samples, classifier, extractor, real, size)
+        del scores["lowest"]  # of one size alone, for which they are drawn
         rows[f"{size[0]}x{size[1]}"] = {
-            **score_samples(samples, classifier, extractor, real, size),
+            **scores,
             "stretched": score_stretched(
                 classifier, extractor, real, read(1, len(samples)), size, window
             ),
@@ -249,7 +254,9 @@ def _row(size: Size, figures: dict[tuple[Size, str], list[Tensor]], originals: l
         "psnr": float(psnr(error).mean()),
         "ssim": float(mean("ssim")),
         "consistency": float(mean("consistency")),
-        "frechet": frechet_of_batches(figures.get((size, "features"), []), originals),
+        "frechet": frechet_of_batches(
+            figures.get((size, "features"), []), originals, f"at {size[0]}x{size[1]}"
+        ),
     }
 
 

@@ -18,7 +18,7 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.metrics import nearest
-from r2id.evaluation.reference import BATCH, real_batches
+from r2id.evaluation.reference import BATCH, check_finite, real_batches
 
 SHOWN, NEIGHBOURS = 16, 3  # samples in the figure, and training images beside each
 _MOST_TRAINING = 50_000  # images that are searched, evenly spaced
@@ -36,6 +36,16 @@ class Neighbours:
     """[N, NEIGHBOURS]"""
 
 
+def check_training_images(shards: ShardSet, data: DataConfig) -> None:
+    """Raise InputError when the training split has fewer images than neighbours are shown."""
+    total = len(shards.split(data.train_split))
+    if total < NEIGHBOURS:
+        raise InputError(
+            f"{shards.folder}: split {data.train_split!r} has {total} images; the {NEIGHBOURS} "
+            f"nearest training images of a sample take at least {NEIGHBOURS}"
+        )
+
+
 def find_neighbours(
     samples: Tensor, test: Tensor, extractor: FeatureExtractor, shards: ShardSet, data: DataConfig
 ) -> tuple[Neighbours, dict[str, Any]]:
@@ -44,14 +54,10 @@ def find_neighbours(
     ``test`` are the features [M, D] of test images of that size. Returns the neighbours of the
     first SHOWN samples, and what measure_copies says of all.
 
-    Raises InputError when the training split has fewer images than neighbours are shown.
+    Raises InputError as check_training_images does.
     """
+    check_training_images(shards, data)
     size, total = (samples.shape[2], samples.shape[3]), len(shards.split(data.train_split))
-    if total < NEIGHBOURS:
-        raise InputError(
-            f"{shards.folder}: split {data.train_split!r} has {total} images; the {NEIGHBOURS} "
-            f"nearest training images of a sample take at least {NEIGHBOURS}"
-        )
     count = min(total, _MOST_TRAINING)
     searched = np.arange(count) * total // count
 
@@ -60,6 +66,7 @@ def find_neighbours(
         return (images for images, _ in batches)
 
     training = torch.cat([extractor.features(images) for images in read(searched)])
+    check_finite(training, "training image {}".format)
     features = torch.cat([extractor.features(part) for part in samples.split(BATCH)])
     distances, found = nearest(features[:SHOWN], training, NEIGHBOURS)
     wanted, place = np.unique(searched[found.numpy()], return_inverse=True)

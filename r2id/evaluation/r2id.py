@@ -29,12 +29,13 @@ from r2id.evaluation.reference import (
     ImageFeatures,
     compare_features,
     extract_features,
+    frechet_spread,
     real_batches,
     window_part,
 )
 from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress
-from r2id.sampling.conditions import choose_labels
+from r2id.sampling.conditions import spread_labels
 from r2id.sampling.sampler import Sampler
 
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
@@ -177,13 +178,15 @@ def measure_real_baseline(
 class Samples:
     """``count`` samples of all classes in turn, with seeds from ``seed`` on, at any size.
 
+    Fewer samples than there are classes are of evenly spaced ones (spread_labels).
+
     Latents are sampled once per latent grid, and decoded at every image size that uses the grid.
     """
 
     def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
         self.sampler = sampler
         self.labels, self.seeds = (
-            choose_labels((), count, sampler.num_classes),
+            spread_labels(count, sampler.num_classes),
             torch.arange(seed, seed + count),
         )
         # By grid: latents of the first seeds, as many as were needed so far.
@@ -195,8 +198,24 @@ class Samples:
     def first(self, count: int) -> Samples:
         """Return ``count`` samples that share seeds, labels and computed latents with these."""
         samples = Samples(self.sampler, count, int(self.seeds[0]))
+        period = min(len(self), max(1, self.sampler.num_classes))
+        samples.labels = self.labels[torch.arange(count) % period]
         samples._latents = self._latents
         return samples
+
+    def with_count(self, count: int) -> Samples:
+        """Return ``count`` samples with these seeds, whose classes stand for all.
+
+        They share latents with these unless there are more classes than samples, so that the first
+        of these samples are of the first classes alone.
+        """
+        samples = self.first(count)
+        labels = spread_labels(count, self.sampler.num_classes)
+        return (
+            samples
+            if samples.labels.equal(labels)
+            else Samples(self.sampler, count, int(self.seeds[0]))
+        )
 
     def batches(self, size: Size, length: int | None = None) -> Iterator[Tensor]:
         """Yield images [N, C, H, W] of a size, ``length`` at a time (default: as memory allows)."""
@@ -229,12 +248,16 @@ def score_samples(
     extractor: FeatureExtractor,
     real: ImageFeatures,
     size: Size,
+    spread: bool = False,
 ) -> dict[str, Any]:
     """Score samples of one size.
 
     Returns the class accuracy (the share classified as the class asked for), the same per class,
     the samples with the lowest probability of that class, and the metrics of compare_features.
-    Values are None without a classifier, or where there are too few images for a metric.
+    Values are None without a classifier, or where there are too few images for a metric. With
+    ``spread``, the result of frechet_spread is among them.
+
+    Raises WorkError when features of a sample are not finite.
     """
     probabilities: list[Tensor] = []
 
@@ -246,14 +269,22 @@ def score_samples(
 
     sampler = samples.sampler
     window = window_part(sampler.codec.image, extractor.size)
-    features = extract_features(extractor, classified(), window)
+
+    def name(number: int) -> str:
+        guidance = sampler.defaults.guidance
+        seed = int(samples.seeds[number])
+        return f"sample of seed {seed} at {size[0]}x{size[1]}, guidance {guidance:g}"
+
+    features = extract_features(extractor, classified(), window, name)
     return {
         "size": list(size),
         "grid": list(sampler.grid_for(size)),
         "samples": len(samples),
         "first_seed": int(samples.seeds[0]),
+        "classes": len(samples.labels.unique()) if sampler.num_classes else 0,
         **_class_scores(torch.cat(probabilities) if classifier else None, samples),
         **compare_features(features, real),
+        **({"frechet_spread": frechet_spread(features, real)} if spread else {}),
     }
 
 

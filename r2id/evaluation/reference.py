@@ -6,7 +6,7 @@ Shape letters: N images · C colours · H, W image · D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from r2id import rng
 from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
+from r2id.errors import WorkError
 from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.metrics import (
     frechet_distance,
@@ -29,6 +30,7 @@ from r2id.models.coords import Size
 
 BATCH = 100
 MOST_REAL = 10_000  # real images that samples are compared with
+_THINNING, _HALVING = 1, 2  # streams of random numbers
 
 WINDOW_RULE = (
     "one window per image, at a place drawn by its number: half the height and half the width, or "
@@ -58,18 +60,25 @@ class ImageFeatures:
 
 
 def extract_features(
-    extractor: FeatureExtractor, batches: Iterable[Tensor], window: tuple[float, float] = (0.5, 0.5)
+    extractor: FeatureExtractor,
+    batches: Iterable[Tensor],
+    window: tuple[float, float] = (0.5, 0.5),
+    name: Callable[[int], str] = "real image {}".format,
 ) -> ImageFeatures:
     """Extract features and spectrum of images [N, C, H, W] of one size, in [−1, 1], in batches.
 
     ``window`` is the part of the height and width that windows have (see window_part). The result
     does not depend on how the images are divided into batches.
+
+    Raises WorkError with the ``name`` of the first image, counted from 0, whose features are not
+    finite.
     """
     whole, windows, spectra, first = [], [], [], 0
     for images in batches:
         whole.append(extractor.features(images))
         windows.append(extractor.features(cut_windows(images, first, window)))
         spectra.append(radial_spectrum(images) * len(images))
+        check_finite(torch.cat([whole[-1], windows[-1]], 1), name, first)
         first += len(images)
     return ImageFeatures(
         torch.cat(whole),
@@ -77,6 +86,17 @@ def extract_features(
         (images.shape[2], images.shape[3]),
         torch.stack(spectra).sum(0) / first,
     )
+
+
+def check_finite(features: Tensor, name: Callable[[int], str], first: int = 0) -> None:
+    """Raise WorkError for the first features [N, D] that are not finite.
+
+    It gives the ``name`` of their image; images are counted from ``first``. Distances of such
+    features mean nothing, and one image spoils those of the whole set.
+    """
+    wrong = (~features.isfinite().all(1)).nonzero()
+    if len(wrong):
+        raise WorkError(f"{name(first + int(wrong[0]))}: its features are not finite numbers")
 
 
 def window_part(size: Size, given: Size) -> tuple[float, float]:
@@ -116,7 +136,7 @@ def compare_features(features: ImageFeatures, real: ImageFeatures) -> Figures:
     Fréchet distances of both features, kernel distance (``kid``), precision and recall, and the
     distance of the spectra, which is for images of one size alone. A metric is None if there are
     too few images for it, or it is not for these. Precision and recall depend on the numbers of
-    images, so the larger set is thinned evenly to the size of the smaller.
+    images, so the larger set is thinned at random to the size of the smaller.
     """
     figures: Figures = dict.fromkeys(METRICS)
     count = min(len(features), len(real))
@@ -128,7 +148,7 @@ def compare_features(features: ImageFeatures, real: ImageFeatures) -> Figures:
         }
     if count > 3:
         figures["precision"], figures["recall"] = precision_and_recall(
-            _evenly(features.whole, count), _evenly(real.whole, count)
+            _thin(features.whole, count), _thin(real.whole, count)
         )
     ours, theirs = features.spectrum, real.spectrum
     if count > 1 and ours is not None and theirs is not None and features.size == real.size:
@@ -153,6 +173,25 @@ def real_batches(
         yield batch["image"], batch["label"]
 
 
-def _evenly(features: Tensor, count: int) -> Tensor:
-    """Choose ``count`` features, evenly spaced."""
-    return features[torch.arange(count) * len(features) // count]
+def _thin(features: Tensor, count: int) -> Tensor:
+    """Choose ``count`` features at random, always the same ones.
+
+    Not every k-th: samples take classes in turn, of which even steps would leave some out.
+    """
+    if count == len(features):
+        return features
+    return features[rng.subset(rng.fold(_THINNING), len(features), count)]
+
+
+def frechet_spread(features: ImageFeatures, real: ImageFeatures) -> float | None:
+    """Estimate how far chance moves the Fréchet distance of samples: its standard error.
+
+    That is half the difference between the distances of two random halves of the samples. None if
+    there are too few of them.
+    """
+    if min(len(features) // 2, len(real)) < 2:
+        return None
+    order = rng.subset(rng.fold(_HALVING), len(features), len(features))
+    halves = features.whole[order].tensor_split(2)
+    one, other = (frechet_distance(half, real.whole) for half in halves)
+    return abs(one - other) / 2

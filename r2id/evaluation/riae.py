@@ -18,6 +18,7 @@ from r2id.data.shards import ShardSet
 from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.images import resize
 from r2id.evaluation.metrics import frechet_distance, mse, ssim
+from r2id.evaluation.reference import check_finite
 from r2id.images import psnr
 from r2id.models.codec import Codec
 from r2id.models.coords import Size, scale_size
@@ -108,7 +109,7 @@ def _measure(
         name: {
             "size": list(sizes[name].most_common(1)[0][0]),
             "images": sizes[name].total(),
-            "frechet": frechet_of_batches(features[name], features[""]),
+            "frechet": frechet_of_batches(features[name], features[""], f"at {name} size"),
             **{
                 f"{figure}{kind}": float(value)
                 for (scale, kind), parts in errors.items()
@@ -122,11 +123,17 @@ def _measure(
     }
 
 
-def frechet_of_batches(one: list[Tensor], other: list[Tensor]) -> float | None:
-    """Return the Fréchet distance of features given in batches; None if there are too few."""
-    if sum(map(len, one)) < 2 or sum(map(len, other)) < 2:
+def frechet_of_batches(decoded: list[Tensor], originals: list[Tensor], size: str) -> float | None:
+    """Return the Fréchet distance of features given in batches; None if there are too few.
+
+    Raises WorkError when some are not finite; ``size`` says for it which ones were decoded.
+    """
+    if sum(map(len, decoded)) < 2 or sum(map(len, originals)) < 2:
         return None
-    return frechet_distance(torch.cat(one), torch.cat(other))
+    one, other = torch.cat(decoded), torch.cat(originals)
+    check_finite(other, "test image {}".format)
+    check_finite(one, lambda number: f"reconstruction {number} {size}")
+    return frechet_distance(one, other)
 
 
 def _compare(images: Tensor, truth: Tensor) -> Tensor:

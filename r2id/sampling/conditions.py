@@ -42,6 +42,17 @@ def choose_labels(
     return torch.tensor([choices[i % len(choices)] for i in range(count)], dtype=torch.int64)
 
 
+def spread_labels(count: int, classes: int) -> Tensor:
+    """Choose ``count`` labels that stand for all classes → int64 [count], −1 without classes.
+
+    Classes take turns; where there are more classes than labels, evenly spaced ones are taken, not
+    the first: those of a data set are often alike.
+    """
+    if count < classes:
+        return torch.arange(count) * classes // count
+    return choose_labels((), count, classes)
+
+
 def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
     """Turn attributes such as ``["Smiling", "-Male"]`` into a condition → float32 [A].
 

@@ -109,6 +109,14 @@ def test_samples_stand_beside_stretched_real_images(sampler, classifier, shards,
     )  # the samples are of a model that has hardly been trained
 
 
+def test_as_many_samples_as_real_images_are_scored(sampler, classifier, shards, data, monkeypatch):
+    monkeypatch.setattr(invariance, "_SIZES", ((28, 28),))
+    found = measure_samples(Samples(sampler, 200, 2), classifier, classifier, shards, data)
+    row = found["sizes"]["8x8"]
+    assert row["samples"] == row["stretched"]["images"] == 179  # the other half of the test split
+    assert "lowest" not in row
+
+
 def test_reconstructions_by_size(sampler, classifier, shards, data):
     codec = replace(sampler.codec, bfloat16=False)
     found = measure_reconstructions(codec, shards, data, classifier, limit=30)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from r2id.errors import WorkError
 from r2id.evaluation import r2id as r2id_module
 from r2id.evaluation.backbone import Backbone
 from r2id.evaluation.errors_by_noise import loss_at
@@ -94,7 +95,7 @@ def test_real_images_are_near_and_noise_is_far(classifier, shards, data):
 def test_scores_of_samples(sampler, classifier, shards, data):
     real, _ = measure_real_baseline(classifier, shards, data, (8, 8), 100)
     scores = score_samples(Samples(sampler, 130, 3), classifier, classifier, real, (12, 8))
-    assert scores["size"] == [12, 8] and scores["samples"] == 130
+    assert scores["size"] == [12, 8] and scores["samples"] == 130 and scores["classes"] == 10
     assert scores["grid"] == list(sampler.grid_for((12, 8)))
     assert scores["accuracy"] == pytest.approx(
         sum(scores["accuracy_per_class"]) / 10
@@ -142,8 +143,41 @@ def test_the_same_seeds_at_every_size(sampler):
         (5, 16): (3, 1, 5, 16),
     }
     torch.testing.assert_close(
-        drawn[8, 8], sampler.sample(torch.arange(3), torch.arange(7, 10), (8, 8))
+        drawn[8, 8], sampler.sample(torch.tensor([0, 3, 6]), torch.arange(7, 10), (8, 8))
     )
+
+
+def test_fewer_samples_than_classes_are_of_evenly_spaced_ones(sampler):
+    few = Samples(sampler, 5, 3)
+    assert few.labels.tolist() == [0, 2, 4, 6, 8]
+    assert few.first(2).labels.tolist() == [0, 2]
+    assert few.first(7).labels.tolist() == [0, 2, 4, 6, 8, 0, 2]
+    all_classes = Samples(sampler, 25, 3)
+    assert all_classes.labels.equal(torch.arange(25) % 10)
+    assert all_classes.first(5).labels.tolist() == [0, 1, 2, 3, 4]
+    again = all_classes.with_count(5)
+    assert again.labels.equal(few.labels) and again.seeds.equal(few.seeds)
+    assert torch.equal(torch.cat(list(again.batches((8, 8)))), few_images(few))
+    # Where the classes are the same, so are the latents.
+    assert all_classes.with_count(12)._latents is all_classes._latents
+    assert again._latents is not all_classes._latents
+
+
+def few_images(samples):
+    return samples.sampler.sample(samples.labels, samples.seeds, (8, 8))
+
+
+def test_what_spoils_the_features_is_named(sampler, classifier, shards, data):
+    real, _ = measure_real_baseline(classifier, shards, data, (8, 8), 100)
+
+    class Spoilt:
+        name, size = "spoilt", (8, 8)
+
+        def features(self, images):
+            return classifier.features(images) / 0
+
+    with pytest.raises(WorkError, match=r"sample of seed 3 at 12x8, guidance 1\.1: its features"):
+        score_samples(Samples(sampler, 4, 3), None, Spoilt(), real, (12, 8))
 
 
 def test_fewer_and_more_samples_are_the_same_ones(sampler, monkeypatch):

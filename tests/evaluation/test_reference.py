@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from r2id.errors import WorkError
 from r2id.evaluation.metrics import frechet_distance
 from r2id.evaluation.reference import (
     ImageFeatures,
     compare_features,
     cut_windows,
     extract_features,
+    frechet_spread,
     real_batches,
     window_part,
 )
@@ -86,6 +88,51 @@ def test_sets_are_compared_whole_and_by_windows():
         "frechet"
     ] == pytest.approx(0, abs=1e-6)
     assert set(compare_features(ImageFeatures(x[:1], x[:1]), few).values()) == {None}
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_samples_that_take_classes_in_turn_keep_them_all_when_thinned(times):
+    """Perfect samples of ten separate classes, ``times`` as many as there are real images."""
+    generator = torch.Generator().manual_seed(0)
+    places = 8 * torch.randn(10, 16, generator=generator)
+
+    def draw(labels):
+        x = places[labels] + torch.randn(len(labels), 16, generator=generator)
+        return ImageFeatures(x, x)
+
+    real = draw(torch.randint(0, 10, (1000,), generator=generator))
+    samples = draw(torch.arange(1000 * times) % 10)
+    figures = compare_features(samples, real)
+    assert figures["recall"] > 0.7 and figures["precision"] > 0.7
+    assert compare_features(samples, real) == figures
+
+
+def test_features_that_are_not_finite_are_named():
+    def features(images):
+        return (1 / images).mean((2, 3))
+
+    images = torch.ones(8, 1, 6, 6)
+    images[5, 0, 0, 0] = 0
+    with pytest.raises(WorkError, match=r"real image 5: its features are not finite"):
+        extract_features(SimpleNamespace(features=features), images.split(3))
+    with pytest.raises(WorkError, match=r"seed 15:"):
+        extract_features(
+            SimpleNamespace(features=features), [images], name=lambda n: f"seed {10 + n}"
+        )
+
+
+def test_the_spread_of_a_distance_is_about_that_of_drawing_anew():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 4, generator=generator)
+    real = ImageFeatures(x, x)
+    sets = [ImageFeatures(y, y) for y in torch.randn(40, 100, 4, generator=generator) + 0.5]
+    distances = torch.tensor([compare_features(some, real)["frechet"] for some in sets])
+    spreads = torch.tensor([frechet_spread(some, real) for some in sets])
+    # Half a difference of two normal numbers, each of twice the variance.
+    assert float(spreads.square().mean().sqrt()) == pytest.approx(float(distances.std()), rel=0.3)
+    assert frechet_spread(sets[0], real) == spreads[0]
+    few = ImageFeatures(x[:3], x[:3])
+    assert frechet_spread(few, real) is None
 
 
 def test_real_images_at_a_size(shards, data):
