@@ -149,11 +149,16 @@ class Pipeline:
             run = load_config(file, overrides)
             assert not isinstance(run, PipelineRun), "_stage has checked it"
             data = run.data
-            for setting in ("train_split", "test_split"):
+            wanted = {f"{name}: data.train_split": data.train_split}
+            if self.config.evaluate.split:  # previews, which show the test split, do without
+                wanted["evaluate.split"] = self.config.evaluate.split
+            else:
+                wanted[f"{name}: data.test_split"] = data.test_split
+            for setting, split in wanted.items():
                 try:
-                    check_split(self.config.prepare.out, getattr(data, setting))
+                    check_split(self.config.prepare.out, split)
                 except InputError as error:
-                    raise InputError(f"{name}: data.{setting}: {error}") from None
+                    raise InputError(f"{setting}: {error}") from None
             if isinstance(run, R2idRun):
                 self._check_labels(run)
 

@@ -201,6 +201,7 @@ def evaluate(
         sizes=config.sizes,
         count=config.count,
         seed=config.seed,
+        split=config.split,
         invariance=config.invariance_count if config.invariance else 0,
         extractor=config.extractor,
         extractor_size=config.extractor_size,
@@ -227,6 +228,12 @@ def noise_shift(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise.")] = 0,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split that the images are of. Default: data.test_split of the model's training."
+        ),
+    ] = None,
     apply: Annotated[
         bool,
         typer.Option(
@@ -242,7 +249,14 @@ def noise_shift(
     from r2id.evaluation.noise_shift import measure_noise_shift
 
     result = measure_noise_shift(
-        checkpoint, shards, out, images=images, seed=seed, apply=apply, device=find_device(device)
+        checkpoint,
+        shards,
+        out,
+        images=images,
+        seed=seed,
+        split=split,
+        apply=apply,
+        device=find_device(device),
     )
     report(result, as_json, _noise_shift_lines)
 

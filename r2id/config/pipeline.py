@@ -95,6 +95,9 @@ class EvaluateConfig(SamplerConfig):
     """Height x width of the samples in pixels. Without any, the size of the training images."""
     seed: Seed = 0
     """Seed of the first sample of each size."""
+    split: str | None = None
+    """Split of the shards that is compared with. Without one, ``data.test_split`` of the model's
+    training."""
     invariance: bool = False
     """Also evaluate at fourteen other sizes and ratios, beside real images resized to them."""
     invariance_count: int = Field(default=500, ge=1)

@@ -33,7 +33,9 @@ def sweep_guidance(
     for scale in scales:
         guided = replace(sampler, defaults=change(sampler.defaults, {"guidance": scale}))
         drawn.append(Samples(guided, len(samples), int(samples.seeds[0])))
-        scores = score_samples(drawn[-1], classifier, extractor, real, sampler.codec.image, True)
+        scores = score_samples(
+            drawn[-1], classifier, extractor, real, sampler.codec.image, spread=True
+        )
         rows.append({"guidance": scale, **{name: scores[name] for name in MEASURED}})
     least = min(range(len(rows)), key=lambda number: rows[number]["frechet"])
     best = rows[least]

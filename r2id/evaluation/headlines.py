@@ -33,6 +33,10 @@ def headlines(metrics: Mapping[str, Any]) -> list[str]:
         )
     if "invariance" in metrics:
         lines += _invariance_headlines(metrics["invariance"])
+    if metrics["provenance"]["data"]["made_grey"]:
+        lines.append(
+            "the model is grey: images were made grey before anything was compared with them"
+        )
     if "riae" not in metrics:
         return lines
     native = metrics["riae"]["native"]
@@ -47,9 +51,14 @@ def headlines(metrics: Mapping[str, Any]) -> list[str]:
 def _guidance_headline(found: Mapping[str, Any]) -> str:
     scales = {row["guidance"]: row["frechet"] for row in found["scales"]}
     least = found["least_frechet"]
+    alike = (
+        f"; chance may make the difference to {', '.join(f'{scale:g}' for scale in found['alike'])}"
+        if found["alike"]
+        else ""
+    )
     return (
         f"guidance {least:g} has the least Fréchet distance, {scales[least]:.3g}, of "
-        f"{', '.join(f'{scale:g}' for scale in scales)} ({found['samples']} samples each)"
+        f"{', '.join(f'{scale:g}' for scale in scales)} ({found['samples']} samples each){alike}"
     )
 
 

@@ -8,7 +8,7 @@ from html import escape
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff;
-       max-width: 70rem; margin: 2rem auto; padding: 0 1.25rem }
+       max-width: 78rem; margin: 2rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.7rem; margin-bottom: 0 }
 h2 { margin: 2.4rem 0 .4rem; border-bottom: 1px solid #d8dbe0 }
 h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
@@ -18,9 +18,10 @@ h3 { margin: 1.6rem 0 .3rem; font-size: 1.05rem }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e7e9ed;
-         white-space: nowrap }
-th:first-child, td:first-child { text-align: left } thead th { color: #5b6470; font-weight: 600 }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e7e9ed }
+td { white-space: nowrap } th { vertical-align: bottom }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+thead th { color: #5b6470; font-weight: 600 }
 figure { margin: 1rem 0 } figcaption { font-size: .92rem; margin-top: .3rem }
 img { max-width: 100%; height: auto } img.pixels { image-rendering: pixelated }
 .grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr));

@@ -35,6 +35,7 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.evaluation import figures
 from r2id.evaluation.errors_by_noise import data_error
+from r2id.evaluation.provenance import evaluated_data
 from r2id.evaluation.r2id import Latents, encode_resized
 from r2id.files import NOISE_SHIFT_FILE, write_atomic, write_json
 from r2id.models.coords import Size, scale_size
@@ -77,13 +78,15 @@ def measure_noise_shift(
     *,
     images: int = 256,
     seed: int = 0,
+    split: str | None = None,
     apply: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Measure k of an R2ID checkpoint on some test images of a shard set.
 
     Writes noise-shift.json and noise-shift.png into ``out`` (by default ``report`` in the run
-    directory) and returns the content of the JSON file. With ``apply``, sampling from this
+    directory) and returns the content of the JSON file. The images are of ``split``, by default of
+    ``data.test_split`` of the training. With ``apply``, sampling from this
     checkpoint uses the measured k from now on; see r2id.sampling.noise_shift.
 
     Raises InputError when checkpoint, shards or ``out`` are unusable, and WorkError when a curve
@@ -99,8 +102,7 @@ def measure_noise_shift(
         )
     opened, sampler = ShardSet.open(shards), Sampler.load(checkpoint, device)
     recorded = DataConfig.model_validate(checkpoint.meta.config["data"])
-    data = recorded.model_copy(update={"shards": opened.folder, "latents": None})
-    opened.split(data.test_split)
+    data = evaluated_data(recorded, opened, split)
     sizes = choose_sizes(sampler)
     curves: dict[Size, list[float]] = {}
     with Progress("noise-shift", len(sizes) * len(LOG_SNRS), unit="logSNRs") as progress:

@@ -13,6 +13,7 @@ import r2id
 from r2id.checkpoints.trained import Trained
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
+from r2id.errors import InputError
 from r2id.evaluation.classifier import Classifier
 from r2id.evaluation.extractor import FeatureExtractor
 from r2id.evaluation.images import RESIZE_RULE
@@ -33,6 +34,10 @@ class Subject:
     sampler: Sampler | None
     shards: ShardSet
     seed: int
+    split: str | None = None
+    """Split that is compared with; None for the test split of the model's training."""
+    grey: bool = False
+    """Whether the model has one colour channel, and the shards have images in colour."""
     classifier: Classifier | None = None
     extractor: FeatureExtractor | None = None
     """The network in whose features images are compared: a TorchScript file or the classifier."""
@@ -49,7 +54,22 @@ class Subject:
 
     def _with_shards(self, recorded: DataConfig) -> DataConfig:
         # Images are prepared as in training, even if the shards are others.
-        return recorded.model_copy(update={"shards": self.shards.folder, "latents": None})
+        return evaluated_data(recorded, self.shards, self.split)
+
+
+def evaluated_data(recorded: DataConfig, shards: ShardSet, split: str | None) -> DataConfig:
+    """Return the data settings of a model's training, but with other shards and a test split.
+
+    Raises InputError when the shards have no such split.
+    """
+    split = split or recorded.test_split
+    try:
+        shards.split(split)
+    except InputError as error:
+        raise InputError(f"{error}: --split names the one to compare with") from None
+    return recorded.model_copy(
+        update={"shards": shards.folder, "latents": None, "test_split": split}
+    )
 
 
 def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
@@ -60,6 +80,8 @@ def describe(subject: Subject, metrics: Mapping[str, Any]) -> Facts:
         "data": {
             "dataset": shards.manifest.dataset,
             "digest": shards.digest,
+            "split": subject.data.test_split,
+            "made_grey": subject.grey,
             "class_names": shards.class_names,
             **{f"{name}_images": split.samples for name, split in splits.items()},
         },

@@ -10,6 +10,9 @@ from html import escape
 from typing import Any
 
 from r2id.evaluation.html import figure, number, page, share, size_name, table
+from r2id.evaluation.report_invariance import invariance_parts, reconstruction_cells
+
+_MOST_CLASSES, _EXTREME_CLASSES = 50, 20  # of more classes, so many of both ends are shown
 
 COMPARED = {
     "frechet": "Fréchet",
@@ -29,7 +32,7 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         parts += _guidance(metrics, pictures)
         parts += _neighbours(metrics, pictures)
     if "invariance" in metrics:
-        parts += _invariance(metrics, pictures)
+        parts += invariance_parts(metrics, pictures)
     if "riae" in metrics:
         parts += _riae(metrics["riae"], pictures)
     parts += _provenance(metrics["provenance"])
@@ -65,9 +68,16 @@ def _head(metrics: Mapping[str, Any]) -> str:
     shown = "".join(
         f'<div class="card"><b>{value}</b>{escape(name)}</div>' for name, value in cards
     )
+    grey = (
+        " The model has one colour channel: images were made grey before anything was compared "
+        "with them."
+        if data["made_grey"]
+        else ""
+    )
     return (
         f"<h1>{escape(data['dataset'])}: evaluation</h1>"
-        f'<p class="sub">Sizes are height × width in pixels.</p><div class="cards">{shown}</div>'
+        f'<p class="sub">Sizes are height × width in pixels.{grey}</p>'
+        f'<div class="cards">{shown}</div>'
     )
 
 
@@ -84,7 +94,7 @@ def _r2id(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable
     ]
     yield f'<div class="grids">{"".join(grids)}{figure("real", pictures)}</div>'
     if "classifier" in metrics:
-        yield _class_table(
+        yield class_table(
             list(found["sizes"].values()), metrics["provenance"]["data"]["class_names"]
         )
         yield "<h3>Failures</h3>"
@@ -123,7 +133,10 @@ def _guidance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iter
             [
                 f"{row['guidance']:g}",
                 share(row["accuracy"]),
-                *(number(row[name]) for name in COMPARED),
+                *(
+                    number(row[name]) + (_spread(row) if name == "frechet" else "")
+                    for name in COMPARED
+                ),
             ]
             for row in found["scales"]
         ],
@@ -131,8 +144,14 @@ def _guidance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iter
     yield (
         f'<p class="sub">{found["samples"]:,} samples of {size_name(found["size"])} at each scale, '
         "of the same seeds. All other figures are of samples with guidance "
-        f"{found['least_frechet']:g}, whose Fréchet distance is the least.</p>"
+        f"{found['least_frechet']:g}, whose Fréchet distance is the least. After ±: half the "
+        "difference between the distances of two halves of the samples, which says how far chance "
+        "moves it.</p>"
     )
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    return "" if row["frechet_spread"] is None else f" ± {row['frechet_spread']:.2g}"
 
 
 def _neighbours(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
@@ -175,9 +194,10 @@ def _samples_table(metrics: Mapping[str, Any]) -> str:
         f'<p class="sub">{_classifier_note(metrics)} Fréchet distances, precision and recall '
         f"(k = 3) are to {real['test_images']:,} real test images in the features of "
         f"{escape(extractor['name'])}, whose input is {size_name(extractor['size'])}; those of "
-        "real training images are what perfect samples would have. KID: kernel distance in the "
-        "same features, for few images. Spectrum: mean absolute log ratio of the power at each "
-        "spatial frequency to that of real images of the same size; blur and noise raise it. "
+        f"real training images are what perfect samples would have.{_fewer_note(metrics)} KID: "
+        "kernel distance in the same features, for few images. Spectrum: mean absolute log ratio "
+        "of the power at each spatial frequency to that of real images of the same size; blur and "
+        "noise raise it. "
         f"Windows: {escape(provenance['rules']['windows'])}. "
         f"{sampling_note(sampling)}</p>"
     )
@@ -206,98 +226,47 @@ def _classifier_note(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    return "<h3>Class accuracy by class</h3>" + table(
-        ["class", *(size_name(row["size"]) for row in rows)],
-        [
-            [name, *(share(row["accuracy_per_class"][k]) for row in rows)]
-            for k, name in enumerate(names)
-        ],
-    )
+def _fewer_note(metrics: Mapping[str, Any]) -> str:
+    """Say what compares badly: fewer training images than samples, and fewer classes than all."""
+    found, names = metrics["r2id"], metrics["provenance"]["data"]["class_names"]
+    row, notes = next(iter(found["sizes"].values())), ""
+    if found["real"]["training_images"] < row["samples"]:
+        notes += (
+            " There are fewer of them than samples, which makes their distances larger for that "
+            "alone."
+        )
+    if row["classes"] and row["classes"] < len(names):
+        notes += (
+            f" Samples are of {row['classes']:,} of {len(names):,} classes, evenly spaced, which "
+            "makes theirs larger: more samples show all."
+        )
+    return notes
 
 
-def _invariance(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[str]:
-    found, rules = metrics["invariance"], metrics["provenance"]["rules"]
-    yield (
-        "<h2>Resolution invariance</h2>"
-        f'<p class="sub">Sizes: {escape(rules["invariance_sizes"])}.</p>'
-    )
-    if "r2id" in found:
-        rows = found["r2id"]["sizes"].values()
-        yield table(
+def class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Tabulate the accuracy by class; of many classes, those where that at the first size is least
+    and greatest.
+    """
+    accuracy = rows[0]["accuracy_per_class"]
+    shown = [number for number in range(len(names)) if accuracy[number] is not None]
+    words = ""
+    if len(shown) > _MOST_CLASSES:
+        ordered = sorted(shown, key=lambda number: accuracy[number])
+        shown = ordered[:_EXTREME_CLASSES] + ordered[-_EXTREME_CLASSES:]
+        words = (
+            f'<p class="sub">The {_EXTREME_CLASSES} lowest and highest of {len(ordered):,} classes '
+            f"at {size_name(rows[0]['size'])}.</p>"
+        )
+    return (
+        "<h3>Class accuracy by class</h3>"
+        + table(
+            ["class", *(size_name(row["size"]) for row in rows)],
             [
-                "size",
-                "latent grid",
-                "accuracy",
-                "of real",
-                *(word for name in ("Fréchet", "of windows") for word in (name, "of real")),
-                "precision",
-                "recall",
-                "consistency",
-                "same class",
-            ],
-            [
-                [
-                    size_name(row["size"]),
-                    size_name(row["grid"]),
-                    *(
-                        words(side[name])
-                        for name, words in (
-                            ("accuracy", share),
-                            ("frechet", number),
-                            ("patch_frechet", number),
-                        )
-                        for side in (row, row["stretched"])
-                    ),
-                    number(row["precision"]),
-                    number(row["recall"]),
-                    f"{row['consistency']['psnr']:.2f} dB",
-                    share(row["consistency"]["same_class"]),
-                ]
-                for row in rows
+                [names[number], *(share(row["accuracy_per_class"][number]) for row in rows)]
+                for number in shown
             ],
         )
-        yield _invariance_words(found["r2id"])
-        yield from (figure(name, pictures) for name in pictures if name.startswith("invariance_"))
-    if "riae" in found:
-        yield from _reconstructions(found["riae"])
-
-
-def _reconstructions(found: Mapping[str, Any]) -> Iterable[str]:
-    yield "<h3>Reconstructions</h3>" + table(
-        ["size", "images", "MSE", "PSNR", "SSIM", "Fréchet", "consistency"],
-        [
-            [
-                size_name(row["size"]),
-                f"{row['images']:,}",
-                *_reconstruction(row, ""),
-                number(row["frechet"]),
-                f"{row['consistency']:.2f} dB",
-            ]
-            for row in found["sizes"].values()
-        ],
-    )
-    half = found["half_to_double"]
-    yield (
-        '<p class="sub">Encoded at the native size and decoded at each; the truth is the image '
-        "resized by a bicubic filter. Consistency: PSNR of the image decoded at twice the size, "
-        "averaged down, against the one decoded at the size. Encoded at half and decoded at double "
-        "the size, the "
-        f"squared error is {half['mse']:.4f}, {half['relative']:.2f} times that at the native "
-        f"size, {half['native_mse']:.4f}.</p>"
-    )
-
-
-def _invariance_words(found: Mapping[str, Any]) -> str:
-    row = next(iter(found["sizes"].values()))
-    return (
-        f'<p class="sub">{row["samples"]:,} samples per size. Of real: '
-        f"{row['stretched']['images']:,} real test images, stretched to the size and scored in the "
-        "same way. All pictures are then resized to the input of the feature extractor, whatever "
-        f"their aspect ratio. Both are compared with {found['reference_images']:,} other real test "
-        f"images. Consistency: PSNR of the same {row['consistency']['samples']:,} seeds at twice "
-        "the size, averaged down, against those at the size, and the share that is classified the "
-        "same at both.</p>"
+        + words
     )
 
 
@@ -321,9 +290,9 @@ def _riae(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[s
                 name,
                 size_name(row["size"]),
                 f"{row['images']:,}",
-                *_reconstruction(row, ""),
+                *reconstruction_cells(row, ""),
                 number(row["frechet"]),
-                *(_reconstruction(row, "_encoded") if "mse_encoded" in row else ["", "", ""]),
+                *(reconstruction_cells(row, "_encoded") if "mse_encoded" in row else ["", "", ""]),
             ]
             for name, row in found.items()
         ],
@@ -336,10 +305,6 @@ def _riae(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Iterable[s
     )
     yield figure("reconstructions", pictures)
     yield figure("latents", pictures)
-
-
-def _reconstruction(row: Mapping[str, Any], kind: str) -> list[str]:
-    return [f"{row[f'mse{kind}']:.4f}", f"{row[f'psnr{kind}']:.2f} dB", f"{row[f'ssim{kind}']:.4f}"]
 
 
 def _provenance(facts: Mapping[str, Any]) -> Iterable[str]:

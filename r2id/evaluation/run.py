@@ -7,6 +7,7 @@ r2id.evaluation.provenance records how each figure was made.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 from r2id.checkpoints.trained import Trained, open_trained
-from r2id.config import change
+from r2id.config import DataConfig, change
+from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation import figures
@@ -24,7 +26,7 @@ from r2id.evaluation.extractor import TorchScriptExtractor
 from r2id.evaluation.guidance import sweep_guidance
 from r2id.evaluation.headlines import headlines
 from r2id.evaluation.invariance import measure_reconstructions, measure_samples
-from r2id.evaluation.neighbours import find_neighbours
+from r2id.evaluation.neighbours import check_training_images, find_neighbours
 from r2id.evaluation.pictures import (
     GRID_COUNT,
     Pictures,
@@ -43,6 +45,7 @@ from r2id.evaluation.r2id import (
     measure_real_baseline,
     score_samples,
 )
+from r2id.evaluation.reference import BATCH
 from r2id.evaluation.report import render
 from r2id.evaluation.riae import measure_riae
 from r2id.evaluation.self_supervised import load_or_train_extractor
@@ -54,8 +57,11 @@ from r2id.sampling.sampler import Sampler
 
 # 2: "t_scrape" and "grid_scrape" became "loss_by_time" and "loss_by_grid".
 # 3: windows of large images are no longer shrunk ("patch_frechet").
-FORMAT_VERSION = 3
+# 4: sets of unequal sizes are thinned at random, invariance compares as many real images as
+# samples, and its rows have no "lowest".
+FORMAT_VERSION = 4
 _COMPARED = 1000  # samples, at most, whose nearest training images are found
+_COLOURED = 0.1  # least difference of colour channels in [−1, 1] that no compression makes of grey
 Metrics = dict[str, Any]
 
 
@@ -67,6 +73,7 @@ def evaluate(
     sizes: Sequence[Size] = (),
     count: int = 1000,
     seed: int = 0,
+    split: str | None = None,
     invariance: int = 0,
     guidance: float | Sequence[float] | None = None,
     extractor: str | Path | None = None,
@@ -74,16 +81,18 @@ def evaluate(
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> Metrics:
-    """Measure an RIAE or R2ID checkpoint on the test split of a shard set.
+    """Measure an RIAE or R2ID checkpoint on the test split, or another, of a shard set.
 
     With an R2ID checkpoint its RIAE is measured too. Writes ``metrics.json``, ``figures/*.png``,
     ``report.html`` and, for reuse, the networks that it trains (``classifier.safetensors``,
-    ``extractor.safetensors``) into the folder ``out``, replacing an older evaluation.
+    ``extractor.safetensors``) into the folder ``out``, replacing an older evaluation. Files there
+    that are of none stay.
     Returns the content of metrics.json.
 
     Args:
         sizes: sizes (height, width) of the scored samples; default: the training images' size.
         count: samples scored at each size, with seeds from ``seed`` on.
+        split: split of the shards that is compared with; None is data.test_split of the training.
         invariance: samples at each of the sizes of r2id.evaluation.invariance, where
             reconstructions are measured too; 0 leaves this part out.
         guidance: scale of classifier-free guidance; None is the run's own. Of several, each is
@@ -95,13 +104,20 @@ def evaluate(
         settings: fields of SampleConfig that replace the run's own; None keeps a field.
 
     Raises InputError, before anything is written, when checkpoint, shards, extractor or ``out`` are
-    unusable, and WorkError when an extractor cannot be downloaded.
+    unusable, and WorkError when an extractor cannot be downloaded or makes features that are not
+    finite.
     """
     if out.exists() and not out.is_dir():
         raise InputError(
             f"--out {out}: is a file; must be a folder, new or of an earlier evaluation"
         )
-    subject = _open(checkpoint, shards, extractor, extractor_size, device, seed)
+    subject = _open(checkpoint, shards, extractor, extractor_size, device, seed, split)
+    compared = subject.riae_data.test_split
+    if invariance and subject.sampler and len(subject.shards.split(compared)) < 2:
+        raise InputError(
+            f"{shards}: split {compared!r} has 1 image; --invariance takes at least 2, which it "
+            "compares"
+        )
     scales = _scales(guidance, count)
     settings = {name: value for name, value in settings.items() if value is not None}
     if len(scales) == 1:
@@ -127,7 +143,7 @@ def evaluate(
         metrics |= found
         pictures |= drawn | show_samples(subject, samples, wanted, metrics["r2id"])
     if invariance:
-        metrics["invariance"] = _invariance(subject, samples and samples.first(invariance))
+        metrics["invariance"] = _invariance(subject, samples and samples.with_count(invariance))
         pictures |= show_invariance(metrics["invariance"])
     metrics["provenance"] = describe(subject, metrics)
     metrics["headlines"] = headlines(metrics)
@@ -142,14 +158,17 @@ def _open(
     extractor_size: Size | None,
     device: torch.device | str,
     seed: int,
+    split: str | None,
 ) -> Subject:
     """Open everything. Input errors are raised here, before anything is computed or written."""
     trained = open_trained(source)
     opened = ShardSet.open(shards)
     sampler = Sampler.load(trained, device) if trained.meta.stage == "r2id" else None
     codec = sampler.codec if sampler else Codec.load(trained, device)
-    subject = Subject(trained, codec, sampler, opened, seed)
-    opened.split(subject.riae_data.test_split)
+    subject = Subject(trained, codec, sampler, opened, seed, split)
+    subject = replace(subject, grey=_loses_colour(codec, opened, subject.riae_data))
+    if sampler:
+        check_training_images(opened, subject.data)
     # A model that is not conditioned on classes is sampled unconditionally, whatever they are here.
     if sampler and sampler.num_classes not in (0, opened.num_classes):
         raise InputError(
@@ -164,6 +183,15 @@ def _open(
         return subject
     size = extractor_size or codec.image
     return replace(subject, extractor=TorchScriptExtractor.load(extractor, size, codec.device))
+
+
+def _loses_colour(codec: Codec, shards: ShardSet, data: DataConfig) -> bool:
+    """Whether a model of one colour channel is shown images in colour, by some of the images."""
+    if codec.channels > 1:
+        return False
+    coloured = data.model_copy(update={"channels": 3})
+    batches = eval_loader(shards, coloured, split=data.test_split, batch=10, limit=BATCH)
+    return any(float(batch["image"].diff(dim=1).abs().max()) > _COLOURED for batch in batches)
 
 
 def _check_class_names(trained: Trained, shards: ShardSet) -> None:
@@ -259,7 +287,7 @@ def _score(
         found["sizes"][f"{height}x{width}"] = score_samples(
             samples, subject.classifier, extractor, real, (height, width)
         )
-    few = samples.first(min(len(samples), _COMPARED))
+    few = samples.with_count(min(len(samples), _COMPARED))
     near, metrics["neighbours"] = find_neighbours(
         draw_samples(few, [size])[size], real.whole, extractor, shards, data
     )
@@ -289,11 +317,24 @@ def _invariance(subject: Subject, samples: Samples | None) -> Metrics:
 
 
 def _write(out: Path, metrics: Metrics, pictures: Pictures) -> None:
-    """Write each file atomically, the report last, and remove figures of an older evaluation."""
+    """Write each file atomically, the report last, and remove figures of an older evaluation.
+
+    Those are the ones that its metrics.json lists: other pictures are the user's.
+    """
+    metrics["figures"] = sorted(pictures)
+    older = _older_figures(out / "metrics.json")
     for name, data in pictures.items():
         write_atomic(out / "figures" / f"{name}.png", data)
     for file in (out / "figures").glob("*.png"):
-        if file.stem not in pictures:
+        if file.stem in older and file.stem not in pictures:
             file.unlink()
     write_json(out / "metrics.json", metrics, allow_nan=False)
     write_atomic(out / "report.html", render(metrics, pictures).encode())
+
+
+def _older_figures(file: Path) -> list[str]:
+    """Return the names of the figures that an older evaluation, of this metrics.json, has drawn."""
+    try:
+        return json.loads(file.read_bytes()).get("figures", [])
+    except (OSError, ValueError, AttributeError):  # none, or damaged
+        return []

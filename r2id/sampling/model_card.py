@@ -174,10 +174,11 @@ def _figures(card: Card, metrics: Facts) -> Iterable[str]:
     provenance = metrics["provenance"]
     data, software = provenance["data"], provenance["software"]
     date = f" on {software['date']}" if "date" in software else ""
+    split = data.get("split", "test")  # reports of before lack it
     yield (
         f"Measured{date} with r2id {software['r2id']} and PyTorch {software['torch']} "
-        f"({software['device']}) on the test images of `{data['dataset']}` "
-        f"({data.get('test_images', 0):,}; digest `{data['digest'][:12]}`), by this command:"
+        f"({software['device']}) on the {split} images of `{data['dataset']}` "
+        f"({data.get(f'{split}_images', 0):,}; digest `{data['digest'][:12]}`), by this command:"
     )
     yield _block("bash", shlex.join(_command(card, metrics)))
     if card.config["dtype"] != "float32":
@@ -228,6 +229,9 @@ def _command(card: Card, metrics: Facts) -> list[str]:
     """Return the words of the command that measures the figures again."""
     provenance = metrics["provenance"]
     words = ["r2id", "evaluate", card.name, "--shards", f"data/{provenance['data']['dataset']}"]
+    split = provenance["data"].get("split")
+    if split not in (None, card.config["config"]["data"]["test_split"]):
+        words += ["--split", split]
     sizes, sampling = metrics.get("r2id", {}).get("sizes", {}), provenance.get("sampling", {})
     words += [word for name in sizes for word in ("--size", name)]
     if sizes:

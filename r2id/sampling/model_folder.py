@@ -38,7 +38,7 @@ from r2id.sampling.thumbnails import draw_thumbnails
 WEIGHTS, CONFIG, CARD, PICTURES = "model.safetensors", "config.json", "README.md", "pictures"
 _PLOTS = ("guidance", "loss_by_time")
 """Figures of a report that are published. Others show images of the data set, which may not be."""
-_REPORT_VERSIONS = (2, 3)
+_REPORT_VERSIONS = (2, 3, 4)
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".onnx")
 """Endings of files that other programs keep weights in: nobody calls a folder so."""
 

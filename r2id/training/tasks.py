@@ -306,10 +306,23 @@ def make_task(
     """
     embedded = isinstance(config, R2idRun) and config.r2id.condition == "embedding"
     shards = ShardSet.open(config.data.shards, config.data.stream, embeddings=embedded)
+    if world.rank == 0:
+        _warn_of_test_split(shards, config.data.test_split)
     torch.manual_seed(config.seed)  # what is drawn from here on: the initial weights
     if isinstance(config, RiaeRun):
         return RiaeTask(config, shards, world, micro_batch)
     return R2idTask(config, shards, world, micro_batch, newest)
+
+
+def _warn_of_test_split(shards: ShardSet, split: str) -> None:
+    """Say now what a missing test split means, because an evaluation comes after the training."""
+    try:
+        shards.split(split)
+    except InputError as error:
+        say(
+            f"data.test_split: {error}; previews show training images, and r2id evaluate needs "
+            "--split"
+        )
 
 
 def _median(sizes: Sequence[Size]) -> Size:

@@ -1,6 +1,8 @@
 """Where a source has no splits of its own, a tenth of all is set aside for testing."""
 
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +85,21 @@ def test_ten_classes_of_four_images_have_a_test_split(tmp_path):
     ],
 )
 def test_a_pipeline_says_what_the_shards_lack_before_it_trains(tmp_path, names, sample, said):
+    pipeline = write_pipeline(tmp_path, names, f"[sample]\n{sample}")
+    with pytest.raises(InputError, match=said):
+        pipeline.check_data()
+
+
+def test_a_pipeline_needs_the_split_that_it_evaluates_on(tmp_path):
+    names = [f"{split}/{number}.png" for split in ("train", "val") for number in range(4)]
+    for split, said in (("train", ""), ("valid", r"^evaluate\.split: .* no split 'valid'")):
+        pipeline = write_pipeline(tmp_path / split, names, f"[evaluate]\nsplit = '{split}'")
+        with pytest.raises(InputError, match=said) if said else nullcontext():
+            pipeline.check_data()
+
+
+def write_pipeline(tmp_path: Path, names: list[str], sections: str) -> Pipeline:
+    """A pipeline, not yet run, and its shards of images of these names."""
     write_images(tmp_path / "in", names)
     make("folder", tmp_path / "set", tmp_path / "in")
     (tmp_path / "riae.toml").write_text(
@@ -103,11 +120,9 @@ out = "{tmp_path / "set"}"
 config = "riae.toml"
 [r2id]
 config = "r2id.toml"
-[sample]
-{sample}
+{sections}
 """
     )
     config = load_config(tmp_path / "pipeline.toml")
     assert isinstance(config, PipelineRun)
-    with pytest.raises(InputError, match=said):
-        Pipeline(config, tmp_path).check_data()
+    return Pipeline(config, tmp_path)

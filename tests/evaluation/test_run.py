@@ -7,11 +7,16 @@ import shutil
 import pytest
 from PIL import Image
 
-from r2id.config import load_config
+from data_prep.prepare import prepare
+from r2id.config import PrepareConfig, load_config
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation import self_supervised
-from r2id.evaluation.report import sampling_note
+from r2id.evaluation.headlines import headlines
+from r2id.evaluation.noise_shift import measure_noise_shift
+from r2id.evaluation.report import class_table, sampling_note
 from r2id.evaluation.run import evaluate
+from r2id.sampling.sampler import Sampler
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 from tests.evaluation import extractors
@@ -22,11 +27,13 @@ from tests.evaluation.folders import write_folder
 def evaluated(r2id_run, digits, classifier, classifier_file, tmp_path_factory):
     """(folder, what evaluate returned) of a small R2ID.
 
-    The folder held a classifier and a figure of an earlier evaluation.
+    The folder held a classifier and a figure of an earlier evaluation, and a user's picture.
     """
     out = tmp_path_factory.mktemp("evaluated") / "report"
     (out / "figures").mkdir(parents=True)
     (out / "figures" / "samples_9x9.png").write_bytes(b"old")
+    (out / "metrics.json").write_text('{"figures": ["samples_9x9", "ladder"]}')
+    (out / "figures" / "mine.png").write_bytes(b"mine")
     shutil.copy(classifier_file, out / "classifier.safetensors")
     return out, evaluate(r2id_run, digits, out, sizes=((8, 8), (12, 8), (8, 8)), count=40, seed=5)
 
@@ -53,7 +60,9 @@ def test_the_report_holds_everything(evaluated):
         and "http" not in html
         and "<script" not in html
     )
-    files = {file.stem for file in (out / "figures").iterdir()}
+    assert (out / "figures" / "mine.png").read_bytes() == b"mine"
+    files = {file.stem for file in (out / "figures").iterdir()} - {"mine"}
+    assert files == set(metrics["figures"])
     assert files == {
         "reconstructions",
         "latents",
@@ -68,7 +77,7 @@ def test_the_report_holds_everything(evaluated):
         "failures_12x8",
     }
     assert files == set(re.findall(r'<figure id="([^"]+)"', html))
-    for file in (out / "figures").iterdir():
+    for file in (out / "figures" / f"{name}.png" for name in files):
         with Image.open(file) as picture:
             picture.load()
             assert min(picture.size) > 100, file
@@ -163,6 +172,9 @@ def test_guidance_is_swept(r2id_run, digits, classifier, classifier_file, tmp_pa
     assert metrics["provenance"]["sampling"]["guidance"] == least
     assert metrics["r2id"]["sizes"]["8x8"]["frechet"] == distances[least]
     assert any(f"guidance {least:g} has the least" in line for line in metrics["headlines"])
+    assert all(row["frechet_spread"] > 0 for row in found["scales"])
+    html = (out / "report.html").read_text()
+    assert all(f" ± {row['frechet_spread']:.2g}<" in html for row in found["scales"])
     assert 'figure id="guidance"' in (out / "report.html").read_text()
     other = max(distances, key=lambda scale: distances[scale])
     alone = evaluate(r2id_run, digits, out, guidance=other, **asked)
@@ -263,6 +275,87 @@ def test_classes_of_other_names_are_refused(r2id_run, tmp_path):
     with pytest.raises(InputError, match=r"class 9 is 'ten', and .* with '9' as class 9") as error:
         evaluate(r2id_run, shards, tmp_path / "report", count=2)
     assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
+
+
+def test_another_split_is_compared_with(r2id_run, riae_run, tmp_path, monkeypatch):
+    """The shards have no split ``test``, by which the models were trained."""
+    folders = {f"train/{number}": 3 for number in range(10)}
+    shards = write_folder(tmp_path, {**folders, "val/3": 4})
+    assert set(ShardSet.open(shards).manifest.splits) == {"train", "val"}
+    wrong = r"no split 'test': it has train, val: --split names"
+    with pytest.raises(InputError, match=wrong):
+        evaluate(riae_run, shards, tmp_path / "report")
+    with pytest.raises(InputError, match=wrong):
+        measure_noise_shift(r2id_run, shards, tmp_path / "shift")
+    with pytest.raises(InputError, match="no split 'valid'"):
+        evaluate(riae_run, shards, tmp_path / "report", split="valid")
+    assert not (tmp_path / "report").exists()
+    metrics = evaluate(riae_run, shards, tmp_path / "report", split="val")
+    assert metrics["riae"]["native"]["images"] == 4
+    assert metrics["provenance"]["data"]["split"] == "val"
+    found = measure_noise_shift(r2id_run, shards, tmp_path / "shift", split="val")
+    assert found["images"] == 4 and found["split"] == "val"
+
+
+def test_too_few_images_are_told_before_anything_is_drawn(
+    digits, riae_run, latents, tmp_path, monkeypatch
+):
+    settings = [f"data.shards={digits}", f"codec={riae_run}", f"data.latents={latents}"]
+    config = load_config(
+        CONFIGS / "digits" / "r2id.toml",
+        [*TINY_R2ID, *settings, "train.steps=2", "r2id.condition=none", f"run={tmp_path / 'r2id'}"],
+    )
+    train(config)
+    monkeypatch.setattr(Sampler, "latents", lambda *_, **__: pytest.fail("drawn"))
+    shards = write_folder(tmp_path, {"train": 2, "test": 4})
+    with pytest.raises(InputError, match="'train' has 2 images"):
+        evaluate(config.run, shards, tmp_path / "report", count=4)
+    shards = write_folder(tmp_path / "one", {"train": 4, "test": 1})
+    with pytest.raises(InputError, match="'test' has 1 image; --invariance"):
+        evaluate(config.run, shards, tmp_path / "report", count=4, invariance=2)
+
+
+def test_a_grey_model_says_that_colour_was_left_out(riae_run, tmp_path):
+    grey = write_folder(tmp_path / "grey", {"train/a": 2, "test/a": 4})
+    said = "The model has one colour channel"
+    for coloured in (False, True):
+        if coloured:
+            for number, file in enumerate((tmp_path / "grey" / "source").rglob("*.png")):
+                with Image.open(file) as picture:
+                    picture.convert("RGB").save(file)  # grey still
+                if number == 3:
+                    Image.new("RGB", (8, 8), (200, 40, 40)).save(file)
+            grey = prepare(
+                PrepareConfig(
+                    dataset="folder", source=tmp_path / "grey" / "source", out=tmp_path / "other"
+                )
+            )
+        metrics = evaluate(riae_run, grey, tmp_path / "report")
+        assert metrics["provenance"]["data"]["made_grey"] is coloured
+        assert (said in (tmp_path / "report" / "report.html").read_text()) == coloured
+        assert any("the model is grey" in line for line in metrics["headlines"]) == coloured
+
+
+def test_the_headline_names_scales_within_chance():
+    rows = [{"guidance": g, "frechet": f} for g, f in ((1.0, 2.0), (1.5, 1.1), (2.0, 1.0))]
+    found = {"scales": rows, "least_frechet": 2.0, "samples": 40, "alike": [1.5]}
+    metrics = {"guidance": found, "provenance": {"data": {"made_grey": False}}}
+    (line,) = headlines(metrics)
+    assert line.endswith("(40 samples each); chance may make the difference to 1.5")
+    (line,) = headlines({**metrics, "guidance": {**found, "alike": []}})
+    assert line.endswith("(40 samples each)")
+
+
+def test_many_classes_are_shown_by_the_lowest_and_highest():
+    names = [f"class-{number}" for number in range(200)]
+    accuracy = [(number * 7 % 200) / 200 for number in range(200)]
+    row = {"size": [8, 8], "accuracy_per_class": [None, *accuracy[1:]]}
+    html = class_table([row], names)
+    shown = {int(number) for number in re.findall(r"class-(\d+)<", html)}
+    ordered = sorted(range(1, 200), key=lambda number: accuracy[number])
+    assert shown == {*ordered[:20], *ordered[-20:]} and "of 199 classes" in html
+    html = class_table([{**row, "accuracy_per_class": accuracy[:50]}], names[:50])
+    assert all(f"{name}<" in html for name in names[:50]) and "lowest" not in html
 
 
 def test_the_report_says_how_samples_were_drawn():

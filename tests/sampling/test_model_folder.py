@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from r2id.checkpoints.export import export
 from r2id.errors import InputError, WorkError
 from r2id.evaluation.run import evaluate
 from r2id.files import atomic_folder, write_json
+from r2id.sampling.model_card import _command
 from r2id.sampling.model_folder import export_folder
 from r2id.sampling.reconstruction import reconstruct_file
 from r2id.sampling.sampler import Sampler
@@ -136,6 +138,13 @@ def test_figures_are_the_report_s_with_the_command_that_measures_them(
     run_in(tmp_path, "bash", "-c", f'r2id() {{ {sys.executable} -m r2id.cli "$@"; }}\n{command}')
     again = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert again["r2id"]["sizes"] == metrics["r2id"]["sizes"] and again["riae"] == metrics["riae"]
+
+
+def test_the_command_names_a_split_that_is_not_the_model_s_own():
+    card = SimpleNamespace(name="me/x", config={"config": {"data": {"test_split": "test"}}})
+    for split, named in (("val", True), ("test", False)):
+        words = _command(card, {"provenance": {"data": {"dataset": "x", "split": split}}})
+        assert (words[5:7] == ["--split", "val"]) == named
 
 
 def test_the_shell_s_example_runs_as_printed(published):

@@ -38,6 +38,18 @@ def test_a_run_says_how_much_of_the_images_its_buckets_cut_off(
         assert bool(re.search(said, capsys.readouterr().err)) == told
 
 
+def test_a_run_says_that_its_shards_have_no_test_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_folder(tmp_path, {"train": 9, "val": 2})
+    for split, told in (("test", True), ("val", False)):
+        capsys.readouterr()
+        config = riae_config(shards, tmp_path / "run", f"data.test_split={split}")
+        make_task(config, dist.init(), 8)
+        said = r"data\.test_split: .* no split 'test': it has train, val; .*--split\n"
+        assert bool(re.search(said, capsys.readouterr().err)) == told
+
+
 def test_repeated_samples_of_a_step_have_draws_of_their_own(riae_run: Path, tmp_path: Path) -> None:
     shards, more = write_folder(tmp_path, {"train": 3, "test": 1}), ("train.batch=8",)
     for config in (
