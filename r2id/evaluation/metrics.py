@@ -5,6 +5,7 @@ Shape letters: N images · C colours · H, W image · D features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -75,15 +76,17 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     """Return the squared Fréchet distance between Gaussians fitted to features [N, D] and [M, D].
 
     |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁ Σ₂)^½) (Dowson & Landau 1982; as FID: Heusel et al. 2017),
-    computed by torchmetrics in float64. Raises ValueError unless N and M are at least 2.
+    computed by torchmetrics in float64. NaN where features are not finite. Raises
+    ValueError unless N and M are at least 2.
     """
     if min(len(one), len(other)) < 2:
         raise ValueError(f"{len(one)} and {len(other)} features: a covariance takes at least 2")
+    if not (one.isfinite().all() and other.isfinite().all()):
+        return math.nan  # the eigenvalues of such features may even end the process
     metric = FrechetInceptionDistance(_Identity(one.shape[1]))
     metric.update(one.double().cpu(), real=True)
     metric.update(other.double().cpu(), real=False)
-    distance = float(metric.compute())
-    return 0.0 if distance < 0 else distance  # rounding may leave it slightly negative; NaN stays
+    return max(0.0, float(metric.compute()))  # rounding may leave it slightly negative
 
 
 class _Identity(nn.Module):
