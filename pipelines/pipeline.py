@@ -163,13 +163,19 @@ class Pipeline:
                 self._check_labels(run)
 
     def _check_labels(self, run: R2idRun) -> None:
-        """Raise InputError when samples are asked of a class that there is not."""
+        """Name the classes that samples are asked of, since numbers may be names of others.
+
+        A command line does not tell them apart. Raises InputError for a class that there is not.
+        """
         labels = self.sampling.labels
         names = class_names(self.config.prepare.out) if run.r2id.condition == "class" else []
         try:
-            find_labels(labels, len(names), names)
+            found = find_labels(labels, len(names), names)
         except InputError as error:
             raise InputError(f"sample.labels: {error}") from None
+        if found:  # a copy, in which what was left to the run stays so
+            named = tuple(names[number] for number in found)
+            self.sampling = self.sampling.model_copy(update={"labels": named})
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
         """Run a stage and print how long it took."""

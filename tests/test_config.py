@@ -12,6 +12,7 @@ from r2id.config import (
     RiaeRun,
     SampleConfig,
     build,
+    find_labels,
     load_config,
     override,
     parse_config,
@@ -92,13 +93,22 @@ def test_mistakes_are_named_in_one_line(override, words):
 
 def test_classes_are_named_or_numbered():
     option = find_option(SampleConfig, "labels")
-    assert option.read(["cat", "3"]) == ("cat", 3)
+    assert option.read(["cat", "3"]) == ("cat", "3"), "names may be digits"
     with pytest.raises(InputError, match="--label '': must be the name of a class"):
         option.read([""])
-    assert build(SampleConfig, {"labels": ["cat", "3", 4]}).labels == ("cat", 3, 4)
+    assert build(SampleConfig, {"labels": ["cat", "003", 4]}).labels == ("cat", "003", 4)
     for label in (-1, 1.5, "", True):
         with pytest.raises(InputError, match=r"labels\.1 = .*name of a class, or its number"):
             build(SampleConfig, {"labels": [0, label]})
+
+
+def test_a_name_of_digits_is_no_number():
+    padded = ("001", "002", "003", "004", "005")
+    assert find_labels(["003", "005", "3", 3], 5, padded) == [2, 4, 3, 3]
+    assert find_labels(["2", "10", 2, "0"], 3, ("1", "10", "2")) == [2, 1, 2, 0]
+    for label in ("006", "000", "5", 5, "-1"):
+        with pytest.raises(InputError, match=f"label {label}: must be 0 to 4, or one of 001, 002"):
+            find_labels([label], 5, padded)
 
 
 def test_a_mistake_is_one_where_another_default_depends_on_it():

@@ -54,6 +54,25 @@ def test_classes_by_their_names(pipe):
         named("dog")
 
 
+def test_names_of_digits_on_the_command_line(pipe, picture, tmp_path, r2id, monkeypatch):
+    padded = tuple(f"{number:03d}" for number in range(1, 11))
+    named = replace(pipe.sampler, class_names=padded)
+    monkeypatch.setattr(type(named), "load", lambda *_: named)
+    for label, number in (("003", 2), ("3", 3), ("010", 9)):
+        given = ["sample", "run", "--label", label, "--count", 2, "--size", "8x8", "--json"]
+        code, printed, errors = r2id(*given, "--out", tmp_path / f"{label}.png")
+        assert code == 0, errors
+        found = json.loads(printed)
+        assert found["labels"] == [number] * 2 and found["class_names"] == [padded[number]] * 2
+    file, out = tmp_path / "picture.png", tmp_path / "varied.png"
+    picture.save(file)
+    assert r2id("vary", "run", file, "--label", "003", "--out", out)[0] == 0
+    assert np.array_equal(pixels(Image.open(out)), pixels(pipe.vary(picture, label=2)))
+    given = ["sample", "run", "--label", "000", "--size", "8x8"]
+    code, _, errors = r2id(*given, "--out", tmp_path / "none.png")
+    assert code == 2 and "label 000: must be 0 to 9, or one of 001, 002" in errors
+
+
 def test_it_says_what_it_is_in_a_line(pipe):
     assert repr(pipe) == "<Pipeline of pictures of 8x8, 10 classes, on cpu>"
 

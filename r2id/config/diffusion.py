@@ -117,18 +117,20 @@ class PictureConfig(Section):
 def find_labels(labels: Sequence[int | str], classes: int, names: Sequence[str] = ()) -> list[int]:
     """Return the numbers of classes, of which some may be given by their names.
 
-    Raises InputError when one is none of a model's classes.
+    A text that is a name is that class. Else it may be a number, as a command line has it, but not
+    with zeros before it: those are names. Raises InputError for what is none of a model's classes.
     """
-    numbers = {name: number for number, name in enumerate(names)}
-    found = [numbers.get(label, label) if isinstance(label, str) else label for label in labels]
-    for label in found:
-        if isinstance(label, str) or not 0 <= label < classes:
+    numbers = {str(number): number for number in range(classes)}
+    numbers |= {name: number for number, name in enumerate(names)}
+    found = [numbers.get(label, -1) if isinstance(label, str) else label for label in labels]
+    for label, number in zip(labels, found, strict=True):
+        if not 0 <= number < classes:
             allowed = f"0 to {classes - 1}" if classes else "none: the model has no classes"
-            if not numbers.keys() <= {*map(str, range(classes))}:
+            if not {*names} <= {*map(str, range(classes))}:
                 shown = [*names[:_NAMED], *(["…"] if len(names) > _NAMED else [])]
                 allowed += f", or one of {', '.join(shown)}"
             raise InputError(f"label {label}: must be {allowed}")
-    return [int(label) for label in found]
+    return [int(number) for number in found]
 
 
 class SampleConfig(SamplerConfig):

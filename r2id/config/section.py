@@ -31,9 +31,12 @@ def as_several(value: Any) -> Any:
 
 
 def as_label(value: Any) -> int | str:
-    """Convert a text of digits to a number; raise ValueError for what is no class."""
+    """Return the name or number of a class; raise ValueError for what is none.
+
+    A text stays a text, also one of digits: only the model's names tell whether it is one of them.
+    """
     if isinstance(value, str) and value:
-        return int(value) if value.isdecimal() else value
+        return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError("must be the name of a class, or its number from 0 on")

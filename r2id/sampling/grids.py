@@ -45,7 +45,7 @@ def draw_grids(
     config. Seeds and conditions are the same at every size, so that sample i shows the same
     composition at all of them.
 
-    Returns the files, labels, seeds and latent grids. Raises InputError before anything is drawn
+    Returns the files, labels with the names of their classes, seeds and latent grids. Raises InputError before anything is drawn
     when a request cannot be met.
     """
     if attributes and embedding is not None:
@@ -81,6 +81,7 @@ def draw_grids(
     return {
         "files": [str(file) for file in files],
         "labels": chosen_labels.tolist(),
+        "class_names": [names[one] if one >= 0 else None for one in chosen_labels.tolist()],
         "seeds": seeds.tolist(),
         "grids": [list(latents) for latents in grids],
     }

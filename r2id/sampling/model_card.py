@@ -121,8 +121,6 @@ def _use_r2id(card: Card) -> Iterable[str]:
     height, width = card.example_size
     classes = card.config["classes"]
     names = card.config["class_names"]
-    if any(name.isdecimal() for name in names):  # in a shell, digits are a number
-        names = range(classes)
     labels = [names[label % classes] for label in (3, 7)] if classes else []
     given = f"labels={json.dumps(labels, ensure_ascii=False)}, " if labels else ""
     yield "With r2id installed, in Python:"

@@ -291,6 +291,8 @@ def check_arrival(stage: str, expected: dict[str, Any], arrived: Any) -> None:
     if stage == "evaluate" and expected.pop("evaluate.invariance", False):
         # The function has one argument for two settings: how many samples it is measured on.
         expected["evaluate.invariance"] = expected.pop("evaluate.invariance_count")
+    if "sample.labels" in expected:  # names and numbers of classes alike are texts on a command line
+        expected["sample.labels"] = tuple(map(str, expected["sample.labels"]))
     found = {name: value_at(arrived, name.partition(".")[2]) for name in expected}
     assert found == expected
 
@@ -319,6 +321,16 @@ def test_a_finetuned_riae_takes_the_place_of_the_first(run: Run, tmp_path: Path)
         assert arrived["encode"]["riae"] == arrived["r2id"].codec == codec
     with pytest.raises(InputError, match=r"finetune\.config: .*must be 'riae'"):
         run("finetune.config=r2id.toml")
+
+
+def test_numbers_of_classes_become_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line that draws them, a number could be the name of another class."""
+    monkeypatch.setattr(pipeline, "class_names", lambda _: ["1", "10", "2"])
+    given: Any = SimpleNamespace(config=SimpleNamespace(prepare=SimpleNamespace(out=None)))
+    given.sampling = SampleConfig(labels=(2, "2", "0"))
+    of_classes: Any = SimpleNamespace(r2id=SimpleNamespace(condition="class"))
+    pipeline.Pipeline._check_labels(given, of_classes)
+    assert given.sampling.changes() == {"labels": ("2", "2", "1")}
 
 
 def test_what_a_pipeline_does_not_set_is_the_stages_own(run: Run) -> None:
