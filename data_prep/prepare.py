@@ -31,7 +31,7 @@ from r2id.data.shard_writer import write_shard_files
 from r2id.errors import WorkError
 from r2id.files import exclusive, write_atomic
 from r2id.parent_process import exit_with_parent
-from r2id.progress import Progress, say
+from r2id.progress import Progress, counted, say
 
 __all__ = [
     "ShardPlan",
@@ -123,7 +123,7 @@ def finish(plan: ShardPlan) -> Manifest:
     table = _rejects_table(rejects) if rejects else b""
     if rejects:
         write_atomic(plan.out / REJECTS, table)
-        say(f"{plan.out / REJECTS}: {len(rejects)} images rejected, with the reasons")
+        say(f"{plan.out / REJECTS}: {counted(len(rejects), 'image')} rejected, with the reasons")
     else:
         (plan.out / REJECTS).unlink(missing_ok=True)
     splits = {

@@ -51,12 +51,18 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """Write a number with its noun: 1 image, 2 images."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
 class Progress:
     """Counts items that are done, and shows the count inside its ``with`` block.
 
     ``total`` is how many there are, if that is known. ``start`` is how many earlier work had done.
     ``per_item`` scales the rate: with 64 images per step and ``unit="images"``, the rate is in
-    images per second. ``shown=False`` shows nothing, for all ranks but the first.
+    images per second. ``rate_of`` says after the rate what it counts, where that is not plain.
+    ``shown=False`` shows nothing, for all ranks but the first.
     """
 
     def __init__(
@@ -67,9 +73,11 @@ class Progress:
         start: int = 0,
         unit: str = "steps",
         per_item: int = 1,
+        rate_of: str = "",
         shown: bool = True,
     ) -> None:
         self.title, self.total, self.unit, self.per_item = title, total, unit, per_item
+        self.rate_of = rate_of and f" {rate_of}"
         self.start = self.done = start
         self.note = ""
         self._displays: list[_Bar | _Lines | _File] = []
@@ -110,7 +118,7 @@ class Progress:
         """Format rate and remaining time, once something is done, and the note."""
         parts = []
         if self.done > self.start:
-            parts.append(f"{self.rate * self.per_item:.4g} {self.unit}/s")
+            parts.append(f"{self.rate * self.per_item:.4g} {self.unit}/s{self.rate_of}")
             if self.total and self.done < self.total:
                 parts.append(f"{duration((self.total - self.done) / self.rate)} left")
         if self.note:

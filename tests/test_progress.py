@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from r2id import progress
-from r2id.progress import Progress, duration, track
+from r2id.progress import Progress, counted, duration, track
 
 
 @pytest.fixture
@@ -29,6 +29,18 @@ def test_lines_tell_count_rate_time_left_and_note(
     assert "left" in lines[0]
     assert lines[0].endswith("loss 0.5")
     assert lines[-1].startswith("train riae: 15/20, done in ")
+
+
+def test_lines_tell_what_the_rate_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train", 4, unit="images", rate_of="with previews and saving") as bar:
+        bar.advance(2)
+    assert capsys.readouterr().err.endswith(" left\n")
+    assert " images/s with previews and saving, " in bar.status()
+
+
+def test_nouns_go_with_their_numbers() -> None:
+    assert counted(1, "image") == "1 image"
+    assert [counted(number, "class", "classes") for number in (0, 1)] == ["0 classes", "1 class"]
 
 
 def test_work_that_was_done_before_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:

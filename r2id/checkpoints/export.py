@@ -41,6 +41,7 @@ def describe(source: Checkpoint | Path) -> dict[str, Any]:
         for name, shape in moments.items()
         if not name.startswith((f"{MOMENTS[1]}.", f"{MOMENTS[0]}.discriminator."))
     )
+    averages = widths(_train(checkpoint))
     return {
         "checkpoint": str(checkpoint.path),
         "stage": meta.stage,
@@ -49,7 +50,8 @@ def describe(source: Checkpoint | Path) -> dict[str, Any]:
         "samples": meta.samples,
         "seed": meta.seed,
         "parameters": parameters,
-        "averages": widths(_train(checkpoint)) or {"ema": config["train"]["ema"]},
+        "averages": averages or {"ema": config["train"]["ema"]},
+        "averages_by": "width" if averages else "decay",
         "snapshots": len(_snapshots(checkpoint)),
         "model": config[meta.stage],
         "facts": meta.model,

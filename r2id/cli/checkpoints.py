@@ -9,6 +9,7 @@ import typer
 
 from r2id.cli.options import Device, Json, Overwrite, app, find_device, report
 from r2id.errors import InputError
+from r2id.progress import counted
 
 checkpoint_app = typer.Typer(
     no_args_is_help=True, help="Show and verify checkpoints, and export their weights."
@@ -30,20 +31,34 @@ def checkpoint_show(checkpoint: Checkpoint, as_json: Json = False) -> None:
 
 def _checkpoint_lines(figures: dict[str, Any]) -> list[str]:
     sizes = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in figures["bytes"].items())
-    averages = ", ".join(f"{kind} {value}" for kind, value in figures["averages"].items())
+    by = figures["averages_by"]
+    averages = ", ".join(f"{kind} of {by} {value}" for kind, value in figures["averages"].items())
     return [
         f"{figures['checkpoint']}: {figures['stage']}, "
         f"step {figures['step']} of {figures['steps']}",
         f"samples     {figures['samples']}, seed {figures['seed']}, from {figures['data']}",
         f"parameters  {figures['parameters']}",
-        f"averages    {averages}; {figures['snapshots']} snapshots",
+        f"averages    {averages}; {counted(figures['snapshots'], 'snapshot')} for other widths",
         "model       " + ", ".join(f"{name} {value}" for name, value in figures["model"].items()),
-        "facts       " + ", ".join(f"{name} {value}" for name, value in figures["facts"].items()),
+        "facts       " + ", ".join(_fact(*fact) for fact in figures["facts"].items()),
         *([f"codec       {figures['codec']}"] if figures["codec"] else []),
         f"megabytes   {figures['total_bytes'] / 1e6:.1f}: {sizes}; "
-        f"files of {figures['written_by']} ranks",
+        f"files of {counted(figures['written_by'], 'rank')}",
         f"identity    {figures['identity']}",
     ]
+
+
+def _fact(name: str, value: Any) -> str:
+    """Write a fact of a model for people, with its unit; see R2idTask for what they are."""
+    if name == "image":
+        return f"image {value[0]}x{value[1]} pixels in the median"
+    if name == "base_side":
+        return f"base_side {value:.3g} cells, where the noise schedule is not shifted"
+    if name == "areas":
+        return f"areas {value[0]} to {value[1]} latent cells"
+    if name == "ratios":
+        return f"ratios {value[0]:.3g} to {value[1]:.3g} height / width"
+    return f"{name} {value}"
 
 
 @checkpoint_app.command("verify")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,10 @@ from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import Json, app, report
 from r2id.config import DataConfig, PrepareConfig, TrainConfig, build
 from r2id.errors import InputError
+from r2id.progress import counted
+
+if TYPE_CHECKING:  # commands' help does not need it
+    from r2id.data.shards import Split
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Describe shards, and fetch the index of shards that are elsewhere."
@@ -52,7 +56,8 @@ def prepare(
         as_json,
         lambda r: [
             f"{r['out']}: {', '.join(f'{n} {name}' for name, n in r['samples'].items())} images, "
-            f"{r['shards']} shards, {r['classes']} classes, {r['rejects']} rejected"
+            f"{counted(r['shards'], 'shard')}, {counted(r['classes'], 'class', 'classes')}, "
+            f"{r['rejects']} rejected"
         ],
     )
 
@@ -88,7 +93,7 @@ def verify(
     repaired = run_repair(folder, damages, source) if repair and damages else {}
     damages = run_verify(folder) if repaired else damages
     summary = {} if latents or damages else ShardSet.open(folder).summary()
-    count = f"{sum(summary['samples'].values())} images " if summary else ""
+    count = f"{counted(sum(summary['samples'].values()), 'image')} " if summary else ""
     lines = [str(damage) for damage in damages] or [f"{folder}: {count}intact"]
     report(
         {
@@ -113,19 +118,14 @@ def data_stats(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="PNG file for a plot of the sizes; replaced if it exists. Default: "
-            "NAME-sizes.png in the working directory."
+            help="PNG file for a plot of the sizes; replaced if it exists. Default: none is drawn."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show sizes, aspect ratios and classes, and the sizes that training crops images to."""
-    import numpy as np
-
-    from r2id.data.plots import draw_sizes
     from r2id.data.shards import ShardSet
     from r2id.data.stats import describe_stats, split_stats
-    from r2id.files import atomic_file
 
     opened = ShardSet.open(shards)
     settings = build(DataConfig, {"shards": shards, **data})
@@ -135,21 +135,29 @@ def data_stats(
         for name, entry in opened.manifest.splits.items()
         if entry.samples
     }
-    picture = out or Path(f"{shards.resolve().name}-sizes.png")
-    samples = [opened.split(name) for name in splits]
-    drawn = draw_sizes(
-        *(np.concatenate([getattr(part, side) for part in samples]) for side in ("height", "width"))
-    )
-    with atomic_file(picture) as file:
-        drawn.save(file, format="PNG")
+    if out:
+        _draw_sizes([opened.split(name) for name in splits], out)
     report(
-        {**opened.summary(), "splits": splits, "picture": picture},
+        {**opened.summary(), "splits": splits, "picture": out},
         as_json,
         lambda r: [
             *(line for name in splits for line in describe_stats(name, splits[name])),
-            f"picture: {picture}",
+            *([f"picture: {out}"] if out else []),
         ],
     )
+
+
+def _draw_sizes(splits: list[Split], out: Path) -> None:
+    import numpy as np
+
+    from r2id.data.plots import draw_sizes
+    from r2id.files import atomic_file
+
+    drawn = draw_sizes(
+        *(np.concatenate([getattr(part, side) for part in splits]) for side in ("height", "width"))
+    )
+    with atomic_file(out) as file:
+        drawn.save(file, format="PNG")
 
 
 @data_app.command("index")
@@ -167,7 +175,7 @@ def data_index(
         {"out": out, **fetch_index(address, out).summary()},
         as_json,
         lambda r: [
-            f"{out}: index of {sum(r['samples'].values())} images; train with data.shards={out} "
-            f"data.stream={address}"
+            f"{out}: index of {counted(sum(r['samples'].values()), 'image')}; train with "
+            f"data.shards={out} data.stream={address}"
         ],
     )

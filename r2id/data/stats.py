@@ -11,6 +11,7 @@ from r2id.config import DataConfig
 from r2id.data.epoch_plan import Buckets
 from r2id.data.loader import split_buckets
 from r2id.data.shards import ShardSet, Split
+from r2id.progress import counted
 
 _NAMED = 8  # rare sizes that are named
 
@@ -97,7 +98,7 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
     """Format the statistics of one split as lines of text, with at most ``most`` buckets."""
     classes, buckets = stats["classes"], stats["buckets"]
     lines = [
-        f"{name}: {stats['samples']} images in {stats['shards']} shards, "
+        f"{name}: {counted(stats['samples'], 'image')} in {counted(stats['shards'], 'shard')}, "
         f"{stats['bytes'] / 1e6:.1f} MB"
     ]
     lines += [
@@ -114,13 +115,14 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
     most_times = max(row["times"] for row in buckets)
     again = f", one up to {most_times} times" if most_times > 2 else ""
     lines.append(
-        f"  epoch   {stats['steps']} steps in {len(buckets)} buckets, {stats['repeats']} images "
-        f"again to fill the last steps{again}; {stats['lost']:.1%} of the area cut off"
+        f"  epoch   {counted(stats['steps'], 'step')} in {counted(len(buckets), 'bucket')}, "
+        f"{counted(stats['repeats'], 'image')} again to fill the last steps{again}; "
+        f"{stats['lost']:.1%} of the area cut off"
     )
     small = [row for row in buckets if 2 * row["samples"] < row["batch"]]
     if small:
         named = ", ".join(
-            f"{_size(row)} ({row['samples']} image{'s' * (row['samples'] > 1)} up to "
+            f"{_size(row)} ({counted(row['samples'], 'image')} up to "
             f"{row['times']} times)"
             for row in small[:_NAMED]
         )
@@ -136,7 +138,7 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
         )
     if len(buckets) > most:
         rest = sum(row["samples"] for row in buckets[most:])
-        lines.append(f"    {len(buckets) - most} more buckets with {rest} images")
+        lines.append(f"    {counted(len(buckets) - most, 'more bucket')} with {rest} images")
     return lines
 
 

@@ -21,6 +21,8 @@ class ProgressDisplay(Callback):
             start=state.start,
             unit="images",
             per_item=train.batch,
+            # The time left is an estimate by this rate, which falls at each of them.
+            rate_of="with previews and saving",
             shown=dist.is_main(),
         )
         self.progress.__enter__()
