@@ -167,4 +167,5 @@ def test_the_example_of_an_exported_model(r2id_run, tmp_path, monkeypatch):
     export(r2id_run, tmp_path / "r2id.safetensors")
     monkeypatch.chdir(tmp_path)
     names = run_example(ROOT / "r2id" / "README.md")
+    assert names["larger"].shape == (2, names["riae"].channels, 80, 60)
     assert names["prediction"].shape == (2, names["model"].channels, 6, 4)

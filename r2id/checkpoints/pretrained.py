@@ -10,8 +10,8 @@ The file of an R2ID of latents holds its RIAE too: format version 2, with the RI
 ``codec``, and its tensors under names that begin with ``codec.``. With a guide, whose tensors'
 names begin with ``guide.``, the format version is 3.
 
-``r2id checkpoint export`` writes such a file; RIAE.from_pretrained, R2ID.from_pretrained and the
-commands that use models read it. Checkpoints of an R2ID hold its RIAE as such a file. Reading it
+``r2id checkpoint export`` writes such a file; whatever takes a trained model reads it, see
+r2id.checkpoints.trained. Checkpoints of an R2ID hold its RIAE as such a file. Reading it
 runs no code.
 """
 
@@ -22,17 +22,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from r2id.checkpoints.files import Meta
 from r2id.checkpoints.state import Tensors
-from r2id.config import Section
 from r2id.config.renamed import renew_config
 from r2id.errors import InputError
 
@@ -40,9 +38,6 @@ FORMAT = "r2id-model"
 VERSIONS = ("1", "2", "3")
 """Format versions of files: of one model, of an R2ID with its RIAE, and with a guide."""
 _CODEC, _GUIDE = "codec.", "guide."
-
-S = TypeVar("S", bound=Section)
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -112,29 +107,6 @@ class Pretrained:
                 "again from its checkpoint"
             )
         return self.inner
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Facts that are needed, beside the config, to build the model."""
-        return self.about.facts
-
-    def section(self, name: str, schema: type[S]) -> S:
-        """Return a section of the run's config. Raises InputError when it cannot be read."""
-        try:
-            return schema.model_validate(self.about.config[name])
-        except (KeyError, ValidationError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{self.path}: config of {name} is not of this version of r2id: {reason}"
-            ) from None
-
-    def fill(self, model: M) -> M:
-        """Load the weights into a model, and return it in evaluation mode.
-
-        Raises InputError when they belong to another model.
-        """
-        self.load_ema(model)
-        return model.eval()
 
     def load_ema(self, model: nn.Module) -> None:
         """Load the weights into a model. Raises InputError when they belong to another model."""

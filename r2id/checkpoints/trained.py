@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
 
 from r2id.checkpoints import hub, pretrained
 from r2id.checkpoints.files import DESCRIPTION
 from r2id.checkpoints.pretrained import About, Pretrained
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints
 from r2id.checkpoints.state import Tensors
+from r2id.config import Section
 from r2id.errors import InputError
+
+S = TypeVar("S", bound=Section)
 
 Trained = Checkpoint | Pretrained
 """Both have path, identity, meta, load_ema(model), statistics(), and, for an R2ID, codec() and
 guide()."""
+
+_FOR_RIAE = (
+    ": an RIAE draws nothing by itself; r2id reconstruct takes it, and in Python "
+    "r2id.models.riae.RIAE.from_pretrained"
+)
 
 
 def open_trained(source: Trained | Path | str, stage: str | None = None) -> Trained:
@@ -35,8 +46,23 @@ def open_trained(source: Trained | Path | str, stage: str | None = None) -> Trai
     if stage == "riae" and isinstance(opened, Pretrained) and opened.inner:
         return opened.inner
     if stage not in (None, opened.meta.stage):
-        raise InputError(f"{opened.path}: a model of stage {opened.meta.stage!r}, not {stage!r}")
+        raise InputError(
+            f"{opened.path}: a model of stage {opened.meta.stage!r}, not {stage!r}"
+            + (_FOR_RIAE if opened.meta.stage == "riae" else "")
+        )
     return opened
+
+
+def model_config(trained: Trained, schema: type[S]) -> S:
+    """Return the config of a model itself. Raises InputError when it cannot be read."""
+    stage = trained.meta.stage
+    try:
+        return schema.model_validate(trained.meta.config[stage])
+    except (KeyError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{trained.path}: config of {stage} is not of this version of r2id: {reason}"
+        ) from None
 
 
 def about(trained: Trained) -> About:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from r2id.checkpoints import pretrained
+from r2id.checkpoints.trained import model_config, open_trained
 from r2id.config import R2idConfig
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
@@ -84,14 +84,12 @@ class R2ID(nn.Module):
         return cls(config, facts["latent_channels"], facts["classes"], facts.get("embedding", ()))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> R2ID:
-        """Load a trained model from a file that ``r2id checkpoint export`` wrote.
-
-        It is float32, on the CPU, ready for inference. Raises InputError when there is no such
-        file, or it is damaged or holds another model.
-        """
-        exported = pretrained.read(Path(path), "r2id")
-        return exported.fill(cls.of(exported.section("r2id", R2idConfig), exported.facts))
+    def from_pretrained(cls, source: str | Path) -> R2ID:
+        """Load a trained model by itself: see RIAE.from_pretrained for what ``source`` may be."""
+        trained = open_trained(source, "r2id")
+        model = cls.of(model_config(trained, R2idConfig), trained.meta.model)
+        trained.load_ema(model)
+        return model.eval()
 
     @property
     def conditional(self) -> bool:

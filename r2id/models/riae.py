@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from r2id.checkpoints import pretrained
+from r2id.checkpoints.trained import model_config, open_trained
 from r2id.config import RiaeConfig
 from r2id.models.attention_decoder import AttentionDecoder
 from r2id.models.attention_encoder import AttentionEncoder
@@ -68,15 +68,18 @@ class RIAE(nn.Module):
                 self.add_module(part.stored_as.get(name, name), layer)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> RIAE:
-        """Load a trained model from a file that ``r2id checkpoint export`` wrote.
+    def from_pretrained(cls, source: str | Path) -> RIAE:
+        """Load a trained model: a run directory, a checkpoint, or an exported file or folder.
 
-        It is float32, on the CPU, ready for inference. r2id.checkpoints.pretrained.read returns the
-        rest of the file too, such as the statistics of the latents. Raises InputError when there is
-        no such file, or it is damaged or holds another model.
+        An exported R2ID holds its RIAE, which is loaded then; ``owner/name`` is one of the Hugging
+        Face Hub. The model is float32, on the CPU, ready for inference; r2id.models.codec.Codec has
+        the statistics of its latents, too. Raises InputError when there is no such model, or it is
+        damaged or another.
         """
-        exported = pretrained.read(Path(path), "riae")
-        return exported.fill(cls(exported.section("riae", RiaeConfig), exported.facts["channels"]))
+        trained = open_trained(source, "riae")
+        model = cls(model_config(trained, RiaeConfig), trained.meta.model["channels"])
+        trained.load_ema(model)
+        return model.eval()
 
     def blocks(self) -> list[nn.Module]:
         """The modules whose activations may be recomputed."""
