@@ -35,7 +35,7 @@ class Card:
 
     @property
     def image(self) -> Size:
-        """Size of the training images."""
+        """Median size of the training images."""
         height, width = self.config["image_size"]
         return height, width
 
@@ -86,24 +86,38 @@ def _metadata(card: Card) -> str:
 
 
 def _introduction(card: Card) -> Iterable[str]:
-    counts, native = card.config["parameters"], _size(card.image)
+    counts = card.config["parameters"]
     riae = f"RIAE of {counts['riae']:,} parameters" if "riae" in counts else ""
     if card.config["stage"] == "riae":
         yield (
             f"A resolution-invariant autoencoder, an {riae}: it encodes pictures of any size and "
-            f"decodes them at any other. Trained on images of {native} pixels. Sizes are height × "
-            "width."
+            f"decodes them at any other. Trained on images of {_trained_on(card)}. Sizes are "
+            "height × width."
         )
         return
     where = f"the latents of an {riae}" if riae else "pixels"
     yield (
         f"A generator that draws pictures of any size and aspect ratio: an R2ID of "
-        f"{counts['r2id']:,} parameters that diffuses {where}. Trained on images of {native} "
-        f"pixels{_told(card)}. Sizes are height × width."
+        f"{counts['r2id']:,} parameters that diffuses {where}. Trained on images of "
+        f"{_trained_on(card)}{_told(card)}. Sizes are height × width."
     )
     columns = ", ".join(map(_size, card.sizes))
     yield f"![The same seeds at many sizes](pictures/{LADDER})"
     yield f"*Each row is one seed, each column one size: {columns}.*"
+
+
+def _trained_on(card: Card) -> str:
+    """Say of which sizes the training images were, as far as the model knows it."""
+    areas, ratios = card.config["latent_areas"], card.config["latent_ratios"]
+    if areas is None:  # an RIAE
+        return f"{_size(card.image)} pixels in the median"
+    if areas[0] == areas[1] and ratios[0] == ratios[1]:
+        return f"{_size(card.image)} pixels"
+    cell = f"{card.config['downsample']:g}"
+    return (
+        f"several sizes: {areas[0]} to {areas[1]} latent cells of {cell}×{cell} pixels, height / "
+        f"width {ratios[0]:.3g} to {ratios[1]:.3g}, in the median {_size(card.image)} pixels"
+    )
 
 
 def _told(card: Card) -> str:

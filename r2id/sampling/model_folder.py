@@ -139,7 +139,10 @@ def _config(model: _Model, done: dict[str, Any], licence: str | None) -> dict[st
         "average": about.average,
         "dtype": done["dtype"],
         "parameters": {name: count for name, count in parameters.items() if count},
-        "image_size": list(codec.image),
+        "image_size": list(codec.image),  # the median of the training images
+        "latent_areas": list(sampler.areas) if sampler else None,
+        "latent_ratios": list(sampler.ratios) if sampler else None,
+        "downsample": codec.downsample,
         "channels": codec.channels,
         "classes": sampler.num_classes if sampler else 0,
         "class_names": list(sampler.class_names) if sampler else [],

@@ -133,6 +133,11 @@ class Sampler:
         )
 
     @property
+    def trained_on_one_shape(self) -> bool:
+        """Whether all latent grids trained on had one area and one aspect ratio."""
+        return self.areas[0] == self.areas[1] and self.ratios[0] == self.ratios[1]
+
+    @property
     def num_classes(self) -> int:
         """Number of classes to condition samples on; 0 when the condition is something else."""
         return self.model.classes if self.model.config.condition == "class" else 0

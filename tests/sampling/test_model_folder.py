@@ -20,7 +20,7 @@ from r2id.checkpoints.export import export
 from r2id.errors import InputError, WorkError
 from r2id.evaluation.run import evaluate
 from r2id.files import atomic_folder, write_json
-from r2id.sampling.model_card import _command
+from r2id.sampling.model_card import Card, _command, render
 from r2id.sampling.model_folder import export_folder
 from r2id.sampling.reconstruction import reconstruct_file
 from r2id.sampling.sampler import Sampler
@@ -87,8 +87,27 @@ def test_config_json(published, r2id_run):
         "riae": sum(p.numel() for p in sampler.codec.model.parameters()),
     }
     assert (config["image_size"], config["classes"], config["step"]) == ([8, 8], 10, 40)
+    assert (config["latent_areas"], config["latent_ratios"]) == ([16, 16], [1.0, 1.0])
     assert config["codec"]["step"] == 60
     assert config["config"]["r2id"] == Checkpoint.open(r2id_run).meta.config["r2id"]
+
+
+def test_the_card_says_of_which_sizes_training_images_were(published):
+    config = json.loads((published / "config.json").read_text())
+    several = {"image_size": [52, 43], "latent_areas": [32, 42], "latent_ratios": [0.5, 7 / 6]}
+    expected = {
+        "Trained on images of 8×8 pixels, with 10 classes": {},
+        "Trained on images of several sizes: 32 to 42 latent cells of 2×2 pixels, height / width "
+        "0.5 to 1.17, in the median 52×43 pixels, with 10 classes": several,
+        "Trained on images of 8×8 pixels in the median. Sizes": {
+            "stage": "riae",
+            "latent_areas": None,
+            "latent_ratios": None,
+        },
+    }
+    for words, changes in expected.items():
+        card = Card("mine", config | changes, [], None, [])
+        assert words in " ".join(render(card).split()), words
 
 
 def test_nobody_learns_where_files_were(published, r2id_run, tmp_path):
