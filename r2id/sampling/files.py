@@ -36,6 +36,7 @@ from r2id.images import encode_png
 from r2id.models.coords import Size
 from r2id.progress import Progress
 from r2id.sampling.conditions import choose_labels, resolve
+from r2id.sampling.grids import say_smaller_grid
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
@@ -137,6 +138,8 @@ def draw_many(
         settings=settings or {},
     )
     _check_folder(out, request)  # on every process, so that all of them end with the error
+    if dist.is_main():
+        say_smaller_grid(sampler, request.size, grid)
     writer = _make_writer(out, request)
     with dist.exclusive(out):
         # The main process alone looks and decides, so that all agree on what is missing.

@@ -12,7 +12,7 @@ from r2id.checkpoints.trained import Trained
 from r2id.errors import InputError
 from r2id.images import save_png, tile
 from r2id.models.coords import Size
-from r2id.progress import Progress
+from r2id.progress import Progress, say
 from r2id.sampling.conditions import choose_attributes, choose_embeddings, choose_labels, resolve
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
@@ -45,8 +45,8 @@ def draw_grids(
     config. Seeds and conditions are the same at every size, so that sample i shows the same
     composition at all of them.
 
-    Returns the files, labels with the names of their classes, seeds and latent grids. Raises InputError before anything is drawn
-    when a request cannot be met.
+    Returns the files, labels with the names of their classes, seeds and latent grids. Raises
+    InputError before anything is drawn when a request cannot be met.
     """
     if attributes and embedding is not None:
         raise InputError("--attribute and --embedding exclude each other: samples have either")
@@ -67,6 +67,8 @@ def draw_grids(
     )
     if embedding is not None:
         condition = choose_embeddings(embedding, sampler.model, len(chosen_labels))
+    for size in sizes:
+        say_smaller_grid(sampler, size, grid)
     seeds = wanted.seed + torch.arange(wanted.count)
     # One column per class (ten without classes), so that each row shows every class once.
     columns = min(len(chosen_labels), classes or 10)
@@ -85,6 +87,19 @@ def draw_grids(
         "seeds": seeds.tolist(),
         "grids": [list(latents) for latents in grids],
     }
+
+
+def say_smaller_grid(sampler: Sampler, size: Size, grid: Size | None) -> None:
+    """Say it if pictures of a size (H, W) are drawn on fewer cells than they have by themselves.
+
+    ``grid`` is the one that was asked for; with one, nothing is said.
+    """
+    own, used = sampler.codec.grid_for(size), sampler.grid_for(size)
+    if grid is None and own[0] * own[1] > sampler.areas[1]:
+        say(
+            f"{size[0]}x{size[1]}: drawn on {used[0]}x{used[1]} latent cells instead of "
+            f"{own[0]}x{own[1]}, because training saw no larger grids; --grid asks for others"
+        )
 
 
 def _counting(progress: Progress) -> Watch:
