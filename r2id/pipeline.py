@@ -8,11 +8,13 @@
     images = pipe(labels=[3, 7], size=(48, 32), seeds=[0, 1])
     images[0].save("three.png")
 
-Sizes are (height, width) in pixels. Pictures are those of Pillow, or paths of files; results are
-those of Pillow. A result depends on its seed, condition, size and settings alone, not on what else
-is drawn in the same call. Keywords that several methods take are those of Settings and Drawing.
-``callback`` is called with a Step (its number, the total, and the latents so far, which ``decode``
-shows) at each step; an error that it raises ends the work.
+Sizes are (height, width) in pixels. Pictures are those of Pillow, paths of files, uint8 arrays
+[H, W] or [H, W, C], or floats [C, H, W] in [−1, 1]: see r2id.sampling.pictures. Results are those
+of Pillow, of which ``np.asarray`` makes such arrays, and ``read`` such tensors. A result depends on
+its seed, condition, size and settings alone, not on what else is drawn in the same call. Keywords
+that several methods take are those of Settings and Drawing. ``callback`` is called with a Step (its
+number, the total, and the latents so far, which ``decode`` shows) at each step; an error that it
+raises ends the work.
 
 Errors are InputError when what is asked for cannot be done, with one line that says why.
 """
@@ -40,7 +42,7 @@ from r2id.sampling import editing
 from r2id.sampling.arguments import as_latents, as_list, as_seeds, as_whole
 from r2id.sampling.conditions import choose_attributes, choose_embeddings
 from r2id.sampling.memory import check_edit, check_reconstruction, check_samples
-from r2id.sampling.pictures import Picture, read_mask, read_picture, to_picture
+from r2id.sampling.pictures import Picture, as_pictures, read_mask, read_picture, to_picture
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
 
@@ -75,8 +77,9 @@ class Drawing(Settings, total=False):
 class Pipeline:
     """A trained R2ID with its RIAE.
 
-    Called, it draws new pictures: of several ``labels`` and ``seeds``. Methods that edit a picture
-    take one ``label`` and ``seed``, and the other keywords of Drawing: ``attributes``,
+    Called, it draws new pictures, of several ``labels``, ``seeds`` and ``embeddings``, which are in
+    the plural. Methods that edit a picture take one ``label`` and ``seed``, because they make one
+    picture or one series, and the other keywords of Drawing: ``attributes``,
     ``embedding`` and ``callback``. All take those of Settings: ``steps``, ``guidance``,
     ``autoguidance``, ``guidance_interval``, ``eta`` and ``solver``.
     """
@@ -105,8 +108,9 @@ class Pipeline:
 
     def __repr__(self) -> str:
         size, classes = self.codec.image, self.sampler.num_classes
+        sizes = "" if self.sampler.trained_on_one_shape else "several sizes, in the median "
         return (
-            f"<Pipeline of pictures of {size[0]}x{size[1]}, "
+            f"<Pipeline of pictures of {sizes}{size[0]}x{size[1]}, "
             f"{f'{classes} classes, ' if classes else ''}on {self.codec.device}>"
         )
 
@@ -134,6 +138,9 @@ class Pipeline:
         · attributes: what all pictures have ("Smiling") or lack ("-Male") · embeddings: [B, …], one
         for each picture · grid: (h, w) of latent cells, by default what suits the size. Where
         several are given for each picture, they are equally many.
+
+        Nothing is added to what is given: without labels there is no class, and one seed is that of
+        all pictures, while ``r2id sample`` fills a grid with all classes and a seed for each.
         """
         size = self.codec.image if size is None else size
         chosen_labels = [] if labels is None else as_list("labels", labels)
@@ -148,7 +155,8 @@ class Pipeline:
                 + "; must be equally many, or one for all"
             )
         count = max(counts.values(), default=1)
-        _check_names(settings, Settings, (*given, "size", "attributes", "grid", "callback"))
+        own = ("labels", "seeds", "embeddings", "size", "attributes", "grid", "callback")
+        _check_names(settings, Settings, own)
         condition = self.condition(chosen_labels or None, attributes, embeddings, count)
         check_samples(self.sampler, size, grid, count)
         chosen = as_seeds(given["seeds"]).expand(count)
@@ -156,11 +164,15 @@ class Pipeline:
         latents = self.sampler.latents(condition, chosen, grid, watch=callback, **settings)
         return [to_picture(image) for image in self.sampler.render(latents, size)]
 
-    def encode(self, *pictures: Picture) -> Tensor:
-        """Encode pictures of one size → raw latents [B, L, h, w]."""
-        if not pictures:
+    def encode(self, *pictures: Picture | Sequence[Picture]) -> Tensor:
+        """Encode pictures of one size → raw latents [B, L, h, w].
+
+        They are given one by one, as a list, or as one array or tensor with B in front.
+        """
+        listed = as_pictures(pictures)
+        if not listed:
             raise InputError("pictures: there is none; must be at least one")
-        images = [self.read(picture) for picture in pictures]
+        images = [self.read(picture) for picture in listed]
         sizes = {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1:
             raise InputError(f"pictures of sizes {sorted(sizes)}: must have one size")

@@ -75,6 +75,9 @@ def test_names_of_digits_on_the_command_line(pipe, picture, tmp_path, r2id, monk
 
 def test_it_says_what_it_is_in_a_line(pipe):
     assert repr(pipe) == "<Pipeline of pictures of 8x8, 10 classes, on cpu>"
+    varied = Pipeline(replace(pipe.sampler, ratios=(0.5, 1.2)))
+    expected = "<Pipeline of pictures of several sizes, in the median 8x8, 10 classes, on cpu>"
+    assert repr(varied) == expected
 
 
 def test_one_for_all_or_one_for_each(pipe):
@@ -231,6 +234,21 @@ def test_latents_and_windows(pipe, picture):
         pipe.encode(picture, picture.resize((9, 9)))
 
 
+def test_arrays_and_lists_of_pictures(pipe, picture):
+    expected = pipe.encode(picture, picture)
+    bytes_, floats = np.asarray(picture), pipe.read(picture)
+    for given in ([picture] * 2, (bytes_, floats), np.stack([bytes_] * 2)[..., None]):
+        assert torch.equal(pipe.encode(given), expected)
+    assert torch.equal(pipe.encode(torch.stack([floats] * 2)), expected)
+    drawn = np.zeros((8, 8), bool)
+    drawn[:, 4:] = True
+    edited = (
+        pipe.inpaint(floats, drawn, label=3),
+        pipe.inpaint(picture, Image.fromarray(drawn * np.uint8(255)), label=3),
+    )
+    assert np.array_equal(*map(pixels, edited))
+
+
 def test_decoding_takes_the_memory_of_all_pictures_but_one_at_a_time(pipe, picture, monkeypatch):
     latents, decode, batches = pipe.encode(picture).expand(300, -1, -1, -1), Codec.decode, []
 
@@ -301,7 +319,8 @@ def test_edits(pipe, picture, tmp_path):
         (lambda pipe, picture: pipe.upscale(picture, (9, 9), (0, 0, 5)), r"window \(0, 0, 5\)"),
         (lambda pipe, picture: pipe.upscale(picture, (9, 9), (0, 0, 5, 5.0)), "in whole pixels"),
         (lambda pipe, picture: pipe.encode(Image.new("L", (0, 5))), r"picture of size \(5, 0\)"),
-        (lambda pipe, picture: pipe.encode(np.zeros((8, 8))), "type ndarray"),
+        (lambda pipe, picture: pipe.encode([1.5]), "picture of type float"),
+        (lambda pipe, picture: pipe.encode([]), "pictures: there is none"),
         (lambda pipe, picture: pipe.decode(torch.zeros(1, 9, 4, 4)), r"shape \[1, 9, 4, 4\]"),
         (lambda pipe, picture: pipe.decode(torch.zeros(4, 4, 4)), r"shape \[4, 4, 4\]: must be"),
         (lambda pipe, picture: pipe.decode(pipe.encode(picture)[:0]), r"shape \[0, .*at least 1"),
@@ -312,8 +331,8 @@ def test_edits(pipe, picture, tmp_path):
         (lambda pipe, picture: pipe.encode(), "pictures: there is none"),
         (lambda pipe, picture: pipe(1, grid=(0, 4)), r"grid \(0, 4\): .* in latent cells"),
         (lambda pipe, picture: pipe(1, grid=4), r"grid 4: must be \(height, width\)"),
-        (lambda pipe, picture: pipe(label=1), "label: no such .* one of labels, seeds"),
-        (lambda pipe, picture: pipe(seed=1), "seed: no such setting; .* labels, seeds, size"),
+        (lambda pipe, picture: pipe(label=1), "label: no such .* labels, seeds, embed"),
+        (lambda pipe, picture: pipe(seed=1), "seed: no .* labels, seeds, embeddings, size"),
         (lambda pipe, picture: pipe.vary(picture, seeds=1), "seeds: .* must be one of seed, steps"),
         (lambda pipe, picture: pipe.vary(picture, seed=-1), "seed -1"),
         (lambda pipe, picture: pipe.vary(picture, labels=1), "labels"),

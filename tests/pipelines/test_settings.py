@@ -291,7 +291,9 @@ def check_arrival(stage: str, expected: dict[str, Any], arrived: Any) -> None:
     if stage == "evaluate" and expected.pop("evaluate.invariance", False):
         # The function has one argument for two settings: how many samples it is measured on.
         expected["evaluate.invariance"] = expected.pop("evaluate.invariance_count")
-    if "sample.labels" in expected:  # names and numbers of classes alike are texts on a command line
+    if (
+        "sample.labels" in expected
+    ):  # names and numbers of classes alike are texts on a command line
         expected["sample.labels"] = tuple(map(str, expected["sample.labels"]))
     found = {name: value_at(arrived, name.partition(".")[2]) for name in expected}
     assert found == expected
