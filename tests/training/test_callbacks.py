@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import Tensor
 
 from r2id.training import callbacks, step
 from r2id.training.callbacks import Callback, Callbacks
+from r2id.training.callbacks.progress import ProgressDisplay
 from r2id.training.loop import train
 from r2id.training.state import TrainState
 from r2id.training.tasks import Batch
@@ -133,3 +136,14 @@ def test_one_that_cannot_begin_ends_those_before_it(state: TrainState) -> None:
 def state() -> TrainState:
     """These callbacks ask it nothing."""
     return object()  # type: ignore[return-value]
+
+
+def test_the_shown_rate_says_what_it_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line of a command has another, of training alone."""
+    config = SimpleNamespace(stage="riae", train=SimpleNamespace(steps=2, batch=4))
+    state: Any = SimpleNamespace(config=config, start=0, figures={}, log_due=False)
+    display = ProgressDisplay()
+    display.pre_train(state)
+    display.post_step(state)
+    display.close(state, None)
+    assert " images/s with previews and saving, " in capsys.readouterr().err
