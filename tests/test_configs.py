@@ -1,6 +1,7 @@
 """The configs of real datasets fit their GPUs, belong together, and start."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from pipelines.pipeline import Pipeline
 from r2id.checkpoints import Checkpoint
 from r2id.config import PipelineRun, PrepareConfig, R2idRun, RiaeRun, load_config
 from r2id.config.batch_split import accumulation, micro_batch_size
+from r2id.training.ema import decays
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import RUNTIME, memory
@@ -108,6 +110,24 @@ def test_r2id_is_as_large_as_dit(path):
     with torch.device("meta"):
         found = parameter_count(work_of(path).module())
     assert found == pytest.approx(DIT[path.stem.split("-")[1]], rel=0.2)
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name_of)
+def test_the_parameters_that_are_told_are_the_models(path):
+    with torch.device("meta"):
+        millions = str(round(parameter_count(work_of(path).module().model) / 1e6))
+    rows = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    told = re.findall(rf"\| `{name_of(path)}` \| (\d+) M \|", rows)
+    assert len(told) == 1, "the table of what is planned on GPUs has a row for each"
+    told += re.findall(r"(?<!the )\b(\d+) M parameters", path.read_text(encoding="utf-8"))
+    assert set(told) == {millions}
+
+
+@pytest.mark.parametrize("path", R2ID_STAGES, ids=name_of)
+def test_the_guide_of_sampling_is_one_of_the_averages_that_a_plan_counts(path):
+    config = load_config(path)
+    assert isinstance(config, R2idRun) and config.sample.autoguidance
+    assert list(decays(config.train)) == ["ema", "ema-0.1", "guide"]
 
 
 @pytest.mark.parametrize("path", R2ID_STAGES, ids=name_of)
