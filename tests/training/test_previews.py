@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from r2id.config import R2idRun, load_config
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
-from r2id.images import resize, tile, to_bytes
+from r2id.images import psnr, resize, tile, to_bytes
 from r2id.models.codec import Codec
 from r2id.sampling import Sampler
 from r2id.training.loop import train
 from r2id.training.sheet import Row, save_sheet
+from r2id.training.tracking import NullTracker, Tracker
 from tests.conftest import CONFIGS, TINY_R2ID
 from tests.evaluation.folders import write_folder
 from tests.training import loop_ranks
@@ -67,6 +69,46 @@ def test_reconstructions_are_under_their_originals_at_three_sizes(
     # At half size both may look the same: then each is found at both places.
     tops = [min(found[row]) if row % 2 == 0 else max(found[row]) for row in range(6)]
     assert tops == sorted(set(tops))
+
+
+def test_quality_is_told_before_training_and_after_it(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is no measure of it: it counts magnified and resized images, too."""
+    recorded: list[tuple[dict[str, float], int]] = []
+
+    class Recorder(NullTracker):
+        def metrics(self, values: Mapping[str, float], step: int) -> None:
+            recorded.append((dict(values), step))
+
+    monkeypatch.setattr(Tracker, "start", lambda *given, **named: Recorder())
+    run = riae_config(digits, tmp_path / "run", "train.steps=4", "train.preview_every=2")
+    train(run)
+    quality = {
+        step: values["reconstruction/psnr"]
+        for values, step in recorded
+        if "reconstruction/psnr" in values
+    }
+    assert list(quality) == [0, 2, 4]
+    before, after = (line for line in capsys.readouterr().err.splitlines() if "PSNR" in line)
+    assert before == f"PSNR of 10 plain reconstructions before the first step: {quality[0]:.2f} dB"
+    assert after == f"PSNR of 10 plain reconstructions at the end: {quality[4]:.2f} dB"
+    codec = Codec.load(tmp_path / "run")
+    batches = eval_loader(
+        ShardSet.open(digits), run.data, split=run.data.test_split, batch=10, limit=10
+    )
+    images = next(iter(batches))["image"]
+    error = (codec.decode(codec.encode(images), (8, 8)) - images).square().mean()
+    assert quality[4] == pytest.approx(float(psnr(error)), abs=0.01)
+
+
+def test_a_resumed_run_tells_no_quality_of_its_start(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(riae_config(digits, tmp_path / "run", "train.steps=2"))
+    capsys.readouterr()
+    train(riae_config(digits, tmp_path / "run", "train.steps=4"))
+    assert "before the first step" not in capsys.readouterr().err
 
 
 def test_without_a_test_image_they_show_training_images(tmp_path: Path) -> None:

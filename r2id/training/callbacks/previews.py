@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from r2id.images import psnr, resize, save_png, tile
 from r2id.models.coords import Size, scale_size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
+from r2id.progress import say
 from r2id.sampling.conditions import choose_labels
 from r2id.sampling.sampler import Sampler
 from r2id.training.callbacks.base import Callback
@@ -32,7 +33,20 @@ class Previews(Callback):
     It shows an RIAE's reconstructions under their originals at native, half and double size, or an
     R2ID's samples at three sizes. The R2ID's seeds are those of all its previews, and
     RUN/samples/film.png has a row for each preview so far.
+
+    An RIAE's losses are means over plain, magnified and resized images, and rise where that is
+    harder. What training gained is seen in the PSNR of plain reconstructions: recorded before the
+    first step and with each preview, and said at the start and at the end.
     """
+
+    def pre_train(self, state: TrainState) -> None:
+        if state.start or state.config.stage != "riae":
+            return
+        model = state.ema_model()
+        if model is not None:
+            assert isinstance(state.task, RiaeTask) and isinstance(model, RIAE)
+            _tell_quality(state, _reconstruct(state.task, model, ("native",)))
+        dist.barrier()
 
     def post_step(self, state: TrainState) -> None:
         # After a signal there may be little time left.
@@ -51,10 +65,10 @@ def _draw(state: TrainState, model: nn.Module, guide: nn.Module | None) -> None:
     file = folder / f"step-{state.step:08d}.png"
     if isinstance(task, RiaeTask):
         assert isinstance(model, RIAE)
-        title = f"RIAE at step {state.step}"
-        state.tracker.image(
-            save_sheet(title, _reconstructions(task, model), file), "reconstructions", state.step
-        )
+        title, pictures = f"RIAE at step {state.step}", _reconstruct(task, model, _SIZES)
+        _tell_quality(state, pictures)
+        sheet = save_sheet(title, _reconstructions(pictures), file)
+        state.tracker.image(sheet, "reconstructions", state.step)
         return
     assert isinstance(task, R2idTask) and isinstance(model, R2ID)
     assert isinstance(guide, R2ID | None)
@@ -91,8 +105,12 @@ def _columns(size: Size, scale: int) -> int:
     return min(max(_WIDTH // (2 * size[1] * scale), 2), _IMAGES)
 
 
-def _reconstructions(task: RiaeTask, model: RIAE) -> list[Row]:
-    """Draw images and their reconstructions at native, half and double size, two rows for each."""
+Pictures = dict[str, tuple[Tensor, Tensor]]
+"""Name of a size → images [N, C, H, W], resized to it, and their reconstructions at it."""
+
+
+def _reconstruct(task: RiaeTask, model: RIAE, names: Iterable[str]) -> Pictures:
+    """Reconstruct some images of the test split, as many as fit in a row, at sizes of _SIZES."""
     data, device = task.config.data, next(model.parameters()).device
     # A small folder of images may have no test split. The pictures then show training images.
     tests = task.shards.manifest.splits.get(data.test_split)
@@ -100,33 +118,46 @@ def _reconstructions(task: RiaeTask, model: RIAE) -> list[Row]:
     batches = eval_loader(task.shards, data, split=split, batch=_IMAGES, limit=_IMAGES)
     images = next(iter(batches))["image"]
     native = (images.shape[2], images.shape[3])
-    scale = enlargement(native)
-    images = images[: _columns(native, scale)].to(device)
+    images = images[: _columns(native, enlargement(native))].to(device)
+    pictures = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=task.config.train.autocast):
         latents = model.encode(images)
-        decoded = {
-            name: model.decode(latents, scale_size(native, (factor, factor)), native=native).float()
-            for name, factor in _SIZES.items()
-        }
+        for name in names:
+            size = scale_size(native, (_SIZES[name], _SIZES[name]))
+            decoded = model.decode(latents, size, native=native).float()
+            pictures[name] = resize(images, size), decoded.clamp(-1, 1)  # as a codec's
+    return pictures
+
+
+def _reconstructions(pictures: Pictures) -> list[Row]:
+    """Show images and their reconstructions at native, half and double size, two rows for each."""
+    native = pictures["native"][0]
+    scale = enlargement((native.shape[2], native.shape[3]))
     rows = []
-    for name, drawn in decoded.items():
-        size = (drawn.shape[2], drawn.shape[3])
-        originals, text = resize(images, size), f"{name} size, {size[0]}x{size[1]}"
+    for name, (originals, decoded) in pictures.items():
+        text = f"{name} size, {decoded.shape[2]}x{decoded.shape[3]}"
         original = "originals," if name == "native" else "originals resized to"
-        quality = _quality(originals, drawn, name)
+        # At double size the originals are enlargements, which say nothing of quality.
+        quality = "" if name == "double" else f": PSNR {_psnr(originals, decoded):.2f} dB"
         rows += [
-            Row(f"{original} {text}", tile(originals, len(images)), scale),
-            Row(f"reconstructions at {text}{quality}", tile(drawn, len(images)), scale),
+            Row(f"{original} {text}", tile(originals, len(originals)), scale),
+            Row(f"reconstructions at {text}{quality}", tile(decoded, len(originals)), scale),
         ]
     return rows
 
 
-def _quality(originals: Tensor, decoded: Tensor, name: str) -> str:
-    """Return the PSNR of reconstructions as text, where the originals are no enlargements."""
-    if name == "double":
-        return ""
-    error = (originals - decoded).square().mean()
-    return f": PSNR {float(psnr(error)):.2f} dB"
+def _tell_quality(state: TrainState, pictures: Pictures) -> None:
+    """Record the PSNR of plain reconstructions, and say it at the start and at the end."""
+    originals, decoded = pictures["native"]
+    quality = _psnr(originals, decoded)
+    state.tracker.metrics({"reconstruction/psnr": quality}, state.step)
+    if state.step == 0 or state.finished:
+        when = "at the end" if state.step else "before the first step"
+        say(f"PSNR of {len(originals)} plain reconstructions {when}: {quality:.2f} dB")
+
+
+def _psnr(originals: Tensor, decoded: Tensor) -> float:
+    return float(psnr((originals - decoded).square().mean()))
 
 
 def _samples(task: R2idTask, model: R2ID, guide: R2ID | None) -> list[Row]:
