@@ -31,12 +31,11 @@ from r2id.config import (
     RiaeRun,
     SampleConfig,
     SamplerConfig,
-    StageConfig,
     build,
     change,
     find_labels,
+    find_stages,
     load_config,
-    override,
 )
 from r2id.errors import InputError, Stopped
 from r2id.files import NOISE_SHIFT_FILE, exclusive, step_folders, step_of
@@ -47,33 +46,21 @@ class Pipeline:
     """One run of the pipeline: its paths, its record and its MLflow run."""
 
     def __init__(self, config: PipelineRun, base: Path) -> None:
-        self.config, self.base, self.out = config, base, config.out
-        self.riae, self.r2id, self.latents = (
-            self.out / "riae",
-            self.out / "r2id",
-            self.out / "latents",
-        )
-        # The RIAE that latents are made with, which is the first one where there is no second.
-        self.codec = self.out / "riae-finetuned" if config.finetune else self.riae
+        self.config, self.out = config, config.out
+        paths = config.stage_paths()
+        self.riae, self.r2id = paths["riae"]["run"], paths["r2id"]["run"]
+        self.codec, self.latents = paths["r2id"]["codec"], paths["r2id"]["data.latents"]
         self.samples, self.report = self.out / "samples", self.out / "report"
         self.page, self.metrics = self.report / "report.html", self.report / "metrics.json"
         self.headlines: list[str] = []
         self.pictures: list[Path] = []
         self.stages: list[dict[str, str]] = []
         # All are read now, so that a misspelt option is reported before hours of work, not after.
-        self.riae_stages = {"riae": self._stage("riae", "riae", config.riae, {"run": self.riae})}
-        if config.finetune:
-            self.riae_stages["finetune"] = self._stage(
-                "finetune", "riae", config.finetune, {"run": self.codec, "init_from": self.riae}
-            )
-        self.r2id_stage = self._stage(
-            "r2id",
-            "r2id",
-            config.r2id,
-            {"run": self.r2id, "codec": self.codec, "data.latents": self.latents},
-        )
+        self.riae_stages = find_stages(config, base)
+        self.r2id_stage = self.riae_stages.pop("r2id")
         self.sampling = build(SampleConfig, self._drawing("sample"))
         self.evaluation = build(EvaluateConfig, self._drawing("evaluate"))
+        self._check_processes()
         self._check_riae_in_use()
         self.record = Record(self.out)
         self.mlflow = MlflowRun(config, self.record)
@@ -96,27 +83,15 @@ class Pipeline:
                 + (f", or keep {name}.train.steps={done}" if done else "")
             )
 
-    def _stage(
-        self, name: str, kind: str, stage: StageConfig, paths: Mapping[str, Path]
-    ) -> tuple[Path, tuple[str, ...]]:
-        """Return a stage's config file and overrides; those of the pipeline come last and win."""
-        file = self.base / stage.config
-        tracking = self.config.tracking.changes()
-        tracking.pop("name", None)  # names the pipeline's run; a stage's run keeps its own name
-        values = {
-            **paths,
-            "data.shards": self.config.prepare.out,
-            **{f"tracking.{name}": value for name, value in tracking.items()},
-        }
-        overrides = (*stage.set, *(override(key, value) for key, value in values.items()))
-        run = load_config(file, overrides)
-        if isinstance(run, PipelineRun) or run.stage != kind:
-            raise InputError(f"{name}.config: {file} is of stage {run.stage!r}, must be {kind!r}")
-        try:
-            training_processes(run.train)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-        return file, overrides
+    def _check_processes(self) -> None:
+        """Raise InputError when a stage's batch cannot be shared by the processes that train it."""
+        for name, stage in {**self.riae_stages, "r2id": self.r2id_stage}.items():
+            run = load_config(*stage)
+            assert not isinstance(run, PipelineRun), "find_stages has checked it"
+            try:
+                training_processes(run.train)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
 
     def _drawing(self, stage: str) -> dict[str, Any]:
         """Return the settings of "sample" or "evaluate": the R2ID config's [sample] and its own.
@@ -124,7 +99,7 @@ class Pipeline:
         Its own win. Raises InputError when they do not go together.
         """
         run = load_config(*self.r2id_stage)
-        assert isinstance(run, R2idRun), "_stage has checked it"
+        assert isinstance(run, R2idRun), "find_stages has checked it"
         own = getattr(self.config, stage).changes()
         known = {name: value for name, value in own.items() if name in SampleConfig.model_fields}
         if stage == "evaluate":  # it may be several scales, each checked by the section itself
@@ -147,7 +122,7 @@ class Pipeline:
         stages = {**self.riae_stages, "r2id": self.r2id_stage}
         for name, (file, overrides) in stages.items():
             run = load_config(file, overrides)
-            assert not isinstance(run, PipelineRun), "_stage has checked it"
+            assert not isinstance(run, PipelineRun), "find_stages has checked it"
             data = run.data
             wanted = {f"{name}: data.train_split": data.train_split}
             if self.config.evaluate.split:  # previews, which show the test split, do without

@@ -34,11 +34,11 @@ def doctor(
 
 @app.command(rich_help_panel="Training")
 def plan(
-    config: Annotated[Path, typer.Argument(help="TOML file of one stage, riae or r2id.")],
+    config: Annotated[Path, typer.Argument(help="TOML file of a stage, or of a pipeline.")],
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs of the whole job.")] = 1,
     gpu: Annotated[
-        str, typer.Option(help="Kind of GPU, for what is not given: a100, h100 or rtx5080.")
+        str, typer.Option(help="Kind of GPU, for what is not given: a100, h100, h200, rtx5080.")
     ] = "a100",
     memory: Annotated[
         float | None, typer.Option(min=1, help="Memory of one GPU in GB (10⁹ bytes).")
@@ -71,10 +71,9 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a training run needs: parameters, memory, FLOPs, micro-batch, days, workers."""
+    """Estimate what training needs: parameters, memory, FLOPs, micro-batch, days, workers, disk."""
     from r2id.training.communication import find_gpu
-    from r2id.training.planner import describe
-    from r2id.training.planner import plan as run_plan
+    from r2id.training.pipeline_plan import describe_config, plan_config
 
     given = {
         "memory": memory,
@@ -83,7 +82,7 @@ def plan(
         "intra_node": intra_node_bandwidth,
         "inter_node": inter_node_bandwidth,
     }
-    result = run_plan(
+    result = plan_config(
         config,
         tuple(overrides or ()),
         gpus=gpus,
@@ -92,7 +91,7 @@ def plan(
         riae=riae,
         classes=classes,
     )
-    report(result, as_json, describe)
+    report(result, as_json, describe_config)
 
 
 @app.command(rich_help_panel="Training")

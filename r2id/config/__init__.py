@@ -24,6 +24,7 @@ from r2id.config.pipeline import (
     StageConfig,
 )
 from r2id.config.section import Section, Size
+from r2id.config.stages import find_stages
 from r2id.config.training import (
     DataConfig,
     EngineConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "build",
     "change",
     "find_labels",
+    "find_stages",
     "load_config",
     "override",
     "parse_config",

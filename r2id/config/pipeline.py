@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SerializationInfo, field_serializer, model_validator
@@ -149,6 +150,20 @@ class PipelineRun(Section):
         """Return the stages that train, by the name of their table, in their order."""
         stages = {"riae": self.riae, "finetune": self.finetune, "r2id": self.r2id}
         return {name: stage for name, stage in stages.items() if stage}
+
+    def stage_paths(self) -> dict[str, dict[str, Path]]:
+        """Return the settings by which the stages find each other, by the name of their table."""
+        riae, finetuned = self.out / "riae", self.out / "riae-finetuned"
+        return {
+            "riae": {"run": riae},
+            "finetune": {"run": finetuned, "init_from": riae},
+            "r2id": {
+                "run": self.out / "r2id",
+                # Latents are made by the first RIAE where there is no second.
+                "codec": finetuned if self.finetune else riae,
+                "data.latents": self.out / "latents",
+            },
+        }
 
     @field_serializer("encode", "sample", "evaluate", "tracking")
     def _only_changes(self, section: Section, info: SerializationInfo) -> dict[str, Any]:

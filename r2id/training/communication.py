@@ -44,11 +44,13 @@ class Gpu:
 _KINDS = (
     Gpu("a100", 80, 312, 8, 240, 160),
     Gpu("h100", 80, 989, 8, 360, 320),
+    Gpu("h200", 141, 989, 8, 360, 320),
     Gpu("rtx5080", 16, 112.6, 1, 20, 1),
 )
 GPUS = {kind.name: kind for kind in _KINDS}
-"""By name, with four fifths of what the links of NVIDIA's own machines are made for: NVLink of 300
-and 450 GB/s, eight InfiniBand adapters of 25 and 50 GB/s a node. An RTX 5080 has PCIe 5 through the
+"""By name, with memory and peak of NVIDIA's data sheets (SXM modules), and four fifths of what the
+links of its own machines are made for: NVLink of 300 (A100) and 450 GB/s, eight InfiniBand adapters
+of 25 and 50 GB/s a node. An RTX 5080 has PCIe 5 through the
 main memory, and a network of 10 Gbit/s."""
 
 

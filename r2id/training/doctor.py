@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from r2id.config import PipelineRun, R2idRun, RiaeRun, Run, load_config, override
+from r2id.config import PipelineRun, R2idRun, RiaeRun, Run, find_stages, load_config
 from r2id.config.batch_split import most_processes
 from r2id.errors import InputError
 from r2id.openmp import waiting
@@ -83,18 +83,14 @@ Stages = Mapping[str, RiaeRun | R2idRun]
 
 
 def _stages(loaded: Run, base: Path) -> dict[str, RiaeRun | R2idRun]:
-    """Return the stages that a config trains, as it does; the files that it names are in base."""
+    """Return the stages that a config trains; the files that it names are in ``base``."""
     if not isinstance(loaded, PipelineRun):
         return {loaded.stage: loaded}
     stages: dict[str, RiaeRun | R2idRun] = {}
-    changes = loaded.tracking.changes().items()
-    tracking = [override(f"tracking.{key}", value) for key, value in changes if key != "name"]
-    for name, stage in loaded.training_stages().items():
-        file, kind = base / stage.config, "r2id" if name == "r2id" else "riae"
-        inner = load_config(file, [*stage.set, *tracking])
-        if isinstance(inner, PipelineRun) or inner.stage != kind:
-            raise InputError(f"{name}.config: {file} is of stage {inner.stage!r}, must be {kind!r}")
-        stages[name] = inner
+    for name, file in find_stages(loaded, base).items():
+        run = load_config(*file)
+        assert not isinstance(run, PipelineRun), "find_stages has checked it"
+        stages[name] = run
     return stages
 
 

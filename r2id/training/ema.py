@@ -6,6 +6,7 @@ A run keeps one average with a fixed decay, or several with power-function profi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from r2id.checkpoints.averages import exponent_of, widths
 from r2id.config import TrainConfig
+
+_SNAPSHOTS_PER_RUN = 32
 
 Decay = Callable[[int], float]
 """Maps an optimizer step (from 0) to the decay of the average's update after that step."""
@@ -57,6 +60,11 @@ def decays(train: TrainConfig) -> dict[str, Decay]:
         steps = max(1, round(train.guide_after * train.steps))
         kept["guide"] = partial(decay_until, steps=steps, decay=kept["ema"])
     return kept
+
+
+def snapshot_interval(train: TrainConfig) -> int:
+    """Return the number of steps between copies of the averages of ``ema_profiles``."""
+    return train.ema_snapshot_every or math.ceil(train.steps / _SNAPSHOTS_PER_RUN)
 
 
 class Ema:

@@ -20,6 +20,7 @@ from r2id.models.tracing import trace_peak
 from r2id.training import pca, recording
 from r2id.training.communication import Gpu, seconds, step_time, traffic
 from r2id.training.conditions import condition_facts
+from r2id.training.disk_estimate import describe_disk, disk
 from r2id.training.ema import decays
 from r2id.training.engines.settings import deepspeed_config, engine_kind
 from r2id.training.memory_estimate import Sharding, peak
@@ -31,15 +32,15 @@ RUNTIME = 2_000_000_000
 
 
 def find_dimensions(
-    config: RiaeRun | R2idRun, riae: Path | None = None, classes: int | None = None
+    config: RiaeRun | R2idRun, riae: Path | RiaeConfig | None = None, classes: int | None = None
 ) -> Dimensions:
     """Find the dimensions of a run from its shards and its codec.
 
-    Where these do not exist yet, ``riae`` (the path of an RIAE's config) stands in for the codec,
-    and ``classes`` for what the shards would say. Raises InputError where a stand-in is needed and
-    not given.
+    Where these do not exist yet, ``riae`` (an RIAE's architecture, or the path of its config)
+    stands in for the codec, and ``classes`` for what the shards would say. Raises InputError where
+    a stand-in is needed and not given.
     """
-    shards = ShardSet.open(config.data.shards) if _prepared(config.data) else None
+    shards = _open_shards(config.data)
     steps = _find_steps(config, shards)
     images, image = max(steps, key=lambda step: (step[0] * math.prod(step[1]), step[1]))
     copies = images // config.train.batch
@@ -102,10 +103,16 @@ def _prepared(data: DataConfig) -> bool:
     return (data.shards / MANIFEST).is_file()
 
 
-def _codec_config(config: R2idRun, riae: Path | None) -> RiaeConfig | None:
+def _open_shards(data: DataConfig) -> ShardSet | None:
+    return ShardSet.open(data.shards) if _prepared(data) else None
+
+
+def _codec_config(config: R2idRun, riae: Path | RiaeConfig | None) -> RiaeConfig | None:
     """Return the architecture of a run's codec; None when the run diffuses pixels."""
     if config.codec is None:
         return None
+    if isinstance(riae, RiaeConfig):
+        return riae
     if riae is not None:
         loaded = load_config(riae)
         if not isinstance(loaded, RiaeRun):
@@ -206,20 +213,18 @@ def plan(
     gpus: int,
     gpu: Gpu,
     share: float,
-    riae: Path | None = None,
+    riae: Path | RiaeConfig | None = None,
     classes: int | None = None,
 ) -> dict[str, Any]:
-    """Compute everything that ``r2id plan`` prints.
+    """Compute everything that ``r2id plan`` prints of one stage.
 
     ``share`` is the part of a GPU's FLOP/s that training reaches. For ``riae`` and ``classes`` see
-    find_dimensions. In the result memory and what is sent are in bytes, and FLOPs are those of one
-    optimizer step of the whole job. Raises InputError for a pipeline's config, a batch that does
-    not divide, and missing facts.
+    find_dimensions, for pipelines r2id.training.pipeline_plan. In the result memory, disk and what
+    is sent are in bytes, and FLOPs are those of one optimizer step of the whole job. Raises
+    InputError for a batch that does not divide, and missing facts.
     """
     config = load_config(path, overrides)
-    if isinstance(config, PipelineRun):
-        files = ", ".join(str(stage.config) for stage in config.training_stages().values())
-        raise InputError(f"{path}: stage 'pipeline'; plan its stages one by one: {files}")
+    assert not isinstance(config, PipelineRun), "a pipeline has a plan for each stage"
     workload = Workload(config, find_dimensions(config, riae, classes))
     if isinstance(config, R2idRun):
         check_depth(config, workload.grid())
@@ -254,6 +259,9 @@ def plan(
         "limit": int(limit),
         "fits": needed["total"] + RUNTIME <= limit,
         "largest_micro_batch": largest_micro_batch(config, dimensions, gpus, limit),
+        "configured_micro_batch": config.train.micro_batch,
+        "share_of_batch": config.train.batch // gpus,
+        "disk": disk(workload, _open_shards(config.data)),
         "steps": config.train.steps,
         **times,
         "images_per_second": per_second,
@@ -311,19 +319,24 @@ def describe(result: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
     assumed = f", assumed, as {result['shards']} has no shards yet" * result["image_assumed"]
     total, limit = (result["memory"]["total"] + result["reserved"]) / 1e9, result["limit"] / 1e9
-    largest = result["largest_micro_batch"]
+    largest, share = result["largest_micro_batch"], result["share_of_batch"]
+    configured = result["configured_micro_batch"]
+    cut = f" (train.micro_batch is {configured}, but {share} is a GPU's share of the batch)"
+    whole = ", a GPU's whole share of the batch" * (largest == share)
     return [
         f"{result['stage']}: {result['parameters'] / 1e6:.1f} M parameters; {result['tokens']} "
         f"tokens per image ({rows}x{columns} latents of {height}x{width} pixels{assumed})",
         f"step: {result['batch']} images on {result['gpus']} × {result['gpu']}, micro-batches of "
-        f"{result['micro_batch']}, {result['accumulation']} per step; "
+        f"{result['micro_batch']}{cut * ((configured or 0) > share)}, "
+        f"{result['accumulation']} per step; "
         f"{result['flops_per_step'] / 1e12:.2f} TFLOP",
         f"memory per GPU in GB at its peak: {parts}, CUDA {result['reserved'] / 1e9:.2f}: "
         f"{total:.2f} of {limit:g}, {'fits' if result['fits'] else 'does not fit'}",
         "largest train.micro_batch that fits: "
-        + (f"{largest}" if largest else "none, not even one image"),
+        + (f"{largest}{whole}" if largest else "none, not even one image"),
         *_describe_recordings(result),
         *_describe_times(result),
+        describe_disk(result["disk"]),
     ]
 
 
@@ -351,7 +364,7 @@ def _describe_times(result: dict[str, Any]) -> list[str]:
         )
     return [
         f"time per step: {spent}",
-        f"run: {_describe_days(result['days'])} for {result['steps']} steps "
+        f"run: {describe_days(result['days'])} for {result['steps']} steps "
         f"({result['images_per_second']:.0f} images/s)",
         f"loading: {loading['needed']:.0f} images/s per GPU, of which a worker reads "
         f"{loading['per_worker']:.0f} ({'measured' if loading['measured'] else 'assumed'}): "
@@ -367,7 +380,8 @@ def _describe_times(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _describe_days(days: float) -> str:
+def describe_days(days: float) -> str:
+    """Write a time in the unit that suits it."""
     for unit, length in (("days", 1.0), ("hours", 24.0)):
         if days * length >= 1:
             return f"{days * length:.1f} {unit}"

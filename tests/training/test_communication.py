@@ -107,5 +107,5 @@ def test_the_slower_links_decide_and_what_is_hidden_costs_nothing() -> None:
     assert step_time(2.0, beside, 4, GPU) == 2.0
     # A model too large to keep what is gathered gathers it for the forward and the backward pass.
     assert traffic(sharding(3, 2_000_000_000, 4), [2_000_000_000]).hidden == 0.75 * 8e9 * (2 + 4)
-    with pytest.raises(InputError, match="gpu 'v100': must be one of a100, h100, rtx5080"):
+    with pytest.raises(InputError, match="gpu 'v100': must be one of a100, h100, h200, rtx5080"):
         find_gpu("v100")

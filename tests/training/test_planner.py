@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -168,7 +169,7 @@ def test_a_plan_says_what_a_run_comes_to():
     assert found["days"] * 86400 == pytest.approx(run.train.steps * found["seconds_per_step"])
     assert found["images_per_second"] * found["seconds_per_step"] == pytest.approx(128)
     assert found["fits"] and found["largest_micro_batch"] == 32
-    assert json.loads(json.dumps(found)) == found and len(describe(found)) == 7
+    assert json.loads(json.dumps(found)) == found and len(describe(found)) == 8
 
 
 def test_the_step_with_most_pixels_has_no_more_images_than_there_are(tmp_path: Path) -> None:
@@ -226,6 +227,20 @@ def test_images_that_are_not_there_may_have_any_sizes(tmp_path: Path) -> None:
         )
         assert found["shapes"] == shapes
         assert any("shapes, assumed, which" in line for line in describe(found)) == (shapes > 1)
+
+
+def test_what_limits_micro_batches_is_said() -> None:
+    def told(gpus: int, *changes: str) -> str:
+        run = ("data.size=[8, 8]", *changes)
+        found = plan(DIGITS / "riae.toml", run, gpus=gpus, gpu=SMALL, share=0.5)
+        return "\n".join(describe(found)[1:4])
+
+    assert "train.micro_batch that fits: 16, a GPU's whole share of the batch" in told(4)
+    cut = "micro-batches of 16 (train.micro_batch is 32, but 16 is a GPU's share of the batch), 1 "
+    assert cut in told(4, "train.micro_batch=32")
+    assert "micro-batches of 16, 4 per step" in told(1, "train.micro_batch=16")
+    huge = told(1, f"data.size={[1024, 1024]}", "riae.width=512", "train.batch=64")
+    assert re.search(r"that fits: \d+$", huge.splitlines()[-1]), huge
 
 
 def test_a_size_that_nothing_tells_is_said_to_be_assumed(tmp_path: Path) -> None:
@@ -308,7 +323,6 @@ def test_the_largest_micro_batch_is_the_largest_that_fits():
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (DIGITS / "pipeline.toml", {}, "'pipeline'.*riae.toml, r2id.toml"),
         (DIGITS / "r2id.toml", {"riae": DIGITS / "riae.toml"}, "data.shards.*--classes"),
         (DIGITS / "r2id.toml", {"classes": 10}, "codec.*--riae"),
         (DIGITS / "r2id.toml", {"classes": 10, "riae": DIGITS / "r2id.toml"}, "'r2id'.*'riae'"),

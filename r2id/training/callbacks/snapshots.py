@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from r2id.checkpoints import writing
 from r2id.training.callbacks.base import Callback
+from r2id.training.ema import snapshot_interval
 from r2id.training.state import TrainState
 from r2id.training.step import confirm_last_step
-
-_SNAPSHOTS_PER_RUN = 32
 
 
 class Snapshots(Callback):
@@ -19,7 +16,6 @@ class Snapshots(Callback):
         train = state.config.train
         if not train.ema_profiles:
             return
-        every = train.ema_snapshot_every or math.ceil(train.steps / _SNAPSHOTS_PER_RUN)
-        if state.step % every == 0:
+        if state.step % snapshot_interval(train) == 0:
             confirm_last_step(state)
             writing.save_snapshot(state.folder, state.engine.state(), state.meta())

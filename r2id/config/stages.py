@@ -1,0 +1,36 @@
+"""The configs of a pipeline's training stages, with what the pipeline sets in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from r2id.config.files import load_config, override
+from r2id.config.pipeline import PipelineRun
+from r2id.errors import InputError
+
+StageFile = tuple[Path, tuple[str, ...]]
+"""A config file and overrides of it, as load_config takes them."""
+
+
+def find_stages(config: PipelineRun, base: Path) -> dict[str, StageFile]:
+    """Return the stages that train, by the name of their table, in their order.
+
+    What the pipeline sets comes last and wins. The files that it names are in ``base``. Raises
+    InputError where one is not valid, or of another stage.
+    """
+    tracking = config.tracking.changes()
+    tracking.pop("name", None)  # names the pipeline's run; a stage's run keeps its own name
+    shared = {
+        "data.shards": config.prepare.out,
+        **{f"tracking.{name}": value for name, value in tracking.items()},
+    }
+    paths, found = config.stage_paths(), {}
+    for name, stage in config.training_stages().items():
+        file, kind = base / stage.config, "r2id" if name == "r2id" else "riae"
+        values = (paths[name] | shared).items()
+        overrides = (*stage.set, *(override(key, value) for key, value in values))
+        run = load_config(file, overrides)
+        if run.stage != kind:
+            raise InputError(f"{name}.config: {file} is of stage {run.stage!r}, must be {kind!r}")
+        found[name] = file, overrides
+    return found
