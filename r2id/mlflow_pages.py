@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -61,11 +62,13 @@ def server_command() -> str | None:
         return f"bash {script}"
     store = os.environ.get("MLFLOW_TRACKING_URI")
     place = '"$MLFLOW_TRACKING_URI"' if store else "sqlite:///mlflow.db"
-    python = shlex.quote(sys.executable).replace(f"{Path.cwd()}/", "")
-    return f"{python} -m mlflow server --workers 1 --backend-store-uri {place}"
+    found, program = shutil.which("mlflow"), "mlflow"
+    if found is None or Path(found).parent != Path(sys.executable).parent:  # of another environment
+        program = shlex.quote(sys.executable).replace(f"{Path.cwd()}/", "") + " -m mlflow"
+    return f"{program} server --backend-store-uri {place}"
 
 
 def how_to_open(experiment: str | None, run: str) -> str:
     """Return one line for people: what to start, if anything, and the address of a run's page."""
     command, page = server_command(), run_page(experiment, run)
-    return f"{command}, then {page}" if command else page
+    return f"to see this run, {command}, then {page}" if command else page

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 # They register their commands, in the order in which the help lists them.
 # isort: off
-from r2id.cli import data, training, use, edit, checkpoints  # noqa: F401
+from r2id.cli import data, settings, training, use, edit, checkpoints  # noqa: F401
 
 # isort: on
 from r2id.cli.options import app

@@ -30,6 +30,11 @@ _TRAINED = ("riae", "finetune", "r2id")
 """Tables of a pipeline whose other keys are overrides of a stage's own file."""
 
 
+def schemas() -> dict[str, type[Run]]:
+    """Return the schemas of configs, by their ``stage``."""
+    return dict(_KINDS)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     """Read a TOML file, apply ``section.key=value`` overrides and validate.
 

@@ -31,7 +31,9 @@ def plan_config(
     if not isinstance(config, PipelineRun):
         return plan(path, overrides, riae=riae, **known)
     if riae is not None:
-        raise InputError(f"riae {riae}: is for the config of an R2ID; a pipeline plans its own RIAE")
+        raise InputError(
+            f"riae {riae}: is for the config of an R2ID; a pipeline plans its own RIAE"
+        )
     codec: RiaeConfig | None = None
     stages = {}
     for name, file in find_stages(config, path.parent).items():

@@ -41,5 +41,5 @@ def test_a_finetuned_riae_is_planned_too(tmp_path: Path) -> None:
 
 
 def test_another_riae_is_refused() -> None:
-    with pytest.raises(InputError, match="riae.*a pipeline plans its own"):
+    with pytest.raises(InputError, match=r"riae.*a pipeline plans its own"):
         plan_config(DIGITS / "pipeline.toml", riae=DIGITS / "riae.toml", **MACHINE)

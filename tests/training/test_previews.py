@@ -72,7 +72,10 @@ def test_reconstructions_are_under_their_originals_at_three_sizes(
 
 
 def test_quality_is_told_before_training_and_after_it(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The loss is no measure of it: it counts magnified and resized images, too."""
     recorded: list[tuple[dict[str, float], int]] = []

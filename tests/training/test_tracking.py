@@ -14,7 +14,14 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from r2id.config import TrackingConfig
-from r2id.mlflow_pages import RUN_ID_FILE, read_run_ids, run_page, server_address
+from r2id.mlflow_pages import (
+    RUN_ID_FILE,
+    how_to_open,
+    read_run_ids,
+    run_page,
+    server_address,
+    server_command,
+)
 from r2id.training.reachable import find_store
 from r2id.training.tracking import PARENT_VARIABLE, Tracker
 from r2id.training.tracking.facts import flatten, git_tags
@@ -111,6 +118,25 @@ def test_the_address_of_the_run_is_said(
     assert newest_page("http://here/") == run_page(
         experiment, tracker.run_id, server="http://here/"
     )
+
+
+def test_the_command_that_shows_a_run_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)  # no checkout, so that there is no launch/mlflow.sh
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(programs))
+    rest = "server --backend-store-uri sqlite:///mlflow.db"
+    assert server_command() == f"bin/python -m mlflow {rest}"
+    (programs / "mlflow").write_text("#!/bin/sh\n")
+    (programs / "mlflow").chmod(0o755)
+    assert server_command() == f"mlflow {rest}"
+    assert how_to_open("1", "abc").startswith(f"to see this run, mlflow {rest}, then http://127.")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "other" / "python"))
+    assert server_command() == f"other/python -m mlflow {rest}"
 
 
 def test_a_continued_run_has_no_step_twice(client: MlflowClient) -> None:
