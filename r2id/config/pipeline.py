@@ -111,7 +111,8 @@ class EvaluateConfig(SamplerConfig):
     """TorchScript file, or its address, that maps uint8 images [N, 3, H, W] to features [N, D],
     such as Inception-v3 for the FID. The program in it is run, so use one that you trust. Without
     one, features are those of a classifier that is trained on the real images first, or without
-    classes of a network that is trained on them by itself."""
+    classes of a network that is trained on them by itself. The classifier is trained with one, too,
+    for class accuracy."""
     extractor_size: Size | None = None
     """Height x width of the images that such a file takes. Without it, that of the training
     images."""
