@@ -42,8 +42,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     ``r2id.KEY=VALUE``, where KEY is a key of that stage's own file. Raises InputError, which names
     the file, the key, the value and what is allowed.
     """
+    return parse_config(_read_table(path), overrides, where=str(path))
+
+
+def read_stage(path: Path) -> Any:
+    """Return the ``stage`` that a file names, without looking at anything else in it."""
+    return _read_table(path).get("stage")
+
+
+def _read_table(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
     except (
@@ -53,7 +62,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
         tomllib.TOMLDecodeError,
     ) as error:
         raise InputError(f"{path}: not a readable TOML file: {error}") from None
-    return parse_config(table, overrides, where=str(path))
 
 
 def parse_config(

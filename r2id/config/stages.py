@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from r2id.config.files import load_config, override
+from r2id.config.files import load_config, override, read_stage
 from r2id.config.pipeline import PipelineRun
 from r2id.errors import InputError
 
@@ -27,10 +27,11 @@ def find_stages(config: PipelineRun, base: Path) -> dict[str, StageFile]:
     paths, found = config.stage_paths(), {}
     for name, stage in config.training_stages().items():
         file, kind = base / stage.config, "r2id" if name == "r2id" else "riae"
+        # First, because the settings of a pipeline would be unknown to a file of another stage.
+        if (own := read_stage(file)) != kind:
+            raise InputError(f"{name}.config: {file} is of stage {own!r}, must be {kind!r}")
         values = (paths[name] | shared).items()
         overrides = (*stage.set, *(override(key, value) for key, value in values))
-        run = load_config(file, overrides)
-        if run.stage != kind:
-            raise InputError(f"{name}.config: {file} is of stage {run.stage!r}, must be {kind!r}")
+        load_config(file, overrides)  # raises InputError
         found[name] = file, overrides
     return found

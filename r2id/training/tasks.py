@@ -181,9 +181,9 @@ class RiaeTask(Task):
         if lost >= _TOLD:
             say(
                 f"buckets: {len(buckets.sizes)}; {lost:.0%} of the images' area is cut off to fit "
-                f"them: r2id data stats {data.shards} --max-pixels {data.max_pixels} shows them. More "
-                "images of each size have buckets of their own; of a data.window that is no larger "
-                "than most images, training sees every part in turn"
+                f"them: r2id data stats {data.shards} --max-pixels {data.max_pixels} shows them. "
+                "More images of each size have buckets of their own; of a data.window that is no "
+                "larger than most images, training sees every part in turn"
             )
 
     def latent_statistics(self, model: RIAE, device: torch.device) -> dict[str, Tensor]:

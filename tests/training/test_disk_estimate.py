@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from r2id.config import RiaeRun, R2idRun, TrainConfig, load_config
+from r2id.config import R2idRun, RiaeRun, TrainConfig, load_config
 from r2id.training.communication import GPUS
 from r2id.training.disk_estimate import describe_disk, disk, kept_checkpoints
 from r2id.training.encode import encode
