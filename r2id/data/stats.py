@@ -122,8 +122,7 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
     small = [row for row in buckets if 2 * row["samples"] < row["batch"]]
     if small:
         named = ", ".join(
-            f"{_size(row)} ({counted(row['samples'], 'image')} up to "
-            f"{row['times']} times)"
+            f"{_size(row)} ({counted(row['samples'], 'image')} up to {row['times']} times)"
             for row in small[:_NAMED]
         )
         more = f" and {len(small) - _NAMED} more" if len(small) > _NAMED else ""
