@@ -49,6 +49,7 @@ def test_a_setting_says_what_is_allowed_and_what_a_file_sets() -> None:
     assert found["train.steps"]["default"] is None and found["train.keep"]["value"] is None
     assert found["engine.zero_stage"]["type"] == "0 | 1 | 2 | 3"
     assert found["data.size"]["type"] == "[integer ≥ 1, integer ≥ 1]"
+    assert found["sample.guidance"]["type"] == "number ≥ 0 and ≤ 100"
     assert found["r2id.levels"]["type"] == "list of {width, blocks}"
     levels = tomllib.loads(f"levels = {found['r2id.levels']['value']}")["levels"]
     assert [set(level) for level in levels] == [{"width", "blocks"}] * len(levels) and levels

@@ -93,7 +93,7 @@ def _words(kind: Any, limits: str = "") -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         found = [sign + _text(limit) for meta in inner[1:] for sign, limit in _limits(meta)]
-        return _words(inner[0], limits or " ".join(found))
+        return _words(inner[0], limits or " and ".join(found))
     if origin is Literal:
         return " | ".join(map(_text, inner))
     if origin in (Union, types.UnionType):
