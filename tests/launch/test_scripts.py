@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ from threading import Thread
 import pytest
 
 from tests.launch.conftest import BASE, ROOT, bash, executable
+from tests.waiting import wait_until
 
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
@@ -128,9 +128,10 @@ def test_an_installation_that_is_interrupted_leaves_no_lock(
         cwd=bare,
         env={**os.environ, "PYTHON": str(python)},
         start_new_session=True,
+        # Tests that run in the background ignore it, and so would a shell that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not notes.exists():
-        time.sleep(0.05)
+    wait_until(notes.exists, alive=script)
     os.killpg(script.pid, signal.SIGINT)  # as Ctrl-C does
     assert script.wait(60) != 0 and not (bare / ".venv.lock").exists()
 
