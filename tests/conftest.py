@@ -22,6 +22,9 @@ from r2id import cli
 from r2id.config import load_config
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from r2id import Pipeline
     from r2id.sampling.sampler import Sampler
 
 torch.set_num_threads(1)
@@ -171,6 +174,20 @@ def sampler(r2id_run: Path) -> Sampler:
     from r2id.sampling.sampler import Sampler
 
     return Sampler.load(r2id_run)
+
+
+@pytest.fixture(scope="session")
+def pipe(r2id_run: Path) -> Pipeline:
+    """The pipeline of that R2ID."""
+    from r2id import Pipeline
+
+    return Pipeline.from_pretrained(r2id_run, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def picture(pipe: Pipeline) -> Image.Image:
+    """A digit that it has drawn."""
+    return pipe(3, size=(8, 8), seeds=4)[0]
 
 
 @pytest.fixture

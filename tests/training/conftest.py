@@ -26,7 +26,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         assert not pair.output.read_bytes(), "stdout is for results"
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def store_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One database for all tests of a process: creating its tables takes seconds.
 
