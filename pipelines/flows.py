@@ -74,7 +74,7 @@ def train_task(
 def train_flow(
     config: Path, overrides: Sequence[str] = (), environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Train one stage on all GPUs of this machine; a crash after a new checkpoint restarts it.
+    """Train one stage on the GPUs of this machine; a crash after a new checkpoint restarts it.
 
     Shows progress, command, MLflow run, checkpoint and figures as artifacts while it runs.
     """

@@ -28,14 +28,12 @@ from r2id.config import (
     EvaluateConfig,
     PipelineRun,
     R2idRun,
-    RiaeRun,
     SampleConfig,
     SamplerConfig,
     build,
     change,
     find_labels,
     find_stages,
-    load_config,
 )
 from r2id.errors import InputError, Stopped
 from r2id.files import NOISE_SHIFT_FILE, exclusive, step_folders, step_of
@@ -70,26 +68,22 @@ class Pipeline:
         users = [path for path in (self.latents, self.r2id / "checkpoints") if path.is_dir()]
         users = [path for path in users if any(path.iterdir())]
         for name, stage in self.riae_stages.items():
-            riae = load_config(*stage)
-            assert isinstance(riae, RiaeRun)
-            steps, done = riae.train.steps, newest_step(riae.run)
+            steps, done = stage.run.train.steps, newest_step(stage.run.run)
             if not users or done >= steps:
                 continue
             names = " and ".join(str(path) for path in (self.latents, self.r2id) if path.exists())
             raise InputError(
-                f"{name}.train.steps = {steps}: {riae.run} is at step {done}, and training it on "
-                f"would invalidate {names}, which were made with it as it is: remove them to make "
-                "them anew afterwards, or choose another out"
+                f"{name}.train.steps = {steps}: {stage.run.run} is at step {done}, and training it "
+                f"on would invalidate {names}, which were made with it as it is: remove them to "
+                "make them anew afterwards, or choose another out"
                 + (f", or keep {name}.train.steps={done}" if done else "")
             )
 
     def _check_processes(self) -> None:
         """Raise InputError when a stage's batch cannot be shared by the processes that train it."""
         for name, stage in {**self.riae_stages, "r2id": self.r2id_stage}.items():
-            run = load_config(*stage)
-            assert not isinstance(run, PipelineRun), "find_stages has checked it"
             try:
-                training_processes(run.train)
+                training_processes(stage.run.train)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
 
@@ -98,7 +92,7 @@ class Pipeline:
 
         Its own win. Raises InputError when they do not go together.
         """
-        run = load_config(*self.r2id_stage)
+        run = self.r2id_stage.run
         assert isinstance(run, R2idRun), "find_stages has checked it"
         own = getattr(self.config, stage).changes()
         known = {name: value for name, value in own.items() if name in SampleConfig.model_fields}
@@ -120,10 +114,8 @@ class Pipeline:
         That is known only when they are prepared.
         """
         stages = {**self.riae_stages, "r2id": self.r2id_stage}
-        for name, (file, overrides) in stages.items():
-            run = load_config(file, overrides)
-            assert not isinstance(run, PipelineRun), "find_stages has checked it"
-            data = run.data
+        for name, stage in stages.items():
+            data = stage.run.data
             wanted = {f"{name}: data.train_split": data.train_split}
             if self.config.evaluate.split:  # previews, which show the test split, do without
                 wanted["evaluate.split"] = self.config.evaluate.split
@@ -134,8 +126,8 @@ class Pipeline:
                     check_split(self.config.prepare.out, split)
                 except InputError as error:
                     raise InputError(f"{setting}: {error}") from None
-            if isinstance(run, R2idRun):
-                self._check_labels(run)
+            if isinstance(stage.run, R2idRun):
+                self._check_labels(stage.run)
 
     def _check_labels(self, run: R2idRun) -> None:
         """Name the classes that samples are asked of, since numbers may be names of others.
@@ -261,7 +253,8 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     pipeline.check_data()
     for name, stage in pipeline.riae_stages.items():
         pipeline.stage(
-            "train riae" if name == "riae" else name, partial(train_flow, *stage, environment)
+            "train riae" if name == "riae" else name,
+            partial(train_flow, stage.file, stage.overrides, environment),
         )
     encoded = pipeline.stage(
         "encode",
@@ -269,7 +262,8 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     )
     if encoded["reused"] < encoded["images"]:
         pipeline.record.note("encode", encoded)
-    pipeline.stage("train r2id", lambda: train_flow(*pipeline.r2id_stage, environment))
+    r2id = pipeline.r2id_stage
+    pipeline.stage("train r2id", lambda: train_flow(r2id.file, r2id.overrides, environment))
     samples = pipeline.once(
         "sample",
         pipeline.sampling.changes(mode="json"),

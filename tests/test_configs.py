@@ -153,8 +153,8 @@ def test_a_pipeline_finds_its_stages(path):
     config = load_config(path)
     assert isinstance(config, PipelineRun)
     pipeline = Pipeline(config, path.parent)
-    assert {load_config(*stage).stage for stage in pipeline.riae_stages.values()} == {"riae"}
-    r2id = load_config(*pipeline.r2id_stage)
+    assert {stage.run.stage for stage in pipeline.riae_stages.values()} == {"riae"}
+    r2id = pipeline.r2id_stage.run
     assert r2id.stage == "r2id"
     # Stages that are trained one by one, without the pipeline, find each other too.
     for name, stage in config.training_stages().items():
@@ -162,7 +162,7 @@ def test_a_pipeline_finds_its_stages(path):
         if name == "r2id":
             assert alone.codec == r2id.codec
         else:
-            given = load_config(*pipeline.riae_stages[name])
+            given = pipeline.riae_stages[name].run
             assert (alone.run, alone.init_from) == (given.run, given.init_from)
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from r2id.config.files import load_config, override, read_stage
 from r2id.config.pipeline import PipelineRun
+from r2id.config.training import R2idRun, RiaeRun
 from r2id.errors import InputError
 
-StageFile = tuple[Path, tuple[str, ...]]
-"""A config file and overrides of it, as load_config takes them."""
+
+class TrainingStage(NamedTuple):
+    """A training stage of a pipeline."""
+
+    file: Path
+    overrides: tuple[str, ...]
+    run: RiaeRun | R2idRun
+    """What load_config makes of the file and the overrides."""
 
 
-def find_stages(config: PipelineRun, base: Path) -> dict[str, StageFile]:
+def find_stages(config: PipelineRun, base: Path) -> dict[str, TrainingStage]:
     """Return the stages that train, by the name of their table, in their order.
 
     What the pipeline sets comes last and wins. The files that it names are in ``base``. Raises
@@ -32,6 +40,7 @@ def find_stages(config: PipelineRun, base: Path) -> dict[str, StageFile]:
             raise InputError(f"{name}.config: {file} is of stage {own!r}, must be {kind!r}")
         values = (paths[name] | shared).items()
         overrides = (*stage.set, *(override(key, value) for key, value in values))
-        load_config(file, overrides)  # raises InputError
-        found[name] = file, overrides
+        run = load_config(file, overrides)
+        assert not isinstance(run, PipelineRun), "its stage has been checked"
+        found[name] = TrainingStage(file, overrides, run)
     return found

@@ -86,12 +86,7 @@ def _stages(loaded: Run, base: Path) -> dict[str, RiaeRun | R2idRun]:
     """Return the stages that a config trains; the files that it names are in ``base``."""
     if not isinstance(loaded, PipelineRun):
         return {loaded.stage: loaded}
-    stages: dict[str, RiaeRun | R2idRun] = {}
-    for name, file in find_stages(loaded, base).items():
-        run = load_config(*file)
-        assert not isinstance(run, PipelineRun), "find_stages has checked it"
-        stages[name] = run
-    return stages
+    return {name: stage.run for name, stage in find_stages(loaded, base).items()}
 
 
 def _folders(loaded: Run | None) -> list[Path]:
@@ -340,7 +335,7 @@ def _compiler(stages: Stages, gpu: bool) -> Check:
     use = (
         "train.compile needs it on a GPU, where steps are slower without"
         if gpu
-        else ("train.compile on a CPU and packages without a wheel need it")
+        else "train.compile on a CPU and packages without a wheel need it"
     )
     advice = f"{use}: {compilers.INSTALL}"
     return Check("compiler", "broken" if asked else "note", lacking, advice)

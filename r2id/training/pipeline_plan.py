@@ -36,10 +36,9 @@ def plan_config(
         )
     codec: RiaeConfig | None = None
     stages = {}
-    for name, file in find_stages(config, path.parent).items():
-        stages[name] = plan(*file, riae=codec, **known)
-        stage = load_config(*file)
-        codec = stage.riae if isinstance(stage, RiaeRun) else codec
+    for name, stage in find_stages(config, path.parent).items():
+        stages[name] = plan(stage.file, stage.overrides, riae=codec, **known)
+        codec = stage.run.riae if isinstance(stage.run, RiaeRun) else codec
     return {
         "config": str(path),
         "stage": config.stage,
