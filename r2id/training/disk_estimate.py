@@ -37,7 +37,7 @@ def disk(workload: Workload, shards: ShardSet | None) -> dict[str, Any]:
     snapshots = train.steps // snapshot_interval(train) if train.ema_profiles else 0
     found: dict[str, Any] = {
         "checkpoint": checkpoint + (_size(other) if other is not None else 0),
-        "checkpoints": kept_checkpoints(train),
+        "checkpoints": len(kept_steps(train)),
         "averages": snapshots * len(train.ema_profiles) * model,
         "latents": None,
         "latents_per_image": None,
@@ -54,13 +54,12 @@ def disk(workload: Workload, shards: ShardSet | None) -> dict[str, Any]:
     return found
 
 
-def kept_checkpoints(train: TrainConfig) -> int:
-    """Count the checkpoints that a finished run keeps: the newest ones, and its milestones."""
-    steps, milestone = train.steps, train.milestone_every
-    milestones = range(milestone, steps + 1, milestone) if milestone else range(0)
-    saved = {*range(train.save_every, steps + 1, train.save_every)[-train.keep :], steps}
-    newest = sorted(saved.union(milestones[-train.keep :]))[-train.keep :]
-    return len(milestones) + sum(step not in milestones for step in newest)
+def kept_steps(train: TrainConfig) -> list[int]:
+    """List the steps whose checkpoints a finished run keeps: the newest ones, and milestones."""
+    end, milestone = train.steps + 1, train.milestone_every
+    milestones = range(milestone, end, milestone) if milestone else range(0)
+    saved = sorted({*range(train.save_every, end, train.save_every), *milestones, train.steps})
+    return sorted({*saved[-train.keep :], *milestones})
 
 
 def describe_disk(found: dict[str, Any]) -> str:

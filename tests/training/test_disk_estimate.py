@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from r2id.config import R2idRun, RiaeRun, TrainConfig, load_config
+from r2id.files import step_of
 from r2id.training.communication import GPUS
-from r2id.training.disk_estimate import describe_disk, disk, kept_checkpoints
+from r2id.training.disk_estimate import describe_disk, disk, kept_steps
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import plan
@@ -57,6 +58,7 @@ def test_runs_leave_what_is_planned(digits: Path, tmp_path: Path) -> None:
             encode(tmp_path / "riae", digits, latents)
         found, folder = planned(DIGITS / f"{name}.toml", changes), tmp_path / name
         kept = sorted((folder / "checkpoints").glob("step-*"))
+        assert list(map(step_of, kept)) == kept_steps(config.train)
         assert len(kept) == found["checkpoints"]
         # Files have headers, and an RIAE's the statistics of its latents.
         assert size(kept[-1]) == pytest.approx(found["checkpoint"], rel=0.03)
@@ -72,13 +74,16 @@ def test_runs_leave_what_is_planned(digits: Path, tmp_path: Path) -> None:
         ({"steps": 100, "save_every": 1000, "keep": 3}, [100]),
         ({"steps": 100, "save_every": 10, "milestone_every": 25}, [25, 50, 75, 90, 100]),
         ({"steps": 100, "save_every": 40, "milestone_every": 45}, [45, 90, 100]),
-        ({"steps": 7_000_000, "save_every": 5000, "milestone_every": 500_000}, [*range(14), 0.5]),
+        (
+            {"steps": 2_000_000, "save_every": 5000, "milestone_every": 500_000},
+            [500_000, 1_000_000, 1_500_000, 1_995_000, 2_000_000],
+        ),
     ],
 )
-def test_newest_checkpoints_and_milestones_are_counted(
-    changes: dict[str, int], kept: list[float]
+def test_newest_checkpoints_and_milestones_are_kept(
+    changes: dict[str, int], kept: list[int]
 ) -> None:
-    assert kept_checkpoints(TrainConfig(**changes)) == len(kept)
+    assert kept_steps(TrainConfig(**changes)) == kept
 
 
 def test_without_shards_latents_are_told_by_the_image() -> None:
