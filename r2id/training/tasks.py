@@ -322,8 +322,8 @@ def _warn_of_test_split(shards: ShardSet, split: str) -> None:
         shards.split(split)
     except InputError as error:
         say(
-            f"data.test_split: {error}; previews show training images, and r2id evaluate needs "
-            "--split"
+            f"data.test_split: {error}; an RIAE's previews show training images, and r2id evaluate "
+            "needs --split"
         )
 
 

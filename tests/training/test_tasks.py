@@ -47,7 +47,7 @@ def test_a_run_says_that_its_shards_have_no_test_split(
         capsys.readouterr()
         config = riae_config(shards, tmp_path / "run", f"data.test_split={split}")
         make_task(config, dist.init(), 8)
-        said = r"data\.test_split: .* no split 'test': it has train, val; .*--split\n"
+        said = r"data\.test_split: .* no split 'test': it has train, val; an RIAE's .*--split\n"
         assert bool(re.search(said, capsys.readouterr().err)) == told
 
 
