@@ -36,9 +36,9 @@ wrong() {
     exit 2
 }
 
-# Set `processes`: NPROC, else one per GPU, else one. With the arguments of a training only as many as
-# share its batch evenly. Several processes divide the cores among them:
-# by default, PyTorch would start a thread per core in each.
+# Set `processes`: NPROC, else one per GPU, else one. With the arguments of a training, only as many
+# GPUs count as share its batch evenly. Several processes divide the cores among them: by default,
+# PyTorch would start a thread per core in each.
 choose_processes() {
     local gpus cores
     gpus="$("$python" "$root/pipelines/gpu_count.py")"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Train one stage on the GPUs of this machine, with one process per GPU:
 #   train.sh [--dry-run] CONFIG [section.key=value …]
-# Only as many GPUs are used as share train.batch evenly. NPROC sets another number of processes. Exit codes are those of r2id train: 0 done, 1 failed,
-# 2 wrong input, 75 stopped with everything saved.
+# Only as many GPUs are used as share train.batch evenly. NPROC sets another number of processes.
+# Exit codes are those of r2id train: 0 done, 1 failed, 2 wrong input, 75 stopped with everything
+# saved.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "error: which CONFIG? train.sh CONFIG" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
