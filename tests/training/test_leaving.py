@@ -9,11 +9,12 @@ import pytest
 
 from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training import children
+from tests.waiting import free_port
 
 
 def run_ranks(folder: Path, digits: Path, ending: str, seconds: float) -> list[int | None]:
     """Exit codes of two ranks; None for one that has not ended in time."""
-    port = children.free_port()
+    port = free_port()
     arguments = [
         CONFIGS / "digits" / "riae.toml",
         *TINY_RIAE,
