@@ -102,9 +102,14 @@ def _file_system(address: str, _process: int) -> tuple[Any, str]:
 
 
 def _true_error(error: Exception) -> Exception:
-    """Return what is behind fsspec's FileNotFoundError, its word for whatever a server answers."""
+    """Return what is behind fsspec's FileNotFoundError, its word for every failure of http.
+
+    Those of other stores are true, whatever error of the store is behind them.
+    """
+    import aiohttp
+
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+    if isinstance(error, FileNotFoundError) and isinstance(cause, aiohttp.ClientError | OSError):
         return error if getattr(cause, "status", None) == 404 else cause
     return error
 

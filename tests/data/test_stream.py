@@ -31,9 +31,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 class Faulty(http.server.BaseHTTPRequestHandler):
-    """Serves tars badly: two of five requests fail, break off, or are never answered."""
+    """Serves tars badly: two of five requests are refused, break off, or are never answered."""
 
-    folder, fault, ranges = Path(), "", False
+    folder, fault, ranges, status = Path(), "", False, 503
 
     def log_message(self, *_):
         pass
@@ -48,8 +48,8 @@ class Faulty(http.server.BaseHTTPRequestHandler):
             if self.fault == "silent":
                 self.server.answers.wait()
                 return
-            if self.fault == "busy":
-                self.send_error(503)
+            if self.fault == "refused":
+                self.send_error(self.status)
                 return
             content, whole = content[: len(content) // 2], len(content)
         else:
@@ -210,7 +210,7 @@ def test_a_shard_that_is_not_what_the_index_says(own_mixed, tmp_path, workers):
 
 
 @pytest.mark.parametrize("ranges", [False, True])
-@pytest.mark.parametrize("fault", ["busy", "cut"])
+@pytest.mark.parametrize("fault", ["refused", "cut"])
 def test_a_faulty_server_changes_nothing(mixed, tmp_path, capfd, fault, ranges):
     """Every sample comes once, in the order of a server without faults."""
     handler = type("Handler", (Faulty,), {"folder": mixed.folder, "fault": fault, "ranges": ranges})
@@ -236,15 +236,24 @@ def test_a_server_that_is_silent_is_asked_again(mixed, tmp_path, monkeypatch):
         assert [index.read(n) for n in range(4)] == [mixed.split("train").read(n) for n in range(4)]
 
 
-def test_a_server_that_stays_busy_or_refuses(mixed, tmp_path, capfd):
-    handler = type("Handler", (Faulty,), {"folder": mixed.folder, "fault": "busy"})
-    with serving(handler) as (server, address):
+@pytest.mark.parametrize(("status", "further_tries"), [(503, 6), (429, 6), (403, 0)])
+def test_a_server_that_stays_busy_or_forbids(mixed, tmp_path, capfd, status, further_tries):
+    kind = {"folder": mixed.folder, "fault": "refused", "status": status}
+    with serving(type("Handler", (Faulty,), kind)) as (server, address):
         index = fetch_index(address, tmp_path / "index")
         server.turns = lambda: 1
         for read in (lambda: stream(index), lambda: index.split("train").read(0)):
-            with pytest.raises(WorkError, match=r"shard-00000\d\.tar: cannot be read: .*503"):
+            with pytest.raises(WorkError, match=rf"shard-00000\d\.tar: cannot be read: .*{status}"):
                 read()
-            assert capfd.readouterr().err.count("trying again") == 6
+            assert capfd.readouterr().err.count("trying again") == further_tries
+
+
+def test_a_file_that_another_store_does_not_have():
+    """Such as s3fs, whose FileNotFoundError is caused by the store's own error."""
+    error = FileNotFoundError("bucket/x.tar")
+    error.__cause__ = Exception("An error occurred (404)")
+    with pytest.raises(WorkError, match=r"^s3://bucket/x\.tar: no such file$"):
+        remote.Attempts("s3://bucket", "x.tar").failed(error)
 
 
 def read_for_ever(index, _kept):
