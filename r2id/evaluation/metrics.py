@@ -179,6 +179,7 @@ def precision_and_recall(samples: Tensor, real: Tensor) -> tuple[float, float]:
 
 def _covered(points: Tensor, centres: Tensor) -> float:
     """Return the share of points within the manifold of the centres."""
+    points, centres = points.double(), centres.double()
     # k + 1, because each centre's nearest neighbour is the centre itself at distance 0.
     radii = nearest(centres, centres, _NEIGHBOUR + 1)[0][:, -1]
     covered = []
@@ -197,6 +198,7 @@ def nearest(points: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]
     """
     if count > len(others):
         raise ValueError(f"{count} neighbours of {len(others)} features: there are not as many")
+    points, others = points.double(), others.double()
     distances, indices = [], []
     for part, low, high in _bounds(points, others):
         # At least ``count`` are within the count-th upper bound, so none above it is chosen.
@@ -215,24 +217,24 @@ def nearest(points: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]
 def _distances(one: Tensor, other: Tensor) -> Tensor:
     # By differences: a matrix product loses precision by cancellation, so that a feature would not
     # be at distance 0 from itself, and duplicates would fall outside their own balls.
-    return torch.cdist(one.double(), other.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _bounds(points: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (some of the points, lower and upper bounds of their squared distances to others).
 
+    Both are float64.
     A matrix product is many times as fast as differences are. Its rounding errors are bounded by
     those of sums of D products (Higham 2002, section 3.1), so that few distances have to be
     computed from differences to give what all of them would. Features are centred because errors
     grow with their squares.
     """
-    others = others.double()
     centre = others.mean(0)
     centred = others - centre
     squares = centred.square().sum(1)
     # 2·D·ε would do for the sums themselves; the rest is for centring, sums of three and roots.
     relative = 8 * (others.shape[1] + 8) * torch.finfo(torch.float64).eps
-    for part in points.double().split(_POINTS):
+    for part in points.split(_POINTS):
         x = part - centre
         sizes = x.square().sum(1, keepdim=True) + squares
         product = torch.addmm(sizes, x, centred.T, alpha=-2)
