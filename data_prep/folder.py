@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,7 +252,7 @@ def _parts(name: str) -> list[str]:
     return [part for part in name.split("/") if part not in ("", ".")]
 
 
-def _match(images: Iterable[str], rows: Iterable[str], folder: str) -> dict[str, str]:
+def _match(images: Collection[str], rows: Collection[str], folder: str) -> dict[str, str]:
     """Find the row of each image in a table; return the rows' paths by the images'.
 
     The same path goes first. Tables may also differ in details, leave the suffix out, or begin with
@@ -281,7 +281,7 @@ def _match(images: Iterable[str], rows: Iterable[str], folder: str) -> dict[str,
     return found
 
 
-def _unique(form: Callable[[str], str], names: Iterable[str]) -> dict[str, str]:
+def _unique(form: Callable[[str], str], names: Collection[str]) -> dict[str, str]:
     """Return the names by their forms, without forms that several names have."""
     pairs = [(form(name), name) for name in names]
     counts = Counter(key for key, _ in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def _buckets(
             "lost": float(lost[members].mean()),
             "batch": size,
             "repeats": -len(members) % size,
-            "times": -(-(len(members) + -len(members) % size) // len(members)),
+            "times": 1 + math.ceil((-len(members) % size) / len(members)),
         }
         for (height, width), members, size in zip(
             buckets.sizes, buckets.members, sizes, strict=True

@@ -96,12 +96,12 @@ def measure_samples(
     Both are compared with one half of the test split (every other image); the stretched images come
     from the other half. At the native size, their scores therefore compare two halves of the real
     data, which is the best that samples can reach. Both are as many, because distances grow where
-    images are fewer: if that half has fewer images than there are samples, the first samples are
-    scored.
+    images are fewer: if that half has fewer images than there are samples, fewer samples are
+    scored. The test split must have at least 2 images.
     """
     native = samples.sampler.codec.image
     indices = np.arange(len(shards.split(data.test_split)))
-    samples = samples.with_count(min(len(samples), max(1, len(indices[1::2]))))
+    samples = samples.with_count(min(len(samples), len(indices[1::2])))
 
     def read(half: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
         return real_batches(shards, data, data.test_split, native, limit, indices[half::2])

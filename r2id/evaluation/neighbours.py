@@ -54,9 +54,8 @@ def find_neighbours(
     ``test`` are the features [M, D] of test images of that size. Returns the neighbours of the
     first SHOWN samples, and what measure_copies says of all.
 
-    Raises InputError as check_training_images does.
+    There must be enough training images: see check_training_images.
     """
-    check_training_images(shards, data)
     size, total = (samples.shape[2], samples.shape[3]), len(shards.split(data.train_split))
     count = min(total, _MOST_TRAINING)
     searched = np.arange(count) * total // count

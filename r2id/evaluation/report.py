@@ -244,8 +244,9 @@ def _fewer_note(metrics: Mapping[str, Any]) -> str:
 
 
 def class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Tabulate the accuracy by class; of many classes, those where that at the first size is least
-    and greatest.
+    """Tabulate the accuracy by class: one column per size.
+
+    Of many classes, only those with the lowest and highest accuracy at the first size are shown.
     """
     accuracy = rows[0]["accuracy_per_class"]
     shown = [number for number in range(len(names)) if accuracy[number] is not None]

@@ -45,7 +45,6 @@ from r2id.evaluation.r2id import (
     measure_real_baseline,
     score_samples,
 )
-from r2id.evaluation.reference import BATCH
 from r2id.evaluation.report import render
 from r2id.evaluation.riae import measure_riae
 from r2id.evaluation.self_supervised import load_or_train_extractor
@@ -61,6 +60,7 @@ from r2id.sampling.sampler import Sampler
 # samples, and its rows have no "lowest".
 FORMAT_VERSION = 4
 _COMPARED = 1000  # samples, at most, whose nearest training images are found
+_SEARCHED = 100  # images, at most, that are searched for colour
 _COLOURED = 0.1  # least difference of colour channels in [−1, 1] that no compression makes of grey
 Metrics = dict[str, Any]
 
@@ -115,8 +115,8 @@ def evaluate(
     compared = subject.riae_data.test_split
     if invariance and subject.sampler and len(subject.shards.split(compared)) < 2:
         raise InputError(
-            f"{shards}: split {compared!r} has 1 image; --invariance takes at least 2, which it "
-            "compares"
+            f"{shards}: split {compared!r} has 1 image; --invariance compares halves of a split, "
+            "which take at least 2"
         )
     scales = _scales(guidance, count)
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -186,11 +186,11 @@ def _open(
 
 
 def _loses_colour(codec: Codec, shards: ShardSet, data: DataConfig) -> bool:
-    """Whether a model of one colour channel is shown images in colour, by some of the images."""
+    """Return whether images in colour, of which some are looked at, are made grey for the model."""
     if codec.channels > 1:
         return False
     coloured = data.model_copy(update={"channels": 3})
-    batches = eval_loader(shards, coloured, split=data.test_split, batch=10, limit=BATCH)
+    batches = eval_loader(shards, coloured, split=data.test_split, batch=10, limit=_SEARCHED)
     return any(float(batch["image"].diff(dim=1).abs().max()) > _COLOURED for batch in batches)
 
 

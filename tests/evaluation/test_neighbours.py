@@ -7,7 +7,13 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation.images import load_images
 from r2id.evaluation.metrics import nearest
-from r2id.evaluation.neighbours import NEIGHBOURS, SHOWN, find_neighbours, measure_copies
+from r2id.evaluation.neighbours import (
+    NEIGHBOURS,
+    SHOWN,
+    check_training_images,
+    find_neighbours,
+    measure_copies,
+)
 from r2id.images import to_float
 from tests.evaluation.folders import write_folder
 
@@ -57,8 +63,8 @@ def test_nearest_are_in_order():
         nearest(others, others, 5)
 
 
-def test_more_neighbours_than_images(classifier, data, tmp_path):
+def test_more_neighbours_than_images(data, tmp_path):
     shards = ShardSet.open(write_folder(tmp_path, {"train/a": 1, "train/b": 1, "test/a": 4}))
     with pytest.raises(InputError, match="'train' has 2 images; the 3 nearest") as error:
-        find_neighbours(torch.zeros(2, 1, 8, 8), torch.zeros(4, 192), classifier, shards, data)
+        check_training_images(shards, data)
     assert "\n" not in str(error.value)

@@ -277,7 +277,7 @@ def test_classes_of_other_names_are_refused(r2id_run, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
 
 
-def test_another_split_is_compared_with(r2id_run, riae_run, tmp_path, monkeypatch):
+def test_another_split_is_compared_with(r2id_run, riae_run, tmp_path):
     """The shards have no split ``test``, by which the models were trained."""
     folders = {f"train/{number}": 3 for number in range(10)}
     shards = write_folder(tmp_path, {**folders, "val/3": 4})
