@@ -10,7 +10,7 @@ from r2id.data.epoch_plan import make_buckets, plan_epoch, rank_micro_batches
 from r2id.errors import InputError
 
 DIGEST = "0123456789abcdef" * 4
-sides = st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=60)
+sides = st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=150)
 
 
 def buckets_of(sizes, size=None, max_pixels=65536):
@@ -24,7 +24,7 @@ def plan(buckets, epoch=0, seed=0, batch=8, digest=DIGEST, batch_pixels=None):
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(sides, st.integers(1, 40), st.integers(0, 3), st.none() | st.integers(1, 1 << 20))
 def test_every_sample_in_every_epoch_and_all_batches_full(sizes, batch, epoch, batch_pixels):
     buckets = buckets_of(sizes)
@@ -47,7 +47,7 @@ def test_every_sample_in_every_epoch_and_all_batches_full(sizes, batch, epoch, b
         ) == {part.width}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(sides, st.integers(1, 70000))
 def test_nothing_is_enlarged_and_the_area_is_capped(sizes, max_pixels):
     buckets = buckets_of(sizes, max_pixels=max_pixels)
@@ -57,7 +57,7 @@ def test_nothing_is_enlarged_and_the_area_is_capped(sizes, max_pixels):
     assert (buckets.height.astype(int) * buckets.width <= max_pixels).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(sides)
 def test_joining_a_bucket_costs_at_most_half_of_a_side(sizes):
     buckets = buckets_of(sizes, max_pixels=600 * 600)
