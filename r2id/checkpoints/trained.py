@@ -53,15 +53,14 @@ def open_trained(source: Trained | Path | str, stage: str | None = None) -> Trai
     return opened
 
 
-def model_config(trained: Trained, schema: type[S]) -> S:
-    """Return the config of a model itself. Raises InputError when it cannot be read."""
-    stage = trained.meta.stage
+def read_section(trained: Trained, name: str, schema: type[S]) -> S:
+    """Return a section of a model's training config. Raises InputError when it cannot be read."""
     try:
-        return schema.model_validate(trained.meta.config[stage])
+        return schema.model_validate(trained.meta.config[name])
     except (KeyError, ValidationError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{trained.path}: config of {stage} is not of this version of r2id: {reason}"
+            f"{trained.path}: config of {name} is not of this version of r2id: {reason}"
         ) from None
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from r2id.checkpoints.pretrained import About, pack
-from r2id.checkpoints.trained import Trained, about, open_trained
+from r2id.checkpoints.trained import Trained, about, open_trained, read_section
 from r2id.config import DataConfig, RiaeConfig
 from r2id.models.coords import OnProgress, Size, Window
 from r2id.models.pixels import DOWNSAMPLE, STD, Pixels
@@ -51,12 +51,11 @@ class Codec:
         """
         trained = open_trained(source, "riae")
         meta = trained.meta
-        model = RIAE(RiaeConfig.model_validate(meta.config["riae"]), meta.model["channels"])
-        trained.load_ema(model)
+        model = RIAE.from_pretrained(trained)
         channels = model.config.latent_channels
         # Not measured for an average that was made afterwards, which is no codec for R2ID.
         stats = trained.statistics() or {"mean": torch.zeros(channels), "std": torch.ones(channels)}
-        model.to(device).eval().requires_grad_(False)
+        model.to(device).requires_grad_(False)
         return cls(
             model,
             stats["mean"].to(device),
@@ -65,7 +64,7 @@ class Codec:
             trained,
             about(trained),
             tuple(meta.model["image"]),
-            DataConfig.model_validate(meta.config["data"]),
+            read_section(trained, "data", DataConfig),
         )
 
     @classmethod
@@ -84,7 +83,7 @@ class Codec:
         """Load the codec of an R2ID: pixels, or the RIAE that it was trained with."""
         meta = trained.meta
         if meta.model["codec"] is None:
-            data = DataConfig.model_validate(meta.config["data"])
+            data = read_section(trained, "data", DataConfig)
             return cls.of_pixels(data, tuple(meta.model["image"]), device)
         codec = cls.load(trained.codec(), device)
         image = meta.model.get("image", codec.image)  # newer than some checkpoints

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from r2id.checkpoints.trained import model_config, open_trained
+from r2id.checkpoints.trained import Trained, open_trained, read_section
 from r2id.config import R2idConfig
 from r2id.models import coords
 from r2id.models.attention import RMSNorm
@@ -84,10 +84,10 @@ class R2ID(nn.Module):
         return cls(config, facts["latent_channels"], facts["classes"], facts.get("embedding", ()))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> R2ID:
+    def from_pretrained(cls, source: Trained | Path | str) -> R2ID:
         """Load a trained model by itself: see RIAE.from_pretrained for what ``source`` may be."""
         trained = open_trained(source, "r2id")
-        model = cls.of(model_config(trained, R2idConfig), trained.meta.model)
+        model = cls.of(read_section(trained, "r2id", R2idConfig), trained.meta.model)
         trained.load_ema(model)
         return model.eval()
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from r2id.checkpoints.trained import model_config, open_trained
+from r2id.checkpoints.trained import Trained, open_trained, read_section
 from r2id.config import RiaeConfig
 from r2id.models.attention_decoder import AttentionDecoder
 from r2id.models.attention_encoder import AttentionEncoder
@@ -68,7 +68,7 @@ class RIAE(nn.Module):
                 self.add_module(part.stored_as.get(name, name), layer)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> RIAE:
+    def from_pretrained(cls, source: Trained | Path | str) -> RIAE:
         """Load a trained model: a run directory, a checkpoint, or an exported file or folder.
 
         An exported R2ID holds its RIAE, which is loaded then; ``owner/name`` is one of the Hugging
@@ -77,7 +77,7 @@ class RIAE(nn.Module):
         damaged or another.
         """
         trained = open_trained(source, "riae")
-        model = cls(model_config(trained, RiaeConfig), trained.meta.model["channels"])
+        model = cls(read_section(trained, "riae", RiaeConfig), trained.meta.model["channels"])
         trained.load_ema(model)
         return model.eval()
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from r2id import rng
-from r2id.checkpoints.trained import Trained, open_trained
-from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, change
+from r2id.checkpoints.trained import Trained, open_trained, read_section
+from r2id.config import DiffusionConfig, SampleConfig, change
 from r2id.diffusion import objective, schedule, solvers
 from r2id.diffusion.noise import noise_field
 from r2id.errors import InputError, WorkError
@@ -82,22 +82,21 @@ class Sampler:
                 f"{codec.name}: not the RIAE that {trained.path} was trained with "
                 f"({meta.model['codec']}, identity {meta.model['codec_hash'][:12]})"
             )
-        model = R2ID.of(R2idConfig.model_validate(meta.config["r2id"]), meta.model)
-        trained.load_ema(model)
+        model = R2ID.from_pretrained(trained)
         guide, early = None, trained.guide()
         if early is not None:
             guide = deepcopy(model)
             guide.load_state_dict(early)
         bfloat16 = meta.config["train"]["precision"] != "float32"
         for network in filter(None, (model, guide)):
-            network.to(device).eval().requires_grad_(False)
+            network.to(device).requires_grad_(False)
             if bfloat16:
                 store_in_bfloat16(network)
-        diffusion = DiffusionConfig.model_validate(meta.config["diffusion"])
+        diffusion = read_section(trained, "diffusion", DiffusionConfig)
         exponent = applied_exponent(trained)
         if exponent is not None:
             diffusion = change(diffusion, {"shift_exponent": exponent})
-        defaults = SampleConfig.model_validate(meta.config["sample"])
+        defaults = read_section(trained, "sample", SampleConfig)
         return cls.of(model, codec, meta.model, diffusion, defaults, bfloat16, guide)
 
     @classmethod

@@ -20,6 +20,7 @@ from r2id.models.codec import Codec
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.pipeline import Pipeline
+from r2id.sampling.sampler import Sampler
 from r2id.training.loop import train
 from tests.conftest import CONFIGS, TINY_RIAE
 
@@ -284,6 +285,18 @@ def test_files_that_are_none(riae_run: Path, tmp_path: Path) -> None:
     save_file(found.weights, file, {"format": "r2id-model", "format_version": "9"})
     with pytest.raises(InputError, match=r"format_version 9.*1"):
         RIAE.from_pretrained(file)
+
+
+@pytest.mark.parametrize("section", ["riae", "data", "r2id", "diffusion", "sample"])
+def test_a_config_of_another_version_is_one_line_wherever_a_model_is_used(
+    riae_run: Path, r2id_run: Path, section: str
+) -> None:
+    run, load = (riae_run, Codec.load) if section in ("riae", "data") else (r2id_run, Sampler.load)
+    checkpoint = Checkpoint.open(run)
+    checkpoint.meta.config[section]["unknown"] = 3
+    with pytest.raises(InputError, match=f"config of {section} is not .*unknown") as caught:
+        load(checkpoint)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
