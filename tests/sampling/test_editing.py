@@ -10,11 +10,6 @@ from r2id.sampling.sampler import Sampler
 
 
 @pytest.fixture(scope="module")
-def sampler(r2id_run):
-    return Sampler.load(r2id_run)
-
-
-@pytest.fixture(scope="module")
 def images(sampler):
     return sampler.sample(torch.arange(3), torch.arange(3), (8, 8))
 

@@ -23,11 +23,6 @@ from r2id.sampling.reconstruction import reconstruct_file
 from r2id.sampling.sampler import Sampler
 
 
-@pytest.fixture(scope="module")
-def sampler(r2id_run):
-    return Sampler.load(r2id_run)
-
-
 @pytest.mark.parametrize("size", [(8, 8), (12, 8), (1, 1), (5, 31), (40, 40)])
 def test_any_size(sampler, size):
     images = sampler.sample(torch.tensor([0, 9, -1]), torch.arange(3), size)
