@@ -41,7 +41,7 @@ class Card:
 
     @property
     def example_size(self) -> Size:
-        """A size that no training image has: taller, and larger where those are small."""
+        """A size unlike theirs in the median: taller, and larger where that is small."""
         factor = max(1, 32 // min(self.image))
         return 3 * factor * self.image[0] // 2, factor * self.image[1]
 

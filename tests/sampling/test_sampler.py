@@ -16,7 +16,7 @@ from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.progress import FILE_VARIABLE
 from r2id.sampling import sampler as sampler_module
-from r2id.sampling.conditions import choose_labels
+from r2id.sampling.conditions import choose_labels, spread_labels
 from r2id.sampling.grids import draw_grids, output_files
 from r2id.sampling.guidance import Guidance, conditions_for
 from r2id.sampling.reconstruction import reconstruct_file
@@ -268,6 +268,14 @@ def test_labels():
         choose_labels((0,), 1, 0)
     with pytest.raises(InputError, match=r"3 labels.*2"):
         choose_labels((0, 1, 2), 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "labels"),
+    [(3, 10, [0, 3, 6]), (3, 3, [0, 1, 2]), (5, 3, [0, 1, 2, 0, 1]), (2, 0, [-1, -1])],
+)
+def test_labels_that_stand_for_all_classes(count, classes, labels):
+    assert spread_labels(count, classes).tolist() == labels
 
 
 def test_grids_are_written_once(r2id_run, tmp_path, monkeypatch):
