@@ -30,6 +30,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 
 from r2id.checkpoints import Checkpoint
+from r2id.checkpoints.trained import read_section
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
@@ -101,7 +102,7 @@ def measure_noise_shift(
             f"--out {out}: is the run directory, where --apply writes; choose another folder"
         )
     opened, sampler = ShardSet.open(shards), Sampler.load(checkpoint, device)
-    recorded = DataConfig.model_validate(checkpoint.meta.config["data"])
+    recorded = read_section(checkpoint, "data", DataConfig)
     data = evaluated_data(recorded, opened, split)
     sizes = choose_sizes(sampler)
     curves: dict[Size, list[float]] = {}

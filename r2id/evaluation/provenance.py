@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import r2id
-from r2id.checkpoints.trained import Trained
+from r2id.checkpoints.trained import Trained, read_section
 from r2id.config import DataConfig
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
@@ -50,7 +50,7 @@ class Subject:
     @property
     def data(self) -> DataConfig:
         """Data settings that the R2ID was trained with, but with the evaluated shards."""
-        return self._with_shards(DataConfig.model_validate(self.trained.meta.config["data"]))
+        return self._with_shards(read_section(self.trained, "data", DataConfig))
 
     def _with_shards(self, recorded: DataConfig) -> DataConfig:
         # Images are prepared as in training, even if the shards are others.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from r2id.checkpoints.trained import open_trained
+from r2id.checkpoints.trained import open_trained, read_section
 from r2id.config import DataConfig, PipelineRun, R2idRun, RiaeConfig, RiaeRun, load_config
 from r2id.config.batch_split import accumulation, micro_batch_size
 from r2id.data.loader import split_buckets
@@ -119,7 +119,7 @@ def _codec_config(config: R2idRun, riae: Path | RiaeConfig | None) -> RiaeConfig
             raise InputError(f"{riae}: stage {loaded.stage!r}, must be 'riae'")
         return loaded.riae
     try:
-        return RiaeConfig.model_validate(open_trained(config.codec, "riae").meta.config["riae"])
+        return read_section(open_trained(config.codec, "riae"), "riae", RiaeConfig)
     except InputError as error:
         raise InputError(
             f"codec: {error}; name the RIAE's config by --riae to plan without one"
