@@ -41,13 +41,22 @@ _SMOOTHINGS = 20
 def edited_size(sampler: Sampler, size: Size, within: Size | None = None) -> Size:
     """Return the size at which a picture of a size (H, W) is encoded to be edited.
 
-    It is the picture's own, unless that has fewer or more latent cells than the R2ID was trained
-    on. ``within`` is the size of a larger picture, of which this one is a part: that one's size is
-    returned then, at the scale of the part.
+    It is the picture's own, if that has as many latent cells as the R2ID was trained on. Otherwise
+    it is the largest of its shape that has no more cells than that, so that the picture fills them:
+    a cell that a picture hardly touches shows what training never did. ``within`` is the size of a
+    larger picture, of which this one is a part: that one's size is returned then, at the scale of
+    the part.
     """
-    height, width = sampler.codec.grid_for(size)
-    cells = min(max(height * width, sampler.areas[0]), sampler.areas[1])
-    scale = math.sqrt(cells / (height * width))
+    cells = math.prod(sampler.codec.grid_for(size))
+    wanted = min(max(cells, sampler.areas[0]), sampler.areas[1])
+    if cells == wanted:
+        return within or size
+    longer = max(size)
+    pixels = wanted * sampler.codec.downsample**2
+    for side in range(int(longer * math.sqrt(pixels / math.prod(size)) + 1e-6), 0, -1):
+        scale = side / longer
+        if math.prod(sampler.codec.grid_for(scale_size(size, (scale, scale)))) <= wanted:
+            break
     return scale_size(within or size, (scale, scale))
 
 

@@ -180,3 +180,21 @@ def test_pictures_are_edited_at_a_size_that_the_model_copes_with(sampler):
     assert editing.edited_size(sampler, (400, 100)) == (16, 4)
     assert editing.edited_size(sampler, (2, 2)) == (8, 8)
     assert editing.edited_size(sampler, (16, 16), (16, 48)) == (8, 24), "a part of a wide one"
+
+
+@pytest.mark.parametrize(
+    ("size", "edited"),
+    [
+        ((9, 9), (8, 8)),
+        ((7, 7), (7, 7)),
+        ((5, 5), (8, 8)),
+        ((3, 3), (8, 8)),
+        ((25, 14), (10, 6)),
+        ((14, 25), (6, 10)),
+        ((1, 2), (5, 10)),
+        ((1, 1000), (1, 32)),
+    ],
+)
+def test_pictures_fill_the_cells_that_they_are_edited_on(sampler, size, edited):
+    assert sampler.codec.downsample == 2
+    assert editing.edited_size(sampler, size) == edited
