@@ -67,7 +67,8 @@ def euler(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
 def heun(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
     """Heun's method on the ODE of ``euler``: second order, two evaluations per step.
 
-    Karras et al. 2022, algorithm 1.
+    Karras et al. 2022, algorithm 1. With schedule ``linear_beta`` it is hardly better than Euler:
+    much noise is left at the last time, and from there x₀ is estimated at once.
     """
     return _along_the_path(denoise, x, log_snrs, kind, correct=True)
 

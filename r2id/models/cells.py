@@ -85,21 +85,21 @@ def to_points(values: Tensor, cell: int) -> Tensor:
 
 
 def pieces(
-    size: Size, part: Part, scale: float, batch: int
+    size: Size, part: Part, scales: tuple[float, float], batch: int
 ) -> Iterator[tuple[slice, slice, slice]]:
     """Cut pictures into pieces of as many points as are computed at once: images, rows, columns.
 
-    Small pictures are taken several at a time, and large ones in squares. ``part`` is that of a
-    grid (H, W) with ``scale`` points per element along each axis.
+    Small pictures are taken several at a time, and large ones in squares of points. ``part`` is
+    that of a grid (H, W) with ``scales`` points per element along its height and its width.
     """
-    side = max(1, int(_PIECE**0.5 / scale))
+    height, width = (max(1, int(_PIECE**0.5 / scale)) for scale in scales)
     rows, columns = (range(*span.indices(count)) for span, count in zip(part, size, strict=True))
-    at_once = max(1, int(_PIECE / (len(rows) * len(columns) * scale**2)))
+    at_once = max(1, int(_PIECE / (len(rows) * scales[0] * len(columns) * scales[1])))
     for image in range(0, batch, at_once):
-        for y in range(rows.start, rows.stop, side):
-            for x in range(columns.start, columns.stop, side):
+        for y in range(rows.start, rows.stop, height):
+            for x in range(columns.start, columns.stop, width):
                 yield (
                     slice(image, image + at_once),
-                    slice(y, min(y + side, rows.stop)),
-                    slice(x, min(x + side, columns.stop)),
+                    slice(y, min(y + height, rows.stop)),
+                    slice(x, min(x + width, columns.stop)),
                 )

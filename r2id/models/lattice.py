@@ -111,7 +111,7 @@ class LatticeEncoder(nn.Module):
         latents = images.new_empty(
             len(images), self.config.latent_channels, *grid, dtype=torch.float32
         )
-        for some, rows, columns in pieces(grid, WHOLE, self.cell, len(images)):
+        for some, rows, columns in pieces(grid, WHOLE, (self.cell, self.cell), len(images)):
             near = _grown(rows, self.reach, grid[0]), _grown(columns, self.reach, grid[1])
             encoded = self(on_lattice(images[some], native, self.cell, near))
             latents[some, :, rows, columns] = encoded[
@@ -222,8 +222,8 @@ class LatticeDecoder(nn.Module):
         sides = [side.stop - side.start for side in part]
         images = latents.new_empty(len(latents), self.channels, *sides, dtype=torch.float32)
         # Where pixels are larger than points, points are what is counted.
-        scale = max(1.0, *(own / out for own, out in zip(native, size, strict=True)))
-        for some, rows, columns in pieces(size, part, scale, len(latents)):
+        scales = max(1.0, native[0] / size[0]), max(1.0, native[1] / size[1])
+        for some, rows, columns in pieces(size, part, scales, len(latents)):
             images[some, :, _within(rows, part[0]), _within(columns, part[1])] = (
                 self._keeping_means(latents[some], size, native, (rows, columns))
             )

@@ -1,5 +1,6 @@
 """RIAE on a lattice: any size without loss, in parts as in whole, by what each place may see."""
 
+import math
 import re
 from functools import partial
 from itertools import pairwise, product
@@ -224,6 +225,14 @@ def test_memory_grows_by_no_more_than_the_pictures(factor, monkeypatch):
     assert growth() > 10, "values per pixel of a picture that is one piece"
     monkeypatch.setattr(geometry, "_PIECE", 1 << 12)
     assert growth() < 3 * factor**2, "image, latents and output alone grow"
+
+
+def test_thin_pictures_are_drawn_in_as_few_pieces_as_their_points_need():
+    model, drawn = made(1), []
+    latents = torch.randn(1, 5, *model.grid_for((28, 28)))
+    model.decode(latents, (1, 2048), native=(28, 28), advance=drawn.append)
+    assert sum(drawn) == 2048
+    assert len(drawn) <= 2048 / math.isqrt(geometry._PIECE) + 1, "28 points a column, not 28×28"
 
 
 # Native sizes
