@@ -49,6 +49,7 @@ class ArrayReader:
             self.newest,
             self.class_names,
             notes=[f"arrays of {height}x{width}"],
+            hashed=True,
         )
 
     def records(

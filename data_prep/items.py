@@ -121,6 +121,8 @@ class Listing:
     """Phrases for people that describe the source; some may be empty."""
     embedding_shape: list[int] = field(default_factory=list)
     """[D] or [T, D] of the text embeddings; empty where there are none."""
+    hashed: bool = False
+    """Whether ``digest`` covers the images' content, not only the names and lengths of files."""
 
     def describe(self) -> str:
         """Describe the listing in one line."""

@@ -31,7 +31,8 @@ class PairedImages:
 
     images: Files
     """With embeddings, a place is ``IMAGE\\0LENGTH\\0EMBEDDING``: the image's place, the length of
-    the embedding's file and its place. No place itself contains a NUL."""
+    the embedding's file and its place. No place itself contains a NUL. ``modified`` is the later
+    time of both."""
     digest: str
     shape: list[int]
     """[D] or [T, D]; empty without embeddings."""
@@ -69,7 +70,10 @@ def pair_embeddings(path: Path, found: Files, read: Read) -> PairedImages:
     places = pc.binary_join_element_wise(
         kept["place"], beside["size"].cast(pa.string()).cast(pa.binary()), beside["place"], b"\0"
     )
-    images.table = kept.set_column(kept.column_names.index("place"), "place", places)
+    modified = pc.max_element_wise(kept["modified"], beside["modified"])
+    for name, column in (("place", places), ("modified", modified)):
+        kept = kept.set_column(kept.column_names.index(name), name, column)
+    images.table = kept
     return PairedImages(images, digest, common_shape(path, beside["size"], beside["place"], read))
 
 

@@ -23,7 +23,7 @@ from data_prep.items import Item, Listing
 from data_prep.readers import DOWNLOADS, check_options, open_reader
 from r2id.config import PrepareConfig
 from r2id.data.embeddings import DTYPE
-from r2id.data.manifest import FORMAT_VERSION, PLAN, Reject, shard_file
+from r2id.data.manifest import FORMAT_VERSION, MANIFEST, PLAN, Reject, read_manifest, shard_file
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError, WorkError
 from r2id.files import atomic_file, sha256_file, sweep, write_atomic
@@ -60,7 +60,7 @@ class ShardPlan:
     rejects: list[Reject] = field(default_factory=list)
     """Files that the listing already rejected."""
     newest: int = 0
-    """See data_prep.items.Listing. Not stored: it belongs to this machine's copy of the source."""
+    """Files of the source that are later than this have changed; see data_prep.items.Listing."""
 
     @property
     def out(self) -> Path:
@@ -89,7 +89,8 @@ def _footer(path: Path, _sha256: str) -> pq.FileMetaData:
 def make_shard_plan(config: PrepareConfig) -> ShardPlan:
     """List the source and plan its shards, or return the plan in ``out`` for the same source.
 
-    Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else.
+    Raises InputError when the source is missing, empty or damaged, or ``out`` holds something else;
+    WorkError when files have changed since an unfinished preparation began.
     """
     out = config.out
     check_options(config)
@@ -105,9 +106,9 @@ def make_shard_plan(config: PrepareConfig) -> ShardPlan:
             f"out {out}: was made from another source than {config.source}: choose another folder, "
             "or remove this one"
         )
+    newest = _newest_allowed(kept, listing) if kept else listing.newest
     sweep(out)
-    plan = kept or _write(config, listing)
-    return replace(plan, newest=listing.newest)
+    return replace(kept, newest=newest) if kept else _write(config, listing)
 
 
 def load_shard_plan(config: PrepareConfig) -> ShardPlan | None:
@@ -129,6 +130,7 @@ def load_shard_plan(config: PrepareConfig) -> ShardPlan | None:
             **{name: stored[name] for name in _KEPT},
             embedding_shape=stored.get("embedding_shape", []),
             rejects=[Reject(*row) for row in stored["rejects"]],
+            newest=stored.get("newest", 0),
         )
     except (KeyError, TypeError):
         raise InputError(f"{path}: damaged: remove {config.out} and prepare again") from None
@@ -172,6 +174,41 @@ def _check_budget(config: PrepareConfig, total: int, rejected: int, example: str
             f"be left out ({_REJECTS_ALLOWED}, or a share of max_rejects = {config.max_rejects:g}),"
             f" such as {example}"
         )
+
+
+def _newest_allowed(kept: ShardPlan, listing: Listing) -> int:
+    """Return the latest time that files of the source may have for shards to be written of them.
+
+    Raises WorkError when the source of an unfinished set has a later file: its shards would mix
+    images and embeddings of before with those of now, and their digest may well be the same.
+    """
+    # Plans of earlier versions have no time, and nor do those whose digest covers the content.
+    if not kept.newest or listing.newest <= kept.newest:
+        return listing.newest
+    source, out = kept.config.source, kept.out
+    if not (out / MANIFEST).is_file():
+        raise WorkError(
+            f"{source}: changed since the preparation began, or copied since without its times: "
+            f"delete {out}, or give another --out"
+        )
+    say(
+        f"{source}: has files newer than the set {out}, which is kept: to make it anew, delete it "
+        "or give another --out"
+    )
+    # The manifest tells whether a shard that is written again is the same.
+    return listing.newest if recorded_hashes(out) else kept.newest
+
+
+def recorded_hashes(out: Path) -> dict[str, str]:
+    """Return the SHA-256 of each shard according to the manifest; none if that is damaged."""
+    try:
+        manifest = read_manifest(out)
+    except InputError:
+        return {}
+    if manifest.checksum != manifest.expected_checksum():
+        return {}
+    shards = (entry for split in manifest.splits.values() for entry in split.shards)
+    return {entry.file: entry.sha256 for entry in shards}
 
 
 def _check_vacant(out: Path, source: Path | None) -> None:
@@ -221,6 +258,7 @@ def _write(config: PrepareConfig, listing: Listing) -> ShardPlan:
         [len(rows) for _, rows in shards],
         listing.embedding_shape,
         rejects,
+        listing.newest,
     )
     paths = {
         name: path and str(path.resolve())
@@ -232,6 +270,7 @@ def _write(config: PrepareConfig, listing: Listing) -> ShardPlan:
         "max_rejects": config.max_rejects,
         **{name: getattr(plan, name) for name in _KEPT},
         **({"embedding_shape": plan.embedding_shape} if plan.embedding_shape else {}),
+        **({} if listing.hashed else {"newest": listing.newest}),
         "rejects": [[reject.split, reject.source, reject.reason] for reject in rejects],
     }
     write_atomic(config.out / PLAN, json.dumps(content, indent=1).encode())

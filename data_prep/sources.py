@@ -48,16 +48,22 @@ _LEFT_OUT = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}
 Keep = Callable[[str], bool]
 """Returns whether to list a file with this name."""
 
-_SCHEMA = pa.schema([("name", pa.binary()), ("size", pa.int64()), ("place", pa.binary())])
+_SCHEMA = pa.schema(
+    [("name", pa.binary()), ("size", pa.int64()), ("place", pa.binary()), ("modified", pa.int64())]
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file of a source: its path in the source, its length, and the place to read it from."""
+    """One file of a source: its path in the source, its length, and the place to read it from.
+
+    ``modified`` is its modification time in nanoseconds, or its archive's.
+    """
 
     name: str
     size: int
     place: bytes
+    modified: int
 
 
 class Files:
@@ -66,9 +72,7 @@ class Files:
     In a source of several parts the entries are sorted within each part.
     """
 
-    def __init__(self, newest: int = 0) -> None:
-        self.newest = newest
-        """Latest modification time in the source, in nanoseconds."""
+    def __init__(self) -> None:
         self.skipped: Counter[str] = Counter()
         """Number of files that were left out because of their names, by suffix."""
         self.other_folders: set[str] = set()
@@ -76,19 +80,22 @@ class Files:
         self.rejects: list[Reject] = []
         self._found = TableBuilder(_SCHEMA)
         self.table = _SCHEMA.empty_table()
-        """Columns name, size and place, a row per file."""
+        """Columns name, size, place and modified, a row per file; see Entry."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __iter__(self) -> Iterator[Entry]:
-        return (
-            Entry(os.fsdecode(name), size, place) for name, size, place in iter_rows(self.table)
-        )
+        return (Entry(os.fsdecode(name), *facts) for name, *facts in iter_rows(self.table))
 
-    def add(self, name: str, size: int, place: bytes) -> None:
+    @property
+    def newest(self) -> int:
+        """Latest modification time of the entries, in nanoseconds."""
+        return pc.max(self.table["modified"]).as_py() or 0
+
+    def add(self, name: str, size: int, place: bytes, modified: int) -> None:
         """Add a file. Entries are visible only after ``sort``."""
-        self._found.append(os.fsencode(name), size, place)
+        self._found.append(os.fsencode(name), size, place, modified)
 
     def skip(self, name: str) -> None:
         """Count a file that is left out."""
@@ -116,7 +123,7 @@ class Files:
 
     def part(self, keep: Keep) -> Files:
         """Return the entries with names to keep, as Files of their own."""
-        part = Files(self.newest)
+        part = Files()
         part.skipped, part.other_folders = self.skipped, self.other_folders
         part.table = self.table.filter(pa.array([keep(entry.name) for entry in self], pa.bool_()))
         return part
@@ -246,8 +253,7 @@ class Folder:
     def _add(child: os.DirEntry[str], name: str, files: Files) -> None:
         if _is(child.is_file):
             facts = child.stat()
-            files.newest = max(files.newest, facts.st_mtime_ns)
-            files.add(name, facts.st_size, os.fsencode(name))
+            files.add(name, facts.st_size, os.fsencode(name), facts.st_mtime_ns)
         else:
             files.rejects.append(
                 Reject("", name, "a link to nothing" if child.is_symlink() else "no regular file")
@@ -265,7 +271,7 @@ class Zip:
         self._members: dict[int, zipfile.ZipInfo] = {}
 
     def files(self, keep: Keep) -> Files:
-        files = Files(modified_ns(self.path))
+        files, modified = Files(), modified_ns(self.path)
         for member in self._opened().infolist():
             name = member.filename
             if member.is_dir():
@@ -280,7 +286,8 @@ class Zip:
             if reason:
                 files.rejects.append(Reject("", name, reason))
             else:
-                files.add(name, member.file_size, b"%d:" % member.header_offset + os.fsencode(name))
+                place = b"%d:" % member.header_offset + os.fsencode(name)
+                files.add(name, member.file_size, place, modified)
         files.sort()
         return files
 
@@ -338,16 +345,12 @@ class CombinedSource:
         for part, source in self.parts.items():
             found = source.files(keep)
             for entry in found:
-                files.add(
-                    f"{part}/{entry.name}", entry.size, os.fsencode(part) + b"/" + entry.place
-                )
+                place = os.fsencode(part) + b"/" + entry.place
+                files.add(f"{part}/{entry.name}", entry.size, place, entry.modified)
             files.rejects += [
                 Reject("", f"{part}/{reject.source}", reject.reason) for reject in found.rejects
             ]
-            files.newest, files.skipped = (
-                max(files.newest, found.newest),
-                files.skipped + found.skipped,
-            )
+            files.skipped += found.skipped
             files.sort()
         return files
 

@@ -63,7 +63,7 @@ class Tar:
         self._file: BinaryIO | None = None
 
     def files(self, keep: Keep) -> Files:
-        files = Files(modified_ns(self.path))
+        files, modified = Files(), modified_ns(self.path)
         links: dict[int, str] = {}  # the name of each hard link, by its offset
         with _opened(self.path) as file:
             for member, offset, name in _members(file, self.path, self.nested):
@@ -74,12 +74,14 @@ class Tar:
                 elif reason := _unsafe(member, name):
                     files.rejects.append(Reject("", name, reason))
                 else:
-                    files.add(name, member.size, b"%d:" % offset + os.fsencode(name))
+                    place = b"%d:" % offset + os.fsencode(name)
+                    files.add(name, member.size, place, modified)
             targets = _targets(file, self.path, self.nested, links) if links else {}
         for offset, name in links.items():
             if offset in targets:
                 target, size = targets[offset]
-                files.add(name, size, b"%d>%d:" % (offset, target) + os.fsencode(name))
+                place = b"%d>%d:" % (offset, target) + os.fsencode(name)
+                files.add(name, size, place, modified)
             else:
                 files.rejects.append(Reject("", name, "a link to nothing in the archive"))
         files.sort()
@@ -140,6 +142,9 @@ def decompressed_tar(path: Path, unpacked: Path) -> Path:
             try:
                 with opener(file) as content, atomic_file(plain) as copy:
                     _copy(content, copy, path, limit)
+                    # The copy takes the archive's time: it is no change of the source.
+                    copy.flush()
+                    os.utime(copy.fileno(), ns=(facts.st_atime_ns, facts.st_mtime_ns))
             except (EOFError, zlib.error, lzma.LZMAError) as error:
                 raise InputError(f"{path}: truncated or damaged: {error}") from None
         return plain
