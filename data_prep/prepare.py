@@ -14,14 +14,14 @@ import io
 import multiprocessing
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from data_prep.readers import DOWNLOADS, cached_reader
-from data_prep.shard_plan import ShardPlan, is_complete, make_shard_plan
+from data_prep.shard_plan import ShardPlan, is_complete, make_shard_plan, recorded_hashes
 from data_prep.tars import remove_decompressed
 from r2id.config import PrepareConfig
 from r2id.data.index import find_intact, read_commit
@@ -35,6 +35,7 @@ from r2id.progress import Progress, counted, say
 
 __all__ = [
     "ShardPlan",
+    "check_rebuilt",
     "finish",
     "make_shard_plan",
     "pending_shards",
@@ -68,9 +69,10 @@ def _prepare(config: PrepareConfig, write_all: WriteAll) -> None:
     plan = make_shard_plan(config)
     waiting = pending_shards(plan)
     if waiting:
-        rejected = len(plan.rejects)
+        rejected, recorded = len(plan.rejects), recorded_hashes(plan.out)
         with Progress(f"prepare {config.dataset}", sum(plan.samples), unit="images") as progress:
             for result in write_all(plan, waiting):
+                check_rebuilt(plan, result["file"], recorded)
                 rejected += result["rejects"]
                 plan.check_budget(rejected, result["example"])
                 progress.advance(result["samples"] + result["rejects"])
@@ -103,6 +105,18 @@ def write_shard(plan: ShardPlan, number: int) -> dict[str, Any]:
         "rejects": len(rejects),
         "example": _first_reason(rejects),
     }
+
+
+def check_rebuilt(plan: ShardPlan, file: str, recorded: Mapping[str, str]) -> None:
+    """Raise WorkError, and remove a shard, when it is not the one whose SHA-256 is recorded."""
+    rebuilt = read_commit(plan.out, file)[0].sha256
+    if rebuilt != recorded.get(file, rebuilt):
+        for part in (plan.out / file, (plan.out / file).with_suffix(".parquet")):
+            part.unlink(missing_ok=True)
+        raise WorkError(
+            f"{plan.out / file}: cannot be rebuilt: source {plan.config.source} no longer has the "
+            "images or embeddings it was made of, though their names and lengths are the same"
+        )
 
 
 def finish(plan: ShardPlan) -> Manifest:

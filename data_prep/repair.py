@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.prepare import finish, write_shard
-from data_prep.shard_plan import ShardPlan, make_shard_plan, read_shard_plan
+from data_prep.prepare import check_rebuilt, finish, write_shard
+from data_prep.shard_plan import ShardPlan, make_shard_plan, read_shard_plan, recorded_hashes
 from r2id.config import PrepareConfig
-from r2id.data.index import find_intact, read_commit
-from r2id.data.manifest import MANIFEST, REJECTS, read_manifest
+from r2id.data.index import find_intact
+from r2id.data.manifest import MANIFEST, REJECTS
 from r2id.data.verify import Damage
-from r2id.errors import InputError, WorkError
+from r2id.errors import InputError
 from r2id.files import exclusive
 from r2id.progress import track
 
@@ -45,13 +45,7 @@ def repair(folder: Path, damages: Sequence[Damage], source: Path | None = None) 
         for file in track(broken, "repair", unit="shards"):
             _remove(folder, [file, _index_of(file)])
             write_shard(plan, plan.files.index(file))
-            rebuilt = read_commit(folder, file)[0].sha256
-            if rebuilt != expected.get(file, rebuilt):
-                _remove(folder, [file, _index_of(file)])
-                raise WorkError(
-                    f"{folder / file}: cannot be rebuilt: source {plan.config.source} no longer "
-                    "has the images it was made of, though their names and lengths are the same"
-                )
+            check_rebuilt(plan, file, expected)
         finish(plan)
         return {
             **dict.fromkeys(broken, "rebuilt"),
@@ -71,16 +65,11 @@ def _is_broken(folder: Path, file: str, blamed: set[str]) -> bool:
 
 
 def _expected_hashes(folder: Path, blamed: set[str]) -> dict[str, str]:
-    """Return the SHA-256 of each shard according to the manifest; none if that is damaged."""
+    """Return the recorded SHA-256 of each shard, but of none whose record may be wrong."""
     if MANIFEST in blamed:
         return {}
-    splits = read_manifest(folder).splits
-    return {
-        entry.file: entry.sha256
-        for name, split in splits.items()
-        if name not in blamed
-        for entry in split.shards
-    }
+    recorded = recorded_hashes(folder)
+    return {file: recorded[file] for file in recorded if file.split("/")[0] not in blamed}
 
 
 def _plan_of(folder: Path, source: Path | None) -> ShardPlan:

@@ -106,6 +106,27 @@ def test_a_later_copy_of_the_source_repairs_a_finished_set(config, tmp_path):
     assert files_of(config.out) == before
 
 
+@pytest.mark.parametrize("newest", [None, 1])
+def test_a_damaged_shard_of_a_finished_set_is_not_made_of_changed_embeddings(
+    config, tmp_path, newest
+):
+    """Whether the plan holds a time or, as one of before, none: as by verify --repair."""
+    prepare(config)
+    change_plan(config.out, newest=newest)
+    before = files_of(config.out)
+    shard = config.out / FIRST
+    write_embeddings(tmp_path / "in", 2)
+    for workers in (1, 2):
+        shard.write_bytes(b"cut")
+        with pytest.raises(WorkError, match=rf"^{shard}: cannot be rebuilt: source .* no longer"):
+            prepare(config.model_copy(update={"workers": workers}))
+        assert not shard.exists() and not shard.with_suffix(".parquet").exists()
+        assert (config.out / "manifest.json").read_bytes() == before["manifest.json"]
+    write_embeddings(tmp_path / "in", 1)
+    prepare(config)
+    assert files_of(config.out) == before
+
+
 def test_a_damaged_manifest_of_a_source_that_is_newer(config, tmp_path):
     """It is written again; a shard is not, as its hash is unknown."""
     prepare(config)
