@@ -134,6 +134,17 @@ def test_attributes_come_with_the_batches(original, tmp_path):
     assert batch["attributes"].tolist() == [by_key[key] for key in batch["sample_ids"]]
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [({"label": "Male"}, {"label": "Young"}), ({}, {"images": "wild"}), ({}, {"partial": True})],
+)
+def test_other_options_need_another_folder(original, tmp_path, first, then):
+    """Other classes, images or parts would be another set, though the source is the same."""
+    make("celeba", tmp_path / "set", original, **first)
+    with pytest.raises(InputError, match=f"was made with {next(iter(then))} = .*, not "):
+        make("celeba", tmp_path / "set", original, **then)
+
+
 def test_kaggles_copy_gives_the_same(original, tmp_path):
     write_kaggle(tmp_path / "kaggle")
     one, two = (

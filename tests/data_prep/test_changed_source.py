@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from data_prep.prepare import make_shard_plan, prepare, write_shard
+from data_prep.readers import cached_reader
 from data_prep.repair import repair
 from r2id.config import PrepareConfig
 from r2id.data.shards import ShardSet
 from r2id.data.verify import verify
-from r2id.errors import WorkError
-from tests.data_prep.archives import IMAGES, write_tar
+from r2id.errors import InputError, WorkError
+from tests.data_prep.archives import IMAGES, write_tar, write_zip
 from tests.data_prep.conftest import files_of, make, write_images, write_mnist
 
 FIRST = "train/shard-000000.tar"
@@ -167,6 +168,20 @@ def test_a_decompressed_copy_is_as_old_as_its_archive(tmp_path, capfd, monkeypat
     os.utime(tmp_path / "pets.tgz")
     with pytest.raises(WorkError, match="changed since the preparation began"):
         prepare(config)
+
+
+def test_a_zip_that_is_cut_and_keeps_its_time(tmp_path):
+    """The whole source is at fault, so none of its images becomes a reject."""
+    path = tmp_path / "pets.zip"
+    write_zip(path, IMAGES)
+    plan = make_shard_plan(PrepareConfig(dataset="folder", source=path, out=tmp_path / "set"))
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[: before.st_size // 2])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    cached_reader.cache_clear()  # as in a new process
+    with pytest.raises(InputError, match=r"pets\.zip: truncated or damaged"):
+        write_shard(plan, 0)
+    assert not list((tmp_path / "set").rglob("*.tar"))
 
 
 def test_arrays_are_compared_by_their_content(tmp_path, capfd):

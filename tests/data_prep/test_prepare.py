@@ -155,7 +155,9 @@ def test_killed_while_several_processes_write(source, tmp_path):
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", [{"shard_mb": 0.2}, {"dataset": "folder"}])
+@pytest.mark.parametrize(
+    "change", [{"shard_mb": 0.2}, {"dataset": "folder"}, {"max_megapixels": 1.0}]
+)
 def test_other_settings_need_another_folder(source, tmp_path, change):
     make("mnist", tmp_path / "set", source, **SMALL)
     with pytest.raises(InputError, match=f"{next(iter(change))} = "):
@@ -308,6 +310,32 @@ def test_the_failure_budget_is_an_option(tmp_path):
     with pytest.raises(WorkError, match=r"\(10, .*max_rejects = 0\.2\), such as"):
         make("folder", tmp_path / "set", tmp_path / "in", max_rejects=0.2)
     assert make("folder", tmp_path / "set", tmp_path / "in", max_rejects=0.5).manifest.rejects == 11
+
+
+def test_ten_images_of_any_source_may_be_unusable(tmp_path):
+    write_images(tmp_path / "in", [f"{number}.png" for number in range(10)])
+    for number in range(10):
+        (tmp_path / f"in/text{number}.jpg").write_text("no picture")
+    assert make("folder", tmp_path / "set", tmp_path / "in", max_rejects=0).manifest.rejects == 10
+
+
+def test_rejects_of_the_listing_count_while_shards_are_written(tmp_path):
+    """Too many are noticed before all is written, though neither kind is too many alone."""
+    write_images(tmp_path / "in", [f"{number}.png" for number in range(60)])
+    for number in range(6):
+        (tmp_path / f"in/link{number}.png").symlink_to("nowhere")
+    config = PrepareConfig(
+        dataset="folder", source=tmp_path / "in", out=tmp_path / "set", shard_mb=0.05
+    )
+    plan = make_shard_plan(config)
+    assert len(plan.rejects) == 6 and len(plan.files) > 3
+    for item in plan.items(0)[:5]:
+        path = tmp_path / "in" / os.fsdecode(item.place)
+        path.write_bytes(bytes(item.size))
+    shutil.rmtree(config.out)
+    with pytest.raises(WorkError, match=r"source .*: 11 of 66 images cannot be used"):
+        prepare(config)
+    assert (config.out / plan.files[0]).exists() and not (config.out / plan.files[-1]).exists()
 
 
 def test_no_more_pixels_are_taken_than_are_read_later(tmp_path):

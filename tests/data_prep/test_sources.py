@@ -105,6 +105,22 @@ def test_a_disk_that_gives_errors_rejects_no_image(tmp_path):
         source.read(first.place, first.size, 1 << 62)
 
 
+def test_a_hard_link_in_a_tar_is_to_the_last_file_of_its_name(tmp_path):
+    """That is what tar unpacks, since by then it has replaced the one before."""
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for content in (b"before", b"after"):
+            info = tarfile.TarInfo("a.png")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
+    tar = open_source(tmp_path / "x.tar", tmp_path)
+    files = tar.files(is_image)
+    (place,) = [(entry.place, entry.size) for entry in files if entry.name == "b.png"]
+    assert tar.read(*place, files.newest) == b"after"
+
+
 def test_what_lies_beside_the_images(tmp_path, capfd):
     write_images(tmp_path / "in", ["1.png", "2.png"])
     (tmp_path / "in/readme.txt").write_text("no image")

@@ -186,6 +186,23 @@ def test_classes_that_are_names(tmp_path):
         assert shards.class_names[int(label)] == names[number % 4]
 
 
+def test_other_names_of_classes_are_another_source(tmp_path):
+    """Of the same lengths and in the same order, so that nothing else tells them apart."""
+
+    def write(first):
+        names = (first, "dog")
+        source = [
+            {"__key__": f"k{n}", "png": picture(n), "cls": names[n % 2].encode()} for n in range(8)
+        ]
+        write_tar(tmp_path / "x.tar", source)
+
+    write("cat")
+    make("webdataset", tmp_path / "set", tmp_path / "x.tar")
+    write("cow")
+    with pytest.raises(InputError, match="was made from another source"):
+        make("webdataset", tmp_path / "set", tmp_path / "x.tar")
+
+
 @pytest.mark.parametrize(
     ("classes", "words"),
     [

@@ -149,7 +149,10 @@ def test_wrong_stage_configs_are_told_before_anything_starts(
 
 
 def test_files_that_are_gone_are_made_again(configs: Path) -> None:
-    """As when somebody removed the pictures, but not the folder that they were in."""
+    """As when somebody removed the pictures, but not the folder that they were in.
+
+    So are those of other weights or of another noise shift.
+    """
     config = load_config(configs / "pipeline.toml", [f"out={configs}/out"])
     assert isinstance(config, PipelineRun)
     for run, step in {"riae": 40, "riae-finetuned": 10, "r2id": 20}.items():
@@ -183,6 +186,9 @@ def test_files_that_are_gone_are_made_again(configs: Path) -> None:
     assert redone() == ["sample"]
     assert picture.exists()
     (configs / "out/r2id" / NOISE_SHIFT_FILE).write_text("applied")
+    assert redone() == ["sample", "evaluate"]
+    weights = configs / "out/r2id/checkpoints/step-00000020/checkpoint.json"
+    weights.write_text('{"files": "others"}')
     assert redone() == ["sample", "evaluate"]
     for file in (page, metrics):
         file.unlink()

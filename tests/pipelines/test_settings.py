@@ -358,7 +358,7 @@ def test_the_default_guidance_is_not_asked_of_a_model_without_conditions(run: Ru
 def test_pictures_are_drawn_anew_when_the_stages_own_settings_change(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run()
+    assert run()["sample"]["overwrite"], "the pictures of before are replaced"
     for changes, said in (((), "up to date"), (("r2id.sample.steps=7",), "done")):
         config = load_config(tmp_path / "pipeline.toml", changes)
         assert isinstance(config, PipelineRun)
