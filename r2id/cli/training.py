@@ -12,6 +12,7 @@ from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import Device, Json, Overrides, app, find_device, report, report_job
 from r2id.config import EncodeConfig, PipelineRun, build, load_config
 from r2id.errors import InputError
+from r2id.stop_signals import left_at_a_signal
 
 
 @app.command(rich_help_panel="Training")
@@ -104,14 +105,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one stage; continues if the run directory holds a checkpoint."""
-    from r2id.training.loop import train as run_train
+    with left_at_a_signal():
+        from r2id.training.loop import train as run_train
 
-    settings = load_config(config, overrides or ())
-    if isinstance(settings, PipelineRun):
-        raise InputError(
-            f"{config}: stage 'pipeline' is for r2id run; r2id train takes 'riae' or 'r2id'"
-        )
-    report_job(lambda: run_train(settings, profile=profile), as_json, _train_lines)
+        settings = load_config(config, overrides or ())
+        if isinstance(settings, PipelineRun):
+            raise InputError(
+                f"{config}: stage 'pipeline' is for r2id run; r2id train takes 'riae' or 'r2id'"
+            )
+        report_job(lambda: run_train(settings, profile=profile), as_json, _train_lines)
 
 
 def _train_lines(figures: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from r2id import dist
 from r2id.progress import discard_unwritten, say
-from r2id.stop_signals import stop_signals
+from r2id.stop_signals import put_back, set_handler
 from r2id.training.callbacks.base import Callback
 from r2id.training.host_copy import HostCopy
 from r2id.training.state import TrainState
@@ -30,9 +30,7 @@ class StopSignals(Callback):
 
     def pre_train(self, state: TrainState) -> None:
         self.poll = Poll(state.engine.device)
-        self.handlers = {  # those from before, to be put back at the end
-            number: signal.signal(number, self._note) for number in stop_signals()
-        }
+        self.before = set_handler(self._note)
 
     def post_step(self, state: TrainState) -> None:
         if dist.world_size() == 1:
@@ -44,8 +42,7 @@ class StopSignals(Callback):
         state.stopping = asked and not state.finished  # a run that is finished is not gone on with
 
     def close(self, state: TrainState, error: BaseException | None) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        put_back(self.before)
 
     def _note(self, number: int, _frame: object) -> None:
         if self.received and number == signal.SIGINT:
