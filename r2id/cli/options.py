@@ -103,13 +103,17 @@ def report_job(
     """Do this process's part of a job, and print the result in the job's first process.
 
     After an error the process stays in its group, which the others may not leave: see cli.main.
+    That the job was stopped, the first process says for all.
     """
     from r2id import dist
 
     try:
         result, main_process = work(), dist.is_main()
     except Stopped:
+        main_process = dist.is_main()
         dist.shutdown()  # as the others do, because they stop together
+        if not main_process:
+            raise typer.Exit(75) from None
         raise
     dist.shutdown()
     if main_process:

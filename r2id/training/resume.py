@@ -119,8 +119,9 @@ def _check_same_run(task: Task, newest: Checkpoint) -> None:
                 f"{folder}: holds a run with {name} = {_shown(recorded[name])}, not "
                 f"{_shown(value)}: choose another run directory, or remove this one to start over"
             )
-    other = _other_settings(task.config.model_dump(mode="json"), newest)
-    say(f"{newest.path}: going on from step {meta.step}{other}")
+    if dist.is_main():
+        other = _other_settings(task.config.model_dump(mode="json"), newest)
+        say(f"{newest.path}: going on from step {meta.step}{other}")
 
 
 def say_finished(config: RiaeRun | R2idRun, newest: Checkpoint) -> None:

@@ -243,8 +243,8 @@ def train_as_rank(
 ) -> None:
     """Train by the command as one of many ranks, whose group is left together, as NCCL's is.
 
-    In the second step the last rank raises an error (``ending`` "failed"), or the first one gets a
-    signal ("stopped"). A rank's words go to FOLDER/said-RANK; FOLDER/left-RANK is there from when
+    In the second step the last rank raises an error (``ending`` "failed"), or every one gets two
+    signals ("stopped"). A rank's words go to FOLDER/said-RANK; FOLDER/left-RANK is there from when
     it begins to leave the group.
     """
     os.dup2(os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT), 2)
@@ -262,7 +262,8 @@ def train_as_rank(
             if rank == ranks - 1:
                 raise WorkError("this rank has no disk any more")
             dist.barrier()  # to which that rank never comes
-        if state.step == 1 and ending == "stopped" and rank == 0:
+        if state.step == 1 and ending == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         make_step(state, previous)
 

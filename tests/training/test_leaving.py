@@ -57,3 +57,16 @@ def test_ranks_that_end_together_leave_together(
     said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
     assert codes == [code, code], said
     assert sorted(path.name for path in tmp_path.glob("left-*")) == ["left-0", "left-1"]
+
+
+def test_what_holds_for_all_ranks_is_said_by_the_first(digits: Path, tmp_path: Path) -> None:
+    """That they stop, though each has got signals, that they have stopped, and go on."""
+    for ending, code in (("stopped", 75), ("done", 0)):
+        for path in (*tmp_path.glob("said-*"), *tmp_path.glob("left-*")):
+            path.unlink()
+        codes = run_ranks(tmp_path, digits, ending, seconds=300)
+        first, second = ((tmp_path / f"said-{rank}").read_text() for rank in range(2))
+        assert codes == [code, code], (first, second)
+        words = ("stopping at", "stopped: ") if ending == "stopped" else ("going on from step",)
+        assert [first.count(word) for word in words] == [1] * len(words), first
+        assert not any(word in second for word in words), second

@@ -47,7 +47,9 @@ class StopSignals(Callback):
     def _note(self, number: int, _frame: object) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = True
+        again, self.received = self.received, True
+        if again or not dist.is_main():
+            return
         which = "this step" if dist.world_size() == 1 else "the next step"
         try:
             say(f"stopping at the end of {which}; everything will be saved")
