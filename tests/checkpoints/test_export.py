@@ -204,6 +204,23 @@ def test_any_width_is_reconstructed(profiles_run: Path, tmp_path: Path) -> None:
     assert milestone["snapshots"] == 2 * 16, "what came after it does not count"
 
 
+def test_only_the_weights_that_were_trained_keep_the_identity(
+    profiles_run: Path, tmp_path: Path
+) -> None:
+    """Rounded ones and another average are other models, and so take no latents of that one."""
+    file, identity = tmp_path / "a.safetensors", Checkpoint.open(profiles_run).identity
+    for settings, kept in (
+        ({}, identity),
+        ({"dtype": "float16"}, None),
+        ({"dtype": "bfloat16"}, None),
+        ({"sigma": 0.1}, None),
+    ):
+        export(profiles_run, file, overwrite=True, **settings)
+        found = pretrained.read(file)
+        assert found.about.identity == kept, settings
+        assert (found.identity == identity) == (kept is not None)
+
+
 def two_of(run: Path, out: Path) -> Path:
     """The run as it would be with the widths 0.05 and 0.1 alone."""
     from r2id.checkpoints.files import write_description
