@@ -97,8 +97,6 @@ def export(
         averaged, fitted = _reconstruct(checkpoint, averaged, sigma)
         # Latent statistics were measured with the default average, and hold for no other.
         described = replace(described, average=fitted["average"], statistics=None, identity=None)
-    if dtype != "float32":
-        described = replace(described, identity=None)
     if shift_exponent is not None:
         diffusion = {**described.config["diffusion"], "shift_exponent": shift_exponent}
         described = replace(described, config={**described.config, "diffusion": diffusion})
@@ -108,6 +106,9 @@ def export(
 
     riae = _riae_of(checkpoint)
     codec = (about(riae), converted(weights(riae))) if riae else None
+    if dtype != "float32":  # rounded weights are another model
+        described = replace(described, identity=None)
+        codec = codec and (replace(codec[0], identity=None), codec[1])
     if publish:
         described = _without_places(described)
         codec = codec and (_without_places(codec[0]), codec[1])

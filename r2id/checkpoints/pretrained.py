@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,6 @@ def _unpack(
     inner = None
     if content.get("codec"):
         inner = _unpack(path, version, content["codec"], _taken(weights, _CODEC), digest)
-        inner = replace(inner, identity=about.facts["codec_hash"])
     guide = _taken(weights, _GUIDE) or None
     return Pretrained(path, version, about, weights, about.identity or digest, inner, guide)
 

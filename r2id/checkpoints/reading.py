@@ -154,10 +154,16 @@ class Checkpoint:
         Checkpoints of older versions only name it, by its place relative to the run directory.
         Raises InputError when it is damaged, or another than that.
         """
+        named, identity = self.meta.model["codec"], self.meta.model["codec_hash"]
         if CODEC in self.files:
             with _suggesting_an_older_one(self.path):
-                return pretrained.read(self.path / CODEC, "riae")
-        named, identity = self.meta.model["codec"], self.meta.model["codec_hash"]
+                own = pretrained.read(self.path / CODEC, "riae")
+                if own.identity != identity:
+                    raise InputError(
+                        f"{own.path}: not the RIAE that {self.path} was trained with ({named}, "
+                        f"identity {identity[:12]})"
+                    )
+                return own
         # The run directory may be a link: from where it is, or from where it leads to.
         places = (Path(os.path.normpath(self.run / named)), self.run / named)
         found = [Checkpoint(place) for place in places if (place / DESCRIPTION).is_file()]

@@ -76,8 +76,9 @@ class Sampler:
         """
         trained = open_trained(source, "r2id")
         meta = trained.meta
-        codec = codec or Codec.of_r2id(trained, device)
-        if codec.identity != meta.model["codec_hash"]:
+        if codec is None:  # its own, which rounded weights have given another identity
+            codec = Codec.of_r2id(trained, device)
+        elif codec.identity != meta.model["codec_hash"]:
             raise InputError(
                 f"{codec.name}: not the RIAE that {trained.path} was trained with "
                 f"({meta.model['codec']}, identity {meta.model['codec_hash'][:12]})"

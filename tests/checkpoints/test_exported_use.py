@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from r2id.models.r2id import R2ID
 from r2id.sampling.files import draw_many
 from r2id.sampling.sampler import Sampler
 from r2id.training.chosen_codec import choose_codec
+from r2id.training.encode import encode
 
 
 def draw(source: Path, codec: Codec | None = None) -> torch.Tensor:
@@ -71,6 +73,40 @@ def test_an_exported_riae_is_the_codec_that_it_was(
     config = load_config(r2id_run / "config.toml", [f"codec={exported}"])
     chosen = choose_codec(config, None)
     assert chosen is not None and chosen.identity == Checkpoint.open(riae_run).identity
+
+
+def test_the_riae_of_a_half_precision_r2id_is_another_one(
+    exported: Path, digits: Path, latents: Path, r2id_run: Path, tmp_path: Path
+) -> None:
+    """Its latents differ, so that a cache of the exact RIAE's is not taken for one of them."""
+    half, folder = tmp_path / "half.safetensors", shutil.copytree(latents, tmp_path / "latents")
+    export(r2id_run, half, dtype="float16")
+    image = torch.rand(1, 1, 8, 8) * 2 - 1
+    exact, rounded = (Codec.load(source) for source in (exported / "r2id.safetensors", half))
+    assert not torch.equal(rounded.encode(image), exact.encode(image))
+    found = pretrained.read(half)
+    assert found.about.identity is None and found.inner and found.inner.about.identity is None
+    assert encode(exported / "r2id.safetensors", digits, folder)["reused"] == 1797
+    with pytest.raises(InputError, match=r"latents: holds latents of another RIAE"):
+        encode(half, digits, folder)
+    with pytest.raises(InputError, match=r"half\.safetensors: not the RIAE that"):
+        draw(r2id_run, rounded)
+    assert draw(half).isfinite().all()
+
+
+def test_half_precision_files_that_keep_the_riaes_identity_are_read(
+    riae_run: Path, r2id_run: Path, tmp_path: Path
+) -> None:
+    """As versions wrote them that did not tell a rounded RIAE from the exact one."""
+    half = tmp_path / "half.safetensors"
+    export(r2id_run, half, dtype="float16")
+    expected, found = draw(half), pretrained.read(half)
+    identity, inner = Checkpoint.open(riae_run).identity, found.codec()
+    known = replace(inner.about, identity=identity)
+    half.write_bytes(
+        pretrained.pack(found.about, found.weights, (known, inner.weights), found.guide())
+    )
+    assert Codec.load(half).identity == identity and torch.equal(draw(half), expected)
 
 
 def test_another_average_reconstructs_but_is_no_codec(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from r2id.checkpoints import Checkpoint
-from r2id.checkpoints.files import CODEC, write_description
+from r2id.checkpoints.files import CODEC, write_description, write_whole
 from r2id.checkpoints.reading import find_damages
 from r2id.config import load_config
 from r2id.errors import InputError
@@ -110,6 +110,21 @@ def test_checkpoints_of_an_r2id_are_whole(riae_run: Path, r2id_run: Path, tmp_pa
     ]
     with pytest.raises(InputError, match=f"{folder / CODEC}: damaged"):
         Sampler.load(folder)
+
+
+def test_a_checkpoint_with_another_riae_in_its_place_is_refused(
+    digits: Path, r2id_run: Path, tmp_path: Path
+) -> None:
+    """Whole by every hash, but the R2ID's latents are not those of this RIAE."""
+    train_riae(digits, tmp_path, 2)
+    folder = Path(shutil.copytree(Checkpoint.open(r2id_run).path, tmp_path / "step-00000040"))
+    other = Codec.load(tmp_path / "riae").export()
+    assert other is not None
+    opened = Checkpoint.open(folder)
+    write_description(folder, opened.meta, opened.files | write_whole(folder, CODEC, other))
+    assert not find_damages(folder)
+    with pytest.raises(InputError, match=f"{folder / CODEC}: not the RIAE that {folder} was"):
+        draw(folder)
 
 
 def as_before(run: Path) -> None:
