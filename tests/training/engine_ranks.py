@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from r2id import dist
 from r2id.checkpoints import Checkpoint, reading, writing
 from r2id.checkpoints.files import Meta
-from r2id.checkpoints.state import EngineState
+from r2id.checkpoints.state import EngineState, Source
 from r2id.config import (
     DiffusionConfig,
     EngineConfig,
@@ -206,6 +206,16 @@ def step_once(world: World, zero_stage: int | None, folder: Path) -> float:
     run(engine, engine.steps, engine.steps + 1, world, losses=losses)
     save(folder, engine.state())
     return losses[0]
+
+
+def resume(_world: World, folder: Path) -> tuple[str, int]:
+    """What is said of going on from a checkpoint, and how often it was loaded."""
+    loaded: list[Source] = []
+    try:
+        reading.resume(folder, lambda _: None, loaded.append)
+    except InputError as error:
+        return str(error), len(loaded)
+    return "", len(loaded)
 
 
 def spoil(world: World, zero_stage: int) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,6 +97,25 @@ def test_collectives(ranks: Ranks) -> None:
 
 def test_local_engine_refuses_many_processes(ranks: Ranks) -> None:
     assert all("one process" in said for said in ranks(job.refused))
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    ranks: Ranks, local: Local, tmp_path: Path
+) -> None:
+    """No rank loads it, whichever of them has hashed the damaged file."""
+    folder = Path(shutil.copytree(local[0] / "local-end", tmp_path / "run"))
+
+    def resumed() -> list[tuple[str, int]]:
+        return [job.resume(job.ALONE, folder), *ranks(job.resume, folder)]
+
+    assert resumed() == [("", 1)] * 3
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        file = reading.find_checkpoint(folder) / name
+        intact = file.read_bytes()
+        file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+        for said, loaded in resumed():
+            assert said.startswith(f"{file}: damaged") and not loaded
+        file.write_bytes(intact)
 
 
 @pytest.mark.parametrize(
