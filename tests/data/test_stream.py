@@ -189,6 +189,25 @@ def test_epochs_and_resumed_runs_have_orders_of_their_own(mixed, tmp_path):
     assert [step[0]["step"] for step in stream(index, 6, 9)] == [6, 7, 8]
 
 
+@pytest.mark.parametrize(("per_shard", "buffer"), [(24, 500), (3, 1)])
+def test_passes_differ_in_order_and_in_what_is_mirrored(tmp_path, monkeypatch, per_shard, buffer):
+    """In one shard samples are shuffled; of many, without a buffer for that, the shards are."""
+    monkeypatch.setattr("r2id.data.stream._BUFFER", buffer)
+    shards = write_set(tmp_path / "set", {"train": [(8, 8)] * 24}, per_shard)
+    shards = ShardSet.open(shards.folder, str(shards.folder))
+    [whole] = eval_loader(shards, DataConfig(shards=shards.folder), "train", 24)
+    steps = stream(shards, total=6, flip=True)  # of 12 samples: three passes
+    orders = torch.cat([part["index"] for step in steps for part in step]).split(24)
+    images = torch.cat([part["image"] for step in steps for part in step]).split(24)
+    mirrored = []
+    for order, shown in zip(orders, images, strict=True):
+        assert sorted(order.tolist()) == list(range(24))
+        changed = (to_float(shown) != whole["image"][order]).flatten(1).any(1)
+        mirrored.append(frozenset(order[changed].tolist()))
+    assert len({tuple(order.tolist()) for order in orders}) == len(set(mirrored)) == 3
+    assert all(6 <= len(some) <= 18 for some in mirrored)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_is_not_what_the_index_says(own_mixed, tmp_path, workers):
     index = fetch_index(str(own_mixed.folder), tmp_path / "index")
