@@ -142,6 +142,17 @@ def test_penalties_are_differentiated_through_the_gradient() -> None:
     )
 
 
+def test_penalties_are_at_real_and_at_decoded_pictures() -> None:
+    network, decoded, truth = discriminator(), pictures(2, 2, 7, 6), pictures(2, 2, 7, 6, seed=1)
+    terms = adversarial_terms(network, decoded, truth, ONE)
+    r1, r2 = (
+        squared_gradient(network(image, ONE), image)
+        for image in (truth.clone().requires_grad_(), decoded.clone().requires_grad_())
+    )
+    torch.testing.assert_close((terms.r1, terms.r2), (r1, r2))
+    assert float(r1) != pytest.approx(float(r2), rel=1e-2)
+
+
 def test_penalties_do_not_grow_with_the_picture() -> None:
     network = discriminator()
     small, large = (
@@ -189,8 +200,25 @@ def test_steps_tell_it_how_much_smaller_the_encoded_images_were() -> None:
     loss, told = window_loss(discriminator=0.1, magnify=1.0, magnify_scales=(0.5, 0.5)), set()
     assert loss.discriminator is not None
     loss.discriminator.register_forward_pre_hook(lambda _, given: told.add(given[1]))
-    loss(pictures(2, 1, 8, 16), torch.arange(2), step=0)
-    assert told == {(0.5, 0.5)}
+    loss(pictures(2, 1, 5, 16), torch.arange(2), step=0)
+    assert told == {(2 / 5, 8 / 16)}
+
+
+# Texture
+
+
+@pytest.mark.parametrize("size", [(4, 7), (1, 9), (9, 1)])
+def test_texture_of_ramps(size: tuple[int, int]) -> None:
+    """Neighbours along an error's slope differ by it, those across it do not; the mean of both.
+
+    A single row has no neighbours above or below, a single column none beside.
+    """
+    truth, slope, directions = pictures(2, 3, *size), 0.25, sum(side > 1 for side in size)
+    down, right = (slope * torch.arange(side) for side in size)
+    for ramp, length in ((down[:, None], size[0]), (right, size[1])):
+        found = texture_loss(truth + ramp, truth, "mse")
+        expected = slope**2 / directions if length > 1 else 0
+        assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
 # All terms of the loss
