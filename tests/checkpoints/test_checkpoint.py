@@ -274,6 +274,14 @@ def test_one_before_that_is_damaged_too_is_not_offered(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path).tensors("ema")
 
 
+def test_the_newest_of_those_that_are_intact_is_offered(tmp_path: Path) -> None:
+    first, second, third = (save(tmp_path, step, keep=9) for step in (1, 2, 3))
+    (third / "ema.safetensors").unlink()
+    with pytest.raises(InputError, match=f"{third}.*; {second} is intact") as caught:
+        Checkpoint.open(tmp_path).tensors("ema")
+    assert str(first) not in str(caught.value)
+
+
 def test_part_that_the_stage_has_not(tmp_path: Path) -> None:
     meta = Meta(stage="r2id", step=1, samples=8, seed=0, config={}, model={})
     folder = writing.save(tmp_path, state(1), meta, keep=1)
