@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -107,9 +108,21 @@ def test_a_manifest_that_was_edited_and_sealed_again(own_mixed):
     assert [damage.file for damage in verify(own_mixed.folder)] == [MANIFEST]
 
 
-def test_a_key_in_two_shards(own_mixed):
-    write_shard_files(own_mixed.folder, SHARD, make_records([(8, 8)] * 20), [])
-    entry, _ = read_commit(own_mixed.folder, SHARD)
+def test_a_sum_of_samples_that_is_wrong(own_mixed):
+    def one_sample_more(manifest):
+        split = manifest.splits["train"]
+        more = split.model_copy(update={"samples": split.samples + 1})
+        return manifest.model_copy(update={"splits": {**manifest.splits, "train": more}})
+
+    reseal(own_mixed.folder, one_sample_more)
+    [damage] = verify(own_mixed.folder)
+    assert damage.file == MANIFEST and "'train' has 139 samples" in damage.what
+
+
+def put_in_place(folder, records):
+    """Replace the 20 samples of the shard, and seal the set again."""
+    write_shard_files(folder, SHARD, records, [])
+    entry, _ = read_commit(folder, SHARD)
 
     def put(manifest):
         split = manifest.splits["train"]
@@ -123,7 +136,26 @@ def test_a_key_in_two_shards(own_mixed):
             }
         )
 
-    reseal(own_mixed.folder, put)
+    reseal(folder, put)
+
+
+def test_images_that_are_not_what_their_index_says(own_mixed):
+    """Their bytes are those that were written."""
+    records = make_records([(8, 8)] * 40)[20:]
+    records[3] = replace(records[3], height=9)
+    records[4] = replace(records[4], width=7)
+    records[5] = replace(records[5], image=b"no image")
+    put_in_place(own_mixed.folder, records)
+    damages = verify(own_mixed.folder)
+    assert [(damage.file, damage.key) for damage in damages] == [
+        (SHARD, f"image-00{number}") for number in (23, 24, 25)
+    ]
+    assert damages[0].what == "is 8x8, not 9x8 as the index says"
+    assert damages[1].what == "is 8x8, not 8x7 as the index says"
+
+
+def test_a_key_in_two_shards(own_mixed):
+    put_in_place(own_mixed.folder, make_records([(8, 8)] * 20))
     damages = verify(own_mixed.folder)
     assert len(damages) == 20 and damages[0].key == "image-0000" and "twice" in damages[0].what
 
