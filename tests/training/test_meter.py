@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from r2id.config import R2idRun, RiaeConfig, load_config
 from r2id.training.loop import train
-from r2id.training.meter import Meter
+from r2id.training.meter import Meter, matmul_peak, peak_memory
 from r2id.training.workload import Cost, Dimensions, Workload, image_cost
 from tests.conftest import CONFIGS, TINY_R2ID, TINY_RIAE
 
@@ -127,6 +128,20 @@ def test_figures_that_do_not_count_are_left_out_of_the_means() -> None:
     meter.add({**figures, "loss": torch.tensor(4.0)}, 1, (1, 1), torch.tensor(True))
     found = meter.read()
     assert (found["loss"], found["part"]) == (3.0, 1.0) and "new" not in found
+
+
+def test_the_peak_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products, of 1 s and of ¼ s; the second ends after the time that is given to them."""
+    clock = iter([0.0, 1.0, 1.0, 1.0, 1.25, 1.25])
+    monkeypatch.setattr("r2id.training.meter.time.perf_counter", lambda: next(clock))
+    found = matmul_peak(torch.device("cpu"), torch.float32)
+    assert found == pytest.approx(2 * 1024**3 / 0.25)
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert held.nbytes < peak_memory(torch.device("cpu")) < memory
 
 
 def test_training_reports_its_rates(digits, riae_run, latents, tmp_path: Path) -> None:
