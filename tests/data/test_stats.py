@@ -32,6 +32,20 @@ def test_figures_of_a_split(mixed):
     assert stats["lost"] == 0
 
 
+def test_classes_and_bytes(tmp_path):
+    shards = write_set(tmp_path, {"train": [(8, 8)] * 5})  # labels 0, 1, 2, 0, 1
+    stats = split_stats(shards, DataConfig(shards=tmp_path), "train", batch=1)
+    assert stats["classes"] == {
+        "count": 3,
+        "unlabelled": 0,
+        "samples": {"min": 1, "median": 2, "max": 2},
+        "rarest": "class 2",
+        "largest": "class 0",
+    }
+    samples = shards.split("train")
+    assert stats["bytes"] == sum(len(samples.read(number)) for number in range(5))
+
+
 def test_sizes_that_are_rare(tmp_path):
     """A whole step may be copies of one picture: that is said, and of which size."""
     shards = write_set(tmp_path, {"train": [(8, 8)] * 70 + [(1, 1), (30, 1)] + [(30, 30)] * 3})
