@@ -228,6 +228,13 @@ def test_a_shard_that_is_not_what_the_index_says(own_mixed, tmp_path, workers):
         assert "\n" not in str(caught.value)
 
 
+def test_an_index_that_is_not_the_manifests(own_mixed, tmp_path):
+    with (own_mixed.folder / "train" / "shard-000001.parquet").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(WorkError, match=r"train/shard-000001\.parquet: damaged: its hash"):
+        fetch_index(str(own_mixed.folder), tmp_path / "index")
+
+
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("fault", ["refused", "cut"])
 def test_a_faulty_server_changes_nothing(mixed, tmp_path, capfd, fault, ranges):
