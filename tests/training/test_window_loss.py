@@ -85,6 +85,12 @@ class Linear(nn.Module):
         return (images * self.weight[:, None, None]).sum(1, keepdim=True)
 
 
+def test_blocks_start_as_the_identity() -> None:
+    for block in Discriminator(2, 4).blocks:
+        x = pictures(1, block.first.in_channels, 3, 5)
+        assert torch.equal(block(x), x)
+
+
 def test_terms_of_a_linear_discriminator() -> None:
     """The gradient of a pixel's judgement is the weights themselves."""
     network = Linear([0.5, -2.0])
