@@ -53,6 +53,7 @@ class Pipeline:
         self.headlines: list[str] = []
         self.pictures: list[Path] = []
         self.stages: list[dict[str, str]] = []
+        self.times: dict[str, tuple[float, float]] = {}
         # All are read now, so that a misspelt option is reported before hours of work, not after.
         self.riae_stages = find_stages(config, base)
         self.r2id_stage = self.riae_stages.pop("r2id")
@@ -145,12 +146,14 @@ class Pipeline:
             self.sampling = self.sampling.model_copy(update={"labels": named})
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run a stage and print how long it took."""
+        """Run a stage, print how long it took, and remember its times as Record.note takes them."""
         say(f"── {name}")
-        began = time.monotonic()
+        start, began = time.time(), time.monotonic()
         result = work()
-        took = duration(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        took = duration(seconds)
         say(f"── {name}: done in {took}")
+        self.times[name] = start, start + seconds
         self.stages.append({"stage": name, "time": took, "result": _outcome(result)})
         return result
 
@@ -187,7 +190,8 @@ class Pipeline:
             self.stages.append({"stage": name, "time": "up to date", "result": outcome})
             return previous
         result = self.stage(name, work)
-        self.record.keep(name, key, result, files, {"params": settings, "folder": folder})
+        note = {"params": settings, "times": self.times[name], "folder": folder}
+        self.record.keep(name, key, result, files, note)
         return result
 
 
@@ -247,9 +251,13 @@ def pipeline_flow(config: PipelineRun, base: Path) -> dict[str, Any]:
 def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     config, shards = pipeline.config, pipeline.config.prepare.out
     environment = pipeline.mlflow.environment
-    if not (shards / "manifest.json").exists():
-        pipeline.record.note("prepare", config.prepare.model_dump(mode="json"))
-    pipeline.stage("prepare", lambda: prepare_flow(config.prepare))
+    unprepared, settings = not (shards / "manifest.json").exists(), config.prepare
+    if unprepared:  # before it is done, so that MLflow has it even if it is stopped
+        pipeline.record.note("prepare", settings.model_dump(mode="json"), (time.time(), None))
+    pipeline.stage("prepare", lambda: prepare_flow(settings))
+    if unprepared:
+        times = pipeline.times["prepare"]
+        pipeline.record.note("prepare", settings.model_dump(mode="json"), times)
     pipeline.check_data()
     for name, stage in pipeline.riae_stages.items():
         pipeline.stage(
@@ -261,7 +269,7 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
         lambda: encode_flow(pipeline.codec, shards, pipeline.latents, config.encode, environment),
     )
     if encoded["reused"] < encoded["images"]:
-        pipeline.record.note("encode", encoded)
+        pipeline.record.note("encode", encoded, pipeline.times["encode"])
     r2id = pipeline.r2id_stage
     pipeline.stage("train r2id", lambda: train_flow(r2id.file, r2id.overrides, environment))
     samples = pipeline.once(

@@ -70,7 +70,7 @@ class Record:
         files: Sequence[Path],
         note: Mapping[str, Any],
     ) -> None:
-        """Remember a finished stage: its result, its other files, and the note for MLflow."""
+        """Remember a finished stage: its result, its other files, and what ``note`` takes."""
         result = dict(result)
         if "files" in result:
             result["files"] = self._inside(result["files"])
@@ -78,10 +78,23 @@ class Record:
         self.content["stages"][stage] = kept
         self.note(stage, **note)
 
-    def note(self, stage: str, params: Mapping[str, Any], folder: Path | None = None) -> None:
-        """Remember that MLflow has to get a stage, which does not log there by itself."""
-        place = self._inside([folder])[0] if folder else None
-        self.content["notes"][stage] = {"params": params, "folder": place, "recorded_in": None}
+    def note(
+        self,
+        stage: str,
+        params: Mapping[str, Any],
+        times: tuple[float, float | None],
+        folder: Path | None = None,
+    ) -> None:
+        """Remember that MLflow has to get a stage, which does not log there by itself.
+
+        ``times`` are its start and end in seconds since 1970; the end is None until it is done.
+        """
+        self.content["notes"][stage] = {
+            "params": params,
+            "times": times,
+            "folder": self._inside([folder])[0] if folder else None,
+            "recorded_in": None,
+        }
         self._write()
 
     def missing_in_mlflow(self) -> list[dict[str, Any]]:
@@ -98,6 +111,7 @@ class Record:
                     {
                         "name": name,
                         "params": note["params"],
+                        "times": note.get("times"),  # older records have none
                         "artifacts": [str(folder)] if folder else [],
                         "metrics": json.loads(metrics.read_text(encoding="utf-8"))
                         if metrics and metrics.is_file()

@@ -298,8 +298,8 @@ def check_tracked(folder: Path) -> None:
     children = {
         run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent
     }
-    stages = {"prepare", "riae", "riae-finetuned", "encode", "r2id", "sample", "evaluate"}
-    assert set(children) == stages
+    stages = ["prepare", "riae", "riae-finetuned", "encode", "r2id", "sample", "evaluate"]
+    assert sorted(children, key=lambda name: children[name].info.start_time) == stages
     assert len(runs) == 1 + len(children)
     assert client.get_run(parent).info.status == "FINISHED"
     for stage, last in {"riae": 40, "riae-finetuned": 10, "r2id": 20}.items():

@@ -29,7 +29,7 @@ def out(tmp_path: Path) -> Path:
 
 def keep(out: Path) -> Record:
     record, picture = Record(out), str(out / "samples/8x8.png")
-    note = {"params": {"steps": 20}, "folder": out / "samples"}
+    note = {"params": {"steps": 20}, "times": (100.0, 114.0), "folder": out / "samples"}
     record.keep("sample", "key", {"files": [picture]}, (), note)
     return record
 
@@ -39,18 +39,35 @@ def names(record: Record) -> list[str]:
 
 
 def test_what_mlflow_lacks_is_remembered_until_it_has_it(out: Path) -> None:
-    keep(out).note("encode", {"images": 7})  # and killed before MLflow was told
+    keep(out).note("encode", {"images": 7}, (90.0, 100.0))  # and killed before MLflow was told
     record = Record(out)
     record.set_mlflow_run("a run", "0")
     sample, encode = record.missing_in_mlflow()
     assert sample["artifacts"] == [str(out / "samples")]
-    assert encode == {"name": "encode", "params": {"images": 7}, "artifacts": [], "metrics": {}}
+    assert encode == {
+        "name": "encode",
+        "params": {"images": 7},
+        "times": [90.0, 100.0],
+        "artifacts": [],
+        "metrics": {},
+    }
     record.all_recorded()
     assert names(Record(out)) == []
-    record.note("encode", {"images": 8})
+    record.note("encode", {"images": 8}, (200.0, 201.0))
     assert names(Record(out)) == ["encode"]
     record.set_mlflow_run("another, because that one was deleted", "0")
     assert names(Record(out)) == ["sample", "encode"]
+
+
+def test_a_record_without_times_is_read(out: Path) -> None:
+    file = keep(out).file
+    content = json.loads(file.read_text())
+    del content["notes"]["sample"]["times"]
+    file.write_text(json.dumps(content))
+    record = Record(out)
+    record.set_mlflow_run("a run", "0")
+    (sample,) = record.missing_in_mlflow()
+    assert sample["times"] is None
 
 
 def test_a_copy_has_its_own_pictures_and_its_own_run(out: Path, tmp_path: Path) -> None:

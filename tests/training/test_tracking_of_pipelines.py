@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def test_a_pipeline_has_one_run_with_all_to_see_and_children(
     stage = {
         "name": "evaluate",
         "params": {"count": 10},
+        "times": None,
         "metrics": {
             "r2id": {"sizes": {"8x8": {"accuracy": 0.5, "samples": 10}}},
             "riae": {"native": {"psnr": 40.0}},
@@ -104,6 +106,37 @@ def test_a_stage_that_is_trained_anew_is_in_the_pipelines_run_from_its_first_ste
     points = client.get_metric_history(parent, "riae/loss/loss")
     points.sort(key=lambda point: point.timestamp)
     assert [point.step for point in points] == [1, 2, 3, 4, 5, 1, 2, 3]
+
+
+def test_a_stage_has_the_times_at_which_it_was_at_work(client: MlflowClient) -> None:
+    begun = begin_pipeline({"experiment": "r2id", "name": "digits", "params": {}, "run": None})
+    bare: dict[str, Any] = {"params": {}, "metrics": {}, "artifacts": []}
+    now = time.time()
+    all_times = {"prepare": (1000.0, 1014.5), "of an older record": None, "encode": (2000.0, None)}
+    stages = [{"name": name, "times": times, **bare} for name, times in all_times.items()]
+    end = {"run": begun["run"], "headlines": [], "pictures": []}
+    end_pipeline({**end, "stages": stages, "status": "KILLED"})
+
+    def look() -> dict[str, Any]:
+        mine = f"tags.`mlflow.parentRunId` = '{begun['run']}'"
+        runs = client.search_runs([begun["experiment"]], mine)
+        return {run.info.run_name: run.info for run in runs}
+
+    seen = look()
+    prepare, old, encode = (seen[name] for name in all_times)
+    assert (prepare.start_time, prepare.end_time) == (1_000_000, 1_014_500)
+    assert prepare.status == old.status == "FINISHED"
+    assert int(now * 1000) <= old.start_time <= old.end_time
+    assert encode.status == "KILLED", "it was stopped"
+    assert encode.start_time == 2_000_000 and encode.end_time >= int(now * 1000)
+
+    done = {"name": "encode", "times": (2500.0, 2600.0), **bare}
+    end_pipeline({**end, "stages": [done], "status": "FINISHED"})
+    seen = look()
+    assert len(seen) == 3
+    encode = seen["encode"]
+    assert (encode.status, encode.start_time, encode.end_time) == ("FINISHED", 2_000_000, 2_600_000)
+    assert seen["prepare"].end_time == 1_014_500, "it was up to date"
 
 
 def test_a_stage_is_in_the_experiment_of_its_pipeline(

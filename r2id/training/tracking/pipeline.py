@@ -70,9 +70,10 @@ def end_pipeline(request: Mapping[str, Any]) -> dict[str, str]:
     """End the run of a pipeline, and record the stages that do not record themselves.
 
     ``request`` has run, status, stages, headlines (lines of text) and pictures (names of files in
-    samples/). Each stage has name, params, metrics and artifacts (paths), and becomes a child run.
-    The pipeline's own run gets its files too, its main results, and a description with headlines
-    and pictures.
+    samples/). Each stage has name, params, times, metrics and artifacts (paths), and becomes a
+    child run. Its times are its start and end in seconds since 1970, or None if they are unknown; a
+    stage without an end was not finished, and has the pipeline's status. The pipeline's own run
+    gets its files too, its main results, and a description with headlines and pictures.
     """
     seconds = _SECONDS_WHEN_KILLED if request["status"] == "KILLED" else _SECONDS
     return _persist(lambda: _end(request), seconds)
@@ -106,7 +107,11 @@ def _end(request: Mapping[str, Any]) -> dict[str, str]:
             if not cannot_write_files(error):
                 raise
             say(f"tracking: files of {stage['name']} are left out: {first_line(error)}")
-        client.set_terminated(child)
+        now = time.time()
+        _, end = stage["times"] or (None, now)
+        client.set_terminated(
+            child, "FINISHED" if end else request["status"], _milliseconds(end or now)
+        )
     if request["stages"] and request["headlines"]:
         note = _description(client, parent, request["headlines"], request["pictures"])
         client.set_tag(parent.info.run_id, "mlflow.note.content", note)
@@ -128,8 +133,13 @@ def _open_child(client: MlflowClient, parent: Any, stage: Mapping[str, Any]) -> 
         flatten(stage["params"]),
         {"stage": name, "mlflow.parentRunId": parent_id, **git_tags()},
         run_id=existing[0].info.run_id if existing else None,
+        start_time=_milliseconds(stage["times"][0]) if stage["times"] else None,
     )
     return opening.open(client).run_id
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
 
 
 def _numbers(table: Mapping[str, Any]) -> dict[str, float]:
@@ -156,7 +166,7 @@ def _main_results(numbers: Mapping[str, float]) -> dict[str, float]:
 def _log_numbers(client: MlflowClient, run_id: str, numbers: Mapping[str, float]) -> None:
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
+    now = _milliseconds(time.time())
     metrics = [Metric(key, value, now, 0) for key, value in numbers.items()]
     client.log_batch(run_id, metrics=metrics[:_MAX_METRICS_PER_BATCH])
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,8 @@ class RunOpening:
     """Its name, digest and location."""
     run_id: str | None = None
     """The run to continue, if it still exists."""
+    start_time: int | None = None
+    """When a new run began, in milliseconds since 1970; None: now."""
 
     def open(self, client: MlflowClient) -> Opened:
         """Begin or continue the run."""
@@ -146,9 +149,10 @@ class RunOpening:
         """
         from mlflow.exceptions import MlflowException
 
+        create = partial(client.create_run, start_time=self.start_time, run_name=self.name)
         if parent := self.tags.get("mlflow.parentRunId"):
             experiment_id = client.get_run(parent).info.experiment_id
-            return client.create_run(experiment_id, run_name=self.name).info.run_id
+            return create(experiment_id).info.run_id
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
             try:
@@ -164,7 +168,7 @@ class RunOpening:
                     "another tracking.experiment"
                 )
             experiment_id = experiment.experiment_id
-        return client.create_run(experiment_id, run_name=self.name).info.run_id
+        return create(experiment_id).info.run_id
 
     def _log_params(
         self,
