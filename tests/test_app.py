@@ -279,6 +279,46 @@ def test_the_page(browser, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_picture_too_large_to_be_grown_is_told(browser, tmp_path):
+    browser.driver.refresh()
+    browser.picture("picture", (128, 128))
+    browser.driver.find_elements("css selector", "button[role=tab]")[1].click()
+    large = tmp_path / "large.png"
+    Image.new("RGB", (3000, 20), (200, 30, 40)).save(large)
+    browser.find("#upload input[type=file]").send_keys(str(large))
+    grow = browser.find("#outpaint")
+    browser.wait("what cannot be done", lambda: "above 2048 pixels cannot be grown" in grow.text)
+    assert not grow.is_enabled()
+    browser.click("#begin")
+    browser.wait("growing", lambda: grow.is_enabled() and grow.text == "Grow to the new size")
+
+
+@pytest.mark.slow
+def test_a_zoomed_part_is_of_the_picture_that_is_shown(browser, actions):
+    browser.driver.refresh()
+    browser.picture("picture", (128, 128))
+    browser.type("zoom", 2)
+    browser.picture("window", (512, 512))
+    browser.click("#next-seed")
+    request = replace(actions.first_request, seed=1)
+    wanted = pixels(actions.zoom(request, (128, 128), 2, (0.5, 0.5)))
+    browser.wait("its part", lambda: np.array_equal(browser.any_picture("window"), wanted))
+
+
+@pytest.mark.slow
+def test_small_pictures_are_shown_large(browser, tmp_path):
+    browser.driver.refresh()
+    browser.picture("picture", (128, 128))
+    browser.driver.find_elements("css selector", "button[role=tab]")[2].click()
+    small = tmp_path / "small.png"
+    Image.new("L", (14, 12), 90).save(small)
+    browser.find("#encode input[type=file]").send_keys(str(small))
+    for name in ("reconstruction", "error"):
+        browser.picture(name, (12, 14))
+        assert browser.find(f"#{name} img").size["height"] > 100
+
+
+@pytest.mark.slow
 def test_a_number_counts_when_it_is_typed(browser, actions):
     from selenium.webdriver.common.keys import Keys
 

@@ -72,6 +72,8 @@ def draw_tab(
     def look(factor: float, middle: Any, high: float, wide: float, *values: Any) -> Any:
         if factor <= 1:
             return gr.update(visible=False)
+        if values[_SEED] is None:
+            return gr.skip()
         seen = actions.zoom(_request(*values), (int(high), int(wide)), factor, middle)
         return gr.update(value=seen, visible=True)
 
@@ -94,16 +96,16 @@ def draw_tab(
         for control in (height, width, *controls)
         for event in events[type(control)]
     ]
-    gr.on([page.load, *chosen], **drawn, trigger_mode="always_last")
-    seed = controls[_SEED]
-    following = again.click(lambda number: int(number or 0) + 1, seed, seed, show_progress="hidden")
-    following.then(**drawn)
     seen = {
         "fn": look,
         "inputs": [zoom, centre, height, width, *controls],
         "outputs": window,
         **model,
     }
+    gr.on([page.load, *chosen], **drawn, trigger_mode="always_last").then(**seen)
+    seed = controls[_SEED]
+    following = again.click(lambda number: int(number or 0) + 1, seed, seed, show_progress="hidden")
+    following.then(**drawn).then(**seen)
     zoom.release(**seen, trigger_mode="always_last")
     picture.select(aim, [height, width, zoom], [centre, zoom], show_progress="hidden").then(**seen)
     many.click(show_many, controls, gallery, **model)
@@ -142,13 +144,15 @@ def edit_tab(
                 wide = gr.Slider(
                     1, LARGEST, value=2 * first[1], step=1, label="New width", elem_id="new-width"
                 )
-            grow = gr.Button("Grow to the new size", elem_id="outpaint")
+            growing = "Grow to the new size"
+            grow = gr.Button(growing, elem_id="outpaint")
             strength = gr.Slider(0.05, 1, value=0.5, step=0.05, label="Strength of the variation")
             change = gr.Button("Vary", elem_id="vary")
             result = gr.Image(
                 label="Result",
                 type="pil",
                 format="png",
+                height=512,
                 interactive=False,
                 elem_id="result",
                 elem_classes="drawn",
@@ -160,11 +164,17 @@ def edit_tab(
     model = {"concurrency_id": "model", "show_progress": "minimal"}
 
     def taken(picture: Any) -> Any:
-        """Show a picture on the canvas, and offer to grow it to twice its width."""
+        """Show a picture on the canvas, and offer to grow it to twice its width.
+
+        The sliders have no size that a larger picture than theirs could be grown to.
+        """
         if picture is None:
-            return None, None, gr.skip(), gr.skip()
-        size = picture.height, min(LARGEST, 2 * picture.width)
-        return picture, picture.convert("RGBA"), *size
+            return None, None, gr.skip(), gr.skip(), gr.skip()
+        can_grow = max(picture.size) <= LARGEST
+        text = growing if can_grow else f"Pictures above {LARGEST} pixels cannot be grown here"
+        size = min(LARGEST, picture.height), min(LARGEST, 2 * picture.width)
+        button = gr.update(value=text, interactive=can_grow)
+        return picture, picture.convert("RGBA"), *size, button
 
     @messages
     def take_file(path: str | None) -> Any:
@@ -204,7 +214,7 @@ def edit_tab(
     def vary(picture: Any, amount: float, *values: Any) -> Any:
         return actions.vary(held_or_refused(picture), amount, _request(*values))
 
-    begun = [held, canvas, high, wide]
+    begun = [held, canvas, high, wide, grow]
     upload.change(take_file, upload, begun, **model)
     start.click(take_drawn, controls, begun, **model)
     fill.click(inpaint, [held, canvas, *controls], result, **model)
@@ -227,6 +237,7 @@ def autoencoder_tab(gr: Any, actions: Actions, messages: Messages) -> None:
                 label=label,
                 type="pil",
                 format="png",
+                height=320,
                 interactive=False,
                 elem_classes="drawn",
                 elem_id=name,
