@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
     from r2id.sampling.sampler import Sampler
 
 torch.set_num_threads(1)
+
+# Tests in the background of a script or under nohup are begun with these ignored. The processes
+# that they start and stop would ignore them, too.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ATTENTION_CONFIG = Path(__file__).parent / "attention-riae.toml"

@@ -203,7 +203,13 @@ def test_files_that_cannot_be_written_hold_nothing_up(
     begun = begin_pipeline({"experiment": "moved", "name": "digits", "params": {}, "run": None})
     report = tmp_path / "report.html"
     report.write_text("x")
-    stage = {"name": "evaluate", "params": {}, "metrics": {"a": 1}, "artifacts": [str(report)]}
+    stage = {
+        "name": "evaluate",
+        "params": {},
+        "times": None,
+        "metrics": {"a": 1},
+        "artifacts": [str(report)],
+    }
     end = {"stages": [stage], "headlines": ["good"], "pictures": [], "status": "FINISHED"}
     end_pipeline({**end, "run": begun["run"]})
     assert client.get_run(begun["run"]).info.status == "FINISHED"
