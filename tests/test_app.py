@@ -188,6 +188,12 @@ class Browser:
         self.wait(selector, lambda: self.find(selector).is_displayed())
         self.find(selector).click()
 
+    def begin(self, tab: int = 0) -> None:
+        """Load the page anew, and open one of its tabs when the first picture is drawn."""
+        self.driver.refresh()
+        self.picture("picture", (128, 128))
+        self.driver.find_elements("css selector", "button[role=tab]")[tab].click()
+
     def type(self, name: str, value: object, leave: bool = True) -> None:
         from selenium.webdriver.common.keys import Keys
 
@@ -280,9 +286,7 @@ def test_the_page(browser, tmp_path):
 
 @pytest.mark.slow
 def test_a_picture_too_large_to_be_grown_is_told(browser, tmp_path):
-    browser.driver.refresh()
-    browser.picture("picture", (128, 128))
-    browser.driver.find_elements("css selector", "button[role=tab]")[1].click()
+    browser.begin(tab=1)
     large = tmp_path / "large.png"
     Image.new("RGB", (3000, 20), (200, 30, 40)).save(large)
     browser.find("#upload input[type=file]").send_keys(str(large))
@@ -295,8 +299,7 @@ def test_a_picture_too_large_to_be_grown_is_told(browser, tmp_path):
 
 @pytest.mark.slow
 def test_a_zoomed_part_is_of_the_picture_that_is_shown(browser, actions):
-    browser.driver.refresh()
-    browser.picture("picture", (128, 128))
+    browser.begin()
     browser.type("zoom", 2)
     browser.picture("window", (512, 512))
     browser.click("#next-seed")
@@ -307,9 +310,7 @@ def test_a_zoomed_part_is_of_the_picture_that_is_shown(browser, actions):
 
 @pytest.mark.slow
 def test_small_pictures_are_shown_large(browser, tmp_path):
-    browser.driver.refresh()
-    browser.picture("picture", (128, 128))
-    browser.driver.find_elements("css selector", "button[role=tab]")[2].click()
+    browser.begin(tab=2)
     small = tmp_path / "small.png"
     Image.new("L", (14, 12), 90).save(small)
     browser.find("#encode input[type=file]").send_keys(str(small))
