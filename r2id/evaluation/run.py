@@ -51,6 +51,7 @@ from r2id.evaluation.self_supervised import load_or_train_extractor
 from r2id.files import write_atomic, write_json
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
+from r2id.progress import counted
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
@@ -171,9 +172,9 @@ def _open(
         check_training_images(opened, subject.data)
     # A model that is not conditioned on classes is sampled unconditionally, whatever they are here.
     if sampler and sampler.num_classes not in (0, opened.num_classes):
+        found = counted(opened.num_classes, "class", "classes")
         raise InputError(
-            f"{shards}: has {opened.num_classes} classes, and {trained.path} was trained with "
-            f"{sampler.num_classes}"
+            f"{shards}: has {found}, and {trained.path} was trained with {sampler.num_classes}"
         )
     if sampler and sampler.num_classes:
         _check_class_names(trained, opened)
