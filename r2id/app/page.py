@@ -78,7 +78,8 @@ def build(actions: Actions, title: str) -> Any:
 
     messages = messages_of(gr.Error)
     height, width = actions.first_size
-    with gr.Blocks(title=f"r2id · {title}", delete_cache=(600, 600)) as page:
+    # Pictures are removed by age, also those that an open tab still shows and goes on with.
+    with gr.Blocks(title=f"r2id · {title}", delete_cache=(3600, 24 * 3600)) as page:
         gr.Markdown(f"## r2id · {title}")
         with gr.Row():
             controls = _drawing_controls(gr, actions)

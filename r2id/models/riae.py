@@ -112,7 +112,8 @@ class RIAE(nn.Module):
         """Decode raw latents [B, L, h, w] → images [B, C, H, W] of any size.
 
         They are nominally in [−1, 1], but not clipped. Where they are larger than ``native``, the
-        means of their pixels are nearly the colours of the picture at its native size, clipped.
+        means of their pixels are nearly the colours of the picture at its native size, clipped
+        (kind ``lattice``).
         With a window (y0, x0, y1, x1), only its pixels are rendered: [B, C, y1 − y0, x1 − x0].
         ``native`` is the size of the images that were encoded, beyond which cells at the border may
         extend; see r2id.models.cells.native_size for its default. Raises InputError when the

@@ -1,6 +1,5 @@
 """What a training and a pipeline record in MLflow, against a real SQLite store."""
 
-import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from r2id.config import TrackingConfig
+from r2id.config import TrackingConfig, load_config
 from r2id.mlflow_pages import (
     RUN_ID_FILE,
     how_to_open,
@@ -19,12 +18,14 @@ from r2id.mlflow_pages import (
     server_address,
     server_command,
 )
+from r2id.training.loop import train
 from r2id.training.reachable import find_store
 from r2id.training.tracking import Tracker
 from r2id.training.tracking.facts import flatten, git_tags
 from r2id.training.tracking.newest import newest_page
 from r2id.training.tracking.pipeline import begin_pipeline, end_pipeline
-from r2id.training.tracking.store import cannot_write_files, first_line
+from r2id.training.tracking.store import first_line
+from tests.conftest import CONFIGS, TINY_RIAE
 from tests.training.conftest import start, steps_of
 
 
@@ -169,6 +170,25 @@ def test_a_run_that_is_gone_is_begun_anew(client: MlflowClient) -> None:
     assert again.run_id != deleted.run_id
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_does_not_stay_running(
+    client: MlflowClient, digits: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    killed = start(id_file=run / RUN_ID_FILE)
+    settings = [*TINY_RIAE, "train.steps=1", "tracking.enabled=true"]
+    settings += [f"run={run}", f"data.shards={digits}"]
+    train(load_config(CONFIGS / "digits" / "riae.toml", settings))
+    anew, _ = read_run_ids(run / RUN_ID_FILE)
+    assert anew is not None and anew != killed.run_id
+    assert client.get_run(killed.run_id).info.status == "KILLED"
+    assert client.get_run(anew).info.status == "FINISHED"
+    killed.finish("KILLED")  # its thread
+    start(unfinished=anew).finish()
+    assert client.get_run(anew).info.status == "FINISHED"
+    start(unfinished="0" * 32).finish()
+
+
 def test_switched_off_records_nothing(client: MlflowClient) -> None:
     tracker = Tracker.start(TrackingConfig(enabled=False), run_name="x", stage="riae")
     tracker.metrics({"loss": 1.0}, 1)
@@ -187,20 +207,25 @@ def test_a_wrong_entry_is_left_out_and_the_rest_recorded(
     assert steps_of(client, tracker.run_id, "loss") == [1]
 
 
+@pytest.mark.parametrize("place", ["{folder}/file/artifacts", "mlflow-artifacts:/1"])
 def test_files_that_cannot_be_written_hold_nothing_up(
-    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: str, client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in a project that has moved: MLflow keeps the old place of an experiment's files."""
+    """As in a project that has moved, or whose experiment a server has made.
+
+    MLflow keeps the old place of an experiment's files, and leaves those of a server to it.
+    """
     (tmp_path / "file").write_text("not a folder")
-    client.create_experiment("moved", artifact_location=f"{tmp_path}/file/artifacts")
-    tracker = Tracker.start(TrackingConfig(experiment="moved"), run_name="riae", stage="riae")
+    experiment = Path(place).parts[0]
+    client.create_experiment(experiment, artifact_location=place.format(folder=tmp_path))
+    tracker = Tracker.start(TrackingConfig(experiment=experiment), run_name="riae", stage="riae")
     tracker.image(np.zeros((4, 6, 3), np.uint8), "samples", 1)
     tracker.metrics({"loss": 1.0}, 1)
     tracker.finish()
     assert tracker.run_id is not None
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert steps_of(client, tracker.run_id, "loss") == [1]
-    begun = begin_pipeline({"experiment": "moved", "name": "digits", "params": {}, "run": None})
+    begun = begin_pipeline({"experiment": experiment, "name": "digits", "params": {}, "run": None})
     report = tmp_path / "report.html"
     report.write_text("x")
     stage = {
@@ -215,12 +240,7 @@ def test_files_that_cannot_be_written_hold_nothing_up(
     assert client.get_run(begun["run"]).info.status == "FINISHED"
     said = capsys.readouterr().err
     assert "an entry is left out" in said and "files of evaluate are left out" in said
-
-
-def test_a_file_system_that_is_read_only_is_not_waited_for() -> None:
-    assert cannot_write_files(OSError(errno.EROFS, "Read-only file system"))
-    assert cannot_write_files(PermissionError(errno.EACCES, "Permission denied"))
-    assert not cannot_write_files(ConnectionRefusedError())
+    assert "cannot be reached" not in said
 
 
 def test_no_password_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

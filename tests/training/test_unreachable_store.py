@@ -1,6 +1,7 @@
 """A store that is unreachable, locked or killed: training goes on, and what it recorded arrives."""
 
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -72,6 +73,41 @@ def test_a_store_that_comes_back_gets_everything(
     tracker.finish()
     assert tracker.run_id is not None and id_file.read_text().split()[0] == tracker.run_id
     assert steps_of(client, tracker.run_id, "loss") == [1, 2]
+
+
+def test_a_database_that_was_replaced_gets_everything(
+    client: MlflowClient,
+    store_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By a copy of itself, as when a folder is restored."""
+    database = tmp_path / "mlflow.db"
+    shutil.copy(store_file, database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    tracker = start()
+    tracker.metrics({"loss": 1.0}, 1)
+    tracker.tag("recorded", "so far")
+    store = MlflowClient(tracking_uri=f"sqlite:///{database}")
+    assert tracker.run_id is not None
+    run_id = tracker.run_id
+    wait_until(lambda: "recorded" in store.get_run(run_id).data.tags)
+    database.rename(tmp_path / "moved.db")
+    tracker.metrics({"loss": 0.5}, 2)
+    said = ""
+
+    def noticed() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "cannot be reached" in said
+
+    wait_until(noticed)
+    shutil.copy(tmp_path / "moved.db", database)
+    tracker.finish()
+    assert store.get_run(run_id).info.status == "FINISHED"
+    assert steps_of(store, run_id, "loss") == [1, 2]
+    assert "Traceback" not in said + capfd.readouterr().err
 
 
 class Trouble:

@@ -52,12 +52,14 @@ def _start_tracker(state: TrainState) -> NullTracker:
     # Within a pipeline's run the stage is enough. By itself it would be the name of every run.
     name = folder.name if PARENT_VARIABLE in os.environ else f"{folder.parent.name}/{folder.name}"
     id_file = state.folder / RUN_ID_FILE
+    run_id = read_run_ids(id_file)[0]
     return Tracker.start(
         config.tracking,
         run_name=name,
         stage=config.stage,
         params=config.model_dump(mode="json"),
-        run_id=read_run_ids(id_file)[0] if state.start else None,
+        run_id=run_id if state.start else None,
+        unfinished=None if state.start else run_id,
         tags={f"fact.{key}": str(value) for key, value in state.task.facts.items()},
         dataset=(shards.manifest.dataset, shards.digest, str(config.data.shards)),
         id_file=id_file,

@@ -20,13 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from r2id.mlflow_pages import run_page
 from r2id.progress import say
 from r2id.training.tracking.facts import flatten, git_tags
-from r2id.training.tracking.store import (
-    RunOpening,
-    cannot_write_files,
-    connect,
-    first_line,
-    refuses,
-)
+from r2id.training.tracking.store import RunOpening, answers, connect, first_line, refuses
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -103,8 +97,8 @@ def _end(request: Mapping[str, Any]) -> dict[str, str]:
             for path in map(Path, stage["artifacts"]):
                 _log_files(client, child, path, "")
                 _log_files(client, parent.info.run_id, path, path.name)
-        except OSError as error:
-            if not cannot_write_files(error):
+        except Exception as error:
+            if not answers(client, child):
                 raise
             say(f"tracking: files of {stage['name']} are left out: {first_line(error)}")
         now = time.time()
@@ -188,11 +182,13 @@ def _description(
     Links come first, because MLflow folds all but the first lines away.
     """
     run, experiment = parent.info.run_id, parent.info.experiment_id
-    recorded = {
-        file.path
-        for folder in (None, "report", "r2id", "riae")
-        for file in client.list_artifacts(run, folder)
-    }
+    recorded: set[str] = set()
+    try:
+        for folder in (None, "report", "r2id", "riae"):
+            recorded |= {file.path for file in client.list_artifacts(run, folder)}
+    except Exception:  # their place is known to a server alone
+        if not answers(client, run):
+            raise
     links = [
         f"[{name}]({run_page(experiment, run, tab, '')})"
         for name, tab in _PAGES.items()

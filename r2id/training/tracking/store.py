@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -42,12 +41,14 @@ def connect() -> MlflowClient:
     """Make a client of the store.
 
     Unless environment variables say otherwise, it gives up on a dead server within seconds rather
-    than minutes.
+    than minutes, and opens SQLite's file anew each time: one that was replaced could never be
+    written to again.
     """
-    for name, value in {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    }.items():
+    uri = store_uri()
+    defaults = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    if uri.startswith("sqlite"):
+        defaults["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     import logging
 
@@ -55,7 +56,8 @@ def connect() -> MlflowClient:
 
     for name in ("alembic", "mlflow"):  # they log pages of migrations at the first start
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = store_uri()
+    # It logs the stack of every failed attempt, whose error it raises as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with _one_at_a_time(uri):
         return MlflowClient(tracking_uri=uri)
 
@@ -98,11 +100,14 @@ class RunOpening:
     """Its name, digest and location."""
     run_id: str | None = None
     """The run to continue, if it still exists."""
+    unfinished: str | None = None
+    """A run that this one replaces, because it was killed before its first checkpoint."""
     start_time: int | None = None
     """When a new run began, in milliseconds since 1970; None: now."""
 
     def open(self, client: MlflowClient) -> Opened:
         """Begin or continue the run."""
+        self._end_unfinished(client)
         # Kept at once: after a failure below, the next attempt must not create a second run.
         run_id = self.run_id = self._existing(client) or self._create(client)
         run = client.get_run(run_id)
@@ -141,6 +146,18 @@ class RunOpening:
                 return None
             raise
         return self.run_id if run.info.lifecycle_stage == "active" else None
+
+    def _end_unfinished(self, client: MlflowClient) -> None:
+        from mlflow.exceptions import MlflowException
+
+        if self.unfinished is None:
+            return
+        try:
+            if client.get_run(self.unfinished).info.status == "RUNNING":
+                client.set_terminated(self.unfinished, "KILLED")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
 
     def _create(self, client: MlflowClient) -> str:
         """Create a run, and its experiment if need be; return the run's id.
@@ -238,7 +255,10 @@ def refuses(error: Exception) -> bool:
     )
 
 
-def cannot_write_files(error: Exception) -> bool:
-    """Tell whether the store's folder of files cannot be written, as after a project has moved."""
-    wrong = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
-    return isinstance(error, wrong) or getattr(error, "errno", None) == errno.EROFS
+def answers(client: MlflowClient, run_id: str) -> bool:
+    """Tell whether the store answers now, so that only its files cannot be written."""
+    try:
+        client.get_run(run_id)
+    except Exception:
+        return False
+    return True

@@ -20,14 +20,7 @@ from r2id.files import write_atomic
 from r2id.mlflow_pages import how_to_open
 from r2id.progress import say
 from r2id.training.tracking.facts import flatten, git_tags
-from r2id.training.tracking.store import (
-    Opened,
-    RunOpening,
-    cannot_write_files,
-    connect,
-    first_line,
-    refuses,
-)
+from r2id.training.tracking.store import Opened, RunOpening, answers, connect, first_line, refuses
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,6 +77,7 @@ class Tracker(NullTracker):
         tags: Mapping[str, str] | None = None,
         dataset: tuple[str, str, str] | None = None,
         run_id: str | None = None,
+        unfinished: str | None = None,
         id_file: Path | None = None,
     ) -> NullTracker:
         """Begin a run, or continue ``run_id`` when that run still exists.
@@ -91,7 +85,8 @@ class Tracker(NullTracker):
         ``run_name`` is the name of the run unless the config has one, and that under which a
         pipeline's run holds the figures of this one.
         ``params`` is a config as nested dictionaries, recorded as ``section.key``. ``dataset`` is
-        its name, digest and location. The run in R2ID_PARENT_RUN, if any, becomes its
+        its name, digest and location. ``unfinished`` is a run that this one replaces, because it
+        was killed before its first checkpoint. The run in R2ID_PARENT_RUN, if any, becomes the
         parent. The run's id is written to ``id_file`` as soon as it is known, however late the
         store is reached.
         """
@@ -101,7 +96,7 @@ class Tracker(NullTracker):
         if parent_id := os.environ.get(PARENT_VARIABLE):
             tags["mlflow.parentRunId"] = parent_id
         name, params = config.name or run_name, flatten(params or {})
-        opening = RunOpening(config.experiment, name, params, tags, dataset, run_id)
+        opening = RunOpening(config.experiment, name, params, tags, dataset, run_id, unfinished)
         return cls(opening, run_name, id_file)
 
     def __init__(self, opening: RunOpening, folder: str, id_file: Path | None = None) -> None:
@@ -136,7 +131,9 @@ class Tracker(NullTracker):
         # it.
         image = _as_image(picture)
         file = f"{name}.png" if step is None else f"{name}/{step:08d}.png"
-        self._put_everywhere(lambda run, prefix: self._log_image(run, prefix, image, name, file))
+        self._put_everywhere(
+            lambda run, prefix: self._log_image(run, prefix, image, name, file), is_file=True
+        )
 
     def tag(self, name: str, value: str) -> None:
         self._put(lambda: self._store().set_tag(self._run().run_id, name, value))
@@ -160,14 +157,20 @@ class Tracker(NullTracker):
             entries = f"{lost} entries, and " if lost else ""
             say(f"tracking: {entries}how the run ended, could not be recorded: lost")
 
-    def _put_everywhere(self, entry: Callable[[Opened, str], object]) -> None:
+    def _put_everywhere(
+        self, entry: Callable[[Opened, str], object], is_file: bool = False
+    ) -> None:
         """Have an entry recorded in this run, and in the pipeline's with a prefix."""
-        self._put(lambda: entry(self._run(), ""))
+        self._put(lambda: entry(self._run(), ""), is_file)
         if self._has_parent:  # an entry of its own, because each is tried until it is recorded
-            self._put(lambda: self._pipeline and entry(self._pipeline, self._prefix))
+            self._put(lambda: self._pipeline and entry(self._pipeline, self._prefix), is_file)
 
-    def _put(self, entry: Callable[[], object]) -> None:
-        """Have an entry recorded after those before it."""
+    def _put(self, entry: Callable[[], object], is_file: bool = False) -> None:
+        """Have an entry recorded after those before it.
+
+        Files are kept elsewhere than figures: one that cannot be written while the store answers is
+        left out, since all entries after it would wait for it.
+        """
         if self._refused:
             return
 
@@ -175,7 +178,8 @@ class Tracker(NullTracker):
             try:
                 entry()
             except Exception as error:
-                if not _hopeless(error):
+                answered = is_file and answers(self._store(), self._run().run_id)
+                if not (answered or _hopeless(error)):
                     raise
                 self._say("an entry is left out", first_line(error))
             self._done += 1
@@ -282,4 +286,4 @@ def _as_image(picture: Path | Image | np.ndarray) -> Image:
 def _hopeless(error: Exception) -> bool:
     """Tell whether trying again is of no use, because the entry is wrong and not the store."""
     wrong = (IsADirectoryError, TypeError, ValueError)
-    return refuses(error) or cannot_write_files(error) or isinstance(error, wrong)
+    return refuses(error) or isinstance(error, wrong)
