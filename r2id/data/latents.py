@@ -49,14 +49,6 @@ FORMAT_VERSION = 2
 MANIFEST = "latents.json"
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-_STORED: dict[str, np.dtype] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<i2"),
-}
-"""NumPy's types for those of safetensors. NumPy has no bfloat16: its bits are read as integers and
-reinterpreted by torch."""
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -113,7 +105,7 @@ class LatentManifest(_Strict):
 class LatentSplit:
     """The latents of one split of N samples, memory-mapped."""
 
-    flat: list[np.ndarray]
+    flat: list[torch.Tensor]
     """For each shard, all values as stored."""
     start: np.ndarray
     """For each sample, the position in its shard's flat array where it begins; int64 [N]."""
@@ -142,9 +134,8 @@ class LatentSplit:
             self.flat[self.shard[i]][start : start + count]
             for i, start in zip(indices, starts, strict=True)
         ]
-        latents = torch.from_numpy(np.stack(parts))
-        latents = latents.view(torch.bfloat16) if self.identity.dtype == "bfloat16" else latents
-        return latents.float().reshape(len(indices), self.identity.latent_channels, *grid)
+        latents = torch.stack(parts).float()
+        return latents.reshape(len(indices), self.identity.latent_channels, *grid)
 
 
 @dataclass(frozen=True)
@@ -310,7 +301,7 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
 
 
-def _load(folder: Path, entry: LatentFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _load(folder: Path, entry: LatentFile) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     """Return (latents, flat and memory-mapped; heights; widths) of a file.
 
     Only the file's length is checked here. Hashing would read all of it; r2id verify does so.
@@ -322,23 +313,8 @@ def _load(folder: Path, entry: LatentFile) -> tuple[np.ndarray, np.ndarray, np.n
                 f"{path}: {path.stat().st_size} bytes instead of {entry.bytes}: run r2id encode "
                 "again"
             )
-        with safe_open(path, "np") as tensors:
-            heights, widths = tensors.get_tensor("heights"), tensors.get_tensor("widths")
-        return _map_tensor(path, "latents"), heights, widths
+        with safe_open(path, "pt") as tensors:  # which maps them into memory
+            latents, heights, widths = map(tensors.get_tensor, ("latents", "heights", "widths"))
+        return latents, heights.numpy(), widths.numpy()
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: missing or damaged ({error}): run r2id encode again") from None
-
-
-def _map_tensor(path: Path, name: str) -> np.ndarray:
-    """Memory-map a flat tensor of a safetensors file.
-
-    safetensors itself would copy the tensor into memory. The format is 8 bytes with the header's
-    length, a JSON header, and the data.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        facts = json.loads(file.read(length))[name]
-    (start, end), dtype = facts["data_offsets"], _STORED[facts["dtype"]]
-    if start == end:
-        return np.zeros(0, dtype)  # an empty range cannot be mapped
-    return np.memmap(path, dtype, "r", 8 + length + start, ((end - start) // dtype.itemsize,))
