@@ -68,7 +68,6 @@ def image_loader(
     * ``"index"``: int64 [b], positions in the split, and ``"sample_ids"``: the samples' keys
     * ``"draw"``: int64 [b], what random numbers are keyed by: positions, and other numbers for a
       sample that the step has already
-    * ``"epoch"`` and ``"step"``: int
 
     What a step holds depends only on the data, the seed and ``batch``, not on the number of
     processes. Raises InputError for an unknown split, or a batch that is not a multiple of
@@ -94,7 +93,7 @@ def eval_loader(
     Images are grouped by size, and ordered as in the index within a size, whose last batch may be
     smaller. They have the sizes that they have in training, but are never mirrored or cut to a
     window. ``indices`` selects samples; ``limit`` is the largest number of them, evenly spaced.
-    Epoch and step are 0. Without ``as_float`` images are uint8.
+    Without ``as_float`` images are uint8.
     """
     samples = shards.split(split)
     data = data.model_copy(update={"window": None, "flip": False})
@@ -305,7 +304,7 @@ class StepDataset(Dataset):
         return [
             {
                 self.name: self.read(part.indices, part.height, part.width, rng_key),
-                **batch_metadata(self.samples, part.indices, epoch, step, part.copies),
+                **batch_metadata(self.samples, part.indices, part.copies),
             }
             for part in parts
         ]
@@ -323,13 +322,11 @@ class EvalDataset(Dataset):
         part = self.batches[number]
         return {
             "image": self.read(part.indices, part.height, part.width),
-            **batch_metadata(self.samples, part.indices, 0, 0),
+            **batch_metadata(self.samples, part.indices),
         }
 
 
-def batch_metadata(
-    samples: Split, indices: np.ndarray, epoch: int, step: int, copies: np.ndarray | int = 0
-) -> MicroBatch:
+def batch_metadata(samples: Split, indices: np.ndarray, copies: np.ndarray | int = 0) -> MicroBatch:
     """Return a micro-batch's fields other than its pixels or latents; ``copies``: see Batch."""
     optional = {
         name: torch.from_numpy(values[indices])
@@ -341,8 +338,6 @@ def batch_metadata(
         **optional,
         "index": torch.from_numpy(indices.astype(np.int64)),
         "draw": torch.from_numpy(indices.astype(np.int64) + len(samples) * copies),
-        "epoch": epoch,
-        "step": step,
         "sample_ids": [samples.key(index) for index in indices],
     }
 

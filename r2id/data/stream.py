@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import get_args
 
@@ -75,7 +76,7 @@ def stream_loader(
             "processes: use fewer data.workers, or prepare with a smaller shard_mb"
         )
     stream = Stream(samples, data, batch, micro_batch, (seed, start_step), rank, world_size)
-    return _with_steps(load_items(stream, None, data.workers), range(start_step, total_steps))
+    return islice(load_items(stream, None, data.workers), total_steps - start_step)
 
 
 def fetch_index(address: str, out: Path) -> ShardSet:
@@ -150,7 +151,7 @@ class Stream(IterableDataset):
                 yield [
                     {
                         "image": read(part, *size, rng_key),
-                        **batch_metadata(self.samples, part, epoch, 0, before),
+                        **batch_metadata(self.samples, part, before),
                     }
                     for part, before in zip(parts, copies, strict=True)
                 ]
@@ -209,12 +210,3 @@ def _samples_of(address: str, file: str) -> Iterator[tuple[str, bytes]]:
             if image is None:
                 return  # the tar ends inside a sample
             yield sample["__key__"], image
-
-
-def _with_steps(steps: Iterator[list[MicroBatch]], numbers: range) -> Iterator[list[MicroBatch]]:
-    """Number the steps: a loader process does not know how many the others yield."""
-    for number in numbers:
-        step = next(steps)
-        for part in step:
-            part["step"] = number
-        yield step
