@@ -189,12 +189,11 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Return the sum over all ranks; the argument stays as it is."""
-    return _all_reduce(tensor, group.ReduceOp.SUM)
-
-
-def all_reduce_max(tensor: Tensor) -> Tensor:
-    """Return the elementwise maximum over all ranks; the argument stays as it is."""
-    return _all_reduce(tensor, group.ReduceOp.MAX)
+    if world_size() == 1:
+        return tensor
+    reduced = tensor.clone()
+    group.all_reduce(reduced, group.ReduceOp.SUM)
+    return reduced
 
 
 def start_all_reduce_max(tensor: Tensor) -> Wait:
@@ -204,14 +203,6 @@ def start_all_reduce_max(tensor: Tensor) -> Wait:
     """
     work = group.all_reduce(tensor, group.ReduceOp.MAX, async_op=True)
     return work.wait
-
-
-def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
-    if world_size() == 1:
-        return tensor
-    reduced = tensor.clone()
-    group.all_reduce(reduced, operation)
-    return reduced
 
 
 def shutdown() -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -219,13 +219,9 @@ class _File:
             write_atomic(self.path, json.dumps(state).encode(), durable=False)
 
 
-def track(
-    items: Iterable[Item], title: str, total: int | None = None, *, unit: str = "items"
-) -> Iterator[Item]:
+def track(items: Collection[Item], title: str, *, unit: str = "items") -> Iterator[Item]:
     """Yield the same items, and show how many of them are done."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with Progress(title, total, unit=unit) as progress:
+    with Progress(title, len(items), unit=unit) as progress:
         for item in items:
             yield item
             progress.advance()

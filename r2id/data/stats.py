@@ -14,7 +14,7 @@ from r2id.data.loader import split_buckets
 from r2id.data.shards import ShardSet, Split
 from r2id.progress import counted
 
-_NAMED = 8  # rare sizes that are named
+_NAMED, _MOST = 8, 24  # rare sizes that are named, and buckets that are listed
 
 
 def split_stats(shards: ShardSet, data: DataConfig, name: str, batch: int) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def _buckets(
     return sorted(rows, key=lambda row: -row["samples"])
 
 
-def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str]:
-    """Format the statistics of one split as lines of text, with at most ``most`` buckets."""
+def describe_stats(name: str, stats: dict[str, Any]) -> list[str]:
+    """Format the statistics of one split as lines of text, with at most _MOST buckets."""
     classes, buckets = stats["classes"], stats["buckets"]
     lines = [
         f"{name}: {counted(stats['samples'], 'image')} in {counted(stats['shards'], 'shard')}, "
@@ -131,14 +131,14 @@ def describe_stats(name: str, stats: dict[str, Any], most: int = 24) -> list[str
     lines.append(
         f"    {'bucket':>11} {'images':>9} {'share':>7} {'cut off':>8} {'batch':>6} {'again':>6}"
     )
-    for row in buckets[:most]:
+    for row in buckets[:_MOST]:
         lines.append(
             f"    {_size(row):>11} {row['samples']:>9} {row['samples'] / stats['samples']:>7.1%} "
             f"{row['lost']:>8.1%} {row['batch']:>6} {row['repeats']:>6}"
         )
-    if len(buckets) > most:
-        rest = sum(row["samples"] for row in buckets[most:])
-        lines.append(f"    {counted(len(buckets) - most, 'more bucket')} with {rest} images")
+    if len(buckets) > _MOST:
+        rest = sum(row["samples"] for row in buckets[_MOST:])
+        lines.append(f"    {counted(len(buckets) - _MOST, 'more bucket')} with {rest} images")
     return lines
 
 

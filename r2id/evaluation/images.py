@@ -13,7 +13,6 @@ from r2id.config import DataConfig
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet, Split
 from r2id.images import resize as resize_unclipped
-from r2id.images import to_uint8
 from r2id.models.coords import Size
 
 _LARGEST_AREA = 64 * 64  # pixels: inputs of the evaluation's own networks are shrunk to this area
@@ -39,8 +38,8 @@ def load_images(
     Returns uint8 images [N, C, H, W] of ``data.size``, and labels int64 [N], −1 without a class.
     """
     assert data.size is not None
-    batches = list(eval_loader(shards, data, split=split, batch=500, limit=limit))
-    images = torch.cat([to_uint8(batch["image"]) for batch in batches])
+    batches = list(eval_loader(shards, data, split, 500, limit, as_float=False))
+    images = torch.cat([batch["image"] for batch in batches])
     return images, torch.cat([batch["label"] for batch in batches])
 
 

@@ -198,17 +198,13 @@ def find_displacement(base: Sequence[float], curve: Sequence[float]) -> tuple[fl
     """
     fixed, moving = PchipInterpolator(LOG_SNRS, base), PchipInterpolator(LOG_SNRS, curve)
     displacements = np.arange(-_FARTHEST, _FARTHEST + _FINENESS / 2, _FINENESS)
-    mismatches = [_mismatch(fixed, moving, d) for d in displacements]
+    mismatches = [mismatch(fixed, moving, d) for d in displacements]
     best = int(np.argmin(mismatches))
     return float(displacements[best]), mismatches[best]
 
 
-def mismatch(base: Sequence[float], curve: Sequence[float], d: float) -> float:
+def mismatch(base: PchipInterpolator, curve: PchipInterpolator, d: float) -> float:
     """Return the RMS difference of base(logSNR) and curve(logSNR − d) over their overlap."""
-    return _mismatch(PchipInterpolator(LOG_SNRS, base), PchipInterpolator(LOG_SNRS, curve), d)
-
-
-def _mismatch(base: PchipInterpolator, curve: PchipInterpolator, d: float) -> float:
     first, last = LOG_SNRS[0] + max(d, 0.0), LOG_SNRS[-1] + min(d, 0.0)
     points = np.linspace(first, last, 1 + round((last - first) / 0.1))
     return float(np.sqrt(np.mean((base(points) - curve(points - d)) ** 2)))
@@ -224,6 +220,7 @@ def _describe(
 ) -> dict[str, Any]:
     """Build the part of noise-shift.json that describes the measurement."""
     low, high = sampler.areas
+    smooth = {grid: PchipInterpolator(LOG_SNRS, curve) for grid, curve in curves.items()}
     return {
         "format_version": FORMAT_VERSION,
         "k": fit.k,
@@ -239,8 +236,8 @@ def _describe(
                 "error": list(curve),
                 "displacement": fit.displacements[grid],
                 "shift": fit.shift(grid, base),
-                "mismatch_unshifted": mismatch(curves[base], curve, 0.0),
-                "mismatch_shifted": mismatch(curves[base], curve, fit.shift(grid, base)),
+                "mismatch_unshifted": mismatch(smooth[base], smooth[grid], 0.0),
+                "mismatch_shifted": mismatch(smooth[base], smooth[grid], fit.shift(grid, base)),
                 "mismatch_best": fit.mismatches[grid],
             }
             for grid, curve in curves.items()

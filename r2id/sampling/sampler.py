@@ -61,28 +61,16 @@ class Sampler:
     """Names of the classes, in order: numbers, if the model was trained before names were kept."""
 
     @classmethod
-    def load(
-        cls,
-        source: Trained | Path | str,
-        device: torch.device | str = "cpu",
-        codec: Codec | None = None,
-    ) -> Sampler:
+    def load(cls, source: Trained | Path | str, device: torch.device | str = "cpu") -> Sampler:
         """Load an R2ID and its RIAE from a checkpoint, a run directory or an exported file.
 
-        A given ``codec`` is used instead of that RIAE. A noise shift that was measured and applied
-        to this checkpoint (see r2id.sampling.noise_shift) replaces the trained one. Raises
-        InputError when the model is no R2ID or is damaged, or when the RIAE is not the one that it
-        was trained with.
+        A noise shift that was measured and applied to this checkpoint (see
+        r2id.sampling.noise_shift) replaces the trained one. Raises InputError when the model is no
+        R2ID or is damaged, or when the RIAE is not the one that it was trained with.
         """
         trained = open_trained(source, "r2id")
         meta = trained.meta
-        if codec is None:  # its own, which rounded weights have given another identity
-            codec = Codec.of_r2id(trained, device)
-        elif codec.identity != meta.model["codec_hash"]:
-            raise InputError(
-                f"{codec.name}: not the RIAE that {trained.path} was trained with "
-                f"({meta.model['codec']}, identity {meta.model['codec_hash'][:12]})"
-            )
+        codec = Codec.of_r2id(trained, device)
         model = R2ID.from_pretrained(trained)
         guide, early = None, trained.guide()
         if early is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -353,17 +355,12 @@ def _cores() -> float:
 
 
 def _cpu() -> str:
-    return _cpu_line("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_line(name: str) -> str:
-    """Return the first line of a name in what Linux tells of its processors."""
-    try:
+    """Name the processor, by Linux's list of them if there is one."""
+    with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    lines = (line.partition(":") for line in text.splitlines())
-    return next((value.strip() for key, _, value in lines if key.strip() == name), "")
+        if found := re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def _run(*words: str) -> list[str]:

@@ -74,15 +74,12 @@ class Workload:
         codec = self.config.riae if isinstance(self.config, RiaeRun) else self.dimensions.riae
         return self.dimensions.image if codec is None else codec.grid_for(self.dimensions.image)
 
-    def module(
-        self, fullest: bool = True, compiled_for: torch.device | None = None, kind: int = 0
-    ) -> RiaeLoss | R2idLoss:
+    def module(self, fullest: bool = True, kind: int = 0) -> RiaeLoss | R2idLoss:
         """Build the loss module.
 
         ``fullest``: with the config's activation checkpointing, and such that each step takes as
         much memory as any of its ``kind`` does (see fullest_steps); else for counting the
-        operations of a plain step, in which nothing is resized. ``compiled_for`` a device: with
-        blocks compiled as the config says, which then cannot be traced.
+        operations of a plain step, in which nothing is resized.
         """
         config = self.config
         module: RiaeLoss | R2idLoss
@@ -96,9 +93,9 @@ class Workload:
             model = R2ID(config.r2id, self.channels(), classes, embedding)
             module = R2idLoss(model, config.diffusion, 1.0, config.seed)
         if fullest:
-            compiled = compiled_for is not None and config.train.compile
-            train = config.train.model_copy(update={"compile": compiled})
-            prepare_blocks(module.model.blocks(), train, compiled_for or torch.device("cpu"))
+            # What is compiled cannot be traced.
+            train = config.train.model_copy(update={"compile": False})
+            prepare_blocks(module.model.blocks(), train, torch.device("cpu"))
         return module
 
     def perceptual(self) -> tuple[int, int, int]:

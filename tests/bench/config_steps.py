@@ -10,6 +10,7 @@ from r2id import rng
 from r2id.checkpoints import reading, writing
 from r2id.checkpoints.files import Meta
 from r2id.config import load_config
+from r2id.training.blocks import prepare_blocks
 from r2id.training.engines import make_engine
 from r2id.training.meter import matmul_peak
 from r2id.training.planner import memory
@@ -45,12 +46,11 @@ def workload(path, side, options, *overrides):
 def engine_of(work, world):
     torch.manual_seed(0)
     config = work.config
+    module = work.module()
+    train = config.train.model_copy(update={"activation_checkpointing": "none"})  # done already
+    prepare_blocks(module.model.blocks(), train, world.device)
     return make_engine(
-        work.module(compiled_for=world.device),
-        optim=config.optim,
-        train=config.train,
-        engine=config.engine,
-        world=world,
+        module, optim=config.optim, train=config.train, engine=config.engine, world=world
     )
 
 

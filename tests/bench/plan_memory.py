@@ -85,7 +85,7 @@ def measure(work, world):
         reset_peak()
         train(work, world)
         most = resident("VmHWM") - before
-    return int(dist.all_reduce_max(torch.tensor(float(most), device=world.device)))
+    return max(dist.gather_objects(int(most)))
 
 
 def rank(options):

@@ -256,7 +256,6 @@ def collectives(world: World) -> dict[str, Any]:
     number = torch.tensor(float(world.rank))
     return {
         "sum": float(dist.all_reduce_sum(number)),
-        "max": float(dist.all_reduce_max(number)),
         "kept": float(number),
         "broadcast": dist.broadcast_object({"rank": world.rank}),
         "main": dist.is_main(),
