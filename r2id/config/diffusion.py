@@ -24,6 +24,10 @@ from r2id.config.section import (
 )
 from r2id.errors import InputError
 
+Objective = Literal["epsilon", "x0", "v", "flow"]
+NoiseSchedule = Literal["cosine", "linear_beta", "flow"]
+Weighting = Literal["uniform", "min_snr", "soft_min_snr"]
+
 _NAMED = 20
 """The most classes that an error lists."""
 
@@ -31,15 +35,15 @@ _NAMED = 20
 class DiffusionConfig(Section):
     """How R2ID is trained to denoise."""
 
-    objective: Literal["epsilon", "x0", "v", "flow"] = "v"
+    objective: Objective = "v"
     """What the network predicts: the noise, the data, v (Salimans & Ho 2022) or the velocity of the
     flow (Lipman et al. 2023)."""
-    schedule: Literal["cosine", "linear_beta", "flow"] = "cosine"
+    schedule: NoiseSchedule = "cosine"
     """How much noise there is at each time: cosine (Nichol & Dhariwal 2021), the linear β of DDPM,
     or a straight line from data to noise, which goes with objective flow."""
     time_sampling: Literal["uniform", "logit_normal"] = "uniform"
     """How training draws times: uniformly, or mostly in the middle (Esser et al. 2024)."""
-    weighting: Literal["uniform", "min_snr", "soft_min_snr"] = "uniform"
+    weighting: Weighting = "uniform"
     """Weight of the loss over time: the same for all, min-SNR-γ with γ = 5 (Hang et al. 2023), or
     its smooth form (Crowson et al. 2024)."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)

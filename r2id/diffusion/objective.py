@@ -6,13 +6,10 @@ broadcast against the data.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Objective = Literal["epsilon", "x0", "v", "flow"]
-Weighting = Literal["uniform", "min_snr", "soft_min_snr"]
+from r2id.config.diffusion import Objective, Weighting
 
 _GAMMA = 5.0
 

@@ -6,12 +6,11 @@ x_t = α·x₀ + σ·ε with logSNR = log(α²/σ²). Time t runs from 0 (data) 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["cosine", "linear_beta", "flow"]
+from r2id.config.diffusion import NoiseSchedule
 
 # Limits of logSNR. Beyond them a sample is noise, or data, for all practical purposes; within them
 # neither amplitude is so small that dividing by it would be a problem.
@@ -21,7 +20,7 @@ LOG_SNR_MIN, LOG_SNR_MAX = -10.0, 10.0
 _BETA_MIN, _BETA_MAX = 0.1, 20.0
 
 
-def log_snr(t: Tensor, kind: Kind, shift: float = 0.0) -> Tensor:
+def log_snr(t: Tensor, kind: NoiseSchedule, shift: float = 0.0) -> Tensor:
     """Return logSNR at time t in [0, 1], minus ``shift``, within the limits; in the shape of t.
 
     cosine: −2·log tan(πt/2) (Nichol & Dhariwal 2021, as in Hoogeboom et al. 2023); linear_beta:
@@ -50,7 +49,7 @@ def size_shift(side: float, base_side: float, exponent: float) -> float:
     return 2.0 * exponent * math.log(side / base_side)
 
 
-def alpha_sigma(log_snr: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+def alpha_sigma(log_snr: Tensor, kind: NoiseSchedule) -> tuple[Tensor, Tensor]:
     """Return the amplitudes of signal and noise: α² + σ² = 1, or α + σ = 1 for flow."""
     # α²/σ² = e^logSNR gives α² = sigmoid(logSNR), or with α + σ = 1, α = sigmoid(logSNR/2).
     half = 0.5 if kind == "flow" else 1.0

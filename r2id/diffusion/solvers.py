@@ -15,7 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from r2id.diffusion.schedule import Kind, alpha_sigma
+from r2id.config.diffusion import NoiseSchedule
+from r2id.diffusion.schedule import alpha_sigma
 
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(x, number of the step) → (x₀, ε)."""
@@ -35,7 +36,7 @@ def ddim(
     denoise: Denoise,
     x: Tensor,
     log_snrs: Tensor,
-    kind: Kind,
+    kind: NoiseSchedule,
     eta: float = 0.0,
     fresh: Fresh | None = None,
 ) -> Tensor:
@@ -55,7 +56,7 @@ def ddim(
     return denoise(x, len(log_snrs) - 1)[0]
 
 
-def euler(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
+def euler(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: NoiseSchedule) -> Tensor:
     """Euler's method on the probability-flow ODE: first order, one evaluation per step.
 
     For flow it is dx/dσ = ε − x₀, whose paths are straight lines where the estimates stay the same;
@@ -64,7 +65,7 @@ def euler(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
     return _along_the_path(denoise, x, log_snrs, kind, correct=False)
 
 
-def heun(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
+def heun(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: NoiseSchedule) -> Tensor:
     """Heun's method on the ODE of ``euler``: second order, two evaluations per step.
 
     Karras et al. 2022, algorithm 1. With schedule ``linear_beta`` it is hardly better than Euler:
@@ -74,7 +75,7 @@ def heun(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
 
 
 def _along_the_path(
-    denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind, correct: bool
+    denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: NoiseSchedule, correct: bool
 ) -> Tensor:
     """Integrate the ODE of ``euler``, with Heun's correction if ``correct``."""
 
@@ -96,7 +97,7 @@ def _along_the_path(
     return denoise(x, len(log_snrs) - 1)[0]
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tensor:
+def dpmpp_2m(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: NoiseSchedule) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation per step."""
     previous: tuple[Tensor, Tensor] | None = None  # the last x₀ and the length of its step
     for step, (here, there) in enumerate(pairwise(log_snrs)):
@@ -113,7 +114,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, log_snrs: Tensor, kind: Kind) -> Tenso
     return denoise(x, len(log_snrs) - 1)[0]
 
 
-SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor, Kind], Tensor]] = {
+SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor, NoiseSchedule], Tensor]] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
     "euler": euler,

@@ -115,7 +115,6 @@ class Visibility(ABC):
             return features
         return torch.cat([features, coords.pixel_size(points, size, grid)], dim=-1)
 
-    @abstractmethod
     def tiles(
         self,
         queries: Size,
@@ -128,10 +127,11 @@ class Visibility(ABC):
 
         ``grid`` is the latent grid, of whose cells tiles are made. None where all attend to all.
         """
+        return None
 
-    @abstractmethod
     def latent_tiles(self, grid: Size, device: torch.device) -> Tiles | None:
         """Build tiles in which the cells of a latent grid attend to each other, or None for all."""
+        return None
 
     @abstractmethod
     def encode(self, look: EncodeFn, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
@@ -187,19 +187,6 @@ class Cloud(Visibility):
         if self.config.condition_on_pixel_size:
             features.append(coords.pixel_size(points, size, grid))
         return torch.cat(features, dim=-1)
-
-    def tiles(
-        self,
-        queries: Size,
-        keys: Size,
-        grid: Size,
-        part: Part = WHOLE,
-        device: torch.device | None = None,
-    ) -> Tiles | None:
-        return None
-
-    def latent_tiles(self, grid: Size, device: torch.device) -> Tiles | None:
-        return None
 
     def encode(self, look: EncodeFn, images: Tensor, cells: Tensor, grid: Size) -> Tensor:
         size: Size = (images.shape[2], images.shape[3])

@@ -5,7 +5,8 @@ Shape letters: B samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,6 @@ from r2id.models.layers import store_in_bfloat16
 from r2id.models.r2id import R2ID
 from r2id.sampling.guidance import Guidance
 from r2id.sampling.noise_shift import applied_exponent
-from r2id.sampling.out_of_memory import explain_out_of_memory
 from r2id.sampling.steps import Adjust, Step, Watch
 
 # Upper limits of a batch: its images and their latent cells by device, and its pixels. A single
@@ -239,7 +239,7 @@ class Sampler:
                 None if plain else estimated,
             )
 
-        with explain_out_of_memory(f"denoising {length} grids of {grid[0]}x{grid[1]} at once"):
+        with _explain_out_of_memory(f"denoising {length} grids of {grid[0]}x{grid[1]} at once"):
             latents = _in_batches(draw, len(seeds), length)
         if not torch.isfinite(latents).all():  # would be drawn black
             raise WorkError(
@@ -272,7 +272,7 @@ class Sampler:
         """
         length = self._at_once(size, _BATCH_PIXELS)
         native = native or self.native_size(latents, size)
-        with explain_out_of_memory(f"decoding {length} pictures of {size[0]}x{size[1]} at once"):
+        with _explain_out_of_memory(f"decoding {length} pictures of {size[0]}x{size[1]} at once"):
             return _in_batches(
                 lambda rows: self.codec.decode(latents[rows], size, native=native).cpu(),
                 len(latents),
@@ -377,3 +377,16 @@ def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) ->
         for start in range(0, count, length)
     ]
     return torch.cat(parts)
+
+
+@contextmanager
+def _explain_out_of_memory(what: str) -> Iterator[None]:
+    """Within this block, raise WorkError that says ``what`` it was when memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])  # it, and how much was asked for
+        raise WorkError(
+            f"out of memory while {what}: a smaller size needs less, and others may hold some of "
+            f"it ({reason})"
+        ) from None
