@@ -118,6 +118,8 @@ def train(
 
 def _train_lines(figures: dict[str, Any]) -> list[str]:
     done = f"{figures['checkpoint']}: step {figures['step']}"
+    if "skipped_steps" in figures:
+        done += f" ({figures['skipped_steps']} skipped)"
     if "images_per_second" not in figures:
         return [f"{done}, already finished"]
     return [

@@ -29,6 +29,7 @@ from r2id.data.index import SCHEMA, read_index
 from r2id.data.manifest import MANIFEST, Manifest, ShardEntry, SplitEntry, read_manifest
 from r2id.data.remote import read_range
 from r2id.errors import InputError, WorkError
+from r2id.files import sha256_file
 
 _OPEN_FILES = 256  # per split and process, well below the usual limit of 1024
 
@@ -91,6 +92,14 @@ class Split:
                 "r2id verify tells more"
             )
         return data
+
+    def check_content(self, number: int) -> None:
+        """Raise WorkError when a shard's tar, if it is here, is not the one that was prepared."""
+        file = self.files[number]
+        if self.address is None and sha256_file(file) != self.entries[number].sha256:
+            raise WorkError(
+                f"{file}: its content is not what r2id prepare wrote: r2id verify tells more"
+            )
 
     def _file(self, number: int) -> BinaryIO:
         """Open a shard's tar, or return the open file; the one opened first is closed if needed."""

@@ -114,6 +114,8 @@ def _encode_shards(
     shown = dist.is_main()
     with Progress("encode", total, start=reused, unit="images", shown=shown) as progress:
         for (split, number), indices in shards.items():
+            # Latents of other images would be taken for those of this set from then on.
+            data_set.split(split).check_content(number)
             # Batches are grouped by image size, but the cache keeps the order of the shard's index.
             latents: dict[int, Tensor] = {}
             for part in eval_loader(data_set, data, split, batch, indices=indices, as_float=False):

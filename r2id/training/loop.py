@@ -69,7 +69,8 @@ def _train(config: RiaeRun | R2idRun, world: dist.World, profile: bool) -> dict[
         restore(state, newest)
         start_folder(state)
         run(state, make_callbacks())
-    return {"checkpoint": state.checkpoint, "step": state.step, **state.figures}
+    skipped = {"skipped_steps": state.skipped} if state.skipped else {}
+    return {"checkpoint": state.checkpoint, "step": state.step, **state.figures, **skipped}
 
 
 def run(state: TrainState, callbacks: Callbacks) -> None:

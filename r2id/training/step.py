@@ -97,6 +97,12 @@ def _skip(state: TrainState, error: NonFiniteError, micro_batches: list[Batch]) 
     message = f"{error}; {_blame(state, micro_batches, error.step)}"
     state.skipped += 1
     if state.skipped > allowed:
+        if error.step == state.start > 0:
+            message += (
+                f"; this is the first step after the checkpoint of step {state.start}: if it fails "
+                f"again, remove that one from {state.folder / 'checkpoints'} to go on from the one "
+                "before it, or begin anew"
+            )
         raise NonFiniteError(message, error.step) from None
     say(f"skipped {state.skipped} of {allowed}: {message}")
 

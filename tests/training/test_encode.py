@@ -11,7 +11,7 @@ from r2id.config import PrepareConfig, load_config
 from r2id.data.latent_writer import LatentWriter
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
-from r2id.errors import InputError
+from r2id.errors import InputError, WorkError
 from r2id.models.codec import Codec
 from r2id.training.encode import encode
 from r2id.training.loop import train
@@ -137,6 +137,19 @@ def test_images_are_loaded_by_as_many_processes_as_the_riae_was_trained_with(
     encode(tmp_path / "run", digits, tmp_path / "as trained")
     encode(tmp_path / "run", digits, tmp_path / "none", workers=0)
     assert sorted({*workers}) == [0, 1] and workers == sorted(workers, reverse=True)
+
+
+def test_a_shard_that_was_exchanged_is_not_encoded(riae_run, tmp_path):
+    """Its images would decode, but their latents would go by the labels of others."""
+    prepare(PrepareConfig(dataset="digits", out=tmp_path / "digits", shard_mb=0.5))
+    first = ShardSet.open(tmp_path / "digits").split("train").files[0]
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + b"x")  # within the tar's padding
+    with pytest.raises(WorkError, match=rf"{first.name}: its content is not what r2id prepare"):
+        encode(riae_run, tmp_path / "digits", tmp_path / "latents")
+    assert not list((tmp_path / "latents").rglob("*.safetensors"))
+    first.write_bytes(content)
+    assert encode(riae_run, tmp_path / "digits", tmp_path / "latents")["reused"] == 0
 
 
 def test_a_run_that_its_cache_is_not_for_leaves_nothing_behind(riae_run, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from r2id.checkpoints import Checkpoint, reading
+from r2id.cli.training import _train_lines
 from r2id.config import TrainConfig, load_config
 from r2id.errors import InputError, NonFiniteError
 from r2id.training.callbacks import watchdog
@@ -103,11 +104,26 @@ def test_some_steps_may_be_left_out(digits, tmp_path, spoil, capfd):
     )
     said = capfd.readouterr().err
     assert result["step"] == 8 and result["loss"] == result["loss"]
+    assert result["skipped_steps"] == 2 and "step 8 (2 skipped), loss" in _train_lines(result)[0]
     assert [
         "step 3" in line or "step 5" in line for line in said.splitlines() if "skipped" in line
     ] == [True, True]
     with pytest.raises(NonFiniteError, match="step 5"):
         train(riae_config(digits, tmp_path / "other", "train.steps=8", "train.skip_nonfinite=1"))
+
+
+def test_a_checkpoint_that_fails_at_once_is_not_gone_on_from_for_ever(digits, tmp_path, spoil):
+    """The weights may have diverged before it was saved; it says what to do then."""
+    spoil({3}, nan_loss)
+    settings = (digits, tmp_path / "run", "train.steps=6", "train.save_every=2")
+    with pytest.raises(NonFiniteError, match="step 3: ") as fault:
+        train(riae_config(*settings))
+    assert "first step after" not in str(fault.value)
+    spoil({2}, nan_loss)
+    with pytest.raises(
+        NonFiniteError, match=r"first step after the checkpoint of step 2: .*remove"
+    ):
+        train(riae_config(*settings))
 
 
 def test_a_step_left_out_changes_nothing(digits, tmp_path, spoil):

@@ -319,7 +319,7 @@ def raise_unless_finite(norm: float, step: int) -> None:
     """Raise NonFiniteError when the gradient norm of a step is infinite or not a number."""
     if not math.isfinite(norm):
         raise NonFiniteError(
-            f"step {step}: the gradient norm is {norm}; stopped before the update, the last "
-            "checkpoint is good; a lower optim.lr or train.precision = 'float32' may help",
+            f"step {step}: the gradient norm is {norm}; stopped before the update; a lower "
+            "optim.lr or train.precision = 'float32' may help",
             step,
         )
