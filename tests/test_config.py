@@ -68,8 +68,8 @@ def test_stage_overrides_in_a_pipeline():
         ("train.steps=2.5", ["train.steps = 2.5", "integer"]),
         ("riae.linear=1", ["riae.linear = 1", "boolean"]),
         ("loss.encode_cloud=0.0", ["loss.encode_cloud = 0.0", "greater than 0"]),
-        ("riae.decode_scales=[2.0, 0.5]", ["decode_scales = [2.0, 0.5]"]),
-        ("riae.attention=near", ["riae.attention = 'near'", "'cloud'", "'tiled'"]),
+        ("loss.magnify_scales=[2.0, 0.5]", ["magnify_scales = [2.0, 0.5]"]),
+        ("riae.kind=near", ["riae.kind = 'near'", "'lattice'", "'attention'"]),
         ("data.size=[0, 4]", ["data.size.0 = 0", "1"]),
         ("engine.zero_stage=4", ["engine.zero_stage = 4", "0, 1, 2 or 3"]),
         ("train.steps.deep=4", ["train.steps.deep=4", "steps"]),
@@ -180,17 +180,10 @@ def test_samples_have_seeds_and_guidance_within_their_range(section):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (
-            ["riae.bounded=true"],
-            ["config: riae.bounded = True", "riae.kind = 'attention'", "'lattice'"],
-        ),
+        (["riae.heads=4"], ["config: riae.heads = 4", "riae.kind = 'attention'", "'lattice'"]),
         (["riae.kind=attention", "riae.features=3"], ["features = 3", "'lattice'", "'attention'"]),
         (["riae.downsample=3.5"], ["config: riae.downsample = 3.5", "whole number"]),
         (["riae.kind=attention", "riae.encoder_blocks=0"], ["encoder_blocks", "at least 1"]),
-        (
-            ["riae.kind=attention", "riae.linear=true", "riae.bounded=true"],
-            ["linear = True", "bounded = True"],
-        ),
         (["riae.kind=attention", "riae.width=30"], ["riae.width = 30", "multiple of its 8 heads"]),
         (["riae.kind=attention", "riae.width=48"], ["riae.width = 48", "8 heads, each at least 7"]),
         (

@@ -61,7 +61,6 @@ NARROW = {
         "riae.heads=2",
         "riae.encoder_blocks=1",
         "riae.decoder_blocks=1",
-        "riae.latent_blocks=1",
     ],
     "r2id": [
         "r2id.width=32",

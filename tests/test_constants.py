@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from r2id.constants import cached_tensors, constant
 from r2id.models import coords
 from r2id.models.resampling import resample
-from r2id.models.tiles import Tiles
+from r2id.models.tiles import tiles_of
 
 
 def test_results_are_made_once_and_a_number_of_them_is_kept() -> None:
@@ -28,14 +28,14 @@ def test_tensors_without_contents_are_neither_kept_nor_given_kept_ones() -> None
     """Memory is counted on fake tensors, in the same process as training and sampling."""
 
     def all_kinds() -> list[torch.Tensor]:
-        tiles = Tiles.between((9, 7), (9, 7), (9, 7), 4, 1.0)
+        tiles = tiles_of((9, 7), 4, 1)
         small = resample(torch.zeros(1, 1, 9, 7), (5, 3), (slice(0, 2), slice(0, 3)))
         return [
             constant((9.0, 7.5)),
             coords.grid_coordinates((9, 7)),
             coords.relative_scale((9, 7)),
             tiles.keys,
-            tiles.centre,
+            tiles.takers.index,
             small,
         ]
 

@@ -1,39 +1,25 @@
-"""Old names of settings: read for one version, with a word where a person wrote them."""
+"""Old names of settings: read for one version, with a word where a person wrote them. Settings that
+are no more: left out at the value that every model has, and refused at others."""
+
+from pathlib import Path
 
 import pytest
 
 from r2id.config import R2idRun, RiaeRun, load_config, parse_config
-from r2id.config.renamed import SETTINGS, VALUES, renew_config
+from r2id.config.renamed import FIXED, SETTINGS, VALUES, renew_config
 from r2id.errors import InputError
 
 RUN = {"run": "runs/x", "data": {"shards": "data/x"}, "train": {"steps": 5}}
 OLD = {
     "kind": "attention",
     "cell": 8.0,
-    "cell_size": True,
     "locality": False,
-    "attention": "local",
-    "latent_attention": "local",
     "loss": "l1",
     "texture": 0.5,
-    "encode_scales": [0.5, 1.0],
     "decode_cloud": 0.25,
 }
-NEW = {
-    "kind": "attention",
-    "downsample": 8.0,
-    "condition_on_pixel_size": True,
-    "gaussian_window": False,
-    "attention": "tiled",
-    "latent_attention": "tiled",
-}
-NEW_BY_OVERRIDES = {
-    "kind": "attention",
-    "downsample": 8.0,
-    "gaussian_window": False,
-    "attention": "tiled",
-}
-LOSS = {"pixel": "l1", "texture": 0.5, "encode_scales": [0.5, 1.0], "decode_cloud": 0.25}
+NEW = {"kind": "attention", "downsample": 8.0, "gaussian_window": False}
+LOSS = {"pixel": "l1", "texture": 0.5, "decode_cloud": 0.25}
 
 
 def changed(config, section="riae"):
@@ -44,7 +30,7 @@ def test_a_table_under_old_names_is_read_and_told(capsys):
     config = parse_config({**RUN, "stage": "riae", "riae": OLD}, where="old.toml")
     assert isinstance(config, RiaeRun)
     assert changed(config) == NEW | {"linear": False, "lapped": False, "width": 256}
-    assert changed(config, "loss") == LOSS | {"encode_scales": (0.5, 1.0)}
+    assert changed(config, "loss") == LOSS
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(OLD) - 1 and all(line.startswith("old.toml: ") for line in told)
 
@@ -66,16 +52,17 @@ def test_a_checkpoint_without_a_setting_has_the_kind_of_model_that_there_was_the
 def test_overrides_under_old_names_win_over_tables_under_new_ones(capsys):
     config = parse_config(
         {**RUN, "stage": "riae", "riae": {"kind": "attention", "downsample": 2.0}},
-        ["riae.cell=8.0", "riae.locality=false", "riae.attention=local"],
+        ["riae.cell=8.0", "riae.locality=false"],
     )
-    assert changed(config) == NEW_BY_OVERRIDES | {"linear": False, "lapped": False, "width": 256}
+    assert changed(config) == NEW | {"linear": False, "lapped": False, "width": 256}
     told = capsys.readouterr().err
-    assert all(word in told for word in ("riae.cell", "riae.locality", "'tiled'"))
+    assert "riae.cell" in told and "riae.locality" in told
 
 
-def test_old_values_in_a_list():
+def test_old_values_in_a_list(capsys):
     config = parse_config({**RUN, "stage": "r2id"}, ['r2id.attention=["local","full"]'])
     assert isinstance(config, R2idRun) and config.r2id.attention == ("tiled", "full")
+    assert "'tiled'" in capsys.readouterr().err
 
 
 def test_today_s_names_are_silent(capsys):
@@ -124,3 +111,62 @@ def test_every_new_name_is_a_setting():
         schema = schemas[section].model_fields[section].annotation
         assert key in schema.model_fields, name
     assert not set(SETTINGS) & set(SETTINGS.values())
+
+
+def of_fixed():
+    """A table of a run with every setting of FIXED that a file can hold."""
+    table = {**RUN, "stage": "riae", "riae": {"kind": "attention"}, "loss": {}}
+    for name, value in FIXED.items():
+        section, _, key = name.partition(".")
+        if value is not None:
+            table[section][key] = value
+    return table
+
+
+def test_settings_that_are_no_more_are_left_out_with_one_word(capsys):
+    table = of_fixed()
+    config = parse_config(table, ["riae.tile=4"], where="old.toml")
+    assert config == parse_config({**RUN, "stage": "riae", "riae": {"kind": "attention"}})
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in told] == ["old.toml", "override 'riae.tile=4'"]
+    assert all(f"riae.{key}" in told[0] for key in table["riae"] if key != "kind")
+
+
+def test_a_checkpoint_is_read_without_them(capsys):
+    table = of_fixed()
+    for name, value in FIXED.items():
+        section, _, key = name.partition(".")
+        table[section][key] = value
+    renewed = renew_config(table)
+    assert renewed["riae"] == {"kind": "attention", "lapped": False} and renewed["loss"] == {}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "now"),
+    [
+        ("riae", "attention", "tiled", "'cloud'"),
+        ("riae", "attention", "local", "'cloud'"),
+        ("riae", "latent_blocks", 1, "has 0"),
+        ("riae", "cell_fourier", [-1, 2], "[-3, 2]"),
+        ("riae", "cell_size", True, "False"),
+        ("loss", "encode_scales", [0.5, 1.0], "does without it"),
+    ],
+)
+def test_their_other_values_are_refused(section, key, value, now):
+    table = {**RUN, "stage": "riae", section: {key: value}}
+    stored = Path("runs/x/checkpoints/step-00000005")
+    said = []
+    for refused, given, options in (
+        (parse_config, (table,), {"where": "old.toml"}),
+        (renew_config, (table,), {"stored_in": stored}),
+        (parse_config, ({**RUN, "stage": "riae"}, [f"{section}.{key}={value}".lower()]), {}),
+    ):
+        with pytest.raises(InputError) as caught:
+            refused(*given, **options)
+        said.append(str(caught.value))
+        assert f"{section}.{key} = {value!r}: " in said[-1] and now in said[-1]
+        assert "\n" not in said[-1]
+    assert said[0].startswith("old.toml: ") and said[0].endswith("leave it out")
+    assert said[1].startswith(f"{stored}: ") and "version of r2id that trained" in said[1]
+    assert said[2].startswith("override ")

@@ -72,11 +72,13 @@ class Description(Meta):
     """sha256 of this file, with zeros in place of the digest itself."""
     files: dict[str, FileFact] = Field(default_factory=dict)
 
-    @property
-    def meta(self) -> Meta:
-        """The metadata without the files, with settings under their current names."""
+    def meta(self, folder: Path) -> Meta:
+        """Return the metadata without the files, with settings under their current names.
+
+        Raises InputError, which names the folder, for settings that no model has any more.
+        """
         facts = {name: getattr(self, name) for name in Meta.model_fields}
-        return Meta(**facts | {"config": renew_config(self.config)})
+        return Meta(**facts | {"config": renew_config(self.config, stored_in=folder)})
 
 
 def write_part(

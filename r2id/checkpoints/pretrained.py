@@ -194,7 +194,7 @@ def _unpack(
 ) -> Pretrained:
     """Make the model of a file's metadata and weights, with the RIAE among them if there is one."""
     known = {name: content[name] for name in About.__dataclass_fields__ if name in content}
-    about = About(**known | {"config": renew_config(known["config"])})
+    about = About(**known | {"config": renew_config(known["config"], stored_in=path)})
     inner = None
     if content.get("codec"):
         inner = _unpack(path, version, content["codec"], _taken(weights, _CODEC), digest)

@@ -42,7 +42,7 @@ class Checkpoint:
         version, or when its files do not hold every element of its tensors exactly once.
         """
         description, self.identity = read_description(folder)
-        self.path, self.meta, self.files = folder, description.meta, description.files
+        self.path, self.meta, self.files = folder, description.meta(folder), description.files
         self._file = cache(self._open_file)
         self._shapes: dict[str, dict[str, Shape]] = {}
         self._places: dict[tuple[str, str], list[tuple[int, int, str]]] = {}

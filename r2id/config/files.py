@@ -13,7 +13,13 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from r2id.config.pipeline import PipelineRun, StageConfig
-from r2id.config.renamed import renew_config, renew_setting, tell_if_renamed
+from r2id.config.renamed import (
+    is_fixed,
+    renew_config,
+    renew_setting,
+    tell_if_renamed,
+    tell_left_out,
+)
 from r2id.config.section import Section
 from r2id.config.training import R2idRun, RiaeRun
 from r2id.errors import InputError
@@ -125,6 +131,9 @@ def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
         return
     value = _parse_value(text)
     if not pipeline:
+        if is_fixed(name, value, f"override {override!r}"):
+            tell_left_out(f"override {override!r}", name)
+            return
         old_name, old = name, value
         name, value = renew_setting(name, value)
         tell_if_renamed(f"override {override!r}", old_name, old, name, value)

@@ -76,17 +76,13 @@ class LossConfig(Section):
     it, pictures are decoded whole (``lattice``)."""
     encode_cloud: Fraction = 1 / 16
     """Share of an image's pixels that the encoder sees in a training step, one random cloud for all
-    cells. With ``tiled`` attention it sees all of them (``attention``, as are the settings
-    below)."""
-    encode_scales: Scales | None = None
-    """Smallest and largest factor by which the encoder's image is resized, drawn anew each step for
-    the height and the width; none does not resize."""
+    cells (``attention``, as are the settings below)."""
     decode_cloud: Fraction = 1.0
     """Share of the latents that the decoder sees in a training step, one random cloud for all
-    points. With ``tiled`` attention a tile sees all latents within its halo."""
+    points."""
     decode_pixels: int = Field(default=256, ge=1)
     """Number of random pixels of each image that a training step decodes, so that its cost does not
-    depend on the image's size. With ``tiled`` attention they are whole tiles, at least one."""
+    depend on the image's size."""
     jitter: float = Field(default=1.0, ge=0)
     """Strength of the random displacement of points; 1 is a standard deviation of half a pixel, as
     published."""
@@ -125,5 +121,5 @@ _LATTICE = (
     "magnify_scales",
     "window",
 )
-_ATTENTION = ("encode_cloud", "encode_scales", "decode_cloud", "decode_pixels", "jitter")
+_ATTENTION = ("encode_cloud", "decode_cloud", "decode_pixels", "jitter")
 """Settings of one kind of RIAE alone."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from r2id.config.section import IntPair, Scales, Section, Size, as_tuple
+from r2id.config.section import IntPair, Section, Size, as_tuple
 
 
 def lattice_grid(size: Size, cell: int) -> Size:
@@ -54,41 +54,11 @@ class RiaeConfig(Section):
     (``attention``, as are the settings below)."""
     heads: int = Field(default=8, ge=1)
     """Attention heads of the latent side; those of the pixel side have the same width each."""
-    latent_blocks: int = Field(default=0, ge=0)
-    """Self-attention blocks on the latent grid, at the end of the encoder and again at the start of
-    the decoder."""
-    latent_attention: Literal["global", "tiled"] = "global"
-    """Which latents attend to each other in those blocks if ``attention`` is tiled: all, which
-    takes most of the time with more than a few thousand latents, or those of a tile and its
-    halo."""
     fourier: IntPair = (-3, 7)
-    """First and last power p of the Fourier features sin, cos(π·2^p·coordinate), for ``cloud``
-    attention."""
-    attention: Literal["cloud", "tiled"] = "cloud"
-    """Which latents and pixels attend to each other. cloud: all of them, in training random clouds
-    of them. tiled: a square tile of latent cells sees what lies in the tile and in a halo around
-    it, so that time and memory grow linearly with the pixels; positions are then given in cells,
-    which are the same in an image of any size."""
-    tile: int = Field(default=4, ge=1)
-    """Side of a tile in latent cells, for ``tiled`` attention."""
-    halo: float = Field(default=2.0, ge=0)
-    """How far around its tile a query sees, in latent cells, for ``tiled`` attention."""
-    cell_fourier: IntPair = (-3, 2)
-    """First and last power p of the features sin, cos(π·2^p·position in cells), for ``tiled``
-    attention."""
+    """First and last power p of the Fourier features sin, cos(π·2^p·coordinate)."""
     gaussian_window: bool = True
     """Let each head learn how far it looks, in latent cells: a Gaussian window on top of its
     attention."""
-    bounded: bool = False
-    """Pass latents through tanh, so that they lie in (−1, 1)."""
-    decode_scales: Scales | None = None
-    """Smallest and largest factor between the size of an image and that at which the decoder
-    renders it in training, drawn anew each step for the height and the width; none is 1. It belongs
-    to the model, because pictures that are rendered smaller than the smallest are averaged."""
-    condition_on_pixel_size: bool = False
-    """Tell encoder and decoder how large pixels are, in latent cells. A pixel then stands for an
-    area, not for a point (cell decoding of LIIF, Chen et al. 2021). For training at several
-    scales."""
 
     @property
     def cell(self) -> int:
@@ -132,11 +102,6 @@ class RiaeConfig(Section):
                 f"downsample = {self.downsample}: must be a whole number of pixels for kind "
                 "'lattice'"
             )
-        if self.linear and self.bounded:
-            raise ValueError(
-                "linear = True: does not go with bounded = True, because the linear map's latents "
-                "have no bounds"
-            )
         if self.kind == "attention" and not (self.encoder_blocks and self.decoder_blocks):
             raise ValueError("encoder_blocks and decoder_blocks: at least 1 for kind 'attention'")
         if self.kind == "attention":
@@ -161,21 +126,7 @@ def _check_heads(name: str, width: int, heads: int, least: int = 1) -> None:
 _BY_ATTENTION = {"linear": False, "lapped": False, "width": 256}
 """Defaults of kind 'attention' that are others than those of the fields."""
 _LATTICE = ("lapped", "features")
-_ATTENTION = (
-    "pixel_width",
-    "heads",
-    "latent_blocks",
-    "latent_attention",
-    "fourier",
-    "attention",
-    "tile",
-    "halo",
-    "cell_fourier",
-    "gaussian_window",
-    "bounded",
-    "decode_scales",
-    "condition_on_pixel_size",
-)
+_ATTENTION = ("pixel_width", "heads", "fourier", "gaussian_window")
 """Settings of one kind alone."""
 
 

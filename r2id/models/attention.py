@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from r2id.config.models import WINDOW_DIMS
-from r2id.models.tiles import Tiles
 
 _NO_PLACES = "attention with a Gaussian window needs the places of its queries and keys"
 # On a CPU, plain products are faster than the fused kernel up to this number of scores.
@@ -187,14 +186,12 @@ class Attention(nn.Module):
         context: Tensor | Context,
         places: Tensor | None = None,
         context_places: Tensor | None = None,
-        tiles: Tiles | None = None,
         mix: Callable[[Tensor, Tensor, Tensor], Tensor] = attend,
     ) -> Tensor:
         """Let queries x [B, N, D] attend to a context [B, M, D'] → [B, N, D].
 
         ``places`` [B or 1, N, 2] of the queries and ``context_places`` [B or 1, M, 2] of the keys
-        are in cells; a Gaussian window needs them. With ``tiles``, queries are in tile order and
-        see only the keys of their tile. Without, ``mix`` computes the attention.
+        are in cells; a Gaussian window needs them. ``mix`` computes the attention.
         """
         if isinstance(context, Context):
             q, (k, v) = self.query_norm(self._heads(self.query(x))), context
@@ -205,22 +202,13 @@ class Attention(nn.Module):
         else:
             q = self.query_norm(self._heads(self.query(x)))
             k, v = self._keys_and_values(context)
-        if tiles is not None:
-            q, k, v = tiles.split_queries(q), tiles.gather_keys(k), tiles.gather_keys(v)
-            if places is not None and context_places is not None:
-                places, context_places = tiles.split_places(places, context_places, len(x))
         if self.log_reach is not None:
             q = self._query_with_window(q, places)
             k = k if isinstance(context, Context) else _key_with_window(k, context_places)
-        attended = (
-            mix(q, k, v)
-            if tiles is None
-            else tiles.join_queries(attend(q, k, v, tiles.mask(len(x))))
-        )
-        return self.out(rearrange(attended, "b h n d -> b n (h d)").to(x.dtype))
+        return self.out(rearrange(mix(q, k, v), "b h n d -> b n (h d)").to(x.dtype))
 
     def context(self, context: Tensor, context_places: Tensor | None = None) -> Context:
-        """Make keys and values once, for several calls without tiles that see all of a context."""
+        """Make keys and values once, for several calls that see all of a context."""
         k, v = self._keys_and_values(context)
         if self.log_reach is not None:
             k = _key_with_window(k, context_places)

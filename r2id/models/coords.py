@@ -157,27 +157,6 @@ def fourier_features(coordinates: Tensor, powers: Size) -> Tensor:
         return torch.cat([absolute, relative], dim=-1)
 
 
-def cell_dim(powers: Size) -> int:
-    """Length of cell_features: sin and cos of two coordinates at each power."""
-    return 4 * (powers[1] - powers[0] + 1)
-
-
-def cell_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
-    """sin and cos of π·2^p·u, p from powers[0] to powers[1].
-
-    u is a point's absolute position in cells, counted from the grid's top left corner:
-    [..., 4] → float32 [..., cell_dim(powers)].
-
-    Unlike fourier_features, they do not depend on the image's size: a window of an image has the
-    features of the image, up to the window's offset.
-    """
-    height, width = grid
-    extent = constant((width, height), coordinates.device)
-    cells = (coordinates[..., :2] + 0.5) * extent
-    angles = cells.unsqueeze(-1) * frequencies(powers, coordinates.device)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-
-
 def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
     """Where a point lies inside its cell of a grid.
 
@@ -192,16 +171,24 @@ def cell_phase(coordinates: Tensor, grid: Size) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def point_dim(powers: Size) -> int:
+    """Length of point_features."""
+    return fourier_dim(powers) + PHASE_DIM
+
+
+def point_features(coordinates: Tensor, grid: Size, powers: Size) -> Tensor:
+    """Make fourier_features and cell_phase of points: [..., 4] → float32 [..., point_dim(powers)].
+
+    So they say where a point lies in the image, and where in a cell of the grid.
+    """
+    features = fourier_features(coordinates, powers), cell_phase(coordinates, grid)
+    return torch.cat(features, dim=-1)
+
+
 def in_cells(coordinates: Tensor, grid: Size) -> Tensor:
     """Absolute coordinates (x, y) in cells, from the image's centre: [..., 4] → [..., 2]."""
     extent = constant((grid[1], grid[0]), coordinates.device)
     return coordinates[..., :2] * extent
-
-
-def pixel_size(coordinates: Tensor, size: Size, grid: Size) -> Tensor:
-    """Width and height of an image's pixel in cells of a grid: [..., 4] → float32 [..., 2]."""
-    pixel = constant((grid[1] / size[1], grid[0] / size[0]), coordinates.device)
-    return pixel.expand(*coordinates.shape[:-1], -1)
 
 
 def sample_image(image: Tensor, coordinates: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from r2id.models.attention import Attention, Context, RMSNorm, as_on_gpu, attend, linear_together
 from r2id.models.mixing import Mix
-from r2id.models.tiles import Tiles
 
 
 class FeedForward(nn.Module):
@@ -87,43 +86,15 @@ class CrossBlock(nn.Module):
         context: Tensor | Context,
         places: Tensor | None = None,
         context_places: Tensor | None = None,
-        tiles: Tiles | None = None,
     ) -> Tensor:
         if isinstance(context, Tensor):
             context = self.context_norm(context)
-        x = x + self.attention(self.norm(x), context, places, context_places, tiles)
+        x = x + self.attention(self.norm(x), context, places, context_places)
         return x + self.ffn(self.ffn_norm(x))
 
     def context(self, context: Tensor, context_places: Tensor) -> Context:
         """Make what several calls attend to, see Attention.context."""
         return self.attention.context(self.context_norm(context), context_places)
-
-
-class SelfBlock(nn.Module):
-    """Self-attention and a feed-forward layer, both pre-norm and residual."""
-
-    def __init__(self, width: int, heads: int, ffn_ratio: float, gaussian_window: bool) -> None:
-        super().__init__()
-        self.norm, self.attention = RMSNorm(width), Attention(width, width, heads, gaussian_window)
-        self.ffn_norm, self.ffn = RMSNorm(width), FeedForward(width, ffn_ratio)
-
-    def forward(
-        self, x: Tensor, places: Tensor | None = None, tiles: Tiles | None = None
-    ) -> Tensor:
-        """x [B, N, D] → [B, N, D], at ``places`` [1, N, 2] in cells.
-
-        With ``tiles``, which must cover all tokens, each sees only the tokens of its tile and halo.
-        """
-        normed = self.norm(x)
-        if tiles is None:
-            x = x + self.attention(normed, normed, places, places)
-        else:
-            query_places = None if places is None else tiles.to_tile_order(places)
-            queries = tiles.to_tile_order(normed)
-            x = x + tiles.from_tile_order(
-                self.attention(queries, normed, query_places, places, tiles)
-            )
-        return x + self.ffn(self.ffn_norm(x))
 
 
 def zero_linear(width: int, out: int) -> nn.Linear:

@@ -28,7 +28,7 @@ from r2id.config.models import AttentionKind
 from r2id.models.attention import attend
 from r2id.models.coords import Size
 from r2id.models.rows import permute_rows
-from r2id.models.tiles import Tiles
+from r2id.models.tiles import Tiles, tiles_of
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [B, H, N, d] → [B, H, N, d]."""
@@ -47,8 +47,7 @@ class Pass:
     @cached_property
     def tiles(self) -> Tiles:
         """Tiles of the grid, built once for all tiled blocks."""
-        tile, halo = self.config.tile, self.config.halo
-        return Tiles.between(self.grid, self.grid, self.grid, tile, halo, device=self.device)
+        return tiles_of(self.grid, self.config.tile, self.config.halo, self.device)
 
     def cloud(self, number: int) -> Mix:
         """Cloud attention of block ``number``; each block has groups of its own."""
@@ -142,8 +141,5 @@ def cloud(q: Tensor, k: Tensor, v: Tensor, order: Tensor, groups: int) -> Tensor
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
     """Attend within tiles and a halo around each: cost linear in N."""
-    queries = tiles.split_queries(tiles.to_tile_order(q, 2))
-    mixed = tiles.join_queries(
-        attend(queries, tiles.gather_keys(k), tiles.gather_keys(v), tiles.mask(len(q)))
-    )
-    return tiles.from_tile_order(mixed, 2)
+    apart = tiles.split_queries(q), tiles.gather_keys(k), tiles.gather_keys(v)
+    return tiles.join_queries(attend(*apart, tiles.mask(len(q))))

@@ -24,7 +24,6 @@ from r2id.models.attention_decoder import AttentionDecoder
 from r2id.models.attention_encoder import AttentionEncoder
 from r2id.models.coords import OnProgress, Size, Window
 from r2id.models.lattice import LatticeDecoder, LatticeEncoder
-from r2id.models.visibility import VISIBILITIES
 
 
 class Parts(NamedTuple):
@@ -35,11 +34,7 @@ class Parts(NamedTuple):
 
 
 def _attention(config: RiaeConfig, channels: int) -> Parts:
-    visibility = VISIBILITIES[config.attention](config)
-    return Parts(
-        AttentionEncoder(config, channels, visibility),
-        AttentionDecoder(config, channels, visibility),
-    )
+    return Parts(AttentionEncoder(config, channels), AttentionDecoder(config, channels))
 
 
 def _lattice(config: RiaeConfig, channels: int) -> Parts:

@@ -124,8 +124,7 @@ class RiaeTask(Task):
         whole = config.data.model_copy(update={"window": None})
         whole_sizes = image_sizes(shards, whole, config.data.train_split)
         self.images = len(whole_sizes)
-        loss, scales = config.loss, config.riae.decode_scales
-        resized = loss.magnify or loss.equivariance or loss.encode_scales or scales
+        resized = config.loss.magnify or config.loss.equivariance
         self.shapes = None if resized else len(set(map(config.riae.grid_for, set(sizes))))
         self.sizes = whole_sizes[:: math.ceil(len(whole_sizes) / _SIZES)]
         """Sizes of some whole training images, evenly spaced by area."""

@@ -85,9 +85,7 @@ class Workload:
         module: RiaeLoss | R2idLoss
         if isinstance(config, RiaeRun):
             loss = fullest_steps(config.loss)[kind] if fullest else plain_steps(config.loss)
-            scales = _largest(config.riae.decode_scales) if fullest else None
-            riae = config.riae.model_copy(update={"decode_scales": scales})
-            module = riae_loss(RIAE(riae, config.data.channels), loss, config.seed)
+            module = riae_loss(RIAE(config.riae, config.data.channels), loss, config.seed)
         else:
             classes, embedding = self.dimensions.classes, self.dimensions.embedding
             model = R2ID(config.r2id, self.channels(), classes, embedding)
@@ -187,7 +185,7 @@ def plain_steps(loss: LossConfig) -> LossConfig:
     With a discriminator as when it learns. A perceptual network is counted by itself, because a
     program in a file cannot be run without contents.
     """
-    changes: dict[str, Any] = {"discriminator_start": 0, "perceptual": 0.0, "encode_scales": None}
+    changes: dict[str, Any] = {"discriminator_start": 0, "perceptual": 0.0}
     return loss.model_copy(update=changes | {"magnify": 0.0, "equivariance": 0.0})
 
 
@@ -196,7 +194,6 @@ def fullest_steps(loss: LossConfig) -> list[LossConfig]:
 
     Returns one for each kind that may need the most memory.
     """
-    plain = plain_steps(loss).model_copy(update={"encode_scales": _largest(loss.encode_scales)})
     kinds: list[dict[str, Any]] = [{}]
     if loss.magnify:
         # The largest copies, but smaller than the images: all that lies between points is drawn
@@ -205,14 +202,9 @@ def fullest_steps(loss: LossConfig) -> list[LossConfig]:
         scale = largest if largest > 1 else 0.9 * largest
         kinds = [{"magnify": 1.0, "magnify_scales": (scale, scale)}]
     if loss.equivariance:
-        scales = _largest(loss.equivariance_scales)
-        kinds.append({"equivariance": 1.0, "equivariance_scales": scales})
-    return [plain.model_copy(update=changes) for changes in kinds]
-
-
-def _largest(scales: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return scales of which only the largest is left."""
-    return scales and (scales[1], scales[1])
+        largest = loss.equivariance_scales[1]
+        kinds.append({"equivariance": 1.0, "equivariance_scales": (largest, largest)})
+    return [plain_steps(loss).model_copy(update=changes) for changes in kinds]
 
 
 def check_depth(config: R2idRun, grid: Size) -> None:

@@ -58,7 +58,6 @@ class Job:
     """What every code is made for: the same images, cells and seconds."""
 
     riae: RiaeRun
-    first: RiaeRun
     size: Size
     seconds: float
     batches: Batches
@@ -109,13 +108,6 @@ def riae(job: Job) -> Made:
     return training, lambda: Riae(model, job.riae.train.autocast)
 
 
-def first(job: Job) -> Made:
-    torch.manual_seed(job.first.seed)
-    model = RIAE(job.first.riae, job.channels)
-    module = riae_loss(model, job.first.loss, job.first.seed)
-    return Training(module, job.first), lambda: Riae(model, job.first.train.autocast)
-
-
 def _convolutional(kind: type[KlModel] | type[PlainModel], job: Job) -> Made:
     config = job.riae
     cell, latents = config.riae.cell, config.riae.latent_channels
@@ -152,7 +144,6 @@ PEERS: dict[str, Callable[[Job], Made]] = {
     "pca": pca,
     "lapped": lapped,
     "riae": riae,
-    "first": first,
     "kl": kl,
     "plain": plain,
 }

@@ -5,11 +5,11 @@
 
 Compared are PCA of the pixels of each cell (``pca``), and of pixels that are mixed across the
 borders of cells (``lapped``), which is where RIAE starts; RIAE (``riae``) without noise on its
-latents; RIAE as first published (``first``); and two convolutional autoencoders of about RIAE's
-number of parameters: diffusers' AutoencoderKL (``kl``, needs ``pip install r2id[bench]``) and a
-plain one that is faster on a CPU (``plain``). All see the same batches; the last two get the best
-of three learning rates, each tried for a fifth of the seconds. Seconds are those of the process
-while it trains, RIAE's PCA included; loading and evaluation do not count.
+latents; and two convolutional autoencoders of about RIAE's number of parameters: diffusers'
+AutoencoderKL (``kl``, needs ``pip install r2id[bench]``) and a plain one that is faster on a CPU
+(``plain``). All see the same batches; the last two get the best of three learning rates, each tried
+for a fifth of the seconds. Seconds are those of the process while it trains, RIAE's PCA included;
+loading and evaluation do not count.
 
 Sets (--set): digits, mnist and photos as the configs of these names prepare them, and native:
 photos at their own sizes, of which every tenth is held out, trained in windows of 64×64 with cells
@@ -49,7 +49,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from r2id.config import RiaeRun, load_config
-from r2id.config.files import parse_config
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation.classifier import Classifier, load_or_train_classifier
@@ -83,7 +82,6 @@ NAMES = {
     "pca": "PCA",
     "lapped": "PCA, lapped",
     "riae": "RIAE",
-    "first": "RIAE, first design",
     "kl": "AutoencoderKL",
     "plain": "plain convolutions",
 }
@@ -103,8 +101,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def configured(setting: Setting, options: argparse.Namespace) -> tuple[RiaeRun, RiaeRun]:
-    """RIAE's config and the first design's, of equal latents."""
+def configured(setting: Setting, options: argparse.Namespace) -> RiaeRun:
+    """RIAE's config for a set."""
     path = options.config or CONFIGS / setting.config
     shape = [f"riae.downsample={setting.cell}", f"riae.latent_channels={setting.latents}"]
     data = [f"data.shards={options.data / setting.shards}", f"data.channels={setting.colours}"]
@@ -114,12 +112,11 @@ def configured(setting: Setting, options: argparse.Namespace) -> tuple[RiaeRun, 
     if setting.batch:
         plain.append(f"train.batch={setting.batch}")
     riae = load_config(path, [*shape, *data, *plain, *options.override])
-    first = parse_config(setting.first, [*shape, *data])
-    assert isinstance(riae, RiaeRun) and isinstance(first, RiaeRun)
+    assert isinstance(riae, RiaeRun)
     riae = resolve_precision(riae, torch.device("cpu"))
     if riae.riae.kind != "lattice":
         raise InputError(f"{path}: riae.kind = {riae.riae.kind!r}: must be 'lattice' here")
-    return riae, first
+    return riae
 
 
 class Bench:
@@ -127,12 +124,10 @@ class Bench:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.out, setting = name, options.out, SETTINGS[name]
-        riae, first = configured(setting, options)
+        riae = configured(setting, options)
         shards = ShardSet.open(riae.data.shards)
         self.images = (Images if setting.size else Windows)(shards, riae.data)
-        self.job = Job(
-            riae, first, self.images.size, options.seconds, self.images.batch, self.images.some
-        )
+        self.job = Job(riae, self.images.size, options.seconds, self.images.batch, self.images.some)
         self.judge: Classifier | None = None
         if setting.size:
             file = self.out / f"classifier-{name}.safetensors"

@@ -111,7 +111,7 @@ class DiT(_Foreign):
     def job(self) -> Job:
         setup, images = self.setup, self.setup.images
         seconds = CODE_SHARE * setup.seconds
-        return Job(setup.riae, setup.riae, setup.size, seconds, images.batch, images.some)
+        return Job(setup.riae, setup.size, seconds, images.batch, images.some)
 
     def prepare(self) -> dict[str, Any]:
         def build() -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""The sets of images that autoencoders.py codes, and the first design's settings for each."""
+"""The sets of images that autoencoders.py codes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,47 +22,14 @@ TESTS, RESIZED = 2000, 400  # test images at the trained size, and at others
 HELD_OUT, WINDOW, PHOTO = 10, 64, 1 << 18  # every tenth photo; pixels
 
 
-def _first(
-    riae: dict[str, Any], loss: dict[str, Any], train: dict[str, Any], lr: float, end: float
-) -> dict[str, Any]:
-    """Write the first design's config as it was for a set, but for noise on latents."""
-    common = {"kind": "attention", "encoder_blocks": 2, "decoder_blocks": 2, "heads": 4}
-    return {
-        "stage": "riae",
-        "run": "none",
-        "data": {"shards": "none"},
-        "riae": {**common, "width": 128, "pixel_width": 64, **riae},
-        "loss": loss,
-        "optim": {"lr": lr, "lr_end": end},
-        "train": {"steps": 1, "precision": "bfloat16", "ema": 0.995, **train},
-    }
-
-
-_MANY_SIZES = {"bounded": True, "condition_on_pixel_size": True}
-_NATIVE = _first(
-    {
-        "attention": "tiled",
-        "latent_attention": "tiled",
-        "latent_blocks": 1,
-        "width": 96,
-        "pixel_width": 48,
-    },
-    {"decode_pixels": 512, "jitter": 0.5, "pixel": "charbonnier"},
-    {"batch": 16},
-    2e-3,
-    1e-4,
-)
-
-
 @dataclass(frozen=True)
 class Setting:
-    """One set of images, how it is cut into cells, and the first design's settings for it."""
+    """One set of images, and how it is cut into cells."""
 
     shards: str
     config: str
     cell: int
     latents: int
-    first: dict[str, Any]
     colours: int = 3
     batch: int | None = None
     """Images per training step of RIAE and the convolutional ones; None: the config's."""
@@ -72,52 +38,11 @@ class Setting:
 
 
 SETTINGS = {
-    "digits": Setting(
-        "digits",
-        "digits/riae.toml",
-        2,
-        4,
-        _first(
-            {"width": 64, "bounded": True},
-            {"encode_cloud": 0.5, "decode_pixels": 64},
-            {"batch": 64},
-            2e-3,
-            1e-4,
-        ),
-        colours=1,
-        size=(8, 8),
-    ),
-    "mnist": Setting(
-        "mnist",
-        "mnist/small-riae.toml",
-        4,
-        8,
-        _first(
-            {**_MANY_SIZES, "decode_scales": [0.75, 2.0]},
-            {"encode_cloud": 0.5, "encode_scales": [0.5, 1.0]},
-            {"batch": 64, "ema": 0.998},
-            3e-3,
-            2e-5,
-        ),
-        colours=1,
-        size=(28, 28),
-    ),
-    "photos": Setting(
-        "photos",
-        "photos/small-riae.toml",
-        4,
-        16,
-        _first(
-            {**_MANY_SIZES, "attention": "tiled", "halo": 1.0, "decode_scales": [0.5, 2.0]},
-            {"decode_pixels": 256},
-            {"batch": 32},
-            3e-3,
-            5e-5,
-        ),
-        size=(32, 32),
-    ),
-    "native-8": Setting("photos-native", "photos/native-riae.toml", 8, 16, _NATIVE, batch=16),
-    "native-4": Setting("photos-native", "photos/native-riae.toml", 4, 16, _NATIVE, batch=16),
+    "digits": Setting("digits", "digits/riae.toml", 2, 4, colours=1, size=(8, 8)),
+    "mnist": Setting("mnist", "mnist/small-riae.toml", 4, 8, colours=1, size=(28, 28)),
+    "photos": Setting("photos", "photos/small-riae.toml", 4, 16, size=(32, 32)),
+    "native-8": Setting("photos-native", "photos/native-riae.toml", 8, 16, batch=16),
+    "native-4": Setting("photos-native", "photos/native-riae.toml", 4, 16, batch=16),
 }
 
 

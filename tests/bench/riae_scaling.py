@@ -1,4 +1,4 @@
-"""Time and memory of RIAE's encode and decode from 64×64 to 1024×1024 with tiled attention.
+"""Time and memory of RIAE's encode and decode from 64×64 to 1024×1024.
 
     python tests/bench/riae_scaling.py [--sides 64 128 256 512 1024] [--bfloat16] [--json]
         [riae.key=value ...]
@@ -24,11 +24,7 @@ data = {shards = "none", channels = 3}
 train = {steps = 1}
 
 [riae]
-kind = "attention"
-attention = "tiled"
 width = 128
-pixel_width = 64
-heads = 4
 encoder_blocks = 2
 decoder_blocks = 3
 latent_channels = 16

@@ -77,10 +77,6 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "RIAE": ("mnist/reference-riae", ["loss.magnify=0.5"]),
     "RIAE, discriminator": ("photos/faces-sharp-riae", ["loss.perceptual=0", "loss.ssim=0.1"]),
     "RIAE by attention": ("mnist/published-riae", ["riae.width=32", "riae.heads=2"]),
-    "with tiles": (
-        "mnist/published-riae",
-        ["riae.width=32", "riae.heads=2", 'riae.attention="tiled"'],
-    ),
 }
 
 

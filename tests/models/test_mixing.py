@@ -11,7 +11,7 @@ from r2id.config import DiffusionConfig, R2idConfig, TrainConfig
 from r2id.config.models import AttentionKind
 from r2id.models import mixing
 from r2id.models.r2id import R2ID
-from r2id.models.tiles import Tiles
+from r2id.models.tiles import tiles_of
 from r2id.models.tracing import count_flops
 from r2id.training.blocks import prepare_blocks
 from r2id.training.losses.r2id import R2idLoss
@@ -65,10 +65,7 @@ def test_tiled(grid, tile, halo):
     # A token's centre lies half a token from its edge.
     near = (at[None] + 0.5 >= low[:, None] - halo) & (at[None] + 0.5 <= low[:, None] + tile + halo)
     q, k, v = draw(grid)
-    assert_close(
-        mixing.tiled(q, k, v, Tiles.between(grid, grid, grid, tile, halo)),
-        masked(q, k, v, near.all(-1)),
-    )
+    assert_close(mixing.tiled(q, k, v, tiles_of(grid, tile, halo)), masked(q, k, v, near.all(-1)))
 
 
 @pytest.mark.parametrize(("tokens", "groups"), [(12, 3), (13, 3), (9, 4), (5, 1), (4, 4)])

@@ -5,10 +5,10 @@ import torch
 
 from r2id.models.mixing import cloud, tiled
 from r2id.models.rows import gather_rows, inverted, permute_rows
-from r2id.models.tiles import Tiles
+from r2id.models.tiles import tiles_of
 from tests.stand_in import stand_in_gpu
 
-GRIDS = [((9, 13), (9, 13), 4, 2.0), ((33, 20), (5, 3), 2, 0.7), ((7, 4), (17, 11), 3, 0.0)]
+GRIDS = [((9, 13), 4, 2), ((5, 3), 2, 1), ((17, 11), 3, 0)]
 SLOW = ("embedding_dense_backward", "index_put", "index_add", "scatter_add", "sort")
 
 
@@ -49,12 +49,9 @@ def test_rows_that_are_taken_once():
     )
 
 
-@pytest.mark.parametrize("chosen", [False, True])
-@pytest.mark.parametrize(("queries", "keys", "tile", "halo"), GRIDS)
-def test_keys_that_several_tiles_take(queries, keys, tile, halo, chosen):
-    tiles = Tiles.between(queries, keys, keys, tile, halo)
-    if chosen:
-        tiles = tiles.choose(torch.stack([torch.randperm(tiles.keys.shape[1])[:2] for _ in "ab"]))
+@pytest.mark.parametrize(("grid", "tile", "halo"), GRIDS)
+def test_keys_that_several_tiles_take(grid, tile, halo):
+    tiles = tiles_of(grid, tile, halo)
     # Nothing that is computed of padding counts.
     kept = tiles.key_mask.expand(2, -1, -1).flatten(0, 1)[:, None, :, None]
 
@@ -63,29 +60,34 @@ def test_keys_that_several_tiles_take(queries, keys, tile, halo, chosen):
         gathered = x.unsqueeze(2).expand(-1, -1, index.shape[2], -1, -1)
         return gathered.gather(3, index.expand(-1, 3, -1, -1, 5)).transpose(1, 2).flatten(0, 1)
 
-    x = torch.randn(2, 3, keys[0] * keys[1], 5)
+    x = torch.randn(2, 3, grid[0] * grid[1], 5)
     same(lambda x: tiles.gather_keys(x) * kept, lambda x: plain(x) * kept, x)
     assert kept.any() and len(tiles.gather_keys(x)) == len(kept)
 
 
-@pytest.mark.parametrize(("queries", "keys", "tile", "halo"), GRIDS)
-def test_the_order_of_tiles(queries, keys, tile, halo):
-    tiles = Tiles.between(queries, keys, keys, tile, halo)
-    kept = tiles.query_mask.flatten()[:, None]
-    index = tiles.queries.flatten()
-    x = torch.randn(2, queries[0] * queries[1], 3)
-    same(lambda x: tiles.to_tile_order(x) * kept, lambda x: x[:, index] * kept, x)
-    x = torch.randn(2, len(index), 3)
-    same(tiles.from_tile_order, lambda x: x[:, tiles.slots], x)
+@pytest.mark.parametrize(("grid", "tile", "halo"), GRIDS)
+def test_the_order_of_tiles(grid, tile, halo):
+    tiles = tiles_of(grid, tile, halo)
+    kept = tiles.query_mask.repeat(2, 1)[:, None, :, None]
+
+    def apart(x):
+        return x[:, :, tiles.queries].transpose(1, 2).flatten(0, 1)
+
+    def together(x):
+        return x.unflatten(0, (2, -1)).transpose(1, 2).flatten(2, 3)[:, :, tiles.slots]
+
+    x = torch.randn(2, 3, grid[0] * grid[1], 5)
+    same(lambda x: tiles.split_queries(x) * kept, lambda x: apart(x) * kept, x)
+    same(tiles.join_queries, together, apart(x))
 
 
 def test_a_mask_is_made_where_there_is_padding():
-    whole = Tiles.between((8, 8), (8, 8), (8, 8), 4, 0.0)
+    whole = tiles_of((8, 8), 4, 0)
     assert whole.mask(2) is None and whole.key_mask.all()
-    padded = Tiles.between((8, 8), (8, 8), (8, 8), 3, 1.0)
-    assert torch.equal(padded.mask(1)[:, 0, 0], padded.key_mask[0]) and not padded.key_mask.all()
+    padded = tiles_of((8, 8), 3, 1)
+    assert torch.equal(padded.mask(1)[:, 0, 0], padded.key_mask) and not padded.key_mask.all()
     q, k, v = torch.randn(3, 2, 2, 64, 8)
-    apart = whole.queries[0]
+    apart = whole.queries
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(part[:, :, apart].transpose(1, 2) for part in (q, k, v))
     )
@@ -94,9 +96,9 @@ def test_a_mask_is_made_where_there_is_padding():
 
 
 def test_a_gpu_neither_sorts_indices_nor_adds_with_atomics():
-    tiles, tokens = ((5, 7), (5, 7), (5, 7), 2, 1.0), 35
+    tokens = 35
     with stand_in_gpu() as counts:
-        there = Tiles.between(*tiles, device=torch.device("cuda"))
+        there = tiles_of((5, 7), 2, 1, torch.device("cuda"))
         q, k, v = (torch.randn(2, 2, tokens, 8).to("cuda").requires_grad_() for _ in range(3))
         order = torch.randperm(tokens).to("cuda")
         mixed = tiled(q, k, v, there) + cloud(q, k, v, order, 4)
@@ -108,7 +110,7 @@ def test_a_gpu_neither_sorts_indices_nor_adds_with_atomics():
 
 
 def test_tiles_compile_to_one_graph():
-    tiles = Tiles.between((5, 7), (5, 7), (5, 7), 2, 1.0)
+    tiles = tiles_of((5, 7), 2, 1)
     q, k, v = torch.randn(3, 2, 2, 35, 8).requires_grad_()
     compiled = torch.compile(tiled, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, tiles), tiled(q, k, v, tiles))

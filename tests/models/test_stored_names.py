@@ -16,7 +16,6 @@ CONFIG = RiaeConfig(
     heads=2,
     encoder_blocks=1,
     decoder_blocks=1,
-    latent_blocks=1,
     fourier=(-1, 2),
 )
 # Names and shapes in model.safetensors of version 0.1, in the order of the weights.
@@ -40,35 +39,11 @@ encoder.0.ffn_norm.weight 32
 encoder.0.ffn.gate.weight 96x32
 encoder.0.ffn.value.weight 96x32
 encoder.0.ffn.out.weight 32x96
-encoder_latent.0.norm.weight 32
-encoder_latent.0.attention.log_reach 2
-encoder_latent.0.attention.query.weight 20x32
-encoder_latent.0.attention.key.weight 20x32
-encoder_latent.0.attention.value.weight 32x32
-encoder_latent.0.attention.out.weight 32x32
-encoder_latent.0.attention.query_norm.weight 10
-encoder_latent.0.attention.key_norm.weight 10
-encoder_latent.0.ffn_norm.weight 32
-encoder_latent.0.ffn.gate.weight 96x32
-encoder_latent.0.ffn.value.weight 96x32
-encoder_latent.0.ffn.out.weight 32x96
 to_latent.0.weight 32
 to_latent.1.weight 3x32
 to_latent.1.bias 3
 latent_in.weight 32x35
 latent_in.bias 32
-decoder_latent.0.norm.weight 32
-decoder_latent.0.attention.log_reach 2
-decoder_latent.0.attention.query.weight 20x32
-decoder_latent.0.attention.key.weight 20x32
-decoder_latent.0.attention.value.weight 32x32
-decoder_latent.0.attention.out.weight 32x32
-decoder_latent.0.attention.query_norm.weight 10
-decoder_latent.0.attention.key_norm.weight 10
-decoder_latent.0.ffn_norm.weight 32
-decoder_latent.0.ffn.gate.weight 96x32
-decoder_latent.0.ffn.value.weight 96x32
-decoder_latent.0.ffn.out.weight 32x96
 point_in.0.weight 16x40
 point_in.0.bias 16
 point_in.2.weight 16x16

@@ -50,7 +50,6 @@ SHORT = ("train.steps=4", "train.batch=8", "train.log_every=100", "data.train_sp
 STAGES = {
     "lattice": ("loss.equivariance=0.3", "loss.magnify=0.4"),
     "attention": ("loss.jitter=0.5", "loss.decode_cloud=0.5"),
-    "tiled": ("riae.attention=tiled", "riae.tile=2", "riae.halo=1"),
     "r2id": (
         'r2id.attention=["full","cloud","tiled"]',
         "r2id.cloud_tokens=6",

@@ -20,16 +20,7 @@ from tests.stand_in import stand_in_gpu
 SMALL = {"width": 32, "heads": 2, "encoder_blocks": 1, "decoder_blocks": 1}
 RIAES = {
     "lattice": RiaeConfig(latent_channels=4, downsample=2, width=32, features=4),
-    "cloud": RiaeConfig(kind="attention", downsample=2.0, pixel_width=32, **SMALL),
-    "tiled": RiaeConfig(
-        kind="attention",
-        attention="tiled",
-        tile=2,
-        gaussian_window=True,
-        downsample=2.0,
-        pixel_width=32,
-        **SMALL,
-    ),
+    "attention": RiaeConfig(kind="attention", downsample=2.0, pixel_width=32, **SMALL),
 }
 R2IDS = {
     "context": R2idConfig(**SMALL),

@@ -33,17 +33,9 @@ LATTICE = {
     "windows, activations again": ("loss.window=[6,5]", "train.activation_checkpointing=all"),
 }
 ATTENTION = {
-    "cloud": ("loss.encode_scales=[0.5,1.5]", "riae.decode_scales=[0.5,2.0]"),
+    "cloud": (),
     "cloud of latents": ("loss.decode_cloud=0.5", "loss.jitter=0.5", "loss.texture=0.1"),
-    "tiled": ("riae.attention=tiled", "riae.tile=2", "riae.halo=1", "riae.gaussian_window=true"),
-    "tiled latents": (
-        "riae.attention=tiled",
-        "riae.latent_attention=tiled",
-        "riae.tile=2",
-        "riae.halo=1",
-        "riae.linear=true",
-        "riae.bounded=false",
-    ),
+    "linear": ("riae.linear=true",),
 }
 R2ID = {
     "context": (),
@@ -70,7 +62,7 @@ R2ID = {
     ),
     "bfloat16": ("train.precision=bfloat16",),
 }
-FAST = ("all terms", "windows, activations again", "cloud of latents", "tiled latents", "all kinds")
+FAST = ("all terms", "windows, activations again", "cloud of latents", "linear", "all kinds")
 """Those that have most of what the others have one by one; the others are slow."""
 
 

@@ -133,7 +133,7 @@ def test_a_config_that_version_0_1_wrote_says_what_to_change(tmp_path: Path, dig
     file = tmp_path / "config.toml"
     file.write_text(
         f'stage = "riae"\nrun = "{tmp_path}/run"\ndata.shards = "{digits}"\ntrain.steps = 1\n'
-        'riae.pixel_width = 32\nriae.attention = "tiled"\n'
+        'riae.pixel_width = 32\nriae.attention = "cloud"\n'
     )
     said = refusal(load_config, file)
     assert "'attention'" in said and "'lattice'" in said and "pixel_width = 32" in said

@@ -313,13 +313,12 @@ def test_the_error_of_an_untrained_run_is_that_of_the_analysis(
     assert error == pytest.approx(variances[:2].sum() / 4, rel=0.05)
 
 
-@pytest.mark.parametrize("attention", ["cloud", "tiled"])
 def test_attention_may_begin_with_it_too(
-    attention: str, digits: Path, tmp_path: Path, fits: list[dict[str, Tensor]]
+    digits: Path, tmp_path: Path, fits: list[dict[str, Tensor]]
 ) -> None:
     """Untrained, it is the analysis at the images' own size, and bicubic resizing at others."""
-    few = ["riae.bounded=false", "riae.latent_channels=2", f"riae.attention={attention}"]
-    config = attention_config(digits, tmp_path / "run", *few, "riae.linear=true")
+    few = ["riae.latent_channels=2", "riae.linear=true"]
+    config = attention_config(digits, tmp_path / "run", *few)
     model = started(config)
     task = make_task(config, dist.init(), 8)
     assert isinstance(task, RiaeTask) and len(fits) == 1
@@ -345,9 +344,7 @@ def test_attention_may_begin_with_it_too(
     loss.backward()
     for name, weight in task.module.model.named_parameters():
         assert weight.grad is not None, name
-    config = attention_config(
-        digits, tmp_path / "trained", *few, "riae.linear=true", "train.steps=60"
-    )
+    config = attention_config(digits, tmp_path / "trained", *few, "train.steps=60")
     train(config)
     trained = Codec.load(config.run).model
     assert F.mse_loss(trained.decode(trained.encode(images), (8, 8)), images) < 1.02 * error

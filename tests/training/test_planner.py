@@ -30,7 +30,7 @@ from r2id.training.planner import (
 from r2id.training.reading_rate import reading_rate
 from r2id.training.recording import MOST
 from r2id.training.workload import Dimensions, Workload, image_cost
-from tests.conftest import ATTENTION_CONFIG, CONFIGS
+from tests.conftest import CONFIGS
 from tests.data.conftest import write_set
 
 PHOTOS = CONFIGS / "imagenet"
@@ -99,16 +99,11 @@ def test_memory_is_within_15_percent_of_what_real_steps_take(case, zero, process
         assert part["ratio"] == pytest.approx(1, abs=0.15), part
 
 
-RESIZED = ["riae.attention=tiled", "loss.encode_scales=[0.5, 2]", "riae.decode_scales=[0.5, 2]"]
-FEW_BLOCKS = ["riae.encoder_blocks=1", "riae.decoder_blocks=1"]
-
-
 @pytest.mark.parametrize(
     ("path", "more"),
     [
         (SMALL_PHOTOS, ["loss.magnify=0.5", "loss.equivariance=0.25"]),
         (SMALL_PHOTOS, ["loss.equivariance=0.5", "loss.equivariance_scales=[0.5, 2]"]),
-        (ATTENTION_CONFIG, [*RESIZED, *FEW_BLOCKS, "seed=1"]),
     ],
 )
 def test_no_kind_of_step_takes_more_memory_than_planned(path, more):

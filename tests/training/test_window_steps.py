@@ -101,6 +101,14 @@ def test_steps_are_of_each_kind_as_often_as_the_settings_say(
     assert kinds["equivariance"] == pytest.approx(80, abs=32)
 
 
+def test_random_sizes_reach_from_end_to_end_and_both_sides_have_their_own() -> None:
+    sizes = {windows.random_size((20, 40), (0.5, 2.0), 0, step) for step in range(400)}
+    assert {min(h for h, _ in sizes), max(h for h, _ in sizes)} == {10, 40}
+    assert {min(w for _, w in sizes), max(w for _, w in sizes)} == {20, 80} and len(sizes) == 64
+    again = windows.random_size((20, 40), (0.5, 2.0), 0, 7)
+    assert again == windows.random_size((20, 40), (0.5, 2.0), 0, 7)
+
+
 SETTINGS = [
     {},
     {"magnify": 1.0},

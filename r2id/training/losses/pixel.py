@@ -27,12 +27,6 @@ PIXEL_LOSSES: dict[PixelLoss, Callable[[Tensor], Tensor]] = {
 }
 
 
-def reconstruction_loss(
-    decoded: Tensor, truth: Tensor, kind: PixelLoss, weight: Tensor | None = None
-) -> Tensor:
-    """Mean loss of decoded colours against true ones, both [B, P, C].
-
-    ``weight`` multiplies the losses before the mean and must broadcast against them.
-    """
-    error = PIXEL_LOSSES[kind](decoded - truth)
-    return (error if weight is None else error * weight).mean()
+def reconstruction_loss(decoded: Tensor, truth: Tensor, kind: PixelLoss) -> Tensor:
+    """Mean loss of decoded colours against true ones, of one shape."""
+    return PIXEL_LOSSES[kind](decoded - truth).mean()

@@ -27,10 +27,7 @@ from r2id.models import coords
 from r2id.models.coords import Size
 from r2id.models.riae import RIAE
 from r2id.models.rows import gather_rows, inverted
-from r2id.models.tiles import Tiles
-from r2id.models.visibility import DecoderPixels, Subsets
 from r2id.training.losses.pixel import reconstruction_loss
-from r2id.training.losses.rescaling import rescaled
 from r2id.training.losses.streams import Stream
 
 _STREAMS = (*map(Stream, range(6)), Stream.DIRECTION)
@@ -56,10 +53,10 @@ def _drawn(
 class _Chosen:
     """Pixels of a training step, and what is drawn for them from the standard normal."""
 
-    encoder: Tensor | None
-    """Pixels that the encoder sees, int64 [B, N]; None: all."""
-    decoder: DecoderPixels
-    """Pixels that the decoder renders, P of each image."""
+    encoder: Tensor
+    """Pixels that the encoder sees, int64 [B, N]."""
+    decoder: Tensor
+    """Pixels that the decoder renders, int64 [B, P]."""
     latents: Tensor | None
     """Latents that the decoder sees, int64 [B, M']; None: all."""
     encoder_jitter: Tensor | None
@@ -82,12 +79,6 @@ class _Points:
     """Coordinates of the points, [B, P, 4]."""
     colours: Tensor
     """True colours of the points, [B, P, C]."""
-    size: Size
-    """Size of the image that the points are taken from."""
-    tiles: Tiles | None
-    """The tiles that the points make up, if attention is tiled."""
-    weight: Tensor | None
-    """Weights of the points' errors, [B, P, 1]; None: all are 1."""
     linear: Tensor | None
     """What the linear map decodes, [B, C, …]; None: there is none."""
 
@@ -95,10 +86,8 @@ class _Points:
 class PointLoss(nn.Module):
     """Error of reconstructing some points of an image from the pixels that the encoder sees.
 
-    The model's visibility chooses them: the encoder sees a random cloud of pixels and the decoder
-    renders random points, or with ``tiled`` attention, the encoder sees all pixels and the decoder
-    renders random tiles. A jittered point stays in the tile of its pixel: half a pixel is little
-    beside the halo.
+    The encoder sees a random cloud of pixels; the decoder renders random points, and sees all
+    latents or a random cloud of them.
     """
 
     def __init__(self, model: RIAE, config: LossConfig, seed: int) -> None:
@@ -114,26 +103,21 @@ class PointLoss(nn.Module):
         keys = self._keys(step, index, image.device)
         grid = self.model.grid_for(size)
         cells = coords.grid_coordinates(grid, device=image.device).unsqueeze(0)
-        seen = rescaled(image, config.encode_scales, self.seed, step, Stream.ENCODE_SCALE)
-        asked = rescaled(
-            image, self.model.config.decode_scales, self.seed, step, Stream.DECODE_SCALE
-        )
-        shown = max(1, round(config.encode_cloud * size[0] * size[1]))
-        chosen = self._choose(seen, asked, grid, shown, keys)
-        latents = self._encode(seen, cells, grid, chosen)
-        latents = latents + self.model.parts.encoder.encode_linearly(seen, grid)
+        chosen = self._choose(size, grid, keys)
+        latents = self._encode(image, cells, grid, chosen)
+        latents = latents + self.model.parts.encoder.encode_linearly(image, grid)
         if chosen.latent_noise is not None:
             latents = latents + config.latent_noise * chosen.latent_noise
-        kv = self.model.parts.decoder.spread_latents(latents, cells, grid)
+        kv = self.model.parts.decoder.spread_latents(latents, cells)
         linear = self.model.parts.decoder.decode_linearly(latents, grid)
-        points = self._choose_points(kv, cells, grid, asked, chosen, linear)
+        points = self._choose_points(kv, cells, grid, image, chosen, linear)
         decoded = self._decode(points, points.coordinates, grid)
-        loss = reconstruction_loss(decoded, points.colours, config.pixel, points.weight)
+        loss = reconstruction_loss(decoded, points.colours, config.pixel)
         if config.texture:
-            texture = self._texture_loss(points, decoded, grid, asked, keys)
+            texture = self._texture_loss(points, decoded, grid, image, keys)
             loss = loss + config.texture * texture
         return loss, {
-            "mse": reconstruction_loss(decoded.detach(), points.colours, "mse", points.weight),
+            "mse": reconstruction_loss(decoded.detach(), points.colours, "mse"),
             "latent_rms": latents.detach().square().mean().sqrt(),
         }
 
@@ -143,60 +127,45 @@ class PointLoss(nn.Module):
         folded = torch.stack([rng.fold(keys, stream) for stream in _STREAMS])
         return dict(zip(_STREAMS, folded.to(device, non_blocking=True).unbind(), strict=True))
 
-    def _choose(
-        self, seen: Tensor, asked: Tensor, grid: Size, shown: int, keys: Mapping[Stream, Tensor]
-    ) -> _Chosen:
-        """Draw all subsets and all noise; the encoder is shown ``shown`` pixels, or all."""
-        config, visibility = self.config, self.model.parts.encoder.visibility
-        pixels, cells = seen.shape[2] * seen.shape[3], grid[0] * grid[1]
-        size: Size = (asked.shape[2], asked.shape[3])
-        rendered = size[0] * size[1]
-        wanted = Subsets(
-            encoder=(pixels, min(pixels, shown)),
-            decoder=(rendered, min(rendered, config.decode_pixels)),
-            latents=(cells, max(1, round(cells * config.decode_cloud)))
-            if config.decode_cloud < 1
-            else None,
-        )
-        drawn = visibility.subsets(wanted, size, grid, asked.device)
+    def _choose(self, size: Size, grid: Size, keys: Mapping[Stream, Tensor]) -> _Chosen:
+        """Draw all subsets and all noise for images of a size (H, W)."""
+        config, pixels, cells = self.config, size[0] * size[1], grid[0] * grid[1]
+        shown = max(1, round(config.encode_cloud * pixels))
+        rendered = min(pixels, config.decode_pixels)
+        clouded, jittered = config.decode_cloud < 1, bool(config.jitter)
         subsets = _drawn(
             rng.subsets,
             keys,
             {
-                Stream.ENCODER_PIXELS: drawn.encoder,
-                Stream.DECODER_PIXELS: drawn.decoder,
-                Stream.LATENT_CLOUD: drawn.latents,
+                Stream.ENCODER_PIXELS: (pixels, shown),
+                Stream.DECODER_PIXELS: (pixels, rendered),
+                Stream.LATENT_CLOUD: (cells, max(1, round(cells * config.decode_cloud)))
+                if clouded
+                else None,
             },
         )
-        of_encoder = subsets.get(Stream.ENCODER_PIXELS)
-        of_decoder = visibility.decoder_pixels(subsets[Stream.DECODER_PIXELS], size, grid)
         noise = _drawn(
             rng.normals,
             keys,
             {
-                Stream.ENCODER_JITTER: (pixels if of_encoder is None else of_encoder.shape[1], 2)
-                if config.jitter
-                else None,
-                Stream.DECODER_JITTER: (of_decoder.pixels.shape[1], 2) if config.jitter else None,
+                Stream.ENCODER_JITTER: (shown, 2) if jittered else None,
+                Stream.DECODER_JITTER: (rendered, 2) if jittered else None,
                 Stream.LATENT_NOISE: (cells, self.model.config.latent_channels)
                 if config.latent_noise
                 else None,
             },
         )
         return _Chosen(
-            of_encoder,
-            of_decoder,
+            subsets[Stream.ENCODER_PIXELS],
+            subsets[Stream.DECODER_PIXELS],
             subsets.get(Stream.LATENT_CLOUD),
             *map(noise.get, (Stream.ENCODER_JITTER, Stream.DECODER_JITTER, Stream.LATENT_NOISE)),
         )
 
     def _encode(self, image: Tensor, cells: Tensor, grid: Size, chosen: _Chosen) -> Tensor:
         """Encode the pixels that the encoder may see: [B, M, L]."""
-        size: Size = (image.shape[2], image.shape[3])
-        encoder = self.model.parts.encoder
         coordinates, colours = self._points(image, grid, chosen.encoder, chosen.encoder_jitter)
-        tiles = encoder.visibility.tiles(grid, size, grid, device=image.device)
-        return encoder.encode_points(colours, coordinates, size, cells, grid, tiles)
+        return self.model.parts.encoder.encode_points(colours, coordinates, cells, grid)
 
     def _choose_points(
         self,
@@ -208,18 +177,14 @@ class PointLoss(nn.Module):
         linear: Tensor | None,
     ) -> _Points:
         """Take the points of the image, and the latents that the decoder may see."""
-        size: Size = (image.shape[2], image.shape[3])
-        asked = chosen.decoder
-        coordinates, truth = self._points(image, grid, asked.pixels, chosen.decoder_jitter)
+        coordinates, truth = self._points(image, grid, chosen.decoder, chosen.decoder_jitter)
         if chosen.latents is not None:
             kv = gather_rows(kv, chosen.latents, inverted(chosen.latents, kv.shape[1]))
             cells = cells[0][chosen.latents]
-        return _Points(kv, cells, coordinates, truth, size, asked.tiles, asked.weight, linear)
+        return _Points(kv, cells, coordinates, truth, linear)
 
     def _decode(self, points: _Points, coordinates: Tensor, grid: Size) -> Tensor:
-        decoded = self.model.parts.decoder.decode_points(
-            points.kv, points.cells, coordinates, points.size, grid, points.tiles
-        )
+        decoded = self.model.parts.decoder.decode_points(points.kv, points.cells, coordinates, grid)
         if points.linear is None:
             return decoded
         return decoded + coords.sample_image(points.linear, coordinates)
@@ -238,17 +203,17 @@ class PointLoss(nn.Module):
         beside = coords.displace(
             points.coordinates,
             2 * torch.stack([angle.cos(), angle.sin()], dim=-1),
-            points.size,
+            (image.shape[2], image.shape[3]),
             grid,
         )
         change = self._decode(points, beside, grid) - decoded
         true_change = coords.sample_image(image, beside) - points.colours
-        return reconstruction_loss(change, true_change, self.config.pixel, points.weight)
+        return reconstruction_loss(change, true_change, self.config.pixel)
 
     def _points(
-        self, image: Tensor, shape: Size, chosen: Tensor | None, jitter: Tensor | None
+        self, image: Tensor, shape: Size, chosen: Tensor, jitter: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Move the chosen pixels [B, P], or all, by normal noise [B, P, 2], if there is any.
+        """Move the chosen pixels [B, P] by normal noise [B, P, 2], if there is any.
 
         Returns coordinates [B, P, 4] and colours [B, P, C].
 
@@ -257,14 +222,9 @@ class PointLoss(nn.Module):
         blurred mean.
         """
         size: Size = (image.shape[2], image.shape[3])
-        coordinates = coords.grid_coordinates(size, shape, image.device)
-        coordinates = (
-            coordinates.expand(len(image), -1, -1) if chosen is None else coordinates[chosen]
-        )
+        coordinates = coords.grid_coordinates(size, shape, image.device)[chosen]
         if jitter is None:
             flat = rearrange(image, "b c h w -> b (h w) c")
-            if chosen is None:
-                return coordinates, flat
             return coordinates, flat.gather(1, chosen.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
         coordinates = coords.displace(coordinates, self.config.jitter * jitter, size, shape)
         return coordinates, coords.sample_image(image, coordinates)

@@ -18,8 +18,6 @@ class Stream(IntEnum):
     DECODER_JITTER = 3
     LATENT_NOISE = 4
     LATENT_CLOUD = 5
-    DECODE_SCALE = 10
-    ENCODE_SCALE = 12
     DIRECTION = 13
 
     # R2ID.

@@ -35,9 +35,10 @@ from r2id.models.riae import RIAE
 from r2id.training.losses.discriminator import Discriminator, adversarial_terms, nothing
 from r2id.training.losses.perceptual import load_perceptual
 from r2id.training.losses.pixel import reconstruction_loss
-from r2id.training.losses.rescaling import random_size
 from r2id.training.losses.ssim import ssim_loss
 from r2id.training.losses.streams import Stream
+
+_FACTORS = 8  # how many different factors a side may be scaled by
 
 
 class WindowLoss(nn.Module):
@@ -159,6 +160,21 @@ class WindowLoss(nn.Module):
             "r1": (penalty, terms.r1),
             "r2": (penalty, terms.r2),
         }
+
+
+def random_size(size: Size, scales: tuple[float, float], *key: int) -> Size:
+    """Multiply a height and a width by random factors within ``scales``; at least 1×1.
+
+    The random key makes the factors the same for the whole batch.
+    """
+    # Few factors, evenly spaced by logarithm: PyTorch prepares and keeps kernels for every shape
+    # that it meets, about a gigabyte on a CPU for a thousand shapes.
+    places = (int(_FACTORS * rng.number(*key, axis)) / (_FACTORS - 1) for axis in range(2))
+    height, width = (
+        max(1, round(side * scales[0] * (scales[1] / scales[0]) ** place))
+        for side, place in zip(size, places, strict=True)
+    )
+    return height, width
 
 
 def texture_loss(decoded: Tensor, truth: Tensor, kind: PixelLoss) -> Tensor:
