@@ -1,6 +1,7 @@
 """The benchmarks still start: measurements are repeated rarely, and renames would break them."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -123,6 +124,8 @@ def test_training_for_seconds_goes_on_where_it_was_interrupted(
     monkeypatch.syspath_prepend(BENCH)
     timed: Any = importlib.import_module("timed")
     monkeypatch.setattr(timed, "BETWEEN_SAVES", -1.0)  # after every step
+    ticks = itertools.count()  # a step takes 1/64 s, whatever the process does meanwhile
+    monkeypatch.setattr(timed.time, "process_time", lambda: next(ticks) / 64)
     file, first, second, steps = tmp_path / "state.pt", line(), line(), []
 
     def until_the_fifth(step: int) -> dict[str, Tensor]:

@@ -148,8 +148,3 @@ def test_latents_of_the_other_kind_are_refused(
     )
     said = refusal(train, config)
     assert str(latents) in said and "codec_hash" in said and "r2id encode again" in said
-
-
-def test_an_r2id_is_not_sampled_through_the_other_kind(attention_run: Path, r2id_run: Path) -> None:
-    said = refusal(Sampler.load, r2id_run, "cpu", Codec.load(attention_run))
-    assert str(attention_run) in said and str(r2id_run) in said and "trained with" in said
