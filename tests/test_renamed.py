@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from r2id.config import R2idRun, RiaeRun, load_config, parse_config
-from r2id.config.renamed import FIXED, SETTINGS, VALUES, renew_config
+from r2id.config.renamed import REMOVED, SETTINGS, VALUES, renew_config
 from r2id.errors import InputError
 
 RUN = {"run": "runs/x", "data": {"shards": "data/x"}, "train": {"steps": 5}}
@@ -114,9 +114,9 @@ def test_every_new_name_is_a_setting():
 
 
 def of_fixed():
-    """A table of a run with every setting of FIXED that a file can hold."""
+    """A table of a run with every setting of REMOVED that a file can hold."""
     table = {**RUN, "stage": "riae", "riae": {"kind": "attention"}, "loss": {}}
-    for name, value in FIXED.items():
+    for name, value in REMOVED.items():
         section, _, key = name.partition(".")
         if value is not None:
             table[section][key] = value
@@ -134,7 +134,7 @@ def test_settings_that_are_no_more_are_left_out_with_one_word(capsys):
 
 def test_a_checkpoint_is_read_without_them(capsys):
     table = of_fixed()
-    for name, value in FIXED.items():
+    for name, value in REMOVED.items():
         section, _, key = name.partition(".")
         table[section][key] = value
     renewed = renew_config(table)

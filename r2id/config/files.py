@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from r2id.config.pipeline import PipelineRun, StageConfig
 from r2id.config.renamed import (
-    is_fixed,
+    is_removed,
     renew_config,
     renew_setting,
     tell_if_renamed,
@@ -131,7 +131,7 @@ def _apply(table: dict[str, Any], override: str, pipeline: bool) -> None:
         return
     value = _parse_value(text)
     if not pipeline:
-        if is_fixed(name, value, f"override {override!r}"):
+        if is_removed(name, value, f"override {override!r}"):
             tell_left_out(f"override {override!r}", name)
             return
         old_name, old = name, value

@@ -2,7 +2,7 @@
 
 A TOML file or override that uses one is read, with a note on stderr; the config in a checkpoint is
 read silently. To rename a setting, add a line to SETTINGS; to rename a value of a setting, add one
-to VALUES. Remove it a version later. To remove a setting, add a line to FIXED.
+to VALUES. Remove it a version later. To remove a setting, add a line to REMOVED.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SETTINGS = {
 """Old → new name, as ``section.key``."""
 VALUES = {"r2id.attention": {"local": "tiled"}}
 """Today's name of a setting → old → new value."""
-REMOVED = {"sample.attention_guidance"}
-"""Settings that are no more. The config in a checkpoint is read without them."""
-FIXED = {
+IGNORED = {"sample.attention_guidance"}
+"""Settings of sampling that are no more. The config in a checkpoint is read without them."""
+REMOVED = {
     "riae.attention": "cloud",
     "riae.latent_attention": "global",
     "riae.latent_blocks": 0,
@@ -59,14 +59,14 @@ def renew_setting(name: str, value: Any) -> tuple[str, Any]:
     return name, [renew(item) for item in value] if isinstance(value, list) else renew(value)
 
 
-def is_fixed(name: str, value: Any, where: str, advice: str = "leave it out") -> bool:
-    """Tell whether a setting is one of FIXED, with the value that holds now.
+def is_removed(name: str, value: Any, where: str, advice: str = "leave it out") -> bool:
+    """Tell whether a setting was removed, and has the value that every model has now.
 
     Raises InputError, which begins with ``where`` and ends with ``advice``, when it has another.
     """
-    if name not in FIXED or value == FIXED[name]:
-        return name in FIXED
-    now = "does without it" if FIXED[name] is None else f"has {FIXED[name]!r}"
+    if name not in REMOVED or value == REMOVED[name]:
+        return name in REMOVED
+    now = "does without it" if REMOVED[name] is None else f"has {REMOVED[name]!r}"
     raise InputError(
         f"{where}: {name} = {value!r}: was removed, and every model {now} now: {advice}"
     )
@@ -79,7 +79,7 @@ def renew_config(
 
     ``where`` says where the config comes from; with it, what is old is noted on stderr.
     ``stored_in`` is the checkpoint or file of the config of a trained model. Raises InputError when
-    a setting is given under both its names, or is refused by is_fixed.
+    a setting is given under both its names, or is refused by is_removed.
     """
     source, left_out = where or str(stored_in or "config"), list[str]()
     advice = "leave it out" if where else "only the version of r2id that trained this model uses it"
@@ -94,9 +94,9 @@ def renew_config(
         renewed["r2id"]["conditioning"] = "cross"  # likewise
     for section, part in config.items():
         for key, old in part.items() if isinstance(part, dict) else ():
-            if where is None and f"{section}.{key}" in REMOVED:
+            if where is None and f"{section}.{key}" in IGNORED:
                 continue
-            if is_fixed(f"{section}.{key}", old, source, advice):
+            if is_removed(f"{section}.{key}", old, source, advice):
                 left_out.append(f"{section}.{key}")
                 continue
             name, value = renew_setting(f"{section}.{key}", old)

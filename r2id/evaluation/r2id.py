@@ -82,11 +82,13 @@ def measure_loss_by_time(
     times: Sequence[float] = TIMES,
     seed: int = 0,
     conditions: Sequence[str] = CONDITIONS,
+    title: str = "loss by time",
 ) -> dict[str, Any]:
     """Measure the mean loss of test latents at each time, given their class, none, or a wrong one.
 
     All conditions share the same noise, so their curves differ by the condition alone: the class
     matters where the curves part. A model that is not conditioned on classes is measured without.
+    ``title`` is that of the progress.
     """
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "no class": lambda label: torch.full_like(label, -1)
@@ -99,7 +101,7 @@ def measure_loss_by_time(
     changes = {name: changes[name] for name in conditions if name in changes}
     images = sum(len(label) for _, label in latents)
     losses: dict[str, list[float]] = {}
-    with Progress("loss by time", len(changes) * len(times) * images, unit="images") as progress:
+    with Progress(title, len(changes) * len(times) * images, unit="images") as progress:
         for name, change in changes.items():
             losses[name] = []
             for time in times:
@@ -137,6 +139,7 @@ def measure_loss_by_grid(
             times,
             seed,
             conditions=("its class" if sampler.num_classes > 1 else "no class",),
+            title=f"loss on {name}",
         )
         curves[name] = {
             "images": measured["images"],
