@@ -303,14 +303,17 @@ def check_tracked(folder: Path) -> None:
     assert len(runs) == 1 + len(children)
     assert client.get_run(parent).info.status == "FINISHED"
     for stage, last in {"riae": 40, "riae-finetuned": 10, "r2id": 20}.items():
-        steps = [
-            point.step
-            for point in client.get_metric_history(children[stage].info.run_id, "loss/loss")
-        ]
-        assert len(steps) == len(set(steps))
-        assert steps[-1] == last
-        everything = client.get_metric_history(parent, f"{stage}/loss/loss")
-        assert [point.step for point in everything] == steps
+        own, whole_pipelines = (
+            [point.step for point in client.get_metric_history(run, name)]
+            for run, name in (
+                (children[stage].info.run_id, "loss/loss"),
+                (parent, f"{stage}/loss/loss"),
+            )
+        )
+        for steps in (own, whole_pipelines):
+            assert steps == sorted(set(steps)) and steps[-1] == last
+        # What a killed process had not yet sent may be missing from one of both.
+        assert own == whole_pipelines or stage == "r2id"
     whole = client.get_run(parent)
     assert whole.inputs.dataset_inputs[0].dataset.name == "digits"
     assert "results/accuracy 8x8" in whole.data.metrics
