@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from r2id.checkpoints.files import kind_of
 from r2id.checkpoints.pretrained import About, pack
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints
 from r2id.checkpoints.state import MOMENTS, Tensors
-from r2id.checkpoints.trained import Trained, about, weights
-from r2id.config import TrainConfig
+from r2id.checkpoints.trained import Trained, about, open_trained, read_section, weights
+from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, Section, TrainConfig, change
 from r2id.errors import InputError
 from r2id.files import step_of, write_atomic
 from r2id.progress import say
 
+_OF_DATA = ("codec", "digest", "image", "areas", "ratios")
+"""Facts in which a model and its guide may differ: where the RIAE was, and what was trained on."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -73,6 +76,8 @@ def export(
     dtype: str = "float32",
     sigma: float | None = None,
     shift_exponent: float | None = None,
+    guide: Trained | Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     publish: bool = False,
 ) -> dict[str, Any]:
@@ -80,11 +85,12 @@ def export(
 
     ``sigma`` is the width σ_rel of an average to be reconstructed from the run's snapshots; None is
     the average that sampling uses. ``shift_exponent`` replaces an R2ID's trained noise shift. The
-    RIAE and the guide of an R2ID go into the file too. With ``publish``, the configs in it do not
-    tell where files were, but only their names. Returns the file, its size, and how well the
-    average was fitted.
-    Raises InputError when there is no checkpoint, or it is damaged or has no such average, and
-    WorkError when the disk is full.
+    RIAE and the guide of an R2ID go into the file too; ``guide`` is a model whose averaged weights
+    take the place of the run's own, and ``defaults`` are settings of SamplerConfig that samples
+    have by default from then on. With ``publish``, the configs in it do not tell where files were,
+    but only their names. Returns the file, its size, and how well the average was fitted.
+    Raises InputError when there is no checkpoint, or it is damaged or has no such average, or the
+    guide is of another kind, and WorkError when the disk is full.
     """
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: must be a .safetensors file")
@@ -100,6 +106,12 @@ def export(
     if shift_exponent is not None:
         diffusion = {**described.config["diffusion"], "shift_exponent": shift_exponent}
         described = replace(described, config={**described.config, "diffusion": diffusion})
+    early = checkpoint.guide()
+    if guide is not None:
+        early = _weights_of_guide(checkpoint, guide)
+        described = replace(described, identity=None)  # a report of the run is not of this model
+    if defaults:
+        described = replace(described, config=_with_defaults(checkpoint, described, defaults))
 
     def converted(tensors: Tensors) -> Tensors:
         return {name: _converted(name, value, dtype) for name, value in tensors.items()}
@@ -112,8 +124,7 @@ def export(
     if publish:
         described = _without_places(described)
         codec = codec and (_without_places(codec[0]), codec[1])
-    guide = checkpoint.guide()
-    content = pack(described, converted(averaged), codec, guide and converted(guide))
+    content = pack(described, converted(averaged), codec, early and converted(early))
     write_atomic(out, content)
     return {
         "file": str(out),
@@ -125,6 +136,51 @@ def export(
         "statistics": described.statistics is not None,
         "codec": codec is not None,
     }
+
+
+def _weights_of_guide(checkpoint: Checkpoint, guide: Trained | Path) -> Tensors:
+    """Read the weights of another model that is to guide this one.
+
+    Both predict under the same condition, from the same latents at the same noise, with networks of
+    the same structure. Raises InputError when they cannot.
+    """
+    if checkpoint.meta.stage != "r2id":
+        raise InputError(f"--guide: goes with an R2ID, and {checkpoint.path} is an RIAE")
+    other = open_trained(guide, "r2id")
+    wanted, found = _structure(checkpoint), _structure(other)
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise InputError(
+                f"--guide {other.path}: has {name} = {found.get(name)}; must have "
+                f"{wanted.get(name)}, as {checkpoint.path}"
+            )
+    return weights(other)
+
+
+def _structure(trained: Trained) -> dict[str, Any]:
+    """Return the settings and facts that a model and its guide have in common."""
+    sections: dict[str, type[Section]] = {"r2id": R2idConfig, "diffusion": DiffusionConfig}
+    settings = {
+        f"{section}.{name}": value
+        for section, schema in sections.items()
+        for name, value in read_section(trained, section, schema).model_dump(mode="json").items()
+    }
+    facts = {name: fact for name, fact in trained.meta.model.items() if name not in _OF_DATA}
+    del settings["r2id.dropout"]  # of training alone
+    return settings | facts
+
+
+def _with_defaults(
+    checkpoint: Checkpoint, described: About, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a described config in which samples have these settings by default."""
+    if checkpoint.meta.stage != "r2id":
+        raise InputError(
+            f"--{min(defaults).replace('_', '-')}: goes with an R2ID, and {checkpoint.path} is an "
+            "RIAE"
+        )
+    sample = change(read_section(checkpoint, "sample", SampleConfig), defaults)
+    return {**described.config, "sample": sample.model_dump(mode="json")}
 
 
 def _without_places(described: About) -> About:

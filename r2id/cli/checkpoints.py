@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from r2id.cli.fields import Fields, Given, with_fields
 from r2id.cli.options import Device, Json, Overwrite, app, find_device, report
+from r2id.config import SamplerConfig
 from r2id.errors import InputError
 from r2id.progress import counted
 
@@ -78,6 +80,7 @@ def checkpoint_verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
 
 
 @checkpoint_app.command("export")
+@with_fields
 def checkpoint_export(
     checkpoint: Checkpoint,
     out: Annotated[
@@ -87,6 +90,7 @@ def checkpoint_export(
             help="Folder to publish, with a model card and pictures, or one file; must not exist.",
         ),
     ],
+    sampler: Annotated[Given, Fields(SamplerConfig, unset="the run's own")],
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"],
         typer.Option(help="Number format of the weights."),
@@ -99,6 +103,14 @@ def checkpoint_export(
             "such as 0.15, which is computed from the run's snapshots.",
         ),
     ] = "default",
+    guide: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CKPT",
+            help="R2ID whose averaged weights autoguidance moves away from, such as an earlier "
+            "checkpoint of the run. Default: the guide that the run kept, if any.",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +138,10 @@ def checkpoint_export(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write a trained model to a folder or one file; other commands take it in place of a run."""
+    """Write a trained model to a folder or one file; other commands take it in place of a run.
+
+    Settings of sampling that are given become those that its samples have by default.
+    """
     from r2id.checkpoints import Checkpoint as Opened
     from r2id.checkpoints.export import export
     from r2id.sampling.noise_shift import applied_exponent
@@ -142,6 +157,8 @@ def checkpoint_export(
         "dtype": dtype,
         "sigma": sigma,
         "shift_exponent": applied_exponent(opened) if opened.meta.stage == "r2id" else None,
+        "guide": guide,
+        "defaults": sampler,
         "overwrite": overwrite,
     }
     described = {"--name": name, "--license": licence, "--report": metrics}

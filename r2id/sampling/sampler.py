@@ -261,8 +261,10 @@ class Sampler:
                 "(autoguidance needs none)"
             )
         if autoguidance and self.guide is None:
-            why = "the model was trained without a guide (train.guide_after)"
-            raise InputError(f"autoguidance {autoguidance}: {why}; must be 0")
+            raise InputError(
+                f"autoguidance {autoguidance}: the model was trained without a guide "
+                "(train.guide_after); must be 0, or export it with a --guide"
+            )
 
     @torch.no_grad()
     def render(self, latents: Tensor, size: Size, native: Size | None = None) -> Tensor:

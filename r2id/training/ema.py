@@ -41,16 +41,16 @@ def power_decay(step: int, exponent: float) -> float:
     return (1 - 1 / (step + 1)) ** (exponent + 1)
 
 
-def decay_until(step: int, steps: int, decay: Decay) -> float:
-    """Return the decay of an average that keeps what it is after its first ``steps`` updates."""
-    return decay(step) if step < steps else 1.0
+def decay_of_copy(step: int, steps: int) -> float:
+    """Return the decay of a copy that follows its source in the first ``steps`` updates alone."""
+    return 0.0 if step < steps else 1.0
 
 
 def decays(train: TrainConfig) -> dict[str, Decay]:
     """Return the decay of each average that a run keeps, by the average's kind in checkpoints.
 
-    Sampling uses the kind ``ema``. The kind ``guide`` is a copy of it that no longer changes after
-    a share of the run, and is what autoguidance moves away from.
+    Sampling uses the kind ``ema``. The kind ``guide`` is a copy of that one which no longer changes
+    after a share of the run, and is what autoguidance moves away from.
     """
     kept: dict[str, Decay] = {
         kind: partial(power_decay, exponent=exponent_of(sigma))
@@ -58,7 +58,7 @@ def decays(train: TrainConfig) -> dict[str, Decay]:
     } or {"ema": partial(decay_at, limit=train.ema)}
     if train.guide_after is not None:
         steps = max(1, round(train.guide_after * train.steps))
-        kept["guide"] = partial(decay_until, steps=steps, decay=kept["ema"])
+        kept["guide"] = partial(decay_of_copy, steps=steps)
     return kept
 
 
@@ -82,8 +82,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Set average ← decay·average + (1 − decay)·source, after optimizer step ``step``."""
+        """Set average ← decay·average + (1 − decay)·source, after optimizer step ``step``.
+
+        The source is the weights; of the guide, it is the average ``ema`` after this step.
+        """
         for kind, decay in self.decays.items():
             share = 1.0 - decay(step)
             if share:
-                torch._foreach_lerp_(self.averages[kind], self.sources, share)
+                # A copy, so that the guide of a run that goes on can be that of a later step.
+                sources = self.averages["ema"] if kind == "guide" else self.sources
+                torch._foreach_lerp_(self.averages[kind], sources, share)

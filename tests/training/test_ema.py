@@ -35,6 +35,14 @@ def test_a_guide_is_the_average_of_a_share_of_the_run(profiles: tuple[float, ...
     assert torch.equal(averages.averages["guide"][0], seen[2]), "of the first three steps"
     assert not torch.equal(seen[2], seen[-1])
 
+    goes_on = Ema([source], decays(train.model_copy(update={"steps": 30})))  # up to step 12
+    goes_on.averages = averages.averages
+    for step in range(8, 30):
+        source += torch.randn(3)
+        goes_on.update(step)
+        seen.append(goes_on.averages["ema"][0].clone())
+    assert torch.equal(goes_on.averages["guide"][0], seen[11])
+
 
 def test_averages_follow_the_recurrence() -> None:
     source = torch.tensor([1.0, -2.0])
