@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,13 +19,13 @@ from r2id.checkpoints.pretrained import About, pack
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints
 from r2id.checkpoints.state import MOMENTS, Tensors
 from r2id.checkpoints.trained import Trained, about, open_trained, read_section, weights
-from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, Section, TrainConfig, change
+from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, TrainConfig, change
 from r2id.errors import InputError
 from r2id.files import step_of, write_atomic
 from r2id.progress import say
 
 _OF_DATA = ("codec", "digest", "image", "areas", "ratios")
-"""Facts in which a model and its guide may differ: where the RIAE was, and what was trained on."""
+"""Facts in which a model and its guide may differ: the RIAE's place, and what was trained on."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -88,7 +89,8 @@ def export(
     RIAE and the guide of an R2ID go into the file too; ``guide`` is a model whose averaged weights
     take the place of the run's own, and ``defaults`` are settings of SamplerConfig that samples
     have by default from then on. With ``publish``, the configs in it do not tell where files were,
-    but only their names. Returns the file, its size, and how well the average was fitted.
+    but only their names. Returns the file, its size, how well the average was fitted, and the
+    identity that a report of the model has unless its weights are rounded.
     Raises InputError when there is no checkpoint, or it is damaged or has no such average, or the
     guide is of another kind, and WorkError when the disk is full.
     """
@@ -106,12 +108,18 @@ def export(
     if shift_exponent is not None:
         diffusion = {**described.config["diffusion"], "shift_exponent": shift_exponent}
         described = replace(described, config={**described.config, "diffusion": diffusion})
-    early = checkpoint.guide()
+    identity, early = checkpoint.identity, checkpoint.guide()
     if guide is not None:
-        early = _weights_of_guide(checkpoint, guide)
-        described = replace(described, identity=None)  # a report of the run is not of this model
+        other = _open_guide(checkpoint, guide)
+        early = weights(other)
+        identity = hashlib.sha256(f"{identity} guided by {other.identity}".encode()).hexdigest()
+        about_guide = {"step": other.meta.step, "identity": other.identity}
+        described = replace(described, guide=about_guide, identity=described.identity and identity)
     if defaults:
-        described = replace(described, config=_with_defaults(checkpoint, described, defaults))
+        _check_defaults(checkpoint, defaults, guided=early is not None)
+        sample = change(read_section(checkpoint, "sample", SampleConfig), defaults)
+        config = {**described.config, "sample": sample.model_dump(mode="json")}
+        described = replace(described, config=config)
 
     def converted(tensors: Tensors) -> Tensors:
         return {name: _converted(name, value, dtype) for name, value in tensors.items()}
@@ -135,11 +143,13 @@ def export(
         **fitted,
         "statistics": described.statistics is not None,
         "codec": codec is not None,
+        "guide": described.guide,
+        "identity": identity,
     }
 
 
-def _weights_of_guide(checkpoint: Checkpoint, guide: Trained | Path) -> Tensors:
-    """Read the weights of another model that is to guide this one.
+def _open_guide(checkpoint: Checkpoint, guide: Trained | Path) -> Trained:
+    """Open another model that is to guide this one.
 
     Both predict under the same condition, from the same latents at the same noise, with networks of
     the same structure. Raises InputError when they cannot.
@@ -154,33 +164,38 @@ def _weights_of_guide(checkpoint: Checkpoint, guide: Trained | Path) -> Tensors:
                 f"--guide {other.path}: has {name} = {found.get(name)}; must have "
                 f"{wanted.get(name)}, as {checkpoint.path}"
             )
-    return weights(other)
+    return other
 
 
 def _structure(trained: Trained) -> dict[str, Any]:
     """Return the settings and facts that a model and its guide have in common."""
-    sections: dict[str, type[Section]] = {"r2id": R2idConfig, "diffusion": DiffusionConfig}
-    settings = {
-        f"{section}.{name}": value
-        for section, schema in sections.items()
-        for name, value in read_section(trained, section, schema).model_dump(mode="json").items()
-    }
+    network = read_section(trained, "r2id", R2idConfig).model_dump(exclude={"dropout", "jitter"})
+    diffusion = read_section(trained, "diffusion", DiffusionConfig)
     facts = {name: fact for name, fact in trained.meta.model.items() if name not in _OF_DATA}
-    del settings["r2id.dropout"]  # of training alone
-    return settings | facts
+    return {
+        **{f"r2id.{name}": value for name, value in network.items()},
+        "diffusion.objective": diffusion.objective,
+        "diffusion.schedule": diffusion.schedule,
+        **facts,
+    }
 
 
-def _with_defaults(
-    checkpoint: Checkpoint, described: About, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return a described config in which samples have these settings by default."""
+def _check_defaults(checkpoint: Checkpoint, defaults: Mapping[str, Any], guided: bool) -> None:
+    """Raise InputError for settings that samples of the model cannot have."""
     if checkpoint.meta.stage != "r2id":
+        option = min(defaults).replace("_", "-")
+        raise InputError(f"--{option}: goes with an R2ID, and {checkpoint.path} is an RIAE")
+    if defaults.get("autoguidance") and not guided:
         raise InputError(
-            f"--{min(defaults).replace('_', '-')}: goes with an R2ID, and {checkpoint.path} is an "
-            "RIAE"
+            f"--autoguidance {defaults['autoguidance']:g}: {checkpoint.path} has no guide; give it "
+            "one by --guide"
         )
-    sample = change(read_section(checkpoint, "sample", SampleConfig), defaults)
-    return {**described.config, "sample": sample.model_dump(mode="json")}
+    conditional = read_section(checkpoint, "r2id", R2idConfig).condition != "none"
+    if defaults.get("guidance", 1) not in (0, 1) and not conditional:
+        raise InputError(
+            f"--guidance {defaults['guidance']:g}: {checkpoint.path} was trained without "
+            "conditions; must be 0 or 1"
+        )
 
 
 def _without_places(described: About) -> About:

@@ -22,6 +22,8 @@ from r2id.files import fsync, sha256_file
 
 FORMAT_VERSION = 2
 DESCRIPTION = "checkpoint.json"
+LATEST = "latest"
+"""File beside checkpoints that names the newest."""
 CODEC = "codec.safetensors"
 """The RIAE of an R2ID, as an exported model."""
 

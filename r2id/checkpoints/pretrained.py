@@ -56,7 +56,10 @@ class About:
     None for an R2ID, and for any average but the default, because only its latents were measured.
     """
     identity: str | None = None
-    """Checkpoint.identity of what was exported; None when the weights are not exactly those."""
+    """Checkpoint.identity of what was exported, or of it and its guide; None when the weights are
+    not exactly those."""
+    guide: dict[str, Any] | None = None
+    """{"step": …, "identity": …} of a guide that the run did not keep itself."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from r2id import dist
 from r2id.checkpoints import pretrained
-from r2id.checkpoints.files import CODEC, DESCRIPTION, kind_of, read_description
+from r2id.checkpoints.files import CODEC, DESCRIPTION, LATEST, kind_of, read_description
 from r2id.checkpoints.pretrained import Pretrained
 from r2id.checkpoints.state import Shape, Source, Tensors
 from r2id.errors import InputError
@@ -237,8 +237,11 @@ class Checkpoint:
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint folder for a path: itself, or the newest one of a run directory.
 
-    The path may also be a run's ``checkpoints`` folder. Raises InputError when there is none.
+    The path may also be a run's ``checkpoints`` folder, or the file ``latest`` in it. Raises
+    InputError when there is none.
     """
+    if path.name == LATEST and path.is_file():
+        path = path.parent
     if (path / DESCRIPTION).is_file():
         return path
     folders = list_checkpoints(path / "checkpoints") or list_checkpoints(path)

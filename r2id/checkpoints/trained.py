@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from r2id.checkpoints import hub, pretrained
-from r2id.checkpoints.files import DESCRIPTION
+from r2id.checkpoints.files import DESCRIPTION, LATEST
 from r2id.checkpoints.pretrained import About, Pretrained
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints
 from r2id.checkpoints.state import Tensors
@@ -89,14 +89,18 @@ def weights(trained: Trained) -> Tensors:
 def _open(path: Path, stage: str | None) -> Trained:
     if hub.is_hub_name(str(path)):
         path = hub.fetch(str(path))
-    if path.is_file():
+    if path.is_file() and path.name != LATEST:
         return pretrained.read(path)
     if not path.exists():
         raise InputError(
             f"{path}: no such folder or file; must be a run directory, a checkpoint or an exported "
             "model"
         )
-    if (path / DESCRIPTION).is_file() or list_checkpoints(path / "checkpoints"):
+    if (
+        path.name == LATEST
+        or (path / DESCRIPTION).is_file()
+        or list_checkpoints(path / "checkpoints")
+    ):
         return Checkpoint.open(path)
     stages = {file: pretrained.stage_of(file) for file in sorted(path.glob("*.safetensors"))}
     exported = [file for file, found in stages.items() if found]

@@ -14,7 +14,15 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from r2id import dist
-from r2id.checkpoints.files import CODEC, FileFact, Meta, write_description, write_part, write_whole
+from r2id.checkpoints.files import (
+    CODEC,
+    LATEST,
+    FileFact,
+    Meta,
+    write_description,
+    write_part,
+    write_whole,
+)
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints
 from r2id.checkpoints.state import EngineState, Slices, Tensors, whole
 from r2id.errors import InputError, WorkError
@@ -31,7 +39,6 @@ def save(
     meta: Meta,
     *,
     keep: int,
-    milestone_every: int | None = None,
     stats: Tensors | None = None,
     codec: bytes | None = None,
 ) -> Path:
@@ -48,7 +55,7 @@ def save(
     def remove_old() -> None:
         _point_latest_to(folder)
         for old in list_checkpoints(root)[:-keep]:
-            if not milestone_every or step_of(old) % milestone_every:
+            if not _is_milestone(old):
                 _remove(old)
 
     _on_main(folder, remove_old)
@@ -75,7 +82,7 @@ def tidy(run_dir: Path, start: int) -> None:
             if step_of(snapshot) > start:
                 _remove(snapshot)
         folders = list_checkpoints(run_dir / "checkpoints")
-        pointer = run_dir / "checkpoints" / "latest"
+        pointer = run_dir / "checkpoints" / LATEST
         named = pointer.read_text(encoding="utf-8") if pointer.is_file() else None
         if folders and named != f"{folders[-1].name}\n":
             _point_latest_to(folders[-1])
@@ -154,9 +161,18 @@ def _on_main(folder: Path, work: Callable[[], None]) -> None:
     _on_all(folder, work if dist.is_main() else lambda: None)
 
 
+def _is_milestone(folder: Path) -> bool:
+    """Tell whether the run that wrote a checkpoint wanted it kept, whatever it wants now."""
+    try:
+        every = Checkpoint(folder).meta.config["train"].get("milestone_every")
+    except InputError:  # damaged
+        return False
+    return bool(every) and step_of(folder) % every == 0
+
+
 def _point_latest_to(folder: Path) -> None:
     """Have ``latest`` name this checkpoint."""
-    write_atomic(folder.parent / "latest", f"{folder.name}\n".encode())
+    write_atomic(folder.parent / LATEST, f"{folder.name}\n".encode())
 
 
 def _remove(folder: Path) -> None:

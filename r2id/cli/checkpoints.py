@@ -185,7 +185,9 @@ def checkpoint_export(
 def _export_lines(done: dict[str, Any]) -> list[str]:
     lines = [
         f"{done['file']}: {done['stage']} of step {done['step']}, {done['dtype']}, "
-        f"{done['bytes'] / 1e6:.1f} MB" + (", with its RIAE" if done["codec"] else "")
+        f"{done['bytes'] / 1e6:.1f} MB"
+        + (", with its RIAE" if done["codec"] else "")
+        + (f", guided by step {done['guide']['step']}" if done["guide"] else "")
     ]
     if "misfit" in done:
         lines.append(

@@ -262,12 +262,13 @@ def _command(card: Card, metrics: Facts) -> list[str]:
 
 
 def _samples(card: Card) -> Iterable[str]:
-    sample = card.config["config"]["sample"]
+    sample, guide = card.config["sampling"], card.config["guide"]
     yield (
         f"Seeds from {sample['seed']} on, each class in turn where there are classes; "
         f"{sample['steps']} steps of {sample['solver']}, guidance {sample['guidance']:g}, "
-        # Models that were trained before there was autoguidance have no scale of it.
-        f"autoguidance {sample.get('autoguidance', 0):g}. Not chosen: "
+        f"autoguidance {sample['autoguidance']:g}"
+        + (f" away from the weights of step {guide['step']:,}" if guide else "")
+        + ". Not chosen: "
         "the first that were drawn. Pixels of small pictures are shown as squares."
     )
     for height, width in card.sizes:

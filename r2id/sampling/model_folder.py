@@ -26,6 +26,7 @@ import r2id
 from r2id.checkpoints import Checkpoint
 from r2id.checkpoints.export import export
 from r2id.checkpoints.pretrained import FORMAT, Pretrained, read
+from r2id.config import SamplerConfig
 from r2id.errors import InputError
 from r2id.files import atomic_folder, write_json
 from r2id.models.codec import Codec
@@ -39,6 +40,8 @@ WEIGHTS, CONFIG, CARD, PICTURES = "model.safetensors", "config.json", "README.md
 _PLOTS = ("guidance", "loss_by_time")
 """Figures of a report that are published. Others show images of the data set, which may not be."""
 _REPORT_VERSIONS = (2, 3, 4)
+_SAMPLING = {*SamplerConfig.model_fields, "seed"}
+"""Settings of the card's pictures."""
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".onnx")
 """Endings of files that other programs keep weights in: nobody calls a folder so."""
 
@@ -69,7 +72,7 @@ def export_folder(
     with atomic_folder(out) as folder:
         done = export(checkpoint, folder / WEIGHTS, publish=True, **weights)
         model = _open(read(folder / WEIGHTS), device)
-        found = _find_report(model, checkpoint, report)
+        found = _find_report(model, checkpoint, done["identity"], report)
         config = _config(model, done, licence)
         write_json(folder / CONFIG, config)
         sizes, plots = _picture(model, found, folder / PICTURES)
@@ -148,6 +151,10 @@ def _config(model: _Model, done: dict[str, Any], licence: str | None) -> dict[st
         "class_names": list(sampler.class_names) if sampler else [],
         "attributes": list(sampler.attributes) if sampler else [],
         "condition": sampler.model.config.condition if sampler else None,
+        "sampling": sampler.defaults.model_dump(mode="json", include=_SAMPLING)
+        if sampler
+        else None,
+        "guide": about.guide,
         "config": about.config,
         "codec": inner
         and {
@@ -159,7 +166,7 @@ def _config(model: _Model, done: dict[str, Any], licence: str | None) -> dict[st
 
 
 def _find_report(
-    model: _Model, checkpoint: Checkpoint, given: Path | None
+    model: _Model, checkpoint: Checkpoint, identity: str, given: Path | None
 ) -> tuple[Path, dict[str, Any]] | None:
     """Read the report of the model → (its folder, its metrics); None where there is none.
 
@@ -171,7 +178,7 @@ def _find_report(
         return None
     try:
         metrics = json.loads(file.read_bytes())
-        wrong = _difference(model, checkpoint, metrics)
+        wrong = _difference(model, identity, metrics)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -183,15 +190,15 @@ def _find_report(
     return None if wrong else (folder, metrics)
 
 
-def _difference(model: _Model, checkpoint: Checkpoint, metrics: dict[str, Any]) -> str | None:
+def _difference(model: _Model, identity: str, metrics: dict[str, Any]) -> str | None:
     """Tell why figures do not hold for an exported model; None if they do."""
     if metrics["format_version"] not in _REPORT_VERSIONS:
         return f"format_version {metrics['format_version']}; read are {_REPORT_VERSIONS}"
     measured = metrics["provenance"]
     if model.file.about.average != "default":
         return f"measured with another average of the weights than {model.file.about.average}"
-    if measured[model.file.meta.stage]["identity"] != checkpoint.identity:
-        return f"measured with another model than {checkpoint.path}"
+    if measured[model.file.meta.stage]["identity"] != identity:
+        return "measured with another model" + (", or guide," if model.file.about.guide else "")
     if model.sampler:
         used, now = measured["sampling"], model.sampler.diffusion
         if used["shift_exponent"] != now.shift_exponent:

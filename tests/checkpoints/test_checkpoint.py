@@ -16,6 +16,7 @@ from torch import nn
 from r2id.checkpoints import Checkpoint, reading, writing
 from r2id.checkpoints.files import Meta, write_description, write_part
 from r2id.checkpoints.state import EngineState, whole
+from r2id.checkpoints.trained import open_trained
 from r2id.errors import InputError
 from r2id.files import step_of
 from tests.training import children
@@ -98,11 +99,19 @@ def test_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
         7,
         8,
     ]
-    save(tmp_path, 9, keep=1)
+    save(tmp_path, 9, keep=1)  # the run goes on without the setting
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
+        "step-00000003",
+        "step-00000006",
         "step-00000009",
     ]
+
+
+def test_the_pointer_stands_for_the_newest(tmp_path: Path) -> None:
+    newest = [save(tmp_path, step) for step in (1, 2)][-1]
+    assert Checkpoint.open(tmp_path / "checkpoints" / "latest").path == newest
+    assert open_trained(tmp_path / "checkpoints" / "latest").path == newest
 
 
 def test_a_copy_of_another_name_is_left_alone(tmp_path: Path) -> None:

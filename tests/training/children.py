@@ -159,21 +159,17 @@ STATS = {"mean": torch.tensor([0.5]), "std": torch.tensor([2.0])}
 
 def save(run: Path, step: int, keep: int = 2, milestone_every: int | None = None) -> Path:
     """A checkpoint of that small state, by as many ranks as there are."""
+    milestones = {"milestone_every": milestone_every} if milestone_every else {}
     meta = Meta(
         stage="riae",
         step=step,
         samples=step * 8,
         seed=7,
-        config={"train": {"sizes": [[1, 2]], "lr": 1e-3}},
+        config={"train": {"sizes": [[1, 2]], "lr": 1e-3, **milestones}},
         model={"channels": 1},
     )
     return writing.save(
-        run,
-        state(step, dist.rank(), dist.world_size()),
-        meta,
-        keep=keep,
-        milestone_every=milestone_every,
-        stats=STATS,
+        run, state(step, dist.rank(), dist.world_size()), meta, keep=keep, stats=STATS
     )
 
 

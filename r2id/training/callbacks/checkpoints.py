@@ -27,7 +27,6 @@ class Checkpoints(Callback):
             state.engine.state(),
             state.meta(),
             keep=train.keep,
-            milestone_every=train.milestone_every,
             stats=_latent_statistics(state),
             codec=_codec(state),
         )
