@@ -160,9 +160,8 @@ class Pipeline:
         condition = self.condition(chosen_labels or None, attributes, embeddings, count)
         check_samples(self.sampler, size, grid, count)
         chosen = as_seeds(given["seeds"]).expand(count)
-        grid = grid or self.sampler.grid_for(size)
-        latents = self.sampler.latents(condition, chosen, grid, watch=callback, **settings)
-        return [to_picture(image) for image in self.sampler.render(latents, size)]
+        drawn = self.sampler.sample(condition, chosen, size, grid=grid, watch=callback, **settings)
+        return [to_picture(image) for image in drawn]
 
     def encode(self, *pictures: Picture | Sequence[Picture]) -> Tensor:
         """Encode pictures of one size → raw latents [B, L, h, w].

@@ -140,6 +140,17 @@ class Codec:
         """Return the latent grid of an image of this size."""
         return self.model.grid_for(image)
 
+    def size_of(self, grid: Size, like: Size) -> Size:
+        """Return the size of a picture that has this latent grid: ``like`` itself if it has.
+
+        Else it is the largest of that shape that fills the grid, and else all of the grid's cells.
+        """
+        points = grid[0] * self.downsample, grid[1] * self.downsample
+        scale = min(points[0] / like[0], points[1] / like[1])
+        scaled = max(1, round(like[0] * scale)), max(1, round(like[1] * scale))
+        whole = round(points[0]), round(points[1])
+        return next((size for size in (like, scaled) if self.grid_for(size) == grid), whole)
+
     def encode(
         self, images: Tensor, native: Size | None = None, advance: OnProgress | None = None
     ) -> Tensor:

@@ -187,13 +187,15 @@ def make_request(
     names = set(SamplerConfig.model_fields)
     resolved = wanted.model_dump(mode="json", include=names)
     choose_labels(chosen, count, classes)  # InputError for more labels than samples
+    *first, last = map(list, sampler.diffused_grids(size, grid))
     facts = {
         "format_version": FORMAT_VERSION,
         "format": kind,
         "checkpoint": identity,
         "riae": sampler.codec.identity,
         "size": list(size),
-        "grid": list(grid or sampler.grid_for(size)),
+        **({"first_grids": first} if first else {}),
+        "grid": last,
         "count": count,
         "first_seed": wanted.seed,
         "labels": chosen,

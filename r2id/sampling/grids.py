@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,12 @@ def draw_grids(
     seeds = wanted.seed + torch.arange(wanted.count)
     # One column per class (ten without classes), so that each row shows every class once.
     columns = min(len(chosen_labels), classes or 10)
-    grids = [grid or sampler.grid_for(size) for size in sizes]
-    steps = wanted.steps * sum(sampler.batches(wanted.count, latents) for latents in grids)
-    with Progress("sample", steps) as progress:
-        for file, size, latents in zip(files, sizes, grids, strict=True):
+    grids = [sampler.diffused_grids(size, grid) for size in sizes]
+    batches = (sampler.batches(wanted.count, latents) for latents in chain(*grids))
+    with Progress("sample", wanted.steps * sum(batches)) as progress:
+        for file, size in zip(files, sizes, strict=True):
             images = sampler.sample(
-                condition, seeds, size, grid=latents, watch=_counting(progress), **settings
+                condition, seeds, size, grid=grid, watch=_counting(progress), **settings
             )
             save_png(tile(images, columns), file)
     return {
@@ -85,7 +86,7 @@ def draw_grids(
         "labels": chosen_labels.tolist(),
         "class_names": [names[one] if one >= 0 else None for one in chosen_labels.tolist()],
         "seeds": seeds.tolist(),
-        "grids": [list(latents) for latents in grids],
+        "grids": [list(diffused[-1]) for diffused in grids],
     }
 
 

@@ -5,8 +5,7 @@ Shape letters: B samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -26,14 +25,17 @@ from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.models.layers import store_in_bfloat16
 from r2id.models.r2id import R2ID
+from r2id.sampling.batching import explain_out_of_memory, in_batches
 from r2id.sampling.guidance import Guidance
 from r2id.sampling.noise_shift import applied_exponent
-from r2id.sampling.steps import Adjust, Step, Watch
+from r2id.sampling.steps import Adjust, Step, Watch, watch_part
 
 # Upper limits of a batch: its images and their latent cells by device, and its pixels. A single
 # image costs as much as a whole batch, so on a CPU batches are no longer than throughput needs.
 _BATCH = {"cpu": (16, 512), "cuda": (64, 4096)}
 _BATCH_PIXELS = 1 << 20
+_STRENGTH = 0.3
+"""Time of the schedule at which sampling on a larger grid than training saw begins."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +145,17 @@ class Sampler:
             return height, width
         return max(1, round((area * ratio) ** 0.5)), max(1, round((area / ratio) ** 0.5))
 
+    def diffused_grids(self, size: Size, grid: Size | None = None) -> list[Size]:
+        """Return the latent grids on which a picture of a size (H, W) is drawn one after the other.
+
+        The last is ``grid``, by default grid_for(size). Where it has more cells than training saw,
+        noise would become parts of a picture several times; so a trained grid comes before it.
+        """
+        grid = grid or self.grid_for(size)
+        if grid[0] * grid[1] <= self.areas[1]:
+            return [grid]
+        return [self.grid_for(self.codec.size_of(grid, size)), grid]
+
     def batch_length(self, size: Size, grid: Size | None = None) -> int:
         """Return how many images are computed together; it depends on size and grid alone.
 
@@ -151,7 +164,7 @@ class Sampler:
         return min(self._at_once(grid or self.grid_for(size)), self._at_once(size, _BATCH_PIXELS))
 
     def batches(self, count: int, grid: Size) -> int:
-        """Return in how many batches the latents of ``count`` images are drawn on a grid (h, w)."""
+        """Return in how many batches the latents of ``count`` images are drawn on a grid."""
         return -(-count // self._at_once(grid))
 
     @torch.no_grad()
@@ -162,6 +175,7 @@ class Sampler:
         size: Size,
         *,
         grid: Size | None = None,
+        watch: Watch | None = None,
         **settings: Any,
     ) -> Tensor:
         """Draw images of any size, one per condition and seed.
@@ -174,8 +188,21 @@ class Sampler:
 
         An image has the same bits whatever else is drawn in the same call. All batches have one
         length for this, because matrix products of other lengths round differently.
+
+        On a grid with more cells than training saw, sampling begins with the picture of a trained
+        grid, encoded and noised (SDEdit): it keeps its layout, and gets the detail of more cells.
         """
-        latents = self.latents(condition, seeds, grid or self.grid_for(size), **settings)
+        *smaller, last = grids = self.diffused_grids(size, grid)
+        batches = [self.batches(len(seeds), one) for one in grids]
+        told = [watch and watch_part(watch, part, batches) for part in range(len(grids))]
+        begun: dict[str, Any] = {}
+        for one in smaller:
+            latents = self.latents(condition, seeds, one, watch=told[0], **settings)
+            native, encode = self.codec.size_of(last, size), self.codec.encode
+            # One at a time, so that an image has the same bits in any batch.
+            start = torch.cat([encode(self.render(row, native)) for row in latents.split(1)])
+            begun = {"start": start, "strength": _STRENGTH}
+        latents = self.latents(condition, seeds, last, watch=told[-1], **begun, **settings)
         return self.render(latents, size)
 
     @torch.no_grad()
@@ -239,8 +266,8 @@ class Sampler:
                 None if plain else estimated,
             )
 
-        with _explain_out_of_memory(f"denoising {length} grids of {grid[0]}x{grid[1]} at once"):
-            latents = _in_batches(draw, len(seeds), length)
+        with explain_out_of_memory(f"denoising {length} grids of {grid[0]}x{grid[1]} at once"):
+            latents = in_batches(draw, len(seeds), length)
         if not torch.isfinite(latents).all():  # would be drawn black
             raise WorkError(
                 f"samples on a grid of {grid[0]}x{grid[1]} are not finite: the weights are, or "
@@ -274,8 +301,8 @@ class Sampler:
         """
         length = self._at_once(size, _BATCH_PIXELS)
         native = native or self.native_size(latents, size)
-        with _explain_out_of_memory(f"decoding {length} pictures of {size[0]}x{size[1]} at once"):
-            return _in_batches(
+        with explain_out_of_memory(f"decoding {length} pictures of {size[0]}x{size[1]} at once"):
+            return in_batches(
                 lambda rows: self.codec.decode(latents[rows], size, native=native).cpu(),
                 len(latents),
                 length,
@@ -366,29 +393,3 @@ class Sampler:
         images, cells = _BATCH.get(self.codec.device.type, _BATCH["cuda"])
         fits = (most or cells) // (size[0] * size[1])
         return 1 << max(1, min(images, fits)).bit_length() - 1
-
-
-def _in_batches(compute: Callable[[Tensor], Tensor], count: int, length: int) -> Tensor:
-    """Call compute(rows int64 [length]) for all rows below ``count``, and join the results.
-
-    The last batch is filled up by repeating the last row, so that all batches have one length; see
-    Sampler.sample.
-    """
-    parts = [
-        compute(torch.arange(start, start + length).clamp(max=count - 1))[: count - start]
-        for start in range(0, count, length)
-    ]
-    return torch.cat(parts)
-
-
-@contextmanager
-def _explain_out_of_memory(what: str) -> Iterator[None]:
-    """Within this block, raise WorkError that says ``what`` it was when memory runs out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(str(error).split(". ")[:2])  # it, and how much was asked for
-        raise WorkError(
-            f"out of memory while {what}: a smaller size needs less, and others may hold some of "
-            f"it ({reason})"
-        ) from None

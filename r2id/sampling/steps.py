@@ -6,7 +6,7 @@ Shape letters: b samples of a batch · L latent channels · h, w latent grid.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -29,3 +29,14 @@ Adjust = Callable[[Tensor, Tensor], Tensor]
 """(rows of the batch int64 [b], estimated raw latents [b, L, h, w]) → better ones."""
 Watch = Callable[[Step], None]
 """Is told each step. An error that it raises ends the sampling."""
+
+
+def watch_part(watch: Watch, part: int, batches: list[int]) -> Watch:
+    """Return the watch of one of several parts, whose steps are counted through all of them."""
+
+    def told(step: Step) -> None:
+        steps = step.total // batches[part]  # of a batch, in every part
+        before, total = steps * sum(batches[:part]), steps * sum(batches)
+        watch(replace(step, number=before + step.number, total=total))
+
+    return told
