@@ -32,7 +32,7 @@ def sweep_guidance(
     sampler, rows, drawn = samples.sampler, [], []
     for scale in scales:
         guided = replace(sampler, defaults=change(sampler.defaults, {"guidance": scale}))
-        drawn.append(Samples(guided, len(samples), int(samples.seeds[0])))
+        drawn.append(samples.by(guided))
         scores = score_samples(
             drawn[-1], classifier, extractor, real, sampler.codec.image, spread=True
         )

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_OF_IMAGES = {"attributes": "attributes", "embedding": "embeddings"}
+
 
 def headlines(metrics: Mapping[str, Any]) -> list[str]:
     """Return the main results as lines of text."""
     lines = []
     if "r2id" in metrics:
+        condition = metrics["r2id"].get("condition")  # reports of before lack it
+        under = f" under {_OF_IMAGES[condition]} of test images" if condition in _OF_IMAGES else ""
         for name, row in metrics["r2id"]["sizes"].items():
             accuracy = "" if row["accuracy"] is None else f" class accuracy {row['accuracy']:.3f},"
             distance = "" if row["frechet"] is None else f" Fréchet distance {row['frechet']:.3g},"
             lines.append(
                 f"samples at {name}:{accuracy}{distance}".rstrip(",")
-                + f" ({row['samples']} samples)"
+                + f" ({row['samples']} samples{under})"
             )
     if "guidance" in metrics:
         lines.append(_guidance_headline(metrics["guidance"]))

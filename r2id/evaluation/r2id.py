@@ -8,7 +8,7 @@ Shape letters: N samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from r2id.evaluation.reference import (
     real_batches,
     window_part,
 )
+from r2id.models.conditioning import empty
 from r2id.models.coords import Size, scale_size
 from r2id.progress import Progress
 from r2id.sampling.conditions import spread_labels
@@ -41,24 +42,17 @@ from r2id.sampling.sampler import Sampler
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
 """Diffusion times at which the loss is measured, from nearly data to nearly noise."""
 
-CONDITIONS = ("its class", "no class", "another class")
-"""The classes given to the network with a test image, to measure its loss with each."""
-
 _LOSS_IMAGES = 256  # test images, evenly spaced
 _LOWEST = 20  # samples with the lowest scores that are listed
 
 Latents = Sequence[tuple[Tensor, Tensor]]
-"""Batches of raw latents [N, L, h, w] and labels [N]."""
+"""Batches of raw latents [N, L, h, w] and conditions [N, …]."""
 
 
 def encode_test_images(sampler: Sampler, shards: ShardSet, data: DataConfig) -> Latents:
-    """Encode some test images; return latents and labels on the codec's device."""
-    return [
-        (sampler.codec.encode(batch["image"]), batch["label"].to(sampler.codec.device))
-        for batch in eval_loader(
-            shards, data, split=data.test_split, batch=BATCH, limit=_LOSS_IMAGES
-        )
-    ]
+    """Encode some test images; return latents and conditions on the codec's device."""
+    batches = eval_loader(shards, data, split=data.test_split, batch=BATCH, limit=_LOSS_IMAGES)
+    return [(sampler.codec.encode(b["image"]), _condition(sampler, b)) for b in batches]
 
 
 def encode_resized(
@@ -66,14 +60,56 @@ def encode_resized(
 ) -> Latents:
     """Resize ``limit`` test images and encode them at that size.
 
-    Returns latents and labels on the codec's device.
+    Returns latents and conditions on the codec's device.
     """
+    data = data.model_copy(update={"size": sampler.codec.image, "latents": None})
+    batches = eval_loader(shards, data, split=data.test_split, batch=BATCH, limit=limit)
     return [
-        (sampler.codec.encode(resize(images, size)), labels.to(sampler.codec.device))
-        for images, labels in real_batches(
-            shards, data, data.test_split, sampler.codec.image, limit
-        )
+        (sampler.codec.encode(resize(b["image"], size)), _condition(sampler, b)) for b in batches
     ]
+
+
+def _condition(sampler: Sampler, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the condition of a batch: what the model is told of images, or else their classes."""
+    kind = sampler.model.config.condition
+    return batch[kind if kind in batch else "label"].to(sampler.codec.device)
+
+
+def draw_conditions(
+    sampler: Sampler, shards: ShardSet, split: str, count: int, seed: int
+) -> Tensor | None:
+    """Return the attributes or embeddings of ``count`` test images, drawn at random by a seed.
+
+    All of them in that order, if there are fewer. None for a model of other conditions, and for
+    shards without them.
+    """
+    kind = sampler.model.config.condition
+    known = (
+        getattr(shards.split(split), kind, None) if kind in ("attributes", "embedding") else None
+    )
+    if known is None:
+        return None
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(known[order[:count].numpy()])
+
+
+def _changes(sampler: Sampler, condition: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return conditions that the loss is measured with, made of an image's own: first that one."""
+    if condition.dim() == 1:
+        classes = sampler.num_classes
+        if classes < 2:
+            return {"no class": empty}
+        return {
+            "its class": lambda own: own,
+            "no class": empty,
+            "another class": lambda own: (own + 1) % classes,
+        }
+    kind = sampler.model.config.condition
+    return {
+        f"its {kind}": lambda own: own,
+        f"no {kind}": empty,
+        f"another image's {kind}": lambda own: own.roll(1, 0),
+    }
 
 
 def measure_loss_by_time(
@@ -81,33 +117,28 @@ def measure_loss_by_time(
     latents: Latents,
     times: Sequence[float] = TIMES,
     seed: int = 0,
-    conditions: Sequence[str] = CONDITIONS,
+    own_alone: bool = False,
     title: str = "loss by time",
 ) -> dict[str, Any]:
     """Measure the mean loss of test latents at each time, given their class, none, or a wrong one.
 
-    All conditions share the same noise, so their curves differ by the condition alone: the class
-    matters where the curves part. A model that is not conditioned on classes is measured without.
-    ``title`` is that of the progress.
+    The same with attributes or embeddings for models of these. All conditions share the same noise,
+    so their curves differ by the condition alone: it matters where the curves part. A model without
+    conditions is measured without. ``own_alone`` leaves out all but an image's own, and ``title``
+    is that of the progress.
     """
-    changes: dict[str, Callable[[Tensor], Tensor]] = {
-        "no class": lambda label: torch.full_like(label, -1)
-    }
-    if sampler.num_classes > 1:
-        changes |= {
-            "its class": lambda label: label,
-            "another class": lambda label: (label + 1) % sampler.num_classes,
-        }
-    changes = {name: changes[name] for name in conditions if name in changes}
-    images = sum(len(label) for _, label in latents)
+    changes = _changes(sampler, latents[0][1])
+    if own_alone:
+        changes = dict(list(changes.items())[:1])
+    images = sum(len(condition) for _, condition in latents)
     losses: dict[str, list[float]] = {}
     with Progress(title, len(changes) * len(times) * images, unit="images") as progress:
         for name, change in changes.items():
             losses[name] = []
             for time in times:
                 total = sum(
-                    float(loss_at(sampler, latent, change(label), time, seed + number).sum())
-                    for number, (latent, label) in enumerate(latents)
+                    float(loss_at(sampler, latent, change(own), time, seed + number).sum())
+                    for number, (latent, own) in enumerate(latents)
                 )
                 losses[name].append(total / images)
                 progress.advance(images)
@@ -121,7 +152,7 @@ def measure_loss_by_grid(
     times: Sequence[float] = TIMES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure the mean loss against logSNR on three latent grids, given the class.
+    """Measure the mean loss against logSNR on three latent grids, given the own condition.
 
     The grids are those of the images at half, at their own and at double size. Where the curves
     coincide, denoising is equally hard on every grid at the same logSNR.
@@ -138,7 +169,7 @@ def measure_loss_by_grid(
             encode_resized(sampler, shards, data, size, _LOSS_IMAGES),
             times,
             seed,
-            conditions=("its class" if sampler.num_classes > 1 else "no class",),
+            own_alone=True,
             title=f"loss on {name}",
         )
         curves[name] = {
@@ -181,13 +212,16 @@ def measure_real_baseline(
 class Samples:
     """``count`` samples of all classes in turn, with seeds from ``seed`` on, at any size.
 
-    Fewer samples than there are classes are of evenly spaced ones (spread_labels).
+    Fewer samples than there are classes are of evenly spaced ones (spread_labels). Samples of a
+    model of attributes or embeddings are drawn under ``given`` [M, …] in turn; without, under none.
 
     Latents are sampled once per latent grid, and decoded at every image size that uses the grid.
     """
 
-    def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
-        self.sampler = sampler
+    def __init__(
+        self, sampler: Sampler, count: int, seed: int, given: Tensor | None = None
+    ) -> None:
+        self.sampler, self.given = sampler, given
         self.labels, self.seeds = (
             spread_labels(count, sampler.num_classes),
             torch.arange(seed, seed + count),
@@ -198,9 +232,27 @@ class Samples:
     def __len__(self) -> int:
         return len(self.seeds)
 
+    @property
+    def conditions(self) -> Tensor:
+        """What each sample is drawn under: given conditions [N, …], or classes [N]."""
+        if self.given is None:
+            return self.labels
+        return self.given[torch.arange(len(self)) % len(self.given)]
+
+    @property
+    def condition(self) -> str:
+        """What samples are drawn under: "class", "attributes", "embedding", or "none" of these."""
+        if self.given is not None:
+            return self.sampler.model.config.condition
+        return "class" if self.sampler.num_classes else "none"
+
+    def by(self, sampler: Sampler) -> Samples:
+        """Return the same samples, drawn by another sampler."""
+        return Samples(sampler, len(self), int(self.seeds[0]), self.given)
+
     def first(self, count: int) -> Samples:
         """Return ``count`` samples that share seeds, labels and computed latents with these."""
-        samples = Samples(self.sampler, count, int(self.seeds[0]))
+        samples = Samples(self.sampler, count, int(self.seeds[0]), self.given)
         period = min(len(self), max(1, self.sampler.num_classes))
         samples.labels = self.labels[torch.arange(count) % period]
         samples._latents = self._latents
@@ -217,7 +269,7 @@ class Samples:
         return (
             samples
             if samples.labels.equal(labels)
-            else Samples(self.sampler, count, int(self.seeds[0]))
+            else Samples(self.sampler, count, int(self.seeds[0]), self.given)
         )
 
     def batches(self, size: Size, length: int | None = None) -> Iterator[Tensor]:
@@ -236,10 +288,10 @@ class Samples:
             with Progress(
                 f"sample {grid[0]}x{grid[1]} latents", len(self) - done, unit="samples"
             ) as progress:
-                for labels, seeds in zip(
-                    self.labels[done:].split(BATCH), self.seeds[done:].split(BATCH), strict=True
+                for conditions, seeds in zip(
+                    self.conditions[done:].split(BATCH), self.seeds[done:].split(BATCH), strict=True
                 ):
-                    parts.append(self.sampler.latents(labels, seeds, grid))
+                    parts.append(self.sampler.latents(conditions, seeds, grid))
                     progress.advance(len(seeds))
             self._latents[grid] = torch.cat(parts)
         return self._latents[grid][: len(self)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from r2id.checkpoints.trained import Trained, open_trained
 from r2id.config import DataConfig, change
@@ -38,6 +39,7 @@ from r2id.evaluation.pictures import (
 from r2id.evaluation.provenance import Subject, describe
 from r2id.evaluation.r2id import (
     Samples,
+    draw_conditions,
     draw_samples,
     encode_test_images,
     measure_loss_by_grid,
@@ -51,7 +53,7 @@ from r2id.evaluation.self_supervised import load_or_train_extractor
 from r2id.files import write_atomic, write_json
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
-from r2id.progress import counted
+from r2id.progress import counted, say
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
@@ -92,7 +94,8 @@ def evaluate(
 
     Args:
         sizes: sizes (height, width) of the scored samples; default: the training images' size.
-        count: samples scored at each size, with seeds from ``seed`` on.
+        count: samples scored at each size, with seeds from ``seed`` on: of all classes in turn, or
+            under the attributes or embeddings of test images.
         split: split of the shards that is compared with; None is data.test_split of the training.
         invariance: samples at each of the sizes of r2id.evaluation.invariance, where
             reconstructions are measured too; 0 leaves this part out.
@@ -128,6 +131,12 @@ def evaluate(
     if subject.sampler:
         for size in sizes:
             check_samples(subject.sampler, size, None, GRID_COUNT)
+    given = _draw_conditions(subject, max(count, invariance))
+    if len(scales) > 1 and subject.sampler and not subject.sampler.num_classes and given is None:
+        raise InputError(
+            f"guidance {', '.join(f'{scale:g}' for scale in scales)}: {shards} has nothing that "
+            "samples could be conditioned on, and guidance changes nothing without"
+        )
     subject = _with_networks(subject, out)
     metrics: Metrics = {"format_version": FORMAT_VERSION}
     pictures: Pictures = {}
@@ -136,7 +145,7 @@ def evaluate(
             subject.codec, subject.shards, subject.riae_data, subject.extractor
         )
         pictures = show_riae(subject)
-    samples = Samples(subject.sampler, count, seed) if subject.sampler else None
+    samples = Samples(subject.sampler, count, seed, given) if subject.sampler else None
     if samples:
         wanted = list(dict.fromkeys(sizes)) or [subject.codec.image]
         samples, found, drawn = _score(subject, samples, wanted, scales)
@@ -163,14 +172,15 @@ def _open(
 ) -> Subject:
     """Open everything. Input errors are raised here, before anything is computed or written."""
     trained = open_trained(source)
-    opened = ShardSet.open(shards)
     sampler = Sampler.load(trained, device) if trained.meta.stage == "r2id" else None
+    kind = sampler.model.config.condition if sampler else "none"
+    opened = ShardSet.open(shards, embeddings=kind == "embedding")
     codec = sampler.codec if sampler else Codec.load(trained, device)
     subject = Subject(trained, codec, sampler, opened, seed, split)
     subject = replace(subject, grey=_loses_colour(codec, opened, subject.riae_data))
     if sampler:
         check_training_images(opened, subject.data)
-    # A model that is not conditioned on classes is sampled unconditionally, whatever they are here.
+        _check_conditions(trained, sampler, opened)
     if sampler and sampler.num_classes not in (0, opened.num_classes):
         found = counted(opened.num_classes, "class", "classes")
         raise InputError(
@@ -193,6 +203,25 @@ def _loses_colour(codec: Codec, shards: ShardSet, data: DataConfig) -> bool:
     coloured = data.model_copy(update={"channels": 3})
     batches = eval_loader(shards, coloured, split=data.test_split, batch=10, limit=_SEARCHED)
     return any(float(batch["image"].diff(dim=1).abs().max()) > _COLOURED for batch in batches)
+
+
+def _check_conditions(trained: Trained, sampler: Sampler, shards: ShardSet) -> None:
+    """Raise InputError for attributes or embeddings other than the model's; say if there are none.
+
+    What the model is not conditioned on does not matter.
+    """
+    kind, found = sampler.model.config.condition, shards.manifest
+    wanted: dict[str, tuple[list[Any], list[Any]]] = {
+        "attributes": (list(sampler.attributes), found.attribute_names),
+        "embedding": (list(sampler.model.condition_shape or ()), found.embedding_shape),
+    }
+    own, theirs = wanted.get(kind, ([], []))
+    if own and not theirs:
+        say(f"{shards.folder}: has no {kind}: samples are drawn without a condition")
+    elif own != theirs:
+        raise InputError(
+            f"{shards.folder}: has {kind} {theirs}, and {trained.path} was trained with {own}"
+        )
 
 
 def _check_class_names(trained: Trained, shards: ShardSet) -> None:
@@ -241,6 +270,13 @@ def _with_sampling(
     )
 
 
+def _draw_conditions(subject: Subject, count: int) -> Tensor | None:
+    if subject.sampler is None:
+        return None
+    split = subject.data.test_split
+    return draw_conditions(subject.sampler, subject.shards, split, count, subject.seed)
+
+
 def _with_networks(subject: Subject, out: Path) -> Subject:
     """Add the classifier and the extractor that samples need, trained unless they are in ``out``.
 
@@ -274,6 +310,7 @@ def _score(
             samples.sampler, encode_test_images(samples.sampler, shards, data), seed=subject.seed
         ),
         "loss_by_grid": measure_loss_by_grid(samples.sampler, shards, data, seed=subject.seed),
+        "condition": samples.condition,
         "sizes": {},
     }
     metrics: Metrics = {"r2id": found}

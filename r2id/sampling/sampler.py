@@ -5,6 +5,7 @@ Shape letters: B samples · C colours · H, W image · L latent channels · h, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ from r2id.sampling.steps import Adjust, Step, Watch, watch_part
 # image costs as much as a whole batch, so on a CPU batches are no longer than throughput needs.
 _BATCH = {"cpu": (16, 512), "cuda": (64, 4096)}
 _BATCH_PIXELS = 1 << 20
-_STRENGTH = 0.3
-"""Time of the schedule at which sampling on a larger grid than training saw begins."""
+_STRENGTH = 0.45
+"""Time of the schedule at which sampling on a larger grid than training saw begins, divided by how
+much longer its sides are: more cells show more of the noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +203,8 @@ class Sampler:
             native, encode = self.codec.size_of(last, size), self.codec.encode
             # One at a time, so that an image has the same bits in any batch.
             start = torch.cat([encode(self.render(row, native)) for row in latents.split(1)])
-            begun = {"start": start, "strength": _STRENGTH}
+            longer = math.sqrt(math.prod(last) / math.prod(one))
+            begun = {"start": start, "strength": _STRENGTH / longer}
         latents = self.latents(condition, seeds, last, watch=told[-1], **begun, **settings)
         return self.render(latents, size)
 

@@ -1,6 +1,7 @@
 """R2ID told the embeddings of texts: trained, sampled, exported, evaluated."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation.errors_by_noise import loss_at
+from r2id.evaluation.r2id import Samples, draw_conditions, draw_samples
 from r2id.images import save_png, tile
 from r2id.models.conditioning import drop, empty
 from r2id.models.r2id import R2ID
@@ -237,19 +239,50 @@ def test_exported(run, tmp_path):
         )
 
 
-@pytest.mark.parametrize("shards", ["told", "digits"])
-def test_evaluated(run, shards, request, command, tmp_path):
-    """Under no condition: there is no class to judge by, though the set may have classes."""
-    folder = request.getfixturevalue(shards)
-    code, _, errors = command(
-        "evaluate", run, "--shards", folder, "--out", tmp_path / "report", "--count", 4
-    )
-    assert code == 0, errors
-    metrics = json.loads((tmp_path / "report/metrics.json").read_text())
-    assert (
-        set(metrics["r2id"]["loss_by_time"]["loss"]) == {"no class"}
-        and (tmp_path / "report/report.html").is_file()
-    )
+def test_evaluated(run, told, digits, command, tmp_path):
+    """Under the embeddings of test images, or without: there is no class to judge by."""
+
+    def evaluated(shards, *options):
+        options = ("--shards", shards, "--out", tmp_path / "report", "--count", 4, *options)
+        code, _, errors = command("evaluate", run, *options)
+        return code, errors
+
+    scales = ("--guidance", 1, "--guidance", 4)
+    code, errors = evaluated(digits, *scales)
+    assert code == 2 and re.search("guidance 1, 4: .* nothing that samples could be", errors)
+    assert not (tmp_path / "report").exists()
+    for shards, options in ((told, scales), (digits, ())):
+        code, errors = evaluated(shards, *options)
+        assert code == 0, errors
+        metrics = json.loads((tmp_path / "report/metrics.json").read_text())
+        given = list(metrics["r2id"]["loss_by_time"]["loss"]), metrics["r2id"]["condition"]
+        if shards == told:
+            names = ["its embedding", "no embedding", "another image's embedding"]
+            assert given == (names, "embedding")
+            assert "(4 samples under embeddings of test images)" in metrics["headlines"][0]
+            one, other = metrics["guidance"]["scales"]
+            assert one["frechet"] != other["frechet"]
+        else:
+            assert given == (["no class"], "none")
+            assert "has no embedding: samples are drawn without a condition" in errors
+
+
+def test_each_sample_has_the_embedding_of_a_test_image(run, told):
+    sampler, shards = Sampler.load(run), ShardSet.open(told, embeddings=True)
+    test = torch.from_numpy(shards.split("test").embedding)
+    given = draw_conditions(sampler, shards, "test", 5, seed=3)
+    rows = (given.flatten(1)[:, None] == test.flatten(1)).all(2).int().argmax(1)
+    assert len(set(rows.tolist())) == 5 and torch.equal(test[rows], given)
+    assert torch.equal(draw_conditions(sampler, shards, "test", 3, seed=3), given[:3])
+    assert not torch.equal(draw_conditions(sampler, shards, "test", 5, seed=4), given)
+    everything = draw_conditions(sampler, shards, "test", 10_000, seed=3)
+    assert len(everything) == len(test)
+    samples = Samples(sampler, 7, 3, given)
+    assert torch.equal(samples.conditions, given[[0, 1, 2, 3, 4, 0, 1]])
+    drawn = draw_samples(samples, [(8, 8)])[8, 8]
+    alone = sampler.sample(given[4:], torch.tensor([7]), (8, 8))
+    torch.testing.assert_close(drawn[4:5], alone)
+    assert torch.equal(draw_samples(samples.first(5), [(8, 8)])[8, 8], drawn[:5])
 
 
 def test_pooled_embeddings_beside_cached_latents(riae_run, tmp_path):
