@@ -116,7 +116,7 @@ class Pipeline:
 
     @property
     def codec(self) -> Codec:
-        """The autoencoder."""
+        """The autoencoder, or the pixels in its place."""
         return self.sampler.codec
 
     def __call__(
@@ -206,7 +206,8 @@ class Pipeline:
     def upscale(self, picture: Picture, size: Size, window: Window | None = None) -> Image.Image:
         """Resize a picture, with the detail that the autoencoder adds to larger ones.
 
-        With a window (y0, x0, y1, x1) of the result, only that is drawn.
+        With a window (y0, x0, y1, x1) of the result, only that is drawn. Raises InputError for an
+        R2ID of pixels, which has no autoencoder.
         """
         return to_picture(upscaled(self.codec, self.read(picture), size, window))
 
@@ -357,6 +358,10 @@ def _size(image: Tensor) -> Size:
 
 
 def upscaled(codec: Codec, image: Tensor, size: Size, window: Window | None = None) -> Tensor:
-    """Upscale one image [C, H, W] in [−1, 1], if that fits into memory; see editing.upscale."""
+    """Upscale one image [C, H, W] in [−1, 1], if that fits into memory; see editing.upscale.
+
+    Raises InputError when it does not, and for a codec of pixels, which would only resize.
+    """
+    codec.check_riae("upscale")
     check_reconstruction(codec, codec.grid_for(_size(image)), size, window)
     return editing.upscale(codec, image[None], size, window)[0]

@@ -12,6 +12,7 @@ from r2id.config import change
 from r2id.errors import InputError
 from r2id.images import to_bytes
 from r2id.models.r2id import R2ID
+from r2id.sampling.conditions import choose_attributes, choose_embeddings
 
 
 def test_one_for_all_or_one_for_each(pipe):
@@ -60,6 +61,9 @@ def test_attributes_are_a_condition(pipe):
     assert not np.array_equal(others[0], drawn[0])
     edited = [faces.vary(drawn[0], 0.9, attributes=[name], steps=2) for name in ("Male", "-Male")]
     assert not np.array_equal(*edited)
+    assert choose_attributes(["-Male", "-Male"], ("Smiling", "Male")).tolist() == [0, -1]
+    with pytest.raises(InputError, match="attribute 'Male': is given with and without a minus"):
+        faces(attributes=["Male", "Smiling", "-Male"])
 
 
 def test_embeddings_are_a_condition(pipe, tmp_path):
@@ -78,6 +82,10 @@ def test_embeddings_are_a_condition(pipe, tmp_path):
     assert not np.array_equal(edited[0], edited[2])
     with pytest.raises(InputError, match=r"must be \[B, 3, 4\]"):
         texts(embeddings=given[0])
+    np.save(tmp_path / "texts.npy", given.numpy())
+    assert torch.equal(choose_embeddings(tmp_path / "texts.npy", texts.sampler.model, 2), given)
+    with pytest.raises(InputError, match=r"texts\.npy: 2 embeddings: must be at most 1"):
+        texts.vary(drawn[0], embedding=tmp_path / "texts.npy")
 
 
 def test_labels_may_come_one_by_one(pipe):

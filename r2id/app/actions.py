@@ -95,6 +95,11 @@ class Actions:
         return self.pipe.sampler.guide is not None
 
     @property
+    def has_autoencoder(self) -> bool:
+        """Whether the model has an RIAE: one that diffuses pixels has none."""
+        return self.pipe.codec.riae is not None
+
+    @property
     def first_request(self) -> DrawRequest:
         """The picture that the page begins with."""
         defaults = self.pipe.sampler.defaults

@@ -87,8 +87,9 @@ def build(actions: Actions, title: str) -> Any:
             draw_tab(gr, page, actions, controls, messages, (height, width))
         with gr.Tab("Edit"):
             edit_tab(gr, actions, controls, messages, (height, width))
-        with gr.Tab("Autoencoder"):
-            autoencoder_tab(gr, actions, messages)
+        if actions.has_autoencoder:
+            with gr.Tab("Autoencoder"):
+                autoencoder_tab(gr, actions, messages)
     sliders: list[Any] = [block for block in page.blocks.values() if isinstance(block, gr.Slider)]
     for slider in sliders:
         slider.preprocess = partial(_slider_value, slider.preprocess, slider.minimum)

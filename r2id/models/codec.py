@@ -15,6 +15,7 @@ from torch import Tensor
 from r2id.checkpoints.pretrained import About, pack
 from r2id.checkpoints.trained import Trained, about, open_trained, read_section
 from r2id.config import DataConfig, RiaeConfig
+from r2id.errors import InputError
 from r2id.models.coords import OnProgress, Size, Window
 from r2id.models.pixels import DOWNSAMPLE, STD, Pixels
 from r2id.models.riae import RIAE
@@ -117,6 +118,14 @@ class Codec:
     def riae(self) -> RiaeConfig | None:
         """Config of the RIAE; None for pixels."""
         return self.model.config if isinstance(self.model, RIAE) else None
+
+    def check_riae(self, work: str) -> None:
+        """Raise InputError for pixels: ``work`` needs an RIAE, and resizing would pass for it."""
+        if self.riae is None:
+            raise InputError(
+                f"{work}: this R2ID diffuses pixels: it has no autoencoder; must be an RIAE, or an "
+                "R2ID of latents"
+            )
 
     @property
     def downsample(self) -> float:

@@ -58,7 +58,7 @@ def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
 
     It is 1 for a name (with the attribute), −1 for a name after a minus (without it), and 0
     (either) for names that are not given. ``names`` are those of the model's attributes, in order.
-    Raises InputError for other names.
+    Raises InputError for other names, and for a name both with and without a minus.
     """
     chosen = torch.zeros(len(names))
     for word in wanted:
@@ -67,6 +67,8 @@ def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
             raise InputError(f"attribute {name!r}: the model was not trained with attributes")
         if name not in names:
             raise InputError(f"attribute {name!r}: must be one of {', '.join(names)}")
+        if name in wanted and f"-{name}" in wanted:
+            raise InputError(f"attribute {name!r}: is given with and without a minus; must be one")
         chosen[list(names).index(name)] = -1.0 if word.startswith("-") else 1.0
     return chosen
 
@@ -74,9 +76,15 @@ def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
 def choose_embeddings(file: Path, model: R2ID, count: int) -> Tensor:
     """Read embeddings from a ``.npy`` file, and repeat them in turn → float16 [count, …].
 
-    Raises InputError when the model was trained without embeddings, or with another shape of them.
+    Raises InputError when the model was trained without embeddings, or with another shape of them,
+    and for more embeddings than samples.
     """
     if model.config.condition != "embedding":
         raise InputError(f"embedding {file}: the model was not trained with embeddings")
     embeddings = torch.from_numpy(read_embeddings(file, model.condition_shape))
+    if len(embeddings) > count:
+        raise InputError(
+            f"embedding {file}: {len(embeddings)} embeddings: must be at most {count}, the number "
+            "of samples"
+        )
     return embeddings[torch.arange(count) % len(embeddings)]

@@ -93,12 +93,14 @@ def draw_grids(
 def say_smaller_grid(sampler: Sampler, size: Size, grid: Size | None) -> None:
     """Say it if pictures of a size (H, W) are drawn on fewer cells than they have by themselves.
 
-    ``grid`` is the one that was asked for; with one, nothing is said.
+    Cells are pixels where R2ID diffuses these. ``grid`` is the one that was asked for; with one,
+    nothing is said.
     """
     own, used = sampler.codec.grid_for(size), sampler.grid_for(size)
     if grid is None and own[0] * own[1] > sampler.areas[1]:
+        cells = "latent cells" if sampler.codec.riae else "pixels"
         say(
-            f"{size[0]}x{size[1]}: drawn on {used[0]}x{used[1]} latent cells instead of "
+            f"{size[0]}x{size[1]}: drawn on {used[0]}x{used[1]} {cells} instead of "
             f"{own[0]}x{own[1]}, because training saw no larger grids; --grid asks for others"
         )
 

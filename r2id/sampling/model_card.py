@@ -45,6 +45,11 @@ class Card:
         factor = max(1, 32 // min(self.image))
         return 3 * factor * self.image[0] // 2, factor * self.image[1]
 
+    @property
+    def of_pixels(self) -> bool:
+        """Whether this is an R2ID that diffuses pixels: it has neither decoder nor latents."""
+        return "riae" not in self.config["parameters"]
+
 
 def render(card: Card) -> str:
     """Write the card as Markdown, with the hub's metadata as YAML at its top."""
@@ -61,6 +66,8 @@ def render(card: Card) -> str:
 _NO_FIGURES = (
     "None: the model was exported without a report. `r2id evaluate` measures it against images."
 )
+_EMBEDDINGS = "embeddings.npy"
+"""A file of the reader's own, which the examples read."""
 _PLOTS = {
     "guidance": "Scales of guidance compared.",
     "loss_by_time": "Loss against time: 0 is data, 1 is noise.",
@@ -114,9 +121,10 @@ def _trained_on(card: Card) -> str:
     if areas[0] == areas[1] and ratios[0] == ratios[1]:
         return f"{_size(card.image)} pixels"
     cell = f"{card.config['downsample']:g}"
+    unit = "pixels" if card.of_pixels else f"latent cells of {cell}×{cell} pixels"
     return (
-        f"several sizes: {areas[0]} to {areas[1]} latent cells of {cell}×{cell} pixels, height / "
-        f"width {ratios[0]:.3g} to {ratios[1]:.3g}, in the median {_size(card.image)} pixels"
+        f"several sizes: {areas[0]} to {areas[1]} {unit}, height / width {ratios[0]:.3g} to "
+        f"{ratios[1]:.3g}, in the median {_size(card.image)} pixels"
     )
 
 
@@ -128,18 +136,23 @@ def _told(card: Card) -> str:
         return f", with {config['classes']} classes" + (f": {', '.join(names)}" if names else "")
     if config["condition"] == "attributes":
         return f", with the attributes {', '.join(config['attributes'])}"
-    return ", with embeddings" if config["condition"] == "embedding" else ", without conditions"
+    if config["condition"] == "embedding":
+        return f", with embeddings of shape {config['embedding_shape']}"
+    return ", without conditions"
 
 
 def _use_r2id(card: Card) -> Iterable[str]:
     height, width = card.example_size
-    classes = card.config["classes"]
-    names = card.config["class_names"]
-    labels = [names[label % classes] for label in (3, 7)] if classes else []
-    given = f"labels={json.dumps(labels, ensure_ascii=False)}, " if labels else ""
-    yield "With r2id installed, in Python:"
+    given, options = _condition(card.config)
+    embeddings = card.config["condition"] == "embedding"
+    file = ""
+    if embeddings:
+        shape = [2, *card.config["embedding_shape"]]
+        file = f", with two embeddings in `{_EMBEDDINGS}`, floats of shape {shape}"
+    yield f"With r2id installed{file}, in Python:"
     yield _block(
         "python",
+        *(["import numpy as np", ""] if embeddings else []),
         "from r2id import Pipeline",
         "",
         f"pipe = Pipeline.from_pretrained({_quoted(card.name)})",
@@ -147,13 +160,33 @@ def _use_r2id(card: Card) -> Iterable[str]:
         'images[0].save("sample.png")',
     )
     yield "In the shell:"
-    words = ["r2id", "sample", card.name, "--size", f"{height}x{width}"]
-    words += [word for label in labels for word in ("--label", str(label))]
+    words = ["r2id", "sample", card.name, "--size", f"{height}x{width}", *options]
     yield _block("bash", shlex.join([*words, "--count", "2", "--out", "samples.png"]))
-    yield (
-        "One seed gives one composition, at every size. The latent grid of a size is kept within "
-        "the shapes that training saw, and the decoder renders it at the size asked for."
+    if card.config["condition"] == "attributes":
+        yield (
+            "Several attributes may be given. A minus before a name, as in "
+            f"`-{card.config['attributes'][0]}`, asks for pictures without it."
+        )
+    yield "One seed gives one composition, at every size. " + (
+        "It is drawn in pixels, within the sizes that training saw, and the picture is then "
+        "resized to the size asked for."
+        if card.of_pixels
+        else "The latent grid of a size is kept within the shapes that training saw, and the "
+        "decoder renders it at the size asked for."
     )
+
+
+def _condition(config: Facts) -> tuple[str, list[str]]:
+    """Return what conditions the examples' pictures → (in Python's call, in the shell)."""
+    if config["condition"] == "attributes":
+        name = config["attributes"][0]
+        return f"attributes=[{_quoted(name)}], ", ["--attribute", name]
+    if config["condition"] == "embedding":
+        return f"embeddings=np.load({_quoted(_EMBEDDINGS)}), ", ["--embedding", _EMBEDDINGS]
+    names, classes = config["class_names"], config["classes"]
+    labels = [names[label % classes] for label in (3, 7)] if classes else []
+    given = f"labels={json.dumps(labels, ensure_ascii=False)}, " if labels else ""
+    return given, [word for label in labels for word in ("--label", str(label))]
 
 
 def _use_riae(card: Card) -> Iterable[str]:
@@ -263,8 +296,14 @@ def _command(card: Card, metrics: Facts) -> list[str]:
 
 def _samples(card: Card) -> Iterable[str]:
     sample, guide = card.config["sampling"], card.config["guide"]
+    shown = {
+        "class": ", each class in turn" if card.config["classes"] else "",
+        "attributes": ", drawn without a condition",
+        "embedding": ", drawn without a condition",
+        "none": "",
+    }
     yield (
-        f"Seeds from {sample['seed']} on, each class in turn where there are classes; "
+        f"Seeds from {sample['seed']} on{shown[card.config['condition']]}; "
         f"{sample['steps']} steps of {sample['solver']}, guidance {sample['guidance']:g}, "
         f"autoguidance {sample['autoguidance']:g}"
         + (f" away from the weights of step {guide['step']:,}" if guide else "")

@@ -129,6 +129,7 @@ def _config(model: _Model, done: dict[str, Any], licence: str | None) -> dict[st
         name: sum(value.numel() for value in network.parameters())
         for name, network in networks.items()
     }
+    condition = sampler.model.config.condition if sampler else None
     return {
         "format": FORMAT,
         "format_version": model.file.version,
@@ -150,7 +151,10 @@ def _config(model: _Model, done: dict[str, Any], licence: str | None) -> dict[st
         "classes": sampler.num_classes if sampler else 0,
         "class_names": list(sampler.class_names) if sampler else [],
         "attributes": list(sampler.attributes) if sampler else [],
-        "condition": sampler.model.config.condition if sampler else None,
+        "condition": condition,
+        "embedding_shape": list(sampler.model.condition_shape)
+        if sampler and condition == "embedding"
+        else None,
         "sampling": sampler.defaults.model_dump(mode="json", include=_SAMPLING)
         if sampler
         else None,

@@ -36,10 +36,11 @@ def reconstruct_file(
 
     With ``window`` (y0, x0, y1, x1), in pixels, only that part of each is decoded. ``out`` is a PNG
     file (for one size) or a folder. Returns the files, and the PSNR in dB of the whole picture at
-    its own size. Raises InputError when the window does not lie within the picture at each size, or
-    when one would not fit into memory.
+    its own size. Raises InputError when the window does not lie within the picture at each size,
+    when one would not fit into memory, and for an R2ID of pixels, which has no autoencoder.
     """
     codec = Codec.of_any(source, device)
+    codec.check_riae("reconstruct")
     image = read_image(picture, codec.channels)
     own: Size = (image.shape[1], image.shape[2])
     sizes = tuple(dict.fromkeys(sizes)) or (own,)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from r2id import Pipeline
 from r2id.checkpoints import Checkpoint, pretrained
 from r2id.checkpoints.export import export
 from r2id.errors import InputError, WorkError
 from r2id.evaluation.run import evaluate
 from r2id.files import atomic_folder, write_json
 from r2id.sampling.model_card import Card, _command, render
-from r2id.sampling.model_folder import export_folder
+from r2id.sampling.model_folder import _config, _Model, export_folder
 from r2id.sampling.reconstruction import reconstruct_file
 from r2id.sampling.sampler import Sampler
+from tests.test_pipeline_arguments import with_condition
 
 FILES = {"README.md", "config.json", "model.safetensors", "pictures"}
 
@@ -52,7 +56,10 @@ def draw(source: Path) -> torch.Tensor:
 
 
 def blocks(folder: Path, language: str) -> list[str]:
-    text = (folder / "README.md").read_text(encoding="utf-8")
+    return blocks_of((folder / "README.md").read_text(encoding="utf-8"), language)
+
+
+def blocks_of(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
 
 
@@ -87,6 +94,7 @@ def test_config_json(published, r2id_run):
         "riae": sum(p.numel() for p in sampler.codec.model.parameters()),
     }
     assert (config["image_size"], config["classes"], config["step"]) == ([8, 8], 10, 40)
+    assert (config["condition"], config["embedding_shape"]) == ("class", None)
     assert (config["latent_areas"], config["latent_ratios"]) == ([16, 16], [1.0, 1.0])
     assert config["codec"]["step"] == 60
     assert config["config"]["r2id"] == Checkpoint.open(r2id_run).meta.config["r2id"]
@@ -183,6 +191,53 @@ def test_the_python_example_runs_as_printed(published):
     run_in(published.parent, sys.executable, "-c", example)
     with Image.open(published.parent / "sample.png") as picture:
         assert picture.size == (32, 48)
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        (
+            {"condition": "attributes", "attributes": ("Bushy brows", "Male")},
+            ['pipe(attributes=["Bushy brows"], size', "`-Bushy brows`"],
+        ),
+        (
+            {"condition": "embedding", "shape": (3, 4)},
+            [
+                "with embeddings of shape [3, 4].",
+                "two embeddings in `embeddings.npy`, floats of shape [2, 3, 4], in Python",
+            ],
+        ),
+    ],
+)
+def test_examples_of_attributes_and_embeddings(
+    pipe, published, condition, expected, tmp_path, monkeypatch, r2id
+):
+    """They run as printed, and give the condition; pictures of the card have none."""
+    told = with_condition(pipe, **condition)
+    file = pretrained.read(published / "model.safetensors")
+    config = _config(_Model(file, told.codec, told.sampler), {"dtype": "float32"}, None)
+    text = render(Card("mine", config, [(8, 8)], None, []))
+    words = " ".join(text.split())
+    assert not [part for part in expected if part not in words], text
+    assert "Seeds from 0 on, drawn without a condition; " in words
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda name: told)
+    monkeypatch.setattr(Sampler, "load", lambda *_: told.sampler)
+    monkeypatch.chdir(tmp_path)
+    given = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float16)
+    np.save("embeddings.npy", given)
+    (example,) = blocks_of(text, "python")
+    exec(example, {})
+    (command,) = blocks_of(text, "bash")
+    code, _, errors = r2id(*shlex.split(command)[1:])
+    assert code == 0, errors
+    kind = condition["condition"]
+    wanted = {"attributes": ["Bushy brows"]} if kind == "attributes" else {"embeddings": given}
+    drawn = told(**wanted, size=(48, 32), seeds=[0, 1])
+    with Image.open("sample.png") as first, Image.open("samples.png") as both:
+        assert np.array_equal(first, drawn[0])
+        for number, picture in enumerate(drawn):
+            left = number * (32 + 2)
+            assert np.array_equal(both.crop((left, 0, left + 32, 48)), picture)
 
 
 def test_an_riae_alone(riae_run, report, tmp_path):

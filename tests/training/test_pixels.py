@@ -2,20 +2,25 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
 
-from r2id import dist
+from r2id import Pipeline, dist
+from r2id.app.actions import Actions
+from r2id.app.page import build
 from r2id.checkpoints import Checkpoint
 from r2id.checkpoints.export import export
 from r2id.config import R2idRun, load_config
 from r2id.errors import InputError
 from r2id.evaluation.run import evaluate
-from r2id.images import resize
+from r2id.images import resize, save_png
 from r2id.models.pixels import STD, Pixels
 from r2id.models.r2id import R2ID
+from r2id.sampling.model_card import Card, render
+from r2id.sampling.model_folder import export_folder
 from r2id.sampling.sampler import Sampler
 from r2id.training.communication import GPUS
 from r2id.training.encode import encode
@@ -118,6 +123,45 @@ def test_evaluation_leaves_out_what_is_an_autoencoder_s(run, digits, classifier_
     assert list(metrics["r2id"]["loss_by_grid"]["grids"]) == ["4x4", "8x8", "16x16"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     assert "RIAE" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_needs_an_autoencoder_is_refused(run, tmp_path, r2id):
+    """Resizing would pass for upscaling, and for a reconstruction without any error."""
+    picture, out = tmp_path / "in.png", tmp_path / "out.png"
+    save_png(torch.zeros(1, 8, 8), picture)
+    for command in ("upscale", "reconstruct"):
+        code, _, errors = r2id(command, run, picture, "--size", "16x16", "--out", out)
+        assert code == 2 and errors.count("\n") == 1 and not out.exists()
+        assert f"{command}: this R2ID diffuses pixels: it has no autoencoder" in errors
+    pipe = Pipeline.from_pretrained(run, device="cpu")
+    with pytest.raises(InputError, match="upscale: this R2ID diffuses pixels"):
+        pipe.upscale(picture, (16, 16))
+
+
+def test_the_page_has_no_tab_for_an_autoencoder(run, r2id_run):
+    gradio = pytest.importorskip("gradio")
+    for source, last in ((run, "Edit"), (r2id_run, "Autoencoder")):
+        page = build(Actions(Pipeline.from_pretrained(source, device="cpu")), "model")
+        tabs = [block.label for block in page.blocks.values() if isinstance(block, gradio.Tab)]
+        assert tabs[-1] == last
+
+
+def test_a_model_card_speaks_of_no_codec(run, tmp_path):
+    export_folder(run, tmp_path / "digits")
+    config = json.loads((tmp_path / "digits" / "config.json").read_text())
+    several = {"latent_areas": [64, 96], "latent_ratios": [0.5, 1.0]}
+    published = (tmp_path / "digits" / "README.md").read_text(encoding="utf-8")
+    for text in (published, render(Card("mine", config | several, [], None, []))):
+        words = " ".join(text.split())
+        assert not re.findall("latent|decoder|autoencoder|RIAE", words)
+        assert "drawn in pixels, within the sizes that training saw, and the picture is" in words
+    assert "several sizes: 64 to 96 pixels, height / width 0.5 to 1, in the median 8×8" in words
+
+
+def test_a_smaller_grid_is_one_of_pixels(run, tmp_path, r2id):
+    given = ["--size", "16x16", "--count", 1, "--steps", 1, "--out", tmp_path / "a.png"]
+    code, _, errors = r2id("sample", run, *given)
+    assert code == 0 and "16x16: drawn on 8x8 pixels instead of 16x16, because" in errors
 
 
 def test_the_published_size():
