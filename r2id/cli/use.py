@@ -83,37 +83,23 @@ def sample(
     options = {
         "sizes": (),
         **which,
+        "attributes": tuple(attribute or ()),
+        "embedding": embedding,
         "grid": parse_size(grid, "grid", "cells") if grid else None,
         "device": find_device(device),
     }
     if kind != "grid":
-        _refuse_grid_options(kind, attribute, embedding, overwrite)
+        if overwrite:
+            raise InputError(
+                f"--overwrite: goes with --format grid; --format {kind} goes on with what is at "
+                "--out"
+            )
         _draw_many(checkpoint, out, kind, sampler, options, as_json)
         return
     from r2id.sampling.grids import draw_grids
 
-    result = draw_grids(
-        checkpoint,
-        out,
-        **options,
-        **sampler,
-        attributes=tuple(attribute or ()),
-        embedding=embedding,
-        overwrite=overwrite,
-    )
+    result = draw_grids(checkpoint, out, **options, **sampler, overwrite=overwrite)
     report(result, as_json, lambda r: [f"{path}" for path in r["files"]])
-
-
-def _refuse_grid_options(
-    kind: str, attribute: list[str] | None, embedding: Path | None, overwrite: bool
-) -> None:
-    for name, given in (("attribute", attribute), ("embedding", embedding)):
-        if given:
-            raise InputError(f"--{name}: goes with --format grid, not {kind}")
-    if overwrite:
-        raise InputError(
-            f"--overwrite: goes with --format grid; --format {kind} goes on with what is at --out"
-        )
 
 
 def _draw_many(

@@ -53,6 +53,23 @@ def spread_labels(count: int, classes: int) -> Tensor:
     return choose_labels((), count, classes)
 
 
+def choose_condition(
+    sampler: Sampler, labels: Tensor, attributes: Sequence[str] = (), embedding: Path | None = None
+) -> Tensor:
+    """Return the condition of samples: attributes or embeddings if given, or else their labels.
+
+    See choose_attributes and choose_embeddings; labels are int64 [count] → [count, …]. Raises
+    InputError when both are given.
+    """
+    if attributes and embedding is not None:
+        raise InputError("--attribute and --embedding exclude each other: samples have either")
+    if attributes:
+        return choose_attributes(attributes, sampler.attributes).expand(len(labels), -1)
+    if embedding is not None:
+        return choose_embeddings(embedding, sampler.model, len(labels))
+    return labels
+
+
 def choose_attributes(wanted: Sequence[str], names: Sequence[str]) -> Tensor:
     """Turn attributes such as ``["Smiling", "-Male"]`` into a condition → float32 [A].
 

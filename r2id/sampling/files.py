@@ -35,7 +35,7 @@ from r2id.files import TEMPORARY, sha256_file, sweep, write_atomic, write_json
 from r2id.images import encode_png
 from r2id.models.coords import Size
 from r2id.progress import Progress
-from r2id.sampling.conditions import choose_labels, resolve
+from r2id.sampling.conditions import choose_condition, choose_labels, resolve
 from r2id.sampling.grids import say_smaller_grid
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
@@ -75,6 +75,8 @@ class Request:
     """The content of sampling.json: everything that the samples depend on."""
     labels: Tensor
     """Labels of all samples, int64 [count, rounded up to whole batches]."""
+    condition: Tensor
+    """What all of them are drawn under: those labels, or attributes or embeddings."""
     settings: dict[str, Any]
     """Keyword arguments of Sampler.sample. ``facts`` has them too."""
     class_names: Sequence[str]
@@ -105,6 +107,8 @@ def draw_many(
     labels: Sequence[int | str] = (),
     count: int | None = None,
     seed: int | None = None,
+    attributes: Sequence[str] = (),
+    embedding: Path | None = None,
     grid: Size | None = None,
     settings: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
@@ -113,8 +117,8 @@ def draw_many(
 
     Samples that are in the folder already are kept. ``settings`` are those of Sampler.sample
     (steps, guidance, solver…). The run's own setting replaces one that is None, and so for
-    ``labels``, ``count`` and ``seed``. In a job of several processes (torchrun) each draws its
-    share, on its own device.
+    ``labels``, ``count`` and ``seed``. ``attributes`` and ``embedding``: see choose_condition. In a
+    job of several processes (torchrun) each draws its share, on its own device.
 
     Returns the folder, the number of samples, how many of them were kept, and the digest of all.
     Raises InputError when the folder holds something else, or samples of other settings.
@@ -134,6 +138,8 @@ def draw_many(
         labels=labels,
         count=count,
         seed=seed,
+        attributes=attributes,
+        embedding=embedding,
         grid=grid,
         settings=settings or {},
     )
@@ -172,6 +178,8 @@ def make_request(
     seed: int | None,
     grid: Size | None,
     settings: Mapping[str, Any],
+    attributes: Sequence[str] = (),
+    embedding: Path | None = None,
 ) -> Request:
     """Resolve every setting that the samples depend on. ``identity`` is that of the checkpoint.
 
@@ -186,7 +194,8 @@ def make_request(
     chosen = find_labels(wanted.labels, classes, sampler.class_names)
     names = set(SamplerConfig.model_fields)
     resolved = wanted.model_dump(mode="json", include=names)
-    choose_labels(chosen, count, classes)  # InputError for more labels than samples
+    own_labels = choose_labels(chosen, count, classes)  # InputError for more than samples
+    condition = choose_condition(sampler, own_labels, attributes, embedding)
     *first, last = map(list, sampler.diffused_grids(size, grid))
     facts = {
         "format_version": FORMAT_VERSION,
@@ -199,6 +208,8 @@ def make_request(
         "count": count,
         "first_seed": wanted.seed,
         "labels": chosen,
+        **({"attributes": list(attributes)} if attributes else {}),
+        **({"embedding_sha256": sha256_file(embedding)} if embedding else {}),
         "classes": classes,
         "shift_exponent": sampler.diffusion.shift_exponent,
         **resolved,
@@ -206,9 +217,12 @@ def make_request(
         "device": sampler.codec.device.type,
     }
     whole_batches = -(-count // batch) * batch  # count, rounded up
-    return Request(
-        facts, choose_labels(chosen, whole_batches, classes), resolved, sampler.class_names
-    )
+    labels_of_all = choose_labels(chosen, whole_batches, classes)
+    if condition is own_labels:
+        condition = labels_of_all
+    else:  # those beyond the last sample are not kept
+        condition = condition[torch.arange(whole_batches) % count]
+    return Request(facts, labels_of_all, condition, resolved, sampler.class_names)
 
 
 class PngFiles:
@@ -296,7 +310,7 @@ def _draw(request: Request, sampler: Sampler, part: range, progress: Progress) -
         # products would round differently.
         numbers = torch.arange(first, first + batch)
         images = sampler.sample(
-            request.labels[numbers],
+            request.condition[numbers],
             facts["first_seed"] + numbers,
             request.size,
             grid=(facts["grid"][0], facts["grid"][1]),

@@ -14,7 +14,7 @@ from r2id.errors import InputError
 from r2id.images import save_png, tile
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
-from r2id.sampling.conditions import choose_attributes, choose_embeddings, choose_labels, resolve
+from r2id.sampling.conditions import choose_condition, choose_labels, resolve
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 from r2id.sampling.steps import Watch
@@ -49,8 +49,6 @@ def draw_grids(
     Returns the files, labels with the names of their classes, seeds and latent grids. Raises
     InputError before anything is drawn when a request cannot be met.
     """
-    if attributes and embedding is not None:
-        raise InputError("--attribute and --embedding exclude each other: samples have either")
     sampler = Sampler.load(source, device)
     wanted = resolve(
         sampler, sizes=tuple(sizes), labels=tuple(labels), count=count, seed=seed, **settings
@@ -61,13 +59,7 @@ def draw_grids(
     files = output_files(out, [f"{height}x{width}" for height, width in sizes], overwrite)
     classes, names = sampler.num_classes, sampler.class_names
     chosen_labels = choose_labels(wanted.labels, wanted.count, classes, names)
-    condition = (
-        choose_attributes(attributes, sampler.attributes).expand(len(chosen_labels), -1)
-        if attributes
-        else chosen_labels
-    )
-    if embedding is not None:
-        condition = choose_embeddings(embedding, sampler.model, len(chosen_labels))
+    condition = choose_condition(sampler, chosen_labels, attributes, embedding)
     for size in sizes:
         say_smaller_grid(sampler, size, grid)
     seeds = wanted.seed + torch.arange(wanted.count)

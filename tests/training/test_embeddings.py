@@ -20,7 +20,7 @@ from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation.errors_by_noise import loss_at
 from r2id.evaluation.r2id import Samples, draw_conditions, draw_samples
-from r2id.images import save_png, tile
+from r2id.images import encode_png, save_png, tile
 from r2id.models.conditioning import drop, empty
 from r2id.models.r2id import R2ID
 from r2id.sampling.sampler import Sampler
@@ -174,6 +174,32 @@ def test_samples_of_one_text_and_of_several_in_turn(run, command, tmp_path):
         )
         assert drawn[name] == save_png(tile(wanted, 5), tmp_path / "wanted.png").read_bytes()
     assert drawn["one"] != drawn["three"]
+
+
+def test_files_of_samples_of_several_texts_go_on(run, command, tmp_path):
+    """A folder holds the samples of one file of embeddings, wherever it was interrupted."""
+    texts = np.stack([text_of(label) for label in range(3)])
+    np.save(tmp_path / "three.npy", texts)
+    np.save(tmp_path / "one.npy", texts[0])
+    (tmp_path / "copy.npy").write_bytes((tmp_path / "three.npy").read_bytes())
+
+    def draw(name, *options):
+        out = ("--out", tmp_path / "drawn", "--format", "png", "--size", "8x8", "--count", 5)
+        return command("sample", run, "--embedding", tmp_path / f"{name}.npy", *out, *options)
+
+    code, _, errors = draw("three")
+    assert code == 0, errors
+    images = sorted((tmp_path / "drawn" / "images").iterdir())
+    before = [image.read_bytes() for image in images]
+    images[3].unlink()
+    code, _, errors = draw("copy")
+    assert code == 0 and [image.read_bytes() for image in images] == before, errors
+    code, _, errors = draw("one")
+    assert code == 2 and "embedding_sha256" in errors
+    drawn = Sampler.load(run).sample(
+        torch.from_numpy(texts[[0, 1, 2, 0, 1]]).half(), torch.arange(5), (8, 8)
+    )
+    assert before == [encode_png(image) for image in drawn]
 
 
 @pytest.mark.parametrize(
