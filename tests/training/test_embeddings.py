@@ -209,7 +209,7 @@ def test_files_of_samples_of_several_texts_go_on(run, command, tmp_path):
         ("run", np.full(SHAPE, np.nan), "", ["x.npy", "finite"]),
         ("run", np.zeros(SHAPE, int), "", ["int64"]),
         ("run", None, "", ["x.npy"]),
-        ("run", np.zeros(SHAPE), "--format png", ["--embedding", "grid", "png"]),
+        ("run", np.full(SHAPE, np.nan), "--format png --size 8x8", ["x.npy", "finite"]),
         ("run", np.zeros(SHAPE), "--label 1", ["label 1"]),
         ("run", np.zeros(SHAPE), "--attribute Male", ["--attribute", "--embedding"]),
         ("r2id_run", np.zeros(SHAPE), "", ["x.npy", "embeddings"]),
