@@ -75,24 +75,6 @@ def _condition(sampler: Sampler, batch: Mapping[str, Tensor]) -> Tensor:
     return batch[kind if kind in batch else "label"].to(sampler.codec.device)
 
 
-def draw_conditions(
-    sampler: Sampler, shards: ShardSet, split: str, count: int, seed: int
-) -> Tensor | None:
-    """Return the attributes or embeddings of ``count`` test images, drawn at random by a seed.
-
-    All of them in that order, if there are fewer. None for a model of other conditions, and for
-    shards without them.
-    """
-    kind = sampler.model.config.condition
-    known = (
-        getattr(shards.split(split), kind, None) if kind in ("attributes", "embedding") else None
-    )
-    if known is None:
-        return None
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-    return torch.from_numpy(known[order[:count].numpy()])
-
-
 def _changes(sampler: Sampler, condition: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return conditions that the loss is measured with, made of an image's own: first that one."""
     if condition.dim() == 1:

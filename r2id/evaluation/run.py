@@ -39,7 +39,6 @@ from r2id.evaluation.pictures import (
 from r2id.evaluation.provenance import Subject, describe
 from r2id.evaluation.r2id import (
     Samples,
-    draw_conditions,
     draw_samples,
     encode_test_images,
     measure_loss_by_grid,
@@ -54,6 +53,7 @@ from r2id.files import write_atomic, write_json
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.progress import counted, say
+from r2id.sampling.conditions import draw_conditions
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from r2id.config import SampleConfig, change, find_labels
 from r2id.data.embeddings import read_embeddings
+from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.sampling.sampler import Sampler
@@ -51,6 +52,24 @@ def spread_labels(count: int, classes: int) -> Tensor:
     if count < classes:
         return torch.arange(count) * classes // count
     return choose_labels((), count, classes)
+
+
+def draw_conditions(
+    sampler: Sampler, shards: ShardSet, split: str, count: int, seed: int
+) -> Tensor | None:
+    """Return the attributes or embeddings of ``count`` test images, drawn at random by a seed.
+
+    All of them in that order, if there are fewer. None for a model of other conditions, and for
+    shards without them.
+    """
+    kind = sampler.model.config.condition
+    known = (
+        getattr(shards.split(split), kind, None) if kind in ("attributes", "embedding") else None
+    )
+    if known is None:
+        return None
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(known[order[:count].numpy()])
 
 
 def choose_condition(

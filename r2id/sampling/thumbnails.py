@@ -16,7 +16,7 @@ from r2id.errors import InputError
 from r2id.images import resize, save_png, tile
 from r2id.models.coords import Size
 from r2id.progress import Progress, say
-from r2id.sampling.conditions import choose_labels
+from r2id.sampling.conditions import spread_labels
 from r2id.sampling.memory import check_samples
 from r2id.sampling.sampler import Sampler
 
@@ -40,7 +40,7 @@ def draw_thumbnails(sampler: Sampler, folder: Path) -> list[Size]:
     sizes = [size for size in _sizes(sampler) if _fits(sampler, size)]
     count = min(_COUNT, sampler.num_classes or _COUNT)
     first = sampler.defaults.seed
-    labels, seeds = choose_labels((), count, sampler.num_classes), torch.arange(count) + first
+    labels, seeds = spread_labels(count, sampler.num_classes), torch.arange(count) + first
     drawn = []
     with Progress("thumbnails", len(sizes), unit="sizes") as progress:
         for size in sizes:

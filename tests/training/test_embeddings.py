@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data_prep.prepare import prepare
-from r2id import cli
+from r2id import cli, dist
 from r2id.checkpoints import Checkpoint
 from r2id.checkpoints.export import export
 from r2id.config import DataConfig, PrepareConfig, load_config
@@ -19,15 +19,18 @@ from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.evaluation.errors_by_noise import loss_at
-from r2id.evaluation.r2id import Samples, draw_conditions, draw_samples
+from r2id.evaluation.r2id import Samples, draw_samples
 from r2id.images import encode_png, save_png, tile
 from r2id.models.conditioning import drop, empty
 from r2id.models.r2id import R2ID
+from r2id.sampling.conditions import draw_conditions
 from r2id.sampling.sampler import Sampler
+from r2id.training.callbacks.previews import _samples
 from r2id.training.communication import GPUS
 from r2id.training.encode import encode
 from r2id.training.loop import train
 from r2id.training.planner import plan
+from r2id.training.tasks import make_task
 from tests.conftest import CONFIGS, TINY_R2ID
 
 SHAPE, IMAGES, STEPS = (3, 8), 400, 150
@@ -309,6 +312,17 @@ def test_each_sample_has_the_embedding_of_a_test_image(run, told):
     alone = sampler.sample(given[4:], torch.tensor([7]), (8, 8))
     torch.testing.assert_close(drawn[4:5], alone)
     assert torch.equal(draw_samples(samples.first(5), [(8, 8)])[8, 8], drawn[:5])
+
+
+def test_previews_are_told_embeddings_of_test_images(run, told):
+    task = make_task(load_config(run / "config.toml", ["sample.steps=2"]), dist.init(), 8)
+    model = R2ID.from_pretrained(run)
+    sampler = Sampler.load(run)
+    drawn = _samples(task, model, None)[0].picture[:, :8, :8]
+    given = draw_conditions(sampler, ShardSet.open(told, embeddings=True), "test", 1, seed=0)
+    for condition, same in ((given, True), (torch.zeros_like(given), False)):
+        wanted = sampler.sample(condition, torch.tensor([0]), (8, 8), steps=2)[0]
+        assert torch.equal(drawn, wanted) == same
 
 
 def test_pooled_embeddings_beside_cached_latents(riae_run, tmp_path):

@@ -15,7 +15,7 @@ from r2id.models.coords import Size, scale_size
 from r2id.models.r2id import R2ID
 from r2id.models.riae import RIAE
 from r2id.progress import say
-from r2id.sampling.conditions import choose_labels
+from r2id.sampling.conditions import choose_labels, draw_conditions
 from r2id.sampling.sampler import Sampler
 from r2id.training.callbacks.base import Callback
 from r2id.training.sheet import Row, enlargement, read_row, save_sheet
@@ -174,11 +174,13 @@ def _samples(task: R2idTask, model: R2ID, guide: R2ID | None) -> list[Row]:
     )
     sizes = ((height, width), (height * 3 // 2, width), (height * 2, width * 2))
     seeds = torch.arange(len(labels))
+    told = draw_conditions(sampler, task.shards, config.data.test_split, count, config.seed)
+    condition = labels if told is None else told[torch.arange(count) % len(told)]
     return [
         Row(
             f"samples, {size[0]}x{size[1]}, guidance {sampler.defaults.guidance:g}, "
             f"autoguidance {config.sample.autoguidance:g}",
-            tile(sampler.sample(labels, seeds, size), len(labels)),
+            tile(sampler.sample(condition, seeds, size), len(labels)),
             scale,
         )
         for size in sizes
