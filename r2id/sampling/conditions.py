@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from r2id.config import SampleConfig, change, find_labels
 from r2id.data.embeddings import read_embeddings
-from r2id.data.shards import ShardSet
 from r2id.errors import InputError
 from r2id.models.r2id import R2ID
 from r2id.sampling.sampler import Sampler
+
+if TYPE_CHECKING:  # it loads pyarrow, which nothing else in sampling needs
+    from r2id.data.shards import ShardSet
 
 
 def resolve(sampler: Sampler, **given: Any) -> SampleConfig:
