@@ -17,7 +17,7 @@ from r2id.cli import data, settings, training, use, edit, checkpoints  # noqa: F
 
 # isort: on
 from r2id.cli.options import app
-from r2id.data.loader_signals import tells_of_killed_loader
+from r2id.data.loader_signals import forget_killed_loaders, tells_of_killed_loader
 from r2id.errors import LOADER_KILLED, InputError, Stopped, WorkError
 from r2id.host_memory import keep_freed_memory
 from r2id.openmp import limit_spinning
@@ -109,6 +109,8 @@ def _ensure_account() -> None:
 
 
 def _fail(reason: str) -> NoReturn:
+    if reason == LOADER_KILLED:
+        forget_killed_loaders()
     print(f"failed: {reason}", file=sys.stderr)
     discard_unwritten(sys.stdout)
     sys.exit(1)

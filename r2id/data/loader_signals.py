@@ -48,6 +48,14 @@ def tells_of_killed_loader(error: Exception) -> bool:
     return isinstance(error, ConnectionError | EOFError) and not str(error).startswith("Caught ")
 
 
+def forget_killed_loaders() -> None:
+    """Have torch raise no more errors for loader processes that are gone, once that was told.
+
+    Its handler of SIGCHLD raises one in whatever code the process is in, cleaning up too.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _end_when_parent_says() -> None:
     """End this process at a SIGTERM of its parent, which sends one to loaders that are stuck."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

@@ -65,9 +65,10 @@ def test_paths_that_mean_a_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 9)
     newest = save(tmp_path, 10)
     assert Checkpoint.open_newest(tmp_path).path == newest
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000010\n"
-    for path in (tmp_path, tmp_path / "checkpoints", newest, str(tmp_path)):
-        assert Checkpoint.open(path).path == newest
+    pointer = tmp_path / "checkpoints" / "latest"
+    assert pointer.read_text() == "step-00000010\n"
+    for path in (tmp_path, tmp_path / "checkpoints", newest, str(tmp_path), pointer):
+        assert Checkpoint.open(path).path == open_trained(path).path == newest
     opened = Checkpoint.open(newest)
     assert Checkpoint.open(opened) is opened, "what is open is not opened again"
 
@@ -106,12 +107,6 @@ def test_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
         "step-00000006",
         "step-00000009",
     ]
-
-
-def test_the_pointer_stands_for_the_newest(tmp_path: Path) -> None:
-    newest = [save(tmp_path, step) for step in (1, 2)][-1]
-    assert Checkpoint.open(tmp_path / "checkpoints" / "latest").path == newest
-    assert open_trained(tmp_path / "checkpoints" / "latest").path == newest
 
 
 def test_a_copy_of_another_name_is_left_alone(tmp_path: Path) -> None:

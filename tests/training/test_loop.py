@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -11,9 +12,10 @@ import psutil
 import pytest
 import torch
 
+from r2id import cli
 from r2id.checkpoints import Checkpoint
 from r2id.config import load_config
-from r2id.errors import InputError
+from r2id.errors import LOADER_KILLED, InputError
 from r2id.models import lattice
 from r2id.models.layers import FeedForward
 from r2id.training.loop import train
@@ -297,3 +299,19 @@ def test_a_killed_loader_is_one_line(job, tmp_path):
     said = (tmp_path / "said").read_text()
     assert said.splitlines()[-1].startswith("failed: a loader process was killed, perhaps for lack")
     assert "Traceback" not in said
+
+
+def test_nothing_is_said_after_a_killed_loader(capfd):
+    """Torch's handler raises in whatever code comes next when a child process ends."""
+
+    def tell(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    before = signal.signal(signal.SIGCHLD, tell)
+    try:
+        with pytest.raises(SystemExit, match="1"):
+            cli._fail(LOADER_KILLED)
+        subprocess.run(["true"], check=True)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert capfd.readouterr().err == f"failed: {LOADER_KILLED}\n"
