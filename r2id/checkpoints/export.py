@@ -19,7 +19,14 @@ from r2id.checkpoints.pretrained import About, pack
 from r2id.checkpoints.reading import Checkpoint, list_checkpoints
 from r2id.checkpoints.state import MOMENTS, Tensors
 from r2id.checkpoints.trained import Trained, about, open_trained, read_section, weights
-from r2id.config import DiffusionConfig, R2idConfig, SampleConfig, TrainConfig, change
+from r2id.config import (
+    DiffusionConfig,
+    R2idConfig,
+    SampleConfig,
+    TrainConfig,
+    change,
+    check_guidance,
+)
 from r2id.errors import InputError
 from r2id.files import step_of, write_atomic
 from r2id.progress import say
@@ -185,17 +192,9 @@ def _check_defaults(checkpoint: Checkpoint, defaults: Mapping[str, Any], guided:
     if checkpoint.meta.stage != "r2id":
         option = min(defaults).replace("_", "-")
         raise InputError(f"--{option}: goes with an R2ID, and {checkpoint.path} is an RIAE")
-    if defaults.get("autoguidance") and not guided:
-        raise InputError(
-            f"--autoguidance {defaults['autoguidance']:g}: {checkpoint.path} has no guide; give it "
-            "one by --guide"
-        )
-    conditional = read_section(checkpoint, "r2id", R2idConfig).condition != "none"
-    if defaults.get("guidance", 1) not in (0, 1) and not conditional:
-        raise InputError(
-            f"--guidance {defaults['guidance']:g}: {checkpoint.path} was trained without "
-            "conditions; must be 0 or 1"
-        )
+    facts, names = checkpoint.meta.model, ("guidance", "autoguidance")
+    conditional = bool(facts["classes"] or facts.get("embedding"))
+    check_guidance(*map(defaults.get, names), conditional=conditional, guided=guided)
 
 
 def _without_places(described: About) -> About:

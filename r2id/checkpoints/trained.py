@@ -89,18 +89,16 @@ def weights(trained: Trained) -> Tensors:
 def _open(path: Path, stage: str | None) -> Trained:
     if hub.is_hub_name(str(path)):
         path = hub.fetch(str(path))
-    if path.is_file() and path.name != LATEST:
+    if path.name == LATEST and path.is_file():
+        return Checkpoint.open(path)
+    if path.is_file():
         return pretrained.read(path)
     if not path.exists():
         raise InputError(
             f"{path}: no such folder or file; must be a run directory, a checkpoint or an exported "
             "model"
         )
-    if (
-        path.name == LATEST
-        or (path / DESCRIPTION).is_file()
-        or list_checkpoints(path / "checkpoints")
-    ):
+    if (path / DESCRIPTION).is_file() or list_checkpoints(path / "checkpoints"):
         return Checkpoint.open(path)
     stages = {file: pretrained.stage_of(file) for file in sorted(path.glob("*.safetensors"))}
     exported = [file for file, found in stages.items() if found]

@@ -11,6 +11,7 @@ from r2id.config.diffusion import (
     PictureConfig,
     SampleConfig,
     SamplerConfig,
+    check_guidance,
     find_labels,
 )
 from r2id.config.files import Run, build, change, load_config, override, parse_config, to_toml
@@ -61,6 +62,7 @@ __all__ = [
     "TrainConfig",
     "build",
     "change",
+    "check_guidance",
     "find_labels",
     "find_stages",
     "load_config",

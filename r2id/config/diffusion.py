@@ -104,6 +104,25 @@ class SamplerConfig(Section):
         return self
 
 
+def check_guidance(
+    guidance: float | None, autoguidance: float | None, *, conditional: bool, guided: bool
+) -> None:
+    """Raise InputError for guidance that a model cannot have; None is guidance not asked for.
+
+    ``conditional``: it was trained with conditions; ``guided``: it has a guide.
+    """
+    if guidance not in (None, 0, 1) and not conditional:
+        raise InputError(
+            f"guidance {guidance}: the model was trained without conditions; must be 0 or 1 "
+            "(autoguidance needs none)"
+        )
+    if autoguidance and not guided:
+        raise InputError(
+            f"autoguidance {autoguidance}: the model was trained without a guide "
+            "(train.guide_after); must be 0, or export it with a --guide"
+        )
+
+
 class PictureConfig(Section):
     """What one picture shows."""
 

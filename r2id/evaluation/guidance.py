@@ -32,7 +32,7 @@ def sweep_guidance(
     sampler, rows, drawn = samples.sampler, [], []
     for scale in scales:
         guided = replace(sampler, defaults=change(sampler.defaults, {"guidance": scale}))
-        drawn.append(samples.by(guided))
+        drawn.append(samples.drawn_by(guided))
         scores = score_samples(
             drawn[-1], classifier, extractor, real, sampler.codec.image, spread=True
         )

@@ -228,7 +228,7 @@ class Samples:
             return self.sampler.model.config.condition
         return "class" if self.sampler.num_classes else "none"
 
-    def by(self, sampler: Sampler) -> Samples:
+    def drawn_by(self, sampler: Sampler) -> Samples:
         """Return the same samples, drawn by another sampler."""
         return Samples(sampler, len(self), int(self.seeds[0]), self.given)
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from r2id import rng
 from r2id.checkpoints.trained import Trained, open_trained, read_section
-from r2id.config import DiffusionConfig, SampleConfig, change
+from r2id.config import DiffusionConfig, SampleConfig, change, check_guidance
 from r2id.diffusion import objective, schedule, solvers
 from r2id.diffusion.noise import noise_field
-from r2id.errors import InputError, WorkError
+from r2id.errors import WorkError
 from r2id.models.codec import Codec
 from r2id.models.coords import Size
 from r2id.models.layers import store_in_bfloat16
@@ -194,19 +194,27 @@ class Sampler:
         On a grid with more cells than training saw, sampling begins with the picture of a trained
         grid, encoded and noised (SDEdit): it keeps its layout, and gets the detail of more cells.
         """
-        *smaller, last = grids = self.diffused_grids(size, grid)
+        grids = self.diffused_grids(size, grid)
         batches = [self.batches(len(seeds), one) for one in grids]
-        told = [watch and watch_part(watch, part, batches) for part in range(len(grids))]
-        begun: dict[str, Any] = {}
-        for one in smaller:
-            latents = self.latents(condition, seeds, one, watch=told[0], **settings)
-            native, encode = self.codec.size_of(last, size), self.codec.encode
-            # One at a time, so that an image has the same bits in any batch.
-            start = torch.cat([encode(self.render(row, native)) for row in latents.split(1)])
-            longer = math.sqrt(math.prod(last) / math.prod(one))
-            begun = {"start": start, "strength": _STRENGTH / longer}
-        latents = self.latents(condition, seeds, last, watch=told[-1], **begun, **settings)
+        begin: dict[str, Any] = {}
+        for part, one in enumerate(grids):
+            told = watch and watch_part(watch, part, batches)
+            latents = self.latents(condition, seeds, one, watch=told, **begin, **settings)
+            if one != grids[-1]:
+                begin = self._begin_larger(latents, grids[-1], size)
         return self.render(latents, size)
+
+    def _begin_larger(self, latents: Tensor, grid: Size, size: Size) -> dict[str, Any]:
+        """Return where ``latents`` begins on a larger grid (h, w), of pictures of smaller ones.
+
+        Raw latents [B, L, h', w'] of pictures for a size (H, W) → start and strength.
+        """
+        native, smaller = self.codec.size_of(grid, size), latents.shape[2:]
+        # One at a time, so that an image has the same bits in any batch.
+        drawn = (self.render(one, native) for one in latents.split(1))
+        longer = math.sqrt(math.prod(grid) / math.prod(smaller))
+        start = torch.cat([self.codec.encode(image) for image in drawn])
+        return {"start": start, "strength": _STRENGTH / longer}
 
     @torch.no_grad()
     def latents(
@@ -285,16 +293,8 @@ class Sampler:
 
     def check_guidance(self, guidance: float | None, autoguidance: float | None = None) -> None:
         """Raise InputError for guidance of a model without conditions, or without a guide."""
-        if guidance not in (None, 0, 1) and not self.model.conditional:
-            raise InputError(
-                f"guidance {guidance}: the model was trained without conditions; must be 0 or 1 "
-                "(autoguidance needs none)"
-            )
-        if autoguidance and self.guide is None:
-            raise InputError(
-                f"autoguidance {autoguidance}: the model was trained without a guide "
-                "(train.guide_after); must be 0, or export it with a --guide"
-            )
+        guided = self.guide is not None
+        check_guidance(guidance, autoguidance, conditional=self.model.conditional, guided=guided)
 
     @torch.no_grad()
     def render(self, latents: Tensor, size: Size, native: Size | None = None) -> Tensor:

@@ -145,8 +145,8 @@ def test_what_cannot_guide_is_refused(
         (guided, "--guide", tmp_path / "none"): f"{tmp_path}/none: no such",
         (riae_run, "--guide", guided): "--guide: goes with an R2ID, and .* is an RIAE",
         (riae_run, "--guidance-interval", "0,1"): "--guidance-interval: goes with an R2ID",
-        (alone, "--autoguidance", 2): "--autoguidance 2: .* has no guide; give it one by --guide$",
-        (free, "--guidance", 3): "--guidance 3: .* was trained without conditions; must be 0 or 1$",
+        (alone, "--autoguidance", 2): "autoguidance 2.0: .* or export it with a --guide$",
+        (free, "--guidance", 3): "guidance 3.0: .* trained without conditions; must be 0 or 1",
         (guided, "--eta", 0.5, "--solver", "heun"): "eta = 0.5: goes with solver 'ddim'",
     }
     for (model, *options), message in refused.items():

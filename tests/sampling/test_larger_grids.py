@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from PIL import Image
 
 from r2id.images import resize
+from r2id.models.cells import native_size
 from r2id.pipeline import Pipeline
 from r2id.sampling.sampler import Sampler
 
@@ -17,6 +20,16 @@ def test_a_trained_grid_comes_first(sampler: Sampler) -> None:
     assert sampler.diffused_grids((8, 8), (5, 3)) == [(5, 3)], "no more cells than training saw"
     assert sampler.diffused_grids((16, 16), (8, 8)) == [(4, 4), (8, 8)]
     assert sampler.diffused_grids((3, 7), (1, 40)) == [(4, 4), (1, 40)]
+
+
+def test_a_picture_is_encoded_as_it_is_then_rendered(sampler: Sampler) -> None:
+    """At the size that the decoder takes its grid for, so that nothing is shifted or cut."""
+    codec, cell = sampler.codec, 2
+    assert codec.downsample == cell
+    for grid in itertools.product(range(1, 9), repeat=2):
+        for like in itertools.product(range(1, 18, 3), repeat=2):
+            assert codec.size_of(grid, like) == native_size(grid, like, cell)
+            assert codec.grid_for(codec.size_of(grid, like)) == grid
 
 
 def test_a_picture_keeps_its_layout(sampler: Sampler) -> None:
