@@ -29,6 +29,7 @@ LAYER = {
     "r2id.stop_signals": 0,
     "r2id.torchrun": 0,
     "r2id.images": 1,
+    "r2id.spectra": 1,
     "r2id.data": 1,
     "r2id.diffusion": 1,
     "r2id.checkpoints": 1,

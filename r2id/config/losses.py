@@ -25,8 +25,11 @@ class LossConfig(Section):
     (``attention``: between each point and another one, one pixel away in a random direction, which
     doubles the cost of the decoder)."""
     ssim: float = Field(default=0.0, ge=0)
-    """Weight of 1 − SSIM, the loss of structure (``lattice``, as are the perceptual term and the
-    discriminator)."""
+    """Weight of 1 − SSIM, the loss of structure (``lattice``, as are all other terms but
+    ``texture``)."""
+    spectrum: float = Field(default=0.0, ge=0)
+    """Weight of the difference between the power that decoded pictures and their originals have at
+    each spatial frequency."""
     perceptual: float = Field(default=0.0, ge=0)
     """Weight of the distance in features of a trained network, as LPIPS measures it."""
     perceptual_file: PathField | None = None
@@ -105,6 +108,7 @@ class LossConfig(Section):
 
 _LATTICE = (
     "ssim",
+    "spectrum",
     "perceptual",
     "perceptual_file",
     "perceptual_size",

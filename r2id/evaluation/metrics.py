@@ -16,7 +16,6 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 _SSIM_SIDE, _SSIM_SIGMA, _SSIM_K = 11, 1.5, (0.01, 0.03)  # Wang et al. 2004, section III-B
 _SSIM_PIXELS = 1 << 16  # compared at once: in float64, what fits into a cache is 7 times as fast
 _NEIGHBOUR = 3  # k of Kynkäänniemi et al. 2019
-_RINGS_PER_OCTAVE = 2  # of the radial spectrum
 _LEAST_POWER = 1e-12  # of a ring, so that a set of flat images has a finite distance
 _ROWS = 1000  # features at once whose kernels with all others are held in memory
 _POINTS = 250  # the same for their distances, of which there are several kinds
@@ -123,32 +122,6 @@ def _kernel(one: Tensor, other: Tensor) -> float:
         return total / (len(one) * len(other))
     own = float((one.square().sum(1) / scale + 1).pow(3).sum())
     return (total - own) / (len(one) * (len(one) - 1))
-
-
-def radial_spectrum(images: Tensor) -> Tensor:
-    """Return the power of images [N, C, H, W] by spatial frequency, their mean: float64 [R].
-
-    Rings of frequencies are half an octave wide, from one cycle per shorter side to half a cycle
-    per pixel. Each image, less its mean colour, is under a Hann window, so that its border does not
-    leak into high frequencies. R is 0 where a side is shorter than 3 pixels.
-    """
-    size = images.shape[2], images.shape[3]
-    x = images.double() - images.double().mean((2, 3), keepdim=True)
-    height, width = (
-        torch.hann_window(side + 2, periodic=False, dtype=x.dtype, device=x.device)[1:-1]
-        for side in size
-    )
-    power = torch.fft.fft2(x * height[:, None] * width).abs().square().mean((0, 1)).cpu()
-    radius = torch.sqrt(
-        torch.fft.fftfreq(size[0])[:, None].square() + torch.fft.fftfreq(size[1]).square()
-    )
-    octaves = torch.log2(torch.tensor(min(size) / 2.0))
-    count = int(octaves * _RINGS_PER_OCTAVE + 0.5) if min(size) > 2 else 0
-    # A frequency on the border of two rings must not move with rounding.
-    ring = ((radius * min(size) + 1e-4).log2() / octaves * count).floor()
-    ring[radius >= 0.5 - 1e-6] = count  # the corners, and what has no finer neighbour
-    rings = [power[ring == number].mean() for number in range(count) if (ring == number).any()]
-    return torch.stack(rings) if rings else power.new_zeros(0)
 
 
 def spectral_distance(one: Tensor, other: Tensor) -> float:

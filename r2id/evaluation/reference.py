@@ -23,10 +23,10 @@ from r2id.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     precision_and_recall,
-    radial_spectrum,
     spectral_distance,
 )
 from r2id.models.coords import Size
+from r2id.spectra import radial_spectrum
 
 BATCH = 100
 MOST_REAL = 10_000  # real images that samples are compared with
@@ -53,7 +53,7 @@ class ImageFeatures:
     size: Size | None = None
     """Height and width of the images."""
     spectrum: Tensor | None = None
-    """Mean radial spectrum of the images (r2id.evaluation.metrics.radial_spectrum)."""
+    """Mean radial spectrum of the images (r2id.spectra.radial_spectrum)."""
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -77,7 +77,7 @@ def extract_features(
     for images in batches:
         whole.append(extractor.features(images))
         windows.append(extractor.features(cut_windows(images, first, window)))
-        spectra.append(radial_spectrum(images) * len(images))
+        spectra.append(radial_spectrum(images.double()).sum(0).cpu())
         check_finite(torch.cat([whole[-1], windows[-1]], 1), name, first)
         first += len(images)
     return ImageFeatures(

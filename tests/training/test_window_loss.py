@@ -16,6 +16,7 @@ from r2id.models.riae import RIAE
 from r2id.training.blocks import prepare_blocks
 from r2id.training.losses.discriminator import Discriminator, adversarial_terms, squared_gradient
 from r2id.training.losses.pixel import reconstruction_loss
+from r2id.training.losses.spectrum import spectrum_loss
 from r2id.training.losses.ssim import ssim_loss
 from r2id.training.losses.windows import WindowLoss, texture_loss
 
@@ -69,6 +70,36 @@ def test_ssim_is_not_of_bfloat16_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = ssim_loss(one, other)
     assert torch.equal(found, ssim_loss(one, other))
+
+
+# Spectrum
+
+
+def test_spectrum_counts_power_wherever_the_details_are() -> None:
+    """Half the power at every frequency costs (ln ½)², and a mirrored picture nothing."""
+    truth = pictures(3, 2, 24, 40)
+    assert float(spectrum_loss(0.5**0.5 * truth, truth)) == pytest.approx(math.log(2) ** 2, rel=1e-2)
+    assert float(spectrum_loss(truth.flip(3), truth)) == pytest.approx(0, abs=1e-8)
+    blurred = torch.nn.functional.avg_pool2d(truth, 3, 1, 1).requires_grad_()
+    loss = spectrum_loss(blurred, truth)
+    (slope,) = torch.autograd.grad(loss, blurred)
+    assert spectrum_loss(blurred.detach() - slope, truth) < loss
+
+
+def test_spectrum_is_each_pictures_own() -> None:
+    """The loss of a batch is the mean of that of its pictures, however they are divided."""
+    decoded, truth = pictures(4, 1, 16, 12), pictures(4, 1, 16, 12, seed=1)
+    parts = [spectrum_loss(*part) for part in zip(decoded.split(1), truth.split(1), strict=True)]
+    torch.testing.assert_close(spectrum_loss(decoded, truth), torch.stack(parts).mean())
+
+
+def test_spectrum_does_not_count_what_rounding_adds() -> None:
+    """A flat picture has no details, and one of rounding errors next to none."""
+    flat = torch.zeros(2, 3, 32, 32)
+    rounding = pictures(2, 3, 32, 32) / 255
+    assert float(spectrum_loss(flat, flat)) == 0
+    assert float(spectrum_loss(rounding, flat)) == pytest.approx(math.log(2) ** 2, rel=0.1)
+    assert float(spectrum_loss(0.1 * rounding, flat)) < 1e-3
 
 
 # Discriminator
@@ -235,6 +266,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
         pixel="charbonnier",
         texture=0.5,
         ssim=0.2,
+        spectrum=0.3,
         discriminator=0.1,
         discriminator_penalty=3.0,
         discriminator_width=4,
@@ -244,6 +276,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
         "pixel": 1.0,
         "texture": 0.5,
         "ssim": 0.2,
+        "spectrum": 0.3,
         "generator": 0.1,
         "discriminator": 0.1,
         "r1": 0.15,
@@ -256,13 +289,14 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
 
 
 def test_terms_are_of_the_decoded_window() -> None:
-    loss, image = window_loss(texture=0.5, ssim=0.2), pictures(2, 1, 8, 6)
+    loss, image = window_loss(texture=0.5, ssim=0.2, spectrum=0.3), pictures(2, 1, 8, 6)
     _, figures = loss(image, torch.arange(2), step=0)
     decoded = loss.model.decode(loss.model.encode(image), (8, 6))
     for name, expected in {
         "pixel": reconstruction_loss(decoded, image, "mse"),
         "texture": texture_loss(decoded, image, "mse"),
         "ssim": ssim_loss(decoded, image),
+        "spectrum": spectrum_loss(decoded, image),
     }.items():
         assert float(figures[name]) == pytest.approx(float(expected), rel=1e-4)
 
@@ -286,7 +320,7 @@ def test_a_discriminator_begins_at_its_step() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SIZES)
 def test_pictures_of_any_size_have_finite_gradients(size: tuple[int, int], precision: str) -> None:
-    loss = window_loss(texture=0.5, ssim=0.2, discriminator=0.1, discriminator_width=4)
+    loss = window_loss(texture=0.5, ssim=0.2, spectrum=0.3, discriminator=0.1, discriminator_width=4)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         total, _ = loss(pictures(2, 1, *size), torch.arange(2), step=0)
     total.backward()
@@ -316,6 +350,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     ("settings", "words"),
     [
         (["riae.kind=attention", "loss.ssim=0.1"], r"loss\.ssim = 0\.1.*'attention'"),
+        (["riae.kind=attention", "loss.spectrum=0.1"], r"loss\.spectrum = 0\.1.*'attention'"),
         (["riae.kind=attention", "loss.discriminator=0.1"], r"loss\.discriminator = 0\.1"),
         (["loss.discriminator=0.1", "engine.zero_stage=3"], r"loss\.discriminator.*zero_stage 3"),
         (

@@ -35,6 +35,7 @@ from r2id.models.riae import RIAE
 from r2id.training.losses.discriminator import Discriminator, adversarial_terms, nothing
 from r2id.training.losses.perceptual import load_perceptual
 from r2id.training.losses.pixel import reconstruction_loss
+from r2id.training.losses.spectrum import spectrum_loss
 from r2id.training.losses.ssim import ssim_loss
 from r2id.training.losses.streams import Stream
 
@@ -137,6 +138,8 @@ class WindowLoss(nn.Module):
             terms["texture"] = config.texture, texture_loss(decoded, truth, config.pixel)
         if config.ssim:
             terms["ssim"] = config.ssim, ssim_loss(decoded, truth)
+        if config.spectrum:
+            terms["spectrum"] = config.spectrum, spectrum_loss(decoded, truth)
         if self.perceptual and step >= config.perceptual_start:
             terms["perceptual"] = config.perceptual, self.perceptual(decoded, truth)
         terms |= self._adversarial_terms(decoded, truth, pixel, step)
