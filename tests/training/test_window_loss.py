@@ -78,7 +78,9 @@ def test_ssim_is_not_of_bfloat16_under_autocast() -> None:
 def test_spectrum_counts_power_wherever_the_details_are() -> None:
     """Half the power at every frequency costs (ln ½)², and a mirrored picture nothing."""
     truth = pictures(3, 2, 24, 40)
-    assert float(spectrum_loss(0.5**0.5 * truth, truth)) == pytest.approx(math.log(2) ** 2, rel=1e-2)
+    assert float(spectrum_loss(0.5**0.5 * truth, truth)) == pytest.approx(
+        math.log(2) ** 2, rel=1e-2
+    )
     assert float(spectrum_loss(truth.flip(3), truth)) == pytest.approx(0, abs=1e-8)
     blurred = torch.nn.functional.avg_pool2d(truth, 3, 1, 1).requires_grad_()
     loss = spectrum_loss(blurred, truth)
@@ -320,7 +322,9 @@ def test_a_discriminator_begins_at_its_step() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SIZES)
 def test_pictures_of_any_size_have_finite_gradients(size: tuple[int, int], precision: str) -> None:
-    loss = window_loss(texture=0.5, ssim=0.2, spectrum=0.3, discriminator=0.1, discriminator_width=4)
+    loss = window_loss(
+        texture=0.5, ssim=0.2, spectrum=0.3, discriminator=0.1, discriminator_width=4
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         total, _ = loss(pictures(2, 1, *size), torch.arange(2), step=0)
     total.backward()
