@@ -94,13 +94,15 @@ def load_or_train_extractor(
                 f"{shards.folder}: a feature extractor takes two images in split "
                 f"{data.train_split!r}, which has {len(images)}"
             )
-        extractor = SelfSupervisedExtractor(train_backbone(images, device), size, len(images))
+        extractor = SelfSupervisedExtractor(
+            train_backbone(images, device, _SEEN), size, len(images)
+        )
         write_network(file, identity, extractor.model, {"train_images": len(images)})
     extractor.model.to(device)
     return extractor
 
 
-def train_backbone(images: Tensor, device: torch.device, seen: int = _SEEN) -> Backbone:
+def train_backbone(images: Tensor, device: torch.device, seen: int) -> Backbone:
     """Train a backbone on uint8 images [N, C, H, W], ``seen`` of them in all epochs.
 
     The same input gives the same weights. The global random state stays as it is.

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from r2id.data.latents import LatentCache, latent_loader
 from r2id.data.loader import eval_loader
 from r2id.data.shards import ShardSet
 from r2id.errors import InputError
+from r2id.evaluation import self_supervised
 from r2id.evaluation.errors_by_noise import loss_at
 from r2id.evaluation.r2id import Samples, draw_samples
 from r2id.images import encode_png, save_png, tile
@@ -268,8 +270,9 @@ def test_exported(run, tmp_path):
         )
 
 
-def test_evaluated(run, told, digits, command, tmp_path):
+def test_evaluated(run, told, digits, classifier_file, command, tmp_path, monkeypatch):
     """Under the embeddings of test images, or without: there is no class to judge by."""
+    monkeypatch.setattr(self_supervised, "_SEEN", 3 * 128)
 
     def evaluated(shards, *options):
         options = ("--shards", shards, "--out", tmp_path / "report", "--count", 4, *options)
@@ -280,6 +283,8 @@ def test_evaluated(run, told, digits, command, tmp_path):
     code, errors = evaluated(digits, *scales)
     assert code == 2 and re.search("guidance 1, 4: .* nothing that samples could be", errors)
     assert not (tmp_path / "report").exists()
+    (tmp_path / "report").mkdir()
+    shutil.copy(classifier_file, tmp_path / "report")
     for shards, options in ((told, scales), (digits, ())):
         code, errors = evaluated(shards, *options)
         assert code == 0, errors
