@@ -76,16 +76,25 @@ def test_ssim_is_not_of_bfloat16_under_autocast() -> None:
 
 
 def test_spectrum_counts_power_wherever_the_details_are() -> None:
-    """Half the power at every frequency costs (ln ½)², and a mirrored picture nothing."""
+    """Half the power at every frequency costs 2 − ln 2 − 1, and a mirrored picture nothing."""
     truth = pictures(3, 2, 24, 40)
-    assert float(spectrum_loss(0.5**0.5 * truth, truth)) == pytest.approx(
-        math.log(2) ** 2, rel=1e-2
-    )
-    assert float(spectrum_loss(truth.flip(3), truth)) == pytest.approx(0, abs=1e-8)
+    half = float(spectrum_loss(0.5**0.5 * truth, truth))
+    assert half == pytest.approx(1 - math.log(2), rel=1e-2)
+    assert float(spectrum_loss(truth.flip(3), truth)) == pytest.approx(0, abs=1e-6)
     blurred = torch.nn.functional.avg_pool2d(truth, 3, 1, 1).requires_grad_()
     loss = spectrum_loss(blurred, truth)
     (slope,) = torch.autograd.grad(loss, blurred)
-    assert spectrum_loss(blurred.detach() - slope, truth) < loss
+    assert spectrum_loss(blurred.detach() - 0.1 * slope, truth) < loss
+
+
+def test_spectrum_is_best_at_the_mean_of_what_may_be_true() -> None:
+    one = pictures(1, 1, 16, 16)
+    truth = torch.cat([one, 3 * one])  # powers of 1 and 9
+    losses = {
+        power: float(spectrum_loss((power**0.5 * one).expand(2, -1, -1, -1), truth))
+        for power in (3.0, 4.0, 4.8, 5.0, 5.2, 6.0, 9.0)
+    }
+    assert min(losses, key=lambda power: losses[power]) == 5.0
 
 
 def test_spectrum_is_each_pictures_own() -> None:
@@ -96,12 +105,20 @@ def test_spectrum_is_each_pictures_own() -> None:
 
 
 def test_spectrum_does_not_count_what_rounding_adds() -> None:
-    """A flat picture has no details, and one of rounding errors next to none."""
+    """A flat picture has no details, and one of rounding errors few."""
     flat = torch.zeros(2, 3, 32, 32)
     rounding = pictures(2, 3, 32, 32) / 255
     assert float(spectrum_loss(flat, flat)) == 0
-    assert float(spectrum_loss(rounding, flat)) == pytest.approx(math.log(2) ** 2, rel=0.1)
+    # Half of what is compared is the rounding, and half what is added to both.
+    assert float(spectrum_loss(rounding, flat)) == pytest.approx(math.log(2) - 0.5, rel=0.1)
     assert float(spectrum_loss(0.1 * rounding, flat)) < 1e-3
+
+
+def test_spectrum_is_not_of_bfloat16_under_autocast() -> None:
+    one, other = pictures(1, 1, 16, 16), pictures(1, 1, 16, 16, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = spectrum_loss(one, other)
+    assert torch.equal(found, spectrum_loss(one, other))
 
 
 # Discriminator
