@@ -24,15 +24,16 @@ def radial_spectrum(images: Tensor) -> Tensor:
     leak into high frequencies. R is 0 where a side is shorter than 3 pixels. The images are to be
     float32 or float64, which the power then has too; it has a gradient.
     """
-    size = images.shape[2], images.shape[3]
     x = images - images.mean((2, 3), keepdim=True)
-    window, rings = (made.to(x.device, x.dtype) for made in _window_and_rings(*size))
+    window, rings = _window_and_rings(x.shape[2], x.shape[3], x.dtype, x.device)
     power = torch.fft.fft2(x * window).abs().square().mean(1)
     return power.flatten(1) @ rings.flatten(1).T
 
 
 @cached_tensors(8)
-def _window_and_rings(height: int, width: int) -> tuple[Tensor, Tensor]:
+def _window_and_rings(
+    height: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Make the window [H, W] and the rings [R, H, W], each 1 over its frequencies' number there."""
     window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
@@ -44,4 +45,7 @@ def _window_and_rings(height: int, width: int) -> tuple[Tensor, Tensor]:
     ring[radius >= 0.5 - 1e-6] = count  # the corners, and what has no finer neighbour
     masks = [ring == number for number in range(count) if (ring == number).any()]
     rings = np.reshape([mask / mask.sum() for mask in masks], (len(masks), height, width))
-    return torch.tensor(window), torch.tensor(rings)
+    return (
+        torch.tensor(window, dtype=dtype).to(device, non_blocking=True),
+        torch.tensor(rings, dtype=dtype).to(device, non_blocking=True),
+    )

@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "levels": ("mnist/pixel-hourglass-r2id", NARROW),
     "RIAE": ("mnist/reference-riae", ["loss.magnify=0.5"]),
-    "RIAE, discriminator": ("photos/faces-sharp-riae", ["loss.perceptual=0", "loss.ssim=0.1"]),
+    "RIAE, discriminator": ("photos/faces-sharp-riae", ["loss.spectrum=0.1", "loss.ssim=0.1"]),
     "RIAE by attention": ("mnist/published-riae", ["riae.width=32", "riae.heads=2"]),
 }
 

@@ -23,6 +23,7 @@ LATTICE = {
     "all terms": (
         "loss.texture=0.1",
         "loss.ssim=0.1",
+        "loss.spectrum=0.1",
         "loss.pixel=charbonnier",
         "loss.discriminator=0.1",
         "loss.discriminator_start=1",
