@@ -1,7 +1,8 @@
-"""Samples that are kept while they are drawn, and their figures: for peers.py and solvers.py."""
+"""Samples that are kept while they are drawn, and their figures: for the benchmarks of sampling."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,19 @@ from r2id.progress import Progress
 
 _CHUNK = 64
 """Samples at once, after which they are kept."""
+
+
+def sampling_arguments(description: str | None, count: int) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark that draws ``count`` samples of one run and judges them."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shards", type=Path, help="default: the run's")
+    parser.add_argument("--judge", type=Path, help="default: OUT/classifier.safetensors")
+    parser.add_argument("--count", type=int, default=count)
+    return parser
 
 
 def draw_kept(file: Path, count: int, draw: Callable[[slice], Tensor]) -> tuple[Tensor, float]:

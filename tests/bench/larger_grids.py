@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from kept_samples import draw_kept, score
+from kept_samples import draw_kept, sampling_arguments, score
 from torch import Tensor
 
 from r2id.checkpoints import Checkpoint
@@ -36,14 +36,7 @@ SHOWN = 10
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", type=Path, help="default: the run's")
-    parser.add_argument("--judge", type=Path, help="default: OUT/classifier.safetensors")
-    parser.add_argument("--count", type=int, default=200)
+    parser = sampling_arguments(__doc__, 200)
     parser.add_argument("--times", type=float, nargs="+", default=[1.5, 2.0], help="cells a side")
     return parser.parse_args()
 

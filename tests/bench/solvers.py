@@ -17,11 +17,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from kept_samples import draw_kept, score
+from kept_samples import draw_kept, sampling_arguments, score
 from torch import Tensor
 
 from r2id.checkpoints import Checkpoint
@@ -42,14 +41,7 @@ NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "euler": "Euler", "heun"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", type=Path, help="default: the run's")
-    parser.add_argument("--judge", type=Path, help="default: OUT/classifier.safetensors")
-    parser.add_argument("--count", type=int, default=500)
+    parser = sampling_arguments(__doc__, 500)
     parser.add_argument("--guidance", type=float, help="default: the run's")
     parser.add_argument("--size", metavar="HxW", help="default: that of the training images")
     return parser.parse_args()
