@@ -60,9 +60,6 @@ class LossConfig(Section):
     latent_noise: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise that is added to the latents, so that similar latents
     are decoded to similar images."""
-    latent_mask: Fraction0 = 0.0
-    """Largest share of the cells whose latents are set to 0, drawn anew for each image, so that the
-    decoder learns to do without (``lattice``)."""
     equivariance: Fraction0 = 0.0
     """Share of the steps that resize the latents, and compare what is decoded with equally resized
     images (``lattice``)."""
@@ -118,7 +115,6 @@ _LATTICE = (
     "discriminator_width",
     "discriminator_penalty",
     "freeze_encoder",
-    "latent_mask",
     "equivariance",
     "equivariance_scales",
     "magnify",

@@ -43,6 +43,7 @@ REMOVED = {
     "riae.cell_size": False,
     "riae.encode_scales": None,
     "loss.encode_scales": None,
+    "loss.latent_mask": 0.0,
 }
 """Settings that are no more → the value that holds now. A config that has this value is read
 without them, and one that has another is refused."""

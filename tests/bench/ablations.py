@@ -69,7 +69,6 @@ RIAE = {
     "no smaller copies": ["loss.magnify=0.0"],
     "no latent noise": ["loss.latent_noise=0.0"],
     "latent noise 0.3": ["loss.latent_noise=0.3"],
-    "latent masks": ["loss.latent_mask=0.5"],
     "equivariance": ["loss.equivariance=0.5"],
     "no equivariance": ["loss.equivariance=0.0"],
     "neither noise nor equivariance": ["loss.latent_noise=0.0", "loss.equivariance=0.0"],

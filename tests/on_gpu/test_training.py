@@ -18,7 +18,7 @@ from tests.training.configs import attention_config, r2id_config, riae_config
 SHORT = ("train.steps=2", "train.batch=8", "train.log_every=1", "data.train_split=test")
 LATTICE = {
     "plain": (),
-    "resized latents": ("loss.equivariance=1.0", "loss.latent_mask=0.3"),
+    "resized latents": ("loss.equivariance=1.0", "loss.latent_noise=0.3"),
     "smaller pictures": ("loss.equivariance=0.0", "loss.magnify=1.0", "riae.linear=false"),
     "all terms": (
         "loss.texture=0.1",
@@ -29,7 +29,7 @@ LATTICE = {
         "loss.discriminator_start=1",
         "loss.discriminator_width=8",
         "loss.equivariance=1.0",
-        "loss.latent_mask=0.3",
+        "loss.latent_noise=0.3",
     ),
     "windows, activations again": ("loss.window=[6,5]", "train.activation_checkpointing=all"),
 }

@@ -23,7 +23,7 @@ from tests.training.configs import attention_config, r2id_config, riae_config
 
 NEW = {
     "riae": ("kind", "linear", "lapped", "features"),
-    "loss": ("latent_mask", "equivariance", "equivariance_scales", "magnify", "magnify_scales"),
+    "loss": ("equivariance", "equivariance_scales", "magnify", "magnify_scales"),
 }
 """Settings that came with the lattice, and later."""
 

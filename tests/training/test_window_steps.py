@@ -114,7 +114,6 @@ SETTINGS = [
     {"magnify": 1.0},
     {"equivariance": 1.0},
     {"latent_noise": 0.5},
-    {"latent_mask": 0.8},
     {"window": (5, 7)},
     {"texture": 1.0, "pixel": "l1"},
 ]
@@ -132,7 +131,7 @@ def test_the_loss_depends_on_step_and_sample_alone(settings: dict[str, Any]) -> 
         others = {float(loss(image, INDEX, step)[0]) for step in range(4, 9)}
     torch.testing.assert_close(whole, sum(halves) / 2, rtol=1e-5, atol=1e-6)
     assert torch.equal(again, whole)
-    drawn = set(settings) & {"magnify", "equivariance", "latent_noise", "latent_mask", "window"}
+    drawn = set(settings) & {"magnify", "equivariance", "latent_noise", "window"}
     assert (others != {float(whole)}) == bool(drawn)
 
 
@@ -155,18 +154,11 @@ def test_every_step_gives_every_weight_a_gradient(
     assert not (between and idle)
 
 
-def test_noise_has_its_strength_and_masks_hide_whole_cells() -> None:
+def test_noise_has_its_strength() -> None:
     loss = WindowLoss(made(), LossConfig(latent_noise=0.3), seed=0)
     latents, keys = torch.ones(4, 4, 30, 30), torch.arange(4)
     noise = loss._disturbed(latents, keys) - latents
     assert float(noise.std()) == pytest.approx(0.3, rel=0.05) and abs(float(noise.mean())) < 0.02
-    loss = WindowLoss(made(), LossConfig(latent_mask=0.5), seed=0)
-    hidden = loss._disturbed(latents, keys) == 0
-    assert torch.equal(hidden.any(1), hidden.all(1))
-    shares = hidden.float().mean((1, 2, 3))
-    assert (shares <= 0.55).all() and shares.std() > 0.05
-    many = torch.stack([loss._disturbed(latents, keys + 4 * n) == 0 for n in range(50)])
-    assert float(many.float().mean()) == pytest.approx(0.25, abs=0.03)
     assert torch.equal(WindowLoss(made(), LossConfig(), 0)._disturbed(latents, keys), latents)
 
 

@@ -32,5 +32,4 @@ class Stream(IntEnum):
     SMALLER = 21
     LATENT_SCALE = 22
     WINDOW_NOISE = 23
-    MASK = 24
     WINDOW = 25

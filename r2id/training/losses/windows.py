@@ -95,20 +95,12 @@ class WindowLoss(nn.Module):
         }
 
     def _disturbed(self, latents: Tensor, rng_keys: Tensor) -> Tensor:
-        """Add noise to latents [B, L, h, w], and set those of some cells to 0."""
-        config, shape = self.config, latents.shape[1:]
-        if config.latent_noise:
-            keys = rng.fold(rng_keys, Stream.WINDOW_NOISE)
-            noise = rng.normal(keys, *shape, device=latents.device)
-            latents = latents + config.latent_noise * noise
-        if config.latent_mask:
-            # Of each image another share of the cells, up to latent_mask.
-            keys = rng.fold(rng_keys, Stream.MASK).to(latents.device, non_blocking=True)
-            draws = rng.uniform(keys, 1 + shape[1] * shape[2])
-            share = config.latent_mask * draws[:, :1]
-            hidden = (draws[:, 1:] < share).view(-1, 1, shape[1], shape[2])
-            latents = torch.where(hidden, 0.0, latents)
-        return latents
+        """Add noise to latents [B, L, h, w]."""
+        if not self.config.latent_noise:
+            return latents
+        keys = rng.fold(rng_keys, Stream.WINDOW_NOISE)
+        noise = rng.normal(keys, *latents.shape[1:], device=latents.device)
+        return latents + self.config.latent_noise * noise
 
     def _window(self, size: Size, step: int) -> Part:
         """Choose the part of pictures of a size that is decoded in a step."""
