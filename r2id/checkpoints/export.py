@@ -85,6 +85,7 @@ def export(
     sigma: float | None = None,
     shift_exponent: float | None = None,
     guide: Trained | Path | None = None,
+    riae: Trained | None = None,
     defaults: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     publish: bool = False,
@@ -94,8 +95,9 @@ def export(
     ``sigma`` is the width σ_rel of an average to be reconstructed from the run's snapshots; None is
     the average that sampling uses. ``shift_exponent`` replaces an R2ID's trained noise shift. The
     RIAE and the guide of an R2ID go into the file too; ``guide`` is a model whose averaged weights
-    take the place of the run's own, and ``defaults`` are settings of SamplerConfig that samples
-    have by default from then on. With ``publish``, the configs in it do not tell where files were,
+    take the place of the run's own, ``riae`` is one that takes the place of the RIAE (see
+    Codec.with_other_decoder), and ``defaults`` are settings of SamplerConfig that samples have by
+    default from then on. With ``publish``, the configs in it do not tell where files were,
     but only their names. Returns the file, its size, how well the average was fitted, and the
     identity that a report of the model has unless its weights are rounded.
     Raises InputError when there is no checkpoint, or it is damaged or has no such average, or the
@@ -119,9 +121,19 @@ def export(
     if guide is not None:
         other = _open_guide(checkpoint, guide)
         early = weights(other)
-        identity = hashlib.sha256(f"{identity} guided by {other.identity}".encode()).hexdigest()
+        identity = _combined(identity, "guided", other)
         about_guide = {"step": other.meta.step, "identity": other.identity}
         described = replace(described, guide=about_guide, identity=described.identity and identity)
+    own = _riae_of(checkpoint)
+    codec = (about(own), weights(own)) if own else None
+    if codec and riae:
+        identity = _combined(identity, "decoded", riae)
+        described = replace(_decoded_by(riae, described), identity=described.identity and identity)
+        # R2ID knows latents that the statistics of its own RIAE have normalised.
+        about_riae, statistics = about(riae), codec[0].statistics
+        if about_riae.statistics != statistics:
+            about_riae = replace(about_riae, statistics=statistics, identity=None)
+        codec = about_riae, weights(riae)
     if defaults:
         _check_defaults(checkpoint, defaults, guided=early is not None)
         sample = change(read_section(checkpoint, "sample", SampleConfig), defaults)
@@ -131,14 +143,13 @@ def export(
     def converted(tensors: Tensors) -> Tensors:
         return {name: _converted(name, value, dtype) for name, value in tensors.items()}
 
-    riae = _riae_of(checkpoint)
-    codec = (about(riae), converted(weights(riae))) if riae else None
     if dtype != "float32":  # rounded weights are another model
         described = replace(described, identity=None)
         codec = codec and (replace(codec[0], identity=None), codec[1])
     if publish:
         described = _without_places(described)
         codec = codec and (_without_places(codec[0]), codec[1])
+    codec = codec and (codec[0], converted(codec[1]))
     content = pack(described, converted(averaged), codec, early and converted(early))
     write_atomic(out, content)
     return {
@@ -153,6 +164,21 @@ def export(
         "guide": described.guide,
         "identity": identity,
     }
+
+
+def _combined(identity: str, how: str, other: Trained) -> str:
+    """Return the identity of a model to which another one was added."""
+    return hashlib.sha256(f"{identity} {how} by {other.identity}".encode()).hexdigest()
+
+
+def _decoded_by(riae: Trained, described: About) -> About:
+    """Name another RIAE in the metadata of an R2ID."""
+    named = {"codec": str(riae.path)}
+    return replace(
+        described,
+        config=described.config | named,
+        facts=described.facts | named | {"codec_hash": riae.identity},
+    )
 
 
 def _open_guide(checkpoint: Checkpoint, guide: Trained | Path) -> Trained:

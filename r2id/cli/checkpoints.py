@@ -111,6 +111,14 @@ def checkpoint_export(
             "checkpoint of the run. Default: the guide that the run kept, if any.",
         ),
     ] = None,
+    riae: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RIAE",
+            help="RIAE that decodes what an R2ID draws: the same encoder as its own, and a decoder "
+            "that was trained further (loss.freeze_encoder). Default: its own.",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +152,7 @@ def checkpoint_export(
     """
     from r2id.checkpoints import Checkpoint as Opened
     from r2id.checkpoints.export import export
+    from r2id.models.codec import Codec
     from r2id.sampling.noise_shift import applied_exponent
 
     try:
@@ -158,6 +167,7 @@ def checkpoint_export(
         "sigma": sigma,
         "shift_exponent": applied_exponent(opened) if opened.meta.stage == "r2id" else None,
         "guide": guide,
+        "riae": riae and Codec.with_other_decoder(opened, riae),
         "defaults": sampler,
         "overwrite": overwrite,
     }
