@@ -40,7 +40,7 @@ from r2id.files import NOISE_SHIFT_FILE, exclusive, step_folders, step_of
 from r2id.progress import duration, say
 
 
-class Pipeline:
+class PipelineExecution:
     """One run of the pipeline: its paths, its record and its MLflow run."""
 
     def __init__(self, config: PipelineRun, base: Path) -> None:
@@ -224,7 +224,7 @@ def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
     and under ``lines`` a summary for people. Raises InputError, WorkError and Stopped, as stages
     do.
     """
-    Pipeline(config, base)  # reports mistakes in the configs before anything is started
+    PipelineExecution(config, base)  # reports mistakes in the configs before anything is started
     check_preparation(config.prepare)
     with exclusive(config.out), prefect_ready():
         return pipeline_flow(config, base)
@@ -233,7 +233,7 @@ def run_pipeline(config: PipelineRun, base: Path = Path()) -> dict[str, Any]:
 @flow(name="pipeline", flow_run_name="{config.name}", validate_parameters=False)
 def pipeline_flow(config: PipelineRun, base: Path) -> dict[str, Any]:
     """Run all stages in turn, each as a flow of its own, in one MLflow run; see run_pipeline."""
-    pipeline = Pipeline(config, base)
+    pipeline = PipelineExecution(config, base)
     pipeline.mlflow.begin()
     status = "FAILED"
     try:
@@ -248,7 +248,7 @@ def pipeline_flow(config: PipelineRun, base: Path) -> dict[str, Any]:
         pipeline.mlflow.end(status, pipeline.headlines, names)
 
 
-def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
+def _run_stages(pipeline: PipelineExecution) -> dict[str, Any]:
     config, shards = pipeline.config, pipeline.config.prepare.out
     environment = pipeline.mlflow.environment
     unprepared, settings = not (shards / "manifest.json").exists(), config.prepare
@@ -294,7 +294,7 @@ def _run_stages(pipeline: Pipeline) -> dict[str, Any]:
     return summary
 
 
-def _summary(pipeline: Pipeline) -> dict[str, Any]:
+def _summary(pipeline: PipelineExecution) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "name": pipeline.config.name,
         "out": str(pipeline.out),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data_prep.prepare import prepare
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import PipelineExecution
 from r2id.checkpoints import Checkpoint
 from r2id.config import PipelineRun, PrepareConfig, R2idRun, RiaeRun, load_config
 from r2id.config.batch_split import accumulation, micro_batch_size
@@ -151,7 +151,7 @@ def test_r2id_takes_the_images_and_latents_that_its_riae_left(path):
 def test_a_pipeline_finds_its_stages(path):
     config = load_config(path)
     assert isinstance(config, PipelineRun)
-    pipeline = Pipeline(config, path.parent)
+    pipeline = PipelineExecution(config, path.parent)
     assert {stage.run.stage for stage in pipeline.riae_stages.values()} == {"riae"}
     r2id = pipeline.r2id_stage.run
     assert r2id.stage == "r2id"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.items import TEST_SHARE, stratified_test
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import PipelineExecution
 from r2id.config import PipelineRun, load_config
 from r2id.errors import InputError
 from tests.data_prep.conftest import make, write_images
@@ -98,7 +98,7 @@ def test_a_pipeline_needs_the_split_that_it_evaluates_on(tmp_path):
             pipeline.check_data()
 
 
-def write_pipeline(tmp_path: Path, names: list[str], sections: str) -> Pipeline:
+def write_pipeline(tmp_path: Path, names: list[str], sections: str) -> PipelineExecution:
     """A pipeline, not yet run, and its shards of images of these names."""
     write_images(tmp_path / "in", names)
     make("folder", tmp_path / "set", tmp_path / "in")
@@ -125,4 +125,4 @@ config = "r2id.toml"
     )
     config = load_config(tmp_path / "pipeline.toml")
     assert isinstance(config, PipelineRun)
-    return Pipeline(config, tmp_path)
+    return PipelineExecution(config, tmp_path)

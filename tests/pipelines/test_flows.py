@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipelines.flows import train_flow
-from pipelines.pipeline import Pipeline, run_pipeline
+from pipelines.pipeline import PipelineExecution, run_pipeline
 from pipelines.preparation import prepare_flow
 from r2id.checkpoints import Checkpoint
 from r2id.config import PipelineRun, PrepareConfig, load_config
@@ -175,7 +175,7 @@ def test_files_that_are_gone_are_made_again(configs: Path) -> None:
         return {"headlines": ["good"]}
 
     def redone() -> list[str]:
-        pipeline = Pipeline(config, configs)
+        pipeline = PipelineExecution(config, configs)
         pipeline.once("sample", {}, samples, draw)
         pipeline.once("evaluate", {}, report, evaluate, (page, metrics))
         return [stage["stage"] for stage in pipeline.stages if stage["time"] != "up to date"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import PipelineExecution
 from pipelines.processes import main, stage_processes, training_processes
 from r2id.config import PipelineRun, TrainConfig, load_config
 from r2id.errors import InputError
@@ -62,10 +62,10 @@ def test_a_pipeline_says_it_before_it_begins(
         (tmp_path / f"{name}.toml").write_text(text.replace("{out}", str(tmp_path / "out")))
     config = load_config(tmp_path / "pipeline.toml", ["r2id.train.batch=25", "riae.train.batch=8"])
     assert isinstance(config, PipelineRun)
-    Pipeline(config, tmp_path)
+    PipelineExecution(config, tmp_path)
     monkeypatch.setenv("NPROC", "2")
     with pytest.raises(InputError, match=r"^r2id: NPROC = 2: train\.batch = 25: must be"):
-        Pipeline(config, tmp_path)
+        PipelineExecution(config, tmp_path)
 
 
 @pytest.mark.parametrize(

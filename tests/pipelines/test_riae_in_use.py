@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.pipeline import Pipeline, newest_step
+from pipelines.pipeline import PipelineExecution, newest_step
 from r2id.config import PipelineRun, load_config
 from r2id.errors import InputError
 from tests.pipelines.test_settings import PIPELINE, R2ID, RIAE
@@ -18,10 +18,10 @@ def base(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pipeline(base: Path, *overrides: str) -> Pipeline:
+def pipeline(base: Path, *overrides: str) -> PipelineExecution:
     config = load_config(base / "pipeline.toml", overrides)
     assert isinstance(config, PipelineRun)
-    return Pipeline(config, base)
+    return PipelineExecution(config, base)
 
 
 def checkpoint(run: Path, step: int) -> None:

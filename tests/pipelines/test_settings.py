@@ -216,7 +216,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     monkeypatch.setattr(preparation, "prepare", prepare)
     for check in ("check_data", "_check_riae_in_use"):  # there are no shards and no RIAE
-        monkeypatch.setattr(pipeline.Pipeline, check, lambda _: None)
+        monkeypatch.setattr(pipeline.PipelineExecution, check, lambda _: None)
     monkeypatch.setattr(subprocesses, "run_command", run_command)
     record_stages(monkeypatch, arrived)
 
@@ -331,7 +331,7 @@ def test_numbers_of_classes_become_names(monkeypatch: pytest.MonkeyPatch) -> Non
     given: Any = SimpleNamespace(config=SimpleNamespace(prepare=SimpleNamespace(out=None)))
     given.sampling = SampleConfig(labels=(2, "2", "0"))
     of_classes: Any = SimpleNamespace(r2id=SimpleNamespace(condition="class"))
-    pipeline.Pipeline._check_labels(given, of_classes)
+    pipeline.PipelineExecution._check_labels(given, of_classes)
     assert given.sampling.changes() == {"labels": ("2", "2", "1")}
 
 
