@@ -161,6 +161,7 @@ def export(
         **fitted,
         "statistics": described.statistics is not None,
         "codec": codec is not None,
+        "riae": str(riae.path) if riae else None,
         "guide": described.guide,
         "identity": identity,
     }

@@ -196,7 +196,8 @@ def _export_lines(done: dict[str, Any]) -> list[str]:
     lines = [
         f"{done['file']}: {done['stage']} of step {done['step']}, {done['dtype']}, "
         f"{done['bytes'] / 1e6:.1f} MB"
-        + (", with its RIAE" if done["codec"] else "")
+        + (f", with the RIAE {done['riae']}" if done["riae"] else "")
+        + (", with its RIAE" if done["codec"] and not done["riae"] else "")
         + (f", guided by step {done['guide']['step']}" if done["guide"] else "")
     ]
     if "misfit" in done:

@@ -47,10 +47,10 @@ def test_the_same_latents_are_decoded_by_the_other(
     if half_the_images:
         finetuned = train_on("loss.freeze_encoder=true", "data.train_split=test")
     file = tmp_path / "model.safetensors"
-    code, _, errors = r2id(
+    code, said, errors = r2id(
         "checkpoint", "export", r2id_run, "--riae", finetuned, "--out", file, "--steps", 3
     )
-    assert code == 0, errors
+    assert code == 0 and f"with the RIAE {finetuned}" in said.replace("\n", ""), errors
     own, exported = Sampler.load(r2id_run), Sampler.load(file)
     other = Codec.load(finetuned)
     assert torch.equal(own.codec.mean, other.mean) != half_the_images
