@@ -128,7 +128,7 @@ def export(
     codec = (about(own), weights(own)) if own else None
     if codec and riae:
         identity = _combined(identity, "decoded", riae)
-        described = replace(_decoded_by(riae, described), identity=described.identity and identity)
+        described = replace(described, identity=described.identity and identity)
         # R2ID knows latents that the statistics of its own RIAE have normalised.
         about_riae, statistics = about(riae), codec[0].statistics
         if about_riae.statistics != statistics:
@@ -170,16 +170,6 @@ def export(
 def _combined(identity: str, how: str, other: Trained) -> str:
     """Return the identity of a model to which another one was added."""
     return hashlib.sha256(f"{identity} {how} by {other.identity}".encode()).hexdigest()
-
-
-def _decoded_by(riae: Trained, described: About) -> About:
-    """Name another RIAE in the metadata of an R2ID."""
-    named = {"codec": str(riae.path)}
-    return replace(
-        described,
-        config=described.config | named,
-        facts=described.facts | named | {"codec_hash": riae.identity},
-    )
 
 
 def _open_guide(checkpoint: Checkpoint, guide: Trained | Path) -> Trained:
