@@ -95,11 +95,11 @@ def export(
     ``sigma`` is the width σ_rel of an average to be reconstructed from the run's snapshots; None is
     the average that sampling uses. ``shift_exponent`` replaces an R2ID's trained noise shift. The
     RIAE and the guide of an R2ID go into the file too; ``guide`` is a model whose averaged weights
-    take the place of the run's own, ``riae`` is one that takes the place of the RIAE (see
-    Codec.with_other_decoder), and ``defaults`` are settings of SamplerConfig that samples have by
-    default from then on. With ``publish``, the configs in it do not tell where files were,
-    but only their names. Returns the file, its size, how well the average was fitted, and the
-    identity that a report of the model has unless its weights are rounded.
+    take the place of the run's own; ``riae`` takes the place of its RIAE, and has its encoder, as
+    what r2id.models.codec.open_finetuned_riae returns; ``defaults`` are settings of SamplerConfig
+    that samples have by default from then on. With ``publish``, the configs in it do not tell where
+    files were, but only their names. Returns the file, its size, how well the average was fitted,
+    and the identity that a report of the model has unless its weights are rounded.
     Raises InputError when there is no checkpoint, or it is damaged or has no such average, or the
     guide is of another kind, and WorkError when the disk is full.
     """
@@ -124,16 +124,10 @@ def export(
         identity = _combined(identity, "guided", other)
         about_guide = {"step": other.meta.step, "identity": other.identity}
         described = replace(described, guide=about_guide, identity=described.identity and identity)
-    own = _riae_of(checkpoint)
-    codec = (about(own), weights(own)) if own else None
-    if codec and riae:
+    codec = _codec_of(checkpoint, riae)
+    if riae is not None:
         identity = _combined(identity, "decoded", riae)
         described = replace(described, identity=described.identity and identity)
-        # R2ID knows latents that the statistics of its own RIAE have normalised.
-        about_riae, statistics = about(riae), codec[0].statistics
-        if about_riae.statistics != statistics:
-            about_riae = replace(about_riae, statistics=statistics, identity=None)
-        codec = about_riae, weights(riae)
     if defaults:
         _check_defaults(checkpoint, defaults, guided=early is not None)
         sample = change(read_section(checkpoint, "sample", SampleConfig), defaults)
@@ -241,6 +235,18 @@ def _riae_of(checkpoint: Checkpoint) -> Trained | None:
     except InputError as error:
         say(f"exported without its RIAE, so that it cannot draw: {error}")
         return None
+
+
+def _codec_of(checkpoint: Checkpoint, riae: Trained | None) -> tuple[About, Tensors] | None:
+    """Return the RIAE that an R2ID is exported with: ``riae``, or else its own, if it has one."""
+    own = _riae_of(checkpoint)
+    if own is None or riae is None:
+        return (about(own), weights(own)) if own else None
+    # R2ID knows latents that the statistics of its own RIAE have normalised.
+    described, statistics = about(riae), about(own).statistics
+    if described.statistics != statistics:
+        described = replace(described, statistics=statistics, identity=None)
+    return described, weights(riae)
 
 
 def _reconstruct(

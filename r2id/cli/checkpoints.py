@@ -152,7 +152,7 @@ def checkpoint_export(
     """
     from r2id.checkpoints import Checkpoint as Opened
     from r2id.checkpoints.export import export
-    from r2id.models.codec import Codec
+    from r2id.models.codec import open_finetuned_riae
     from r2id.sampling.noise_shift import applied_exponent
 
     try:
@@ -167,7 +167,7 @@ def checkpoint_export(
         "sigma": sigma,
         "shift_exponent": applied_exponent(opened) if opened.meta.stage == "r2id" else None,
         "guide": guide,
-        "riae": riae and Codec.with_other_decoder(opened, riae),
+        "riae": riae and open_finetuned_riae(riae, opened),
         "defaults": sampler,
         "overwrite": overwrite,
     }
@@ -196,8 +196,7 @@ def _export_lines(done: dict[str, Any]) -> list[str]:
     lines = [
         f"{done['file']}: {done['stage']} of step {done['step']}, {done['dtype']}, "
         f"{done['bytes'] / 1e6:.1f} MB"
-        + (f", with the RIAE {done['riae']}" if done["riae"] else "")
-        + (", with its RIAE" if done["codec"] and not done["riae"] else "")
+        + (f", with {done['riae'] or 'its RIAE'}" if done["codec"] else "")
         + (f", guided by step {done['guide']['step']}" if done["guide"] else "")
     ]
     if "misfit" in done:

@@ -96,33 +96,6 @@ class Codec:
         trained = open_trained(source)
         return (cls.of_r2id if trained.meta.stage == "r2id" else cls.load)(trained, device)
 
-    @classmethod
-    def with_other_decoder(cls, r2id: Trained, source: Path) -> Trained:
-        """Open an RIAE that is to decode what an R2ID of latents draws, in place of its own.
-
-        Raises InputError unless it gives images the same latents as the R2ID's own: both have the
-        same settings and encoder.
-        """
-        if r2id.meta.model.get("codec") is None:
-            raise InputError(f"--riae: goes with an R2ID of latents, and {r2id.path} is none")
-        own, other = cls.of_r2id(r2id), cls.load(source)
-        assert own.source and other.source
-        assert isinstance(own.model, RIAE) and isinstance(other.model, RIAE)
-        for name, wanted in own.model.config:
-            if (found := getattr(other.model.config, name)) != wanted:
-                raise InputError(
-                    f"--riae {other.source.path}: has riae.{name} = {found}; must have {wanted}, "
-                    f"as {own.source.path}"
-                )
-        weights, others = (riae.parts.encoder.state_dict() for riae in (own.model, other.model))
-        changed = [name for name, value in weights.items() if not torch.equal(value, others[name])]
-        if changed:
-            raise InputError(
-                f"--riae {other.source.path}: has another encoder than {own.source.path}: "
-                f"{changed[0]}; must be trained on from that with loss.freeze_encoder = true"
-            )
-        return other.source
-
     def export(self) -> bytes | None:
         """Return the RIAE as an exported model, which R2ID's checkpoints hold; None for pixels."""
         if self.about is None:
@@ -223,3 +196,30 @@ class Codec:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+def open_finetuned_riae(source: Path, r2id: Trained) -> Trained:
+    """Open an RIAE that can decode what an R2ID of latents draws, in place of its own RIAE.
+
+    It gives images the same latents: both have the same settings and encoder, and only the decoder
+    was trained on. Raises InputError where that is not so.
+    """
+    if r2id.meta.model.get("codec") is None:
+        raise InputError(f"--riae: goes with an R2ID of latents, and {r2id.path} is none")
+    own, other = Codec.of_r2id(r2id), Codec.load(source)
+    assert own.source and other.source
+    assert isinstance(own.model, RIAE) and isinstance(other.model, RIAE)
+    for name, wanted in own.model.config:
+        if (found := getattr(other.model.config, name)) != wanted:
+            raise InputError(
+                f"--riae {other.source.path}: has riae.{name} = {found}; must have {wanted}, as "
+                f"{own.source.path}"
+            )
+    weights, others = (riae.parts.encoder.state_dict() for riae in (own.model, other.model))
+    for name, value in weights.items():
+        if not torch.equal(value, others[name]):
+            raise InputError(
+                f"--riae {other.source.path}: has another encoder than {own.source.path}: {name}; "
+                "must be trained on from that with loss.freeze_encoder = true"
+            )
+    return other.source
