@@ -173,7 +173,7 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
     What comes in at the border is reflected.
     """
     sides = images.shape[2:]
-    room = [min(max(1, round(side / _SHIFT)), side - 1) for side in sides]
+    room = _room(images)
     padded = F.pad(images, (room[1], room[1], room[0], room[0]), mode="reflect")
     rows, columns = (
         torch.randint(0, 2 * most + 1, (len(images), 1), generator=generator) + torch.arange(side)
@@ -182,6 +182,19 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
     number = torch.arange(len(images))[:, None, None, None]
     colour = torch.arange(images.shape[1])[:, None, None]
     return padded[number, colour, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def moved_both_ways(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Move images [N, C, H, W] up and left, and down and right, by half of what ``shift`` may."""
+    height, width = images.shape[2:]
+    down, right = (-(-most // 2) for most in _room(images))
+    padded = F.pad(images, (right, right, down, down), mode="reflect")
+    return (padded[:, :, 2 * down :, 2 * right :], padded[:, :, :height, :width])
+
+
+def _room(images: Tensor) -> list[int]:
+    """Return by how many rows and columns images [N, C, H, W] may be shifted."""
+    return [min(max(1, round(side / _SHIFT)), side - 1) for side in images.shape[2:]]
 
 
 def mirror(images: Tensor, chosen: Tensor) -> Tensor:

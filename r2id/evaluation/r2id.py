@@ -301,7 +301,7 @@ def score_samples(
     def classified() -> Iterator[Tensor]:
         for images in samples.batches(size):
             if classifier:
-                probabilities.append(classifier.probabilities(classifier.features(images)))
+                probabilities.append(classifier.probabilities(images))
             yield images
 
     sampler = samples.sampler

@@ -184,9 +184,9 @@ class Bench:
         }
         if self.judge is not None:
             one, other = self.judge.features(decoded), self.judge.features(truth)
-            agreed = [self.judge.probabilities(part).argmax(1) for part in (one, other)]
             found["frechet"] = frechet_distance(one, other)
-            found["same_class"] = float((agreed[0] == agreed[1]).double().mean())
+            agreed = self.judge.classify(decoded) == self.judge.classify(truth)
+            found["same_class"] = float(agreed.double().mean())
         return found
 
     def resized(self, code: Code, scale: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _read(file: Path) -> tuple[Tensor, float]:
 def score(judge: Classifier, images: Tensor, labels: Tensor, real: ImageFeatures) -> Figures:
     """Compare uint8 samples with real images, and with the classes [N] that they were drawn for."""
     features = extract(judge, (to_float(part) for part in images.split(BATCH)))
-    right = judge.probabilities(features.whole).argmax(1) == labels
+    right = judge.classify(images) == labels
     return {
         "samples": len(images),
         "accuracy": float(right.double().mean()),

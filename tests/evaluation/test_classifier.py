@@ -16,7 +16,7 @@ from r2id.evaluation import classifier as classifier_module
 from r2id.evaluation.classifier import ClassifierNetwork, load_or_train_classifier, train_network
 from r2id.evaluation.images import frequent_size, load_images
 from r2id.evaluation.saved import read_network
-from r2id.images import to_float
+from r2id.images import to_float, to_uint8
 from tests.evaluation.folders import write_folder
 
 
@@ -45,6 +45,29 @@ def test_features_of_mirrored_images_are_the_same_where_they_may_be_mirrored(cla
     both = replace(classifier, mirrored=True)
     for features in (both.features(images), both.features(images.flip(3))):
         torch.testing.assert_close(features, (one + other) / 2)
+
+
+def test_photographs_are_classified_in_three_places(classifier):
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    logits = lambda images: classifier.model.logits(classifier.features(images))  # noqa: E731
+    # Digits are looked at as they are.
+    torch.testing.assert_close(classifier.probabilities(images), logits(images).softmax(1))
+
+    # Half of the most that they are shifted by in training is one pixel; the border is reflected.
+    padded = torch.cat([images[:, :, 1:2], images, images[:, :, -2:-1]], 2)
+    padded = torch.cat([padded[..., 1:2], padded, padded[..., -2:-1]], 3)
+    photographs = replace(classifier, mirrored=True)
+    features = (
+        photographs.features(images) / 2
+        + photographs.features(padded[:, :, :8, :8]) / 4
+        + photographs.features(padded[:, :, 2:, 2:]) / 4
+    )
+    expected = classifier.model.logits(features).softmax(1)
+    found = photographs.probabilities(images)
+    torch.testing.assert_close(found, expected)
+    assert (found - logits(images).softmax(1)).abs().max() > 1e-3
+    assert photographs.classify(images).equal(found.argmax(1))
+    assert photographs.probabilities(to_uint8(images)).shape == (6, 10)
 
 
 def test_it_is_saved_and_read_again(classifier, classifier_file, shards, data):

@@ -89,6 +89,6 @@ def test_the_classifier_is_one(classifier, classifier_file, shards, data):
     images = torch.rand(5, 1, 8, 8) * 2 - 1
     assert extractor.features(images).shape == (5, 192)
     assert extractor.size == (8, 8) and len(extractor.hash) == 64
-    probabilities = classifier.probabilities(extractor.features(images))
+    probabilities = classifier.probabilities(images)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
     assert probabilities.argmax(1).equal(classifier.classify(images))

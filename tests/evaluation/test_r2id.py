@@ -107,9 +107,7 @@ def test_scores_of_samples(sampler, classifier, shards, data):
     )
     assert scores["frechet"] == pytest.approx(frechet_distance(features, real.whole), rel=0.05)
     scored = (
-        classifier.probabilities(features)
-        .gather(1, (torch.arange(130) % 10).unsqueeze(1))
-        .squeeze(1)
+        classifier.probabilities(images).gather(1, (torch.arange(130) % 10).unsqueeze(1)).squeeze(1)
     )
     lowest = scores["lowest"]
     assert len(lowest) == 20 and [one["score"] for one in lowest] == sorted(
