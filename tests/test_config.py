@@ -147,13 +147,16 @@ def test_a_setting_without_its_section_is_told_where_it_is():
         parse_config(table(), ["steps=3"])
 
 
-def test_lists_are_told_by_example():
+def test_lists_and_tables_are_told_by_example():
     path = next(path for path in CONFIGS if path.name == "small-r2id.toml")
     for setting, words in (
         ("data.size=32x32", r"data\.size = '32x32': must be a list in brackets, .* \[32, 32\] for"),
         ("data.size=[32]", r"data\.size: has only 1 of the values"),
         ("sample.sizes=[96, 96]", r"sizes\.0 = 96: must be a list .* \[\[32, 32\], "),
         ("r2id.attention=tiled", r"""attention = 'tiled': must be a list .* \["tiled"\]"""),
+        ("r2id.levels=3", r"r2id\.levels = 3: must be a list of tables .* each of width, blocks$"),
+        ("r2id.levels=[2]", r"r2id\.levels\.0 = 2: must be a table of width, blocks$"),
+        ("optim=3", r"optim = 3: must be a table of lr, "),
     ):
         with pytest.raises(InputError, match=words):
             load_config(path, [setting])

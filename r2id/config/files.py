@@ -180,7 +180,11 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
         names = ", ".join(".".join(map(str, found["loc"])) for found in missing)
         return f"{names}: missing, without a default"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "tuple_type":
+    if first["type"] == "model_type":
+        message = f"must be a table of {', '.join(_fields_at(schema, place))}"
+    elif first["type"] == "tuple_type" and (fields := _fields_at(schema, place)):
+        message = f"must be a list of tables in brackets, each of {', '.join(fields)}"
+    elif first["type"] == "tuple_type":
         message = f"must be a list in brackets, such as {_example(first['input'], first['loc'])}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if isinstance(first["input"], dict):  # a section, whose message begins with its key

@@ -184,12 +184,12 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[number, colour, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def moved_both_ways(images: Tensor) -> tuple[Tensor, Tensor]:
+def moved_diagonally(images: Tensor) -> tuple[Tensor, Tensor]:
     """Move images [N, C, H, W] up and left, and down and right, by half of what ``shift`` may."""
     height, width = images.shape[2:]
     down, right = (-(-most // 2) for most in _room(images))
     padded = F.pad(images, (right, right, down, down), mode="reflect")
-    return (padded[:, :, 2 * down :, 2 * right :], padded[:, :, :height, :width])
+    return padded[:, :, 2 * down :, 2 * right :], padded[:, :, :height, :width]
 
 
 def _room(images: Tensor) -> list[int]:

@@ -30,7 +30,7 @@ from r2id.evaluation.backbone import (
     distort,
     may_be_mirrored,
     mirror,
-    moved_both_ways,
+    moved_diagonally,
     optimizer_and_schedule,
     shift,
 )
@@ -128,7 +128,7 @@ class Classifier:
             inputs = self._inputs(part)
             features = self._features(inputs)
             if self.mirrored:
-                moved = [self._features(one) for one in moved_both_ways(inputs)]
+                moved = [self._features(one) for one in moved_diagonally(inputs)]
                 features = features / 2 + sum(moved) / 4
             parts.append(self.model.logits(features).softmax(1).cpu())
         return torch.cat(parts)
